@@ -1,0 +1,27 @@
+"""clmoe: continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts.
+
+Importing it registers the LoRA-expert adapter with peft, so that ``PeftModel.from_pretrained`` can load it.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clmoe.evaluate.answer import load as load
+
+__version__ = "0.1.0"
+
+# The command line skips the registration, which imports torch and peft and takes seconds: its verbs import the
+# adapter when they need it, and answer at once when there is nothing to do.
+_COMMAND_LINE = Path(sys.argv[0]).name in ("clmoe", "-m") if sys.argv else False
+if not _COMMAND_LINE:
+    from clmoe.model import adapter as adapter
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from clmoe.evaluate.answer import load
+
+        return load
+    raise AttributeError(f"module 'clmoe' has no attribute {name!r}")

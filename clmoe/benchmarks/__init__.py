@@ -1,0 +1,1 @@
+"""Benchmarks: which tasks exist, in which order, and where their files are."""

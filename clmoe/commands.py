@@ -1,0 +1,235 @@
+"""What the verbs do: each function takes the parsed options and calls the rooms below."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clmoe.benchmarks.base import Benchmark, load_benchmark
+from clmoe.config import Config, load_config
+from clmoe.errors import ClmoeError
+from clmoe.methods.base import method_class
+
+if TYPE_CHECKING:
+    from clmoe.evaluate.evaluation import Checkpoint, Request
+    from clmoe.methods.base import RouterChoice
+    from clmoe.model.llava import LoadedBase
+    from clmoe.train.lineage import Finished
+
+
+def open_benchmark(name: str, data: Path | None) -> Benchmark:
+    """The benchmark with its data in place; the playground's is rendered on first use.
+
+    Raises:
+        ClmoeError: unknown benchmark or missing files.
+    """
+    benchmark = load_benchmark(name, data)
+    if benchmark.prepare == "playground":
+        from clmoe.benchmarks.playground import prepare
+
+        prepare(benchmark.name, benchmark.root)
+    return benchmark
+
+
+def run_train(options: Namespace) -> None:
+    """``clmoe train``."""
+    from clmoe.train.task import prepare_request, train_task
+
+    benchmark = open_benchmark(options.benchmark, options.data)
+    config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
+    order = benchmark.order(options.order, config.seed)
+    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output)
+    base = train_task(request)
+    if options.then_eval:
+        from clmoe.train.lineage import read_checkpoint
+
+        done = read_checkpoint(options.output)
+        limit = None if request.learned[-1] == order[-1] else config.evaluation.limit
+        evaluate_checkpoint(options.output.parent, benchmark, done, config, order, limit=limit, base=base)
+
+
+def evaluate_checkpoint(
+    run: Path,
+    benchmark: Benchmark,
+    done: Finished,
+    config: Config,
+    order: list[str],
+    *,
+    limit: int | None = None,
+    tasks: list[str] | None = None,
+    router: RouterChoice = "located",
+    scoring: str = "fixed",
+    base: LoadedBase | None = None,
+) -> None:
+    """Evaluate a checkpoint on the tasks it has learned, and on its newest one with the task known."""
+    from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
+
+    learned = done.lineage.tasks
+    names = tasks or learned
+    check_tasks(benchmark, names)
+    checkpoint = Checkpoint(done.folder, done.identity, learned[-1], learned, config)
+    requests = [Request(name, router, scoring, limit) for name in names]
+    if method_class(config.method).finds_task and router == "located" and tasks is None:
+        requests.append(Request(learned[-1], "oracle", scoring, limit))
+    _fill(run, benchmark, checkpoint, requests, order, base)
+    write_run_info(run, benchmark, config, order, scoring, done)
+
+
+def _fill(
+    run: Path,
+    benchmark: Benchmark,
+    checkpoint: Checkpoint,
+    requests: list[Request],
+    order: list[str],
+    base: LoadedBase | None,
+) -> None:
+    """Evaluate what is missing and rebuild the run's tables."""
+    from clmoe.evaluate.evaluation import evaluate, is_done, write_tables
+    from clmoe.system.logging import Stage, write_timing
+
+    if not all(is_done(run, checkpoint, request) for request in requests):
+        from clmoe.evaluate.answer import open_answerer
+
+        answerer = open_answerer(checkpoint, base)
+        last = checkpoint.after
+        stage = Stage(order.index(last), len(order)) if last in order else None
+        evaluate(run, benchmark, checkpoint, requests, answerer, stage)
+    write_tables(run, order)
+    write_timing(run)
+
+
+def write_run_info(
+    run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: str, done: Finished | None
+) -> None:
+    """``run.json``: what the report needs to know of the whole run."""
+    from clmoe.train.checkpoint import write_json
+
+    lineage = None if done is None else done.lineage
+    write_json(
+        run / "run.json",
+        {
+            "method": config.method,
+            "label": config.name,
+            "benchmark": benchmark.name,
+            "order": order,
+            "seed": config.seed,
+            "scoring": scoring,
+            "trainable_parameters": 0 if lineage is None else lineage.trainable_parameters,
+            "adapter_parameters": 0 if lineage is None else lineage.adapter_parameters,
+            "projector_trained": lineage is not None and config.adapter.train_projector,
+            "effective_scale": None if lineage is None else lineage.effective_scale,
+            "steps_per_task": 0 if lineage is None else lineage.steps,
+        },
+    )
+
+
+def run_eval(options: Namespace) -> None:
+    """``clmoe eval``."""
+    benchmark = open_benchmark(options.benchmark, options.data)
+    if options.checkpoint == "base":
+        _evaluate_base(options, benchmark)
+        return
+    if options.config or options.model:
+        raise ClmoeError("--config and --model belong to --checkpoint base: a checkpoint brings its own")
+    from clmoe.train.lineage import read_checkpoint
+
+    done = read_checkpoint(Path(options.checkpoint), options.overrides)
+    if options.tasks:
+        from clmoe.evaluate.evaluation import check_tasks
+
+        check_tasks(benchmark, options.tasks)
+    _refuse_training_overrides(options.overrides)
+    config = done.config
+    order = benchmark.order(options.order, config.seed)
+    if done.lineage.benchmark != benchmark.name:
+        raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
+    limit = None if done.lineage.tasks[-1] == order[-1] else config.evaluation.limit
+    evaluate_checkpoint(
+        options.output,
+        benchmark,
+        done,
+        config,
+        order,
+        limit=limit,
+        tasks=options.tasks,
+        router=options.router,
+        scoring=options.scoring,
+    )
+
+
+def _refuse_training_overrides(overrides: list[str]) -> None:
+    for pair in overrides:
+        if pair.split("=")[0].split(".")[0] not in ("evaluation", "options", "label"):
+            raise ClmoeError(f"{pair}: only evaluation.*, options.* and label can change after training")
+
+
+def _evaluate_base(options: Namespace, benchmark: Benchmark) -> None:
+    """The bare model as row ``zero_shot``."""
+    from clmoe.evaluate.evaluation import ZERO_SHOT, Checkpoint, Request, check_tasks
+    from clmoe.model.fingerprint import base_fingerprint
+    from clmoe.system.paths import resolve_model_path
+
+    config = load_config(options.config or "zero_shot", benchmark.recipe, options.overrides, options.model)
+    order = benchmark.order(options.order, config.seed)
+    names = options.tasks or order
+    check_tasks(benchmark, names)
+    identity = base_fingerprint(resolve_model_path(config.model.path))
+    checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config)
+    requests = [Request(name, "located", options.scoring, None) for name in names]
+    _fill(options.output, benchmark, checkpoint, requests, order, None)
+    write_run_info(options.output, benchmark, config, order, options.scoring, None)
+
+
+def run_report(options: Namespace) -> Any:
+    """``clmoe report``."""
+    from clmoe.report.run import read_run
+    from clmoe.report.write import report_text, write_report
+
+    if options.json:
+        return [{"run": str(run), "label": read_run(run).label, **read_run(run).metrics} for run in options.runs]
+    output = options.output or options.runs[0] / "report"
+    written = write_report(options.runs, output, options.format)
+    return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
+
+
+def run_metrics(options: Namespace) -> Any:
+    """``clmoe metrics``."""
+    from clmoe.evaluate.continual import metrics_from_files
+
+    result = metrics_from_files(options.matrix, options.immediate)
+    rounded = {name: None if value is None else round(value, 2) for name, value in result.items()}
+    if options.json:
+        return rounded
+    return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
+
+
+def run_plan(options: Namespace) -> str:
+    """``clmoe plan``: the training steps of the sequence."""
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
+    order = benchmark.order(options.order, config.seed)
+    chain = method_class(config.method).chain
+    if chain == "none":
+        return ""
+    if chain == "union":
+        return "01 all -"
+    parents = ["-"] * len(order) if chain == "separate" else ["-", *order[:-1]]
+    return "\n".join(f"{i:02} {task} {parent}" for i, (task, parent) in enumerate(zip(order, parents, strict=True), 1))
+
+
+def run_data(options: Namespace) -> str:
+    """``clmoe data prepare|check``: build the playground, or read every row of a benchmark and count."""
+    from clmoe.data.records import load_questions, load_train
+
+    if options.action == "prepare":
+        benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+        if benchmark.prepare is None:
+            raise ClmoeError(f"benchmark {benchmark.name} has no builder: bring its files to {benchmark.root}")
+        open_benchmark(options.benchmark, options.data)
+    benchmark = load_benchmark(options.benchmark, options.data)
+    lines = []
+    for task in benchmark.tasks:
+        train, test = load_train(task.train, task.image_root), load_questions(task.test, task.image_root)
+        lines.append(f"{task.name:<16}{len(train):>7} train {len(test):>7} test")
+    return "\n".join([f"{benchmark.name} at {benchmark.root}", *lines])

@@ -1,0 +1,261 @@
+"""Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
+
+Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
+``recipe``, overrides on the command line. The result is frozen into every checkpoint as ``config.yaml``.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from clmoe.errors import ClmoeError
+from clmoe.system.names import unknown_name
+from clmoe.system.paths import find_config
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The LLaVA-1.5 to adapt.
+
+    Attributes:
+        path: a folder or hub name in transformers' format.
+        dtype: of the frozen base; adapters are always float32.
+        attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+    """
+
+    path: str = "playground/base"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is attached to the frozen base.
+
+    Attributes:
+        rank: LoRA rank; over all experts together or of each one, as ``rank_is`` says.
+        experts: experts per adapted module at the start; plain LoRA methods ignore it.
+        alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
+        scale: the *effective* scale, ``s`` times the mean gate; when set it replaces ``alpha``, so that methods
+            with and without a gate start with equally large updates.
+        dropout: on the adapter's input.
+        targets: the linears of each decoder block that are adapted.
+        router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
+        router_top_k: experts per token; None mixes all.
+        train_projector: also train the projector between vision tower and language model.
+    """
+
+    rank: int = 64
+    rank_is: Literal["total", "per_expert"] = "total"
+    experts: int = 8
+    alpha: float = 128.0
+    scale: float | None = None
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
+    router_scope: Literal["per_linear", "per_block"] = "per_linear"
+    router_top_k: int | None = None
+    train_projector: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One task's optimisation, shared by all methods of a comparison.
+
+    Attributes:
+        learning_rate: of the adapter (AdamW).
+        projector_learning_rate: of the projector when it is trained.
+        epochs: passes over the task's records; ignored when ``steps`` is set.
+        steps: optimizer steps per task.
+        batch_size: **global** batch, over all processes and accumulation steps.
+        micro_batch_size: samples per forward and process; None is the process's whole share.
+        warmup_ratio: share of the steps with a linear warm-up; cosine decay to zero follows.
+        max_length: tokens per sample, image tokens included.
+        gradient_checkpointing: recompute activations in the backward pass.
+        workers: data-loading processes.
+        logging_steps: steps between two lines of ``events.jsonl``.
+    """
+
+    learning_rate: float = 2e-4
+    projector_learning_rate: float = 2e-5
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 2048
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    logging_steps: int = 10
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy generation over the test questions.
+
+    Attributes:
+        batch_size: questions per batch.
+        exact: answer again, alone, every question whose two best logits were ever closer than ``margin``, so that
+            answers do not depend on the batching.
+        margin: see ``exact``.
+        limit: first questions of each test file used in rows before the last task; None uses all.
+    """
+
+    batch_size: int = 64
+    exact: bool = True
+    margin: float = 1e-3
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A method with everything that determines its result on a benchmark.
+
+    Attributes:
+        method: name of a file in ``clmoe/methods``.
+        label: how tables name this variant; the method's name when empty.
+        seed: of initial weights, sample order and dropout.
+        options: the method's own fields, checked by its ``Options`` dataclass.
+    """
+
+    method: str
+    label: str = ""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.label or self.method
+
+
+def _convert(value: Any, annotation: Any, where: str) -> Any:
+    """Check ``value`` against a field's type; numbers may be written as int for float, and as strings from YAML's 1e-3."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return build(annotation, value, where)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _convert(value, inner, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ClmoeError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return value
+    if annotation is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise ClmoeError(f"{where}: {value!r} is not a number") from error
+    if isinstance(annotation, type) and type(value) is annotation:
+        return value
+    wanted = getattr(annotation, "__name__", str(annotation))
+    raise ClmoeError(f"{where}: {value!r} is a {type(value).__name__}, expected {wanted}")
+
+
+def build(kind: type[T], values: Any, where: str) -> T:
+    """Fill the dataclass ``kind`` from a mapping.
+
+    Raises:
+        ClmoeError: not a mapping, an unknown key (the nearest known one is named), or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ClmoeError(f"{where}: expected a mapping, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ClmoeError(unknown_name(f"{where}: key", str(key), hints))
+    try:
+        return kind(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise ClmoeError(f"{where}: {error}") from error
+
+
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """``high`` over ``low``, mapping by mapping."""
+    merged = dict(low)
+    for key, value in high.items():
+        both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both_maps else value
+    return merged
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``["training.steps=20", "options.beta=1"]`` -> nested mapping; values are YAML."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ClmoeError(f"override {pair!r}: write key=value, for instance training.steps=20")
+        value: Any = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ClmoeError: unreadable file, broken YAML (with its line), or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClmoeError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ClmoeError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ClmoeError(f"{path}: expected a mapping at the top")
+    return values
+
+
+def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model: str | None = None) -> Config:
+    """Resolve a method's configuration on a benchmark.
+
+    Args:
+        source: name of a file in ``configs/methods`` or a path.
+        recipe: the benchmark's defaults.
+        overrides: ``key=value`` pairs.
+        model: name of a file in ``configs/models``, a path to one, or a model folder / hub name.
+    """
+    path = find_config("methods", source)
+    values = merge(read_yaml(path), recipe)
+    if model is not None:
+        values = merge(values, {"model": model_values(model)})
+    return build(Config, merge(values, parse_overrides(overrides)), str(path))
+
+
+def model_values(model: str) -> dict[str, Any]:
+    """A model's YAML by name or path; anything else is a model folder or hub name itself."""
+    named = find_config("models", model, missing_ok=True)
+    if named is not None and named.is_file() and named.suffix == ".yaml":
+        return read_yaml(named)
+    return {"path": model}
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, the same bytes for equal configurations."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True)
+
+
+def reload_config(path: Path, overrides: list[str]) -> Config:
+    """A frozen ``config.yaml``, with overrides for evaluation."""
+    return build(Config, merge(read_yaml(path), parse_overrides(overrides)), str(path))

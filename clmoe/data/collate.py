@@ -1,0 +1,139 @@
+"""Datasets that read one item at a time, and the functions that make batches of items.
+
+Items hold tensors only and nothing random is drawn, so a batch does not depend on the number of loader
+workers. Letters: B rows, T tokens of the longest row, I rows that have an image, H and W the vision tower's
+input size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clmoe.data.images import load_image, preprocess
+from clmoe.data.prompts import IGNORE, encode_prompt, encode_training
+from clmoe.data.records import Question, TrainRecord
+from clmoe.errors import ClmoeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class TrainItem:
+    """input_ids and labels: [T] int64; pixel_values: [3, H, W] float32, or None for text only."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """input_ids: [T] int64; pixel_values: [3, H, W] float32, or None for text only."""
+
+    input_ids: Tensor
+    pixel_values: Tensor | None
+
+
+def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
+    """A training batch, padded at the right.
+
+    Returns input_ids, attention_mask (1 = token, 0 = padding) and labels (padding is -100), all [B, T] int64,
+    and pixel_values [I, 3, H, W] float32 of the rows that have an image, in row order; the key is absent if
+    no row has one.
+    """
+    batch = _pad([item.input_ids for item in items], pad_id, left=False)
+    batch["labels"] = _pad([item.labels for item in items], IGNORE, left=False)["input_ids"]
+    return batch | _stack_pixels([item.pixel_values for item in items])
+
+
+def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
+    """A batch to generate from, padded at the left; keys and shapes as in collate_train, without labels."""
+    batch = _pad([item.input_ids for item in items], pad_id, left=True)
+    return batch | _stack_pixels([item.pixel_values for item in items])
+
+
+class TrainDataset(Dataset[TrainItem]):
+    """Training records as items. Images are decoded and text is tokenised on access.
+
+    Raises ClmoeError at once if there are no records or the tokenizer does not fit the template (the first
+    record is encoded as a trial), and on access for a bad image or a record whose answer lies beyond
+    max_length.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[TrainRecord],
+        image_root: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        image_processor: Any,
+        image_token_count: int,
+        max_length: int,
+    ) -> None:
+        if not records:
+            raise ClmoeError("there are no training records; expected at least one")
+        self.records, self.image_root = records, Path(image_root)
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.image_token_count, self.max_length = image_token_count, max_length
+        encode_training(records[0], tokenizer, image_token_count, max_length)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> TrainItem:
+        record = self.records[index]
+        encoded = encode_training(record, self.tokenizer, self.image_token_count, self.max_length)
+        pixels = _pixels(self.image_root, record.image, self.image_processor)
+        return TrainItem(torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), pixels)
+
+
+class PromptDataset(Dataset[PromptItem]):
+    """Questions as prompts to answer; the image goes through the same preprocessing as in training."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        image_root: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        image_processor: Any,
+        image_token_count: int,
+    ) -> None:
+        self.questions, self.image_root = questions, Path(image_root)
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.image_token_count = image_token_count
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        question = self.questions[index]
+        ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
+        return PromptItem(torch.tensor(ids), _pixels(self.image_root, question.image, self.image_processor))
+
+
+def _pixels(image_root: Path, image: str | None, image_processor: Any) -> Tensor | None:
+    return None if image is None else preprocess(load_image(image_root / image), image_processor)
+
+
+def _pad(rows: list[Tensor], value: int, left: bool) -> dict[str, Tensor]:
+    """Rows [T_i] int64 -> input_ids and attention_mask [B, T] int64."""
+    length = max(len(row) for row in rows)
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for number, row in enumerate(rows):
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        padded[number, where] = row
+        mask[number, where] = 1
+    return {"input_ids": padded, "attention_mask": mask}
+
+
+def _stack_pixels(pixels: list[Tensor | None]) -> dict[str, Tensor]:
+    present = [value for value in pixels if value is not None]
+    return {"pixel_values": torch.stack(present)} if present else {}

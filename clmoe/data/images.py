@@ -1,0 +1,112 @@
+"""From an image file to the vision tower's input: one path, used in training and in evaluation.
+
+Decode policy, the same as LLaVA-1.5's where LLaVA has one:
+
+* Every image becomes RGB. Transparency is dropped, not blended; palettes and CMYK are converted; of an
+  animation the first frame counts.
+* The stored orientation is kept: an EXIF rotation tag is **not** applied. LLaVA does not apply it either, and
+  boxes of the benchmarks refer to the stored pixels.
+* Images with more than 8 bits per channel (16-bit, 32-bit, float) are refused: converting them would clip
+  everything above 255 to white.
+* A file that is missing, empty, truncated, not an image, or larger than ``MAX_PIXELS`` is an error that names
+  it; nothing is skipped or replaced.
+
+A non-square image is padded to a square, never cropped. Published evaluation scripts crop what training
+padded, which moves the target boxes of grounding tasks; here both sides call ``preprocess``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from clmoe.errors import ClmoeError
+
+MAX_PIXELS = 178_956_970
+"""Largest accepted width x height. It is the size at which Pillow itself speaks of a decompression bomb."""
+
+_DEEP_MODES = ("I", "F")
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode an image file completely, as RGB.
+
+    Raises ClmoeError naming the file if it cannot be decoded, is larger than MAX_PIXELS, or has more than 8
+    bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ClmoeError(
+                    f"{path}: {width} x {height} pixels; at most {MAX_PIXELS} are accepted. Scale it down"
+                )
+            return to_rgb(image, str(path))
+    except ClmoeError:
+        raise
+    # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...) for one cause.
+    except Exception as error:
+        raise ClmoeError(f"{path}: cannot be decoded as an image ({error}); replace the file") from error
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """The image as 8-bit RGB. Raises ClmoeError naming the image if it has more than 8 bits per channel."""
+    if image.mode.split(";")[0] in _DEEP_MODES:
+        raise ClmoeError(
+            f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB"
+        )
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Centre an RGB image on a square of the background colour whose side is the longer side.
+
+    The same as ``expand2square`` of LLaVA-1.5: with an odd remainder the extra line lies right or below. A
+    square image is returned as it is.
+    """
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
+    """Pad with the processor's mean colour, then let the processor resize and normalise.
+
+    Args:
+        image: of any size and any mode that ``to_rgb`` takes.
+        image_processor: a transformers image processor with ``image_mean`` (CLIPImageProcessor,
+        CLIPImageProcessorPil, ...).
+
+    Returns:
+        Tensor [3, H, W], float32, contiguous.
+
+    Raises:
+        ClmoeError: the processor would crop the padded square (its crop size is not its resize size), or the
+            image has more than 8 bits per channel.
+    """
+    _refuse_cropping(image_processor)
+    red, green, blue = (int(value * 255) for value in image_processor.image_mean)
+    square = pad_to_square(to_rgb(image), (red, green, blue))
+    pixels = image_processor(images=square, return_tensors="pt")["pixel_values"]
+    return pixels[0].to(torch.float32).contiguous()
+
+
+def _refuse_cropping(image_processor: Any) -> None:
+    """After padding, a centre crop is harmless only if it keeps the whole resized square."""
+    if not getattr(image_processor, "do_center_crop", False):
+        return
+    size, crop = dict(image_processor.size), dict(image_processor.crop_size)
+    sides = {size.get("shortest_edge"), size.get("height"), size.get("width")} - {None}
+    kept = {crop.get("shortest_edge"), crop.get("height"), crop.get("width")} - {None}
+    if not image_processor.do_resize or len(sides) != 1 or sides != kept:
+        raise ClmoeError(
+            f"image processor: resizes to {size} (do_resize {image_processor.do_resize}), crops to {crop}, "
+            "so it would cut the image; set 'size' and 'crop_size' to the same length"
+        )

@@ -1,0 +1,164 @@
+"""LLaVA-1.5's conversation template (``vicuna_v1``) and the answer mask.
+
+The whole conversation is one string and is tokenised once; the mask follows from the character offsets of
+the tokens. So the labels are exactly the tokens of `` answer</s>`` of every turn, whatever the tokenizer does
+with spaces. Two checks turn a template that does not fit the tokenizer into an error instead of a silent zero
+loss: no token may reach across an answer's borders, and the tokens of the first prompt (what evaluation
+sends) must be a prefix of the training tokens.
+
+The string holds one ``<image>``, which the tokenizer must know as a single token; it is replaced by
+``image_token_count`` copies of it. Whether a ``<s>`` comes first is the tokenizer's own setting, the same for
+training and prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from clmoe.data.records import IMAGE_MARK, TrainRecord, Turn
+from clmoe.errors import ClmoeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+END = "</s>"
+IGNORE = -100
+"""Label of tokens that do not count in the loss."""
+
+
+class Encoded(NamedTuple):
+    """Token ids and labels of one conversation, of equal length; labels are IGNORE outside the answers."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def prompt_text(question: str, has_image: bool) -> str:
+    """The prompt that evaluation sends; it ends in ``ASSISTANT:`` without a space."""
+    mark = f"{IMAGE_MARK}\n" if has_image else ""
+    return f"{SYSTEM} USER: {mark}{question} ASSISTANT:"
+
+
+def render_turns(turns: Sequence[Turn], has_image: bool) -> str:
+    """The whole conversation; every answer ends in ``</s>`` and the next ``USER:`` follows it directly."""
+    return _render(turns, has_image)[0]
+
+
+def encode_training(
+    record: TrainRecord, tokenizer: PreTrainedTokenizerFast, image_token_count: int, max_length: int
+) -> Encoded:
+    """Token ids and labels of a record, cut at the right to max_length tokens (the image's tokens counted),
+    as LLaVA does.
+
+    Raises:
+        ClmoeError: the tokenizer does not fit the template, the record's text holds a special token
+        (``</s>``, ``<image>``),
+            or no answer token is left after the cut. The message names the record.
+    """
+    where = f"record {record.id!r}"
+    has_image = record.image is not None
+    text, spans = _render(record.turns, has_image)
+    ids, offsets = _tokenise(text, tokenizer, has_image, len(record.turns), where)
+    labels = _answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
+    prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, has_image, 0, where)
+    if ids[: len(prompt)] != prompt or any(label != IGNORE for label in labels[: len(prompt)]):
+        raise ClmoeError(
+            f"{where}: the prompt's tokens are not the beginning of the training tokens, so training and "
+            "evaluation would differ; this tokenizer does not fit the vicuna_v1 template"
+        )
+    if has_image:
+        position = ids.index(tokenizer.image_token_id)
+        ids = _expand(ids, position, image_token_count)
+        labels = labels[:position] + [IGNORE] * image_token_count + labels[position + 1 :]
+    total = len(ids)
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORE for label in labels):
+        raise ClmoeError(
+            f"{where}: {total} tokens, and no answer token is among the first {max_length}; "
+            "raise the maximum length or shorten the record"
+        )
+    return Encoded(ids, labels)
+
+
+def encode_prompt(
+    question: str, has_image: bool, tokenizer: PreTrainedTokenizerFast, image_token_count: int
+) -> list[int]:
+    """Token ids of the prompt up to ``ASSISTANT:``, never cut. Raises ClmoeError as encode_training does."""
+    where = f"question {question[:60]!r}"
+    ids, _ = _tokenise(prompt_text(question, has_image), tokenizer, has_image, 0, where)
+    return _expand(ids, ids.index(tokenizer.image_token_id), image_token_count) if has_image else ids
+
+
+def _render(turns: Sequence[Turn], has_image: bool) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation and, per turn, the character span of `` answer</s>`` (from the space to after the end
+    mark)."""
+    text, spans = "", []
+    for number, turn in enumerate(turns):
+        text += f"USER: {turn.question} ASSISTANT:" if number else prompt_text(turn.question, has_image)
+        start = len(text)
+        text += f" {turn.answer}{END}"
+        spans.append((start, len(text)))
+    return text, spans
+
+
+def _tokenise(
+    text: str, tokenizer: PreTrainedTokenizerFast, has_image: bool, ends: int, where: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets; checks that the special tokens are those of the template and no others."""
+    if tokenizer.eos_token != END:
+        raise ClmoeError(
+            f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}"
+        )
+    if has_image and getattr(tokenizer, "image_token", None) != IMAGE_MARK:
+        raise ClmoeError(
+            f"tokenizer: no image token {IMAGE_MARK!r}; "
+            f"add it with extra_special_tokens={{'image_token': '{IMAGE_MARK}'}}"
+        )
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    image_id = getattr(tokenizer, "image_token_id", None)
+    for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, has_image)):
+        if ids.count(token_id) != wanted:
+            raise ClmoeError(
+                f"{where}: {ids.count(token_id)} tokens {token}, the template has {int(wanted)}; remove it "
+                "from the text or, if it is not there, mend the tokenizer: one special token, never appended"
+            )
+    return ids, [tuple(pair) for pair in encoded["offset_mapping"]]
+
+
+def _answer_labels(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], end_id: int, where: str
+) -> list[int]:
+    """Labels: the ids of the tokens inside a span, IGNORE elsewhere. Every span must hold some answer and
+    close with end_id.
+
+    A token of no width (``<s>``, or white space in tokenizers that trim offsets) belongs to the span in which
+    it begins.
+    """
+    labels = [IGNORE] * len(ids)
+    position = 0
+    for start, stop in spans:
+        while position < len(ids) and offsets[position][0] < start:
+            if offsets[position][1] > start:
+                raise ClmoeError(
+                    f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer"
+                )
+            position += 1
+        first = position
+        while position < len(ids) and offsets[position][0] < stop:
+            labels[position] = ids[position]
+            position += 1
+        if position - first < 2 or ids[position - 1] != end_id or offsets[position - 1][1] != stop:
+            raise ClmoeError(
+                f"{where}: the tokens of an answer do not end in one {END}; the tokenizer does not fit"
+            )
+    return labels
+
+
+def _expand(ids: list[int], position: int, count: int) -> list[int]:
+    return ids[:position] + [ids[position]] * count + ids[position + 1 :]

@@ -1,0 +1,177 @@
+"""Evaluate one checkpoint on tasks: predictions and scores into the run folder, each file complete or absent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config
+from clmoe.data.records import Question, load_questions
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
+from clmoe.evaluate.scoring import find_scorer, score
+from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
+from clmoe.train.checkpoint import write_json, write_text
+
+if TYPE_CHECKING:
+    from clmoe.evaluate.generate import Answer, Answerer
+    from clmoe.methods.base import RouterChoice
+
+ZERO_SHOT = "zero_shot"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What evaluation needs to know of a checkpoint without loading it.
+
+    Attributes:
+        folder: None for the bare base.
+        identity: sha256 of its manifest, or the base's fingerprint.
+        after: row label: the newest task, or ``zero_shot``.
+        learned: the tasks trained so far, oldest first.
+    """
+
+    folder: Path | None
+    identity: str
+    after: str
+    learned: list[str]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Request:
+    """One cell to fill: a task under a router choice, in a scoring mode, on its first ``limit`` questions."""
+
+    task: str
+    router: RouterChoice
+    scoring: str
+    limit: int | None
+
+    def stem(self) -> str:
+        """File name without ending; the default router has no suffix."""
+        return self.task if self.router == "located" else f"{self.task}.{self.router}"
+
+
+def summary_path(run: Path, after: str, request: Request) -> Path:
+    return run / "predictions" / after / f"{request.stem()}.json"
+
+
+def is_done(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
+    """The cell was filled from this very checkpoint with these settings."""
+    path = summary_path(run, checkpoint.after, request)
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] == _settings(checkpoint, request)
+
+
+def _settings(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
+    config = checkpoint.config
+    return {
+        "checkpoint": checkpoint.identity,
+        "scoring": request.scoring,
+        "limit": request.limit,
+        "exact": config.evaluation.exact,
+        "options": config.options,
+    }
+
+
+def evaluate(
+    run: Path, benchmark: Benchmark, checkpoint: Checkpoint, requests: list[Request], answerer: Answerer,
+    stage: Stage | None = None,
+) -> None:  # fmt: skip
+    """Fill the cells that are not filled yet, then rewrite the run's matrix and metrics."""
+    log = EventLog(run / "events.jsonl")
+    for request in requests:
+        if is_done(run, checkpoint, request):
+            continue
+        task = benchmark.task(request.task)
+        find_scorer(task.scorer)
+        questions = load_questions(task.test, task.image_root)[: request.limit]
+        title = f"{checkpoint.after} > {request.stem()}"
+        index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
+        with (
+            timed(log, "evaluated", after=checkpoint.after, task=request.stem()) as extra,
+            Progress(title, len(questions), read_events(log.path), stage) as progress,
+        ):
+            answers = answerer.answer(
+                questions, task.image_root, task.max_new_tokens, request.router, index, progress.advance_rows
+            )
+            extra["score"] = _write_cell(run, checkpoint, request, task.scorer, questions, answers)
+
+
+def _write_cell(
+    run: Path, checkpoint: Checkpoint, request: Request, scorer: str, questions: list[Question], answers: list[Answer]
+) -> float:
+    """Write the predictions, then the summary that makes them count. Returns the score in percent."""
+    path = summary_path(run, checkpoint.after, request)
+    scores = [score(scorer, a.text, q, request.scoring) for q, a in zip(questions, answers, strict=True)]  # type: ignore[arg-type]
+    rows = [
+        {
+            "question_id": q.question_id,
+            "image": q.image,
+            "prompt": q.text,
+            "text": a.text,
+            "answer": q.answer,
+            "score": s,
+            "task": None if a.task is None else checkpoint.learned[a.task],
+            "redone": a.redone,
+        }
+        for q, a, s in zip(questions, answers, scores, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    write_text(path.with_suffix(".jsonl"), lines)
+    percent = 100 * sum(scores) / len(scores)
+    located = [row["task"] == request.task for row in rows if row["task"] is not None]
+    summary = {
+        "score": percent,
+        "questions": len(rows),
+        "redone": sum(a.redone for a in answers),
+        "located": 100 * sum(located) / len(located) if located else None,
+        "settings": _settings(checkpoint, request),
+    }
+    write_json(path, summary)
+    return percent
+
+
+def read_score(run: Path, after: str, stem: str) -> float | None:
+    """A filled cell's score in percent, None where nothing was measured."""
+    path = run / "predictions" / after / f"{stem}.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["score"]) if path.is_file() else None
+
+
+def write_tables(run: Path, order: list[str]) -> dict[str, float | None]:
+    """Rebuild ``matrix.csv``, ``immediate.csv`` (router known, where measured) and ``metrics.json`` from the cells.
+
+    ``order``: all tasks of the run, in training order. Returns the metrics.
+    """
+    matrix = AccuracyMatrix(tuple(order), {})
+    for after in (ZERO_SHOT, *order):
+        scores = {task: read_score(run, after, task) for task in order}
+        if any(value is not None for value in scores.values()):
+            matrix = matrix.with_row(after, scores)
+    if list(matrix.rows) == [ZERO_SHOT]:  # a method that trains nothing ends the sequence as it began
+        matrix = matrix.with_row(order[-1], dict(zip(order, matrix.row(ZERO_SHOT), strict=True)))
+    known = [read_score(run, task, f"{task}.oracle") for task in order]
+    immediate = None
+    if any(value is not None for value in known):
+        write_immediate_csv(run / "immediate.csv", order, known)
+        immediate = dict(zip(order, known, strict=True))
+    matrix.write_csv(run / "matrix.csv")
+    result = metrics(matrix, immediate)
+    write_json(run / "metrics.json", result)
+    return result
+
+
+def check_tasks(benchmark: Benchmark, names: list[str]) -> None:
+    """Every name is a task of the benchmark with a known scorer.
+
+    Raises:
+        ClmoeError: naming the nearest known task.
+    """
+    if not names:
+        raise ClmoeError("no task to evaluate: name them with --tasks a,b")
+    for name in names:
+        find_scorer(benchmark.task(name).scorer)

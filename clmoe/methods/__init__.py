@@ -1,0 +1,3 @@
+"""Continual-learning methods, one file each, behind the hooks of ``base.py``."""
+
+SUPPORT_MODULES = ("base", "adapters", "momentum", "statistics")

@@ -1,0 +1,117 @@
+"""The hooks of a method. One method is one file here, one YAML in configs/methods, one row in the contract test."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from clmoe.config import Config, build
+from clmoe.errors import ClmoeError
+from clmoe.system.names import unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+
+    from clmoe.data.records import TrainRecord
+    from clmoe.evaluate.generate import PromptBatch
+    from clmoe.model.llava import LoadedBase
+    from clmoe.model.routing import RouteSelection, RouteTrace
+
+RouterChoice = Literal["located", "oracle", "last", "random"]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods without options of their own."""
+
+
+@dataclass
+class TaskContext:
+    """What a method sees of the task being trained.
+
+    Attributes:
+        task, index: the task's name and its position in the sequence, from 0.
+        records, image_root: its training set.
+        config: the resolved configuration.
+        model: base with adapter.
+        work: folder that becomes the checkpoint; a method's state files go here.
+        trained: sealed folder with the adapter exactly as training left it.
+        previous: the parent checkpoint, or None.
+    """
+
+    task: str
+    index: int
+    records: Sequence[TrainRecord]
+    image_root: Path
+    config: Config
+    base: LoadedBase
+    model: PeftModel
+    work: Path
+    trained: Path
+    previous: Path | None
+
+
+class Method:
+    """A continual-learning method; subclasses override what they need.
+
+    Class attributes:
+        chain: how ``scripts/sequence.sh`` runs it: ``sequence`` (each task continues the one before), ``separate``
+            (each task starts anew), ``union`` (all tasks at once), ``none`` (nothing is trained).
+        finds_task: evaluation depends on the sample's task, so ``--router`` has a meaning.
+    """
+
+    chain: ClassVar[Literal["sequence", "separate", "union", "none"]] = "sequence"
+    finds_task: ClassVar[bool] = False
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.options: Any = build(self.Options, config.options, "options")
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        """The adapter of the first task."""
+        raise ClmoeError(f"method {self.config.method} trains nothing")
+
+    def effective_scale(self) -> float | None:
+        """``s`` times the mean gate: the factor on an average expert's update, for tables."""
+        return None
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Before training: grow, freeze, choose what trains."""
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """A loss added to the answer loss: a mean over the samples of ``batch``, weighted by their share of the global batch."""
+        return None
+
+    def end_task(self, context: TaskContext) -> None:
+        """After training, with the trained adapter saved in ``context.trained``."""
+
+    def selection(self, checkpoint: Path, model: PeftModel, batch: PromptBatch, router: RouterChoice) -> RouteSelection:
+        """How a batch of questions is routed at test time."""
+        from clmoe.model.routing import NEWEST_ROUTER
+
+        return NEWEST_ROUTER
+
+
+def method_names() -> list[str]:
+    """Names of all methods: the modules of this package that hold one."""
+    import clmoe.methods as package
+
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in package.SUPPORT_MODULES)
+
+
+def method_class(name: str) -> type[Method]:
+    """The ``METHOD`` of ``clmoe/methods/<name>.py``.
+
+    Raises:
+        ClmoeError: unknown name.
+    """
+    if name not in method_names():
+        raise ClmoeError(unknown_name("method", name, method_names()))
+    return importlib.import_module(f"clmoe.methods.{name}").METHOD

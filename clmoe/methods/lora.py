@@ -1,0 +1,26 @@
+"""Sequential LoRA: one adapter, fine-tuned on task after task. The baseline that forgets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clmoe.methods.adapters import lora_adapter, lora_scaling
+from clmoe.methods.base import Method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from clmoe.model.llava import LoadedBase
+
+
+class Lora(Method):
+    """Nothing is frozen but the base; the newest task writes over the older ones."""
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        return lora_adapter(self.config)
+
+    def effective_scale(self) -> float:
+        return lora_scaling(self.config.adapter)
+
+
+METHOD = Lora

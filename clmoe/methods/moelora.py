@@ -1,0 +1,26 @@
+"""MoELoRA (CoIN, NeurIPS 2024): LoRA experts under a dense softmax router per token, nothing frozen, no balance loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clmoe.methods.adapters import expert_adapter, expert_scaling, mean_gate
+from clmoe.methods.base import Method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from clmoe.model.llava import LoadedBase
+
+
+class MoeLora(Method):
+    """All experts and routers train on every task."""
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        return expert_adapter(self.config, base)
+
+    def effective_scale(self) -> float:
+        return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
+
+
+METHOD = MoeLora

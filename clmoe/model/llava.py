@@ -1,0 +1,76 @@
+"""Load LLaVA-1.5 (transformers' own class) with its processor, and read the frozen base's features."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from clmoe.config import ModelConfig
+from clmoe.errors import ClmoeError
+from clmoe.model.fingerprint import base_fingerprint
+from clmoe.system.paths import resolve_model_path
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """The frozen LLaVA and what turns records into its inputs.
+
+    Attributes:
+        image_token_count: how many tokens one image becomes.
+        fingerprint: identity of config and weights, see ``base_fingerprint``.
+    """
+
+    model: LlavaForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    image_token_count: int
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def count_image_tokens(model: LlavaForConditionalGeneration) -> int:
+    """Patches of one image, plus the class token with the ``full`` feature strategy."""
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (model.config.vision_feature_select_strategy == "full")
+
+
+def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
+    """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
+
+    Raises:
+        ClmoeError: the folder is not a LLaVA in transformers' format.
+    """
+    folder = resolve_model_path(config.path)
+    fingerprint = base_fingerprint(folder)
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+        processor = AutoProcessor.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+    model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    model.name_or_path = config.path  # goes into adapter files, which must not depend on where the repository lies
+    return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), fingerprint)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that ignore left padding: ``[B, T]`` int64, so that a padded row is computed as a lone one."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def last_prompt_features(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """Final-norm hidden state of the last prompt token, ``[B, D]`` float32, for a left-padded prompt batch.
+
+    The locator's feature (LLaVA-CMoE section 3.3, F_end). Call it with the adapter disabled.
+    """
+    positions = position_ids(batch["attention_mask"])
+    hidden = model.model(**batch, position_ids=positions, use_cache=False).last_hidden_state
+    return hidden[:, -1].float()

@@ -1,0 +1,134 @@
+"""Routers over LoRA experts: per-token instance routers in a bank, and fixed per-task gates."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, current_routing
+
+
+def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
+    """Softmax over all experts, or over the ``top_k`` largest logits with zeros elsewhere (LLaVA-CMoE eq. 1).
+
+    ``logits [..., E]`` float32 -> gate ``[..., E]`` that sums to 1. Ties go to the lower index.
+    """
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits.softmax(-1)
+    order = logits.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    kept = torch.full_like(logits, float("-inf")).scatter(-1, order, logits.gather(-1, order))
+    return kept.softmax(-1)
+
+
+class InstanceRouter(nn.Module):
+    """Linear router on each token: logits ``x W^T`` over ``E`` experts, in float32 (CL-MoE eq. 5)."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, frozen: bool) -> None:
+        super().__init__()
+        if frozen:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
+
+    @staticmethod
+    def fresh(din: int, experts: int, generator: torch.Generator) -> Tensor:
+        """Uniform in +-1/sqrt(din), as ``nn.Linear`` starts; ``[experts, din]``."""
+        return (torch.rand(experts, din, generator=generator) * 2 - 1) / din**0.5
+
+    @property
+    def span(self) -> int:
+        """How many experts this router chooses among: those that existed when its task ended."""
+        return self.weight.shape[0]
+
+    def freeze(self) -> None:
+        """Turn the weight into a buffer, bit for bit."""
+        if isinstance(self.weight, nn.Parameter):
+            weight = self.weight.detach().clone()
+            del self.weight
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class TaskRouter(nn.Module):
+    """One fixed gate per task, taken from the instance router's behaviour on it (CL-MoE eq. 7).
+
+    ``gates [N, E]`` float32, a persistent buffer: row ``t`` belongs to task ``t``. None before the first task ends.
+    """
+
+    gates: Tensor | None
+
+    def __init__(self, gates: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("gates", gates)
+
+    @property
+    def tasks(self) -> int:
+        return 0 if self.gates is None else self.gates.shape[0]
+
+    def append(self, gate: Tensor) -> None:
+        """Add the next task's gate ``[E]``."""
+        row = gate.float().unsqueeze(0)
+        self.gates = row if self.gates is None else torch.cat([self.gates, row.to(self.gates)])
+
+    def forward(self, task: Tensor) -> Tensor:
+        """``task [B]`` int64 -> gates ``[B, 1, E]``, one for all tokens of a sample."""
+        if self.gates is None:
+            raise RuntimeError("a task was selected but this layer has no task gates")
+        return self.gates[task].unsqueeze(1)
+
+
+class RouterBank(nn.Module):
+    """All routers of one layer: instance routers, oldest first, and the task router.
+
+    A sample uses the instance router that the batch's ``RouteSelection`` names (the newest by default), mixed
+    with its task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Samples
+    of one batch may use different routers; each sees only the experts its router spans.
+    """
+
+    def __init__(self, name: str, top_k: int | None) -> None:
+        super().__init__()
+        self.name, self.top_k = name, top_k
+        self.instance = nn.ModuleList()
+        self.task = TaskRouter()
+
+    def append(self, weight: Tensor, frozen: bool = False) -> None:
+        """Add an instance router ``weight [E, din]``."""
+        self.instance.append(InstanceRouter(weight, frozen))
+
+    def freeze(self) -> None:
+        for router in self.instance:
+            router.freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate for every token. ``x [B, T, din]`` -> ``[B, T, e]`` float32, ``e`` the widest span in the batch."""
+        active = current_routing()
+        selection = NEWEST_ROUTER if active is None else active.selection
+        if len(self.instance) == 1 or selection.router is None:
+            logits = self.instance[-1](x)
+            gate = gate_from_logits(logits, self.top_k)
+        else:
+            logits, gate = self._mixed(x, selection.router)
+        if active is not None and active.trace is not None:
+            active.trace.outputs[self.name] = RouterOutput(logits, gate)
+        if selection.task is not None and selection.beta != 1:
+            gate = selection.beta * gate + (1 - selection.beta) * self.task(selection.task)
+        return gate
+
+    def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Route each sample with its own router; narrower gates are padded with zeros."""
+        used = index.unique().tolist()
+        routers = list(self.instance)
+        width = max(routers[i].span for i in used)
+        logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
+        gate = torch.zeros_like(logits)
+        for i in used:
+            rows = (index == i).nonzero().squeeze(1)
+            answer = routers[i](x[rows])
+            logits[rows, ..., : answer.shape[-1]] = answer
+            gate[rows, ..., : answer.shape[-1]] = gate_from_logits(answer, self.top_k)
+        return logits, gate

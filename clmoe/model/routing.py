@@ -1,0 +1,85 @@
+"""Routing as data: what steers the routers of one forward pass, and what they answered.
+
+A ``RouteSelection`` travels with the batch and a ``RouteTrace`` with one forward; both are installed by
+``routing(...)`` around the call, because ``LlamaMLP`` takes no further arguments. Layers hold no routing
+state, so an activation checkpoint that recomputes later sees what its own forward saw (``checkpoint_contexts``).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouteSelection:
+    """How the samples of one batch are routed; lives through a whole generation.
+
+    Attributes:
+        router: ``[B]`` int64, index into each layer's router bank; None uses the newest router.
+        task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
+        beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
+    """
+
+    router: Tensor | None = None
+    task: Tensor | None = None
+    beta: float = 1.0
+
+    def rows(self, index: Tensor) -> "RouteSelection":
+        """The selection of the samples ``index [b]`` of this batch."""
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
+
+        return RouteSelection(pick(self.router), pick(self.task), self.beta)
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """One router's answer: ``logits [B, T, e]`` and the instance router's ``gate [B, T, e]``, float32."""
+
+    logits: Tensor
+    gate: Tensor
+
+
+@dataclass
+class RouteTrace:
+    """What each router answered in one forward pass, by router name; assigned, never accumulated."""
+
+    outputs: dict[str, RouterOutput] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Routing:
+    selection: RouteSelection
+    trace: RouteTrace | None
+
+
+_current: ContextVar[Routing | None] = ContextVar("clmoe_routing", default=None)
+NEWEST_ROUTER = RouteSelection()
+
+
+@contextmanager
+def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Iterator[None]:
+    """Install a selection (and a trace) for the forward passes inside the block."""
+    token = _current.set(Routing(selection, trace))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_routing() -> Routing | None:
+    """The routing installed by the innermost ``routing`` block, or None."""
+    return _current.get()
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint``: recompute under the routing of the first forward.
+
+    The recomputation leaves the trace alone: its tensors belong to the first forward's graph.
+    """
+    active = _current.get()
+    return nullcontext(), nullcontext() if active is None else routing(active.selection)

@@ -1,0 +1,1 @@
+"""Reports: run folders are read, compared in tables and drawn as pictures."""

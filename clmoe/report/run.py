@@ -1,0 +1,201 @@
+"""Reading run folders, and grouping the runs of one variant over its seeds.
+
+A run folder holds `run.json` (what was run), `matrix.csv` (scores), and optionally `immediate.csv` (scores
+right after each task with the router known) and `timing.json` ({"minutes": float}). Metrics are always
+computed from the matrix, so that a report cannot show a stale figure; `metrics.json` is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.continual import (
+    AccuracyMatrix,
+    Scores,
+    Spread,
+    mean_spread,
+    metrics,
+    read_immediate_csv,
+)
+from clmoe.evaluate.scoring import MODES
+
+# Field of run.json -> types allowed. bool is an int in Python, so it is checked apart.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "benchmark": (str,),
+    "order": (list,),
+    "seed": (int,),
+    "label": (str,),
+    "trainable_parameters": (int,),
+    "adapter_parameters": (int,),
+    "projector_trained": (bool,),
+    "effective_scale": (int, float, type(None)),
+    "steps_per_task": (int,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time."""
+
+    path: Path
+    label: str
+    method: str
+    benchmark: str
+    scoring: str
+    order: tuple[str, ...]
+    seed: int
+    trainable_parameters: int
+    adapter_parameters: int
+    projector_trained: bool
+    effective_scale: float | None
+    steps_per_task: int
+    matrix: AccuracyMatrix
+    immediate: Scores | None
+    metrics: dict[str, float | None]
+    minutes: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+    def scores(self, row: str) -> dict[str, float | None]:
+        """Scores by task of one kind of row: a row label of the matrix, `immediate` or `immediate_known`."""
+        n = len(self.order)
+        if row == "immediate":
+            values: Scores = tuple(self.matrix.cell(i, i) for i in range(1, n + 1))
+        elif row == "immediate_known":
+            values = self.immediate or (None,) * n
+        else:
+            values = self.matrix.row(self.order[-1] if row == "last" else row)
+        return dict(zip(self.order, values, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The runs of one label, ordered by seed."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.seed for run in self.runs)
+
+    def metric(self, name: str) -> Spread:
+        """Mean and spread of one metric over the seeds."""
+        return mean_spread([run.metrics[name] for run in self.runs])
+
+    def task_score(self, row: str, task: str) -> Spread:
+        """Mean and spread over the seeds of one task's score in that kind of row (see `Run.scores`)."""
+        return mean_spread([run.scores(row)[task] for run in self.runs])
+
+    def field(self, name: str) -> Spread:
+        """Mean and spread over the seeds of a number stored with the run, e.g. `trainable_parameters`."""
+        return mean_spread([getattr(run, name) for run in self.runs])
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        ClmoeError: a file is missing or malformed (file and field are named), or the columns of the matrix
+            are not the tasks of the run's order.
+    """
+    info = _read_json(folder / "run.json")
+    for field, types in _FIELDS.items():
+        _check_field(folder / "run.json", info, field, types)
+    if not all(isinstance(task, str) for task in info["order"]):
+        raise ClmoeError(f"{folder / 'run.json'}: field 'order' must be a list of task names")
+    scoring = info.get("scoring", "fixed")
+    if scoring not in MODES:
+        raise ClmoeError(
+            f"{folder / 'run.json'}: field 'scoring' is {scoring!r}; allowed: {', '.join(MODES)}"
+        )
+    matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
+    order = tuple(info["order"])
+    if matrix.tasks != order:
+        raise ClmoeError(
+            f"{folder / 'matrix.csv'}, header: columns {', '.join(matrix.tasks)} are not the order "
+            f"in run.json ({', '.join(order)})"
+        )
+    known = folder / "immediate.csv"
+    immediate = read_immediate_csv(known, order) if known.exists() else None
+    return Run(
+        path=folder,
+        scoring=scoring,
+        order=order,
+        matrix=matrix,
+        immediate=immediate,
+        metrics=metrics(matrix, immediate),
+        minutes=_read_minutes(folder / "timing.json"),
+        **{field: info[field] for field in _FIELDS if field != "order"},
+    )
+
+
+def group_runs(folders: Sequence[Path]) -> list[Group]:
+    """Read run folders and group them by label, labels in the order given and runs by seed.
+
+    Raises:
+        ClmoeError: no folder, a label with the same seed twice, or runs that cannot stand in one table
+            because benchmark, scoring mode or set of tasks differ.
+    """
+    if not folders:
+        raise ClmoeError("no run folder given")
+    runs = [read_run(folder) for folder in folders]
+    first = runs[0]
+    for run in runs[1:]:
+        for what, ours, theirs in (
+            ("benchmark", first.benchmark, run.benchmark),
+            ("scoring", first.scoring, run.scoring),
+            ("tasks", sorted(first.order), sorted(run.order)),
+        ):
+            if ours != theirs:
+                raise ClmoeError(
+                    f"{run.path} and {first.path} differ in {what} ({theirs} / {ours}); "
+                    "one report compares like with like"
+                )
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        seeds = groups.setdefault(run.label, {})
+        if run.seed in seeds:
+            raise ClmoeError(
+                f"{run.path} and {seeds[run.seed].path} both hold {run.name}; give each variant its own "
+                "'label' in run.json, or leave one out"
+            )
+        seeds[run.seed] = run
+    return [Group(label, tuple(seeds[seed] for seed in sorted(seeds))) for label, seeds in groups.items()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ClmoeError(f"{path} is missing; is {path.parent} the folder of a run?") from error
+    except (OSError, ValueError) as error:
+        raise ClmoeError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ClmoeError(f"{path}: expected one JSON object, found {type(value).__name__}")
+    return value
+
+
+def _check_field(path: Path, info: dict[str, Any], field: str, types: tuple[type, ...]) -> None:
+    if field not in info:
+        raise ClmoeError(f"{path}: field {field!r} is missing")
+    value = info[field]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise ClmoeError(f"{path}: field {field!r} is {value!r}; expected {wanted}")
+
+
+def _read_minutes(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    info = _read_json(path)
+    _check_field(path, info, "minutes", (int, float))
+    return float(info["minutes"])

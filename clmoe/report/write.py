@@ -1,0 +1,107 @@
+"""Writing a report folder from run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from clmoe.errors import ClmoeError
+from clmoe.report.run import Group, group_runs
+from clmoe.report.tables import (
+    Table,
+    comparison_csv,
+    comparison_table,
+    matrix_table,
+    task_csv,
+    task_table,
+    to_latex,
+    to_markdown,
+    to_text,
+)
+
+FORMATS = ("md", "csv", "tex")
+
+
+def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv")) -> list[Path]:
+    """Write tables in the formats asked for, and the pictures, into the folder `output`.
+
+    Files: `report.md`, `report.csv` (comparison) with `tasks.csv` (scores by task), `report.tex`;
+    `matrix-<label>-seed<k>.png` per run, `comparison.png` and `forgetting.png`.
+
+    Returns:
+        The paths written. The same runs give the same bytes.
+
+    Raises:
+        ClmoeError: an unknown format, or what `clmoe.report.run.group_runs` raises.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            nearest = get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
+            raise ClmoeError(f"unknown report format {name!r}; did you mean {nearest!r}? Known: {FORMATS}")
+    groups = group_runs(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(groups, output)
+    tables = report_tables(groups)
+    texts: dict[str, str] = {}
+    if "md" in formats:
+        texts["report.md"] = _markdown(groups, tables, pictures)
+    if "csv" in formats:
+        texts["report.csv"] = comparison_csv(groups)
+        texts["tasks.csv"] = task_csv(groups)
+    if "tex" in formats:
+        texts["report.tex"] = "\n".join(to_latex(table) for table in tables)
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
+    return [*(output / name for name in texts), *pictures]
+
+
+def report_tables(groups: Sequence[Group]) -> list[Table]:
+    """All tables of a report: comparison, scores by task, then one accuracy matrix per run."""
+    matrices = [matrix_table(run) for group in groups for run in group.runs]
+    return [comparison_table(groups), task_table(groups), *matrices]
+
+
+def report_text(runs: Sequence[Path], width: int = 100, colour: bool = False) -> str:
+    """The same tables for a terminal of `width` columns."""
+    return "\n".join(to_text(table, width, colour) for table in report_tables(group_runs(runs)))
+
+
+def _pictures(groups: Sequence[Group], output: Path) -> list[Path]:
+    # Imported here: matplotlib takes most of a second, and the terminal report draws nothing.
+    from clmoe.report import plots
+
+    paths: list[Path] = []
+    for group in groups:
+        for run in group.runs:
+            stem = f"matrix-{plots.file_stem(run.label)}-seed{run.seed}"
+            path = output / f"{stem}.png"
+            number = 2
+            while path in paths:  # two labels may differ only in characters that file names lack
+                path = output / f"{stem}-{number}.png"
+                number += 1
+            paths.append(plots.heat_map(run, path))
+    if len(groups) > 1:
+        paths.append(plots.comparison_heat_maps(groups, output / "comparison.png"))
+    paths.append(plots.forgetting_curves(groups, output / "forgetting.png"))
+    return paths
+
+
+def _markdown(groups: Sequence[Group], tables: Sequence[Table], pictures: Sequence[Path]) -> str:
+    first = groups[0].runs[0]
+    orders = dict.fromkeys(run.order for group in groups for run in group.runs)
+    steps = dict.fromkeys(run.steps_per_task for group in groups for run in group.runs)
+    lines = [
+        f"# Report: {first.benchmark}",
+        "",
+        *(f"Task order: {', '.join(order)}." for order in orders),
+        f"Scores are in percent, scoring mode `{first.scoring}`; mean ± sample standard deviation over "
+        f"seeds. Steps per task: {', '.join(map(str, steps))}. `–`: not measured.",
+        "",
+    ]
+    for table in tables:
+        lines += [f"## {table.title}", "", to_markdown(table)]
+    lines += ["## Pictures", ""]
+    for picture in pictures:
+        lines += [f"![{picture.stem}]({picture.name})", ""]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Paths, names, progress and logs."""

@@ -1,0 +1,125 @@
+"""What happened (``events.jsonl``), how long it took (``timing.json``), and how far along the sequence is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+
+class EventLog:
+    """Appends one JSON object per event; the only file, with ``timing.json``, that holds times."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append ``{"time", "event", ...fields}``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of an event log; a line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Position in a sequence: task ``index`` (from 0) of ``total``."""
+
+    index: int
+    total: int
+
+
+def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
+    """Seconds until the whole sequence ends.
+
+    ``here``: seconds that this task's training will still take. Every later task is expected to take the mean time of
+    the finished ones (training) and, for evaluation, the mean time per evaluated task times the tasks seen by then.
+    """
+    trained = [e["seconds"] for e in events if e["event"] == "trained"]
+    evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
+    per_training = sum(trained) / len(trained) if trained else here
+    per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
+    evaluations = sum(range(stage.index + 1, stage.total + 1))
+    return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations
+
+
+def clock(seconds: float) -> str:
+    """``75 -> 1:15``, ``3700 -> 1:01:40``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """A bar with loss, samples per second and the whole sequence's time left; silent when not on a terminal."""
+
+    def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
+        self.total, self.events, self.stage = total, events, stage
+        self.start, self.done, self.samples, self.loss = time.monotonic(), 0, 0, ""
+        columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}")
+        self.bar = RichProgress(
+            *(TextColumn(column) if isinstance(column, str) else column for column in columns),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self.row = self.bar.add_task(title, total=total, state="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.bar.stop()
+
+    def show(self, loss: float) -> None:
+        """Set the loss that is displayed."""
+        self.loss = f"loss {loss:.3f} "
+
+    def advance(self, samples: int, steps: int = 1) -> None:
+        """``steps`` units of the bar done, over ``samples`` samples."""
+        self.done, self.samples = self.done + steps, self.samples + samples
+        elapsed = time.monotonic() - self.start
+        state = f"{self.loss}{self.samples / elapsed:.0f} samples/s"
+        if self.stage is not None:
+            here = elapsed / self.done * (self.total - self.done)
+            state += f", sequence ends in {clock(seconds_left(self.events, self.stage, here))}"
+        self.bar.update(self.row, advance=steps, state=state)
+
+    def advance_rows(self, rows: int) -> None:
+        """``rows`` questions answered; the bar counts questions."""
+        self.advance(rows, steps=rows)
+
+
+@contextmanager
+def timed(log: EventLog, event: str, **fields: Any) -> Iterator[dict[str, Any]]:
+    """Log ``event`` with its duration when the block ends without an error; the block may add fields."""
+    start = time.monotonic()
+    extra: dict[str, Any] = {}
+    yield extra
+    log.write(event, seconds=round(time.monotonic() - start, 3), **fields, **extra)
+
+
+def write_timing(run: Path) -> None:
+    """``timing.json``: minutes of training and evaluation so far, from the event log."""
+    spent = sum(event.get("seconds", 0.0) for event in read_events(run / "events.jsonl"))
+    text = json.dumps({"minutes": round(spent / 60, 2)}) + "\n"
+    (run / "timing.json").write_text(text, encoding="utf-8")

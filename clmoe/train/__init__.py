@@ -1,0 +1,1 @@
+"""Training of one task, its checkpoint, and the order of its samples."""

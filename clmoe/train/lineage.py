@@ -1,0 +1,126 @@
+"""A checkpoint's place in its sequence: ``continual.json``, and what may follow what. Free of torch, so it is fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clmoe.config import Config, reload_config
+from clmoe.errors import ClmoeError
+from clmoe.train.checkpoint import read_json, verify
+
+LINEAGE = "continual.json"
+CONFIG = "config.yaml"
+RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Content of ``continual.json``.
+
+    Attributes:
+        tasks: learned so far, oldest first.
+        parent: manifest sha256 of the checkpoint it continues, None for the first.
+        base: fingerprint of the frozen base.
+        config_sha256: of everything that determines the training, see ``training_identity``.
+        steps: optimizer steps of this task.
+        trainable_parameters: while training this task; ``adapter_parameters`` counts frozen ones too.
+        effective_scale: ``s`` times the mean gate, None where it has no meaning.
+    """
+
+    method: str
+    benchmark: str
+    tasks: list[str]
+    seed: int
+    parent: str | None
+    base: str
+    config_sha256: str
+    steps: int
+    trainable_parameters: int
+    adapter_parameters: int
+    effective_scale: float | None
+    versions: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def training_identity(config: Config) -> str:
+    """sha256 over what determines a task's training: all but the evaluation settings and the label."""
+    values = dataclasses.asdict(config)
+    del values["evaluation"], values["label"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the result."""
+    return {name: version(name) for name in RECORDED_VERSIONS}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A verified checkpoint: its folder, identity (manifest sha256), lineage and frozen configuration."""
+
+    folder: Path
+    identity: str
+    lineage: Lineage
+    config: Config
+
+
+def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:
+    """Verify a checkpoint folder and read its lineage; ``overrides`` change its configuration for evaluation.
+
+    Raises:
+        ClmoeError: not a finished checkpoint, damaged, or of a strange content; the file is named.
+    """
+    identity = verify(folder)
+    try:
+        lineage = Lineage(**read_json(folder / LINEAGE))
+    except TypeError as error:
+        raise ClmoeError(f"{folder / LINEAGE}: {error}") from error
+    return Finished(folder, identity, lineage, reload_config(folder / CONFIG, overrides or []))
+
+
+def check_successor(parent: Finished, config: Config, task: str) -> None:
+    """``config`` may continue ``parent`` with ``task``.
+
+    Raises:
+        ClmoeError: another method, base or adapter, or a task that was learned already.
+    """
+    if task in parent.lineage.tasks:
+        raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
+    for name in ("method", "model", "adapter"):
+        old, new = getattr(parent.config, name), getattr(config, name)
+        if old != new:
+            raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {_difference(name, old, new)}")
+
+
+def check_same_run(done: Finished, config: Config, parent: Finished | None) -> None:
+    """A finished output folder is what this command would make again.
+
+    Raises:
+        ClmoeError: it was made with other settings or from another parent.
+    """
+    if done.lineage.config_sha256 != training_identity(config):
+        old, new = dataclasses.asdict(done.config), dataclasses.asdict(config)
+        changed = [k for k in new if k not in ("evaluation", "label") and old[k] != new[k]]
+        text = "; ".join(_difference(key, getattr(done.config, key), getattr(config, key)) for key in changed)
+        raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
+    if done.lineage.parent != (None if parent is None else parent.identity):
+        raise ClmoeError(f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it")
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """``adapter.rank 16 there, 8 here`` for the first field that differs."""
+    as_dict = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in (old, new)]  # type: ignore[arg-type]
+    if isinstance(as_dict[0], dict):
+        for key in sorted(as_dict[0].keys() | as_dict[1].keys()):
+            there, here = as_dict[0].get(key), as_dict[1].get(key)
+            if there != here:
+                return f"{name}.{key} {there} there, {here} here"
+    return f"{name} {old} there, {new} here"

@@ -1,0 +1,87 @@
+"""The module that is trained: the adapted LLaVA with its answer loss, all inside one forward (so DDP sees it)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clmoe.data.prompts import IGNORE
+from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from clmoe.methods.base import Method
+
+
+class TrainedModel(nn.Module):
+    """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
+
+    Logits are computed at answer positions only: exact, and the head is skipped for the other ~99 % of tokens.
+    """
+
+    def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.method, self.batch_size = model, method, batch_size
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor,
+        pixel_values: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one micro-batch as its share of the global batch's loss.
+
+        Args:
+            input_ids, attention_mask, labels: ``[B, T]`` int64, right-padded; labels -100 outside the answers.
+            num_items_in_batch: answer tokens of the whole global batch.
+            pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
+        """
+        llava = self.model.get_base_model()
+        trace = RouteTrace()
+        with routing(NEWEST_ROUTER, trace):
+            hidden = llava.model(
+                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
+            ).last_hidden_state
+        targets = labels[:, 1:]
+        answered = targets != IGNORE
+        logits = llava.lm_head(hidden[:, :-1][answered]).float()
+        loss = F.cross_entropy(logits, targets[answered], reduction="sum") / num_items_in_batch
+        extra = self.method.extra_loss(self.model, trace, {"input_ids": input_ids, "attention_mask": attention_mask})
+        if extra is not None:
+            loss = loss + extra * (len(input_ids) / self.batch_size)
+        return {"loss": loss, "answer_loss": loss.detach()}
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute activations in the backward pass, each block under the routing of its own forward."""
+    from clmoe.model.routing import checkpoint_contexts
+
+    model.get_base_model().gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    )
+
+
+def parameter_groups(model: nn.Module, projector: str, lr: float, projector_lr: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups, so that the projector keeps its own learning rate."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for name, p in trainable if projector not in name], "lr": lr},
+        {"params": [p for name, p in trainable if projector in name], "lr": projector_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def assert_finite(loss: float, step: int) -> None:
+    """Stop at the first non-finite loss.
+
+    Raises:
+        FloatingPointError: naming the step.
+    """
+    if not torch.isfinite(torch.tensor(loss)):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: lower training.learning_rate or check the data")

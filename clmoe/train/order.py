@@ -1,0 +1,76 @@
+"""Sample order: a pure function of (seed, epoch, step), whatever the number of workers or processes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from clmoe.errors import ClmoeError
+
+
+def epoch_permutation(seed: int, epoch: int, records: int) -> np.ndarray:
+    """The order of one epoch: ``[records]`` int64."""
+    return np.random.default_rng([seed, epoch]).permutation(records)
+
+
+def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
+    return steps if steps is not None else max(1, -(-int(round(records * epochs)) // batch_size))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How global batches are cut over accumulation steps and processes.
+
+    Attributes:
+        records: size of the training set.
+        batch_size: global batch.
+        micro_batch_size: samples per forward.
+        processes: number of data-parallel processes.
+    """
+
+    seed: int
+    records: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.processes * self.micro):
+            raise ClmoeError(
+                f"training.batch_size {self.batch_size} cannot be cut into {self.processes} processes x micro-batches of "
+                f"{self.micro}: change training.batch_size, training.micro_batch_size or the number of processes"
+            )
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch_size or max(1, self.batch_size // self.processes)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_size // (self.processes * self.micro)
+
+    def batch(self, step: int) -> list[int]:
+        """Record indices of the global batch of ``step``."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {e: epoch_permutation(self.seed, e, self.records) for e in {p // self.records for p in positions}}
+        return [int(orders[p // self.records][p % self.records]) for p in positions]
+
+
+class MicroBatches(Sampler[list[int]]):
+    """The micro-batches of one process, from ``first_step`` on."""
+
+    def __init__(self, plan: BatchPlan, steps: int, first_step: int = 0, rank: int = 0) -> None:
+        self.plan, self.steps, self.first_step, self.rank = plan, steps, first_step, rank
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            batch = self.plan.batch(step)
+            for k in range(self.plan.accumulation):
+                start = (k * self.plan.processes + self.rank) * self.plan.micro
+                yield batch[start : start + self.plan.micro]

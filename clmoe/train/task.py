@@ -1,0 +1,275 @@
+"""One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config, dump_config
+from clmoe.data.records import TrainRecord, load_train
+from clmoe.errors import ClmoeError
+from clmoe.methods.base import Method, TaskContext, method_class
+from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
+from clmoe.train.checkpoint import build_folder, is_complete, publish, read_json, work_folder, write_json
+from clmoe.train.lineage import (
+    CONFIG,
+    LINEAGE,
+    Finished,
+    Lineage,
+    check_same_run,
+    check_successor,
+    read_checkpoint,
+    training_identity,
+    versions,
+)
+from clmoe.train.order import BatchPlan, total_steps
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from clmoe.model.llava import LoadedBase
+
+UNION = "all"
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One call of ``clmoe train``.
+
+    Attributes:
+        task: to train, ``all`` for methods that train on the union.
+        order: the whole sequence, for progress and for the union.
+        previous: parent checkpoint, verified, or None.
+        output: folder that becomes the checkpoint.
+    """
+
+    config: Config
+    benchmark: Benchmark
+    task: str
+    order: list[str]
+    previous: Finished | None
+    output: Path
+
+    @property
+    def run(self) -> Path:
+        """The run folder that holds the checkpoint, its events and tables."""
+        return self.output.parent
+
+    @property
+    def learned(self) -> list[str]:
+        """Tasks that the finished checkpoint has learned."""
+        if self.task == UNION:
+            return list(self.order)
+        return [*(self.previous.lineage.tasks if self.previous else []), self.task]
+
+    @property
+    def stage(self) -> Stage:
+        """Position in the sequence."""
+        return Stage(0, 1) if self.task == UNION else Stage(self.order.index(self.task), len(self.order))
+
+
+def prepare_request(
+    config: Config, benchmark: Benchmark, task: str, order: list[str], previous: Path | None, output: Path
+) -> TrainRequest:
+    """Check all that can be checked without loading a model.
+
+    Raises:
+        ClmoeError: unknown task, a parent that does not fit, or a way of chaining that the method does not use.
+    """
+    chain = method_class(config.method).chain
+    if chain == "none":
+        raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
+    if (task == UNION) != (chain == "union"):
+        raise ClmoeError(f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}")
+    if task != UNION:
+        benchmark.task(task)
+        if task not in order:
+            raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
+    if previous is not None and chain != "sequence":
+        raise ClmoeError(f"method {config.method} starts every task anew: leave out --previous")
+    parent = None if previous is None else read_checkpoint(previous)
+    if parent is not None:
+        check_successor(parent, config, task)
+    return TrainRequest(config, benchmark, task, order, parent, output)
+
+
+def finished(request: TrainRequest) -> bool:
+    """The output is there already, made by this very command.
+
+    Raises:
+        ClmoeError: the output holds something else, or is damaged.
+    """
+    if request.output.exists() and not is_complete(request.output):
+        raise ClmoeError(f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it")
+    if not request.output.exists():
+        return False
+    check_same_run(read_checkpoint(request.output), request.config, request.previous)
+    return True
+
+
+def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
+    """The training records and the folder that their images are relative to."""
+    benchmark = request.benchmark
+    if request.task != UNION:
+        task = benchmark.task(request.task)
+        return load_train(task.train, task.image_root), task.image_root
+    union = []
+    for name in request.order:
+        task = benchmark.task(name)
+        prefix = os.path.relpath(task.image_root, benchmark.root)
+        for record in load_train(task.train, task.image_root):
+            image = None if record.image is None else str(Path(prefix) / record.image)
+            union.append(replace(record, id=f"{name}/{record.id}", image=image))
+    return union, benchmark.root
+
+
+def train_task(request: TrainRequest) -> LoadedBase | None:
+    """Train one task and publish its checkpoint; does nothing when it is finished.
+
+    Returns the loaded base for reuse by an evaluation, None if nothing had to be done.
+    """
+    if finished(request):
+        return None
+    method = method_class(request.config.method)(request.config)
+    records, image_root = load_records(request)
+    plan = batch_plan(request, len(records))
+    base = _load_base(request)
+    work = _open_work(request)
+    trained = work / "trained"
+    model = _model(request, method, base, trained)
+    context = TaskContext(
+        request.learned[-1],
+        len(request.learned) - 1,
+        records,
+        image_root,
+        request.config,
+        base,
+        model,
+        work,
+        trained,
+        None if request.previous is None else request.previous.folder,
+    )
+    log = EventLog(request.run / "events.jsonl")
+    steps = _steps(request, len(records))
+    if not is_complete(trained):
+        method.begin_task(context)
+        with timed(log, "trained", task=request.task, steps=steps):
+            _train(request, method, context, plan, steps, log)
+        build_folder(trained, lambda folder: save_adapter(model, folder))
+    lineage = _lineage(request, method, base, model, steps)
+    with timed(log, "ended", task=request.task):
+        method.end_task(context)
+    save_adapter(model, work)
+    (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
+    write_json(work / LINEAGE, lineage.as_json())
+    shutil.rmtree(trained)
+    (work / "identity.json").unlink()
+    publish(work, request.output)
+    model.unload()
+    return base
+
+
+def batch_plan(request: TrainRequest, records: int) -> BatchPlan:
+    """How this task's global batches are cut; refuses an indivisible choice."""
+    training = request.config.training
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return BatchPlan(request.config.seed, records, training.batch_size, training.micro_batch_size, processes)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors``, readable by peft."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _load_base(request: TrainRequest) -> LoadedBase:
+    import torch
+
+    from clmoe.model.llava import load_base
+
+    base = load_base(request.config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if request.previous is not None and request.previous.lineage.base != base.fingerprint:
+        raise ClmoeError(f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}")
+    return base
+
+
+def _open_work(request: TrainRequest) -> Path:
+    """The folder to build in; what an interrupted run of the same command left there is kept, all else removed."""
+    work = work_folder(request.output)
+    parent = None if request.previous is None else request.previous.identity
+    identity = {"config": training_identity(request.config), "parent": parent, "task": request.task}
+    marker = work / "identity.json"
+    if work.exists() and not (marker.is_file() and read_json(marker) == identity):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(marker, identity)
+    for leftover in work.iterdir():
+        if leftover.name not in ("identity.json", "trained"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return work
+
+
+def _model(request: TrainRequest, method: Method, base: LoadedBase, trained: Path) -> PeftModel:
+    """The adapter as training left it, as the parent left it, or fresh."""
+    from clmoe.model.adapter import attach_adapter, load_adapter
+
+    if is_complete(trained):
+        return load_adapter(base.model, trained, trainable=True)
+    if request.previous is not None:
+        return load_adapter(base.model, request.previous.folder, trainable=True)
+    import torch
+
+    torch.manual_seed(request.config.seed)  # peft's own LoRA draws its weights from the global generator
+    return attach_adapter(base.model, method.adapter(base))
+
+
+def _steps(request: TrainRequest, records: int) -> int:
+    """Optimizer steps; ``training.steps`` counts per task, so the union takes them once for each of its tasks."""
+    training = request.config.training
+    tasks = len(request.order) if request.task == UNION else 1
+    steps = None if training.steps is None else training.steps * tasks
+    return total_steps(records, training.batch_size, training.epochs, steps)
+
+
+def _train(
+    request: TrainRequest, method: Method, context: TaskContext, plan: BatchPlan, steps: int, log: EventLog
+) -> None:
+    from clmoe.train.features import train_dataset
+    from clmoe.train.loss import TrainedModel, enable_checkpointing
+    from clmoe.train.trainer import Report, TaskTrainer
+
+    training, base = request.config.training, context.base
+    dataset = train_dataset(base, context.records, context.image_root, training.max_length)
+    if training.gradient_checkpointing:
+        enable_checkpointing(context.model)
+    stage = request.stage
+    title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
+    with Progress(title, steps, read_events(log.path), stage) as progress:
+        report = Report(progress, log, request.task, plan.batch_size)
+        trained = TrainedModel(context.model, method, plan.batch_size)
+        TaskTrainer(trained, dataset, base.tokenizer.pad_token_id, training, plan, steps, report, context.work).train()
+
+
+def _lineage(request: TrainRequest, method: Method, base: LoadedBase, model: PeftModel, steps: int) -> Lineage:
+    from clmoe.model.adapter import count_parameters
+
+    trainable, adapter = count_parameters(model)
+    return Lineage(
+        method=request.config.method,
+        benchmark=request.benchmark.name,
+        tasks=request.learned,
+        seed=request.config.seed,
+        parent=None if request.previous is None else request.previous.identity,
+        base=base.fingerprint,
+        config_sha256=training_identity(request.config),
+        steps=steps,
+        trainable_parameters=trainable,
+        adapter_parameters=adapter,
+        effective_scale=method.effective_scale(),
+        versions=versions(),
+    )

@@ -1,0 +1,168 @@
+"""Decoding policy and padding, against numpy."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from clmoe.data.images import MAX_PIXELS, load_image, pad_to_square, preprocess
+from clmoe.errors import ClmoeError
+
+MEAN = [0.48145466, 0.4578275, 0.40821073]
+STD = [0.26862954, 0.26130258, 0.27577711]
+BACKGROUND = (122, 116, 104)  # int(mean * 255), as LLaVA computes it
+
+
+def processor(size: int, crop: int | None = None, **changes: object) -> CLIPImageProcessorPil:
+    side = crop or size
+    crop_size = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size, **changes)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """Oracle: the picture in the middle of a square of BACKGROUND."""
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    square = np.empty((side, side, 3), dtype=np.uint8)
+    square[:] = BACKGROUND
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 9), (9, 5), (6, 9), (9, 6), (7, 7), (1, 8)])
+def test_pad_to_square(height: int, width: int) -> None:
+    pixels = noise(height, width)
+    result = pad_to_square(Image.fromarray(pixels), BACKGROUND)
+    np.testing.assert_array_equal(np.asarray(result), padded(pixels))
+
+
+@pytest.mark.parametrize(("height", "width"), [(56, 30), (31, 56), (56, 56)])
+def test_every_pixel_of_a_non_square_image_survives(height: int, width: int) -> None:
+    """The longer side is the input size, so nothing is rescaled, the oracle is exact and a crop shows."""
+    pixels = noise(height, width)
+    result = preprocess(Image.fromarray(pixels), processor(56))
+    expected = (padded(pixels).astype(np.float64) / 255 - MEAN) / STD
+    assert result.dtype == torch.float32
+    assert result.shape == (3, 56, 56)
+    assert result.is_contiguous()
+    np.testing.assert_allclose(result.numpy(), expected.transpose(2, 0, 1), atol=2e-6)
+
+
+def test_marks_at_both_ends_of_a_wide_image_survive_resizing() -> None:
+    pixels = np.zeros((100, 400, 3), dtype=np.uint8)
+    pixels[:, :40], pixels[:, -40:] = (255, 0, 0), (0, 0, 255)
+    result = preprocess(Image.fromarray(pixels), processor(40)).numpy()
+    colours = result.transpose(1, 2, 0) * STD + MEAN
+    np.testing.assert_allclose(colours[20, 1], [1, 0, 0], atol=0.05)
+    np.testing.assert_allclose(colours[20, 38], [0, 0, 1], atol=0.05)
+    np.testing.assert_allclose(colours[5, 20] * 255, BACKGROUND, atol=1)
+
+
+@pytest.mark.parametrize(("size", "crop", "resize"), [(64, 56, True), (56, 64, True), (56, 56, False)])
+def test_a_processor_that_would_crop_is_refused(size: int, crop: int, resize: bool) -> None:
+    with pytest.raises(
+        ClmoeError, match="it would cut the image; set 'size' and 'crop_size' to the same length"
+    ):
+        preprocess(Image.fromarray(noise(56, 56)), processor(size, crop, do_resize=resize))
+
+
+def test_a_processor_that_crops_nothing_is_taken() -> None:
+    whole = CLIPImageProcessorPil(size={"height": 56, "width": 56}, do_center_crop=False)
+    image = Image.fromarray(noise(20, 56))
+    assert torch.equal(preprocess(image, whole), preprocess(image, processor(56)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(noise(8, 8)).convert("L" if mode == "LA" else "RGB").convert(mode)
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert load_image(path).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(image.convert("RGB")))
+    assert preprocess(image, processor(8)).shape == (3, 8, 8)
+
+
+def test_transparency_is_dropped_and_exif_rotation_not_applied(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (10, 20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (6, 4)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_refused(mode: str, tmp_path: Path) -> None:
+    image = Image.new(mode, (4, 4), 40000)
+    image.save(tmp_path / "deep.tiff")
+    with pytest.raises(ClmoeError, match=r"deep\.tiff: mode .* has more than 8 bits per channel"):
+        load_image(tmp_path / "deep.tiff")
+    with pytest.raises(ClmoeError, match=r"image: mode .* has more than 8 bits per channel"):
+        preprocess(image, processor(8))
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(32, 32)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", encoded("PNG")[:-200], encoded("JPEG")[:-200]])
+def test_broken_files_are_named(raw: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(raw)
+    with pytest.raises(ClmoeError, match=r"broken\.png: cannot be decoded as an image"):
+        load_image(path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ClmoeError, match=r"none\.png: cannot be decoded as an image"):
+        load_image(tmp_path / "none.png")
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
+def test_damaged_files_raise_nothing_but_clmoe_errors(kind: str, tmp_path: Path) -> None:
+    path, draw, raw = tmp_path / "damaged", random.Random(0), encoded(kind)
+    for _ in range(40):
+        damaged = bytearray(raw[: draw.randrange(len(raw))] if draw.random() < 0.5 else raw)
+        for _ in range(draw.randrange(8) if damaged else 0):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            assert load_image(path).mode == "RGB"
+        except ClmoeError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None], ids=["guarded", "guard_off"])
+def test_decompression_bombs_are_refused_before_decoding(
+    limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header of 20000 x 20000 pixels with almost no data; also if a library has lifted Pillow's limit."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    assert MAX_PIXELS < 20_000**2
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(100)))
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ClmoeError, match=r"bomb\.png: .*(decompression bomb|20000 x 20000 pixels)"):
+        load_image(path)
