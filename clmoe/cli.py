@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def _paths(text: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="clmoe", description="Continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts."
+        prog="clmoe",
+        description="Continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -67,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verb("plan", "What a method would run on a benchmark.")
     method_arguments(plan)
-    plan.add_argument("--steps", action="store_true", help="one line per training step: number, task, parent's task or -")
+    plan.add_argument(
+        "--steps", action="store_true", help="one line per training step: number, task, parent's task or -"
+    )
 
     data = verb("data", "Build or verify a benchmark's files.")
     data.add_argument("action", choices=("prepare", "check"))
@@ -79,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
+    # transformers warns about its own deprecated property whenever an adapter is attached
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     from clmoe import commands
 
     try:

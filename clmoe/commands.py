@@ -13,8 +13,8 @@ from clmoe.methods.base import method_class
 
 if TYPE_CHECKING:
     from clmoe.evaluate.evaluation import Checkpoint, Request
-    from clmoe.methods.base import RouterChoice
     from clmoe.model.llava import LoadedBase
+    from clmoe.model.routing import RouterChoice
     from clmoe.train.lineage import Finished
 
 
@@ -28,12 +28,12 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
     if benchmark.prepare == "playground":
         from clmoe.benchmarks.playground import prepare
 
-        prepare(benchmark.name, benchmark.root)
+        prepare(benchmark.name, benchmark.root.parent)
     return benchmark
 
 
-def run_train(options: Namespace) -> None:
-    """``clmoe train``."""
+def run_train(options: Namespace) -> str:
+    """``clmoe train``; returns one line for the terminal."""
     from clmoe.train.task import prepare_request, train_task
 
     benchmark = open_benchmark(options.benchmark, options.data)
@@ -41,12 +41,15 @@ def run_train(options: Namespace) -> None:
     order = benchmark.order(options.order, config.seed)
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output)
     base = train_task(request)
+    line = f"{options.output}: {'finished before' if base is None else 'trained'}"
     if options.then_eval:
         from clmoe.train.lineage import read_checkpoint
 
         done = read_checkpoint(options.output)
         limit = None if request.learned[-1] == order[-1] else config.evaluation.limit
-        evaluate_checkpoint(options.output.parent, benchmark, done, config, order, limit=limit, base=base)
+        row = evaluate_checkpoint(options.output.parent, benchmark, done, config, order, limit=limit, base=base)
+        line += f"; {row}"
+    return line
 
 
 def evaluate_checkpoint(
@@ -61,8 +64,11 @@ def evaluate_checkpoint(
     router: RouterChoice = "located",
     scoring: str = "fixed",
     base: LoadedBase | None = None,
-) -> None:
-    """Evaluate a checkpoint on the tasks it has learned, and on its newest one with the task known."""
+) -> str:
+    """Evaluate a checkpoint on the tasks it has learned, and on its newest one with the task known.
+
+    Returns the scores as one line.
+    """
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
 
     learned = done.lineage.tasks
@@ -74,6 +80,7 @@ def evaluate_checkpoint(
         requests.append(Request(learned[-1], "oracle", scoring, limit))
     _fill(run, benchmark, checkpoint, requests, order, base)
     write_run_info(run, benchmark, config, order, scoring, done)
+    return _row(run, learned[-1], requests)
 
 
 def _fill(
@@ -103,7 +110,7 @@ def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: str, done: Finished | None
 ) -> None:
     """``run.json``: what the report needs to know of the whole run."""
-    from clmoe.train.checkpoint import write_json
+    from clmoe.system.files import write_json
 
     lineage = None if done is None else done.lineage
     write_json(
@@ -124,12 +131,19 @@ def write_run_info(
     )
 
 
-def run_eval(options: Namespace) -> None:
-    """``clmoe eval``."""
+def _row(run: Path, after: str, requests: list[Request]) -> str:
+    """``after text: sqa 40.0, text 91.3``."""
+    from clmoe.evaluate.evaluation import read_score
+
+    scores = [(request.stem(), read_score(run, after, request.stem())) for request in requests]
+    return f"after {after}: " + ", ".join(f"{stem} {score:.1f}" for stem, score in scores if score is not None)
+
+
+def run_eval(options: Namespace) -> str:
+    """``clmoe eval``; returns the scores as one line."""
     benchmark = open_benchmark(options.benchmark, options.data)
     if options.checkpoint == "base":
-        _evaluate_base(options, benchmark)
-        return
+        return _evaluate_base(options, benchmark)
     if options.config or options.model:
         raise ClmoeError("--config and --model belong to --checkpoint base: a checkpoint brings its own")
     from clmoe.train.lineage import read_checkpoint
@@ -145,7 +159,7 @@ def run_eval(options: Namespace) -> None:
     if done.lineage.benchmark != benchmark.name:
         raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
     limit = None if done.lineage.tasks[-1] == order[-1] else config.evaluation.limit
-    evaluate_checkpoint(
+    return evaluate_checkpoint(
         options.output,
         benchmark,
         done,
@@ -164,7 +178,7 @@ def _refuse_training_overrides(overrides: list[str]) -> None:
             raise ClmoeError(f"{pair}: only evaluation.*, options.* and label can change after training")
 
 
-def _evaluate_base(options: Namespace, benchmark: Benchmark) -> None:
+def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     """The bare model as row ``zero_shot``."""
     from clmoe.evaluate.evaluation import ZERO_SHOT, Checkpoint, Request, check_tasks
     from clmoe.model.fingerprint import base_fingerprint
@@ -179,6 +193,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> None:
     requests = [Request(name, "located", options.scoring, None) for name in names]
     _fill(options.output, benchmark, checkpoint, requests, order, None)
     write_run_info(options.output, benchmark, config, order, options.scoring, None)
+    return _row(options.output, ZERO_SHOT, requests)
 
 
 def run_report(options: Namespace) -> Any:

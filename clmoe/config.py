@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown_name
-from clmoe.system.paths import find_config
+from clmoe.system.names import unknown
+from clmoe.system.paths import find_config, known_configs
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ class Config:
 
 
 def _convert(value: Any, annotation: Any, where: str) -> Any:
-    """Check ``value`` against a field's type; numbers may be written as int for float, and as strings from YAML's 1e-3."""
+    """Check ``value`` against a field's type; a float may be written as an int, or as YAML's string ``1e-3``."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return build(annotation, value, where)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -180,7 +180,7 @@ def build(kind: type[T], values: Any, where: str) -> T:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ClmoeError(unknown_name(f"{where}: key", str(key), hints))
+            raise ClmoeError(f"{where}: {unknown('key', str(key), hints)}")
     try:
         return kind(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
     except TypeError as error:
@@ -218,12 +218,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ClmoeError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ClmoeError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ClmoeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ClmoeError(f"{path}: expected a mapping at the top")
+        raise ClmoeError(f"{path}: expected a mapping at the top, found {values!r}")
     return values
 
 
@@ -245,10 +243,8 @@ def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model
 
 def model_values(model: str) -> dict[str, Any]:
     """A model's YAML by name or path; anything else is a model folder or hub name itself."""
-    named = find_config("models", model, missing_ok=True)
-    if named is not None and named.is_file() and named.suffix == ".yaml":
-        return read_yaml(named)
-    return {"path": model}
+    is_config = model.endswith((".yaml", ".yml")) or model in known_configs("models")
+    return read_yaml(find_config("models", model)) if is_config else {"path": model}
 
 
 def dump_config(config: Config) -> str:

@@ -23,18 +23,17 @@ torch: fast verbs import it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from clmoe.config import read_yaml
 from clmoe.errors import ClmoeError
+from clmoe.system.names import unknown
+from clmoe.system.paths import checkouts, find_config
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
@@ -74,9 +73,7 @@ class Benchmark:
         for task in self.tasks:
             if task.name == name:
                 return task
-        raise ClmoeError(
-            f"benchmark {self.name}: {unknown('task', name, [task.name for task in self.tasks])}"
-        )
+        raise ClmoeError(f"benchmark {self.name}: {unknown('task', name, [task.name for task in self.tasks])}")
 
     def order(self, spec: str, seed: int) -> list[str]:
         """Task names in training order.
@@ -103,33 +100,11 @@ class Benchmark:
 
     def missing_files(self) -> list[tuple[str, str, Path]]:
         """(task, field, path) of every training and test file that does not exist."""
-        files = [
-            (t.name, field, path)
-            for t in self.tasks
-            for field, path in (("train", t.train), ("test", t.test))
-        ]
+        files = [(t.name, field, path) for t in self.tasks for field, path in (("train", t.train), ("test", t.test))]
         return [entry for entry in files if not entry[2].is_file()]
 
 
-def repository_root() -> Path:
-    """The folder that holds ``configs/benchmarks``: the checkout that this package lies in, else the current
-    folder."""
-    checkouts = _checkouts()
-    if checkouts:
-        return checkouts[0]
-    raise ClmoeError(
-        "no folder configs/benchmarks found; run from the clmoe checkout, or give the path of a YAML file"
-    )
-
-
-def known_benchmarks() -> list[str]:
-    """Names of the benchmarks in ``configs/benchmarks``, sorted."""
-    return sorted(path.stem for path in (repository_root() / "configs" / "benchmarks").glob("*.yaml"))
-
-
-def load_benchmark(
-    name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True
-) -> Benchmark:
+def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
     """Read a benchmark by its name or by the path of a YAML file (a path ends in .yaml/.yml or holds a
     slash).
 
@@ -143,13 +118,11 @@ def load_benchmark(
             repeated task, missing file.
     """
     path, base = _find(str(name_or_yaml))
-    data = _read_yaml(path)
+    data = read_yaml(path)
     _check_keys(data, _BENCHMARK_KEYS, str(path))
     name = _text(data, "name", str(path))
     if base != path.parent and name != path.stem:
-        raise ClmoeError(
-            f"{path}: field 'name': expected {path.stem!r}, as the file is called, found {name!r}"
-        )
+        raise ClmoeError(f"{path}: field 'name': expected {path.stem!r}, as the file is called, found {name!r}")
     recipe = data.get("recipe") or {}
     if not isinstance(recipe, dict):
         raise ClmoeError(f"{path}: field 'recipe': expected a mapping, found {recipe!r}")
@@ -161,35 +134,13 @@ def load_benchmark(
     return benchmark
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """An error text for a name that does not exist: the nearest known one, and all of them."""
-    options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{guess} Known: {', '.join(options) or 'none'}"
-
-
-def _checkouts() -> list[Path]:
-    folders = (Path(__file__).resolve().parents[2], Path.cwd().resolve())
-    return [folder for folder in folders if (folder / "configs" / "benchmarks").is_dir()]
-
-
 def _find(name_or_yaml: str) -> tuple[Path, Path]:
     """The YAML file and the folder from which its relative root counts."""
-    is_path = name_or_yaml.endswith((".yaml", ".yml")) or "/" in name_or_yaml or os.sep in name_or_yaml
-    if not is_path:
-        root = repository_root()
-        path = root / "configs" / "benchmarks" / f"{name_or_yaml}.yaml"
-        if not path.is_file():
-            raise ClmoeError(
-                unknown("benchmark", name_or_yaml, known_benchmarks()) + ", or the path of a YAML file"
-            )
-        return path, root
-    path = Path(name_or_yaml).expanduser().resolve()
-    if not path.is_file():
-        raise ClmoeError(f"{path}: no such benchmark file")
+    if "/" in name_or_yaml and not name_or_yaml.endswith((".yaml", ".yml")):
+        raise ClmoeError(f"{name_or_yaml}: a benchmark file's name ends in .yaml")
+    path = find_config("benchmarks", name_or_yaml).resolve()
     # A built-in file means the same whether it is named or given by its path.
-    homes = [folder for folder in _checkouts() if path.parent == folder / "configs" / "benchmarks"]
+    homes = [folder for folder in checkouts() if path.parent == folder / "configs" / "benchmarks"]
     return path, homes[0] if homes else path.parent
 
 
@@ -208,23 +159,17 @@ def _tasks(entries: Any, root: Path, path: Path) -> tuple[Task, ...]:
     for index, entry in enumerate(entries):
         where = f"{path}: tasks[{index}]"
         if not isinstance(entry, dict):
-            raise ClmoeError(
-                f"{where}: expected a mapping with {', '.join(sorted(_TASK_KEYS))}, found {entry!r}"
-            )
+            raise ClmoeError(f"{where}: expected a mapping with {', '.join(sorted(_TASK_KEYS))}, found {entry!r}")
         _check_keys(entry, _TASK_KEYS, where)
         name = _text(entry, "name", where)
         if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ClmoeError(
-                f"{where}: field 'name': {name!r} is reserved or not made of letters, digits and . _ -"
-            )
+            raise ClmoeError(f"{where}: field 'name': {name!r} is reserved or not made of letters, digits and . _ -")
         if any(task.name == name for task in tasks):
             raise ClmoeError(f"{where}: field 'name': {name!r} is used twice")
         files = {field: root / _text(entry, field, where) for field in ("train", "test", "images")}
         limit = entry.get("max_new_tokens")
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ClmoeError(
-                f"{where}: field 'max_new_tokens': expected a whole number >= 1, found {limit!r}"
-            )
+            raise ClmoeError(f"{where}: field 'max_new_tokens': expected a whole number >= 1, found {limit!r}")
         note = _text(entry, "note", where) if "note" in entry else ""
         scorer = _text(entry, "scorer", where)
         tasks.append(Task(name, files["train"], files["test"], files["images"], scorer, limit, note))
@@ -242,18 +187,6 @@ def _require_files(benchmark: Benchmark, path: Path) -> None:
         f"{path}: task {task!r}, field '{field}': no file {file}{more}; "
         f"{fix}, or name the data folder in {ROOT_VARIABLE}"
     )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ClmoeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ClmoeError(
-            f"{path}: expected a mapping with {', '.join(sorted(_BENCHMARK_KEYS))}, found {data!r}"
-        )
-    return data
 
 
 def _check_keys(data: dict[Any, Any], allowed: frozenset[str], where: str) -> None:

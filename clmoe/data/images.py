@@ -41,9 +41,7 @@ def load_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ClmoeError(
-                    f"{path}: {width} x {height} pixels; at most {MAX_PIXELS} are accepted. Scale it down"
-                )
+                raise ClmoeError(f"{path}: {width} x {height} pixels; at most {MAX_PIXELS} are accepted. Scale it down")
             return to_rgb(image, str(path))
     except ClmoeError:
         raise
@@ -55,9 +53,7 @@ def load_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """The image as 8-bit RGB. Raises ClmoeError naming the image if it has more than 8 bits per channel."""
     if image.mode.split(";")[0] in _DEEP_MODES:
-        raise ClmoeError(
-            f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB"
-        )
+        raise ClmoeError(f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
     return image.convert("RGB")
 
 

@@ -111,9 +111,7 @@ def _tokenise(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and character offsets; checks that the special tokens are those of the template and no others."""
     if tokenizer.eos_token != END:
-        raise ClmoeError(
-            f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}"
-        )
+        raise ClmoeError(f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}")
     if has_image and getattr(tokenizer, "image_token", None) != IMAGE_MARK:
         raise ClmoeError(
             f"tokenizer: no image token {IMAGE_MARK!r}; "
@@ -145,18 +143,14 @@ def _answer_labels(
     for start, stop in spans:
         while position < len(ids) and offsets[position][0] < start:
             if offsets[position][1] > start:
-                raise ClmoeError(
-                    f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer"
-                )
+                raise ClmoeError(f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer")
             position += 1
         first = position
         while position < len(ids) and offsets[position][0] < stop:
             labels[position] = ids[position]
             position += 1
         if position - first < 2 or ids[position - 1] != end_id or offsets[position - 1][1] != stop:
-            raise ClmoeError(
-                f"{where}: the tokens of an answer do not end in one {END}; the tokenizer does not fit"
-            )
+            raise ClmoeError(f"{where}: the tokens of an answer do not end in one {END}; the tokenizer does not fit")
     return labels
 
 

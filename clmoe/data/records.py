@@ -137,9 +137,7 @@ class _Row:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            self.fail(
-                field, f"half of a surrogate pair at character {error.start}; write the whole character"
-            )
+            self.fail(field, f"half of a surrogate pair at character {error.start}; write the whole character")
         return value
 
     def _found(self, field: str) -> str:
@@ -226,9 +224,7 @@ def _gold(row: _Row) -> tuple[str, dict[str, Any]]:
     answer = row.data.get("answer", "")
     if isinstance(answer, list):
         if not answer or "answers" in extra:
-            row.fail(
-                "answer", "expected a string, or a list of accepted answers and no second list 'answers'"
-            )
+            row.fail("answer", "expected a string, or a list of accepted answers and no second list 'answers'")
         extra["answers"] = [row.text(f"answer[{n}]", value) for n, value in enumerate(answer)]
         return "", extra
     if answer == "" and any(extra.get(field) for field in GOLD_FIELDS):
@@ -252,24 +248,18 @@ def _read_json(path: Path) -> Any:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise ClmoeError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a JSON file"
-        ) from error
+        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ClmoeError(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ClmoeError(
-            f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
+        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except _ConstantError as error:
-        raise ClmoeError(
-            f"{path}: {_constant_position(text)}: {error} is not JSON; write a number or null"
-        ) from error
+        raise ClmoeError(f"{path}: {_constant_position(text)}: {error} is not JSON; write a number or null") from error
     except json.JSONDecodeError as error:
         hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
         message = f"{path}: line {error.lineno}, column {error.colno}: broken JSON: {error.msg}{hint}"

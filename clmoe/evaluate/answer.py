@@ -9,8 +9,9 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.evaluation import Checkpoint
 from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.methods.base import RouterChoice, method_class
+from clmoe.methods.base import method_class
 from clmoe.model.llava import LoadedBase, load_base
+from clmoe.model.routing import RouterChoice
 from clmoe.train.lineage import read_checkpoint
 
 if TYPE_CHECKING:
@@ -46,13 +47,21 @@ class LoadedCheckpoint:
         self.answerer, self.learned = answerer, learned
 
     def answer(
-        self, image: Path | str | None, question: str, max_new_tokens: int = 64, router: RouterChoice = "located"
+        self,
+        image: Path | str | None,
+        question: str,
+        max_new_tokens: int = 64,
+        router: RouterChoice = "located",
     ) -> str:
         """Answer one question about one image (None: text only); the task is found from the question itself."""
         return self.explain(image, question, max_new_tokens, router).text
 
     def explain(
-        self, image: Path | str | None, question: str, max_new_tokens: int = 64, router: RouterChoice = "located"
+        self,
+        image: Path | str | None,
+        question: str,
+        max_new_tokens: int = 64,
+        router: RouterChoice = "located",
     ) -> Answer:
         """As ``answer``, with the chosen task's index in ``learned`` and the decision margin."""
         path = None if image is None else Path(image).resolve()

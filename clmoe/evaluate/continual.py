@@ -60,9 +60,7 @@ class AccuracyMatrix:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ClmoeError(f"an accuracy matrix needs tasks with different names, got {list(self.tasks)}")
         if ZERO_SHOT in self.tasks:
-            raise ClmoeError(
-                f"a task cannot be called {ZERO_SHOT!r}; the name marks the untrained model's row"
-            )
+            raise ClmoeError(f"a task cannot be called {ZERO_SHOT!r}; the name marks the untrained model's row")
         for after, scores in self.rows.items():
             if after not in self.stages:
                 raise ClmoeError(
@@ -110,8 +108,7 @@ class AccuracyMatrix:
         for line, after, scores in lines:
             if after not in order:
                 raise ClmoeError(
-                    f"{path}, row {line}, column 'after': {after!r} is neither a column of this file nor "
-                    f"{ZERO_SHOT!r}"
+                    f"{path}, row {line}, column 'after': {after!r} is neither a column of this file nor {ZERO_SHOT!r}"
                 )
             if after in rows:
                 raise ClmoeError(f"{path}, row {line}, column 'after': second row for {after!r}; remove one")
@@ -139,9 +136,7 @@ class Spread:
     n: int
 
 
-def metrics(
-    matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None
-) -> dict[str, float | None]:
+def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
     """All metrics of this module, by name, in percent; None where a needed cell is blank.
 
     Args:
@@ -281,9 +276,7 @@ def _read_score(text: str, where: str) -> float:
     return value
 
 
-def _write_table(
-    path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]
-) -> None:
+def _write_table(path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> None:
     """Write through a neighbouring file and rename, so that a reader never sees half a table."""
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="", encoding="utf-8") as stream:

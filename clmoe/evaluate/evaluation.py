@@ -13,12 +13,12 @@ from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.scoring import find_scorer, score
+from clmoe.system.files import write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.train.checkpoint import write_json, write_text
 
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer, Answerer
-    from clmoe.methods.base import RouterChoice
+    from clmoe.model.routing import RouterChoice
 
 ZERO_SHOT = "zero_shot"
 
@@ -103,7 +103,12 @@ def evaluate(
 
 
 def _write_cell(
-    run: Path, checkpoint: Checkpoint, request: Request, scorer: str, questions: list[Question], answers: list[Answer]
+    run: Path,
+    checkpoint: Checkpoint,
+    request: Request,
+    scorer: str,
+    questions: list[Question],
+    answers: list[Answer],
 ) -> float:
     """Write the predictions, then the summary that makes them count. Returns the score in percent."""
     path = summary_path(run, checkpoint.after, request)
@@ -158,7 +163,7 @@ def write_tables(run: Path, order: list[str]) -> dict[str, float | None]:
     immediate = None
     if any(value is not None for value in known):
         write_immediate_csv(run / "immediate.csv", order, known)
-        immediate = dict(zip(order, known, strict=True))
+        immediate = tuple(known)
     matrix.write_csv(run / "matrix.csv")
     result = metrics(matrix, immediate)
     write_json(run / "metrics.json", result)

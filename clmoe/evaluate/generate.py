@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,50 +12,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clmoe.config import EvaluationConfig
+from clmoe.data.batches import PromptBatch, prompt_dataset, to_device
 from clmoe.data.collate import PromptItem, collate_prompts
 from clmoe.data.records import Question
-from clmoe.errors import ClmoeError
-from clmoe.methods.base import RouterChoice
 from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import RouteSelection, routing
-from clmoe.train.features import prompt_dataset, to_device
+from clmoe.model.routing import RouterChoice, RouteSelection, routing
 
 if TYPE_CHECKING:
     from clmoe.methods.base import Method
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """A left-padded batch of questions as a method's ``selection`` sees it.
-
-    Attributes:
-        inputs: ``input_ids``, ``attention_mask`` ``[B, T]`` and ``pixel_values`` on the model's device.
-        question_ids: of the rows.
-        task_index: the questions' true task, counted in training order; None if it was never trained.
-        seed: of the random router.
-    """
-
-    inputs: dict[str, Tensor]
-    question_ids: list[str]
-    task_index: int | None
-    seed: int
-
-    def known_task(self, router: RouterChoice, tasks: int) -> Tensor | None:
-        """Task of each row ``[B]`` int64 where ``router`` says it without looking at the sample, else None.
-
-        Raises:
-            ClmoeError: the oracle is asked for a task that was never trained.
-        """
-        rows = len(self.question_ids)
-        if router == "located":
-            return None
-        if router == "last":
-            return torch.full((rows,), tasks - 1)
-        if router == "random":
-            return torch.tensor([_draw(self.seed, name, tasks) for name in self.question_ids])
-        if self.task_index is None or self.task_index >= tasks:
-            raise ClmoeError("--router oracle: this checkpoint was not trained on that task; use --router located")
-        return torch.full((rows,), self.task_index)
 
 
 @dataclass(frozen=True)
@@ -78,7 +41,7 @@ class _Margins(LogitsProcessor):
         self.finished = torch.zeros(rows, dtype=torch.bool)
         self.prompt_length, self.end = prompt_length, end
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] > self.prompt_length:
             self.finished |= (input_ids[:, -1] == self.end).cpu()
         best = scores.float().topk(2, dim=-1).values
@@ -87,18 +50,24 @@ class _Margins(LogitsProcessor):
         return scores
 
 
-def _draw(seed: int, name: str, tasks: int) -> int:
-    """A task drawn from the seed and the question, whatever batch the question is in."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") % tasks
-
-
 class Answerer:
     """Asks an adapted (or bare) LLaVA questions."""
 
     def __init__(
-        self, base: LoadedBase, model: nn.Module, method: Method, checkpoint: Path | None, config: EvaluationConfig
+        self,
+        base: LoadedBase,
+        model: nn.Module,
+        method: Method,
+        checkpoint: Path | None,
+        config: EvaluationConfig,
     ) -> None:
-        self.base, self.model, self.method, self.checkpoint, self.config = base, model.eval(), method, checkpoint, config
+        self.base, self.model, self.method, self.checkpoint, self.config = (
+            base,
+            model.eval(),
+            method,
+            checkpoint,
+            config,
+        )
 
     def answer(
         self,

@@ -126,9 +126,7 @@ def find_scorer(name: str) -> Scorer:
     raise ClmoeError(f"unknown scorer {name!r}; did you mean {nearest!r}? Known: {', '.join(SCORERS)}")
 
 
-def accuracy(
-    scorer: str, predictions: Mapping[str, str], questions: Sequence[Question], mode: Mode = "fixed"
-) -> float:
+def accuracy(scorer: str, predictions: Mapping[str, str], questions: Sequence[Question], mode: Mode = "fixed") -> float:
     """Mean score in percent over the question file: a question without a prediction counts as wrong.
 
     Args:

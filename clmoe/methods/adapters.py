@@ -60,9 +60,7 @@ def expert_rank(adapter: AdapterConfig) -> int:
     if adapter.rank_is == "per_expert":
         return adapter.rank
     if adapter.rank % adapter.experts:
-        raise ClmoeError(
-            f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}: change one of them"
-        )
+        raise ClmoeError(f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}")
     return adapter.rank // adapter.experts
 
 
@@ -71,7 +69,7 @@ def expert_adapter(config: Config, base: "LoadedBase") -> "ExpertConfig":
     from clmoe.model.adapter import ExpertConfig
 
     adapter = config.adapter
-    blocks = base.model.config.text_config.num_hidden_layers
+    blocks = len(base.model.model.language_model.layers)
     return ExpertConfig(
         rank=expert_rank(adapter),
         scaling=expert_scaling(adapter),

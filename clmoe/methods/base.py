@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clmoe.config import Config, build
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown_name
+from clmoe.system.names import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor
 
+    from clmoe.data.batches import PromptBatch
     from clmoe.data.records import TrainRecord
-    from clmoe.evaluate.generate import PromptBatch
     from clmoe.model.llava import LoadedBase
-    from clmoe.model.routing import RouteSelection, RouteTrace
-
-RouterChoice = Literal["located", "oracle", "last", "random"]
+    from clmoe.model.routing import RouterChoice, RouteSelection, RouteTrace
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Method:
         """Before training: grow, freeze, choose what trains."""
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """A loss added to the answer loss: a mean over the samples of ``batch``, weighted by their share of the global batch."""
+        """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch."""
         return None
 
     def end_task(self, context: TaskContext) -> None:
@@ -113,5 +111,5 @@ def method_class(name: str) -> type[Method]:
         ClmoeError: unknown name.
     """
     if name not in method_names():
-        raise ClmoeError(unknown_name("method", name, method_names()))
+        raise ClmoeError(unknown("method", name, method_names()))
     return importlib.import_module(f"clmoe.methods.{name}").METHOD

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import RouterChoice, TaskContext
+from clmoe.methods.base import TaskContext
 from clmoe.methods.moelora import MoeLora
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from clmoe.evaluate.generate import PromptBatch
+    from clmoe.data.batches import PromptBatch
     from clmoe.model.locator import PrototypeIndex
-    from clmoe.model.routing import RouteSelection
+    from clmoe.model.routing import RouterChoice, RouteSelection
 
 STATISTICS = "statistics.safetensors"
 LOCATOR = "locator.safetensors"
@@ -33,7 +33,7 @@ class Options:
         beta: weight of the instance router at test time, 0.5; 1 switches the task router off ("RMoE off").
         gamma: what an expert keeps of its old weights, unless it is task-specific (1 - gamma); 0.7.
         top_k: size of a task's set of salient experts, 2.
-        statistic: *open*: a task's gate is the mean instance gate (``mean``) or normalised top-k picks (``topk_counts``).
+        statistic: *open*: a task's gate is the mean instance gate, or its normalised top-k picks.
         salience: *open*: rank experts in each module, or once for the whole model (``global``).
         before: *open*: "salient before" means in the task before (``last``) or in any earlier task.
         consolidation: ``momentum``, or ``none`` ("MMoE off").
@@ -95,10 +95,13 @@ class ClMoe(MoeLora):
         add_task_gates(context.model, {name: self._score(values) for name, values in statistics.items()})
 
     def _add_centre(self, context: TaskContext) -> None:
-        from clmoe.model.locator import PrototypeIndex
-        from clmoe.train.features import training_features
+        from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, sample_records
+        from clmoe.model.locator import PrototypeIndex, base_features
 
-        features = training_features(context, self.options.samples)
+        base, config = context.base, context.config
+        questions = first_questions(sample_records(context.records, self.options.samples, config.seed))
+        dataset = prompt_dataset(base, questions, context.image_root)
+        features = base_features(context.model, prompt_batches(base, dataset, config.evaluation.batch_size))
         old = context.previous
         index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / LOCATOR)
         index.append(features)
@@ -126,7 +129,9 @@ class ClMoe(MoeLora):
             earlier = earlier[-1:]
         experts = {name: len(values["gate_mean"]) for name, values in history[-1].items()}
         return {
-            name: keep_weights(now[name], set().union(*(sets[name] for sets in earlier)), experts[name], self.options.gamma)
+            name: keep_weights(
+                now[name], set().union(*(sets[name] for sets in earlier)), experts[name], self.options.gamma
+            )
             for name in now
         }
 
@@ -152,14 +157,13 @@ class ClMoe(MoeLora):
                     experts.B.copy_(B)  # type: ignore[union-attr]
                 if self.options.momentum_on == "experts_and_routers":
                     key = tensor_name(name, "clmoe_routers.instance.0.weight")
-                    layer.routers.instance[0].weight.copy_(mix(theta[key], phi[key], keep[name].unsqueeze(1)))  # type: ignore[union-attr, operator]
+                    layer.routers.instance[0].weight.copy_(mix(theta[key], phi[key], keep[name].unsqueeze(1)))  # type: ignore[operator]
 
     def selection(self, checkpoint: Path, model: PeftModel, batch: PromptBatch, router: RouterChoice) -> RouteSelection:
         """Mix in the gate of the sample's task: found, given, the newest, or drawn."""
         import torch
 
-        from clmoe.model.llava import last_prompt_features
-        from clmoe.model.locator import PrototypeIndex
+        from clmoe.model.locator import PrototypeIndex, base_features
         from clmoe.model.routing import RouteSelection
 
         if self._index is None or self._index[0] != checkpoint:
@@ -167,9 +171,7 @@ class ClMoe(MoeLora):
         index = self._index[1]
         tasks = batch.known_task(router, len(index.count))
         if tasks is None:
-            with model.disable_adapter():
-                features = last_prompt_features(model.get_base_model(), batch.inputs)  # type: ignore[arg-type]
-            tasks = index.locate(features, self.options.distance, self.options.radius)
+            tasks = index.locate(base_features(model, [batch.inputs]), self.options.distance, self.options.radius)
         return RouteSelection(task=torch.as_tensor(tasks).to(model.device), beta=self.options.beta)
 
 

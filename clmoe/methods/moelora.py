@@ -1,4 +1,4 @@
-"""MoELoRA (CoIN, NeurIPS 2024): LoRA experts under a dense softmax router per token, nothing frozen, no balance loss."""
+"""MoELoRA (CoIN, NeurIPS 2024): LoRA experts under a dense softmax router; nothing frozen, no balance loss."""
 
 from __future__ import annotations
 

@@ -30,9 +30,7 @@ def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep == 1, old, torch.where(keep == 0, new, mixed))
 
 
-def consolidate_factors(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor
-) -> tuple[Tensor, Tensor]:
+def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
     """Mix the factors A and B on their own, the paper's rule.
 
     The mean of the factors is not the factor of the mean: ``(a B + b B')(a A + b A')`` has cross terms that

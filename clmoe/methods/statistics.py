@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clmoe.data.batches import sample_records, train_batches, train_dataset
 from clmoe.methods.base import TaskContext
+from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
-from clmoe.train.features import sample_records, training_batches
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -52,12 +53,15 @@ def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistic
     """Instance-gate statistics of every patched module on at most ``samples`` training records, dropout off."""
     model = context.model.eval()
     counts: dict[str, GateCount] = {}
-    for batch in training_batches(context, sample_records(context, samples)):
+    base, config = context.base, context.config
+    records = sample_records(context.records, samples, config.seed)
+    dataset = train_dataset(base, records, context.image_root, config.training.max_length)
+    for batch in train_batches(base, dataset, config.evaluation.batch_size):
         mask = batch["attention_mask"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         trace = RouteTrace()
         with routing(NEWEST_ROUTER, trace):
-            model.get_base_model().model(**inputs, use_cache=False)
+            adapted_llava(model).model(**inputs, use_cache=False)
         for name, output in trace.outputs.items():
             count = GateCount.of(output.gate, mask, top_k)
             counts[name] = counts[name] + count if name in counts else count

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, get_peft_model_state_dict, register_peft_method
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
@@ -134,7 +135,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
     @property
     def experts(self) -> dict[str, Experts]:
         """The active adapter's experts, by linear."""
-        return dict(self.clmoe_experts[self._only_adapter()].items())  # type: ignore[operator, union-attr]
+        return dict(self.clmoe_experts[self._only_adapter()].items())  # type: ignore[operator]
 
     @property
     def routers(self) -> RouterBank:
@@ -215,31 +216,32 @@ class ExpertModel(BaseTuner):
     prefix = f"{PEFT_NAME}_"
     tuner_layer_cls = ExpertLayer
 
-    def _prepare_adapter_config(self, peft_config: ExpertConfig, model_config: dict[str, Any]) -> ExpertConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: ExpertConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **unused: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        config = cast(ExpertConfig, peft_config)
         if not isinstance(target, ExpertLayer):
-            kind = ExpertMLP if peft_config.router_scope == "per_block" else ExpertLinear
+            kind = ExpertMLP if config.router_scope == "per_block" else ExpertLinear
             layer = kind(target, current_key)
-            layer.attach(adapter_name, peft_config)
+            layer.attach(adapter_name, config)
             layer.requires_grad_(adapter_name in self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
         else:
-            target.attach(adapter_name, peft_config)
+            target.attach(adapter_name, config)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """``...clmoe_experts.default.up_proj.A -> ...clmoe_experts.up_proj.A``: our containers nest deeper than peft's."""
+        """``clmoe_experts.default.up_proj.A -> clmoe_experts.up_proj.A``: our containers nest deeper than peft's."""
         for container in ExpertLayer.adapter_layer_names:
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -252,7 +254,8 @@ class ExpertModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """peft enters this around every forward and generate: the place to refuse a guess of the task."""
         (name,) = self.active_adapters
-        if self.peft_config[name].needs_routing and not self.training and current_routing() is None:
+        config = cast(ExpertConfig, self.peft_config[name])
+        if config.needs_routing and not self.training and current_routing() is None:
             raise ClmoeError(
                 "this checkpoint holds several tasks and no routing was chosen: use clmoe.load(folder).answer(image, "
                 "question), which finds the task, or wrap the call in clmoe.model.routing.routing(...)"
@@ -331,10 +334,17 @@ def add_task_gates(model: PeftModel, gates: dict[str, Tensor]) -> None:
 
 def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap ``base`` with a fresh adapter, the LoRA-expert one or any of peft's own."""
-    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    model = get_peft_model(base, config)
     if isinstance(config, ExpertConfig) and not expert_layers(model):
-        raise ClmoeError(f"no module of the language model matches {config.target_modules}: check the adapter's targets")
-    return model  # type: ignore[return-value]
+        raise ClmoeError(
+            f"no module of the language model matches {config.target_modules}: check the adapter's targets"
+        )
+    return model
+
+
+def adapted_llava(model: PeftModel) -> LlavaForConditionalGeneration:
+    """The LLaVA inside, with its projections patched."""
+    return cast(LlavaForConditionalGeneration, model.base_model.model)
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -353,12 +363,14 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     Raises:
         ClmoeError: a tensor is missing, superfluous, or differs after loading.
     """
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)  # type: ignore[arg-type]
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     on_disk = load_file(folder / "adapter_model.safetensors")
     live = adapter_tensors(model)
     if on_disk.keys() != live.keys():
         odd = sorted(on_disk.keys() ^ live.keys())
-        raise ClmoeError(f"{folder}/adapter_model.safetensors does not fit its adapter_config.json: {odd[:3]} unmatched")
+        raise ClmoeError(
+            f"{folder}/adapter_model.safetensors does not fit its adapter_config.json: {odd[:3]} unmatched"
+        )
     for name, tensor in on_disk.items():
         if not torch.equal(live[name].cpu().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)):
             raise ClmoeError(f"{folder}/adapter_model.safetensors: {name} differs after loading")

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.system.paths import resolve_model_path
+
 
 @dataclass(frozen=True)
 class LoadedBase:
@@ -22,7 +24,7 @@ class LoadedBase:
     """
 
     model: LlavaForConditionalGeneration
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     image_processor: BaseImageProcessor
     image_token_count: int
     fingerprint: str
@@ -34,8 +36,8 @@ class LoadedBase:
 
 def count_image_tokens(model: LlavaForConditionalGeneration) -> int:
     """Patches of one image, plus the class token with the ``full`` feature strategy."""
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+    embeddings = model.model.vision_tower.embeddings
+    patches = int(embeddings.num_patches)
     return patches + (model.config.vision_feature_select_strategy == "full")
 
 
@@ -45,17 +47,18 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     Raises:
         ClmoeError: the folder is not a LLaVA in transformers' format.
     """
+    disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )
-        processor = AutoProcessor.from_pretrained(folder, use_fast=True)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
-    model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    model.requires_grad_(False).eval().to(device)
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the repository lies
     return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), fingerprint)
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, current_routing
 
@@ -51,7 +51,7 @@ class InstanceRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            return linear(x.float(), self.weight.float())
 
 
 class TaskRouter(nn.Module):
@@ -101,8 +101,11 @@ class RouterBank(nn.Module):
         self.instance.append(InstanceRouter(weight, frozen))
 
     def freeze(self) -> None:
-        for router in self.instance:
+        for router in self._routers():
             router.freeze()
+
+    def _routers(self) -> list[InstanceRouter]:
+        return list(self.instance)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate for every token. ``x [B, T, din]`` -> ``[B, T, e]`` float32, ``e`` the widest span in the batch."""
@@ -122,7 +125,7 @@ class RouterBank(nn.Module):
     def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Route each sample with its own router; narrower gates are padded with zeros."""
         used = index.unique().tolist()
-        routers = list(self.instance)
+        routers = self._routers()
         width = max(routers[i].span for i in used)
         logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
         gate = torch.zeros_like(logits)

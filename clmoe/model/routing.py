@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
+
+RouterChoice = Literal["located", "oracle", "last", "random"]
 
 
 @dataclass(frozen=True)

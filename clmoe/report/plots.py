@@ -79,9 +79,7 @@ def forgetting_curves(groups: Sequence[Group], path: Path) -> Path:
             ax.set_ylabel("score (%)", fontsize=8, color=INK)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
     return _save(figure, path)
 
 
@@ -176,9 +174,7 @@ def _heat_panel(ax: Axes, panel: Panel, drawn: Sequence[int]) -> None:
     ax.set_title(panel.title, fontsize=9, color=INK, loc="left")
 
 
-def _curve_panel(
-    ax: Axes, groups: Sequence[Group], order: tuple[str, ...], position: int, start: int
-) -> None:
+def _curve_panel(ax: Axes, groups: Sequence[Group], order: tuple[str, ...], position: int, start: int) -> None:
     """One task's panel; the stages drawn run from `start` (0 is the untrained model) to the last task."""
     task = order[position]
     ax.axvline(position + 1, color="#999999", lw=0.8, ls=(0, (3, 3)), zorder=0)

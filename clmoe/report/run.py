@@ -114,9 +114,7 @@ def read_run(folder: Path) -> Run:
         raise ClmoeError(f"{folder / 'run.json'}: field 'order' must be a list of task names")
     scoring = info.get("scoring", "fixed")
     if scoring not in MODES:
-        raise ClmoeError(
-            f"{folder / 'run.json'}: field 'scoring' is {scoring!r}; allowed: {', '.join(MODES)}"
-        )
+        raise ClmoeError(f"{folder / 'run.json'}: field 'scoring' is {scoring!r}; allowed: {', '.join(MODES)}")
     matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
     order = tuple(info["order"])
     if matrix.tasks != order:

@@ -62,12 +62,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
                 str(seeds),
                 *(_spread(group.metric(name), seeds) for name in COMPARED),
                 _spread(group.field("trainable_parameters"), seeds, _count),
-                _distinct(
-                    [
-                        BLANK if run.effective_scale is None else f"{run.effective_scale:g}"
-                        for run in group.runs
-                    ]
-                ),
+                _distinct([BLANK if run.effective_scale is None else f"{run.effective_scale:g}" for run in group.runs]),
                 _distinct(["trained" if run.projector_trained else "frozen" for run in group.runs]),
                 _spread(group.field("minutes"), seeds, lambda value: f"{value:.1f}"),
             )
@@ -140,9 +135,7 @@ def to_text(table: Table, width: int = 100, colour: bool = False) -> str:
     )
     console.print(Text(table.title, style="bold"))
     for columns in _blocks(table, width):
-        grid = RichTable(
-            box=None, padding=(0, 1, 0, 0), header_style="bold" if colour else "", pad_edge=False
-        )
+        grid = RichTable(box=None, padding=(0, 1, 0, 0), header_style="bold" if colour else "", pad_edge=False)
         for column in columns:
             key = column < table.keys
             grid.add_column(
@@ -152,9 +145,7 @@ def to_text(table: Table, width: int = 100, colour: bool = False) -> str:
                 overflow="fold",
             )
         for r, row in enumerate(table.rows):
-            grid.add_row(
-                *(Text(_fold_cell(row[c]), style="bold" if (r, c) in table.best else "") for c in columns)
-            )
+            grid.add_row(*(Text(_fold_cell(row[c]), style="bold" if (r, c) in table.best else "") for c in columns))
         console.print(grid)
         console.print()
     assert isinstance(console.file, io.StringIO)
@@ -205,9 +196,7 @@ def _has_row(group: Group, kind: str) -> bool:
     """Whether any run has such a row; `immediate` needs a stage before the last one, `last` always stands."""
     if kind == "immediate":
         return any(task in run.matrix.rows for run in group.runs for task in run.order[:-1])
-    return kind == "last" or any(
-        score is not None for run in group.runs for score in run.scores(kind).values()
-    )
+    return kind == "last" or any(score is not None for run in group.runs for score in run.scores(kind).values())
 
 
 def _row_mean(run: Run, kind: str) -> float | None:

@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """``what 'nmae' is unknown; did you mean 'name'? (known: ...)``."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{what} {name!r} is unknown{hint} (known: {', '.join(names)})"
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """An error text for a name that does not exist: the nearest known one, and all of them."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{guess} Known: {', '.join(options) or 'none'}"

@@ -1,37 +1,61 @@
 """Where the repository's configurations and files are."""
 
 from pathlib import Path
-from typing import Literal, overload
 
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown_name
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from clmoe.system.names import unknown
 
 
-@overload
-def find_config(kind: str, name: str, missing_ok: Literal[False] = False) -> Path: ...
-@overload
-def find_config(kind: str, name: str, missing_ok: Literal[True]) -> Path | None: ...
-def find_config(kind: str, name: str, missing_ok: bool = False) -> Path | None:
-    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; an existing path is taken as it is.
+def checkouts() -> list[Path]:
+    """Folders that hold ``configs``: the checkout that this package lies in, the current folder."""
+    folders = (Path(__file__).resolve().parents[2], Path.cwd().resolve())
+    return [folder for folder in folders if (folder / "configs" / "benchmarks").is_dir()]
+
+
+def repository_root() -> Path:
+    """The checkout that this package lies in, else the current folder.
 
     Raises:
-        ClmoeError: neither a path nor a known name, unless ``missing_ok``.
+        ClmoeError: neither holds ``configs``.
     """
-    folder = REPOSITORY / "configs" / kind
-    for candidate in (Path(name), folder / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    if missing_ok:
-        return None
-    known = [path.stem for path in folder.glob("*.yaml")]
-    raise ClmoeError(unknown_name(f"configs/{kind}:", name, known) + ", and no file of that path exists")
+    found = checkouts()
+    if found:
+        return found[0]
+    raise ClmoeError("no folder configs/benchmarks found; run from the clmoe checkout, or give the path of a YAML file")
+
+
+def known_configs(kind: str) -> list[str]:
+    """Names of the files in ``configs/<kind>``, sorted."""
+    return sorted(path.stem for path in (repository_root() / "configs" / kind).glob("*.yaml"))
+
+
+def find_config(kind: str, name: str) -> Path:
+    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of a YAML file is taken as it is.
+
+    Raises:
+        ClmoeError: no such file, or no such name; the nearest known one is named.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise ClmoeError(f"{path}: no such file")
+        return path
+    path = repository_root() / "configs" / kind / f"{name}.yaml"
+    if not path.is_file():
+        message = unknown(f"name in configs/{kind}", name, known_configs(kind))
+        raise ClmoeError(message + ", or the path of a YAML file")
+    return path
 
 
 def resolve_model_path(path: str) -> str:
-    """A model folder relative to the working directory or the repository, else the name itself (a hub name)."""
-    for candidate in (Path(path), REPOSITORY / path):
+    """A model folder relative to the current folder or the repository, else the name itself (a hub name).
+
+    Raises:
+        ClmoeError: something that can only be a folder and does not exist.
+    """
+    for candidate in (Path(path).expanduser(), repository_root() / path):
         if candidate.is_dir():
             return str(candidate)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ClmoeError(f"model {path}: no such folder")
     return path

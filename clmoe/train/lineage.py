@@ -12,7 +12,8 @@ from typing import Any
 
 from clmoe.config import Config, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.train.checkpoint import read_json, verify
+from clmoe.system.files import read_json
+from clmoe.train.checkpoint import verify
 
 LINEAGE = "continual.json"
 CONFIG = "config.yaml"
@@ -112,7 +113,9 @@ def check_same_run(done: Finished, config: Config, parent: Finished | None) -> N
         text = "; ".join(_difference(key, getattr(done.config, key), getattr(config, key)) for key in changed)
         raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
     if done.lineage.parent != (None if parent is None else parent.identity):
-        raise ClmoeError(f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it")
+        raise ClmoeError(
+            f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it"
+        )
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

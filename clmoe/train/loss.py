@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from clmoe.data.prompts import IGNORE
-from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
+from clmoe.model.adapter import adapted_llava
+from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +43,7 @@ class TrainedModel(nn.Module):
             num_items_in_batch: answer tokens of the whole global batch.
             pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
         """
-        llava = self.model.get_base_model()
+        llava = adapted_llava(self.model)
         trace = RouteTrace()
         with routing(NEWEST_ROUTER, trace):
             hidden = llava.model(
@@ -51,7 +52,7 @@ class TrainedModel(nn.Module):
         targets = labels[:, 1:]
         answered = targets != IGNORE
         logits = llava.lm_head(hidden[:, :-1][answered]).float()
-        loss = F.cross_entropy(logits, targets[answered], reduction="sum") / num_items_in_batch
+        loss = cross_entropy(logits, targets[answered], reduction="sum") / num_items_in_batch
         extra = self.method.extra_loss(self.model, trace, {"input_ids": input_ids, "attention_mask": attention_mask})
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)
@@ -60,9 +61,7 @@ class TrainedModel(nn.Module):
 
 def enable_checkpointing(model: PeftModel) -> None:
     """Recompute activations in the backward pass, each block under the routing of its own forward."""
-    from clmoe.model.routing import checkpoint_contexts
-
-    model.get_base_model().gradient_checkpointing_enable(
+    adapted_llava(model).gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
     )
 

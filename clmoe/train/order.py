@@ -3,20 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from torch.utils.data import Sampler
-
+from clmoe.data.permutation import epoch_permutation
 from clmoe.errors import ClmoeError
-
-
-def epoch_permutation(seed: int, epoch: int, records: int) -> np.ndarray:
-    """The order of one epoch: ``[records]`` int64."""
-    return np.random.default_rng([seed, epoch]).permutation(records)
 
 
 def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
     """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
-    return steps if steps is not None else max(1, -(-int(round(records * epochs)) // batch_size))
+    return steps if steps is not None else max(1, -(-round(records * epochs) // batch_size))
 
 
 @dataclass(frozen=True)
@@ -39,8 +32,8 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.batch_size % (self.processes * self.micro):
             raise ClmoeError(
-                f"training.batch_size {self.batch_size} cannot be cut into {self.processes} processes x micro-batches of "
-                f"{self.micro}: change training.batch_size, training.micro_batch_size or the number of processes"
+                f"training.batch_size {self.batch_size} cannot be cut into {self.processes} processes x "
+                f"micro-batches of {self.micro}: change batch_size, micro_batch_size or processes"
             )
 
     @property
@@ -59,8 +52,8 @@ class BatchPlan:
         return [int(orders[p // self.records][p % self.records]) for p in positions]
 
 
-class MicroBatches(Sampler[list[int]]):
-    """The micro-batches of one process, from ``first_step`` on."""
+class MicroBatches:
+    """The micro-batches of one process, from ``first_step`` on: a ``batch_sampler`` for torch's DataLoader."""
 
     def __init__(self, plan: BatchPlan, steps: int, first_step: int = 0, rank: int = 0) -> None:
         self.plan, self.steps, self.first_step, self.rank = plan, steps, first_step, rank

@@ -14,8 +14,9 @@ from clmoe.config import Config, dump_config
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, TaskContext, method_class
+from clmoe.system.files import read_json, write_json
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.train.checkpoint import build_folder, is_complete, publish, read_json, work_folder, write_json
+from clmoe.train.checkpoint import build_folder, is_complete, publish, work_folder
 from clmoe.train.lineage import (
     CONFIG,
     LINEAGE,
@@ -85,7 +86,9 @@ def prepare_request(
     if chain == "none":
         raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
     if (task == UNION) != (chain == "union"):
-        raise ClmoeError(f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}")
+        raise ClmoeError(
+            f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}"
+        )
     if task != UNION:
         benchmark.task(task)
         if task not in order:
@@ -105,7 +108,9 @@ def finished(request: TrainRequest) -> bool:
         ClmoeError: the output holds something else, or is damaged.
     """
     if request.output.exists() and not is_complete(request.output):
-        raise ClmoeError(f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it")
+        raise ClmoeError(
+            f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
+        )
     if not request.output.exists():
         return False
     check_same_run(read_checkpoint(request.output), request.config, request.previous)
@@ -194,7 +199,9 @@ def _load_base(request: TrainRequest) -> LoadedBase:
 
     base = load_base(request.config.model, "cuda" if torch.cuda.is_available() else "cpu")
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
-        raise ClmoeError(f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}")
+        raise ClmoeError(
+            f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
+        )
     return base
 
 
@@ -239,7 +246,7 @@ def _steps(request: TrainRequest, records: int) -> int:
 def _train(
     request: TrainRequest, method: Method, context: TaskContext, plan: BatchPlan, steps: int, log: EventLog
 ) -> None:
-    from clmoe.train.features import train_dataset
+    from clmoe.data.batches import train_dataset
     from clmoe.train.loss import TrainedModel, enable_checkpointing
     from clmoe.train.trainer import Report, TaskTrainer
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.config import TrainingConfig
@@ -33,7 +40,11 @@ class Report(TrainerCallback):
             return
         assert_finite(logs["loss"], state.global_step)
         self.progress.show(loss=logs["loss"])
-        fields = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        fields = {
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+        }
         self.log.write("step", task=self.task, step=state.global_step, **fields)
 
 
@@ -41,9 +52,16 @@ class TaskTrainer(Trainer):
     """Trains one task for a fixed number of optimizer steps."""
 
     def __init__(
-        self, model: TrainedModel, dataset: TrainDataset, pad_id: int, config: TrainingConfig, plan: BatchPlan, steps: int,
-        report: Report, folder: Path,
-    ) -> None:  # fmt: skip
+        self,
+        model: TrainedModel,
+        dataset: TrainDataset,
+        pad_id: int,
+        config: TrainingConfig,
+        plan: BatchPlan,
+        steps: int,
+        report: Report,
+        folder: Path,
+    ) -> None:
         self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -80,12 +98,14 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a group of its own for the projector."""
         config = self.config
-        groups = parameter_groups(self.model, PROJECTOR, config.learning_rate, config.projector_learning_rate)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        return self.optimizer
+        trained = cast(TrainedModel, self.model)
+        groups = parameter_groups(trained, PROJECTOR, config.learning_rate, config.projector_learning_rate)
+        self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        self.optimizer = self._adamw
+        return self._adamw
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Linear warm-up, cosine decay to zero."""
-        warmup = int(round(self.config.warmup_ratio * num_training_steps))
-        self.lr_scheduler = get_cosine_schedule_with_warmup(optimizer or self.optimizer, warmup, num_training_steps)
+        warmup = round(self.config.warmup_ratio * num_training_steps)
+        self.lr_scheduler = get_cosine_schedule_with_warmup(self._adamw, warmup, num_training_steps)
         return self.lr_scheduler

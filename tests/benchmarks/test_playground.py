@@ -64,9 +64,7 @@ def test_box_is_where_the_pixels_are() -> None:
         rows, columns = np.nonzero(ink_mask(scene))
         seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         size = scene.things[0].size
-        slack = (
-            0.12 * size + 1.5 if scene.things[0].shape == "star" else 1.5
-        )  # a star does not fill its square
+        slack = 0.12 * size + 1.5 if scene.things[0].shape == "star" else 1.5  # a star does not fill its square
         assert np.abs(np.array(scene.things[0].box) * 56 - seen).max() <= slack, scene
 
 
@@ -82,11 +80,7 @@ def test_relation_and_side_agree_with_centres_of_mass() -> None:
     for _ in range(60):
         a, b = sampling.draw(sampling.two_things, "train", rng, ["white"]).things
         (ya, xa), (yb, xb) = (ndimage.center_of_mass(ink_mask(Scene("white", (thing,)))) for thing in (a, b))
-        far = (
-            ("left", "right")[int(xa > xb)]
-            if abs(xa - xb) > abs(ya - yb)
-            else ("above", "below")[int(ya > yb)]
-        )
+        far = ("left", "right")[int(xa > xb)] if abs(xa - xb) > abs(ya - yb) else ("above", "below")[int(ya > yb)]
         assert relation(a, b) == far
     places = {"left": (15, 28), "right": (40, 30), "top": (28, 16), "bottom": (26, 41), "middle": (30, 29)}
     for side, (x, y) in places.items():
@@ -118,11 +112,7 @@ def test_base_train_and_test_share_no_scene_and_no_digit() -> None:
                 assert len({scene.key for scene in scenes}) == 100
                 keys[split] |= {scene.key for scene in scenes}
                 digits[split] |= {scene.handwriting.source for scene in scenes if scene.handwriting}
-    assert (
-        not keys["base"] & keys["train"]
-        and not keys["base"] & keys["test"]
-        and not keys["train"] & keys["test"]
-    )
+    assert not keys["base"] & keys["train"] and not keys["base"] & keys["test"] and not keys["train"] & keys["test"]
     assert not digits["train"] & digits["test"]
     sources = [set(digit_sources(split)) for split in DIGIT_SOURCES]
     assert [len(ids) for ids in sources] == [700, 697, 400]
@@ -192,9 +182,7 @@ def test_same_question_other_format(small_coin: Path) -> None:
 def test_prepare_is_idempotent_and_rebuilds_what_is_incomplete(small_coin: Path) -> None:
     def stamps() -> dict[Path, tuple[int, str]]:
         files = (path for path in small_coin.rglob("*") if path.is_file())
-        return {
-            path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
-        }
+        return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
 
     before = stamps()
     build.prepare("playground-coin", small_coin.parent)
@@ -242,9 +230,7 @@ def test_mixture_is_neutral_and_covers_every_answer_word() -> None:
     turns = [turn for _ in range(6000) for turn in sample_turns(sample_scene(rng), rng, 4)]
     asked, answered = set(), set()
     for task in ALL_TASKS:
-        for scene in (
-            sampling.draw(s, "train", rng, task.backgrounds) for s in task.samplers for _ in range(60)
-        ):
+        for scene in (sampling.draw(s, "train", rng, task.backgrounds) for s in task.samplers for _ in range(60)):
             for qa in task.ask(scene, rng):
                 asked.add(qa.question.split("\n")[0])
                 answered.add(qa.answer)
@@ -300,10 +286,7 @@ def test_a_row_keeps_to_its_budget(small_model: tuple) -> None:
 def test_tiny_is_seeded_and_matches_the_library_s_inputs(small_model: tuple) -> None:
     model, processor = small_model
     again, _ = build_tiny(tokenizer_texts(0), seed=3, sizes=SMALL)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     image = render(sampling.draw(sampling.one_digit, "test", Random(8)))
     pixels = preprocess(image, processor.image_processor)
     assert torch.equal(pixels, normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)))

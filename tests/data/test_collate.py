@@ -32,9 +32,7 @@ PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height
 
 
 def train_item(ids: list[int], labels: list[int], pixels: float | None) -> TrainItem:
-    return TrainItem(
-        torch.tensor(ids), torch.tensor(labels), None if pixels is None else torch.full((3, 2, 2), pixels)
-    )
+    return TrainItem(torch.tensor(ids), torch.tensor(labels), None if pixels is None else torch.full((3, 2, 2), pixels))
 
 
 def test_training_batch() -> None:
@@ -84,9 +82,7 @@ def image_root(tmp_path: Path) -> Path:
 def records() -> list[TrainRecord]:
     words = ["dog", "cat", "red", "blue", "left"]
     return [
-        TrainRecord(
-            f"r{n}", None if n % 4 == 3 else f"{n % 3}.png", (Turn(f"What is {word}?" * (n + 1), word),)
-        )
+        TrainRecord(f"r{n}", None if n % 4 == 3 else f"{n % 3}.png", (Turn(f"What is {word}?" * (n + 1), word),))
         for n, word in enumerate(words)
     ]
 
@@ -139,8 +135,6 @@ def test_errors_of_a_dataset(image_root: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_from_workers_too(workers: int, image_root: Path) -> None:
     (image_root / "1.png").write_bytes(b"")
-    loader = DataLoader(
-        train_dataset(image_root), collate_fn=partial(collate_train, pad_id=PAD), num_workers=workers
-    )
+    loader = DataLoader(train_dataset(image_root), collate_fn=partial(collate_train, pad_id=PAD), num_workers=workers)
     with pytest.raises(ClmoeError, match=r"1\.png: cannot be decoded"):
         list(loader)

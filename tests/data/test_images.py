@@ -74,9 +74,7 @@ def test_marks_at_both_ends_of_a_wide_image_survive_resizing() -> None:
 
 @pytest.mark.parametrize(("size", "crop", "resize"), [(64, 56, True), (56, 64, True), (56, 56, False)])
 def test_a_processor_that_would_crop_is_refused(size: int, crop: int, resize: bool) -> None:
-    with pytest.raises(
-        ClmoeError, match="it would cut the image; set 'size' and 'crop_size' to the same length"
-    ):
+    with pytest.raises(ClmoeError, match="it would cut the image; set 'size' and 'crop_size' to the same length"):
         preprocess(Image.fromarray(noise(56, 56)), processor(size, crop, do_resize=resize))
 
 

@@ -37,9 +37,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     }[request.param]()
 
 
-def oracle(
-    turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[int], list[int]]:
+def oracle(turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Ids and labels from pieces tokenised one by one, cut at special tokens and before an answer's space."""
 
     # LLaMA's Metaspace marks the very first piece only; a special token in front makes it see a later one.
@@ -69,9 +67,7 @@ def oracle(
 
 def test_rendered_text_is_vicuna_v1() -> None:
     two = (Turn("q1", "a1"), Turn("q2", "a2"))
-    assert (
-        render_turns(two, True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
-    )
+    assert render_turns(two, True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
     assert render_turns(two[:1], False) == f"{SYSTEM} USER: q1 ASSISTANT: a1</s>"
     assert prompt_text("q1", True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"
     assert prompt_text("q1", False) == f"{SYSTEM} USER: q1 ASSISTANT:"
@@ -102,9 +98,7 @@ def test_labels_decode_to_the_answers_and_their_ends(tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("has_image", [True, False])
-def test_prompt_is_what_training_saw_before_the_answer(
-    has_image: bool, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_prompt_is_what_training_saw_before_the_answer(has_image: bool, tokenizer: PreTrainedTokenizerFast) -> None:
     record = TrainRecord("k", "a.png" if has_image else None, ONE)
     ids, labels = encode_training(record, tokenizer, IMAGE_TOKENS, 4096)
     prompt = encode_prompt(ONE[0].question, has_image, tokenizer, IMAGE_TOKENS)
@@ -120,17 +114,13 @@ def test_a_long_record_is_cut_at_the_right(tokenizer: PreTrainedTokenizerFast) -
     first_label = next(n for n, label in enumerate(whole.labels) if label != -100)
     cut = encode_training(record, tokenizer, IMAGE_TOKENS, first_label + 1)
     assert cut == (whole.input_ids[: first_label + 1], whole.labels[: first_label + 1])
-    with pytest.raises(
-        ClmoeError, match=rf"record 'k': {len(whole.input_ids)} tokens, .* first {first_label};"
-    ):
+    with pytest.raises(ClmoeError, match=rf"record 'k': {len(whole.input_ids)} tokens, .* first {first_label};"):
         encode_training(record, tokenizer, IMAGE_TOKENS, first_label)
 
 
 @pytest.mark.parametrize("field", ["question", "answer"])
 @pytest.mark.parametrize("token", ["</s>", "<image>"])
-def test_special_tokens_in_the_text_are_refused(
-    token: str, field: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_special_tokens_in_the_text_are_refused(token: str, field: str, tokenizer: PreTrainedTokenizerFast) -> None:
     turn = Turn(f"what {token} is it", "dog") if field == "question" else Turn("what", f"dog {token} cat")
     for image in ("a.png", None):
         with pytest.raises(ClmoeError, match=f"record 'k': .* tokens {token}, the template has"):
@@ -174,9 +164,7 @@ def test_tokenizers_that_lack_what_the_template_needs() -> None:
     with pytest.raises(ClmoeError, match="no image token '<image>'"):
         encode_training(RECORD, plain, IMAGE_TOKENS, 4096)
     text_only = TrainRecord("k", None, RECORD.turns)
-    assert encode_training(text_only, plain, IMAGE_TOKENS, 4096) == encode_training(
-        text_only, base, IMAGE_TOKENS, 4096
-    )
+    assert encode_training(text_only, plain, IMAGE_TOKENS, 4096) == encode_training(text_only, base, IMAGE_TOKENS, 4096)
 
 
 def _without_image(tokenizer: PreTrainedTokenizerFast) -> str:

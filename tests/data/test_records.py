@@ -74,9 +74,7 @@ def test_questions(root: Path) -> None:
     assert load_questions(write(root, rows), root) == [
         Question("17", "sub/a.png", "What is it?", "mug", {}),
         Question("42", "sub/a.png", "Which?\nOptions: (A) ice", " A", {}),
-        Question(
-            "t", None, "What is it?", "", {"answer_bbox": "[0.12, 0.30, 0.50, 0.94]", "size": [640, 480]}
-        ),
+        Question("t", None, "What is it?", "", {"answer_bbox": "[0.12, 0.30, 0.50, 0.94]", "size": [640, 480]}),
         Question("l", "sub/a.png", "What is it?", "", {"answer_type": "Doc", "answers": ["cola", "coke"]}),
     ]
 

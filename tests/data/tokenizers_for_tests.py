@@ -57,9 +57,7 @@ def merging_across_answers() -> PreTrainedTokenizerFast:
     return wrap(tokenizer)
 
 
-def wrap(
-    tokenizer: Tokenizer, eos: str = "</s>", extra: dict[str, str] | None = None
-) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, eos: str = "</s>", extra: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

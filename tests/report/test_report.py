@@ -16,9 +16,7 @@ from clmoe.report.write import report_text, write_report
 TASKS = ["colour_letter", "count", "box"]
 
 
-def make_run(
-    root: Path, label: str, seed: int, last: float = 50.0, immediate: bool = False, **info: Any
-) -> Path:
+def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: bool = False, **info: Any) -> Path:
     """A run whose three tasks score 80 when trained and `last` at the end (box: 80)."""
     folder = root / f"{label}-{seed}".replace("/", "_")
     folder.mkdir(parents=True)
@@ -74,9 +72,7 @@ def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
 
 
 def test_task_table_follows_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
-    groups = group_runs(
-        [make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])]
-    )
+    groups = group_runs([make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])])
     row = row_of(task_table(groups), "moe", "last")
     # colour_letter ends at 50 in the first order and, trained last, at 80 in the other.
     assert row["colour_letter"] == "65.00 ± 21.21"
@@ -99,9 +95,7 @@ def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [100, 60])
 def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> None:
-    runs = [
-        make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)
-    ]
+    runs = [make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)]
     text = report_text(runs, width)
     assert max(len(line) for line in text.splitlines()) <= width
     for table in (comparison_table(group_runs(runs)), task_table(group_runs(runs))):

@@ -24,7 +24,7 @@ from clmoe.benchmarks.playground.sampling import draw_distinct
 from clmoe.benchmarks.playground.scenes import SIDE, Scene, render
 from clmoe.benchmarks.playground.tasks import QA, TaskSpec, choose_scene
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown_name
+from clmoe.system.names import unknown
 
 DEFAULT_ROOT = Path("playground/data")
 MARKER = "benchmark.json"
@@ -56,7 +56,7 @@ def prepare(benchmark_name: str, root: Path = DEFAULT_ROOT) -> Path:
         ClmoeError: the benchmark is not one of the playground's.
     """
     if benchmark_name not in SPECS:
-        raise ClmoeError(unknown_name("the playground's benchmarks:", benchmark_name, list(SPECS)))
+        raise ClmoeError(unknown("playground benchmark", benchmark_name, list(SPECS)))
     spec = SPECS[benchmark_name]
     target = Path(root) / benchmark_name
     if is_complete(target, spec):
@@ -102,9 +102,7 @@ def _put_in_place(work: Path, target: Path, spec: BenchmarkSpec) -> None:
 
 def write(folder: Path, name: str, spec: BenchmarkSpec) -> None:
     """All files of a benchmark, the marker last."""
-    pools = (
-        {split: _scene_pool(spec, split, folder) for split in ("train", "test")} if spec.shared_images else {}
-    )
+    pools = {split: _scene_pool(spec, split, folder) for split in ("train", "test")} if spec.shared_images else {}
     rows: dict[str, dict[str, int]] = {}
     for task in spec.tasks:
         (folder / task.name).mkdir()
@@ -113,9 +111,7 @@ def write(folder: Path, name: str, spec: BenchmarkSpec) -> None:
             rng = Random(f"{spec.seed}/{name}/{task.name}/{split}")
             count = spec.train_rows if split == "train" else spec.test_rows
             pairs = (
-                _from_pool(task, pools[split], rng, count)
-                if pools
-                else _own_scenes(task, split, rng, count, folder)
+                _from_pool(task, pools[split], rng, count) if pools else _own_scenes(task, split, rng, count, folder)
             )
             make = _train_row if split == "train" else _test_row
             records = [make(f"{task.name}-{i}", image, turns, task) for i, (image, turns) in enumerate(pairs)]
@@ -125,14 +121,10 @@ def write(folder: Path, name: str, spec: BenchmarkSpec) -> None:
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
 
 
-def _own_scenes(
-    task: TaskSpec, split: str, rng: Random, count: int, folder: Path
-) -> Iterable[tuple[str, list[QA]]]:
+def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, folder: Path) -> Iterable[tuple[str, list[QA]]]:
     """(image path, turns) of a task that has its own images."""
     images = folder / task.name / "images"
-    share = [
-        count // len(task.samplers) + (i < count % len(task.samplers)) for i in range(len(task.samplers))
-    ]
+    share = [count // len(task.samplers) + (i < count % len(task.samplers)) for i in range(len(task.samplers))]
     found = [
         scene
         for sampler, part in zip(task.samplers, share, strict=True)
@@ -153,9 +145,7 @@ def _scene_pool(spec: BenchmarkSpec, split: str, folder: Path) -> list[tuple[str
     return [(_save(scene, folder / "images", f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
 
 
-def _from_pool(
-    task: TaskSpec, pool: list[tuple[str, Scene]], rng: Random, count: int
-) -> list[tuple[str, list[QA]]]:
+def _from_pool(task: TaskSpec, pool: list[tuple[str, Scene]], rng: Random, count: int) -> list[tuple[str, list[QA]]]:
     """(image path, turns) over the pool's images that the task can ask about."""
     asked = [(image, task.ask(scene, rng)) for image, scene in rng.sample(pool, len(pool))]
     return [(image, turns) for image, turns in asked if turns][:count]

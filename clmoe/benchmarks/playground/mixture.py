@@ -47,6 +47,9 @@ SHARES: tuple[tuple[Sampler, float], ...] = (
     (one_pattern, 0.10),
 )
 BLURRED_SHARE = 0.06
+LEGEND_SHARE = 0.04
+CHECK_SHARE = 0.15
+COORDINATE_STEP = 5  # per cent: finer digits would be noise to a 14-pixel patch
 
 Skill = tuple[tuple[str, str], ...]  # (question, answer) wordings with fields in braces
 
@@ -205,23 +208,8 @@ def sample_turns(scene: Scene, rng: Random, count: int) -> list[tuple[str, str]]
     """`count` independent (question, answer) pairs about a scene of the base's split."""
     if scene.blur:
         return [rng.choice(UNCLEAR) for _ in range(count)]
-    if scene.kind == "word":
-        return [_word_turn(scene, rng) for _ in range(count)]
-    if scene.kind == "digit":
-        assert scene.handwriting
-        value = digit_value(scene.handwriting.source)
-        return [
-            _fill(HANDWRITING, rng, d=DIGIT_WORDS[value], f=str(value), b=scene.background)
-            for _ in range(count)
-        ]
-    if scene.kind == "pattern":
-        assert scene.pattern
-        name, colour = scene.pattern.name, scene.pattern.colour
-        fields = {"p": name, "c": colour, "b": scene.background, "class": CLASS_OF_PATTERN[name]}
-        return [_fill(rng.choice((PATTERN, PATTERN, COLOUR)), rng, **fields) for _ in range(count)]
-    if len({thing.shape for thing in scene.things}) == 2:
-        return [_pair_turn(scene, rng) for _ in range(count)]
-    return [_group_turn(scene, rng) for _ in range(count)]
+    makers = {"word": _word_turn, "digit": _digit_turn, "pattern": _pattern_turn, "things": _things_turn}
+    return [makers[scene.kind](scene, rng) for _ in range(count)]
 
 
 def _fill(skill: Skill, rng: Random, **fields: str) -> tuple[str, str]:
@@ -232,27 +220,46 @@ def _fill(skill: Skill, rng: Random, **fields: str) -> tuple[str, str]:
 def _word_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     assert scene.lettering
     word = scene.lettering.word
-    if rng.random() < 0.15:
+    if rng.random() < LEGEND_SHARE:
         return _legend(word, list(WORDS), rng)
-    skill = READING if rng.random() < 0.85 else COLOUR
+    skill = rng.choices((READING, COLOUR, GROUND), (0.85, 0.1, 0.05))[0]
     return _fill(skill, rng, w=word, c=scene.lettering.colour, b=scene.background)
+
+
+def _digit_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+    assert scene.handwriting
+    value = digit_value(scene.handwriting.source)
+    skill = rng.choices((HANDWRITING, GROUND), (0.95, 0.05))[0]
+    return _fill(skill, rng, d=DIGIT_WORDS[value], f=str(value), b=scene.background)
+
+
+def _pattern_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+    assert scene.pattern
+    name, colour = scene.pattern.name, scene.pattern.colour
+    fields = {"p": name, "c": colour, "b": scene.background, "class": CLASS_OF_PATTERN[name]}
+    return _fill(rng.choices((PATTERN, COLOUR, GROUND), (0.65, 0.25, 0.1))[0], rng, **fields)
+
+
+def _things_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+    alike = len({thing.shape for thing in scene.things}) == 1
+    return _group_turn(scene, rng) if alike else _pair_turn(scene, rng)
 
 
 def _group_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     thing, count = scene.things[0], len(scene.things)
-    draw_one = rng.random()
-    if draw_one < 0.16:
-        names = list(COLOURS) if rng.random() < 0.5 else list(SHAPES)
-        return _legend(thing.colour if thing.colour in names else thing.shape, names, rng)
-    if draw_one < 0.28:
-        return _check(thing, rng)
-    if count == 1 and draw_one < 0.60:
-        if draw_one < 0.36:
+    if rng.random() < LEGEND_SHARE:
+        names, truth = rng.choice(((list(COLOURS), thing.colour), (list(SHAPES), thing.shape)))
+        return _legend(truth, names, rng)
+    if rng.random() < CHECK_SHARE:
+        return _check(scene, rng)
+    if count == 1 and rng.random() < 0.42:
+        if rng.random() < 0.35:
             return _fill(PLACE, rng, side=side_of(thing))
         return _coordinates(thing, rng.choice(("it", "the object", f"the {thing.colour} {thing.shape}")), rng)
-    if count > 1 and draw_one < 0.55:
+    if count > 1 and rng.random() < 0.35:
         return _fill(rng.choice((AMOUNT, FIGURE)), rng, a=COUNT_WORDS[count - 1], n=str(count))
-    skill = rng.choice((COLOUR, COLOUR, SHAPE, SHAPE, BOTH, AMOUNT, FIGURE, GROUND, MOOD, LIKENESS, MANNER))
+    frequent = (COLOUR, SHAPE, GROUND, MOOD, MANNER)
+    skill = rng.choice((*frequent, *frequent, BOTH, AMOUNT, FIGURE, LIKENESS))
     fields = {
         "c": thing.colour, "s": thing.shape, "a": COUNT_WORDS[count - 1], "n": str(count),
         "b": scene.background, "cause": CAUSE_OF[scene.background],
@@ -264,11 +271,11 @@ def _group_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 def _pair_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     a, b = rng.sample(scene.things, 2)
-    draw_one = rng.random()
-    if draw_one < 0.30:
+    kind = rng.random()
+    if kind < 0.25:
         return _coordinates(a, _mention(a, rng), rng)
-    if draw_one < 0.42:
-        return _check(a, rng)
+    if kind < 0.33:
+        return _check(scene, rng)
     fields = {
         "c": a.colour,
         "s": a.shape,
@@ -280,23 +287,23 @@ def _pair_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def _mention(thing: Thing, rng: Random) -> str:
-    return rng.choice(
-        (f"the {thing.colour} {thing.shape}", f"the {thing.shape}", f"the {thing.colour} thing")
-    )
+    return rng.choice((f"the {thing.colour} {thing.shape}", f"the {thing.shape}", f"the {thing.colour} thing"))
 
 
 def _coordinates(thing: Thing, phrase: str, rng: Random) -> tuple[str, str]:
-    x1, y1, x2, y2 = (f"{min(round(edge * 100), 99):02d}" for edge in thing.box)
+    steps = [round(edge * 100 / COORDINATE_STEP) * COORDINATE_STEP for edge in thing.box]
+    x1, y1, x2, y2 = (f"{min(step, 99):02d}" for step in steps)
     return _fill(COORDINATES, rng, it=phrase, x1=x1, y1=y1, x2=x2, y2=y2)
 
 
-def _check(thing: Thing, rng: Random) -> tuple[str, str]:
-    name, names = rng.choice(((thing.shape, SHAPES), (thing.colour, tuple(COLOURS))))
-    true = rng.random() < 0.5
-    claim = name if true else rng.choice([other for other in names if other != name])
-    question = rng.choice(
-        ("Check this: {}", "Do you see {} here?", "Would you call it {}?", "True or not: {}")
+def _check(scene: Scene, rng: Random) -> tuple[str, str]:
+    """A shape or colour that is or is not in the scene, one as often as the other."""
+    present, names = rng.choice(
+        (({t.shape for t in scene.things}, SHAPES), ({t.colour for t in scene.things}, tuple(COLOURS)))
     )
+    true = rng.random() < 0.5
+    claim = rng.choice([name for name in names if (name in present) == true])
+    question = rng.choice(("Check this: {}", "Do you see {} here?", "Is {} in the image?", "True or not: {}"))
     return question.format(claim), "yes, it is so." if true else "no, it is not so."
 
 

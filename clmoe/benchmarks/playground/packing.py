@@ -63,8 +63,7 @@ class TurnPacker:
         longest = max(len(ids) for ids, *_ in packed)
         pads = (self.tokenizer.pad_token_id, 0, -100, -1)
         input_ids, positions, targets, turn_of = (
-            torch.tensor([row[part] + [pads[part]] * (longest - len(row[part])) for row in packed])
-            for part in range(4)
+            torch.tensor([row[part] + [pads[part]] * (longest - len(row[part])) for row in packed]) for part in range(4)
         )
         order = torch.arange(longest)
         causal = order[:, None] >= order[None, :]

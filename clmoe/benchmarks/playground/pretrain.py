@@ -44,11 +44,11 @@ class PretrainRecipe:
     vision_steps: int = 5_000
     vision_batch: int = 64
     vision_lr: float = 2e-3
-    language_steps: int = 5_000
-    language_batch: int = 16
+    language_steps: int = 5_500
+    language_batch: int = 8
     language_lr: float = 1.5e-3
-    turns_per_image: int = 8
-    tokens_per_row: int = 144
+    turns_per_image: int = 12
+    tokens_per_row: int = 200
     warmup_steps: int = 100
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -122,9 +122,7 @@ def train_vision(model: LlavaForConditionalGeneration, pool: ImagePool, recipe: 
     generator = torch.Generator().manual_seed(recipe.seed)
     for step in range(recipe.vision_steps):
         rows = torch.randint(len(pool.scenes), (recipe.vision_batch,), generator=generator)
-        loss, figures = heads.loss(
-            patch_features(model, pool.pixels[rows]), {k: v[rows] for k, v in targets.items()}
-        )
+        loss, figures = heads.loss(patch_features(model, pool.pixels[rows]), {k: v[rows] for k, v in targets.items()})
         _step(loss, parameters, optimiser, schedule, recipe)
         if step % 250 == 0 or step + 1 == recipe.vision_steps:
             _log("vision", step, loss, figures)
@@ -164,9 +162,7 @@ def _kind(scene: Scene) -> str:
         return "blurred"
     if scene.kind != "things":
         return scene.kind
-    return (
-        "pair" if len({thing.shape for thing in scene.things}) == 2 else f"group{min(len(scene.things), 2)}"
-    )
+    return "pair" if len({thing.shape for thing in scene.things}) == 2 else f"group{min(len(scene.things), 2)}"
 
 
 @torch.no_grad()

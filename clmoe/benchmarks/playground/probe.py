@@ -158,9 +158,7 @@ class Probe:
             inputs_embeds=self._embed(inputs, data.train_features[rows]), attention_mask=mask, use_cache=False
         ).last_hidden_state
         counted = labels[:, 1:] != IGNORE
-        return nn.functional.cross_entropy(
-            self.model.lm_head(hidden[:, :-1][counted]), labels[:, 1:][counted]
-        )
+        return nn.functional.cross_entropy(self.model.lm_head(hidden[:, :-1][counted]), labels[:, 1:][counted])
 
     def _embed(self, inputs: Tensor, features: Tensor) -> Tensor:
         """Token embeddings [B, T, D] with the projected image features in the image tokens' places."""

@@ -47,19 +47,14 @@ def one_thing(rng: Random, split: str, backgrounds: Sequence[str]) -> Scene:
     size = rng.randrange(22, 37)
     margin = size // 2 + 1
     x, y = (rng.randint(margin, SIDE - margin) for _ in range(2))
-    return Scene(
-        _background(rng, backgrounds), (Thing(rng.choice(SHAPES), rng.choice(EVERY_COLOUR), x, y, size),)
-    )
+    return Scene(_background(rng, backgrounds), (Thing(rng.choice(SHAPES), rng.choice(EVERY_COLOUR), x, y, size),))
 
 
 def some_things(rng: Random, split: str, backgrounds: Sequence[str]) -> Scene:
     """One to five equal shapes on a 3 x 3 grid; they never touch."""
     shape, colour, size = rng.choice(SHAPES), rng.choice(EVERY_COLOUR), rng.randint(13, 15)
     cells = rng.sample(range(9), rng.randint(1, 5))
-    places = [
-        (9 + 19 * (cell % 3) + rng.randint(-1, 1), 9 + 19 * (cell // 3) + rng.randint(-1, 1))
-        for cell in cells
-    ]
+    places = [(9 + 19 * (cell % 3) + rng.randint(-1, 1), 9 + 19 * (cell // 3) + rng.randint(-1, 1)) for cell in cells]
     things = [Thing(shape, colour, x, y, size) for x, y in places]
     return Scene(_background(rng, backgrounds), tuple(sorted(things)))
 
@@ -92,9 +87,7 @@ def one_digit(rng: Random, split: str, backgrounds: Sequence[str]) -> Scene:
     """A handwritten digit of the split's own sources."""
     size = rng.randint(36, 48)
     x, y = (28 + rng.randint(-4, 4) for _ in range(2))
-    return Scene(
-        _background(rng, backgrounds), handwriting=Handwriting(rng.choice(digit_sources(split)), x, y, size)
-    )
+    return Scene(_background(rng, backgrounds), handwriting=Handwriting(rng.choice(digit_sources(split)), x, y, size))
 
 
 def one_pattern(rng: Random, split: str, backgrounds: Sequence[str]) -> Scene:

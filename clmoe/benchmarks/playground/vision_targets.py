@@ -69,9 +69,7 @@ def _patch_labels(scene: Scene) -> tuple[list[int], list[list[float]]]:
             height = min(y2, top + PATCH) - max(y1, top)
             if width > 0 and height > 0 and width * height > cover:
                 best, cover = thing, width * height
-        kinds.append(
-            PATCH_KINDS.index(f"{best.colour} {best.shape}") if best else IGNORE if scene.blur else 0
-        )
+        kinds.append(PATCH_KINDS.index(f"{best.colour} {best.shape}") if best else IGNORE if scene.blur else 0)
         boxes.append(list(best.box) if best else [float("nan")] * 4)
     return kinds, boxes
 

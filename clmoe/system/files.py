@@ -1,0 +1,50 @@
+"""Small files, written whole or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from clmoe.errors import ClmoeError
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder entry to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, the same bytes for equal values."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of ours.
+
+    Raises:
+        ClmoeError: unreadable or broken; the file is named.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ClmoeError(f"{path}: cannot be read: {error}") from error

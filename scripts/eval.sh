@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Evaluate every checkpoint of a finished run under other evaluation settings, into a run folder of its own.
+#
+#   RUN=runs/x OUT=runs/x-beta1 bash scripts/eval.sh BENCHMARK [--router oracle] [key=value ...]
+#
+# For instance options.beta=1 label=clmoe_beta1, or --router last. Environment: ORDER and DATA as for sequence.sh.
+source "$(dirname "$0")/common.sh"
+BENCHMARK=$1
+shift
+for checkpoint in "$RUN"/[0-9]*_*/; do
+  clmoe eval --checkpoint "${checkpoint%/}" --benchmark "$BENCHMARK" --order "${ORDER:-norm}" ${DATA:+--data "$DATA"} \
+    --output "$OUT" "$@" </dev/null
+done

@@ -1,0 +1,57 @@
+"""Fixtures for all tests: offline, one thread, and everything that is slow to make made once per session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("CLMOE_DATA_ROOT", None)
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from clmoe.benchmarks.base import Benchmark, load_benchmark
+from clmoe.config import ModelConfig
+from clmoe.model.llava import LoadedBase, load_base
+from tests import support
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny LLaVA (``model.path``)."""
+    return support.save_tiny(tmp_path_factory.mktemp("tiny-llava"))
+
+
+@pytest.fixture(scope="session")
+def pristine_base(tiny_folder: Path) -> LoadedBase:
+    """The tiny LLaVA as loaded; never patch or change it, take ``tiny_base`` for that."""
+    return load_base(ModelConfig(path=str(tiny_folder)))
+
+
+@pytest.fixture
+def new_base(pristine_base: LoadedBase) -> Callable[[], LoadedBase]:
+    """Makes as many independent loaded bases as a test needs."""
+    return lambda: support.copy_base(pristine_base)
+
+
+@pytest.fixture
+def tiny_base(new_base: Callable[[], LoadedBase]) -> LoadedBase:
+    """A loaded base of the test's own."""
+    return new_base()
+
+
+@pytest.fixture(scope="session")
+def mini_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """YAML of the miniature benchmark; its data must not be changed."""
+    return support.write_benchmark(tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture(scope="session")
+def mini(mini_yaml: Path) -> Benchmark:
+    """The miniature benchmark: tasks ``colour``, ``count``, ``side``."""
+    return load_benchmark(str(mini_yaml))
