@@ -17,6 +17,7 @@ from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import ModelConfig
 from clmoe.model.llava import LoadedBase, load_base
 from tests import support
+from tests.runs import Runs
 
 torch.set_num_threads(1)
 
@@ -55,3 +56,9 @@ def mini_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mini(mini_yaml: Path) -> Benchmark:
     """The miniature benchmark: tasks ``colour``, ``count``, ``side``."""
     return load_benchmark(str(mini_yaml))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, mini_yaml: Path) -> Runs:
+    """Runs ``clmoe`` on the miniature benchmark and keeps what it made."""
+    return Runs(tmp_path_factory.mktemp("runs"), tiny_folder, mini_yaml)

@@ -1,4 +1,4 @@
-"""What the tests share: a LLaVA of some ten thousand parameters and a benchmark of three tasks, both made by code."""
+"""What the tests share: a LLaVA of 0.1 M parameters and a benchmark of three tasks, both made by code."""
 
 from __future__ import annotations
 

@@ -90,13 +90,14 @@ class Answerer:
             advance: called with the number of rows done.
         """
         dataset = prompt_dataset(self.base, questions, image_root)
-        items = [dataset[i] for i in range(len(dataset))]
-        by_length = sorted(range(len(items)), key=lambda i: (len(items[i].input_ids), i))
+        # Characters stand in for tokens here, so that images are read one batch at a time: a whole test set's may not
+        # fit into memory.
+        by_length = sorted(range(len(dataset)), key=lambda i: (questions[i].image is None, len(questions[i].text), i))
         answers: dict[int, Answer] = {}
 
         def run(rows: list[int], redone: bool) -> None:
             ids = [questions[i].question_id for i in rows]
-            batch = self._batch([items[i] for i in rows], ids, task_index)
+            batch = self._batch([dataset[i] for i in rows], ids, task_index)
             for row, answer in zip(rows, self._generate(batch, max_new_tokens, router, redone), strict=True):
                 answers[row] = answer
 
@@ -108,7 +109,7 @@ class Answerer:
         if self.config.exact:
             for row in [i for i in by_length if answers[i].margin < self.config.margin]:
                 run([row], redone=True)
-        return [answers[i] for i in range(len(items))]
+        return [answers[i] for i in range(len(dataset))]
 
     def _batch(self, items: list[PromptItem], question_ids: list[str], task_index: int | None) -> PromptBatch:
         inputs = to_device(collate_prompts(items, self.base.tokenizer.pad_token_id), self.base)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, get_peft_model_state_dict, register_peft_method
+from peft.utils import ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, register_peft_method
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -152,7 +152,6 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         owners = config.layout[self.block]
         frozen = sum(owner < config.frozen_before for owner in owners)
         linears = self.linears(config)
-        device = next(iter(linears.values())).weight.device
         experts = nn.ModuleDict()
         for linear_name, linear in linears.items():
             layer = Experts(linear.in_features, linear.out_features, config.rank, config.scaling, config.dropout)
@@ -171,8 +170,15 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
             bank.append(InstanceRouter.fresh(din, span, generator), frozen=owner < config.frozen_before)
         if config.task_gates:
             bank.task.gates = torch.zeros(config.task_gates, len(owners))
-        self.clmoe_experts[adapter] = experts.to(device)
-        self.clmoe_routers[adapter] = bank.to(device)
+        self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Device only: peft's own also casts to the base's dtype, and adapters stay float32 on a bfloat16 base."""
+        device = device or next(self.base_layer.parameters()).device
+        for container in (self.clmoe_experts, self.clmoe_routers):
+            if adapter_name in container and not any(t.is_meta for t in container[adapter_name].state_dict().values()):
+                container[adapter_name].to(device)
 
 
 class ExpertLinear(ExpertLayer):
@@ -342,6 +348,15 @@ def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
     return model
 
 
+def detach_adapter(model: PeftModel) -> None:
+    """Take the adapter off; the base is then as before. peft's ``unload`` alone would leave a tuned projector in it."""
+    base = adapted_llava(model)
+    tuned = {name: part for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    model.unload()
+    for name, wrapper in tuned.items():
+        base.set_submodule(name, wrapper.original_module)
+
+
 def adapted_llava(model: PeftModel) -> LlavaForConditionalGeneration:
     """The LLaVA inside, with its projections patched."""
     return cast(LlavaForConditionalGeneration, model.base_model.model)
@@ -349,7 +364,7 @@ def adapted_llava(model: PeftModel) -> LlavaForConditionalGeneration:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """Everything the adapter file holds, as on disk: trainable and frozen tensors, a tuned projector included."""
-    return get_peft_model_state_dict(model)
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
 
 
 def tensor_name(module: str, inner: str) -> str:

@@ -1,10 +1,11 @@
 """Load LLaVA-1.5 (transformers' own class) with its processor, and read the frozen base's features."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,15 +46,26 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
     Raises:
-        ClmoeError: the folder is not a LLaVA in transformers' format.
+        ClmoeError: the folder is not a LLaVA in transformers' format, or weights are missing in it.
     """
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        # Given another model's folder, from_pretrained below would build a random LLaVA of 7B parameters.
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "llava":
+            raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
+        model: LlavaForConditionalGeneration
+        model, report = LlavaForConditionalGeneration.from_pretrained(  # type: ignore[misc]
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            output_loading_info=True,
         )
+        missing = sorted(cast(dict[str, set[str]], report)["missing_keys"])
+        if missing:
+            raise ValueError(f"its files lack {len(missing)} tensors, {missing[0]} first")
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

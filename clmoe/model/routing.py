@@ -85,4 +85,4 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     The recomputation leaves the trace alone: its tensors belong to the first forward's graph.
     """
     active = _current.get()
-    return nullcontext(), nullcontext() if active is None else routing(active.selection)
+    return nullcontext(), routing(NEWEST_ROUTER if active is None else active.selection)

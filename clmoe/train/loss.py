@@ -53,6 +53,10 @@ class TrainedModel(nn.Module):
         answered = targets != IGNORE
         logits = llava.lm_head(hidden[:, :-1][answered]).float()
         loss = cross_entropy(logits, targets[answered], reduction="sum") / num_items_in_batch
+        if pixel_values is None:
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, here too.
+            tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
+            loss = loss + 0.0 * sum(p.sum() for p in tuned)
         extra = self.method.extra_loss(self.model, trace, {"input_ids": input_ids, "attention_mask": attention_mask})
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)

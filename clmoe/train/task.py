@@ -140,6 +140,8 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     """
     if finished(request):
         return None
+    from clmoe.model.adapter import detach_adapter
+
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
     plan = batch_plan(request, len(records))
@@ -172,10 +174,10 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     save_adapter(model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
     write_json(work / LINEAGE, lineage.as_json())
+    (work / "identity.json").unlink()  # first: without it a rerun starts anew, whatever is left of the other
     shutil.rmtree(trained)
-    (work / "identity.json").unlink()
     publish(work, request.output)
-    model.unload()
+    detach_adapter(model)
     return base
 
 

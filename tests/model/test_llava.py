@@ -1,13 +1,194 @@
-import time
+"""Loading a base, its features, and its identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from clmoe.config import ModelConfig
+from clmoe.errors import ClmoeError
+from clmoe.model.fingerprint import base_fingerprint
+from clmoe.model.llava import LoadedBase, count_image_tokens, last_prompt_features, load_base, position_ids
 from tests import support
-from clmoe.data.records import load_train, load_questions
-def test_a(tiny_base, mini, tiny_folder):
-    t=time.time()
-    for task in mini.tasks:
-        assert len(load_train(task.train, task.image_root))==24
-        assert len(load_questions(task.test, task.image_root))==12
-    b=support.prompt_batch(tiny_base, ["How many things are there?", "Which colour is it?\nA."])
-    print(tiny_base.model(**b).logits.shape, sum(p.numel() for p in tiny_base.model.parameters()))
-    print(support.tiny_config("clmoe", tiny_folder))
-    print(support.train_batch(tiny_base,[("How many","one"),("a","b two")])["labels"])
-    print(time.time()-t)
+from tests.model.adapters import QUESTIONS
+
+# ---- Loading
+
+
+def test_a_loaded_base_is_frozen_and_in_evaluation_mode(pristine_base: LoadedBase, tiny_folder: Path) -> None:
+    model = pristine_base.model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert pristine_base.fingerprint == base_fingerprint(str(tiny_folder))
+    assert model.name_or_path == str(tiny_folder)
+    assert pristine_base.tokenizer.image_token_id == model.config.image_token_id
+    with safe_open(tiny_folder / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) and len(file.keys()) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dtype_and_attention_are_as_configured(
+    attention: str, tiny_folder: Path, pristine_base: LoadedBase, batch: dict[str, Tensor]
+) -> None:
+    config = ModelConfig(path=str(tiny_folder), dtype="bfloat16", attention=attention)  # type: ignore[arg-type]
+    model = load_base(config).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.language_model.config._attn_implementation == attention
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    exact = pristine_base.model(**batch).logits[:, -1]
+    assert (model(**half).logits[:, -1].float() - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "no-such-model", None])
+def test_a_folder_of_another_model_is_refused_at_once(kind: str | None, tmp_path: Path, tiny_folder: Path) -> None:
+    """transformers would build a random LLaVA of the default size, 7B, for it."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind} if kind else {}))
+    never = mock.patch.object(LlavaForConditionalGeneration, "__init__", side_effect=AssertionError("built"))
+    with never, pytest.raises(ClmoeError, match=f"{folder} cannot be loaded"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClmoeError, match=r"expected config.json and \*.safetensors"):
+        load_base(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_missing_weight_is_refused_not_drawn_at_random(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = tmp_path / "incomplete"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (dropped,) = [name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight")]
+    del tensors[dropped]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ClmoeError, match=r"lack 1 tensors, .*layers\.1\.mlp\.up_proj\.weight"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_image_tokens_are_the_patches_and_with_full_the_class_token(tiny_base: LoadedBase) -> None:
+    patches = (support.SIZES.image_size // support.SIZES.patch_size) ** 2
+    assert tiny_base.image_token_count == count_image_tokens(tiny_base.model) == patches == 4
+    features = tiny_base.model.get_image_features(pixel_values=support.pixels(1)).pooler_output
+    assert features[0].shape[0] == patches
+    tiny_base.model.config.vision_feature_select_strategy = "full"
+    assert count_image_tokens(tiny_base.model) == patches + 1
+
+
+# ---- Features
+
+
+def test_positions_ignore_left_padding() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_features_of_a_padded_prompt_are_those_of_the_lone_one(pristine_base: LoadedBase) -> None:
+    batch = support.prompt_batch(pristine_base, QUESTIONS)
+    lengths = batch["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) == len(QUESTIONS)
+    features = last_prompt_features(pristine_base.model, batch)
+    assert features.dtype == torch.float32 and not features.requires_grad
+    for row, length in enumerate(lengths.tolist()):
+        alone = {
+            "input_ids": batch["input_ids"][row : row + 1, -length:],
+            "attention_mask": torch.ones(1, length, dtype=torch.int64),
+            "pixel_values": batch["pixel_values"][row : row + 1],
+        }
+        torch.testing.assert_close(
+            features[row], last_prompt_features(pristine_base.model, alone)[0], rtol=1e-5, atol=1e-5
+        )
+        hidden = pristine_base.model(**alone, output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(features[row], hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_features_see_the_picture_and_the_question(pristine_base: LoadedBase) -> None:
+    batch = support.prompt_batch(pristine_base, [QUESTIONS[0], QUESTIONS[0], QUESTIONS[0]])
+    batch["pixel_values"][2] = batch["pixel_values"][0]
+    features = last_prompt_features(pristine_base.model, batch)
+    torch.testing.assert_close(features[0], features[2], rtol=0, atol=1e-6)
+    assert (features[0] - features[1]).abs().max() > 1e-3
+
+
+# ---- Identity
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.37, 0.9999999])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_flipped_bit_changes_the_fingerprint(name: str, share: float, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    before = base_fingerprint(str(folder))
+    assert before == base_fingerprint(str(tiny_folder))  # wherever it lies
+    position = int(share * (folder / name).stat().st_size)
+    flip(folder / name, position)
+    assert base_fingerprint(str(folder)) != before
+    flip(folder / name, position)
+    assert base_fingerprint(str(folder)) == before
+
+
+def test_large_files_are_sampled_to_their_last_byte(tmp_path: Path) -> None:
+    """17 samples' worth of a sparse file: both ends and the samples count, and so does its size."""
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    prints = set()
+    for size, position in ((20 << 20, None), (20 << 20, 0), (20 << 20, (20 << 20) - 1), ((20 << 20) + 1, None)):
+        with weights.open("wb") as file:
+            file.truncate(size)
+            if position is not None:
+                file.seek(position)
+                file.write(b"\x01")
+        prints.add(base_fingerprint(str(tmp_path)))
+    assert len(prints) == 4
+
+
+def test_renamed_or_further_files_change_the_fingerprint(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copy(folder / "model.safetensors", folder / "more.safetensors")
+    more = base_fingerprint(str(folder))
+    (folder / "model.safetensors").unlink()
+    assert len({more, base_fingerprint(str(folder)), base_fingerprint(str(tiny_folder))}) == 3
+
+
+def test_a_hub_name_is_its_own_fingerprint() -> None:
+    name = "llava-hf/llava-1.5-7b-hf"
+    assert base_fingerprint(name) == hashlib.sha256(name.encode()).hexdigest()
+
+
+# ---- The tiny model
+
+
+def test_the_tiny_model_is_reproducible_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second, other = (support.save_tiny(tmp_path / str(n), seed) for n, seed in enumerate((5, 5, 6)))
+    assert torch.equal(torch.get_rng_state(), state)
+    files = ("model.safetensors", "tokenizer.json", "config.json")
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+def test_copies_of_the_base_are_independent(pristine_base: LoadedBase) -> None:
+    copied = support.copy_base(pristine_base)
+    with torch.no_grad():
+        copied.model.lm_head.weight.zero_()
+    assert pristine_base.model.lm_head.weight.abs().sum() > 0
+    assert dataclasses.replace(copied, model=pristine_base.model) == pristine_base

@@ -1,0 +1,152 @@
+"""Time and memory of the packed LoRA experts on one SwiGLU FFN, against the loop over experts that papers publish.
+
+Both forms add the same experts to the same frozen FFN, in one process, forward and backward (gradients of input,
+gate and experts). Repeats of frozen, packed and loop are interleaved and medians compared, so that other load on
+the machine hits all three alike; times are CPU seconds of this process, which preemption does not lengthen.
+
+    OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import silu
+
+from clmoe.model.experts import Experts
+from clmoe.model.kernels import loop_experts
+
+Project = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One frozen FFN with experts, and a batch of tokens: ``x [T, D]``, ``gate [T, E]``, ``upstream [T, D]``."""
+
+    linears: dict[str, nn.Linear]
+    experts: dict[str, Experts]
+    x: Tensor
+    gate: Tensor
+    upstream: Tensor
+
+    def frozen(self, name: str, value: Tensor) -> Tensor:
+        return self.linears[name](value)
+
+    def packed(self, name: str, value: Tensor) -> Tensor:
+        return self.experts[name](value, self.gate, self.frozen(name, value))
+
+    def loop(self, name: str, value: Tensor) -> Tensor:
+        experts = self.experts[name]
+        return loop_experts(value, self.gate, *experts.packed(), experts.scaling, self.frozen(name, value))
+
+    def forward(self, project: Project) -> Tensor:
+        """``down(silu(gate(x)) * up(x))``, every projection computed by ``project``."""
+        return project("down_proj", silu(project("gate_proj", self.x)) * project("up_proj", self.x))
+
+    def step(self, project: Project) -> list[Tensor]:
+        """Forward and backward; the gradients of input, gate and experts (those that exist)."""
+        leaves = [self.x, self.gate, *(p for experts in self.experts.values() for p in experts.parameters())]
+        wanted = leaves if project != self.frozen else [self.x]
+        return list(torch.autograd.grad(self.forward(project), wanted, self.upstream))
+
+
+def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, seed: int = 0) -> Problem:
+    """Random weights; up-projections are not zero, so that every gradient flows."""
+    torch.manual_seed(seed)
+    shapes = {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
+    linears = {name: nn.Linear(*shape, bias=False).requires_grad_(False) for name, shape in shapes.items()}
+    mixtures: dict[str, Experts] = {}
+    for name, (din, dout) in shapes.items():
+        mixtures[name] = Experts(din, dout, total_rank // experts, scaling=2.0)
+        mixtures[name].append(torch.randn(total_rank, din) / din**0.5, torch.randn(dout, total_rank) / dout**0.5)
+    gate = torch.randn(tokens, experts).softmax(-1).requires_grad_()
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    return Problem(linears, mixtures, x, gate, torch.randn(tokens, hidden))
+
+
+def seconds(problem: Problem, forms: dict[str, Project], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of ``repeats`` steps of each form, interleaved; one round before the clock runs."""
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(repeats + 1):
+        for name, project in forms.items():
+            start = time.process_time()
+            problem.step(project)
+            if turn:
+                taken[name].append(time.process_time() - start)
+    return taken
+
+
+def saved_bytes(problem: Problem, project: Project) -> int:
+    """Bytes kept for the backward pass: distinct storages of saved tensors, parameters left out."""
+    modules: list[nn.Module] = [*problem.linears.values(), *problem.experts.values()]
+    parameters = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = problem.forward(project)
+    del output
+    return sum(kept.values())
+
+
+def measure(problem: Problem, repeats: int) -> dict[str, float]:
+    """All figures of the report: times in milliseconds, sizes in MB (1e6 bytes)."""
+    forms: dict[str, Project] = {"frozen": problem.frozen, "packed": problem.packed, "loop": problem.loop}
+    times = {name: median(values) for name, values in seconds(problem, forms, repeats).items()}
+    kept = {name: saved_bytes(problem, project) for name, project in forms.items()}
+    own = {name: times[name] - times["frozen"] for name in ("packed", "loop")}
+    extra = {name: kept[name] - kept["frozen"] for name in ("packed", "loop")}
+    pairs = zip(problem.step(problem.packed), problem.step(problem.loop), strict=True)
+    hidden, ffn = problem.linears["up_proj"].in_features, problem.linears["up_proj"].out_features
+    rank = problem.experts["up_proj"].packed()[0].shape[0]
+    return {
+        "frozen_ms": 1e3 * times["frozen"],
+        "packed_adapter_ms": 1e3 * own["packed"],
+        "loop_adapter_ms": 1e3 * own["loop"],
+        "adapter_time_loop_over_packed": own["loop"] / own["packed"],
+        "packed_ffn_over_frozen": times["packed"] / times["frozen"],
+        "loop_ffn_over_frozen": times["loop"] / times["frozen"],
+        "flop_floor_ffn_over_frozen": 1 + 1.5 * rank * (hidden + ffn) / (hidden * ffn),
+        "packed_saved_mb": extra["packed"] / 1e6,
+        "loop_saved_mb": extra["loop"] / 1e6,
+        "saved_loop_over_packed": extra["loop"] / extra["packed"],
+        "largest_relative_gradient_difference": max(float((a - b).norm() / b.norm()) for a, b in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=64, help="of all experts together")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--ffn", type=int, default=2752)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    problem = build(args.tokens, args.rank, args.experts, args.hidden, args.ffn)
+    figures = measure(problem, args.repeats)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    print(f"E={args.experts} R={args.rank} D={args.hidden} F={args.ffn} T={args.tokens} fp32, {args.repeats} repeats")
+    for name, value in figures.items():
+        print(f"{name:38s} {value:12.4g}")
+
+
+if __name__ == "__main__":
+    main()

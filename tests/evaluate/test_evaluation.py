@@ -1,0 +1,204 @@
+"""Cells of a run folder: filled once, filled again when anything that decides them changes; tables from cells."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import load_config
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, is_done, summary_path, write_tables
+from clmoe.evaluate.generate import Answer
+from tests.runs import Runs, events
+from tests.support import TASKS
+
+ORDER = list(TASKS)
+
+
+class Answers:
+    """Answers the first ``right`` questions of every task correctly, and remembers what it was asked."""
+
+    def __init__(self, right: int = 3, task: int | None = 0) -> None:
+        self.right, self.task = right, task
+        self.asked: list[tuple[str, str, int | None, int]] = []
+
+    def answer(
+        self, questions: Sequence[Question], root: Path, limit: int, router: str, index: int | None, advance: Callable
+    ) -> list[Answer]:
+        self.asked.append((questions[0].question_id.split("-")[0], router, index, len(questions)))
+        advance(len(questions))
+        texts = [q.answer if i < self.right else "?" for i, q in enumerate(questions)]
+        return [Answer(text, 0.5, i == 0, self.task) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    config = load_config("clmoe", {}, [])
+    return Checkpoint(Path("somewhere"), "identity", TASKS[1], ORDER[:2], config)
+
+
+def requests(*tasks: str, **settings: Any) -> list[Request]:
+    values = {"router": "located", "scoring": "fixed", "limit": None, **settings}
+    return [Request(task, **values) for task in tasks]
+
+
+def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    stub = Answers(right=3)
+    evaluate(tmp_path, mini, checkpoint, requests(*ORDER[:2]), stub)  # type: ignore[arg-type]
+    assert stub.asked == [("colour", "located", 0, 12), ("count", "located", 1, 12)]
+    folder = tmp_path / "predictions" / TASKS[1]
+    rows = [json.loads(line) for line in (folder / "colour.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [f"colour-{i}" for i in range(24, 36)]
+    assert [row["score"] for row in rows] == [1.0] * 3 + [0.0] * 9
+    assert rows[0]["text"] == rows[0]["answer"] == "A"
+    assert {row["task"] for row in rows} == {"colour"}
+    summary = json.loads((folder / "colour.json").read_text())
+    assert (summary["score"], summary["questions"], summary["redone"], summary["located"]) == (25.0, 12, 1, 100.0)
+    assert json.loads((folder / "count.json").read_text())["located"] == 0.0
+    assert [event["task"] for event in events(tmp_path, "evaluated")] == ["colour", "count"]
+
+
+def test_filled_cells_are_skipped(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers())  # type: ignore[arg-type]
+    stub = Answers()
+    evaluate(tmp_path, mini, checkpoint, requests("colour", "count"), stub)  # type: ignore[arg-type]
+    assert [asked[0] for asked in stub.asked] == ["count"]
+
+
+def test_a_cell_is_redone_when_checkpoint_or_settings_change(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers())  # type: ignore[arg-type]
+    (same,) = requests("colour")
+    assert is_done(tmp_path, checkpoint, same)
+    config = checkpoint.config
+    inexact = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, exact=False))
+    beta = dataclasses.replace(config, options={**config.options, "beta": 1.0})
+    for other in (
+        dataclasses.replace(checkpoint, identity="other"),
+        dataclasses.replace(checkpoint, config=inexact),
+        dataclasses.replace(checkpoint, config=beta),
+    ):
+        assert not is_done(tmp_path, other, same)
+    for change in ({"scoring": "official"}, {"limit": 4}):
+        assert not is_done(tmp_path, checkpoint, requests("colour", **change)[0])
+    relabelled = dataclasses.replace(checkpoint, config=dataclasses.replace(config, label="a nicer name"))
+    assert is_done(tmp_path, relabelled, same), "a label decides nothing"
+
+    stub = Answers(right=6)
+    changed = dataclasses.replace(checkpoint, identity="other")
+    evaluate(tmp_path, mini, changed, requests("colour"), stub)  # type: ignore[arg-type]
+    assert len(stub.asked) == 1
+    assert json.loads(summary_path(tmp_path, TASKS[1], same).read_text())["score"] == 50.0
+
+
+def test_the_limit_takes_the_first_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    stub = Answers(right=1)
+    evaluate(tmp_path, mini, checkpoint, requests("colour", limit=4), stub)  # type: ignore[arg-type]
+    assert stub.asked == [("colour", "located", 0, 4)]
+    assert write_tables(tmp_path, ORDER)["last"] is None
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,25.0,,\n"
+
+
+def test_a_crash_leaves_the_cell_empty(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    class Crash(Answers):
+        def answer(self, *args: Any, **kwargs: Any) -> list[Answer]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, mini, checkpoint, requests("colour"), Crash())  # type: ignore[arg-type]
+    assert not summary_path(tmp_path, TASKS[1], requests("colour")[0]).exists()
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    class Loses(Answers):
+        def answer(self, *args: Any, **kwargs: Any) -> list[Answer]:
+            return super().answer(*args, **kwargs)[:-1]
+
+    with pytest.raises(ValueError, match="zip"):
+        evaluate(tmp_path, mini, checkpoint, requests("colour"), Loses())  # type: ignore[arg-type]
+    assert not summary_path(tmp_path, TASKS[1], requests("colour")[0]).exists()
+
+
+def fill(run: Path, mini: Benchmark, checkpoint: Checkpoint, right: dict[str, dict[str, int]]) -> None:
+    """``{"after": {"task or task.oracle": number of right answers of 12}}``."""
+    for after, cells in right.items():
+        learned = ORDER if after == "zero_shot" else ORDER[: ORDER.index(after) + 1]
+        place = dataclasses.replace(checkpoint, after=after, learned=learned, identity=after)
+        for stem, number in cells.items():
+            task, _, router = stem.partition(".")
+            wanted = requests(task, router=router or "located")
+            evaluate(run, mini, place, wanted, Answers(number, task=None))  # type: ignore[arg-type]
+
+
+def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    fill(tmp_path, mini, checkpoint, {
+        "zero_shot": {"colour": 3, "count": 0, "side": 6},
+        "colour": {"colour": 12, "colour.oracle": 12},
+        "count": {"colour": 6, "count": 9, "count.oracle": 12},
+        "side": {"colour": 3, "count": 6, "side": 12, "side.oracle": 12},
+    })  # fmt: skip
+    result = write_tables(tmp_path, ORDER)
+    assert (tmp_path / "matrix.csv").read_text().splitlines() == [
+        "after,colour,count,side",
+        "zero_shot,25.0,0.0,50.0",
+        "colour,100.0,,",
+        "count,50.0,75.0,",
+        "side,25.0,50.0,100.0",
+    ]
+    assert (tmp_path / "immediate.csv").read_text().splitlines()[1] == "immediate,100.0,100.0,100.0"
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+    assert result["last"] == pytest.approx(175 / 3)
+    assert result["immediate"] == pytest.approx(275 / 3)
+    assert result["bwt_n"] == pytest.approx(-100 / 3)
+    assert result["bwt_n_minus_1"] == pytest.approx(-50)
+    assert result["immediate_known"] == 100.0
+    assert result["bwt_known"] == pytest.approx(175 / 3 - 100)
+
+
+def test_the_bare_model_is_a_row_of_its_own_and_the_end_of_its_own_sequence(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    fill(tmp_path, mini, checkpoint, {"zero_shot": {"colour": 3, "count": 0, "side": 6}})
+    assert write_tables(tmp_path, ORDER)["last"] == pytest.approx(25)
+    assert (tmp_path / "matrix.csv").read_text().splitlines()[1:] == ["zero_shot,25.0,0.0,50.0", "side,25.0,0.0,50.0"]
+    assert not (tmp_path / "immediate.csv").exists()
+
+
+def test_the_order_of_the_run_orders_the_table(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    fill(tmp_path, mini, checkpoint, {"side": {"colour": 3, "count": 6, "side": 12}})
+    write_tables(tmp_path, ORDER[::-1])
+    assert (tmp_path / "matrix.csv").read_text() == "after,side,count,colour\nside,100.0,50.0,25.0\n"
+
+
+def test_unknown_tasks_are_named_before_anything_is_loaded(mini: Benchmark) -> None:
+    check_tasks(mini, ORDER)
+    with pytest.raises(ClmoeError, match="Did you mean 'colour'"):
+        check_tasks(mini, ["color"])
+    with pytest.raises(ClmoeError, match="no task to evaluate"):
+        check_tasks(mini, [])
+
+
+def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clmoe.evaluate import answer
+
+    checkpoint = runs.chain("clmoe")[1]
+    runs.evaluate(checkpoint, tmp_path)
+    before = (tmp_path / "matrix.csv").read_text()
+
+    def refuse(*unused: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(answer, "open_answerer", refuse)
+    runs.evaluate(checkpoint, tmp_path)
+    assert (tmp_path / "matrix.csv").read_text() == before
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        runs.evaluate(checkpoint, tmp_path, scoring="official")

@@ -1,0 +1,335 @@
+"""CL-MoE end to end on the tiny LLaVA: every file against closed forms computed from the saved phi and theta.
+
+phi_t, the adapter as training left it, is what the same task from the same parent gives with
+``options.consolidation=none``.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clmoe.data.batches import (
+    PromptBatch,
+    first_questions,
+    prompt_batches,
+    prompt_dataset,
+    train_batches,
+    train_dataset,
+)
+from clmoe.data.records import load_train
+from clmoe.errors import ClmoeError
+from clmoe.methods.clmoe import ClMoe
+from clmoe.methods.statistics import load_statistics
+from clmoe.model.adapter import adapted_llava, expert_layers, load_adapter
+from clmoe.model.llava import LoadedBase
+from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from tests.runs import Runs, same_bits, tensors
+from tests.support import TASKS, tiny_config
+
+E, GAMMA = 4, 0.7
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def parent(runs: Runs) -> Path:
+    """theta_1."""
+    return runs.chain("clmoe", tasks=TASKS[:1])[0]
+
+
+@pytest.fixture(scope="module")
+def phi(runs: Runs, parent: Path) -> Path:
+    """phi_2: the second task, not consolidated."""
+    return second(runs, parent, "consolidation=none")
+
+
+def second(runs: Runs, parent: Path, *options: str) -> Path:
+    """The second task from ``parent`` under other options of the method; made once."""
+    key = ("second", *options)
+    if key not in runs.made:
+        output = runs.root / "-".join(key).replace("=", "_") / TASKS[1]
+        settings = [f"options.{option}" for option in options]
+        runs.made[key] = [runs.train(output, "clmoe", TASKS[1], *settings, previous=parent)]
+    return runs.made[key][0]
+
+
+def modules(checkpoint: Path) -> list[str]:
+    return list(load_statistics(checkpoint / "statistics.safetensors")[0])
+
+
+def top(values: np.ndarray, k: int = 2) -> set[int]:
+    return set(np.lexsort((np.arange(len(values)), -values))[:k].tolist())
+
+
+def mixed(old: Tensor, new: Tensor, keep: np.ndarray) -> Tensor:
+    """``keep`` broadcasts against the tensors."""
+    result = keep * old.numpy().astype(np.float64) + (1 - keep) * new.numpy().astype(np.float64)
+    return torch.from_numpy(result.astype(np.float32))
+
+
+def keep_of(now: np.ndarray, before: np.ndarray) -> np.ndarray:
+    specific = top(now) - top(before)
+    return np.array([1 - GAMMA if i in specific else GAMMA for i in range(E)])
+
+
+def assert_consolidated(
+    theta_1: Path, phi_2: Path, theta_2: Path, kind: str = "gate_mean", routers: bool = False
+) -> None:
+    """Every tensor of ``theta_2`` is what the closed form says, bit for bit."""
+    old, new, result = tensors(theta_1), tensors(phi_2), tensors(theta_2)
+    before, now = load_statistics(theta_2 / "statistics.safetensors")
+    assert result.keys() == new.keys()
+    touched = set()
+    for name in now:
+        keep = keep_of(now[name][kind].numpy().astype(float), before[name][kind].numpy().astype(float))
+        stem = f"{PREFIX}{name}"
+        linear = name.rpartition(".")[2]
+        A, B = f"{stem}.clmoe_experts.{linear}.A", f"{stem}.clmoe_experts.{linear}.B"
+        r = old[A].shape[0] // E
+        per_rank = np.repeat(keep, r)
+        assert same_bits(result[A], mixed(old[A], new[A], per_rank[:, None])), A
+        assert same_bits(result[B], mixed(old[B], new[B], per_rank[None, :])), B
+        touched |= {A, B}
+        if routers:
+            router = f"{stem}.clmoe_routers.instance.0.weight"
+            assert same_bits(result[router], mixed(old[router], new[router], keep[:, None])), router
+            touched.add(router)
+    untouched = result.keys() - touched
+    assert any("multi_modal_projector" in name for name in untouched)
+    assert routers or any("instance" in name for name in untouched)
+    for name in untouched:
+        assert same_bits(result[name], new[name]), f"{name} must be phi's"
+
+
+def test_second_task_is_the_closed_form_of_phi_and_theta(runs: Runs, parent: Path, phi: Path) -> None:
+    theta = runs.chain("clmoe")[1]
+    before, now = load_statistics(theta / "statistics.safetensors")
+    specific = [top(now[n]["gate_mean"].numpy()) - top(before[n]["gate_mean"].numpy()) for n in now]
+    assert any(specific), "no expert is task-specific: this data would not tell gamma from 1 - gamma"
+    assert_consolidated(parent, phi, theta)
+
+
+def test_first_task_is_taken_as_it_is(runs: Runs, parent: Path) -> None:
+    plain = runs.chain("clmoe", "options.consolidation=none", tasks=TASKS[:1])[0]
+    assert (plain / "adapter_model.safetensors").read_bytes() == (parent / "adapter_model.safetensors").read_bytes()
+
+
+def test_training_moved_what_is_consolidated(parent: Path, phi: Path) -> None:
+    old, new = tensors(parent), tensors(phi)
+    for name in old:
+        if "gates" not in name:
+            assert not torch.equal(old[name], new[name]), f"{name} did not train, so its test shows nothing"
+
+
+def test_option_momentum_on_routers(runs: Runs, parent: Path, phi: Path) -> None:
+    theta = second(runs, parent, "momentum_on=experts_and_routers")
+    assert_consolidated(parent, phi, theta, routers=True)
+
+
+def test_option_topk_counts_decides_gates_and_salience(runs: Runs) -> None:
+    counted = "options.statistic=topk_counts"
+    parent, theta = runs.chain("clmoe", counted)
+    phi = runs.train(runs.root / "phi-counts" / TASKS[1], "clmoe", TASKS[1], counted, "options.consolidation=none",
+                     previous=parent)  # fmt: skip
+    assert_consolidated(parent, phi, theta, kind="topk_counts")
+    for row, statistics in enumerate(load_statistics(theta / "statistics.safetensors")):
+        for name, values in statistics.items():
+            counts = values["topk_counts"].double()
+            assert int(counts.sum()) == 2 * int(values["tokens"])
+            expected = (counts / counts.sum()).float()
+            assert same_bits(tensors(theta)[f"{PREFIX}{name}.clmoe_routers.task.gates"][row], expected)
+
+
+def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> None:
+    theta = second(runs, parent, "merge_space=delta")
+    old, new, result = tensors(parent), tensors(phi), tensors(theta)
+    before, now = load_statistics(theta / "statistics.safetensors")
+    for name in now:
+        keep = keep_of(now[name]["gate_mean"].numpy(), before[name]["gate_mean"].numpy())
+        linear = name.rpartition(".")[2]
+        A, B = (f"{PREFIX}{name}.clmoe_experts.{linear}.{factor}" for factor in "AB")
+        r = old[A].shape[0] // E
+        for i in range(E):
+            rows = slice(i * r, (i + 1) * r)
+            dense = sum(
+                weight * source[B][:, rows].double().numpy() @ source[A][rows].double().numpy()
+                for weight, source in ((keep[i], old), (1 - keep[i], new))
+            )
+            U, S, Vh = np.linalg.svd(dense)
+            best = U[:, :r] * S[:r] @ Vh[:r]
+            np.testing.assert_allclose(result[B][:, rows].numpy() @ result[A][rows].numpy(), best, atol=1e-5)
+
+
+def test_gamma_one_with_the_same_salient_set_gives_theta_back(runs: Runs, parent: Path) -> None:
+    """Every expert is salient before and now, so gamma = 1 keeps all experts of the parent bit for bit."""
+    settings = ("options.gamma=1", f"options.top_k={E}")
+    theta = runs.train(runs.root / "gamma-one" / TASKS[1], "clmoe", TASKS[1], *settings, previous=parent)
+    old, result = tensors(parent), tensors(theta)
+    for name in old:
+        if "clmoe_experts" in name:
+            assert same_bits(result[name], old[name]), name
+
+
+def test_task_gates_grow_by_one_row_and_older_rows_stay(runs: Runs) -> None:
+    first, later = runs.chain("clmoe")
+    history = load_statistics(later / "statistics.safetensors")
+    for name in modules(later):
+        key = f"{PREFIX}{name}.clmoe_routers.task.gates"
+        old, gates = tensors(first)[key], tensors(later)[key]
+        assert old.shape == (1, E)
+        assert gates.shape == (2, E)
+        assert same_bits(gates[:1], old)
+        assert same_bits(gates[1], history[1][name]["gate_mean"].float())
+        torch.testing.assert_close(gates.sum(1), torch.ones(2))
+
+
+def test_statistics_are_the_mean_gate_over_real_tokens(
+    runs: Runs, phi: Path, tiny_base: LoadedBase, mini_yaml: Path
+) -> None:
+    """Oracle: records one by one, so nothing is padded; the gate from each linear's own input, in numpy."""
+    model = load_adapter(tiny_base.model, phi, trainable=False)
+    inputs: dict[str, Tensor] = {}
+    layers = expert_layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+    folder = mini_yaml.parent / TASKS[1]
+    records = load_train(folder / "train.json", folder / "images")
+    dataset = train_dataset(tiny_base, records, folder / "images", 2048)
+    gates: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+    for batch in train_batches(tiny_base, dataset, 1):
+        batch.pop("labels")
+        with torch.no_grad(), routing(NEWEST_ROUTER):
+            adapted_llava(model).model(**batch)
+        for name, x in inputs.items():
+            logits = x[0].double().numpy() @ layers[name].routers.instance[0].weight.double().numpy().T
+            exponent = np.exp(logits - logits.max(1, keepdims=True))
+            gates[name].append(exponent / exponent.sum(1, keepdims=True))
+    saved = load_statistics(phi / "statistics.safetensors")[1]
+    for name, parts in gates.items():
+        tokens = np.concatenate(parts)
+        np.testing.assert_allclose(saved[name]["gate_mean"].numpy(), tokens.mean(0), atol=1e-6)
+        assert int(saved[name]["tokens"]) == len(tokens)
+        picks = np.argsort(-tokens, axis=1, kind="stable")[:, :2]
+        counted = np.bincount(picks.ravel(), minlength=E)
+        assert np.abs(saved[name]["topk_counts"].numpy() - counted).sum() <= 4, "at most a few near ties may differ"
+
+
+def history(*tables: dict[str, list[float]]) -> list[dict[str, dict[str, Tensor]]]:
+    return [{n: {"gate_mean": torch.tensor(g, dtype=torch.float64)} for n, g in table.items()} for table in tables]
+
+
+def method(*options: str) -> ClMoe:
+    return ClMoe(tiny_config("clmoe", Path("nowhere"), *(f"options.{option}" for option in options)))
+
+
+PAST = history(
+    {"a": [9, 8, 1, 0], "b": [0, 1, 8, 9]},
+    {"a": [0, 8, 9, 1], "b": [9, 8, 0, 1]},
+    {"a": [9, 8, 0, 1], "b": [0, 8, 9, 1]},
+)
+KEEP, GIVE = 0.7, 1 - 0.7
+
+
+def test_before_is_the_last_task_or_any() -> None:
+    last = method("before=last").keep_by_module(PAST)
+    assert last["a"].tolist() == [GIVE, KEEP, KEEP, KEEP], "expert 0 was salient in task 1 only"
+    assert last["b"].tolist() == [KEEP, KEEP, GIVE, KEEP]
+    union = method("before=any").keep_by_module(PAST)
+    assert union["a"].tolist() == union["b"].tolist() == [KEEP] * 4
+
+
+def test_global_salience_ranks_experts_once_for_the_whole_model() -> None:
+    sets = method("salience=global").salient_sets(PAST)
+    assert [s["a"] for s in sets] == [s["b"] for s in sets], "sums [9 9 9 9], [9 16 9 2], [9 16 9 2]"
+    assert [s["a"] for s in sets] == [{0, 1}, {1, 0}, {1, 0}]
+    assert method().salient_sets(PAST)[0] == {"a": {0, 1}, "b": {3, 2}}
+
+
+@pytest.mark.parametrize("option", ["beta=1.5", "gamma=-0.1", "top_k=0", "samples=0"])
+def test_options_out_of_range_are_refused(option: str) -> None:
+    with pytest.raises(ClmoeError, match=option.split("=")[0]):
+        method(option)
+
+
+@pytest.fixture
+def asked(runs: Runs, tiny_base: LoadedBase, mini_yaml: Path) -> tuple[Path, object, list[PromptBatch]]:
+    """The checkpoint of two tasks, loaded, and a batch of six training questions of each task."""
+    checkpoint = runs.chain("clmoe")[1]
+    model = load_adapter(tiny_base.model, checkpoint, trainable=False)
+    batches = []
+    for index, task in enumerate(TASKS[:2]):
+        folder = mini_yaml.parent / task
+        records = load_train(folder / "train.json", folder / "images")[:6]
+        questions = first_questions(records)
+        (inputs,) = prompt_batches(tiny_base, prompt_dataset(tiny_base, questions, folder / "images"), 6)
+        batches.append(PromptBatch(inputs, [q.question_id for q in questions], index, seed=0))
+    return checkpoint, model, batches
+
+
+def test_routers_choose_the_task(asked: tuple[Path, object, list[PromptBatch]]) -> None:
+    checkpoint, model, batches = asked
+    chooser = method("beta=0.25")
+    for index, batch in enumerate(batches):
+        chosen = {
+            router: chooser.selection(checkpoint, model, batch, router).task.tolist()  # type: ignore[arg-type, union-attr]
+            for router in ("located", "oracle", "last", "random")
+        }
+        assert chosen["oracle"] == [index] * 6
+        assert chosen["located"] == [index] * 6, "the tasks' questions differ, so the nearest centre is the right one"
+        assert chosen["last"] == [1] * 6
+        assert set(chosen["random"]) <= {0, 1}
+    assert chooser.selection(checkpoint, model, batches[0], "last").beta == 0.25  # type: ignore[arg-type]
+
+
+def test_random_router_does_not_depend_on_the_batch() -> None:
+    ids = [f"q{i}" for i in range(40)]
+    together = PromptBatch({}, ids, None, seed=3).known_task("random", 3)
+    assert together is not None
+    alone = [int(PromptBatch({}, [name], None, seed=3).known_task("random", 3)) for name in reversed(ids)]  # type: ignore[arg-type]
+    assert together.tolist() == alone[::-1]
+    assert set(alone) == {0, 1, 2}
+    assert PromptBatch({}, ids, None, seed=4).known_task("random", 3).tolist() != together.tolist()  # type: ignore[union-attr]
+
+
+def test_oracle_of_a_task_that_was_never_trained_is_an_error() -> None:
+    for index in (None, 2):
+        with pytest.raises(ClmoeError, match="not trained on that task"):
+            PromptBatch({}, ["q"], index, seed=0).known_task("oracle", 2)
+
+
+def test_beta_mixes_the_instance_gate_with_the_tasks_gate(asked: tuple[Path, object, list[PromptBatch]]) -> None:
+    checkpoint, model, batches = asked
+    llava = adapted_llava(model)  # type: ignore[arg-type]
+
+    def logits(selection: RouteSelection) -> Tensor:
+        with torch.no_grad(), routing(selection):
+            return llava(**batches[0].inputs).logits
+
+    alone = logits(NEWEST_ROUTER)
+    one, half = (method(f"beta={beta}").selection(checkpoint, model, batches[0], "oracle") for beta in (1, 0.5))  # type: ignore[arg-type]
+    assert same_bits(logits(one), alone), "beta = 1 is the instance router alone"
+    assert not torch.equal(logits(half), alone)
+
+    layer = next(iter(expert_layers(model).values()))  # type: ignore[arg-type]
+    x = torch.randn(6, 3, layer.routers.instance[0].weight.shape[1])
+    trace = RouteTrace()
+    with torch.no_grad(), routing(half, trace):
+        gate = layer.routers(x)
+    own = layer.routers.task.gates[0]
+    torch.testing.assert_close(gate, 0.5 * trace.outputs[layer.name].gate + 0.5 * own.expand_as(gate))
+
+
+def test_beta_one_answers_without_the_task_router(runs: Runs, tmp_path: Path) -> None:
+    """With beta = 1 it does not matter which task is chosen."""
+
+    def texts(router: str) -> list[str]:
+        run = runs.evaluate(runs.chain("clmoe")[1], tmp_path / router, "options.beta=1", router=router)
+        folder = run / "predictions" / TASKS[1]
+        suffix = "" if router == "located" else f".{router}"
+        lines = [line for task in TASKS[:2] for line in (folder / f"{task}{suffix}.jsonl").read_text().splitlines()]
+        return [json.loads(line)["text"] for line in lines]
+
+    assert texts("located") == texts("last") == texts("random")

@@ -1,0 +1,246 @@
+"""What every method owes its users: one row each; a method without a row fails here."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import clmoe
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import load_config
+from clmoe.methods.base import Method, TaskContext, method_class, method_names
+from clmoe.model.adapter import adapter_tensors, attach_adapter, load_adapter
+from clmoe.model.llava import LoadedBase
+from clmoe.train import task as task_module
+from clmoe.train.lineage import read_checkpoint
+from clmoe.train.task import prepare_request, train_task
+from tests.runs import Runs, same_bits, tensors
+from tests.support import TASKS, prompt_batch, tiny_config
+
+LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
+EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
+PROJECTOR = r"multi_modal_projector\.modules_to_save\."
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method may train (as patterns, each of which must occur), and the files of its own state."""
+
+    trains: tuple[str, ...]
+    state: tuple[str, ...] = ()
+    chain: str = "sequence"
+
+
+ROWS = {
+    "lora": Row((LORA, PROJECTOR)),
+    "multitask": Row((LORA, PROJECTOR), chain="union"),
+    "separate": Row((LORA, PROJECTOR), chain="separate"),
+    "moelora": Row((EXPERTS, PROJECTOR)),
+    "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
+    "zero_shot": Row((), chain="none"),
+}
+TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
+CONTINUED = [name for name, row in ROWS.items() if row.chain == "sequence"]
+COMMON_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "continual.json", "manifest.json"}
+
+
+def test_every_method_has_a_row_and_a_config() -> None:
+    assert set(method_names()) == ROWS.keys()
+    for name, row in ROWS.items():
+        assert load_config(name, {}, []).method == name
+        assert method_class(name).chain == row.chain
+        assert method_class(name).__doc__
+
+
+def first(runs: Runs, method: str) -> Path:
+    """A checkpoint that continues no other: of the first task, or of the union."""
+    if ROWS[method].chain == "union":
+        key = (method, "union")
+        if key not in runs.made:
+            runs.made[key] = [runs.train(runs.root / "union" / "all", method, "all")]
+        return runs.made[key][0]
+    return runs.chain(method, tasks=TASKS[:1])[0]
+
+
+def adapted(name: str, base: LoadedBase) -> tuple[Any, Method]:
+    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true")
+    method = method_class(name)(config)
+    return attach_adapter(base.model, method.adapter(base)), method
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains_only_what_it_may(name: str, tiny_base: LoadedBase) -> None:
+    model, _ = adapted(name, tiny_base)
+    trainable = [parameter for parameter, p in model.named_parameters() if p.requires_grad]
+    for pattern in ROWS[name].trains:
+        assert any(re.search(pattern, parameter) for parameter in trainable), f"{pattern} does not train"
+    wrong = [parameter for parameter in trainable if not any(re.search(p, parameter) for p in ROWS[name].trains)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_fresh_adapter_changes_nothing(name: str, tiny_base: LoadedBase, pristine_base: LoadedBase) -> None:
+    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
+    with torch.no_grad():
+        before = pristine_base.model(**batch).logits
+        model, _ = adapted(name, tiny_base)
+        assert same_bits(model.eval()(**batch).logits, before)
+
+
+@contextmanager
+def using(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``train_task`` takes this very base instead of loading one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(task_module, "_load_base", lambda request: base)
+        yield
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_leaves_the_base_bit_identical(
+    name: str, mini: Benchmark, tiny_folder: Path, new_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what evaluation of the same process gets back: the base without adapter, its own projector included."""
+    base = new_base()
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    config = load_config(name, mini.recipe, [], str(tiny_folder))
+    task = "all" if ROWS[name].chain == "union" else TASKS[0]
+    with using(base, monkeypatch):
+        returned = train_task(prepare_request(config, mini, task, list(TASKS), None, tmp_path / task))
+    assert returned is base
+    after = base.model.state_dict()
+    assert after.keys() == before.keys(), "the adapter was taken off again"
+    for key, value in before.items():
+        assert same_bits(after[key], value), key
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Runs, tiny_base: LoadedBase) -> None:
+    checkpoint = first(runs, name)
+    assert {path.name for path in checkpoint.iterdir()} == COMMON_FILES | set(ROWS[name].state)
+    saved = tensors(checkpoint)
+    live = adapter_tensors(load_adapter(tiny_base.model, checkpoint, trainable=False))
+    assert saved.keys() == live.keys()
+    for key, value in saved.items():
+        assert same_bits(live[key].contiguous(), value), key
+    lineage = read_checkpoint(checkpoint).lineage
+    assert lineage.method == name
+    assert lineage.trainable_parameters == sum(v.numel() for k, v in saved.items() if "task.gates" not in k)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_file_holds_a_path_or_a_time(name: str, runs: Runs) -> None:
+    checkpoint = first(runs, name)
+    for path in checkpoint.iterdir():
+        content = path.read_bytes()
+        assert str(runs.root).encode() not in content, path.name
+        assert f"{datetime.now(UTC):%Y-%m-}".encode() not in content, path.name
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
+    name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = first(runs, name)
+    start: dict[str, Tensor] = {}
+    kind = method_class(name)
+
+    def spy(self: Method, context: TaskContext) -> None:
+        start.update({key: value.detach().clone() for key, value in adapter_tensors(context.model).items()})
+        assert context.previous == parent
+
+    monkeypatch.setattr(kind, "begin_task", spy)
+    runs.train(tmp_path / TASKS[1], name, TASKS[1], "training.steps=1", previous=parent)
+    saved = tensors(parent)
+    assert start.keys() == saved.keys()
+    for key, value in saved.items():
+        assert same_bits(start[key].contiguous(), value), key
+
+
+@pytest.mark.parametrize("name", ["separate", "multitask"])
+def test_methods_that_start_anew_refuse_a_parent(
+    name: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "all" if name == "multitask" else TASKS[1]
+    with pytest.raises(SystemExit):
+        runs.train(tmp_path / task, name, task, previous=first(runs, name))
+    assert "starts every task anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_runs_through_the_commands(name: str, runs: Runs, tmp_path: Path) -> None:
+    row = ROWS[name]
+    if row.chain == "none":
+        runs.evaluate("base", tmp_path, config=name, model=str(runs.model))
+        learned = list(TASKS)
+    else:
+        learned = list(TASKS) if row.chain == "union" else [TASKS[0]]
+        runs.evaluate(first(runs, name), tmp_path)
+    after = "zero_shot" if row.chain == "none" else learned[-1]
+    for task in learned:
+        lines = (tmp_path / "predictions" / after / f"{task}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["question_id"] for line in lines] == [f"{task}-{i}" for i in range(24, 36)]
+    header, *rows = (tmp_path / "matrix.csv").read_text().splitlines()
+    assert header == "after,colour,count,side"
+    assert after in [line.split(",")[0] for line in rows]
+    assert (tmp_path / "immediate.csv").exists() == method_class(name).finds_task
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["method"] == name
+    assert (info["trainable_parameters"] > 0) == (row.chain != "none")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path) -> None:
+    loaded = clmoe.load(first(runs, name))
+    image = mini_yaml.parent / TASKS[0] / "images" / "0.png"
+    answer = loaded.explain(image, "Which colour is it?", max_new_tokens=2)
+    assert answer.task == (0 if method_class(name).finds_task else None)
+    assert loaded.answer(None, "How many things are there?", max_new_tokens=2) is not None
+
+
+def test_union_takes_every_tasks_steps_and_records(runs: Runs) -> None:
+    lineage = read_checkpoint(first(runs, "multitask")).lineage
+    assert lineage.tasks == list(TASKS)
+    assert lineage.steps == 4 * len(TASKS)
+
+
+STOCK = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+base, checkpoint, inputs, outputs = sys.argv[1:]
+model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), checkpoint).eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file(inputs)).logits}, outputs)
+assert not [name for name in sys.modules if name.split(".")[0] == "clmoe"]
+"""
+
+
+def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
+    """In a process that never imports this package, LoRA and tuned projector give the same logits."""
+    checkpoint = first(runs, "lora")
+    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
+    save_file(batch, tmp_path / "inputs.safetensors")
+    command = [sys.executable, "-c", STOCK, str(runs.model), str(checkpoint)]
+    subprocess.run(
+        [*command, str(tmp_path / "inputs.safetensors"), str(tmp_path / "out.safetensors")], check=True, cwd=tmp_path
+    )
+    stock = load_file(tmp_path / "out.safetensors")["logits"]
+    with torch.no_grad():
+        plain = tiny_base.model(**batch).logits
+        ours = load_adapter(tiny_base.model, checkpoint, trainable=False).eval()(**batch).logits
+    torch.testing.assert_close(stock, ours, atol=1e-5, rtol=1e-5)
+    assert (stock - plain).abs().max() > 1e-2, "the adapter has an effect"

@@ -1,0 +1,125 @@
+"""Growing, freezing and applying the experts of one linear."""
+
+import pytest
+import torch
+from torch.nn.functional import dropout
+
+from clmoe.model.experts import Experts
+from clmoe.model.kernels import loop_experts
+
+DIN, DOUT, RANK = 6, 5, 2
+
+
+def grown(counts: list[int], dtype: torch.dtype = torch.float64) -> Experts:
+    """Experts appended in steps, every step but the last frozen; all weights random."""
+    torch.manual_seed(0)
+    experts = Experts(DIN, DOUT, RANK, scaling=1.3)
+    for step, count in enumerate(counts):
+        if step:
+            experts.freeze()
+        experts.append(
+            torch.randn(count * RANK, DIN, dtype=dtype),
+            torch.randn(DOUT, count * RANK, dtype=dtype),
+        )
+    return experts
+
+
+def inputs(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    gate = torch.randn(2, 4, count, dtype=dtype).softmax(-1)
+    return torch.randn(2, 4, DIN, dtype=dtype), gate, torch.randn(2, 4, DOUT, dtype=dtype)
+
+
+def test_fresh_experts_have_the_published_spread_and_change_nothing() -> None:
+    experts = Experts(4096, DOUT, 64, scaling=2.0)
+    A, B = experts.fresh(8, torch.Generator().manual_seed(0))
+    assert A.shape == (512, 4096) and B.shape == (DOUT, 512)
+    assert A.std().item() == pytest.approx(0.01, rel=0.01)
+    assert A.mean().item() == pytest.approx(0, abs=1e-4)
+    assert not B.any()
+    experts.append(A, B)
+    x, out = torch.randn(3, 4096), torch.randn(3, DOUT)
+    assert torch.equal(experts(x, torch.full((3, 8), 1 / 8), out), out)
+
+
+@pytest.mark.parametrize("counts", [[3], [2, 1], [1, 2, 1]])
+def test_forward_equals_the_loop_however_the_experts_came(counts: list[int]) -> None:
+    experts = grown(counts)
+    x, gate, out = inputs(sum(counts))
+    A = torch.cat([part for part in (experts.frozen_A, experts.A) if part is not None])
+    B = torch.cat([part for part in (experts.frozen_B, experts.B) if part is not None], dim=1)
+    assert experts.count == sum(counts)
+    torch.testing.assert_close(experts(x, gate, out), loop_experts(x, gate, A, B, 1.3, out), rtol=0, atol=1e-12)
+
+
+def test_gradients_reach_the_new_experts_only() -> None:
+    experts = grown([2, 2])
+    x, gate, out = inputs(4)
+    experts(x, gate, out).sum().backward()
+    assert [name for name, _ in experts.named_parameters()] == ["A", "B"]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in experts.parameters())
+    assert experts.frozen_A is not None and not experts.frozen_A.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_growth_leaves_the_outputs_under_the_old_gate_unchanged(frozen: bool) -> None:
+    experts = grown([3])
+    x, gate, out = inputs(3)
+    before = experts(x, gate, out).detach()
+    if frozen:
+        experts.freeze()
+    experts.append(torch.randn(2 * RANK, DIN, dtype=torch.float64), torch.randn(DOUT, 2 * RANK, dtype=torch.float64))
+    assert torch.equal(experts(x, gate, out), before)
+    padded = torch.cat([gate, torch.zeros(2, 4, 2, dtype=torch.float64)], -1)
+    torch.testing.assert_close(experts(x, padded, out), before, rtol=0, atol=1e-12)
+
+
+def test_append_without_freezing_keeps_one_parameter() -> None:
+    experts = grown([2])
+    old_A, old_B = (t.detach().clone() for t in experts.packed())
+    experts.append(torch.ones(RANK, DIN), torch.ones(DOUT, RANK))
+    A, B = experts.packed()
+    assert torch.equal(A[: 2 * RANK], old_A) and torch.equal(B[:, : 2 * RANK], old_B)
+    assert (A[2 * RANK :] == 1).all() and (B[:, 2 * RANK :] == 1).all()
+    assert experts.A is A and A.requires_grad
+
+
+def test_freezing_keeps_every_bit_through_optimizer_steps() -> None:
+    experts = grown([3])
+    before = [tensor.detach().clone() for tensor in experts.packed()]
+    experts.freeze()
+    experts.freeze()  # nothing is left to freeze
+    assert not list(experts.parameters())
+    experts.append(torch.randn(RANK, DIN, dtype=torch.float64), torch.randn(DOUT, RANK, dtype=torch.float64))
+    new = [p.detach().clone() for p in experts.parameters()]
+    optimizer = torch.optim.AdamW(experts.parameters(), lr=0.1, weight_decay=0.1)
+    x, gate, out = inputs(4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        experts(x, gate, out).square().sum().backward()
+        optimizer.step()
+    assert experts.frozen_A is not None and torch.equal(experts.frozen_A, before[0])
+    assert experts.frozen_B is not None and torch.equal(experts.frozen_B, before[1])
+    assert all(not torch.equal(p, old) for p, old in zip(experts.parameters(), new, strict=True))
+
+
+def test_frozen_experts_are_saved_and_do_not_alias_what_they_came_from() -> None:
+    experts = grown([2])
+    parameter = experts.A
+    experts.freeze()
+    assert parameter is not None
+    parameter.data.zero_()
+    assert experts.state_dict().keys() == {"frozen_A", "frozen_B"}
+    assert experts.frozen_A is not None and experts.frozen_A.abs().sum() > 0
+
+
+def test_one_dropout_mask_serves_all_experts_and_evaluation_has_none() -> None:
+    experts = Experts(DIN, DOUT, RANK, scaling=1.0, dropout=0.5)
+    experts.append(torch.randn(3 * RANK, DIN), torch.randn(DOUT, 3 * RANK))
+    x, gate, out = inputs(3, torch.float32)
+    torch.manual_seed(5)
+    got = experts(x, gate, out)
+    torch.manual_seed(5)
+    torch.testing.assert_close(got, loop_experts(dropout(x, 0.5), gate, *experts.packed(), 1.0, out))
+    experts.eval()
+    torch.testing.assert_close(experts(x, gate, out), loop_experts(x, gate, *experts.packed(), 1.0, out))

@@ -1,0 +1,88 @@
+"""Commands on the miniature benchmark: trained checkpoints, made once per session and never changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clmoe import cli
+from tests.support import TASKS
+
+
+@dataclass
+class Runs:
+    """Runs ``clmoe`` in this process on the tiny model and the miniature benchmark.
+
+    Attributes:
+        root: where the shared runs lie.
+        model, benchmark: folder of the tiny LLaVA, YAML of the benchmark.
+    """
+
+    root: Path
+    model: Path
+    benchmark: Path
+    made: dict[tuple[str, ...], list[Path]] = field(default_factory=dict)
+
+    def train(
+        self, output: Path, method: str, task: str, *overrides: str, previous: Path | None = None, **options: str
+    ) -> Path:
+        """``clmoe train``; ``options`` become ``--name value``. Returns ``output``."""
+        chosen = {"model": str(self.model), "benchmark": str(self.benchmark), **options}
+        arguments = ["train", "--config", method, "--task", task, "--output", str(output)]
+        for name, value in chosen.items():
+            arguments += [f"--{name.replace('_', '-')}", *([value] if value else [])]
+        if previous is not None:
+            arguments += ["--previous", str(previous)]
+        cli.main([*arguments, *overrides])
+        return output
+
+    def evaluate(self, checkpoint: Path | str, output: Path, *overrides: str, **options: str) -> Path:
+        """``clmoe eval``. Returns ``output``."""
+        arguments = ["eval", "--checkpoint", str(checkpoint), "--output", str(output)]
+        for name, value in {"benchmark": str(self.benchmark), **options}.items():
+            arguments += [f"--{name}", value]
+        cli.main([*arguments, *overrides])
+        return output
+
+    def chain(self, method: str, *overrides: str, tasks: tuple[str, ...] = TASKS[:2]) -> list[Path]:
+        """Checkpoints of ``tasks`` one after the other; shared, so they must not be changed."""
+        key = (method, *overrides)
+        done = self.made.setdefault(key, [])
+        run = self.root / f"{len(self.made)}-{method}"
+        if done:
+            run = done[0].parent
+        for task in tasks[len(done) :]:
+            previous = done[-1] if done else None
+            done.append(self.train(run / task, method, task, *overrides, previous=previous))
+        return done[: len(tasks)]
+
+    def copy(self, checkpoint: Path, target: Path) -> Path:
+        """A copy that a test may damage."""
+        return Path(shutil.copytree(checkpoint, target))
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything in the adapter file."""
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bytes: tells -0.0 from 0.0."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of ``events.jsonl`` of one kind."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]

@@ -1,0 +1,224 @@
+"""The command line: bad input is one clear line and exit code 2, and fast verbs stay fast."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clmoe import cli
+from tests.runs import Runs, contents
+from tests.support import TASKS, write_benchmark
+
+FIRST, SECOND = TASKS[:2]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Runs a command that must fail: one line on stderr, exit code 2, nothing written under ``out``."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        assert not (tmp_path / "out").exists(), "something was written"
+        error = capsys.readouterr().err
+        assert error.startswith(f"clmoe {arguments[0]}: ")
+        assert error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Path:
+    """A benchmark of its own to spoil; its YAML."""
+    (tmp_path / "bad").mkdir()
+    return write_benchmark(tmp_path / "bad")
+
+
+def train_arguments(runs: Runs, benchmark: Path, output: Path, task: str = FIRST, method: str = "lora") -> list[str]:
+    return [
+        "train", "--config", method, "--benchmark", str(benchmark), "--model", str(runs.model),
+        "--task", task, "--output", str(output),
+    ]  # fmt: skip
+
+
+def edit(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    rows = json.loads(path.read_text())
+    change(rows)
+    path.write_text(json.dumps(rows))
+
+
+def test_a_missing_image(runs: Runs, spoiled: Path, tmp_path: Path, refused: Refused) -> None:
+    (spoiled.parent / FIRST / "images" / "5.png").unlink()
+    error = refused(*train_arguments(runs, spoiled, tmp_path / "out" / FIRST))
+    assert "train.json" in error
+    assert "5.png" in error
+    assert "row 5" in error or "[5]" in error or "record 5" in error, error
+
+
+def test_broken_json(runs: Runs, spoiled: Path, tmp_path: Path, refused: Refused) -> None:
+    path = spoiled.parent / FIRST / "train.json"
+    path.write_text(path.read_text()[:-40])
+    error = refused(*train_arguments(runs, spoiled, tmp_path / "out" / FIRST))
+    assert "train.json: line 1, column" in error
+    assert "broken JSON" in error
+
+
+def test_a_record_without_an_answer(runs: Runs, spoiled: Path, tmp_path: Path, refused: Refused) -> None:
+    edit(spoiled.parent / FIRST / "train.json", lambda rows: rows[3]["conversations"].pop())
+    error = refused(*train_arguments(runs, spoiled, tmp_path / "out" / FIRST))
+    assert "train.json" in error
+    assert "conversations: the last question has no answer" in error.replace("field ", "").replace("'", "")
+
+
+def test_a_question_without_an_expected_answer(runs: Runs, spoiled: Path, tmp_path: Path, refused: Refused) -> None:
+    edit(spoiled.parent / FIRST / "test.json", lambda rows: rows[2].pop("answer"))
+    checkpoint = runs.chain("lora", tasks=(FIRST,))[0]
+    error = refused("eval", "--checkpoint", checkpoint, "--benchmark", spoiled, "--output", tmp_path / "out")
+    assert "test.json" in error
+    assert "no expected answer" in error
+
+
+def test_an_unknown_task_names_the_nearest(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    error = refused(*train_arguments(runs, runs.benchmark, tmp_path / "out" / "x", task="color"))
+    assert "unknown task 'color'. Did you mean 'colour'?" in error
+    checkpoint = runs.chain("lora", tasks=(FIRST,))[0]
+    known = ("--benchmark", runs.benchmark, "--output", tmp_path / "out")
+    error = refused("eval", "--checkpoint", checkpoint, "--tasks", "color", *known)
+    assert "Did you mean 'colour'?" in error
+    error = refused("eval", "--checkpoint", "base", "--model", runs.model, "--tasks", "color", *known)
+    assert "Did you mean 'colour'?" in error
+
+
+def test_unknown_names(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    out = tmp_path / "out" / "x"
+    assert "Did you mean 'clmoe'?" in refused(*train_arguments(runs, runs.benchmark, out, method="clmo"))
+    assert "playground-coin" in refused(*train_arguments(runs, Path("playground-con"), out))
+    arguments = train_arguments(runs, runs.benchmark, out)
+    assert "Did you mean 'steps'?" in refused(*arguments, "training.step=3")
+    assert "write key=value" in refused(*arguments, "training.steps")
+    arguments[arguments.index("--model") + 1] = "/no/such/folder"
+    assert "no such folder" in refused(*arguments)
+
+
+def test_a_model_folder_that_is_no_model(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = train_arguments(runs, runs.benchmark, tmp_path / "out" / "x")
+    arguments[arguments.index("--model") + 1] = str(tmp_path / "empty")
+    assert "config.json" in refused(*arguments)
+
+
+def test_a_checkpoint_of_another_method_or_base(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    parent = runs.chain("lora", tasks=(FIRST,))[0]
+    out = tmp_path / "out" / SECOND
+    arguments = train_arguments(runs, runs.benchmark, out, SECOND, "moelora")
+    assert "another method" in refused(*arguments, "--previous", parent)
+    other = tmp_path / "other"
+    shutil.copytree(runs.model, other)
+    arguments = train_arguments(runs, runs.benchmark, out, SECOND)
+    arguments[arguments.index("--model") + 1] = str(other)
+    assert "model.path" in refused(*arguments, "--previous", parent)
+
+
+def test_a_checkpoint_that_is_damaged_or_none(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    checkpoint = runs.copy(runs.chain("lora", tasks=(FIRST,))[0], tmp_path / "copy")
+    path = checkpoint / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    known = ("--benchmark", runs.benchmark, "--output", tmp_path / "out")
+    assert "adapter_model.safetensors is damaged" in refused("eval", "--checkpoint", checkpoint, *known)
+    assert "not a finished checkpoint" in refused("eval", "--checkpoint", tmp_path, *known)
+
+
+def test_settings_that_cannot_change_after_training(runs: Runs, tmp_path: Path, refused: Refused) -> None:
+    checkpoint = runs.chain("lora", tasks=(FIRST,))[0]
+    known = ("eval", "--checkpoint", checkpoint, "--benchmark", runs.benchmark, "--output", tmp_path / "out")
+    assert "can change after training" in refused(*known, "training.steps=3")
+    assert "belong to --checkpoint base" in refused(*known, "--model", runs.model)
+
+
+def test_a_checkpoint_of_another_benchmark(runs: Runs, spoiled: Path, tmp_path: Path, refused: Refused) -> None:
+    values = yaml.safe_load(spoiled.read_text())
+    values["name"] = "other"
+    spoiled.write_text(yaml.safe_dump(values))
+    checkpoint = runs.chain("lora", tasks=(FIRST,))[0]
+    error = refused("eval", "--checkpoint", checkpoint, "--benchmark", spoiled, "--output", tmp_path / "out")
+    assert "was trained on benchmark mini, not other" in error
+
+
+def test_bad_tables(tmp_path: Path, refused: Refused) -> None:
+    assert "cannot be read" in refused("metrics", tmp_path / "none.csv")
+    (tmp_path / "bad.csv").write_text("after,a,b\na,50,x\n")
+    error = refused("metrics", tmp_path / "bad.csv")
+    assert "row 2" in error
+    assert "column 'b'" in error
+    assert "Did you mean 'playground-coin'?" in refused("data", "check", "playground-com")
+
+
+def test_metrics_prints_published_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaVA-CMoE (arXiv 2503.21227), Table 1, "Ours": last row, and each task right after its training."""
+    header = "after,sqa,text,imagenet,gqa,vizwiz,rec,vqav2,ocr\n"
+    matrix, immediate = tmp_path / "matrix.csv", tmp_path / "immediate.csv"
+    matrix.write_text(header + "ocr,77.55,58.17,94.50,48.91,55.45,23.40,56.40,59.44\n")
+    immediate.write_text(header + "ours,79.01,59.94,96.85,56.43,57.44,25.63,65.15,62.01\n")
+    cli.main(["metrics", str(matrix), "--immediate", str(immediate), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert {name: value for name, value in result.items() if value is not None} == {
+        "last": 59.23, "immediate_known": 62.81, "bwt_known": -3.58,
+    }  # fmt: skip
+    cli.main(["metrics", str(matrix), "--immediate", str(immediate)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["last", "59.23"] in lines
+    assert ["maa"] in lines, "a metric that was not measured is blank"
+
+
+FAST = """
+import sys
+sys.argv[0] = "clmoe"
+from clmoe import cli
+cli.main(sys.argv[1:])
+slow = [name for name in ("torch", "transformers", "peft") if name in sys.modules]
+assert not slow, f"imported {slow}"
+"""
+
+
+def run_fast(*arguments: Any) -> str:
+    """As the installed command does; returns what it printed."""
+    result = subprocess.run([sys.executable, "-c", FAST, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_verbs_with_nothing_to_compute_do_not_import_torch(runs: Runs, tmp_path: Path) -> None:
+    benchmark = ("--benchmark", runs.benchmark)
+    first, second = runs.chain("clmoe")
+    runs.evaluate(second, tmp_path / "run")
+    method = ("--config", "clmoe", *benchmark, "--model", runs.model)
+    assert "02 count colour" in run_fast("plan", *method, "--steps")
+    assert "24 train" in run_fast("data", "check", runs.benchmark)
+    run_fast("train", *method, "--task", SECOND, "--previous", first, "--output", second)
+    run_fast("eval", "--checkpoint", second, *benchmark, "--output", tmp_path / "run")
+    metrics = json.loads(run_fast("metrics", tmp_path / "run" / "matrix.csv", "--json"))
+    assert metrics["last"] is None
+    before = contents(tmp_path / "run")
+    assert json.loads(run_fast("report", tmp_path / "run", "--json"))[0]["label"] == "clmoe"
+    assert contents(tmp_path / "run") == before
+
+
+def test_importing_the_package_registers_the_adapter() -> None:
+    script = "import clmoe, peft\nassert 'CLMOE' in peft.PeftType.__members__\nassert callable(clmoe.load)\n"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_installed_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "clmoe.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    for verb in ("train", "eval", "report", "metrics", "plan", "data"):
+        assert verb in result.stdout

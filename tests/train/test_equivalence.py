@@ -1,0 +1,137 @@
+"""The same training by other means: losses and weights agree, bit for bit where nothing may differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clmoe.data.batches import train_batches, train_dataset
+from clmoe.data.records import load_train
+from clmoe.methods.base import method_class
+from clmoe.model.adapter import PROJECTOR, adapted_llava, attach_adapter
+from clmoe.model.llava import LoadedBase
+from clmoe.model.routing import NEWEST_ROUTER, routing
+from clmoe.train.loss import TrainedModel, enable_checkpointing
+from tests.runs import Runs, contents, events, same_bits, tensors
+from tests.support import TASKS, tiny_config, train_batch
+
+METHODS = ["lora", "moelora"]
+MIXED = TASKS[1]  # three of its records have no image
+
+
+def trajectory(checkpoint: Path) -> list[float]:
+    return [event["loss"] for event in events(checkpoint.parent, "step")]
+
+
+def trained(runs: Runs, output: Path, method: str, *overrides: str) -> tuple[list[float], Path]:
+    checkpoint = runs.train(output / MIXED, method, MIXED, *overrides)
+    return trajectory(checkpoint), checkpoint
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def reference(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[float], Path]:
+    method = request.param
+    return method, *trained(runs, runs.root / f"reference-{method}", method)
+
+
+@pytest.mark.parametrize("override", ["training.gradient_checkpointing=true", "training.workers=2"])
+def test_bit_for_bit_the_same(
+    override: str, reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path
+) -> None:
+    method, losses, checkpoint = reference
+    again, other = trained(runs, tmp_path, method, override)
+    assert len(losses) == 4
+    assert again == losses
+    for name, value in tensors(checkpoint).items():
+        assert same_bits(tensors(other)[name], value), name
+
+
+def test_the_seed_matters(reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path) -> None:
+    method, losses, _ = reference
+    assert trained(runs, tmp_path, method, "seed=1")[0] != losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_equals_the_whole_batch(method: str, runs: Runs, tmp_path: Path) -> None:
+    """Micro-batches of one: some hold no image, rows have no padding, and answers have different lengths."""
+    settings = ("training.steps=20", "training.learning_rate=5e-3", "training.projector_learning_rate=5e-4")
+    whole, _ = trained(runs, tmp_path / "whole", method, *settings)
+    cut, _ = trained(runs, tmp_path / "cut", method, *settings, "training.micro_batch_size=1")
+    assert len(whole) == 20
+    assert whole[-1] < 0.8 * whole[0], "it learns"
+    for a, b in zip(whole, cut, strict=True):
+        assert abs(a - b) <= 1e-5 * abs(a)
+
+
+def model_of(method: str, base: LoadedBase) -> TrainedModel:
+    config = tiny_config(method, Path("nowhere"), "adapter.train_projector=true")
+    kind = method_class(method)(config)
+    model = attach_adapter(base.model, kind.adapter(base))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith((".B", "lora_B.default.weight")):
+            parameter.data.normal_(std=0.1, generator=generator)
+    return TrainedModel(model, kind, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_transformers_own(method: str, tiny_base: LoadedBase, mini_yaml: Path) -> None:
+    """Logits are taken at answer positions only; LlavaForConditionalGeneration's loss with labels takes them all."""
+    folder = mini_yaml.parent / MIXED
+    dataset = train_dataset(tiny_base, load_train(folder / "train.json", folder / "images"), folder / "images", 2048)
+    model = model_of(method, tiny_base)
+    for batch in train_batches(tiny_base, dataset, 8):
+        answers = (batch["labels"] != -100).sum()
+        loss = model(**batch, num_items_in_batch=answers)["loss"]
+        model.zero_grad()
+        loss.backward()
+        ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        with routing(NEWEST_ROUTER):
+            oracle = adapted_llava(model.model)(**batch).loss
+        oracle.backward()
+        torch.testing.assert_close(loss, oracle, rtol=1e-6, atol=0)
+        assert len(ours) > 10
+        for name, parameter in model.named_parameters():
+            if name in ours:
+                torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_text_alone(method: str, tiny_base: LoadedBase) -> None:
+    model = model_of(method, tiny_base)
+    enable_checkpointing(model.model)
+    batch = train_batch(tiny_base, [("How many things are there?", "two"), ("Are you sure?", "yes")])
+    assert "pixel_values" not in batch
+    answers = (batch["labels"] != -100).sum()
+    loss = model.train()(**batch, num_items_in_batch=answers)["loss"]
+    loss.backward()
+    with routing(NEWEST_ROUTER):
+        oracle = adapted_llava(model.model.eval())(**batch).loss
+    torch.testing.assert_close(loss, oracle, rtol=1e-6, atol=0)
+    adapter, projector = (
+        [p.grad for name, p in model.named_parameters() if p.requires_grad and (PROJECTOR in name) == inside]
+        for inside in (False, True)
+    )
+    assert len(projector) == 4
+    assert all(grad is not None and not grad.any() for grad in projector), "zero, but there: processes wait for it"
+    assert all(grad is not None for grad in adapter)
+    assert sum(bool(grad.any()) for grad in adapter) > len(adapter) // 2  # type: ignore[union-attr]
+
+
+def test_a_share_of_the_batch_is_a_share_of_its_loss(tiny_base: LoadedBase) -> None:
+    """Rows with long answers weigh more: the mean is over the global batch's tokens, not over rows or micro-batches."""
+    model = model_of("lora", tiny_base)
+    rows = [("What is it?", "red"), ("What is it?", "it is a thing on the left side"), ("Are you sure?", "yes")]
+    whole = train_batch(tiny_base, rows)
+    answers = (whole["labels"] != -100).sum()
+    together = model(**whole, num_items_in_batch=answers)["loss"]
+    parts = [model(**train_batch(tiny_base, [row]), num_items_in_batch=answers)["loss"] for row in rows]
+    torch.testing.assert_close(together, sum(parts), rtol=1e-5, atol=0)
+
+
+def test_dropout_follows_the_seed(runs: Runs, tmp_path: Path) -> None:
+    settings = ("adapter.dropout=0.2", "training.steps=2")
+    first, other = (trained(runs, tmp_path / name, "moelora", *settings) for name in ("a", "b"))
+    assert contents(first[1]) == contents(other[1])
+    assert trained(runs, tmp_path / "c", "moelora", "training.steps=2")[0] != first[0]

@@ -1,0 +1,63 @@
+"""Sample order: a pure function, complete in every epoch, the same however the global batch is cut."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from clmoe.data.permutation import epoch_permutation
+from clmoe.errors import ClmoeError
+from clmoe.train.order import BatchPlan, MicroBatches, total_steps
+
+
+@pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])
+def test_every_record_comes_once_per_epoch(records: int, batch_size: int) -> None:
+    plan = BatchPlan(seed=5, records=records, batch_size=batch_size)
+    steps = math.ceil(3 * records / batch_size)
+    stream = [index for step in range(steps) for index in plan.batch(step)]
+    assert len(stream) == steps * batch_size, "every batch is full: nothing is dropped at an epoch's end"
+    for epoch in range(3):
+        assert sorted(stream[epoch * records : (epoch + 1) * records]) == list(range(records))
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    plan, again = BatchPlan(1, 30, 6), BatchPlan(1, 30, 6)
+    assert plan.batch(7) == again.batch(7), "a step can be computed without the steps before it"
+    epochs = [[i for step in range(5 * e, 5 * e + 5) for i in plan.batch(step)] for e in range(3)]
+    assert all(a != b for a, b in pairwise(epochs)), "each epoch is shuffled anew"
+    assert BatchPlan(2, 30, 6).batch(0) != plan.batch(0)
+    assert epochs[1] == epoch_permutation(1, 1, 30).tolist()
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 2), (1, 1), (2, 4), (2, 2), (4, 1), (8, None), (1, None)])
+def test_micro_batches_of_all_processes_are_the_global_batch(processes: int, micro: int | None) -> None:
+    plan = BatchPlan(3, 21, 8, micro, processes)
+    loaders = [list(MicroBatches(plan, 5, rank=rank)) for rank in range(processes)]
+    for loader in loaders:
+        assert len(loader) == 5 * plan.accumulation
+        assert {len(batch) for batch in loader} == {plan.micro}
+    for step in range(5):
+        steps = slice(step * plan.accumulation, (step + 1) * plan.accumulation)
+        seen = [index for loader in loaders for batch in loader[steps] for index in batch]
+        assert sorted(seen) == sorted(BatchPlan(3, 21, 8).batch(step))
+
+
+def test_a_later_start_continues_the_same_order() -> None:
+    plan = BatchPlan(3, 21, 8, 2)
+    late = MicroBatches(plan, 6, first_step=4)
+    assert list(late) == list(MicroBatches(plan, 6))[-len(late) :]
+    assert len(late) == 2 * plan.accumulation
+
+
+@pytest.mark.parametrize(("micro", "processes"), [(3, 1), (8, 2), (None, 3), (16, 1)])
+def test_an_indivisible_batch_is_an_error(micro: int | None, processes: int) -> None:
+    with pytest.raises(ClmoeError, match="batch_size 8 cannot be cut"):
+        BatchPlan(0, 100, 8, micro, processes)
+
+
+def test_total_steps() -> None:
+    assert total_steps(100, 8, 1.0, None) == 13
+    assert total_steps(96, 8, 1.0, None) == 12
+    assert total_steps(100, 8, 0.5, None) == 7
+    assert total_steps(3, 8, 1.0, None) == 1
+    assert total_steps(100, 8, 3.0, 20) == 20

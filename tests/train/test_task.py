@@ -1,0 +1,239 @@
+"""One task from begin to publish: idempotent, resumable to the same bytes, and picky about what it continues."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clmoe.methods.base import TaskContext
+from clmoe.methods.clmoe import ClMoe
+from clmoe.train import task as task_module
+from clmoe.train.checkpoint import verify
+from clmoe.train.trainer import TaskTrainer
+from tests.runs import Runs, contents, events
+from tests.support import TASKS, save_tiny
+
+FIRST, SECOND = TASKS[:2]
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody may catch it, as nobody catches kill -9."""
+
+
+def kill(*unused: Any, **also_unused: Any) -> None:
+    raise Killed
+
+
+@pytest.fixture
+def chain(runs: Runs) -> list[Path]:
+    return runs.chain("clmoe")
+
+
+def after_end_task(patch: pytest.MonkeyPatch) -> None:
+    real = ClMoe.end_task
+
+    def end_then_die(self: ClMoe, context: TaskContext) -> None:
+        real(self, context)
+        raise Killed
+
+    patch.setattr(ClMoe, "end_task", end_then_die)
+
+
+def half_way_through_cleaning(patch: pytest.MonkeyPatch) -> None:
+    real = shutil.rmtree
+
+    def cut(path: Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "trained":
+            (Path(path) / "adapter_model.safetensors").unlink()
+            raise Killed
+        real(path, *args, **kwargs)
+
+    patch.setattr(shutil, "rmtree", cut)
+
+
+def during_training(patch: pytest.MonkeyPatch) -> None:
+    real = TaskTrainer.training_step
+    steps = iter(range(3))
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if next(steps, None) is None:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    patch.setattr(TaskTrainer, "training_step", step)
+
+
+PHASES = {
+    "training": during_training,
+    "after_training": lambda patch: patch.setattr(ClMoe, "end_task", kill),
+    "after_consolidation": after_end_task,
+    "saving": lambda patch: patch.setattr(task_module, "dump_config", kill),
+    "cleaning": half_way_through_cleaning,
+    "publishing": lambda patch: patch.setattr(task_module, "publish", kill),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_any_phase_a_rerun_ends_in_the_same_bytes(
+    phase: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / SECOND
+    with monkeypatch.context() as patch:
+        PHASES[phase](patch)
+        with pytest.raises(Killed):
+            runs.train(output, "clmoe", SECOND, previous=chain[0])
+    assert not output.exists()
+    runs.train(output, "clmoe", SECOND, previous=chain[0])
+    assert contents(output) == contents(chain[1])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "no working folder is left"
+
+
+def test_training_is_not_repeated_once_it_is_saved(
+    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / SECOND
+    with monkeypatch.context() as patch:
+        patch.setattr(ClMoe, "end_task", kill)
+        with pytest.raises(Killed):
+            runs.train(output, "clmoe", SECOND, previous=chain[0])
+    monkeypatch.setattr(TaskTrainer, "train", kill)
+    runs.train(output, "clmoe", SECOND, previous=chain[0])
+    assert contents(output) == contents(chain[1])
+    assert len(events(tmp_path, "trained")) == 1
+
+
+def test_leftovers_of_another_command_are_not_used(
+    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / SECOND
+    with monkeypatch.context() as patch:
+        patch.setattr(ClMoe, "end_task", kill)
+        with pytest.raises(Killed):
+            runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0])
+    runs.train(output, "clmoe", SECOND, previous=chain[0])
+    assert contents(output) == contents(chain[1])
+
+
+def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")}
+    monkeypatch.setattr(task_module, "_load_base", kill)
+    runs.train(chain[1], "clmoe", SECOND, previous=chain[0])
+    assert {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")} == before
+
+
+def test_two_runs_give_the_same_bytes(runs: Runs, chain: list[Path], tmp_path: Path) -> None:
+    first = runs.train(tmp_path / "deep" / "er" / FIRST, "clmoe", FIRST)
+    assert contents(first) == contents(chain[0])
+    assert verify(first) == verify(chain[0])
+
+
+def refused(
+    runs: Runs, capsys: pytest.CaptureFixture[str], output: Path, method: str, task: str, *overrides: str, **kwargs: Any
+) -> str:
+    """The one line that a refused command prints; its exit code is 2 and it leaves no trace."""
+    before = contents(output.parent) if output.parent.exists() else None
+    with pytest.raises(SystemExit) as stop:
+        runs.train(output, method, task, *overrides, **kwargs)
+    assert stop.value.code == 2
+    assert (contents(output.parent) if output.parent.exists() else None) == before, "something was written"
+    error = capsys.readouterr().err
+    assert error.startswith("clmoe train: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_other_settings_in_the_same_output_are_refused(
+    runs: Runs, chain: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(runs, capsys, chain[1], "clmoe", SECOND, "training.steps=3", previous=chain[0])
+    assert "training.steps 4 there, 3 here" in error
+    assert "continues another checkpoint" in refused(runs, capsys, chain[1], "clmoe", SECOND)
+
+
+def test_another_base_is_refused(
+    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both by its name, and when other weights lie under the same name."""
+    other = str(save_tiny(tmp_path / "other", seed=1))
+    output = tmp_path / "run" / SECOND
+    error = refused(runs, capsys, output, "clmoe", SECOND, previous=chain[0], model=other)
+    assert "model.path" in error
+    swapped = Runs(tmp_path / "swapped", Path(other), runs.benchmark)
+    parent = swapped.train(tmp_path / "swapped" / FIRST, "lora", FIRST)
+    shutil.rmtree(other)
+    shutil.copytree(runs.model, other)
+    error = refused(swapped, capsys, output, "lora", SECOND, previous=parent)
+    assert "was trained on another base" in error
+
+
+def test_another_method_is_refused(
+    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(runs, capsys, tmp_path / "run" / SECOND, "moelora", SECOND, previous=chain[0])
+    assert "another method: method clmoe there, moelora here" in error
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "statistics.safetensors", "continual.json"])
+def test_a_damaged_parent_is_refused(
+    name: str, runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = runs.copy(chain[0], tmp_path / "parent")
+    content = bytearray((parent / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (parent / name).write_bytes(content)
+    error = refused(runs, capsys, tmp_path / "run" / SECOND, "clmoe", SECOND, previous=parent)
+    assert f"{name} is damaged" in error
+
+
+def test_a_parent_that_is_no_checkpoint_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(runs, capsys, tmp_path / "run" / SECOND, "clmoe", SECOND, previous=tmp_path / "nowhere")
+    assert "not a finished checkpoint" in error
+
+
+def test_a_learned_task_is_refused(
+    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(runs, capsys, tmp_path / "run" / FIRST, "clmoe", FIRST, previous=chain[1])
+    assert "has learned 'colour' already" in error
+
+
+def test_an_output_that_holds_something_else_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run" / "thesis"
+    output.mkdir(parents=True)
+    (output / "chapter1.txt").write_text("dear")
+    assert "is not a finished checkpoint" in refused(runs, capsys, output, "clmoe", FIRST)
+
+
+def test_an_indivisible_batch_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(runs, capsys, tmp_path / "run" / FIRST, "lora", FIRST, "training.micro_batch_size=3")
+    assert "cannot be cut" in error
+
+
+def test_union_only_methods_and_single_tasks_are_told_apart(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run" / "x"
+    assert "--task all only" in refused(runs, capsys, output, "multitask", FIRST)
+    assert "one task at a time" in refused(runs, capsys, output, "lora", "all")
+    assert "trains nothing" in refused(runs, capsys, output, "zero_shot", FIRST)
+    assert "not in --order" in refused(runs, capsys, output, "lora", FIRST, order=f"{SECOND},{TASKS[2]}")
+
+
+def test_evaluation_in_the_same_process_equals_a_separate_one(runs: Runs, tmp_path: Path) -> None:
+    """``--then-eval`` reuses the base of the training, with a tuned projector and a located router."""
+    runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, then_eval="")
+    runs.train(tmp_path / "one" / SECOND, "clmoe", SECOND, previous=tmp_path / "one" / FIRST, then_eval="")
+    for name in (FIRST, SECOND):
+        runs.evaluate(tmp_path / "one" / name, tmp_path / "two")
+    for file in ("matrix.csv", "immediate.csv", "metrics.json", "run.json", *(
+        f"predictions/{after}/{task}.{ending}"
+        for after, tasks in ((FIRST, (FIRST,)), (SECOND, (FIRST, SECOND)))
+        for task in tasks
+        for ending in ("json", "jsonl")
+    )):  # fmt: skip
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
