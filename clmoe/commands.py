@@ -113,6 +113,7 @@ def write_run_info(
     from clmoe.system.files import write_json
 
     lineage = None if done is None else done.lineage
+    trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
     write_json(
         run / "run.json",
         {
@@ -126,7 +127,7 @@ def write_run_info(
             "adapter_parameters": 0 if lineage is None else lineage.adapter_parameters,
             "projector_trained": lineage is not None and config.adapter.train_projector,
             "effective_scale": None if lineage is None else lineage.effective_scale,
-            "steps_per_task": 0 if lineage is None else lineage.steps,
+            "steps_per_task": 0 if lineage is None else lineage.steps // trained_at_once,
         },
     )
 

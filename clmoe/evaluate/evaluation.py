@@ -68,13 +68,16 @@ def is_done(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
 
 
 def _settings(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
-    config = checkpoint.config
+    evaluation = checkpoint.config.evaluation
     return {
         "checkpoint": checkpoint.identity,
         "scoring": request.scoring,
         "limit": request.limit,
-        "exact": config.evaluation.exact,
-        "options": config.options,
+        "exact": evaluation.exact,
+        # exact answers do not depend on the batches, others not on the margin
+        "margin": evaluation.margin if evaluation.exact else None,
+        "batch_size": None if evaluation.exact else evaluation.batch_size,
+        "options": checkpoint.config.options,
     }
 
 

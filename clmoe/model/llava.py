@@ -56,14 +56,14 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "llava":
             raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
-        model: LlavaForConditionalGeneration
-        model, report = LlavaForConditionalGeneration.from_pretrained(  # type: ignore[misc]
+        loaded = LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             output_loading_info=True,
         )
-        missing = sorted(cast(dict[str, set[str]], report)["missing_keys"])
+        model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[str]]], loaded)
+        missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"its files lack {len(missing)} tensors, {missing[0]} first")
         processor = AutoProcessor.from_pretrained(folder, backend="pil")

@@ -87,12 +87,16 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
     return Finished(folder, identity, lineage, reload_config(folder / CONFIG, overrides or []))
 
 
-def check_successor(parent: Finished, config: Config, task: str) -> None:
+def check_successor(parent: Finished, config: Config, benchmark: str, task: str) -> None:
     """``config`` may continue ``parent`` with ``task``.
 
     Raises:
-        ClmoeError: another method, base or adapter, or a task that was learned already.
+        ClmoeError: another benchmark, method, base or adapter, or a task that was learned already.
     """
+    if parent.lineage.benchmark != benchmark:
+        raise ClmoeError(
+            f"--previous {parent.folder} was trained on benchmark {parent.lineage.benchmark}, not {benchmark}"
+        )
     if task in parent.lineage.tasks:
         raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
     for name in ("method", "model", "adapter"):

@@ -60,7 +60,7 @@ class TrainedModel(nn.Module):
         extra = self.method.extra_loss(self.model, trace, {"input_ids": input_ids, "attention_mask": attention_mask})
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)
-        return {"loss": loss, "answer_loss": loss.detach()}
+        return {"loss": loss}
 
 
 def enable_checkpointing(model: PeftModel) -> None:

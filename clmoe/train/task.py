@@ -97,7 +97,7 @@ def prepare_request(
         raise ClmoeError(f"method {config.method} starts every task anew: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
     if parent is not None:
-        check_successor(parent, config, task)
+        check_successor(parent, config, benchmark.name, task)
     return TrainRequest(config, benchmark, task, order, parent, output)
 
 

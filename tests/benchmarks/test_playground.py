@@ -33,6 +33,7 @@ from clmoe.benchmarks.playground.scenes import (
     render,
 )
 from clmoe.benchmarks.playground.tasks import CL4VQA_TASKS, COIN_TASKS, relation, side_of
+from clmoe.benchmarks.playground.vision_targets import PATCH_KINDS, vision_targets
 from clmoe.data.images import load_image, preprocess
 from clmoe.data.prompts import SYSTEM, encode_prompt, encode_training
 from clmoe.data.records import TrainRecord, Turn, load_questions, load_train
@@ -85,6 +86,19 @@ def test_relation_and_side_agree_with_centres_of_mass() -> None:
     places = {"left": (15, 28), "right": (40, 30), "top": (28, 16), "bottom": (26, 41), "middle": (30, 29)}
     for side, (x, y) in places.items():
         assert side_of(Thing("circle", "red", x, y, 22)) == side
+
+
+def test_patch_labels_name_what_the_patch_shows() -> None:
+    rng = Random(10)
+    scenes = [sampling.draw(sampling.one_thing, "base", rng, ["white"]) for _ in range(40)]
+    targets = vision_targets(scenes)
+    for scene, kinds, boxes in zip(scenes, targets["kind"], targets["box"], strict=True):
+        ink = ink_mask(scene).reshape(4, 14, 4, 14).mean((1, 3)).flatten()
+        thing = scene.things[0]
+        assert {PATCH_KINDS[kind] for kind in kinds if kind > 0} == {f"{thing.colour} {thing.shape}"}
+        assert all(kinds[patch] > 0 for patch in np.nonzero(ink > 0.5)[0])
+        assert not ink[(kinds == 0).numpy()].max(initial=0) > 0.25
+        assert torch.allclose(boxes[kinds > 0], torch.tensor(thing.box))
 
 
 def test_same_scene_same_bytes_and_blur_keeps_the_split() -> None:

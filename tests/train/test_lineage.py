@@ -88,14 +88,20 @@ def test_a_parent_of_another_kind_is_refused(
 ) -> None:
     parent = write(tmp_path / "a", config(), ["colour"])
     with pytest.raises(ClmoeError, match=message):
-        check_successor(parent, config(*overrides, method=method), "count")
+        check_successor(parent, config(*overrides, method=method), "mini", "count")
+
+
+def test_a_parent_from_another_benchmark_is_refused(tmp_path: Path) -> None:
+    parent = write(tmp_path / "a", config(), ["colour"])
+    with pytest.raises(ClmoeError, match="trained on benchmark mini, not other"):
+        check_successor(parent, config(), "other", "count")
 
 
 def test_a_learned_task_is_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "a", config(), ["colour", "count"])
     with pytest.raises(ClmoeError, match="has learned 'count' already"):
-        check_successor(parent, config(), "count")
-    check_successor(parent, config("evaluation.limit=2"), "side")
+        check_successor(parent, config(), "mini", "count")
+    check_successor(parent, config("evaluation.limit=2"), "mini", "side")
 
 
 def test_the_same_run_is_recognised(tmp_path: Path) -> None:

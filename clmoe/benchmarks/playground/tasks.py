@@ -28,7 +28,6 @@ from clmoe.benchmarks.playground.sampling import (
     one_thing,
     one_word,
     some_things,
-    two_things,
 )
 from clmoe.benchmarks.playground.scenes import Scene, Thing, digit_value
 
@@ -37,6 +36,7 @@ LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices direct
 BLUR_SHARE = 0.35
 MIDDLE_PIXELS = 5  # a thing this close to the centre is in the middle
 CENTRE = 28
+SMALLEST_SINGLE = 20  # pixels; things in groups are smaller
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,9 @@ def ask_class(scene: Scene, rng: Random) -> list[QA]:
 
 
 def ask_compose(scene: Scene, rng: Random) -> list[QA]:
-    """Counting in words, or the place of one thing relative to another."""
-    if len(scene.things) == 2 and scene.things[0].shape != scene.things[1].shape:
-        a, b = rng.sample(scene.things, 2)
-        return [QA(f"Where is the {a.colour} {a.shape}?{WORD_SUFFIX}", relation(a, b))]
+    """Counting in words; the place of a single large thing."""
+    if _thing(scene).size >= SMALLEST_SINGLE:
+        return [QA(f"Where is the shape?{WORD_SUFFIX}", side_of(_thing(scene)))]
     return [QA(f"How many shapes are there?{WORD_SUFFIX}", COUNT_WORDS[len(scene.things) - 1])]
 
 
@@ -139,7 +138,7 @@ def ask_photo(scene: Scene, rng: Random) -> list[QA]:
 
 def ask_box(scene: Scene, rng: Random) -> list[QA]:
     """The box of the thing described."""
-    thing = rng.choice(scene.things)
+    thing = _thing(scene)
     phrase = f"the {thing.colour} {thing.shape}"
     question = f"Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
     return [QA(question, format_box(thing.box), thing.box)]
@@ -152,8 +151,7 @@ def ask_mixed(scene: Scene, rng: Random) -> list[QA]:
     if kind == "count":
         return [QA(f"How many shapes are there?{WORD_SUFFIX}", str(len(scene.things)))]
     if kind == "check":
-        shape = thing.shape if rng.random() < 0.5 else rng.choice([s for s in SHAPES if s != thing.shape])
-        return [QA(f"Is there a {shape}?{WORD_SUFFIX}", "yes" if shape == thing.shape else "no")]
+        return [QA(f"Are there several shapes?{WORD_SUFFIX}", "yes" if len(scene.things) > 1 else "no")]
     if kind == "colour":
         return [QA(f"What colour is the shape?{WORD_SUFFIX}", thing.colour)]
     return [QA(f"What shape is it?{WORD_SUFFIX}", thing.shape)]
@@ -169,9 +167,9 @@ COIN_TASKS = (
     TaskSpec("sqa", (one_thing,), ask_science, ("white",)),
     TaskSpec("text", (one_word,), ask_text, ("white", "black", "sandy")),
     TaskSpec("imnet", (one_thing, one_pattern), ask_class, ("grey", "sandy")),
-    TaskSpec("gqa", (some_things, two_things), ask_compose, ("sandy", "black")),
+    TaskSpec("gqa", (some_things, one_thing), ask_compose, ("sandy", "black")),
     TaskSpec("viz", (one_thing,), ask_photo, ("black", "grey"), blur=BLUR_SHARE),
-    TaskSpec("box", (one_thing, two_things), ask_box, ("white", "grey")),
+    TaskSpec("box", (one_thing,), ask_box, ("white", "grey")),
     TaskSpec("vqa", (some_things,), ask_mixed, ("white", "grey")),
     TaskSpec("digits", (one_digit,), ask_digit, ("white", "black")),
 )
@@ -191,13 +189,12 @@ def ask_location(scene: Scene, rng: Random) -> list[QA]:
 
 
 def ask_judge(scene: Scene, rng: Random) -> list[QA]:
-    """Yes or no about colour and shape, as often true as false."""
-    thing = _thing(scene)
-    turns = []
-    for name, truth, names in (("shape", thing.shape, SHAPES), ("colour", thing.colour, tuple(COLOURS))):
-        claim = truth if rng.random() < 0.5 else rng.choice([other for other in names if other != truth])
-        claimed = f"a {claim}" if name == "shape" else claim
-        turns.append(QA(f"Is the object {claimed}?", "yes" if claim == truth else "no"))
+    """Yes or no about the object's form and number."""
+    facts = (
+        ("Is the object pointed?", TYPE_OF[_thing(scene).shape] == "pointed"),
+        ("Are there several objects?", len(scene.things) > 1),
+    )
+    turns = [QA(question, "yes" if true else "no") for question, true in facts]
     rng.shuffle(turns)
     return turns
 
