@@ -28,7 +28,7 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
     if benchmark.prepare == "playground":
         from clmoe.benchmarks.playground import prepare
 
-        prepare(benchmark.name, benchmark.root.parent)
+        prepare(benchmark.name, benchmark.root)
     return benchmark
 
 

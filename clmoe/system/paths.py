@@ -42,7 +42,7 @@ def find_config(kind: str, name: str) -> Path:
         return path
     path = repository_root() / "configs" / kind / f"{name}.yaml"
     if not path.is_file():
-        message = unknown(f"name in configs/{kind}", name, known_configs(kind))
+        message = unknown(kind.removesuffix("s"), name, known_configs(kind))
         raise ClmoeError(message + ", or the path of a YAML file")
     return path
 

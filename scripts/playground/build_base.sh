@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Rebuilds playground/base, the pre-trained base of the embedded benchmark. About half an hour on one core.
-#   bash scripts/playground/build_base.sh [OUT]        (default OUT: playground/base)
+# Rebuild the pre-trained base of the embedded benchmark and score it: what it answers untrained, and with one LoRA
+# per task. About an hour on two cores.
+#
+#   bash scripts/playground/build_base.sh [FOLDER]        (default: runs/base)
+#
+# The folder holds model, processor, recipe.json and the two score tables; to ship it, replace playground/base with it.
+source "$(dirname "$0")/../common.sh"
+setup ""
+FOLDER=${1:-runs/base}
 # One thread, so that the order of additions, and with it every weight, repeats on the same machine.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-OUT=${1:-playground/base}
-PYTHON=${PYTHON:-.venv/bin/python}
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONHASHSEED=0
-
-WORK=$(mktemp -d "${OUT%/}.XXXXXX")
-trap 'rm -rf "$WORK"' EXIT
-"$PYTHON" -m clmoe.benchmarks.playground.pretrain "$WORK"
-"$PYTHON" -m clmoe.benchmarks.playground.probe "$WORK"
-mkdir -p "$OUT"
-mv "$WORK"/* "$OUT"/
+[ -e "$FOLDER/recipe.json" ] || OMP_NUM_THREADS=1 python -m clmoe.benchmarks.playground.pretrain "$FOLDER"
+for method in zero_shot separate; do
+  MODEL=$FOLDER OUT=$FOLDER.$method bash scripts/playground/$method.sh
+  cp "$FOLDER.$method/matrix.csv" "$FOLDER/scores-$method.csv"
+done

@@ -12,6 +12,7 @@ import yaml
 from clmoe.benchmarks import base
 from clmoe.benchmarks.base import Task, load_benchmark
 from clmoe.errors import ClmoeError
+from clmoe.system import paths
 
 
 def task(name: str, **changes: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         root / "configs" / "benchmarks" / "other.yaml",
         benchmark(name="other", root="more", prepare="playground"),
     )
-    monkeypatch.setattr(base, "__file__", str(root / "clmoe" / "benchmarks" / "base.py"))
+    monkeypatch.setattr(paths, "__file__", str(root / "clmoe" / "system" / "paths.py"))
     monkeypatch.delenv(base.ROOT_VARIABLE, raising=False)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -85,7 +86,7 @@ def test_a_built_in_benchmark(checkout: Path) -> None:
 def test_known_names_and_the_nearest_one(checkout: Path) -> None:
     with pytest.raises(ClmoeError, match=r"unknown benchmark 'othr'. Did you mean 'other'\? Known: mine, other"):
         load_benchmark("othr")
-    with pytest.raises(ClmoeError, match=r"none\.yaml: no such benchmark file"):
+    with pytest.raises(ClmoeError, match=r"none\.yaml: no such file"):
         load_benchmark("none.yaml")
 
 
@@ -113,11 +114,11 @@ def test_argument_and_environment_override_the_root(
 
 
 def test_without_a_checkout_the_current_folder_counts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "__file__", "/nowhere/site-packages/clmoe/benchmarks/base.py")
+    monkeypatch.setattr(paths, "__file__", "/nowhere/site-packages/clmoe/system/paths.py")
     with pytest.raises(ClmoeError, match="no folder configs/benchmarks found; run from the clmoe checkout"):
         load_benchmark("mine")
     monkeypatch.chdir(checkout)
-    assert base.repository_root() == checkout
+    assert paths.repository_root() == checkout
 
 
 def test_missing_files_name_task_field_and_path(checkout: Path) -> None:

@@ -158,12 +158,12 @@ def small_specs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_coin(small_specs: None, tmp_path: Path) -> Path:
-    return build.prepare("playground-coin", tmp_path)
+    return build.prepare("playground-coin", tmp_path / "playground-coin")
 
 
 @pytest.mark.parametrize("name", ["playground-coin", "playground-cl4vqa"])
 def test_files_load_and_fit_the_yaml(name: str, small_specs: None, tmp_path: Path) -> None:
-    build.prepare(name, tmp_path)
+    build.prepare(name, tmp_path / name)
     benchmark = load_benchmark(name, tmp_path / name)
     assert [task.name for task in benchmark.tasks] == [task.name for task in build.SPECS[name].tasks]
     for task in benchmark.tasks:
@@ -172,7 +172,7 @@ def test_files_load_and_fit_the_yaml(name: str, small_specs: None, tmp_path: Pat
 
 
 def test_one_image_has_several_turns_and_several_questions(small_specs: None, tmp_path: Path) -> None:
-    folder = build.prepare("playground-cl4vqa", tmp_path)
+    folder = build.prepare("playground-cl4vqa", tmp_path / "playground-cl4vqa")
     judge = load_train(folder / "judge" / "train.json", folder / "images")
     assert all(len(record.turns) == 2 for record in judge)
     color = load_train(folder / "color" / "train.json", folder / "images")
@@ -193,29 +193,36 @@ def test_same_question_other_format(small_coin: Path) -> None:
     assert answers[written, "text"] <= set(lexicon.WORDS) and answers[written, "digits"] <= set("0123456789")
 
 
-def test_prepare_is_idempotent_and_rebuilds_what_is_incomplete(small_coin: Path) -> None:
+def test_prepare_is_idempotent_and_replaces_an_older_version(small_coin: Path) -> None:
     def stamps() -> dict[Path, tuple[int, str]]:
         files = (path for path in small_coin.rglob("*") if path.is_file())
         return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
 
     before = stamps()
-    build.prepare("playground-coin", small_coin.parent)
+    build.prepare("playground-coin", small_coin)
     assert stamps() == before
-    (small_coin / build.MARKER).unlink()
+    (small_coin / build.MARKER).write_text('{"config_hash": "of an older generator"}')
     (small_coin / "sqa" / "test.json").unlink()
     (small_coin / "stray").write_text("left over")
-    build.prepare("playground-coin", small_coin.parent)
+    build.prepare("playground-coin", small_coin)
     after = stamps()
     assert {path: digest for path, (_, digest) in after.items()} == {
         path: digest for path, (_, digest) in before.items()
     }
 
 
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(small_specs: None, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ClmoeError, match="not written by the playground"):
+        build.prepare("playground-coin", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_other_sizes_are_another_benchmark(small_coin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(build.SPECS["playground-coin"], test_rows=5)
     assert not build.is_complete(small_coin, spec)
     monkeypatch.setattr(build, "SPECS", {"playground-coin": spec})
-    build.prepare("playground-coin", small_coin.parent)
+    build.prepare("playground-coin", small_coin)
     assert len(json.loads((small_coin / "box" / "test.json").read_text())) == 5
 
 
@@ -227,13 +234,13 @@ def test_an_interrupted_build_leaves_nothing(
 
     monkeypatch.setattr(build, "_test_row", stop)
     with pytest.raises(KeyboardInterrupt):
-        build.prepare("playground-coin", tmp_path)
+        build.prepare("playground-coin", tmp_path / "playground-coin")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_benchmark_names_the_nearest() -> None:
+def test_unknown_benchmark_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ClmoeError, match="playground-coin"):
-        build.prepare("playground-coim")
+        build.prepare("playground-coim", tmp_path)
 
 
 # ---- mixture ----
@@ -368,7 +375,7 @@ def test_base_reads_the_images_it_was_not_trained_on(base: tuple) -> None:
 def test_yaml_leaves_room_for_every_answer(base: tuple, small_specs: None, tmp_path: Path) -> None:
     tokenizer = base[1].tokenizer
     for name in build.SPECS:
-        build.prepare(name, tmp_path)
+        build.prepare(name, tmp_path / name)
         for task in load_benchmark(name, tmp_path / name).tasks:
             questions = load_questions(task.test, task.image_root)
             longest = max(len(tokenizer.tokenize(f" {question.answer}")) for question in questions)

@@ -1,5 +1,5 @@
 """The embedded benchmark: scenes drawn by code, two task sequences, and the base pre-trained for them."""
 
-from clmoe.benchmarks.playground.build import DEFAULT_ROOT, SPECS, prepare
+from clmoe.benchmarks.playground.build import SPECS, prepare
 
-__all__ = ["DEFAULT_ROOT", "SPECS", "prepare"]
+__all__ = ["SPECS", "prepare"]

@@ -26,7 +26,6 @@ from clmoe.benchmarks.playground.tasks import QA, TaskSpec, choose_scene
 from clmoe.errors import ClmoeError
 from clmoe.system.names import unknown
 
-DEFAULT_ROOT = Path("playground/data")
 MARKER = "benchmark.json"
 
 
@@ -47,20 +46,22 @@ SPECS = {
 }
 
 
-def prepare(benchmark_name: str, root: Path = DEFAULT_ROOT) -> Path:
-    """Make sure that a playground benchmark lies complete under `root`; returns its folder.
+def prepare(benchmark_name: str, target: Path) -> Path:
+    """Make sure that a playground benchmark lies complete in the folder `target`; returns it.
 
-    Nothing is done if it is there already. Seconds otherwise.
+    Nothing is done if it is there already. Seconds otherwise; a folder that an older version of the generator wrote is
+    replaced.
 
     Raises:
-        ClmoeError: the benchmark is not one of the playground's.
+        ClmoeError: the benchmark is not one of the playground's, or the folder holds something else.
     """
     if benchmark_name not in SPECS:
         raise ClmoeError(unknown("playground benchmark", benchmark_name, list(SPECS)))
     spec = SPECS[benchmark_name]
-    target = Path(root) / benchmark_name
     if is_complete(target, spec):
         return target
+    if target.exists() and not (target / MARKER).is_file():
+        raise ClmoeError(f"{target} exists and was not written by the playground: choose another data folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
     try:
