@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clmoe.config import Config, build
 from clmoe.errors import ClmoeError
+from clmoe.methods.context import Phase, TaskContext
 from clmoe.system.names import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from peft import PeftConfig, PeftModel
     from torch import Tensor
 
     from clmoe.data.batches import PromptBatch
-    from clmoe.data.records import TrainRecord
     from clmoe.model.llava import LoadedBase
     from clmoe.model.routing import RouterChoice, RouteSelection, RouteTrace
 
@@ -27,32 +25,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class NoOptions:
     """For methods without options of their own."""
-
-
-@dataclass
-class TaskContext:
-    """What a method sees of the task being trained.
-
-    Attributes:
-        task, index: the task's name and its position in the sequence, from 0.
-        records, image_root: its training set.
-        config: the resolved configuration.
-        model: base with adapter.
-        work: folder that becomes the checkpoint; a method's state files go here.
-        trained: sealed folder with the adapter exactly as training left it.
-        previous: the parent checkpoint, or None.
-    """
-
-    task: str
-    index: int
-    records: Sequence[TrainRecord]
-    image_root: Path
-    config: Config
-    base: LoadedBase
-    model: PeftModel
-    work: Path
-    trained: Path
-    previous: Path | None
 
 
 class Method:
@@ -79,6 +51,10 @@ class Method:
     def effective_scale(self) -> float | None:
         """``s`` times the mean gate: the factor on an average expert's update, for tables."""
         return None
+
+    def phases(self, context: TaskContext) -> list[Phase]:
+        """The trainings of a task, in order."""
+        return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import TaskContext
+from clmoe.methods.context import TaskContext
 from clmoe.methods.moelora import MoeLora
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clmoe.data.batches import sample_records, train_batches, train_dataset
-from clmoe.methods.base import TaskContext
+from clmoe.methods.context import TaskContext
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
 

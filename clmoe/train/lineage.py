@@ -105,11 +105,11 @@ def check_successor(parent: Finished, config: Config, benchmark: str, task: str)
             raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {_difference(name, old, new)}")
 
 
-def check_same_run(done: Finished, config: Config, parent: Finished | None) -> None:
+def check_same_run(done: Finished, config: Config, parent: Finished | None, tasks: list[str]) -> None:
     """A finished output folder is what this command would make again.
 
     Raises:
-        ClmoeError: it was made with other settings or from another parent.
+        ClmoeError: it was made with other settings, from another parent, or has learned other tasks.
     """
     if done.lineage.config_sha256 != training_identity(config):
         old, new = dataclasses.asdict(done.config), dataclasses.asdict(config)
@@ -119,6 +119,10 @@ def check_same_run(done: Finished, config: Config, parent: Finished | None) -> N
     if done.lineage.parent != (None if parent is None else parent.identity):
         raise ClmoeError(
             f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it"
+        )
+    if done.lineage.tasks != tasks:
+        raise ClmoeError(
+            f"{done.folder} has learned {', '.join(done.lineage.tasks)}, not {', '.join(tasks)}: choose another folder"
         )
 
 

@@ -65,8 +65,8 @@ class TrainedModel(nn.Module):
 
 def enable_checkpointing(model: PeftModel) -> None:
     """Recompute activations in the backward pass, each block under the routing of its own forward."""
-    adapted_llava(model).gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    adapted_llava(model).activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
     )
 
 

@@ -13,7 +13,8 @@ from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import Method, TaskContext, method_class
+from clmoe.methods.base import Method, method_class
+from clmoe.methods.context import Phase, TaskContext
 from clmoe.system.files import read_json, write_json
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.train.checkpoint import build_folder, is_complete, publish, work_folder
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase
 
 UNION = "all"
+IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def finished(request: TrainRequest) -> bool:
         )
     if not request.output.exists():
         return False
-    check_same_run(read_checkpoint(request.output), request.config, request.previous)
+    check_same_run(read_checkpoint(request.output), request.config, request.previous, request.learned)
     return True
 
 
@@ -144,11 +146,9 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
 
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
-    plan = batch_plan(request, len(records))
+    batch_plan(request, len(records))
     base = _load_base(request)
     work = _open_work(request)
-    trained = work / "trained"
-    model = _model(request, method, base, trained)
     context = TaskContext(
         request.learned[-1],
         len(request.learned) - 1,
@@ -156,29 +156,40 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
         image_root,
         request.config,
         base,
-        model,
+        _model(request, method, base),
         work,
-        trained,
+        work,
         None if request.previous is None else request.previous.folder,
     )
     log = EventLog(request.run / "events.jsonl")
-    steps = _steps(request, len(records))
-    if not is_complete(trained):
-        method.begin_task(context)
-        with timed(log, "trained", task=request.task, steps=steps):
-            _train(request, method, context, plan, steps, log)
-        build_folder(trained, lambda folder: save_adapter(model, folder))
-    lineage = _lineage(request, method, base, model, steps)
-    with timed(log, "ended", task=request.task):
-        method.end_task(context)
-    save_adapter(model, work)
+    phases = method.phases(context)
+    for phase in phases:
+        _run_phase(request, method, context, phase, log)
+    save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
-    write_json(work / LINEAGE, lineage.as_json())
-    (work / "identity.json").unlink()  # first: without it a rerun starts anew, whatever is left of the other
-    shutil.rmtree(trained)
+    steps = _phase_steps(request, phases[-1])
+    write_json(work / LINEAGE, _lineage(request, method, context, steps).as_json())
+    (work / IDENTITY).unlink()  # first: without it a rerun starts anew, whatever is left of the others
+    for phase in phases:
+        shutil.rmtree(work / phase.name)
     publish(work, request.output)
-    detach_adapter(model)
+    detach_adapter(context.model)
     return base
+
+
+def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
+    """Train and seal one phase, or take it as an interrupted run sealed it; then end it."""
+    context.trained = context.work / phase.name
+    if is_complete(context.trained):
+        context.load(context.trained)
+    else:
+        phase.begin(context)
+        steps = _phase_steps(request, phase)
+        with timed(log, "trained", task=request.task, phase=phase.name, steps=steps):
+            _train(request, method, context, phase, steps, log)
+        build_folder(context.trained, lambda folder: save_adapter(context.model, folder))
+    with timed(log, "ended", task=request.task, phase=phase.name):
+        phase.end(context)
 
 
 def batch_plan(request: TrainRequest, records: int) -> BatchPlan:
@@ -211,24 +222,24 @@ def _open_work(request: TrainRequest) -> Path:
     """The folder to build in; what an interrupted run of the same command left there is kept, all else removed."""
     work = work_folder(request.output)
     parent = None if request.previous is None else request.previous.identity
-    identity = {"config": training_identity(request.config), "parent": parent, "task": request.task}
-    marker = work / "identity.json"
+    identity = {"config": training_identity(request.config), "parent": parent, "tasks": request.learned}
+    marker = work / IDENTITY
     if work.exists() and not (marker.is_file() and read_json(marker) == identity):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)
     for leftover in work.iterdir():
-        if leftover.name not in ("identity.json", "trained"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.is_dir() and not is_complete(leftover):
+            shutil.rmtree(leftover)
+        elif leftover.is_file() and leftover.name != IDENTITY:
+            leftover.unlink()
     return work
 
 
-def _model(request: TrainRequest, method: Method, base: LoadedBase, trained: Path) -> PeftModel:
-    """The adapter as training left it, as the parent left it, or fresh."""
+def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
+    """The adapter as the parent left it, or fresh."""
     from clmoe.model.adapter import attach_adapter, load_adapter
 
-    if is_complete(trained):
-        return load_adapter(base.model, trained, trainable=True)
     if request.previous is not None:
         return load_adapter(base.model, request.previous.folder, trainable=True)
     import torch
@@ -237,44 +248,50 @@ def _model(request: TrainRequest, method: Method, base: LoadedBase, trained: Pat
     return attach_adapter(base.model, method.adapter(base))
 
 
-def _steps(request: TrainRequest, records: int) -> int:
+def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     """Optimizer steps; ``training.steps`` counts per task, so the union takes them once for each of its tasks."""
+    if phase.steps is not None:
+        return phase.steps
     training = request.config.training
     tasks = len(request.order) if request.task == UNION else 1
     steps = None if training.steps is None else training.steps * tasks
-    return total_steps(records, training.batch_size, training.epochs, steps)
+    return total_steps(len(phase.records), training.batch_size, training.epochs, steps)
 
 
 def _train(
-    request: TrainRequest, method: Method, context: TaskContext, plan: BatchPlan, steps: int, log: EventLog
+    request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog
 ) -> None:
     from clmoe.data.batches import train_dataset
     from clmoe.train.loss import TrainedModel, enable_checkpointing
     from clmoe.train.trainer import Report, TaskTrainer
 
     training, base = request.config.training, context.base
-    dataset = train_dataset(base, context.records, context.image_root, training.max_length)
+    if phase.learning_rate is not None:
+        training = replace(training, learning_rate=phase.learning_rate)
+    dataset = train_dataset(base, phase.records, phase.image_root, training.max_length)
     if training.gradient_checkpointing:
         enable_checkpointing(context.model)
+    plan = batch_plan(request, len(phase.records))
     stage = request.stage
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
+    title += "" if phase.name == "trained" else f" ({phase.name})"
     with Progress(title, steps, read_events(log.path), stage) as progress:
         report = Report(progress, log, request.task, plan.batch_size)
         trained = TrainedModel(context.model, method, plan.batch_size)
         TaskTrainer(trained, dataset, base.tokenizer.pad_token_id, training, plan, steps, report, context.work).train()
 
 
-def _lineage(request: TrainRequest, method: Method, base: LoadedBase, model: PeftModel, steps: int) -> Lineage:
+def _lineage(request: TrainRequest, method: Method, context: TaskContext, steps: int) -> Lineage:
     from clmoe.model.adapter import count_parameters
 
-    trainable, adapter = count_parameters(model)
+    trainable, adapter = count_parameters(context.model)
     return Lineage(
         method=request.config.method,
         benchmark=request.benchmark.name,
         tasks=request.learned,
         seed=request.config.seed,
         parent=None if request.previous is None else request.previous.identity,
-        base=base.fingerprint,
+        base=context.base.fingerprint,
         config_sha256=training_identity(request.config),
         steps=steps,
         trainable_parameters=trainable,

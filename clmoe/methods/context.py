@@ -1,0 +1,70 @@
+"""What a method sees of the task being trained, and the trainings it may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from peft import PeftModel
+
+    from clmoe.config import Config
+    from clmoe.data.records import TrainRecord
+    from clmoe.model.llava import LoadedBase
+
+
+@dataclass
+class TaskContext:
+    """What a method sees of the task being trained.
+
+    Attributes:
+        task, index: the task's name and its position in the sequence, from 0.
+        records, image_root: its training set.
+        config: the resolved configuration.
+        model: base with adapter.
+        work: folder that becomes the checkpoint; a method's state files go here.
+        trained: sealed folder with the adapter exactly as the newest phase left it.
+        previous: the parent checkpoint, or None.
+    """
+
+    task: str
+    index: int
+    records: Sequence[TrainRecord]
+    image_root: Path
+    config: Config
+    base: LoadedBase
+    model: PeftModel
+    work: Path
+    trained: Path
+    previous: Path | None
+
+    def load(self, folder: Path) -> None:
+        """Replace the live adapter by a saved one."""
+        from clmoe.model.adapter import detach_adapter, load_adapter
+
+        detach_adapter(self.model)
+        self.model = load_adapter(self.base.model, folder, trainable=True)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of a task; most methods have one.
+
+    Attributes:
+        name: of the phase, and of the folder its adapter is sealed in until the task ends.
+        records, image_root: what it trains on.
+        begin: called before training: grow, freeze, choose what trains.
+        end: called when the trained adapter is sealed, also when an earlier process sealed it.
+        learning_rate, steps: None for the configuration's.
+    """
+
+    name: str
+    records: Sequence[TrainRecord]
+    image_root: Path
+    begin: Callable[[TaskContext], None]
+    end: Callable[[TaskContext], None]
+    learning_rate: float | None = None
+    steps: int | None = None
