@@ -134,7 +134,7 @@ class Answerer:
                 **batch.inputs, generation_config=plan, logits_processor=LogitsProcessorList([margins])
             )
         texts = tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
-        tasks = [None] * rows if selection.task is None else selection.task.tolist()
+        tasks = [None] * rows if selection.located is None else selection.located.tolist()
         return [
             Answer(text.strip(), float(margin), redone, task)
             for text, margin, task in zip(texts, margins.smallest, tasks, strict=True)

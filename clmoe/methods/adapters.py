@@ -64,8 +64,8 @@ def expert_rank(adapter: AdapterConfig) -> int:
     return adapter.rank // adapter.experts
 
 
-def expert_adapter(config: Config, base: "LoadedBase") -> "ExpertConfig":
-    """``experts`` LoRA experts with one shared instance router per linear or block."""
+def expert_adapter(config: Config, base: "LoadedBase", owner: int = 0) -> "ExpertConfig":
+    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block."""
     from clmoe.model.adapter import ExpertConfig
 
     adapter = config.adapter
@@ -77,7 +77,8 @@ def expert_adapter(config: Config, base: "LoadedBase") -> "ExpertConfig":
         projections=list(adapter.targets),
         router_scope=adapter.router_scope,
         router_top_k=adapter.router_top_k,
-        layout={str(block): [0] * adapter.experts for block in range(blocks)},
+        layout={str(block): [owner] * adapter.experts for block in range(blocks)},
+        router_owners=[owner],
         seed=config.seed,
         modules_to_save=saved_modules(adapter),
     )

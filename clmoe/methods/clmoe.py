@@ -95,13 +95,10 @@ class ClMoe(MoeLora):
         add_task_gates(context.model, {name: self._score(values) for name, values in statistics.items()})
 
     def _add_centre(self, context: TaskContext) -> None:
-        from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, sample_records
-        from clmoe.model.locator import PrototypeIndex, base_features
+        from clmoe.methods.features import training_features
+        from clmoe.model.locator import PrototypeIndex
 
-        base, config = context.base, context.config
-        questions = first_questions(sample_records(context.records, self.options.samples, config.seed))
-        dataset = prompt_dataset(base, questions, context.image_root)
-        features = base_features(context.model, prompt_batches(base, dataset, config.evaluation.batch_size))
+        features = training_features(context, self.options.samples)
         old = context.previous
         index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / LOCATOR)
         index.append(features)
@@ -172,7 +169,8 @@ class ClMoe(MoeLora):
         tasks = batch.known_task(router, len(index.count))
         if tasks is None:
             tasks = index.locate(base_features(model, [batch.inputs]), self.options.distance, self.options.radius)
-        return RouteSelection(task=torch.as_tensor(tasks).to(model.device), beta=self.options.beta)
+        chosen = torch.as_tensor(tasks).to(model.device)
+        return RouteSelection(task=chosen, beta=self.options.beta, located=chosen)
 
 
 METHOD: Any = ClMoe

@@ -1,0 +1,152 @@
+"""Probabilistic task locator (LLaVA-CMoE section 3.3, PTL): one small VAE per task names a sample's task."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from clmoe.model.vae_settings import VaeSettings
+
+
+class Gaussian(nn.Module):
+    """Two FFNs that give mean and deviation of a diagonal Gaussian: ``[*, din] -> [*, dout]`` twice."""
+
+    def __init__(self, din: int, hidden: int, dout: int, sigma_floor: float) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(nn.Linear(din, hidden), nn.ReLU(), nn.Linear(hidden, dout))
+        self.deviation = nn.Sequential(nn.Linear(din, hidden), nn.ReLU(), nn.Linear(hidden, dout))
+        self.sigma_floor = sigma_floor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(x), softplus(self.deviation(x)) + self.sigma_floor
+
+
+class TaskVae(nn.Module):
+    """VAE of one task's features, its standardisation and its fixed noise.
+
+    Attributes:
+        shift, scale: ``[D]``, the standardisation of the features.
+        noise: ``[draws, latent]``, drawn once, so that a decision does not depend on batching.
+        primitive: ``[2]`` float64, mean and deviation of log p_rec over instances of the task.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    noise: Tensor
+    primitive: Tensor
+
+    def __init__(self, width: int, settings: VaeSettings) -> None:
+        super().__init__()
+        self.encoder = Gaussian(width, settings.hidden, settings.latent, settings.sigma_floor)
+        self.decoder = Gaussian(settings.latent, settings.hidden, width, settings.sigma_floor)
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("noise", torch.zeros(settings.draws, settings.latent))
+        self.register_buffer("primitive", torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def log_p_rec(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(log p_rec [B], KL [B])``: log of the mean density over the draws, in log space.
+
+        The density itself of 4,096 dimensions underflows. ``features [B, D]``; ``noise [draws, (B,) latent]`` defaults
+        to the stored draws.
+        """
+        x = (features - self.shift) / self.scale
+        mean, sigma = self.encoder(x)
+        draws = self.noise if noise is None else noise
+        latent = mean + sigma * (draws.unsqueeze(1) if draws.dim() == 2 else draws)
+        rec, rec_sigma = self.decoder(latent)
+        log_density = -0.5 * (((x - rec) / rec_sigma) ** 2 + 2 * rec_sigma.log() + math.log(2 * math.pi)).sum(-1)
+        kl = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1)
+        return log_density.logsumexp(0) - math.log(len(draws)), kl
+
+    def z_score(self, features: Tensor) -> Tensor:
+        """How typical the features are of this task: ``[B]`` float64 standard scores of log p_rec."""
+        mean, deviation = self.primitive
+        return (self.log_p_rec(features)[0].double() - mean) / deviation
+
+
+def fit_vae(features: Tensor, settings: VaeSettings, seed: int) -> TaskVae:
+    """Fit one task's VAE on ``features [M, D]`` float32 on the CPU; the same result for the same seed.
+
+    Warns when a task is too small or constant for a reliable primitive; the bank stays usable.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(features), generator=generator)
+    kept = max(1, round(settings.held_out * len(features)))
+    held_out, train = features[order[:kept]], features[order[kept:]] if len(features) > kept else features
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = TaskVae(features.shape[1], settings)
+    vae.shift.copy_(train.mean(0))
+    vae.scale.copy_(train.std(0, unbiased=False).clamp(min=settings.feature_floor))
+    vae.noise.copy_(torch.randn(vae.noise.shape, generator=generator))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
+    for _ in range(settings.steps):
+        batch = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
+        noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator)
+        log_p, kl = vae.log_p_rec(batch, noise)
+        fitness = log_p if settings.objective == "log" else log_p.exp()
+        loss = (settings.eta * -fitness + settings.weight_kl * kl).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = settings.primitive_last
+    return _with_primitive(vae, held_out if settings.primitive_on == "held_out" else train[-last:], settings)
+
+
+@torch.no_grad()
+def _with_primitive(vae: TaskVae, instances: Tensor, settings: VaeSettings) -> TaskVae:
+    """Store mean and deviation of log p_rec over the instances; freeze the VAE."""
+    scores = vae.log_p_rec(instances)[0].double()
+    deviation = scores.std(unbiased=False)
+    if len(scores) < 10 or deviation < settings.primitive_floor:
+        warnings.warn(
+            f"the task locator's primitive rests on {len(scores)} instances with deviation {float(deviation):.3g}: "
+            "its decisions for this task are unreliable; give the task more or more varied training records",
+            stacklevel=3,
+        )
+    vae.primitive.copy_(torch.stack([scores.mean(), deviation.clamp(min=settings.primitive_floor)]))
+    return vae.requires_grad_(False).eval()
+
+
+class VaeBank:
+    """The VAEs of all tasks, oldest first; adding one changes nothing of the others."""
+
+    def __init__(self, settings: VaeSettings, vaes: list[TaskVae] | None = None) -> None:
+        self.settings, self.vaes = settings, vaes or []
+
+    def append(self, features: Tensor, seed: int) -> None:
+        """Fit and add the next task's VAE."""
+        self.vaes.append(fit_vae(features.float().cpu(), self.settings, seed))
+
+    @torch.no_grad()
+    def z_scores(self, features: Tensor) -> Tensor:
+        """``[B, N]`` float64 on the CPU."""
+        return torch.stack([vae.z_score(features.float().cpu()) for vae in self.vaes], dim=1)
+
+    def locate(self, features: Tensor) -> Tensor:
+        """The task ``[B]`` int64 of largest z-score; ties go to the older one."""
+        return self.z_scores(features).argmax(1)
+
+    def save(self, path: Path) -> None:
+        """Write all VAEs to one safetensors file."""
+        save_file({f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path, settings: VaeSettings) -> VaeBank:
+        """Read what ``save`` wrote; every tensor must fit."""
+        tensors = load_file(path)
+        count = len({key.split(".", 2)[1] for key in tensors})
+        vaes = []
+        for i in range(count):
+            state = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"vae.{i}.")}
+            vae = TaskVae(len(state["shift"]), settings)
+            vae.load_state_dict(state)
+            vaes.append(vae.requires_grad_(False).eval())
+        return cls(settings, vaes)

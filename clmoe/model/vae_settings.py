@@ -1,0 +1,36 @@
+"""Settings of the task locator's VAEs; free of torch, because configurations are read before it is imported."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VaeSettings:
+    """All *open* in the paper but ``eta``, ``weight_kl`` (1e-3 each, so 1 : 1 in a phase of its own).
+
+    Attributes:
+        latent, hidden: widths.
+        draws: latent draws per reconstruction probability.
+        steps, batch_size, learning_rate: of the fit.
+        held_out: share of the features kept for the primitive.
+        primitive_on: the primitive's instances: ``held_out``, or the last ``primitive_last`` training ones.
+        objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
+        feature_floor, sigma_floor, primitive_floor: smallest standard deviations, of a feature, of the decoder and
+            latent, and of the primitive.
+    """
+
+    latent: int = 64
+    hidden: int = 512
+    draws: int = 8
+    steps: int = 400
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    held_out: float = 0.1
+    primitive_on: Literal["held_out", "train_last"] = "held_out"
+    primitive_last: int = 1000
+    objective: Literal["log", "density"] = "log"
+    eta: float = 1e-3
+    weight_kl: float = 1e-3
+    feature_floor: float = 1e-3
+    sigma_floor: float = 1e-2
+    primitive_floor: float = 1e-2
