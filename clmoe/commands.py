@@ -43,12 +43,15 @@ def run_train(options: Namespace) -> str:
     base = train_task(request)
     line = f"{options.output}: {'finished before' if base is None else 'trained'}"
     if options.then_eval:
+        from clmoe.system.logging import clock, read_events, seconds_left
         from clmoe.train.lineage import read_checkpoint
 
         done = read_checkpoint(options.output)
         limit = None if request.learned[-1] == order[-1] else config.evaluation.limit
         row = evaluate_checkpoint(options.output.parent, benchmark, done, config, order, limit=limit, base=base)
         line += f"; {row}"
+        left = seconds_left(read_events(request.run / "events.jsonl"), request.stage.next(), None)
+        line += f" ({clock(left)} left)" if left and base is not None else ""
     return line
 
 

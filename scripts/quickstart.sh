@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # From nothing to a table: set up an environment, train lora, moelora and clmoe on the embedded eight-task benchmark
-# with a reduced schedule, and report. About ten minutes on two cores after the installation; run it again and
-# everything that is finished is skipped.
+# with a reduced schedule, and report. Run it again and everything that is finished is skipped.
 #
-# Environment: STEPS per task (the full schedule of scripts/playground/compare.sh is in configs/benchmarks), LIMIT
-# test questions in rows before the last, OUT.
+# Environment: STEPS per task (reduced; the full schedule of scripts/playground/compare.sh is in configs/benchmarks),
+# LIMIT test questions in rows before the last, OUT, JOBS methods side by side (default: one per core).
 source "$(dirname "$0")/common.sh"
 setup ""
-STEPS=${STEPS:-100} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
-echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), first $LIMIT test questions before the last row"
-for method in lora moelora clmoe; do
-  OUT=$OUT/$method bash scripts/playground/$method.sh training.steps="$STEPS" evaluation.limit="$LIMIT"
-done
+export STEPS=${STEPS:-150} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
+JOBS=${JOBS:-$(nproc)}
+echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), the first $LIMIT test questions in all rows" \
+  "but the last; $JOBS methods at a time"
+clmoe data prepare playground-coin
+# One thread each: two small models side by side are faster than one on two threads. Their bars would overlap.
+export OMP_NUM_THREADS=1 CLMOE_PROGRESS=0
+printf '%s\n' clmoe moelora lora | xargs -P "$JOBS" -I{} bash -c \
+  'OUT=$OUT/{} bash scripts/playground/{}.sh training.steps="$STEPS" evaluation.limit="$LIMIT"'
 clmoe report "$OUT"/lora "$OUT"/moelora "$OUT"/clmoe --output "$OUT/report"

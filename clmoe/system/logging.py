@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -46,18 +47,25 @@ class Stage:
     index: int
     total: int
 
+    def next(self) -> Stage:
+        """The task after this one."""
+        return Stage(self.index + 1, self.total)
 
-def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
+
+def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float | None) -> float:
     """Seconds until the whole sequence ends.
 
-    ``here``: seconds that this task's training will still take. Every later task is expected to take the mean time of
+    ``here``: seconds that this task's training will still take, None before it begins. Every later task is expected to take the mean time of
     the finished ones (training) and, for evaluation, the mean time per evaluated task times the tasks seen by then.
     """
+    if stage.index >= stage.total:
+        return 0.0
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
-    per_training = sum(trained) / len(trained) if trained else here
+    per_training = sum(trained) / len(trained) if trained else here or 0.0
     per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
     evaluations = sum(range(stage.index + 1, stage.total + 1))
+    here = per_training if here is None else here
     return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations
 
 
@@ -69,7 +77,10 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with loss, samples per second and the whole sequence's time left; silent when not on a terminal."""
+    """A bar with loss, samples per second and the whole sequence's time left.
+
+    Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
+    """
 
     def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
         self.total, self.events, self.stage = total, events, stage
@@ -79,7 +90,7 @@ class Progress:
             *(TextColumn(column) if isinstance(column, str) else column for column in columns),
             TimeElapsedColumn(),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
         )
         self.row = self.bar.add_task(title, total=total, state="")
 

@@ -1,0 +1,55 @@
+"""Time left over a sequence, event logs that a crash cut off, and the quiet progress bar."""
+
+from pathlib import Path
+
+import pytest
+
+from clmoe.system.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
+
+EVENTS = [
+    {"event": "trained", "seconds": 10.0},
+    {"event": "evaluated", "seconds": 2.0},
+    {"event": "trained", "seconds": 20.0},
+    {"event": "evaluated", "seconds": 4.0},
+]
+
+
+def test_time_left_counts_every_training_and_every_evaluation_to_come() -> None:
+    # third of four tasks, 5 s of training left: one more training of 15 s, 3 + 4 evaluations of 3 s
+    assert seconds_left(EVENTS, Stage(2, 4), 5.0) == 5 + 15 + 7 * 3
+    # not begun: its own training counts as well
+    assert seconds_left(EVENTS, Stage(2, 4), None) == 15 + 15 + 7 * 3
+    assert seconds_left(EVENTS, Stage(3, 4).next(), None) == 0
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (9, 75, 3700)] == ["0:09", "1:15", "1:01:40"]
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    with timed(log, "trained", task="a") as extra:
+        extra["note"] = "x"
+    with log.path.open("a") as file:
+        file.write('{"event": "trai')
+    (event,) = read_events(log.path)
+    assert (event["event"], event["task"], event["note"]) == ("trained", "a", "x")
+    write_timing(tmp_path)
+    assert '"minutes"' in (tmp_path / "timing.json").read_text()
+
+
+def test_an_event_that_fails_is_not_logged(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    with pytest.raises(RuntimeError), timed(log, "trained"):
+        raise RuntimeError
+    assert read_events(log.path) == []
+
+
+def test_the_bar_is_silent_when_runs_share_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("CLMOE_PROGRESS", "0")
+    with Progress("x", 2, [], Stage(0, 1)) as progress:
+        progress.advance(4)
+    assert capsys.readouterr().err == ""
