@@ -79,6 +79,7 @@ def expert_adapter(config: Config, base: "LoadedBase", owner: int = 0) -> "Exper
         router_top_k=adapter.router_top_k,
         layout={str(block): [owner] * adapter.experts for block in range(blocks)},
         router_owners=[owner],
+        frozen_before=owner,
         seed=config.seed,
         modules_to_save=saved_modules(adapter),
     )

@@ -100,8 +100,9 @@ def pick_expert(A: Tensor, B: Tensor, rank: int, index: int) -> tuple[Tensor, Te
 
 def extend_router(weight: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     """A copy of ``weight [E, din]`` with ``rows`` new ones from ``N(0, std of the copied rows)``."""
-    new = torch.randn(rows, weight.shape[1], generator=generator) * weight.std(unbiased=False).cpu()
-    return torch.cat([weight.detach().cpu(), new])
+    old = weight.detach().cpu()
+    new = torch.randn(rows, old.shape[1], generator=generator) * old.std(unbiased=False)
+    return torch.cat([old, new])
 
 
 def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:

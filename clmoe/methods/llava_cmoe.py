@@ -73,6 +73,10 @@ class Options:
     locator: VaeSettings = field(default_factory=VaeSettings)
 
     def __post_init__(self) -> None:
+        if not 0 < self.probe_share <= 1 or not 0 < self.probe_held_out < 1:
+            raise ClmoeError("options.probe_share and options.probe_held_out must lie between 0 and 1")
+        if min(self.probe_experts, self.probe_epochs, self.samples) < 1:
+            raise ClmoeError("options.probe_experts, options.probe_epochs and options.samples must be at least 1")
         if self.initial_experts_from == "warmup" and not (self.warmup_train and self.warmup_images):
             raise ClmoeError(
                 "options.warmup_train and options.warmup_images are needed: LLaVA-format data disjoint from the "
@@ -94,6 +98,13 @@ class LlavaCMoe(Method):
             raise ClmoeError(
                 "adapter.router_top_k must be at least 2: a renormalised top-1 gives the router no gradient"
             )
+        if config.adapter.router_top_k is None and self.options.activation == "frequency":
+            raise ClmoeError(
+                "options.activation=frequency needs adapter.router_top_k: a dense gate uses every expert on every "
+                "token and probes never stand out; set adapter.router_top_k=2 or options.activation=logit"
+            )
+        if config.adapter.train_projector:
+            raise ClmoeError("llava_cmoe freezes all that is older than the task: set adapter.train_projector=false")
         self._balance_weight = self.options.balance_weight
         self._decisions: dict[str, BlockDecision] = {}
         self._sources: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -135,6 +146,8 @@ class LlavaCMoe(Method):
         """Two disjoint parts of a share of the records: to train the probes, and to measure their activations."""
         from clmoe.data.batches import sample_records
 
+        if len(records) < 2:
+            raise ClmoeError("probes need at least 2 training records: one to train on and one to measure")
         drawn = sample_records(records, max(2, round(self.options.probe_share * len(records))), self.config.seed)
         kept = min(len(drawn) - 1, max(1, round(self.options.probe_held_out * len(drawn))))
         return drawn[kept:], drawn[:kept]

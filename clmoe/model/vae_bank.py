@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from clmoe.errors import ClmoeError
 from clmoe.model.vae_settings import VaeSettings
 
 
@@ -140,13 +141,20 @@ class VaeBank:
 
     @classmethod
     def load(cls, path: Path, settings: VaeSettings) -> VaeBank:
-        """Read what ``save`` wrote; every tensor must fit."""
+        """Read what ``save`` wrote.
+
+        Raises:
+            ClmoeError: the settings are of another shape than the file.
+        """
         tensors = load_file(path)
         count = len({key.split(".", 2)[1] for key in tensors})
         vaes = []
         for i in range(count):
             state = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"vae.{i}.")}
             vae = TaskVae(len(state["shift"]), settings)
-            vae.load_state_dict(state)
+            try:
+                vae.load_state_dict(state)
+            except RuntimeError as error:
+                raise ClmoeError(f"{path}: was fitted with other options.locator widths or draws") from error
             vaes.append(vae.requires_grad_(False).eval())
         return cls(settings, vaes)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from clmoe.errors import ClmoeError
+
 
 @dataclass(frozen=True)
 class VaeSettings:
@@ -34,3 +36,13 @@ class VaeSettings:
     feature_floor: float = 1e-3
     sigma_floor: float = 1e-2
     primitive_floor: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "hidden", "draws", "batch_size", "primitive_last"):
+            if getattr(self, name) < 1:
+                raise ClmoeError(f"options.locator.{name} must be at least 1")
+        if not 0 < self.held_out < 1:
+            raise ClmoeError("options.locator.held_out must lie between 0 and 1")
+        for name in ("feature_floor", "sigma_floor", "primitive_floor"):
+            if getattr(self, name) <= 0:
+                raise ClmoeError(f"options.locator.{name} must be positive")

@@ -55,8 +55,9 @@ class Stage:
 def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float | None) -> float:
     """Seconds until the whole sequence ends.
 
-    ``here``: seconds that this task's training will still take, None before it begins. Every later task is expected to take the mean time of
-    the finished ones (training) and, for evaluation, the mean time per evaluated task times the tasks seen by then.
+    ``here``: seconds that this task's training will still take, None before it begins. Every later task is expected to
+    take the mean time of the finished ones (training) and, for evaluation, the mean time per evaluated task times the
+    tasks seen by then.
     """
     if stage.index >= stage.total:
         return 0.0

@@ -19,7 +19,7 @@ from torch import Tensor
 import clmoe
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
-from clmoe.methods.base import Method, TaskContext, method_class, method_names
+from clmoe.methods.base import Method, Phase, TaskContext, method_class, method_names
 from clmoe.model.adapter import adapter_tensors, attach_adapter, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
@@ -30,16 +30,19 @@ from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
 EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
+BLOCKS = r"language_model\.layers\.\d+\.mlp\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 PROJECTOR = r"multi_modal_projector\.modules_to_save\."
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a method may train (as patterns, each of which must occur), and the files of its own state."""
+    """What a method may train (as patterns, each of which must occur), the files of its own state, and settings that
+    it needs on the miniature benchmark."""
 
     trains: tuple[str, ...]
     state: tuple[str, ...] = ()
     chain: str = "sequence"
+    overrides: tuple[str, ...] = ()
 
 
 ROWS = {
@@ -48,6 +51,11 @@ ROWS = {
     "separate": Row((LORA, PROJECTOR), chain="separate"),
     "moelora": Row((EXPERTS, PROJECTOR)),
     "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
+    "llava_cmoe": Row(
+        (BLOCKS,),
+        ("plan.json", "locator.safetensors"),
+        overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
+    ),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
@@ -70,11 +78,11 @@ def first(runs: Runs, method: str) -> Path:
         if key not in runs.made:
             runs.made[key] = [runs.train(runs.root / "union" / "all", method, "all")]
         return runs.made[key][0]
-    return runs.chain(method, tasks=TASKS[:1])[0]
+    return runs.chain(method, *ROWS[method].overrides, tasks=TASKS[:1])[0]
 
 
 def adapted(name: str, base: LoadedBase) -> tuple[Any, Method]:
-    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true")
+    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
     method = method_class(name)(config)
     return attach_adapter(base.model, method.adapter(base)), method
 
@@ -113,7 +121,7 @@ def test_training_leaves_the_base_bit_identical(
     """Also what evaluation of the same process gets back: the base without adapter, its own projector included."""
     base = new_base()
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    config = load_config(name, mini.recipe, [], str(tiny_folder))
+    config = load_config(name, mini.recipe, list(ROWS[name].overrides), str(tiny_folder))
     task = "all" if ROWS[name].chain == "union" else TASKS[0]
     with using(base, monkeypatch):
         returned = train_task(prepare_request(config, mini, task, list(TASKS), None, tmp_path / task))
@@ -155,13 +163,15 @@ def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
     parent = first(runs, name)
     start: dict[str, Tensor] = {}
     kind = method_class(name)
+    phases = kind.phases
 
-    def spy(self: Method, context: TaskContext) -> None:
+    def spy(self: Method, context: TaskContext) -> list[Phase]:
         start.update({key: value.detach().clone() for key, value in adapter_tensors(context.model).items()})
         assert context.previous == parent
+        return phases(self, context)
 
-    monkeypatch.setattr(kind, "begin_task", spy)
-    runs.train(tmp_path / TASKS[1], name, TASKS[1], "training.steps=1", previous=parent)
+    monkeypatch.setattr(kind, "phases", spy)
+    runs.train(tmp_path / TASKS[1], name, TASKS[1], "training.steps=1", *ROWS[name].overrides, previous=parent)
     saved = tensors(parent)
     assert start.keys() == saved.keys()
     for key, value in saved.items():

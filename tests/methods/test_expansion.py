@@ -1,0 +1,287 @@
+"""Where a task needs experts: every step of the probes against numpy or a plain loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clmoe.data.batches import train_batches, train_dataset
+from clmoe.data.records import TrainRecord, load_train
+from clmoe.methods.context import TaskContext
+from clmoe.methods.expansion import (
+    BlockDecision,
+    average_expert,
+    balance_loss,
+    choose_blocks,
+    decide,
+    extend_router,
+    measure_activations,
+    pick_expert,
+    plan_as_json,
+)
+from clmoe.model.adapter import adapted_llava, expert_layers
+from clmoe.model.llava import LoadedBase
+from clmoe.model.routers import gate_from_logits
+from clmoe.model.routing import NEWEST_ROUTER, routing
+from tests.model.adapters import attached, grow
+from tests.runs import same_bits
+from tests.support import TASKS, tiny_config
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def oracle(values: np.ndarray, probes: int, alpha: float) -> tuple[float, int, float]:
+    """Threshold, number of probes above it, margin; one probe after the other."""
+    mean = sum(values) / len(values)
+    threshold = mean - alpha * math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    limit = threshold if threshold > 0 else 0.0
+    probed = list(values)[len(values) - probes :]
+    return threshold, len([v for v in probed if v > limit]), min(abs(v - limit) for v in probed)
+
+
+@pytest.mark.parametrize("probes", [1, 4, 8])
+def test_decision_equals_the_oracle(probes: int) -> None:
+    random = np.random.default_rng(probes)
+    seen = set()
+    for _ in range(60):
+        values = random.dirichlet(np.full(8 + probes, 0.6)) * 2
+        alpha = float(random.choice([0.3, 0.8, 1.2]))
+        decision = decide(torch.from_numpy(values), probes, alpha)
+        threshold, extend, margin = oracle(values, probes, alpha)
+        assert decision.threshold == pytest.approx(threshold, abs=1e-12)
+        assert decision.extend == extend
+        assert decision.margin == pytest.approx(margin, abs=1e-12)
+        assert (decision.activations, decision.probes) == (values.tolist(), probes)
+        assert decision.most_active == int(np.argmax(values))
+        seen.add(extend)
+    assert len(seen) > 1, "one number only would show little"
+
+
+def test_deviation_is_the_populations() -> None:
+    """Mean 0.5, deviation 0.4 (sample deviation 0.46): the probe lies between the two thresholds."""
+    values = torch.tensor([0.9, 0.9, 0.1, 0.1], dtype=torch.float64)
+    decision = decide(values, 1, 0.9)
+    assert decision.threshold == pytest.approx(0.14)
+    assert decision.extend == 0, "0.5 - 0.9 * 0.46 = 0.084 would have counted it"
+
+
+def test_a_probe_on_the_threshold_does_not_count() -> None:
+    equal = decide(torch.full((5,), 0.25), 2, 0.8)
+    assert (equal.threshold, equal.extend, equal.margin) == (0.25, 0, 0.0)
+    assert decide(torch.tensor([1.0, 0.0]), 1, 1.0).extend == 0, "threshold 0.5 - 0.5"
+
+
+def test_the_floor_stops_a_probe_that_is_never_used() -> None:
+    """All tokens on two of eight experts: mean - 0.8 std is negative."""
+    values = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0, 0])
+    decision = decide(values, 1, 0.8)
+    assert decision.threshold < 0
+    assert decision.extend == 0
+    values[-1] = 1e-9
+    assert decide(values, 1, 0.8).extend == 1
+
+
+def test_most_active_ties_go_to_the_older_expert_and_probes_are_candidates() -> None:
+    assert decide(torch.tensor([0.2, 0.7, 0.7, 0.7]), 1, 0.8).most_active == 1
+    assert decide(torch.tensor([0.2, 0.7, 0.8]), 1, 0.8).most_active == 2
+
+
+def decisions(counts: list[int]) -> dict[str, BlockDecision]:
+    return {f"block{i}": BlockDecision([0.5] * 9, 8, 0.1, count, 0.1) for i, count in enumerate(counts)}
+
+
+def test_choose_blocks() -> None:
+    counts = [0, 3, 1, 0, 2, 0, 0, 8]
+    given = decisions(counts)
+    assert choose_blocks(given, "probed", 0) == {f"block{i}": n for i, n in enumerate(counts)}
+    assert set(choose_blocks(given, "none", 0).values()) == {0}
+    assert list(choose_blocks(given, "every", 0).values()) == [1] * 8
+    drawn = [choose_blocks(given, "random", seed) for seed in range(6)]
+    for choice in drawn:
+        assert choice.keys() == given.keys()
+        assert sorted(choice.values()) == sorted(counts)
+    assert choose_blocks(given, "random", 3) == drawn[3]
+    assert len({tuple(choice.values()) for choice in drawn}) > 1, "the seed decides"
+    for where in ("probed", "random", "every", "none"):
+        assert choose_blocks({}, where, 0) == {}  # type: ignore[arg-type]
+
+
+def test_plan_says_what_was_probed_and_what_was_added() -> None:
+    given = {"a": decide(torch.tensor([0.1, 0.4, 0.6, 0.9]), 2, 0.8)}
+    (row,) = plan_as_json(given, {"a": 1}).values()
+    assert row.keys() == {"activations", "probes", "threshold", "margin", "probed", "added"}
+    assert (row["probes"], row["probed"], row["added"]) == (2, given["a"].extend, 1)
+    assert given["a"].extend == 2
+
+
+E, RANK, DIN, DOUT = 3, 2, 5, 4
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    return torch.randn(E * RANK, DIN, generator=generator(1)), torch.randn(DOUT, E * RANK, generator=generator(2))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_probes_start_as_the_average_expert(copies: int) -> None:
+    A, B = factors()
+    mean_A, mean_B = average_expert(A, B, RANK, copies)
+    assert mean_A.shape == (copies * RANK, DIN)
+    assert mean_B.shape == (DOUT, copies * RANK)
+    for copy in range(copies):
+        for row in range(RANK):
+            for i in range(DIN):
+                expected = sum(float(A[e * RANK + row, i]) for e in range(E)) / E
+                assert float(mean_A[copy * RANK + row, i]) == pytest.approx(expected, abs=1e-6)
+            for o in range(DOUT):
+                expected = sum(float(B[o, e * RANK + row]) for e in range(E)) / E
+                assert float(mean_B[o, copy * RANK + row]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pick_expert_copies_one_expert() -> None:
+    A, B = factors()
+    for index in range(E):
+        own_A, own_B = pick_expert(A, B, RANK, index)
+        for row in range(RANK):
+            assert same_bits(own_A[row], A[index * RANK + row])
+            assert same_bits(own_B[:, row].contiguous(), B[:, index * RANK + row].contiguous())
+        own_A.zero_()
+        own_B.zero_()
+    assert same_bits(A, factors()[0]), "changing the copy leaves the source alone"
+    assert same_bits(B, factors()[1])
+
+
+def test_a_router_keeps_its_rows_and_gets_new_ones_of_their_spread() -> None:
+    old = torch.nn.Parameter(3.0 + 0.2 * torch.randn(6, 4096, generator=generator(3)))
+    longer = extend_router(old, 2, generator(4))
+    assert longer.shape == (8, 4096)
+    assert not longer.requires_grad
+    assert same_bits(longer[:6], old.detach())
+    new = longer[6:].numpy()
+    assert abs(new.mean()) < 0.01, "N(0, .), whatever the mean of the old rows"
+    assert new.std() == pytest.approx(float(old.detach().numpy().std()), rel=0.05)
+    assert same_bits(extend_router(old, 2, generator(4)), longer)
+    assert not torch.equal(extend_router(old, 2, generator(5))[6:], longer[6:])
+    assert same_bits(extend_router(old, 0, generator(4)), old.detach())
+
+
+def routed(samples: int, tokens: int, experts: int, top_k: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    logits = 2 * torch.randn(samples, tokens, experts, generator=generator(seed))
+    lengths = torch.randint(1, tokens + 1, (samples,), generator=generator(seed + 1))
+    mask = (torch.arange(tokens) < lengths.unsqueeze(1)).long()
+    return logits, gate_from_logits(logits, top_k), mask
+
+
+def loop_balance(logits: Tensor, gate: Tensor, mask: Tensor) -> float:
+    losses = []
+    for row in range(len(logits)):
+        experts = logits.shape[-1]
+        picks, probability, tokens = [0] * experts, [0.0] * experts, 0
+        for t in range(logits.shape[1]):
+            if not mask[row, t]:
+                continue
+            tokens += 1
+            weights = [math.exp(float(v)) for v in logits[row, t]]
+            for e in range(experts):
+                picks[e] += int(gate[row, t, e] > 0)
+                probability[e] += weights[e] / sum(weights)
+        losses.append(experts * sum(p / sum(picks) * q / tokens for p, q in zip(picks, probability, strict=True)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balance_loss_equals_a_loop_over_samples(seed: int) -> None:
+    logits, gate, mask = routed(5, 7, 6, seed=seed)
+    assert float(balance_loss(logits, gate, mask)) == pytest.approx(loop_balance(logits, gate, mask), rel=1e-5)
+
+
+def test_balance_loss_is_one_when_balanced_and_e_over_k_when_collapsed() -> None:
+    logits = torch.zeros(1, 4, 4)
+    gate = torch.zeros(1, 4, 4)
+    for token in range(4):
+        gate[0, token, [token, (token + 1) % 4]] = 0.5
+    mask = torch.ones(1, 4, dtype=torch.int64)
+    assert float(balance_loss(logits, gate, mask)) == pytest.approx(1.0)
+    logits[..., :2] = 50.0
+    assert float(balance_loss(logits, gate_from_logits(logits, 2), mask)) == pytest.approx(2.0)
+
+
+def test_balance_loss_ignores_padding_and_how_the_batch_is_cut() -> None:
+    logits, gate, mask = routed(6, 5, 4)
+    whole = balance_loss(logits, gate, mask)
+    halves = [balance_loss(logits[rows], gate[rows], mask[rows]) for rows in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
+    uneven = [balance_loss(logits[rows], gate[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close((2 * uneven[0] + 4 * uneven[1]) / 6, whole)
+    padded = logits.clone()
+    padded[mask == 0] = 77.0
+    padded = torch.cat([padded, torch.full((6, 3, 4), -5.0)], dim=1)
+    longer = torch.cat([mask, torch.zeros(6, 3, dtype=torch.int64)], dim=1)
+    torch.testing.assert_close(balance_loss(padded, gate_from_logits(padded, 2), longer), whole)
+
+
+def test_balance_loss_pushes_towards_balance() -> None:
+    logits, _, mask = routed(4, 6, 4)
+    logits.requires_grad_()
+    balance_loss(logits, gate_from_logits(logits, 2), mask).backward()
+    assert logits.grad is not None
+    assert not logits.grad[mask == 0].any()
+    assert logits.grad[mask == 1].abs().sum() > 0
+
+
+@pytest.fixture
+def measured(tiny_base: LoadedBase, mini_yaml: Path) -> Iterator[tuple[TaskContext, list[TrainRecord]]]:
+    """A model of two tasks per block, with records of unequal length, some without an image."""
+    model = attached(tiny_base, "per_block", router_top_k=2)
+    grow(model)
+    folder = mini_yaml.parent / TASKS[1]
+    records = load_train(folder / "train.json", folder / "images")[:11]
+    override = ["adapter.train_projector=false", "evaluation.batch_size=4"]
+    config = tiny_config("llava_cmoe", Path("nowhere"), *override)
+    here = Path("unused")
+    yield TaskContext(TASKS[1], 1, records, folder / "images", config, tiny_base, model, here, here, None), records
+
+
+@pytest.mark.parametrize("kind", ["frequency", "logit"])
+def test_activations_are_what_single_records_say(kind: str, measured: tuple[TaskContext, list[TrainRecord]]) -> None:
+    """Oracle: one record at a time, so nothing is padded; logits and picks from each block's own input in numpy."""
+    context, records = measured
+    result = measure_activations(context, records, kind)  # type: ignore[arg-type]
+    layers = expert_layers(context.model)
+    inputs: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+    for batch in train_batches(context.base, train_dataset(context.base, records, context.image_root, 2048), 1):
+        batch.pop("labels")
+        with torch.no_grad(), routing(NEWEST_ROUTER):
+            adapted_llava(context.model).model(**batch)
+        for name, x in inputs.items():
+            weight = layers[name].routers.instance[-1].weight.detach().double().numpy()
+            seen[name].append(x[0].double().numpy() @ weight.T)
+    assert result.keys() == layers.keys()
+    for name, parts in seen.items():
+        logits = np.concatenate(parts)
+        expected = logits.mean(0)
+        if kind == "frequency":
+            picks = np.argsort(-logits, axis=1, kind="stable")[:, :2]
+            expected = np.bincount(picks.ravel(), minlength=logits.shape[1]) / len(logits)
+            assert float(result[name].sum()) == pytest.approx(2.0), "top-2: two experts per token"
+        assert result[name].shape == (5,)
+        assert result[name].dtype == torch.float64
+        np.testing.assert_allclose(result[name].numpy(), expected, atol=1e-5 if kind == "logit" else 1e-9)
+
+
+def test_activations_do_not_depend_on_the_batch_size(measured: tuple[TaskContext, list[TrainRecord]]) -> None:
+    context, records = measured
+    together = measure_activations(context, records, "frequency")
+    context.config = tiny_config("llava_cmoe", Path("nowhere"), "evaluation.batch_size=1")
+    for name, values in measure_activations(context, records, "frequency").items():
+        assert same_bits(values, together[name]), "counts are integers"

@@ -1,0 +1,277 @@
+"""The VAE task locator: densities against float64 formulas, and a bank that only ever grows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from clmoe.errors import ClmoeError
+from clmoe.model.vae_bank import TaskVae, VaeBank, fit_vae
+from clmoe.model.vae_settings import VaeSettings
+from tests.runs import same_bits
+
+WIDTH = 24
+SMALL = VaeSettings(latent=4, hidden=32, draws=4, steps=150, batch_size=64)
+SHORT = VaeSettings(latent=4, hidden=16, draws=4, steps=10, batch_size=16)
+
+
+def cluster(task: int, count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
+    """Features of a task: correlated, the tasks' centres about two deviations apart, far from zero."""
+    fixed = torch.Generator().manual_seed(100 + task)
+    centre = 5 + torch.randn(width, generator=fixed)
+    mix = 0.5 * torch.randn(3, width, generator=fixed)
+    own = torch.Generator().manual_seed(1000 * seed + task)
+    return centre + torch.randn(count, 3, generator=own) @ mix + 0.5 * torch.randn(count, width, generator=own)
+
+
+def fresh(width: int, settings: VaeSettings = SMALL, seed: int = 0) -> TaskVae:
+    """A VAE that was never fitted, with a standardisation and noise of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = TaskVae(width, settings)
+        vae.shift.normal_()
+        vae.scale.uniform_(0.5, 2)
+        vae.noise.normal_()
+    return vae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def bank() -> VaeBank:
+    """Three fitted tasks; never change it."""
+    made = VaeBank(SMALL)
+    for task in range(3):
+        made.append(cluster(task, 300), seed=task)
+    return made
+
+
+def test_log_density_of_4096_dimensions_is_finite_where_the_density_underflows() -> None:
+    vae = fresh(4096)
+    features = 3 * torch.randn(5, 4096, generator=torch.Generator().manual_seed(1))
+    log_p, kl = vae.log_p_rec(features)
+    assert log_p.isfinite().all()
+    assert kl.isfinite().all()
+    assert not log_p.exp().any(), "the density itself is 0 in float32"
+    assert (log_p < -800).all(), "and in float64"
+
+
+def numpy_ffn(part: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    first, _, last = (
+        [p.double().numpy() for p in layer.parameters()]
+        for layer in part  # type: ignore[attr-defined]
+    )
+    return np.maximum(x @ first[0].T + first[1], 0) @ last[0].T + last[1]
+
+
+def test_log_p_rec_equals_the_mean_of_the_densities() -> None:
+    """Few dimensions and float64, so that the mean density can be computed as the paper writes it."""
+    vae, floor = fresh(6), SMALL.sigma_floor
+    features = torch.randn(7, 6, generator=torch.Generator().manual_seed(2))
+    log_p, kl = vae.log_p_rec(features)
+    for row, feature in enumerate(features.double().numpy()):
+        x = (feature - vae.shift.double().numpy()) / vae.scale.double().numpy()
+        mean = numpy_ffn(vae.encoder.mean, x)
+        sigma = np.log1p(np.exp(numpy_ffn(vae.encoder.deviation, x))) + floor
+        densities = []
+        for noise in vae.noise.double().numpy():
+            latent = mean + sigma * noise
+            rec = numpy_ffn(vae.decoder.mean, latent)
+            rec_sigma = np.log1p(np.exp(numpy_ffn(vae.decoder.deviation, latent))) + floor
+            each = np.exp(-((x - rec) ** 2) / (2 * rec_sigma**2)) / (rec_sigma * math.sqrt(2 * math.pi))
+            densities.append(np.prod(each))
+        assert float(log_p[row]) == pytest.approx(math.log(sum(densities) / len(densities)), rel=1e-5)
+        posterior = Normal(torch.from_numpy(mean), torch.from_numpy(sigma))
+        expected = kl_divergence(posterior, Normal(0.0, 1.0)).sum()
+        assert float(kl[row]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_noise_of_its_own_for_every_sample() -> None:
+    """As in training: ``[draws, B, latent]``, each row with its own draws."""
+    vae = fresh(6)
+    features = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(5, 3, SMALL.latent, generator=torch.Generator().manual_seed(4))
+    together = vae.log_p_rec(features, noise)[0]
+    for row in range(3):
+        torch.testing.assert_close(vae.log_p_rec(features[row : row + 1], noise[:, row])[0][0], together[row])
+
+
+def test_fit_is_deterministic_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = fit_vae(cluster(0, 120), SHORT, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(99)
+    again, other = fit_vae(cluster(0, 120), SHORT, seed=1), fit_vae(cluster(0, 120), SHORT, seed=2)
+    assert first.state_dict().keys() == again.state_dict().keys()
+    for name, value in first.state_dict().items():
+        assert same_bits(again.state_dict()[name], value), name
+    assert not torch.equal(other.noise, first.noise)
+    assert not torch.equal(other.encoder.mean[0].weight, first.encoder.mean[0].weight)  # type: ignore[arg-type]
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+def test_fit_raises_the_density_of_the_task() -> None:
+    def typical(steps: int) -> float:
+        settings = VaeSettings(latent=4, hidden=32, draws=4, steps=steps, batch_size=64)
+        return float(fit_vae(cluster(0, 200), settings, seed=0).log_p_rec(cluster(0, 100, seed=1))[0].mean())
+
+    assert typical(150) > typical(0) + 5
+
+
+def test_three_tasks_are_told_apart(bank: VaeBank) -> None:
+    for task in range(3):
+        found = bank.locate(cluster(task, 200, seed=1))
+        assert found.dtype == torch.int64
+        assert float((found == task).double().mean()) >= 0.95, task
+
+
+def test_z_scores_of_own_features_are_standard(bank: VaeBank) -> None:
+    """Mean 0 and deviation 1 on new data of the task, as far as 30 held-out instances say."""
+    for task in range(3):
+        scores = bank.z_scores(cluster(task, 400, seed=2))[:, task]
+        assert abs(float(scores.mean())) < 1
+        assert 0.5 < float(scores.std()) < 2
+
+
+def test_a_tie_goes_to_the_older_task(bank: VaeBank) -> None:
+    twice = VaeBank(SMALL, [bank.vaes[0], bank.vaes[0]])
+    assert not twice.locate(cluster(0, 20)).any()
+
+
+def test_adding_a_task_changes_nothing_of_the_others(bank: VaeBank) -> None:
+    grown = VaeBank(SMALL, list(bank.vaes[:2]))
+    features = torch.cat([cluster(task, 20, seed=3) for task in range(4)])
+    before = grown.z_scores(features)
+    states = [{name: value.clone() for name, value in vae.state_dict().items()} for vae in grown.vaes]
+    grown.append(cluster(3, 200), seed=3)
+    assert same_bits(grown.z_scores(features)[:, :2].contiguous(), before)
+    for vae, state in zip(grown.vaes, states, strict=False):
+        for name, value in state.items():
+            assert same_bits(vae.state_dict()[name], value), name
+
+
+def test_a_saved_bank_decides_the_same_bit_for_bit(bank: VaeBank, tmp_path: Path) -> None:
+    bank.save(tmp_path / "bank.safetensors")
+    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL)
+    assert len(loaded.vaes) == 3
+    features = torch.cat([cluster(task, 20, seed=4) for task in range(3)])
+    assert same_bits(loaded.z_scores(features), bank.z_scores(features))
+    for mine, theirs in zip(bank.vaes, loaded.vaes, strict=True):
+        for name, value in mine.state_dict().items():
+            assert same_bits(theirs.state_dict()[name], value), name
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
+
+
+def test_eleven_tasks_load_in_order(tmp_path: Path) -> None:
+    """Names sort as 0, 1, 10, 2: the order must be the numbers'."""
+    many = VaeBank(SMALL, [fresh(6, seed=task) for task in range(11)])
+    many.save(tmp_path / "bank.safetensors")
+    features = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL)
+    assert same_bits(loaded.z_scores(features), many.z_scores(features))
+
+
+def test_decisions_do_not_depend_on_the_batch(bank: VaeBank) -> None:
+    features = torch.cat([cluster(task, 15, seed=5) for task in range(3)])
+    together = bank.z_scores(features)
+    alone = torch.cat([bank.z_scores(feature.unsqueeze(0)) for feature in features])
+    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-5)
+    assert torch.equal(alone.argmax(1), bank.locate(features))
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(6))
+    assert torch.equal(bank.locate(features[order]), bank.locate(features)[order])
+
+
+@pytest.mark.parametrize("kind", ["one", "ten", "constant", "one_constant_dimension"])
+def test_degenerate_tasks_leave_a_usable_bank(kind: str) -> None:
+    """Too few or constant features warn; every score stays finite, and the good task keeps its samples."""
+    count = {"one": 1, "ten": 10}.get(kind, 100)
+    features = cluster(1, count)
+    if kind == "constant":
+        features = features[:1].repeat(count, 1)
+    if kind == "one_constant_dimension":
+        features[:, 0] = 5.0
+    bank = VaeBank(SMALL)
+    bank.append(cluster(0, 200), seed=0)
+    if kind == "one_constant_dimension":
+        bank.append(features, seed=1)
+        assert float(bank.vaes[1].scale[0]) == pytest.approx(SMALL.feature_floor)
+    else:
+        with pytest.warns(UserWarning, match="primitive rests on"):
+            bank.append(features, seed=1)
+    scores = bank.z_scores(torch.cat([cluster(0, 40, seed=6), cluster(1, 40, seed=6), features]))
+    assert scores.isfinite().all()
+    assert float((scores[:40].argmax(1) == 0).double().mean()) >= 0.9
+
+
+def test_a_good_task_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    fit_vae(cluster(0, 120), SHORT, seed=0)
+    assert not [w for w in recwarn if "primitive" in str(w.message)]
+
+
+def primitive_of(settings: VaeSettings, rows: Tensor, features: Tensor) -> None:
+    """The stored primitive is mean and population deviation of log p_rec over ``rows`` of the features."""
+    vae = fit_vae(features, settings, seed=7)
+    scores = vae.log_p_rec(features[rows])[0].double()
+    expected = torch.stack([scores.mean(), ((scores - scores.mean()) ** 2).mean().sqrt()])
+    torch.testing.assert_close(vae.primitive, expected, rtol=1e-5, atol=1e-5)
+    assert vae.primitive.dtype == torch.float64
+
+
+def test_primitive_on_held_out_or_on_the_last_training_instances() -> None:
+    features = cluster(0, 120)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(7))
+    base = {"latent": 4, "hidden": 16, "draws": 4, "steps": 5, "batch_size": 16}
+    primitive_of(VaeSettings(**base, held_out=0.25), order[:30], features)  # type: ignore[arg-type]
+    last = VaeSettings(**base, held_out=0.25, primitive_on="train_last", primitive_last=40)  # type: ignore[arg-type]
+    primitive_of(last, order[-40:], features)
+
+
+def test_held_out_instances_are_not_trained_on() -> None:
+    """Changing a held-out feature changes the primitive and nothing else."""
+    features = cluster(0, 120)
+    held_out = torch.randperm(120, generator=torch.Generator().manual_seed(7))[:12]
+    changed = features.clone()
+    changed[held_out] += 1
+    mine, other = fit_vae(features, SHORT, seed=7).state_dict(), fit_vae(changed, SHORT, seed=7).state_dict()
+    differing = {name for name, value in mine.items() if not same_bits(value, other[name])}
+    assert differing == {"primitive"}
+
+
+def test_standardisation_is_the_training_features() -> None:
+    features = cluster(0, 120)
+    train = features[torch.randperm(120, generator=torch.Generator().manual_seed(7))[12:]].numpy()
+    vae = fit_vae(features, SHORT, seed=7)
+    np.testing.assert_allclose(vae.shift.numpy(), train.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(vae.scale.numpy(), train.std(0), rtol=1e-5)
+
+
+def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
+    """``objective=density`` is the paper's formula; on wide features only the KL is left of it."""
+    wide = 3 * torch.randn(40, 2048, generator=torch.Generator().manual_seed(8))
+    settings = VaeSettings(latent=4, hidden=16, draws=4, steps=3, batch_size=16, objective="density")
+    with pytest.warns(UserWarning):
+        vae = fit_vae(wide, settings, seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start = TaskVae(2048, settings)
+    assert same_bits(vae.decoder.mean[2].weight, start.decoder.mean[2].weight.detach())  # type: ignore[arg-type]
+    assert not torch.equal(vae.encoder.mean[2].weight, start.encoder.mean[2].weight)  # type: ignore[arg-type]
+
+
+def test_a_bank_of_other_widths_is_refused(bank: VaeBank, tmp_path: Path) -> None:
+    bank.save(tmp_path / "bank.safetensors")
+    with pytest.raises(ClmoeError, match=r"options\.locator"):
+        VaeBank.load(tmp_path / "bank.safetensors", SHORT)
+
+
+@pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"draws": 0}, {"sigma_floor": 0.0}, {"primitive_last": 0}])
+def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ClmoeError, match=next(iter(fields))):
+        VaeSettings(**fields)  # type: ignore[arg-type]
