@@ -6,7 +6,7 @@
 # LIMIT test questions in rows before the last, OUT, JOBS methods side by side (default: one per core).
 source "$(dirname "$0")/common.sh"
 setup ""
-export STEPS=${STEPS:-100} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
+export STEPS=${STEPS:-150} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
 JOBS=${JOBS:-$(nproc)}
 echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), the first $LIMIT test questions in all rows" \
   "but the last; $JOBS methods at a time"
