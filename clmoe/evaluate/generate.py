@@ -61,13 +61,8 @@ class Answerer:
         checkpoint: Path | None,
         config: EvaluationConfig,
     ) -> None:
-        self.base, self.model, self.method, self.checkpoint, self.config = (
-            base,
-            model.eval(),
-            method,
-            checkpoint,
-            config,
-        )
+        self.base, self.method, self.config = base, method, config
+        self.model, self.checkpoint = model.eval(), checkpoint
 
     def answer(
         self,

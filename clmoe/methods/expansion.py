@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from clmoe.data.batches import train_batches, train_dataset
-from clmoe.model.adapter import adapted_llava
-from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
+from clmoe.methods.statistics import router_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,7 +136,6 @@ def plan_as_json(decisions: dict[str, BlockDecision], added: dict[str, int]) -> 
     }
 
 
-@torch.no_grad()
 def measure_activations(
     context: TaskContext, records: Sequence[TrainRecord], kind: Literal["frequency", "logit"]
 ) -> dict[str, Tensor]:
@@ -146,18 +143,12 @@ def measure_activations(
 
     ``frequency``: share of non-padding tokens whose top-k holds the expert, from int64 counts; ``logit``: mean logit.
     """
-    model, base = context.model.eval(), context.base
-    dataset = train_dataset(base, records, context.image_root, context.config.training.max_length)
     totals: dict[str, Tensor] = {}
     tokens = 0
-    for batch in train_batches(base, dataset, context.config.evaluation.batch_size):
-        real = batch["attention_mask"].bool()
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        trace = RouteTrace()
-        with routing(NEWEST_ROUTER, trace):
-            adapted_llava(model).model(**inputs, use_cache=False)
+    for outputs, mask in router_outputs(context, records):
+        real = mask.bool()
         tokens += int(real.sum())
-        for name, output in trace.outputs.items():
+        for name, output in outputs.items():
             total = (output.gate[real] > 0).sum(0) if kind == "frequency" else output.logits[real].double().sum(0)
             totals[name] = totals[name] + total if name in totals else total
     return {name: total.double().cpu() / tokens for name, total in totals.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,10 @@ from torch import Tensor
 from clmoe.data.batches import sample_records, train_batches, train_dataset
 from clmoe.methods.context import TaskContext
 from clmoe.model.adapter import adapted_llava
-from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, routing
+from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteTrace, routing
+
+if TYPE_CHECKING:
+    from clmoe.data.records import TrainRecord
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -49,20 +54,30 @@ class GateCount:
 
 
 @torch.no_grad()
-def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
-    """Instance-gate statistics of every patched module on at most ``samples`` training records, dropout off."""
-    model = context.model.eval()
-    counts: dict[str, GateCount] = {}
+def router_outputs(
+    context: TaskContext, records: Sequence[TrainRecord]
+) -> Iterator[tuple[dict[str, RouterOutput], Tensor]]:
+    """What the newest routers answer on whole training records, dropout off, without gradient.
+
+    Yields for each batch the outputs of every patched module and the mask ``[B, T]`` of real tokens.
+    """
     base, config = context.base, context.config
-    records = sample_records(context.records, samples, config.seed)
+    llava = adapted_llava(context.model.eval())
     dataset = train_dataset(base, records, context.image_root, config.training.max_length)
     for batch in train_batches(base, dataset, config.evaluation.batch_size):
-        mask = batch["attention_mask"]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        del batch["labels"]
         trace = RouteTrace()
         with routing(NEWEST_ROUTER, trace):
-            adapted_llava(model).model(**inputs, use_cache=False)
-        for name, output in trace.outputs.items():
+            llava.model(**batch, use_cache=False)
+        yield trace.outputs, batch["attention_mask"]
+
+
+def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
+    """Instance-gate statistics of every patched module on at most ``samples`` training records."""
+    counts: dict[str, GateCount] = {}
+    records = sample_records(context.records, samples, context.config.seed)
+    for outputs, mask in router_outputs(context, records):
+        for name, output in outputs.items():
             count = GateCount.of(output.gate, mask, top_k)
             counts[name] = counts[name] + count if name in counts else count
     return {name: count.summary() for name, count in counts.items()}
