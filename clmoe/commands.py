@@ -77,7 +77,7 @@ def evaluate_checkpoint(
     learned = done.lineage.tasks
     names = tasks or learned
     check_tasks(benchmark, names)
-    checkpoint = Checkpoint(done.folder, done.identity, learned[-1], learned, config)
+    checkpoint = Checkpoint(done.folder, done.identity, learned[-1], learned, config, done.lineage.base)
     requests = [Request(name, router, scoring, limit) for name in names]
     if method_class(config.method).finds_task and router == "located" and tasks is None:
         requests.append(Request(learned[-1], "oracle", scoring, limit))
@@ -193,7 +193,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     names = options.tasks or order
     check_tasks(benchmark, names)
     identity = base_fingerprint(resolve_model_path(config.model.path))
-    checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config)
+    checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config, identity)
     requests = [Request(name, "located", options.scoring, None) for name in names]
     _fill(options.output, benchmark, checkpoint, requests, order, None)
     write_run_info(options.output, benchmark, config, order, options.scoring, None)

@@ -33,7 +33,7 @@ def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None) -> Ans
     if checkpoint.folder is not None:
         from clmoe.model.adapter import load_adapter
 
-        if read_checkpoint(checkpoint.folder).lineage.base != base.fingerprint:
+        if checkpoint.base != base.fingerprint:
             raise ClmoeError(f"{checkpoint.folder} was trained on another base than {config.model.path}")
         model = load_adapter(base.model, checkpoint.folder, trainable=False)
     method = method_class(config.method)(config)
@@ -79,4 +79,6 @@ def load(folder: Path | str) -> LoadedCheckpoint:
     """
     done = read_checkpoint(Path(folder))
     tasks = done.lineage.tasks
-    return LoadedCheckpoint(open_answerer(Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config)), tasks)
+    return LoadedCheckpoint(
+        open_answerer(Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config, done.lineage.base)), tasks
+    )

@@ -32,6 +32,7 @@ class Checkpoint:
         identity: sha256 of its manifest, or the base's fingerprint.
         after: row label: the newest task, or ``zero_shot``.
         learned: the tasks trained so far, oldest first.
+        base: fingerprint of the base it belongs to.
     """
 
     folder: Path | None
@@ -39,6 +40,7 @@ class Checkpoint:
     after: str
     learned: list[str]
     config: Config
+    base: str
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Answers:
 @pytest.fixture
 def checkpoint() -> Checkpoint:
     config = load_config("clmoe", {}, [])
-    return Checkpoint(Path("somewhere"), "identity", TASKS[1], ORDER[:2], config)
+    return Checkpoint(Path("somewhere"), "identity", TASKS[1], ORDER[:2], config, "base")
 
 
 def requests(*tasks: str, **settings: Any) -> list[Request]:

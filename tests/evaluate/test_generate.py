@@ -47,7 +47,7 @@ def ask(runs: Runs, tiny_base: LoadedBase, questions: tuple[list[Question], Path
     """
     tiny_base.model.lm_head.weight.data[tiny_base.tokenizer.eos_token_id] = 0
     done = read_checkpoint(runs.chain("clmoe")[1])
-    checkpoint = Checkpoint(done.folder, done.identity, TASKS[1], done.lineage.tasks, done.config)
+    checkpoint = Checkpoint(done.folder, done.identity, TASKS[1], done.lineage.tasks, done.config, done.lineage.base)
     answerer = open_answerer(checkpoint, tiny_base)
 
     def run(rows: slice = slice(None), **settings: object) -> list[Answer]:
