@@ -90,6 +90,15 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
                 yield f"\n{qa.question} ASSISTANT: {qa.answer}"
 
 
+def mixture_hash(recipe: PretrainRecipe) -> str:
+    """Hash of what the recipe's values do not say: the words the tokenizer sees, and the first images of the pool."""
+    digest = hashlib.sha256()
+    for text in tokenizer_texts(recipe.seed):
+        digest.update(text.encode())
+    digest.update(ImagePool.sample(min(recipe.images, 256), recipe.seed).pixels.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to the float32 the processor makes: -1..1."""
     return pixels.float() / 127.5 - 1.0
@@ -231,6 +240,7 @@ def build_base(out: Path, recipe: PretrainRecipe) -> dict[str, Any]:
     record = {
         "recipe": asdict(recipe),
         "config_hash": recipe.digest(),
+        "mixture_hash": mixture_hash(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(processor.tokenizer),
     }
