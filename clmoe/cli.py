@@ -67,11 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, router known")
     metrics.add_argument("--json", action="store_true")
 
-    plan = verb("plan", "What a method would run on a benchmark.")
+    plan = verb("plan", "What a method would train on a model; loads no weights.")
     method_arguments(plan)
     plan.add_argument(
-        "--steps", action="store_true", help="one line per training step: number, task, parent's task or -"
+        "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
     )
+    form = plan.add_mutually_exclusive_group()
+    form.add_argument(
+        "--steps", action="store_true", help="only the runs, one line each: number, task, parent's task or -"
+    )
+    form.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     data = verb("data", "Build or verify a benchmark's files.")
     data.add_argument("action", choices=("prepare", "check"))

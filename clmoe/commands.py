@@ -73,6 +73,7 @@ def evaluate_checkpoint(
     Returns the scores as one line.
     """
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
+    from clmoe.evaluate.growth import record_growth
 
     learned = done.lineage.tasks
     names = tasks or learned
@@ -81,8 +82,9 @@ def evaluate_checkpoint(
     requests = [Request(name, router, scoring, limit) for name in names]
     if method_class(config.method).finds_task and router == "located" and tasks is None:
         requests.append(Request(learned[-1], "oracle", scoring, limit))
-    _fill(run, benchmark, checkpoint, requests, order, base)
+    _fill(run, benchmark, checkpoint, requests, order, router, base)
     write_run_info(run, benchmark, config, order, scoring, done)
+    record_growth(run, done, order)
     return _row(run, learned[-1], requests)
 
 
@@ -92,6 +94,7 @@ def _fill(
     checkpoint: Checkpoint,
     requests: list[Request],
     order: list[str],
+    router: RouterChoice,
     base: LoadedBase | None,
 ) -> None:
     """Evaluate what is missing and rebuild the run's tables."""
@@ -100,12 +103,13 @@ def _fill(
 
     if not all(is_done(run, checkpoint, request) for request in requests):
         from clmoe.evaluate.answer import open_answerer
+        from clmoe.methods.features import feature_folder
 
-        answerer = open_answerer(checkpoint, base)
+        answerer = open_answerer(checkpoint, base, feature_folder(run))
         last = checkpoint.after
         stage = Stage(order.index(last), len(order)) if last in order else None
         evaluate(run, benchmark, checkpoint, requests, answerer, stage)
-    write_tables(run, order)
+    write_tables(run, order, router)
     write_timing(run)
 
 
@@ -195,7 +199,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     identity = base_fingerprint(resolve_model_path(config.model.path))
     checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config, identity)
     requests = [Request(name, "located", options.scoring, None) for name in names]
-    _fill(options.output, benchmark, checkpoint, requests, order, None)
+    _fill(options.output, benchmark, checkpoint, requests, order, "located", None)
     write_run_info(options.output, benchmark, config, order, options.scoring, None)
     return _row(options.output, ZERO_SHOT, requests)
 
@@ -223,12 +227,23 @@ def run_metrics(options: Namespace) -> Any:
     return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
 
 
-def run_plan(options: Namespace) -> str:
-    """``clmoe plan``: the training steps of the sequence."""
+def run_plan(options: Namespace) -> Any:
+    """``clmoe plan``: what the method would train, or the steps of the sequence."""
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
     config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
-    chain = method_class(config.method).chain
+    if options.steps:
+        if options.extended_blocks is not None:
+            raise ClmoeError("--extended-blocks belongs to the parameters, which --steps does not print: leave one out")
+        return _sequence(method_class(config.method).chain, order)
+    from clmoe.methods.plan import make_plan, plan_text
+
+    plan = make_plan(method_class(config.method)(config), options.extended_blocks)
+    return plan.as_json() if options.json else plan_text(plan)
+
+
+def _sequence(chain: str, order: list[str]) -> str:
+    """One line per ``clmoe train``: number, task, the task it continues or -."""
     if chain == "none":
         return ""
     if chain == "union":

@@ -28,11 +28,14 @@ class ModelConfig:
         path: a folder or hub name in transformers' format.
         dtype: of the frozen base; adapters are always float32.
         attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        architecture: transformers config.json to take shapes from where the weights are not at hand; ``clmoe plan``
+            only. Relative to the current folder or the repository.
     """
 
     path: str = "playground/base"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    architecture: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,16 @@ def model_values(model: str) -> dict[str, Any]:
     return read_yaml(find_config("models", model)) if is_config else {"path": model}
 
 
+def recorded(config: Config) -> dict[str, Any]:
+    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training."""
+    values = dataclasses.asdict(config)
+    del values["model"]["architecture"]
+    return values
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, the same bytes for equal configurations."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True)
+    return yaml.safe_dump(recorded(config), sort_keys=True)
 
 
 def reload_config(path: Path, overrides: list[str]) -> Config:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None) -> Answerer:
-    """Load a checkpoint (onto ``base`` if it is loaded already) for answering.
+def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None, features: Path | None = None) -> Answerer:
+    """Load a checkpoint (onto ``base`` if it is loaded already) for answering; ``features`` as for ``Answerer``.
 
     Raises:
         ClmoeError: the model in the configuration is not the base that the adapter was trained on.
@@ -37,7 +37,7 @@ def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None) -> Ans
             raise ClmoeError(f"{checkpoint.folder} was trained on another base than {config.model.path}")
         model = load_adapter(base.model, checkpoint.folder, trainable=False)
     method = method_class(config.method)(config)
-    return Answerer(base, model, method, checkpoint.folder, config.evaluation)
+    return Answerer(base, model, method, checkpoint.folder, len(checkpoint.learned), config.evaluation, features)
 
 
 class LoadedCheckpoint:

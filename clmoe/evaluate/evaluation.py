@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,7 @@ from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.scoring import find_scorer, score
-from clmoe.system.files import write_json, write_text
+from clmoe.system.files import read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 
 if TYPE_CHECKING:
@@ -53,17 +56,22 @@ class Request:
     limit: int | None
 
     def stem(self) -> str:
-        """File name without ending; the default router has no suffix."""
-        return self.task if self.router == "located" else f"{self.task}.{self.router}"
+        """File name without ending."""
+        return cell_stem(self.task, self.router)
 
 
-def summary_path(run: Path, after: str, request: Request) -> Path:
-    return run / "predictions" / after / f"{request.stem()}.json"
+def cell_stem(task: str, router: RouterChoice) -> str:
+    """File name of a cell without ending; the default router has no suffix."""
+    return task if router == "located" else f"{task}.{router}"
+
+
+def summary_path(run: Path, after: str, stem: str) -> Path:
+    return run / "predictions" / after / f"{stem}.json"
 
 
 def is_done(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
     """The cell was filled from this very checkpoint with these settings."""
-    path = summary_path(run, checkpoint.after, request)
+    path = summary_path(run, checkpoint.after, request.stem())
     if not path.is_file():
         return False
     return json.loads(path.read_text(encoding="utf-8"))["settings"] == _settings(checkpoint, request)
@@ -116,7 +124,7 @@ def _write_cell(
     answers: list[Answer],
 ) -> float:
     """Write the predictions, then the summary that makes them count. Returns the score in percent."""
-    path = summary_path(run, checkpoint.after, request)
+    path = summary_path(run, checkpoint.after, request.stem())
     scores = [score(scorer, a.text, q, request.scoring) for q, a in zip(questions, answers, strict=True)]  # type: ignore[arg-type]
     rows = [
         {
@@ -135,11 +143,15 @@ def _write_cell(
     write_text(path.with_suffix(".jsonl"), lines)
     percent = 100 * sum(scores) / len(scores)
     located = [row["task"] == request.task for row in rows if row["task"] is not None]
+    deciders = {
+        name: Counter(checkpoint.learned[a.deciders[name]] for a in answers) for name in sorted(answers[0].deciders)
+    }
     summary = {
         "score": percent,
         "questions": len(rows),
         "redone": sum(a.redone for a in answers),
         "located": 100 * sum(located) / len(located) if located else None,
+        "deciders": deciders,
         "settings": _settings(checkpoint, request),
     }
     write_json(path, summary)
@@ -148,18 +160,27 @@ def _write_cell(
 
 def read_score(run: Path, after: str, stem: str) -> float | None:
     """A filled cell's score in percent, None where nothing was measured."""
-    path = run / "predictions" / after / f"{stem}.json"
-    return float(json.loads(path.read_text(encoding="utf-8"))["score"]) if path.is_file() else None
+    path = summary_path(run, after, stem)
+    return float(read_json(path)["score"]) if path.is_file() else None
 
 
-def write_tables(run: Path, order: list[str]) -> dict[str, float | None]:
-    """Rebuild ``matrix.csv``, ``immediate.csv`` (router known, where measured) and ``metrics.json`` from the cells.
+def write_tables(run: Path, order: list[str], router: RouterChoice = "located") -> dict[str, float | None]:
+    """Rebuild the run's tables from its cells.
 
-    ``order``: all tasks of the run, in training order. Returns the metrics.
+    ``matrix.csv``, ``immediate.csv`` (router known, where measured), ``locator.csv`` (where tasks were located) and
+    ``metrics.json``.
+
+    Args:
+        order: all tasks of the run, in training order.
+        router: the matrix shows the cells of the default router; a run folder that holds none shows this one's.
+
+    Returns the metrics.
     """
+    if any(summary_path(run, after, task).is_file() for after in (ZERO_SHOT, *order) for task in order):
+        router = "located"
     matrix = AccuracyMatrix(tuple(order), {})
     for after in (ZERO_SHOT, *order):
-        scores = {task: read_score(run, after, task) for task in order}
+        scores = {task: read_score(run, after, cell_stem(task, router)) for task in order}
         if any(value is not None for value in scores.values()):
             matrix = matrix.with_row(after, scores)
     if list(matrix.rows) == [ZERO_SHOT]:  # a method that trains nothing ends the sequence as it began
@@ -169,10 +190,27 @@ def write_tables(run: Path, order: list[str]) -> dict[str, float | None]:
     if any(value is not None for value in known):
         write_immediate_csv(run / "immediate.csv", order, known)
         immediate = tuple(known)
+    _write_located(run, order)
     matrix.write_csv(run / "matrix.csv")
     result = metrics(matrix, immediate)
     write_json(run / "metrics.json", result)
     return result
+
+
+def _write_located(run: Path, order: list[str]) -> None:
+    """``locator.csv``: for which task each decider took the questions of each task, after each task."""
+    rows = []
+    for after in order:
+        for task in order:
+            path = summary_path(run, after, task)
+            counts = read_json(path)["deciders"] if path.is_file() else {}
+            for decider, located in sorted(counts.items()):
+                rows += [(after, decider, task, name, located[name]) for name in order if name in located]
+    if not rows:
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("after", "decider", "task", "located", "count"), *rows])
+    write_text(run / "locator.csv", text.getvalue())
 
 
 def check_tasks(benchmark: Benchmark, names: list[str]) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import PromptBatch, prompt_dataset, to_device
+from clmoe.data.batches import prompt_dataset, to_device
 from clmoe.data.collate import PromptItem, collate_prompts
 from clmoe.data.records import Question
+from clmoe.evaluate.location import known_tasks
+from clmoe.methods.features import FeatureStore
 from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import RouterChoice, RouteSelection, routing
+from clmoe.model.routing import NEWEST_ROUTER, RouterChoice, RouteSelection, routing
 
 if TYPE_CHECKING:
     from clmoe.methods.base import Method
@@ -24,13 +26,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """Attributes: the text; the smallest distance of the two best logits on the way; whether it was answered again
-    alone; the task whose gate was mixed in, if any."""
+    """One question's answer.
+
+    Attributes:
+        text: what was generated.
+        margin: the smallest distance of the two best logits on the way.
+        redone: it was answered again alone.
+        task: whose routers served it, in training order; None for methods that do not choose.
+        deciders: the task that each decider took the question for, where it was located.
+    """
 
     text: str
     margin: float
     redone: bool
     task: int | None
+    deciders: dict[str, int]
 
 
 class _Margins(LogitsProcessor):
@@ -59,10 +69,14 @@ class Answerer:
         model: nn.Module,
         method: Method,
         checkpoint: Path | None,
+        learned: int,
         config: EvaluationConfig,
+        features: Path | None = None,
     ) -> None:
+        """`features`: folder that keeps the locator's features; None computes them for every call."""
         self.base, self.method, self.config = base, method, config
-        self.model, self.checkpoint = model.eval(), checkpoint
+        self.model, self.checkpoint, self.learned = model.eval(), checkpoint, learned
+        self.features = features
 
     def answer(
         self,
@@ -84,6 +98,7 @@ class Answerer:
             task_index: the questions' true task, for the oracle.
             advance: called with the number of rows done.
         """
+        found = self._find_tasks(questions, image_root, router, task_index)
         dataset = prompt_dataset(self.base, questions, image_root)
         # Characters stand in for tokens here, so that images are read one batch at a time: a whole test set's may not
         # fit into memory.
@@ -91,10 +106,11 @@ class Answerer:
         answers: dict[int, Answer] = {}
 
         def run(rows: list[int], redone: bool) -> None:
-            ids = [questions[i].question_id for i in rows]
-            batch = self._batch([dataset[i] for i in rows], ids, task_index)
-            for row, answer in zip(rows, self._generate(batch, max_new_tokens, router, redone), strict=True):
-                answers[row] = answer
+            chosen = [next(iter(found[i].values()), None) for i in rows]
+            texts, margins = self._generate([dataset[i] for i in rows], self._selection(chosen), max_new_tokens)
+            for row, task, text, margin in zip(rows, chosen, texts, margins, strict=True):
+                deciders = found[row] if router == "located" else {}
+                answers[row] = Answer(text.strip(), margin, redone, task, deciders)
 
         size = self.config.batch_size
         for start in range(0, len(by_length), size):
@@ -106,17 +122,35 @@ class Answerer:
                 run([row], redone=True)
         return [answers[i] for i in range(len(dataset))]
 
-    def _batch(self, items: list[PromptItem], question_ids: list[str], task_index: int | None) -> PromptBatch:
-        inputs = to_device(collate_prompts(items, self.base.tokenizer.pad_token_id), self.base)
-        return PromptBatch(inputs, question_ids, task_index, self.method.config.seed)
+    def _find_tasks(
+        self, questions: Sequence[Question], image_root: Path, router: RouterChoice, task_index: int | None
+    ) -> list[dict[str, int]]:
+        """For each question the task by each decider, the one that counts first; empty where no task is chosen."""
+        if self.checkpoint is None or not self.method.finds_task:
+            return [{} for _ in questions]
+        ids = [question.question_id for question in questions]
+        known = known_tasks(router, ids, self.learned, task_index, self.method.config.seed)
+        if known is not None:
+            return [{router: task} for task in known.tolist()]
+        store = FeatureStore(self.base, self.method.feature_kind(), self.config.batch_size, self.features)
+        features = store.features(self.model, questions, image_root)  # type: ignore[arg-type]
+        located = {name: tasks.tolist() for name, tasks in self.method.locate(self.checkpoint, features).items()}
+        return [{name: tasks[row] for name, tasks in located.items()} for row in range(len(questions))]
+
+    def _selection(self, tasks: list[int | None]) -> RouteSelection:
+        chosen = [task for task in tasks if task is not None]
+        if not chosen:
+            return NEWEST_ROUTER
+        return self.method.selection(self.model, torch.tensor(chosen))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _generate(self, batch: PromptBatch, max_new_tokens: int, router: RouterChoice, redone: bool) -> list[Answer]:
-        selection = RouteSelection()
-        if self.checkpoint is not None:
-            selection = self.method.selection(self.checkpoint, self.model, batch, router)  # type: ignore[arg-type]
+    def _generate(
+        self, items: list[PromptItem], selection: RouteSelection, max_new_tokens: int
+    ) -> tuple[list[str], list[float]]:
+        """Texts and margins of one batch."""
         tokenizer = self.base.tokenizer
-        rows, prompt = batch.inputs["input_ids"].shape
+        inputs = to_device(collate_prompts(items, tokenizer.pad_token_id), self.base)
+        rows, prompt = inputs["input_ids"].shape
         margins = _Margins(rows, prompt, tokenizer.eos_token_id)
         plan = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -126,11 +160,6 @@ class Answerer:
         )
         with routing(selection):
             tokens = self.model.generate(  # type: ignore[operator]
-                **batch.inputs, generation_config=plan, logits_processor=LogitsProcessorList([margins])
+                **inputs, generation_config=plan, logits_processor=LogitsProcessorList([margins])
             )
-        texts = tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
-        tasks = [None] * rows if selection.located is None else selection.located.tolist()
-        return [
-            Answer(text.strip(), float(margin), redone, task)
-            for text, margin, task in zip(texts, margins.smallest, tasks, strict=True)
-        ]
+        return tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True), margins.smallest.tolist()

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor
 
-    from clmoe.data.batches import PromptBatch
-    from clmoe.model.llava import LoadedBase
-    from clmoe.model.routing import RouterChoice, RouteSelection, RouteTrace
+    from clmoe.model.llava import FeatureKind, LoadedBase
+    from clmoe.model.routing import RouteSelection, RouteTrace
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,16 @@ class Method:
         """The trainings of a task, in order."""
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
+    def check_inputs(self, first: bool) -> None:
+        """Files that training will read besides the task's own exist; asked before anything is loaded.
+
+        Args:
+            first: the task starts a sequence.
+
+        Raises:
+            ClmoeError: one is missing.
+        """
+
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""
 
@@ -66,11 +75,20 @@ class Method:
     def end_task(self, context: TaskContext) -> None:
         """After training, with the trained adapter saved in ``context.trained``."""
 
-    def selection(self, checkpoint: Path, model: PeftModel, batch: PromptBatch, router: RouterChoice) -> RouteSelection:
-        """How a batch of questions is routed at test time."""
-        from clmoe.model.routing import NEWEST_ROUTER
+    def feature_kind(self) -> FeatureKind:
+        """The frozen base's hidden state that ``locate`` looks at."""
+        return "last"
 
-        return NEWEST_ROUTER
+    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """Task ``[M]`` int64 that each decider takes the questions for; the first decider's word counts.
+
+        Only asked of methods with ``finds_task``. ``features [M, D]`` float32 on the CPU.
+        """
+        raise NotImplementedError
+
+    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
+        """How a batch of questions that belong to ``tasks [B]`` is routed; only asked with ``finds_task``."""
+        raise NotImplementedError
 
 
 def method_names() -> list[str]:

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from clmoe.data.batches import PromptBatch
-    from clmoe.model.locator import PrototypeIndex
-    from clmoe.model.routing import RouterChoice, RouteSelection
+    from clmoe.model.routing import RouteSelection
 
 STATISTICS = "statistics.safetensors"
 LOCATOR = "locator.safetensors"
@@ -69,7 +67,6 @@ class ClMoe(MoeLora):
 
     finds_task = True
     Options = Options
-    _index: tuple[Path, PrototypeIndex] | None = None
 
     def end_task(self, context: TaskContext) -> None:
         """Statistics -> task gates -> centre -> consolidation, all from the saved adapter of the trained task."""
@@ -156,21 +153,18 @@ class ClMoe(MoeLora):
                     key = tensor_name(name, "clmoe_routers.instance.0.weight")
                     layer.routers.instance[0].weight.copy_(mix(theta[key], phi[key], keep[name].unsqueeze(1)))  # type: ignore[operator]
 
-    def selection(self, checkpoint: Path, model: PeftModel, batch: PromptBatch, router: RouterChoice) -> RouteSelection:
-        """Mix in the gate of the sample's task: found, given, the newest, or drawn."""
-        import torch
+    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """The nearest task centre."""
+        from clmoe.model.locator import PrototypeIndex
 
-        from clmoe.model.locator import PrototypeIndex, base_features
+        index = PrototypeIndex.load(checkpoint / LOCATOR)
+        return {"prototype": index.locate(features, self.options.distance, self.options.radius)}
+
+    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
+        """Mix in the gates of the samples' tasks."""
         from clmoe.model.routing import RouteSelection
 
-        if self._index is None or self._index[0] != checkpoint:
-            self._index = (checkpoint, PrototypeIndex.load(checkpoint / LOCATOR))
-        index = self._index[1]
-        tasks = batch.known_task(router, len(index.count))
-        if tasks is None:
-            tasks = index.locate(base_features(model, [batch.inputs]), self.options.distance, self.options.radius)
-        chosen = torch.as_tensor(tasks).to(model.device)
-        return RouteSelection(task=chosen, beta=self.options.beta, located=chosen)
+        return RouteSelection(task=tasks.to(model.device), beta=self.options.beta)
 
 
 METHOD: Any = ClMoe

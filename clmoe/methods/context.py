@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase
 
 
+PLAN = "plan.json"  # a growing method's record of what each task added; the report shows it
+
+
 @dataclass
 class TaskContext:
     """What a method sees of the task being trained.
@@ -40,6 +43,11 @@ class TaskContext:
     work: Path
     trained: Path
     previous: Path | None
+
+    @property
+    def run(self) -> Path:
+        """The run folder, which holds the checkpoints of the sequence."""
+        return self.work.parent
 
     def load(self, folder: Path) -> None:
         """Replace the live adapter by a saved one."""

@@ -1,21 +1,85 @@
-"""The locator's feature on a task's training prompts."""
+"""The locator's features of prompts, computed once on the frozen base and kept on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
 
 from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, sample_records
 from clmoe.model.locator import base_features
+from clmoe.system.files import file_sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
     from torch import Tensor
 
+    from clmoe.data.records import Question
     from clmoe.methods.context import TaskContext
+    from clmoe.model.llava import FeatureKind, LoadedBase
+
+FOLDER_VARIABLE = "CLMOE_FEATURES"
 
 
-def training_features(context: TaskContext, samples: int) -> Tensor:
-    """Features ``[M, D]`` float32 on the CPU of the first prompt of at most ``samples`` records."""
-    base, config = context.base, context.config
+def feature_folder(run: Path) -> Path:
+    """Where a run keeps its features: ``CLMOE_FEATURES`` (runs on one base may share it), else in the run folder."""
+    shared = os.environ.get(FOLDER_VARIABLE)
+    return Path(shared) if shared else run / "features"
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features of lists of prompts; since the base is frozen they hold for every checkpoint and method on it.
+
+    A file is named after all that decides its content: base, kind, batches, and the hash of every prompt and image.
+
+    Attributes:
+        folder: of the files; None computes anew each time.
+        kind: which hidden states, see ``last_prompt_features``.
+        batch_size: prompts per forward pass.
+    """
+
+    base: LoadedBase
+    kind: FeatureKind
+    batch_size: int
+    folder: Path | None
+
+    def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """``[M, D]`` float32 on the CPU, one row per question, in order."""
+        path = None if self.folder is None else self.folder / f"{self._key(questions, image_root)}.safetensors"
+        if path is not None and path.is_file():
+            return load_file(path)["features"]
+        dataset = prompt_dataset(self.base, questions, image_root)
+        features = base_features(model, prompt_batches(self.base, dataset, self.batch_size), self.kind)
+        if path is not None:
+            _write(path, features)
+        return features
+
+    def _key(self, questions: Sequence[Question], image_root: Path) -> str:
+        images = {q.image: file_sha256(image_root / q.image) for q in questions if q.image is not None}
+        prompts = [(q.text, None if q.image is None else images[q.image]) for q in questions]
+        content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, self.batch_size, prompts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _write(path: Path, features: Tensor) -> None:
+    """Appears whole or not at all, also when several runs write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"features": features.contiguous()}, partial)
+    partial.replace(path)
+
+
+def training_features(context: TaskContext, samples: int, kind: FeatureKind = "last") -> Tensor:
+    """Features ``[M, D]`` float32 on the CPU of the first prompt of at most ``samples`` of the task's records."""
+    config = context.config
+    store = FeatureStore(context.base, kind, config.evaluation.batch_size, feature_folder(context.run))
     questions = first_questions(sample_records(context.records, samples, config.seed))
-    dataset = prompt_dataset(base, questions, context.image_root)
-    return base_features(context.model, prompt_batches(base, dataset, config.evaluation.batch_size))
+    return store.features(context.model, questions, context.image_root)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clmoe.errors import ClmoeError
 from clmoe.methods.adapters import expert_adapter, expert_scaling, mean_gate
 from clmoe.methods.base import Method
-from clmoe.methods.context import Phase, TaskContext
+from clmoe.methods.context import PLAN, Phase, TaskContext
 from clmoe.model.vae_settings import VaeSettings
 
 if TYPE_CHECKING:
@@ -21,15 +21,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor
 
-    from clmoe.data.batches import PromptBatch
     from clmoe.data.records import TrainRecord
     from clmoe.methods.expansion import BlockDecision
-    from clmoe.model.llava import LoadedBase
-    from clmoe.model.routing import RouterChoice, RouteSelection, RouteTrace
-    from clmoe.model.vae_bank import VaeBank
+    from clmoe.model.llava import FeatureKind, LoadedBase
+    from clmoe.model.routing import RouteSelection, RouteTrace
 
 LOCATOR = "locator.safetensors"
-PLAN = "plan.json"
+PROTOTYPES = "prototypes.safetensors"
 WARM_UP_OWNER = -1
 
 
@@ -51,7 +49,10 @@ class Options:
         alpha: of the threshold mean - alpha * std, 0.8.
         activation: *open*: share of tokens whose top-k holds the expert, or the mean logit.
         balance_weight, probe_balance_weight: of the Switch balance loss, 1e-3.
+        probe_seed: of the probes' records, order and router rows, besides the run's seed; for the plan's stability.
         samples: training records behind a task's VAE.
+        feature: what the locator sees: the frozen base's ``last`` hidden state, or ``pooled`` over the layers.
+        decider: names a sample's task: the ``vae`` bank, or, as an ablation, the nearest class mean (``prototype``).
         locator: the VAEs.
     """
 
@@ -69,7 +70,10 @@ class Options:
     activation: Literal["frequency", "logit"] = "frequency"
     balance_weight: float = 1e-3
     probe_balance_weight: float = 1e-3
+    probe_seed: int = 0
     samples: int = 2000
+    feature: Literal["last", "pooled"] = "last"
+    decider: Literal["vae", "prototype"] = "vae"
     locator: VaeSettings = field(default_factory=VaeSettings)
 
     def __post_init__(self) -> None:
@@ -108,11 +112,17 @@ class LlavaCMoe(Method):
         self._balance_weight = self.options.balance_weight
         self._decisions: dict[str, BlockDecision] = {}
         self._sources: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-        self._bank: tuple[Path, VaeBank] | None = None
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         owner = WARM_UP_OWNER if self.options.initial_experts_from == "warmup" else 0
         return expert_adapter(self.config, base, owner)
+
+    def check_inputs(self, first: bool) -> None:
+        if not first or self.options.initial_experts_from != "warmup":
+            return
+        for name in ("warmup_train", "warmup_images"):
+            if not Path(getattr(self.options, name)).exists():
+                raise ClmoeError(f"options.{name}: {getattr(self.options, name)} does not exist")
 
     def effective_scale(self) -> float:
         return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
@@ -148,9 +158,13 @@ class LlavaCMoe(Method):
 
         if len(records) < 2:
             raise ClmoeError("probes need at least 2 training records: one to train on and one to measure")
-        drawn = sample_records(records, max(2, round(self.options.probe_share * len(records))), self.config.seed)
+        drawn = sample_records(records, max(2, round(self.options.probe_share * len(records))), self._probe_seed)
         kept = min(len(drawn) - 1, max(1, round(self.options.probe_held_out * len(drawn))))
         return drawn[kept:], drawn[:kept]
+
+    @property
+    def _probe_seed(self) -> int:
+        return self.config.seed + self.options.probe_seed
 
     def _add_probes(self, context: TaskContext) -> None:
         """Every block gets probes that start as the average of its experts; all older is frozen."""
@@ -163,7 +177,7 @@ class LlavaCMoe(Method):
             name: {k: average_expert(*e.packed(), e.rank, copies) for k, e in layer.experts.items()}
             for name, layer in expert_layers(context.model).items()
         }
-        self._grow(context, factors, dict.fromkeys(factors, copies), "probe")
+        self._grow(context, factors, dict.fromkeys(factors, copies), "probe", self._probe_seed)
 
     def _grow(
         self,
@@ -171,6 +185,7 @@ class LlavaCMoe(Method):
         factors: dict[str, dict[str, tuple[Tensor, Tensor]]],
         added: dict[str, int],
         purpose: str,
+        seed: int,
     ) -> None:
         """Freeze what is there, add a router for the task to every block and the given experts."""
         from clmoe.methods.expansion import extend_router
@@ -178,7 +193,7 @@ class LlavaCMoe(Method):
 
         routers = {}
         for name, layer in expert_layers(context.model).items():
-            generator = seeded(self.config.seed, f"{purpose}:{context.index}:{name}")
+            generator = seeded(seed, f"{purpose}:{context.index}:{name}")
             newest = layer.routers.instance[-1].weight
             routers[name] = extend_router(newest, added[name], generator).to(newest.device)  # type: ignore[arg-type]
         freeze_experts(context.model, context.index)
@@ -211,12 +226,13 @@ class LlavaCMoe(Method):
             name: {linear: (A.repeat(added[name], 1), B.repeat(1, added[name])) for linear, (A, B) in by_linear.items()}
             for name, by_linear in self._sources.items()
         }
-        self._grow(context, factors, added, "extend")
+        self._grow(context, factors, added, "extend", self.config.seed)
 
     def end_task(self, context: TaskContext) -> None:
-        """Save the plan, fit the task's VAE."""
+        """Save the plan, fit the task's VAE, and keep its class mean for comparison."""
         from clmoe.methods.expansion import choose_blocks, plan_as_json
         from clmoe.methods.features import training_features
+        from clmoe.model.locator import PrototypeIndex
         from clmoe.model.vae_bank import VaeBank
         from clmoe.system.files import read_json, write_json
 
@@ -227,8 +243,12 @@ class LlavaCMoe(Method):
             context.work / PLAN, [*plans, {"task": context.task, "blocks": plan_as_json(self._decisions, added)}]
         )
         bank = VaeBank(self.options.locator) if old is None else VaeBank.load(old / LOCATOR, self.options.locator)
-        bank.append(training_features(context, self.options.samples), self.config.seed + context.index)
+        features = training_features(context, self.options.samples, self.options.feature)
+        bank.append(features, self.config.seed + context.index)
         bank.save(context.work / LOCATOR)
+        index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / PROTOTYPES)
+        index.append(features)
+        index.save(context.work / PROTOTYPES)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """Switch balance loss, summed over the blocks' routers."""
@@ -240,24 +260,30 @@ class LlavaCMoe(Method):
         losses = [balance_loss(output.logits, output.gate, mask) for output in trace.outputs.values()]
         return self._balance_weight * torch.stack(losses).sum()
 
-    def selection(self, checkpoint: Path, model: PeftModel, batch: PromptBatch, router: RouterChoice) -> RouteSelection:
-        """Each sample is served by its task's routers: found, given, the newest, or drawn."""
-        from clmoe.model.adapter import expert_config
-        from clmoe.model.locator import base_features
-        from clmoe.model.routing import RouteSelection
+    def feature_kind(self) -> FeatureKind:
+        return self.options.feature
+
+    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """The most typical task by the VAE bank, and the nearest class mean; ``options.decider`` comes first."""
+        from clmoe.model.locator import PrototypeIndex
         from clmoe.model.vae_bank import VaeBank
 
-        if self._bank is None or self._bank[0] != checkpoint:
-            self._bank = (checkpoint, VaeBank.load(checkpoint / LOCATOR, self.options.locator))
-        bank = self._bank[1]
-        tasks = batch.known_task(router, len(bank.vaes))
-        if tasks is None:
-            tasks = bank.locate(base_features(model, [batch.inputs]))
-        tasks = tasks.to(model.device)
-        routers = len(expert_config(model).router_owners)
-        if routers == 1:
-            return RouteSelection(located=tasks)
-        return RouteSelection(router=tasks + (routers - len(bank.vaes)), located=tasks)
+        found = {
+            "vae": VaeBank.load(checkpoint / LOCATOR, self.options.locator).locate(features),
+            "prototype": PrototypeIndex.load(checkpoint / PROTOTYPES).locate(features),
+        }
+        first = self.options.decider
+        return {first: found[first], **found}
+
+    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
+        """Each sample is served by its task's routers; initial experts of their own have one before the tasks'."""
+        from clmoe.model.adapter import expert_config
+        from clmoe.model.routing import NEWEST_ROUTER, RouteSelection
+
+        owners = expert_config(model).router_owners
+        if self.options.extend == "none":
+            return NEWEST_ROUTER
+        return RouteSelection(router=tasks.to(model.device) + int(owners[0] == WARM_UP_OWNER))
 
 
 METHOD: Any = LlavaCMoe

@@ -1,7 +1,7 @@
 """Load LLaVA-1.5 (transformers' own class) with its processor, and read the frozen base's features."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.system.paths import resolve_model_path
+
+FeatureKind = Literal["last", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,21 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def last_prompt_features(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
-    """Final-norm hidden state of the last prompt token, ``[B, D]`` float32, for a left-padded prompt batch.
+def last_prompt_features(
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], kind: FeatureKind = "last"
+) -> Tensor:
+    """Hidden state of the last prompt token, ``[B, D]`` float32, for a left-padded prompt batch.
 
     The locator's feature (LLaVA-CMoE section 3.3, F_end). Call it with the adapter disabled.
+
+    Args:
+        kind: ``last`` is the state after the last layer and the final norm; ``pooled`` the mean over the outputs of
+            all decoder layers (the ablation of the paper's Table 5).
     """
     positions = position_ids(batch["attention_mask"])
-    hidden = model.model(**batch, position_ids=positions, use_cache=False).last_hidden_state
-    return hidden[:, -1].float()
+    pooled = kind == "pooled"
+    output = model.model(**batch, position_ids=positions, use_cache=False, output_hidden_states=pooled)
+    if not pooled:
+        return output.last_hidden_state[:, -1].float()
+    # the first entry is the embedding, no layer's output
+    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)

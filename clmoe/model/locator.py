@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clmoe.model.adapter import adapted_llava
-from clmoe.model.llava import last_prompt_features
+from clmoe.model.llava import FeatureKind, last_prompt_features
 
 STD_FLOOR = 1e-6
 
 
-def base_features(model: PeftModel, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+def base_features(model: PeftModel, batches: Iterable[dict[str, Tensor]], kind: FeatureKind = "last") -> Tensor:
     """Features ``[M, D]`` float32 on the CPU of left-padded prompts, with the adapter and a tuned projector off."""
     with model.disable_adapter():
         base = adapted_llava(model)
-        return torch.cat([last_prompt_features(base, batch).cpu() for batch in batches])
+        return torch.cat([last_prompt_features(base, batch, kind).cpu() for batch in batches])
 
 
 @dataclass

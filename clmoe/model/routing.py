@@ -24,13 +24,11 @@ class RouteSelection:
         router: ``[B]`` int64, index into each layer's router bank; None uses the newest router.
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
-        located: ``[B]`` int64, the task each sample was taken for, in training order; only for the record.
     """
 
     router: Tensor | None = None
     task: Tensor | None = None
     beta: float = 1.0
-    located: Tensor | None = None
 
     def rows(self, index: Tensor) -> "RouteSelection":
         """The selection of the samples ``index [b]`` of this batch."""
@@ -38,7 +36,7 @@ class RouteSelection:
         def pick(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[index]
 
-        return RouteSelection(pick(self.router), pick(self.task), self.beta, pick(self.located))
+        return RouteSelection(pick(self.router), pick(self.task), self.beta)
 
 
 @dataclass(frozen=True)

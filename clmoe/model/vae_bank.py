@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clmoe.errors import ClmoeError
 from clmoe.model.vae_settings import VaeSettings
+
+# One entry of the file's metadata: safetensors writes several in no fixed order, and equal banks must be equal files.
+SETTINGS = "settings"
 
 
 class Gaussian(nn.Module):
@@ -136,25 +141,36 @@ class VaeBank:
         return self.z_scores(features).argmax(1)
 
     def save(self, path: Path) -> None:
-        """Write all VAEs to one safetensors file."""
-        save_file({f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}, path)
+        """Write all VAEs to one safetensors file, whose metadata holds the settings that shape their decisions."""
+        tensors = {f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}
+        save_file(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings))})
 
     @classmethod
     def load(cls, path: Path, settings: VaeSettings) -> VaeBank:
         """Read what ``save`` wrote.
 
         Raises:
-            ClmoeError: the settings are of another shape than the file.
+            ClmoeError: the bank was fitted with other widths, draws or floors than ``settings`` say.
         """
+        with safe_open(path, "pt") as file:
+            stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+        for name, value in _decisive(settings).items():
+            if stored.get(name) != value:
+                raise ClmoeError(
+                    f"{path}: was fitted with options.locator.{name}={stored.get(name)}, not {value}: "
+                    "it cannot change within a sequence"
+                )
         tensors = load_file(path)
         count = len({key.split(".", 2)[1] for key in tensors})
         vaes = []
         for i in range(count):
             state = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"vae.{i}.")}
             vae = TaskVae(len(state["shift"]), settings)
-            try:
-                vae.load_state_dict(state)
-            except RuntimeError as error:
-                raise ClmoeError(f"{path}: was fitted with other options.locator widths or draws") from error
+            vae.load_state_dict(state)
             vaes.append(vae.requires_grad_(False).eval())
         return cls(settings, vaes)
+
+
+def _decisive(settings: VaeSettings) -> dict[str, float]:
+    """What a fitted VAE's answers depend on besides its tensors."""
+    return {name: getattr(settings, name) for name in ("latent", "hidden", "draws", "sigma_floor")}

@@ -80,12 +80,58 @@ def forgetting_curves(groups: Sequence[Group], path: Path) -> Path:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def file_stem(text: str) -> str:
     """A label as part of a file name: lower case, anything but letters, digits and dots becomes "-"."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "run"
+
+
+def legend_label(group: Group, drawn: int) -> str:
+    """The label, and the seeds drawn where it has several."""
+    total = len(group.runs)
+    if total == 1:
+        return group.label
+    return f"{group.label} ({total if drawn == total else f'{drawn} of {total}'} seeds)"
+
+
+def draw_cell(ax: Axes, x: int, y: int, colour: object) -> None:
+    """The background of one cell of a map."""
+    ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=1.2))
+
+
+def percent_cell(ax: Axes, x: int, y: int, value: float | None, text: str) -> None:
+    """A cell coloured by a percentage, grey if there is none, with `text` in an ink that can be read on it."""
+    draw_cell(ax, x, y, BLANK_GREY if value is None else COLOURS(SCALE(value)))
+    if value is not None:
+        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK)
+
+
+def name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Limits and names of the columns and rows of a map, the first row on top."""
+    ax.set_xlim(-0.5, len(columns) - 0.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0, labelsize=7.5, colors=INK)
+    ax.spines[:].set_visible(False)
+
+
+def percent_bar(figure: Figure, axes: Sequence[Axes], label: str, shrink: float) -> None:
+    """The colour bar of percentages, right of `axes`."""
+    bar = figure.colorbar(ScalarMappable(SCALE, COLOURS), ax=axes, aspect=25, shrink=shrink, pad=0.02)
+    bar.set_label(label, fontsize=8, color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, length=2, color=INK)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG without the metadata that changes between machines."""
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
 
 
 def _panels(group: Group) -> list[Panel]:
@@ -130,17 +176,8 @@ def _heat_maps(panels: Sequence[Panel], path: Path) -> Path:
         _heat_panel(ax, panel, stages)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    bar = figure.colorbar(
-        ScalarMappable(SCALE, COLOURS),
-        ax=list(axes.flat[: len(panels)]),
-        aspect=25,
-        shrink=0.9 / rows,
-        pad=0.02,
-    )
-    bar.set_label("score (%)", fontsize=8, color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, length=2, color=INK)
-    return _save(figure, path)
+    percent_bar(figure, list(axes.flat[: len(panels)]), "score (%)", shrink=0.9 / rows)
+    return save(figure, path)
 
 
 def _stages_drawn(panels: Sequence[Panel]) -> list[int]:
@@ -155,22 +192,12 @@ def _heat_panel(ax: Axes, panel: Panel, drawn: Sequence[int]) -> None:
     stages = [matrix.stages[t] for t in drawn]
     for y, stage in enumerate(stages):
         for x, value in enumerate(matrix.row(stage)):
-            colour = BLANK_GREY if value is None else COLOURS(SCALE(value))
-            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=1.2))
-            if value is None:
-                continue
-            ink = "white" if value > 55 else INK
-            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7.5, color=ink)
-            if matrix.tasks[x] == stage:  # the task just trained
+            percent_cell(ax, x, y, value, "" if value is None else f"{value:.1f}")
+            if value is not None and matrix.tasks[x] == stage:  # the task just trained
                 frame = Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, lw=1.1)
                 ax.add_patch(frame)
-    ax.set_xlim(-0.5, len(matrix.tasks) - 0.5)
-    ax.set_ylim(len(stages) - 0.5, -0.5)
-    ax.set_xticks(range(len(matrix.tasks)), matrix.tasks, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(stages)), stages)
+    name_cells(ax, matrix.tasks, stages)
     ax.set_ylabel("after training", fontsize=8, color=INK)
-    ax.tick_params(length=0, labelsize=7.5, colors=INK)
-    ax.spines[:].set_visible(False)
     ax.set_title(panel.title, fontsize=9, color=INK, loc="left")
 
 
@@ -188,7 +215,7 @@ def _curve_panel(ax: Axes, groups: Sequence[Group], order: tuple[str, ...], posi
         mean = [math.nan if spread.mean is None else spread.mean for spread in spreads]
         std = [spread.std or 0.0 for spread in spreads]
         colour, dash = LINES[g % len(LINES)], DASHES[g // len(LINES) % len(DASHES)]
-        label = _legend_label(group, len(runs))
+        label = legend_label(group, len(runs))
         ax.plot(stages, mean, color=colour, ls=dash, lw=1.4, marker="o", ms=3, label=label)
         low = [max(m - s, 0.0) for m, s in zip(mean, std, strict=True)]
         high = [m + s for m, s in zip(mean, std, strict=True)]
@@ -202,18 +229,3 @@ def _curve_panel(ax: Axes, groups: Sequence[Group], order: tuple[str, ...], posi
     ax.set_axisbelow(True)
     ax.tick_params(length=2, labelsize=7, colors=INK)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _legend_label(group: Group, drawn: int) -> str:
-    total = len(group.runs)
-    if total == 1:
-        return group.label
-    return f"{group.label} ({total if drawn == total else f'{drawn} of {total}'} seeds)"
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write a PNG without the metadata that changes between machines."""
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
-    return path

@@ -1,17 +1,16 @@
 """Reading run folders, and grouping the runs of one variant over its seeds.
 
 A run folder holds `run.json` (what was run), `matrix.csv` (scores), and optionally `immediate.csv` (scores
-right after each task with the router known) and `timing.json` ({"minutes": float}). Metrics are always
-computed from the matrix, so that a report cannot show a stale figure; `metrics.json` is not read.
+right after each task with the router known), `timing.json` ({"minutes": float}), and the files described in
+`clmoe.report.records`. Metrics are always computed from the matrix, so that a report cannot show a stale
+figure; `metrics.json` is not read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import (
@@ -23,8 +22,17 @@ from clmoe.evaluate.continual import (
     read_immediate_csv,
 )
 from clmoe.evaluate.scoring import MODES
+from clmoe.report.reading import check_field, read_json
+from clmoe.report.records import (
+    Located,
+    TaskExpansion,
+    TaskParameters,
+    read_expansion,
+    read_located,
+    read_parameters,
+)
 
-# Field of run.json -> types allowed. bool is an int in Python, so it is checked apart.
+# Field of run.json -> types allowed.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "benchmark": (str,),
@@ -41,7 +49,10 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time."""
+    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
+
+    `parameters`, `expansion` and `located` are empty where the run folder lacks their file.
+    """
 
     path: Path
     label: str
@@ -59,6 +70,9 @@ class Run:
     immediate: Scores | None
     metrics: dict[str, float | None]
     minutes: float | None
+    parameters: tuple[TaskParameters, ...]
+    expansion: tuple[TaskExpansion, ...]
+    located: tuple[Located, ...]
 
     @property
     def name(self) -> str:
@@ -107,9 +121,9 @@ def read_run(folder: Path) -> Run:
         ClmoeError: a file is missing or malformed (file and field are named), or the columns of the matrix
             are not the tasks of the run's order.
     """
-    info = _read_json(folder / "run.json")
+    info = read_json(folder / "run.json", dict)
     for field, types in _FIELDS.items():
-        _check_field(folder / "run.json", info, field, types)
+        check_field(folder / "run.json", info, field, types)
     if not all(isinstance(task, str) for task in info["order"]):
         raise ClmoeError(f"{folder / 'run.json'}: field 'order' must be a list of task names")
     scoring = info.get("scoring", "fixed")
@@ -132,6 +146,9 @@ def read_run(folder: Path) -> Run:
         immediate=immediate,
         metrics=metrics(matrix, immediate),
         minutes=_read_minutes(folder / "timing.json"),
+        parameters=read_parameters(folder / "parameters.csv", order),
+        expansion=read_expansion(folder / "expansion.json", order),
+        located=read_located(folder / "locator.csv", order),
         **{field: info[field] for field in _FIELDS if field != "order"},
     )
 
@@ -170,30 +187,9 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
     return [Group(label, tuple(seeds[seed] for seed in sorted(seeds))) for label, seeds in groups.items()]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ClmoeError(f"{path} is missing; is {path.parent} the folder of a run?") from error
-    except (OSError, ValueError) as error:
-        raise ClmoeError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ClmoeError(f"{path}: expected one JSON object, found {type(value).__name__}")
-    return value
-
-
-def _check_field(path: Path, info: dict[str, Any], field: str, types: tuple[type, ...]) -> None:
-    if field not in info:
-        raise ClmoeError(f"{path}: field {field!r} is missing")
-    value = info[field]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise ClmoeError(f"{path}: field {field!r} is {value!r}; expected {wanted}")
-
-
 def _read_minutes(path: Path) -> float | None:
     if not path.exists():
         return None
-    info = _read_json(path)
-    _check_field(path, info, "minutes", (int, float))
+    info = read_json(path, dict)
+    check_field(path, info, "minutes", (int, float))
     return float(info["minutes"])

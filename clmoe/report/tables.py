@@ -43,7 +43,7 @@ class Table:
 def matrix_table(run: Run) -> Table:
     """Accuracy matrix of one run: row = after training that task, column = task, percent."""
     rows = tuple(
-        (stage, *(_number(value) for value in run.matrix.rows[stage]))
+        (stage, *(show_number(value) for value in run.matrix.rows[stage]))
         for stage in run.matrix.stages
         if stage in run.matrix.rows
     )
@@ -60,11 +60,11 @@ def comparison_table(groups: Sequence[Group]) -> Table:
             (
                 group.label,
                 str(seeds),
-                *(_spread(group.metric(name), seeds) for name in COMPARED),
-                _spread(group.field("trainable_parameters"), seeds, _count),
+                *(show_spread(group.metric(name), seeds) for name in COMPARED),
+                show_spread(group.field("trainable_parameters"), seeds, show_count),
                 _distinct([BLANK if run.effective_scale is None else f"{run.effective_scale:g}" for run in group.runs]),
                 _distinct(["trained" if run.projector_trained else "frozen" for run in group.runs]),
-                _spread(group.field("minutes"), seeds, lambda value: f"{value:.1f}"),
+                show_spread(group.field("minutes"), seeds, lambda value: f"{value:.1f}"),
             )
         )
     return Table("Comparison", header, tuple(rows), best=_best(groups))
@@ -80,7 +80,7 @@ def task_table(groups: Sequence[Group]) -> Table:
             if not _has_row(group, kind):
                 continue
             mean = mean_spread([_row_mean(run, kind) for run in group.runs])
-            rows.append((group.label, kind, *(_spread(cell, len(group.runs)) for cell in (*cells, mean))))
+            rows.append((group.label, kind, *(show_spread(cell, len(group.runs)) for cell in (*cells, mean))))
     return Table("Scores by task", ("label", "row", *tasks, "mean"), tuple(rows), keys=2)
 
 
@@ -162,10 +162,10 @@ def comparison_csv(groups: Sequence[Group]) -> str:
         row = [group.label, _distinct([run.method for run in group.runs]), " ".join(map(str, group.seeds))]
         for name in numbers:
             spread = group.metric(name) if name in METRICS else group.field(name)
-            row += [_raw(spread.mean), _raw(spread.std)]
-        row += [_distinct([_raw(getattr(run, name)) for run in group.runs]) for name in fixed]
+            row += [raw(spread.mean), raw(spread.std)]
+        row += [_distinct([raw(getattr(run, name)) for run in group.runs]) for name in fixed]
         rows.append(row)
-    return _csv([header, *rows])
+    return to_csv([header, *rows])
 
 
 def task_csv(groups: Sequence[Group]) -> str:
@@ -176,8 +176,8 @@ def task_csv(groups: Sequence[Group]) -> str:
             for task in groups[0].runs[0].order:
                 spread = group.task_score(kind, task)
                 if spread.n:
-                    rows.append([group.label, kind, task, _raw(spread.mean), _raw(spread.std), str(spread.n)])
-    return _csv(rows)
+                    rows.append([group.label, kind, task, raw(spread.mean), raw(spread.std), str(spread.n)])
+    return to_csv(rows)
 
 
 def _best(groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
@@ -243,21 +243,22 @@ def _fold_cell(text: str) -> str:
     return text.replace(PLUS_MINUS, "\n" + PLUS_MINUS.strip())
 
 
-def _number(value: float | None) -> str:
+def show_number(value: float | None) -> str:
+    """Two decimals, or the mark of a value that was not measured."""
     return BLANK if value is None else f"{value:.2f}"
 
 
-def _count(value: float) -> str:
+def show_count(value: float) -> str:
     """A parameter count: 90,624 or 61.9 M."""
     return f"{value / 1e6:.1f} M" if value >= 1e7 else f"{round(value):,}"
 
 
-def _spread(value: Spread, seeds: int, show: Callable[[float], str] = _number) -> str:
+def show_spread(value: Spread, seeds: int, show: Callable[[float], str] = show_number) -> str:
     """ "mean ± std"; the std is left out for one value, and n is added if some seeds lack the value."""
     if value.mean is None:
         return BLANK
     text = show(value.mean)
-    if value.std is not None and not (value.std == 0 and show is _count):
+    if value.std is not None and not (value.std == 0 and show is show_count):
         text += PLUS_MINUS + show(value.std)
     return text if value.n == seeds else f"{text} (n={value.n})"
 
@@ -266,7 +267,8 @@ def _distinct(values: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _raw(value: float | bool | str | None) -> str:
+def raw(value: float | bool | str | None) -> str:
+    """A value in a CSV file: ten digits, and nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -274,7 +276,8 @@ def _raw(value: float | bool | str | None) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def _csv(rows: Sequence[Sequence[str]]) -> str:
+def to_csv(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the header first, as the text of a CSV file."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()

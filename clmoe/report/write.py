@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
+from clmoe.report.growth import growing, growth_csv, growth_table
+from clmoe.report.location import deciders, locator_csv, locator_table
 from clmoe.report.run import Group, group_runs
 from clmoe.report.tables import (
     Table,
@@ -27,7 +29,9 @@ def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("
     """Write tables in the formats asked for, and the pictures, into the folder `output`.
 
     Files: `report.md`, `report.csv` (comparison) with `tasks.csv` (scores by task), `report.tex`;
-    `matrix-<label>-seed<k>.png` per run, `comparison.png` and `forgetting.png`.
+    `matrix-<label>-seed<k>.png` per run, `comparison.png` and `forgetting.png`. Where runs have the files of
+    `clmoe.report.records`, also `growth.csv`, `locator.csv`, `expansion-<label>-seed<k>.png`,
+    `parameters.png` and `locator-<label>.png`.
 
     Returns:
         The paths written. The same runs give the same bytes.
@@ -49,6 +53,10 @@ def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("
     if "csv" in formats:
         texts["report.csv"] = comparison_csv(groups)
         texts["tasks.csv"] = task_csv(groups)
+        if any(deciders(group) for group in groups):
+            texts["locator.csv"] = locator_csv(groups)
+        if growing(groups):
+            texts["growth.csv"] = growth_csv(groups)
     if "tex" in formats:
         texts["report.tex"] = "\n".join(to_latex(table) for table in tables)
     for name, text in texts.items():
@@ -57,9 +65,10 @@ def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
-    """All tables of a report: comparison, scores by task, then one accuracy matrix per run."""
+    """All tables: comparison, scores by task, locator and growth where recorded, an accuracy matrix per run."""
+    recorded = [table for table in (locator_table(groups), growth_table(groups)) if table.rows]
     matrices = [matrix_table(run) for group in groups for run in group.runs]
-    return [comparison_table(groups), task_table(groups), *matrices]
+    return [comparison_table(groups), task_table(groups), *recorded, *matrices]
 
 
 def report_text(runs: Sequence[Path], width: int = 100, colour: bool = False) -> str:
@@ -69,22 +78,35 @@ def report_text(runs: Sequence[Path], width: int = 100, colour: bool = False) ->
 
 def _pictures(groups: Sequence[Group], output: Path) -> list[Path]:
     # Imported here: matplotlib takes most of a second, and the terminal report draws nothing.
-    from clmoe.report import plots
+    from clmoe.report import growth_plots, location_plots, plots
 
     paths: list[Path] = []
     for group in groups:
         for run in group.runs:
-            stem = f"matrix-{plots.file_stem(run.label)}-seed{run.seed}"
-            path = output / f"{stem}.png"
-            number = 2
-            while path in paths:  # two labels may differ only in characters that file names lack
-                path = output / f"{stem}-{number}.png"
-                number += 1
-            paths.append(plots.heat_map(run, path))
+            stem = f"{plots.file_stem(run.label)}-seed{run.seed}"
+            paths.append(plots.heat_map(run, _free(output, f"matrix-{stem}", paths)))
+            if any(plan.blocks for plan in run.expansion):
+                paths.append(growth_plots.expansion_map(run, _free(output, f"expansion-{stem}", paths)))
+        if deciders(group):
+            path = _free(output, f"locator-{plots.file_stem(group.label)}", paths)
+            paths.append(location_plots.confusion_map(group, groups[0].runs[0].order, path))
     if len(groups) > 1:
         paths.append(plots.comparison_heat_maps(groups, output / "comparison.png"))
     paths.append(plots.forgetting_curves(groups, output / "forgetting.png"))
+    measured = [group for group in groups if any(run.parameters for run in group.runs)]
+    if measured:
+        order = groups[0].runs[0].order
+        paths.append(growth_plots.trained_parameters(measured, order, output / "parameters.png"))
     return paths
+
+
+def _free(output: Path, stem: str, taken: Sequence[Path]) -> Path:
+    """A file name not taken yet: two labels may differ only in characters that file names lack."""
+    path, number = output / f"{stem}.png", 2
+    while path in taken:
+        path = output / f"{stem}-{number}.png"
+        number += 1
+    return path
 
 
 def _markdown(groups: Sequence[Group], tables: Sequence[Table], pictures: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clmoe.config import Config, reload_config
+from clmoe.config import Config, recorded, reload_config
 from clmoe.errors import ClmoeError
 from clmoe.system.files import read_json
 from clmoe.train.checkpoint import verify
@@ -53,7 +53,7 @@ class Lineage:
 
 def training_identity(config: Config) -> str:
     """sha256 over what determines a task's training: all but the evaluation settings and the label."""
-    values = dataclasses.asdict(config)
+    values = recorded(config)
     del values["evaluation"], values["label"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ def check_successor(parent: Finished, config: Config, benchmark: str, task: str)
     if task in parent.lineage.tasks:
         raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
     for name in ("method", "model", "adapter"):
-        old, new = getattr(parent.config, name), getattr(config, name)
+        old, new = recorded(parent.config)[name], recorded(config)[name]
         if old != new:
             raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {_difference(name, old, new)}")
 
@@ -112,9 +112,9 @@ def check_same_run(done: Finished, config: Config, parent: Finished | None, task
         ClmoeError: it was made with other settings, from another parent, or has learned other tasks.
     """
     if done.lineage.config_sha256 != training_identity(config):
-        old, new = dataclasses.asdict(done.config), dataclasses.asdict(config)
+        old, new = recorded(done.config), recorded(config)
         changed = [k for k in new if k not in ("evaluation", "label") and old[k] != new[k]]
-        text = "; ".join(_difference(key, getattr(done.config, key), getattr(config, key)) for key in changed)
+        text = "; ".join(_difference(key, old[key], new[key]) for key in changed)
         raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
     if done.lineage.parent != (None if parent is None else parent.identity):
         raise ClmoeError(
@@ -128,10 +128,9 @@ def check_same_run(done: Finished, config: Config, parent: Finished | None, task
 
 def _difference(name: str, old: Any, new: Any) -> str:
     """``adapter.rank 16 there, 8 here`` for the first field that differs."""
-    as_dict = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in (old, new)]  # type: ignore[arg-type]
-    if isinstance(as_dict[0], dict):
-        for key in sorted(as_dict[0].keys() | as_dict[1].keys()):
-            there, here = as_dict[0].get(key), as_dict[1].get(key)
+    if isinstance(old, dict):
+        for key in sorted(old.keys() | new.keys()):
+            there, here = old.get(key), new.get(key)
             if there != here:
                 return f"{name}.{key} {there} there, {here} here"
     return f"{name} {old} there, {new} here"

@@ -147,6 +147,7 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
     batch_plan(request, len(records))
+    method.check_inputs(first=request.previous is None)
     base = _load_base(request)
     work = _open_work(request)
     context = TaskContext(

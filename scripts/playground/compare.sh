@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The full comparison on the embedded benchmark: all methods and CL-MoE's two switches, three seeds.
+# The full comparison on the embedded benchmark: all methods, CL-MoE's two switches, LLaVA-CMoE also with experts so
+# small that it starts with the others' parameters (rank 2 each, 16 in total), three seeds.
 #
 #   bash scripts/playground/compare.sh [key=value ...]
 #
@@ -10,6 +11,8 @@ setup ""
 export BENCHMARK=${BENCHMARK:-playground-coin}
 OUT=${OUT:-runs/compare/$BENCHMARK} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-$(nproc)}
 export OMP_NUM_THREADS=1
+# All runs are on one base: its features of the prompts are computed once.
+export CLMOE_FEATURES=${CLMOE_FEATURES:-$PWD/$OUT/features}
 
 one() { # SEED LABEL METHOD [key=value ...]
   local seed=$1 label=$2 method=$3
@@ -30,15 +33,22 @@ export OUT
 
 clmoe data prepare "$BENCHMARK"
 for seed in $SEEDS; do
-  for method in separate lora moelora multitask zero_shot; do
+  echo "clmoe_and_variants $seed $*"
+  echo "one $seed llava_cmoe llava_cmoe $*"
+  echo "one $seed clmoe_no_consolidation clmoe options.consolidation=none $*"
+  for method in lora moelora separate multitask; do
     echo "one $seed $method $method $*"
   done
-  echo "clmoe_and_variants $seed $*"
-  echo "one $seed clmoe_no_consolidation clmoe options.consolidation=none $*"
+  echo "one $seed llava_cmoe_rank2 llava_cmoe adapter.rank=2 $*"
+  # nothing is trained: no seed has a part in it
+  if [ "$seed" = "${SEEDS%% *}" ]; then echo "one $seed zero_shot zero_shot $*"; fi
 done | xargs -P "$JOBS" -I{} bash -c 'set -euo pipefail; {}'
 
 runs=()
-for label in zero_shot separate multitask lora moelora clmoe clmoe_beta1 clmoe_no_consolidation; do
-  for seed in $SEEDS; do runs+=("$OUT/$label-seed$seed"); done
+for label in zero_shot separate multitask lora moelora clmoe clmoe_beta1 clmoe_no_consolidation llava_cmoe \
+  llava_cmoe_rank2; do
+  for seed in $SEEDS; do
+    if [ "$label" != zero_shot ] || [ "$seed" = "${SEEDS%% *}" ]; then runs+=("$OUT/$label-seed$seed"); fi
+  done
 done
 clmoe report "${runs[@]}" --format md,csv,tex --output "$OUT/report"

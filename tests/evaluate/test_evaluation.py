@@ -33,7 +33,11 @@ class Answers:
         self.asked.append((questions[0].question_id.split("-")[0], router, index, len(questions)))
         advance(len(questions))
         texts = [q.answer if i < self.right else "?" for i, q in enumerate(questions)]
-        return [Answer(text, 0.5, i == 0, self.task) for i, text in enumerate(texts)]
+        return [Answer(text, 0.5, i == 0, self.task, self.found(i)) for i, text in enumerate(texts)]
+
+    def found(self, row: int) -> dict[str, int]:
+        """The second decider says the second task for every fourth question."""
+        return {} if self.task is None else {"vae": self.task, "prototype": int(row % 4 == 0)}
 
 
 @pytest.fixture
@@ -61,6 +65,40 @@ def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Bench
     assert (summary["score"], summary["questions"], summary["redone"], summary["located"]) == (25.0, 12, 1, 100.0)
     assert json.loads((folder / "count.json").read_text())["located"] == 0.0
     assert [event["task"] for event in events(tmp_path, "evaluated")] == ["colour", "count"]
+
+
+def test_what_each_decider_said_is_counted(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("count", "colour"), Answers())  # type: ignore[arg-type]
+    write_tables(tmp_path, ORDER)
+    assert (tmp_path / "locator.csv").read_text().splitlines() == [
+        "after,decider,task,located,count",
+        "count,prototype,colour,colour,9",
+        "count,prototype,colour,count,3",
+        "count,vae,colour,colour,12",
+        "count,prototype,count,colour,9",
+        "count,prototype,count,count,3",
+        "count,vae,count,colour,12",
+    ]
+
+
+def test_a_method_that_locates_nothing_has_no_such_table(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers(task=None))  # type: ignore[arg-type]
+    write_tables(tmp_path, ORDER)
+    assert not (tmp_path / "locator.csv").exists()
+
+
+def test_the_matrix_is_the_default_routers_or_the_only_ones(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    cells = requests("colour", "count", router="last")
+    evaluate(tmp_path, mini, checkpoint, cells, Answers(right=6))  # type: ignore[arg-type]
+    write_tables(tmp_path, ORDER, "last")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,50.0,50.0,\n"
+    evaluate(tmp_path, mini, checkpoint, requests("count"), Answers(right=3))  # type: ignore[arg-type]
+    write_tables(tmp_path, ORDER, "last")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,,25.0,\n"
 
 
 def test_filled_cells_are_skipped(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
@@ -94,7 +132,7 @@ def test_a_cell_is_redone_when_checkpoint_or_settings_change(
     changed = dataclasses.replace(checkpoint, identity="other")
     evaluate(tmp_path, mini, changed, requests("colour"), stub)  # type: ignore[arg-type]
     assert len(stub.asked) == 1
-    assert json.loads(summary_path(tmp_path, TASKS[1], same).read_text())["score"] == 50.0
+    assert json.loads(summary_path(tmp_path, TASKS[1], same.stem()).read_text())["score"] == 50.0
 
 
 def test_the_limit_takes_the_first_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
@@ -112,7 +150,7 @@ def test_a_crash_leaves_the_cell_empty(tmp_path: Path, mini: Benchmark, checkpoi
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, mini, checkpoint, requests("colour"), Crash())  # type: ignore[arg-type]
-    assert not summary_path(tmp_path, TASKS[1], requests("colour")[0]).exists()
+    assert not summary_path(tmp_path, TASKS[1], "colour").exists()
     assert not (tmp_path / "events.jsonl").exists()
 
 
@@ -125,7 +163,7 @@ def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(
 
     with pytest.raises(ValueError, match="zip"):
         evaluate(tmp_path, mini, checkpoint, requests("colour"), Loses())  # type: ignore[arg-type]
-    assert not summary_path(tmp_path, TASKS[1], requests("colour")[0]).exists()
+    assert not summary_path(tmp_path, TASKS[1], "colour").exists()
 
 
 def fill(run: Path, mini: Benchmark, checkpoint: Checkpoint, right: dict[str, dict[str, int]]) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import PromptBatch, prompt_batches, prompt_dataset
+from clmoe.data.batches import prompt_batches, prompt_dataset
 from clmoe.data.collate import PromptDataset
 from clmoe.data.records import Question, load_questions
 from clmoe.evaluate.answer import open_answerer
 from clmoe.evaluate.evaluation import Checkpoint
 from clmoe.evaluate.generate import Answer, Answerer
 from clmoe.methods.base import method_class
+from clmoe.model import locator
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import LoadedBase
 from clmoe.model.routing import routing
@@ -83,21 +84,25 @@ def test_every_question_gets_its_answer_in_order(ask: Ask, questions: tuple[list
 
 
 def test_images_are_read_one_batch_at_a_time(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All images of a test set together may not fit into memory."""
+    """All images of a test set together may not fit into memory; once for the features, once for the answers."""
     answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
     read: list[int] = []
     pending: list[int] = []
-    get, generate = PromptDataset.__getitem__, answerer._generate
+    get = PromptDataset.__getitem__
     monkeypatch.setattr(PromptDataset, "__getitem__", lambda self, i: pending.append(i) or get(self, i))
 
-    def count(*arguments: Any) -> list[Answer]:
-        read.append(len(pending))
-        pending.clear()
-        return generate(*arguments)
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            read.append(len(pending))
+            pending.clear()
+            return real(*arguments, **named)
 
-    monkeypatch.setattr(answerer, "_generate", count)
+        return call
+
+    monkeypatch.setattr(locator, "last_prompt_features", counted(locator.last_prompt_features))
+    monkeypatch.setattr(answerer, "_generate", counted(answerer._generate))
     ask(batch_size=5, exact=False)
-    assert read == [5, 5, 5, 5, 4]
+    assert read == 2 * [5, 5, 5, 5, 4]
 
 
 def test_close_calls_are_answered_again_alone(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +112,7 @@ def test_close_calls_are_answered_again_alone(ask: Ask, monkeypatch: pytest.Monk
     sizes: list[int] = []
     answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
     real = answerer._generate
-    monkeypatch.setattr(answerer, "_generate", lambda b, *rest: sizes.append(len(b.question_ids)) or real(b, *rest))
+    monkeypatch.setattr(answerer, "_generate", lambda b, *rest: sizes.append(len(b)) or real(b, *rest))
     redone = [a.redone for a in ask(exact=True, margin=threshold)]
     assert redone == [margin < threshold for margin in margins]
     assert sizes == [len(margins), *[1] * sum(redone)]
@@ -122,8 +127,7 @@ def test_margin_is_the_smallest_gap_of_the_greedy_path(
     llava = adapted_llava(answerer.model)  # type: ignore[arg-type]
     dataset = prompt_dataset(tiny_base, questions[0][:6], questions[1])
     for answer, inputs in zip(given, prompt_batches(tiny_base, dataset, 1), strict=True):
-        batch = PromptBatch(inputs, ["q"], answer.task, 0)
-        selection = answerer.method.selection(answerer.checkpoint, answerer.model, batch, "oracle")  # type: ignore[arg-type]
+        selection = answerer.method.selection(answerer.model, torch.tensor([answer.task]))  # type: ignore[arg-type]
         ids, gap, tokens = inputs["input_ids"], float("inf"), []
         for _ in range(4):
             with torch.no_grad(), routing(selection):
@@ -165,7 +169,7 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     head = Scripted(script, len(tokenizer))
     tiny_base.model.lm_head = head
     method = method_class("zero_shot")(tiny_config("zero_shot", Path("nowhere")))
-    answerer = Answerer(tiny_base, tiny_base.model, method, None, EvaluationConfig(exact=False))
+    answerer = Answerer(tiny_base, tiny_base.model, method, None, 0, EvaluationConfig(exact=False))
     asked = [Question(str(i), None, "What is it?", "red", {}) for i in range(2)]
     first, second = answerer.answer(asked, Path(), 20)
     assert (first.text, second.text) == ("red", "green red")

@@ -10,22 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from clmoe.data.batches import (
-    PromptBatch,
-    first_questions,
-    prompt_batches,
-    prompt_dataset,
-    train_batches,
-    train_dataset,
-)
+from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, train_batches, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.location import known_tasks
 from clmoe.methods.clmoe import ClMoe
 from clmoe.methods.statistics import load_statistics
 from clmoe.model.adapter import adapted_llava, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
+from clmoe.model.locator import base_features
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, tiny_config
@@ -255,65 +251,70 @@ def test_options_out_of_range_are_refused(option: str) -> None:
 
 
 @pytest.fixture
-def asked(runs: Runs, tiny_base: LoadedBase, mini_yaml: Path) -> tuple[Path, object, list[PromptBatch]]:
+def asked(runs: Runs, tiny_base: LoadedBase, mini_yaml: Path) -> tuple[Path, PeftModel, list[dict[str, Tensor]]]:
     """The checkpoint of two tasks, loaded, and a batch of six training questions of each task."""
     checkpoint = runs.chain("clmoe")[1]
     model = load_adapter(tiny_base.model, checkpoint, trainable=False)
     batches = []
-    for index, task in enumerate(TASKS[:2]):
+    for task in TASKS[:2]:
         folder = mini_yaml.parent / task
-        records = load_train(folder / "train.json", folder / "images")[:6]
-        questions = first_questions(records)
-        (inputs,) = prompt_batches(tiny_base, prompt_dataset(tiny_base, questions, folder / "images"), 6)
-        batches.append(PromptBatch(inputs, [q.question_id for q in questions], index, seed=0))
+        questions = first_questions(load_train(folder / "train.json", folder / "images")[:6])
+        batches += prompt_batches(tiny_base, prompt_dataset(tiny_base, questions, folder / "images"), 6)
     return checkpoint, model, batches
 
 
-def test_routers_choose_the_task(asked: tuple[Path, object, list[PromptBatch]]) -> None:
+def test_the_nearest_centre_is_the_samples_task(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:
+    """The tasks' questions differ, so it must be right."""
     checkpoint, model, batches = asked
-    chooser = method("beta=0.25")
     for index, batch in enumerate(batches):
-        chosen = {
-            router: chooser.selection(checkpoint, model, batch, router).task.tolist()  # type: ignore[arg-type, union-attr]
-            for router in ("located", "oracle", "last", "random")
-        }
-        assert chosen["oracle"] == [index] * 6
-        assert chosen["located"] == [index] * 6, "the tasks' questions differ, so the nearest centre is the right one"
-        assert chosen["last"] == [1] * 6
-        assert set(chosen["random"]) <= {0, 1}
-    assert chooser.selection(checkpoint, model, batches[0], "last").beta == 0.25  # type: ignore[arg-type]
+        found = method().locate(checkpoint, base_features(model, [batch]))
+        assert {name: tasks.tolist() for name, tasks in found.items()} == {"prototype": [index] * 6}
+
+
+def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:
+    selection = method("beta=0.25").selection(asked[1], torch.tensor([1, 0]))
+    assert (selection.beta, selection.task.tolist()) == (0.25, [1, 0])  # type: ignore[union-attr]
+
+
+def test_routers_that_do_not_look_at_the_question() -> None:
+    ids = ["a", "b", "c"]
+    assert known_tasks("located", ids, 4, 1, seed=0) is None
+    assert known_tasks("last", ids, 4, 1, seed=0).tolist() == [3] * 3  # type: ignore[union-attr]
+    assert known_tasks("oracle", ids, 4, 1, seed=0).tolist() == [1] * 3  # type: ignore[union-attr]
 
 
 def test_random_router_does_not_depend_on_the_batch() -> None:
     ids = [f"q{i}" for i in range(40)]
-    together = PromptBatch({}, ids, None, seed=3).known_task("random", 3)
+    together = known_tasks("random", ids, 3, None, seed=3)
     assert together is not None
-    alone = [int(PromptBatch({}, [name], None, seed=3).known_task("random", 3)) for name in reversed(ids)]  # type: ignore[arg-type]
+    alone = [int(known_tasks("random", [name], 3, None, seed=3)) for name in reversed(ids)]  # type: ignore[arg-type]
     assert together.tolist() == alone[::-1]
     assert set(alone) == {0, 1, 2}
-    assert PromptBatch({}, ids, None, seed=4).known_task("random", 3).tolist() != together.tolist()  # type: ignore[union-attr]
+    assert known_tasks("random", ids, 3, None, seed=4).tolist() != together.tolist()  # type: ignore[union-attr]
 
 
 def test_oracle_of_a_task_that_was_never_trained_is_an_error() -> None:
     for index in (None, 2):
         with pytest.raises(ClmoeError, match="not trained on that task"):
-            PromptBatch({}, ["q"], index, seed=0).known_task("oracle", 2)
+            known_tasks("oracle", ["q"], 2, index, seed=0)
 
 
-def test_beta_mixes_the_instance_gate_with_the_tasks_gate(asked: tuple[Path, object, list[PromptBatch]]) -> None:
-    checkpoint, model, batches = asked
-    llava = adapted_llava(model)  # type: ignore[arg-type]
+def test_beta_mixes_the_instance_gate_with_the_tasks_gate(
+    asked: tuple[Path, PeftModel, list[dict[str, Tensor]]],
+) -> None:
+    _, model, batches = asked
+    llava = adapted_llava(model)
 
     def logits(selection: RouteSelection) -> Tensor:
         with torch.no_grad(), routing(selection):
-            return llava(**batches[0].inputs).logits
+            return llava(**batches[0]).logits
 
     alone = logits(NEWEST_ROUTER)
-    one, half = (method(f"beta={beta}").selection(checkpoint, model, batches[0], "oracle") for beta in (1, 0.5))  # type: ignore[arg-type]
+    one, half = (method(f"beta={beta}").selection(model, torch.zeros(6, dtype=torch.int64)) for beta in (1, 0.5))
     assert same_bits(logits(one), alone), "beta = 1 is the instance router alone"
     assert not torch.equal(logits(half), alone)
 
-    layer = next(iter(expert_layers(model).values()))  # type: ignore[arg-type]
+    layer = next(iter(expert_layers(model).values()))
     x = torch.randn(6, 3, layer.routers.instance[0].weight.shape[1])
     trace = RouteTrace()
     with torch.no_grad(), routing(half, trace):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe.config import Config
-from clmoe.data.batches import PromptBatch, train_batches, train_dataset
+from clmoe.data.batches import train_batches, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method
@@ -25,13 +25,14 @@ from clmoe.methods.expansion import BlockDecision, choose_blocks, decide
 from clmoe.methods.llava_cmoe import LlavaCMoe
 from clmoe.model.adapter import adapted_llava, adapter_tensors, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
+from clmoe.model.locator import PrototypeIndex
 from clmoe.model.routing import RouteSelection, routing
 from clmoe.train import task as task_module
 from clmoe.train.lineage import read_checkpoint
 from clmoe.train.loss import TrainedModel
 from clmoe.train.trainer import TaskTrainer
 from tests.runs import Runs, contents, events, same_bits, tensors
-from tests.support import TASKS, prompt_batch, tiny_config
+from tests.support import SIZES, TASKS, prompt_batch, tiny_config
 
 FAST = (
     "adapter.train_projector=false",
@@ -380,21 +381,55 @@ def method_of(*overrides: str) -> LlavaCMoe:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_router_choices(start: str, runs: Runs, tiny_base: LoadedBase) -> None:
+def test_a_samples_tasks_router_serves_it(start: str, runs: Runs, tiny_base: LoadedBase) -> None:
     """With warm-up the first router is the initial experts' own, so a task's is one further."""
-    checkpoint = chain(runs, start)[-1]
-    model = load_adapter(tiny_base.model, checkpoint, trainable=False)
-    method = method_of(*settings(runs, start))
-    names = [f"q{i}" for i in range(6)]
-    batch = PromptBatch(prompt_batch(tiny_base, ["What is it?"] * 6), names, 1, seed=0)
-    offset = int(start == "warmup")
-    expected = {"oracle": [1] * 6, "last": [2] * 6, "random": batch.known_task("random", 3).tolist()}  # type: ignore[union-attr]
-    for router, tasks in expected.items():
-        chosen = method.selection(checkpoint, model, batch, router)  # type: ignore[arg-type]
-        assert chosen.located.tolist() == tasks  # type: ignore[union-attr]
-        assert chosen.router.tolist() == [task + offset for task in tasks]  # type: ignore[union-attr]
-    located = method.selection(checkpoint, model, batch, "located")
-    assert located.router.tolist() == [task + offset for task in located.located.tolist()]  # type: ignore[union-attr]
+    model = load_adapter(tiny_base.model, chain(runs, start)[-1], trainable=False)
+    chosen = method_of(*settings(runs, start)).selection(model, torch.tensor([1, 2, 0]))
+    assert chosen.router.tolist() == ([2, 3, 1] if start == "warmup" else [1, 2, 0])  # type: ignore[union-attr]
+
+
+def test_both_deciders_are_heard_and_the_chosen_one_first(runs: Runs, tiny_base: LoadedBase) -> None:
+    checkpoint = chain(runs, "first_task")[-1]
+    features = torch.randn(40, SIZES.text_hidden, generator=torch.Generator().manual_seed(0))
+    by_name = {
+        decider: method_of(*settings(runs, "first_task", f"decider={decider}")).locate(checkpoint, features)
+        for decider in ("vae", "prototype")
+    }
+    assert [list(found) for found in by_name.values()] == [["vae", "prototype"], ["prototype", "vae"]]
+    for found in by_name.values():
+        vae, nearest = (load_file(checkpoint / f"{name}.safetensors") for name in ("locator", "prototypes"))
+        assert {key.split(".")[1] for key in vae} == {"0", "1", "2"}
+        assert nearest["prototype.count"].tolist() == [24] * 3
+        assert torch.equal(
+            found["prototype"], PrototypeIndex.load(checkpoint / "prototypes.safetensors").locate(features)
+        )
+    assert torch.equal(by_name["vae"]["vae"], by_name["prototype"]["vae"])
+    assert not torch.equal(by_name["vae"]["vae"], by_name["vae"]["prototype"]), "on noise the two should differ"
+
+
+def test_the_probe_seed_changes_the_probes_alone(runs: Runs, tmp_path: Path) -> None:
+    """Without extension in either plan the task's training is the same, bit for bit."""
+    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
+    made = []
+    for seed in (0, 1):
+        options = settings(runs, "first_task", "alpha=-9", f"probe_seed={seed}")
+        made.append(runs.train(tmp_path / str(seed) / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent))
+    plans = [plan(checkpoint)[-1]["blocks"] for checkpoint in made]
+    assert all(row["added"] == 0 for blocks in plans for row in blocks.values()), "alpha = -9: no probe passes"
+    assert plans[0] != plans[1]
+    first, second = (tensors(checkpoint) for checkpoint in made)
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+def test_a_missing_warm_up_file_is_named_before_the_model_is_loaded(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(task_module, "_load_base", None)
+    options = [*settings(runs, "warmup"), "options.warmup_train=nowhere/train.json"]
+    with pytest.raises(SystemExit):
+        runs.train(tmp_path / "run" / TASKS[0], "llava_cmoe", TASKS[0], *options)
+    assert "options.warmup_train: nowhere/train.json does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_are_located_and_the_task_is_recorded(runs: Runs, tmp_path: Path) -> None:

@@ -12,40 +12,7 @@ from clmoe.errors import ClmoeError
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import BLANK, comparison_table, task_table, to_latex, to_markdown, to_text
 from clmoe.report.write import report_text, write_report
-
-TASKS = ["colour_letter", "count", "box"]
-
-
-def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: bool = False, **info: Any) -> Path:
-    """A run whose three tasks score 80 when trained and `last` at the end (box: 80)."""
-    folder = root / f"{label}-{seed}".replace("/", "_")
-    folder.mkdir(parents=True)
-    order = info.get("order", TASKS)
-    x, y, z = order
-    (folder / "matrix.csv").write_text(
-        f"after,{','.join(order)}\n{x},80,,\n{y},70,80,\n{z},{last},{last},80\n", encoding="utf-8"
-    )
-    if immediate:
-        (folder / "immediate.csv").write_text(f"after,{x},{y},{z}\nknown,81,82,83\n")
-    record = {
-        "method": "moelora",
-        "benchmark": "playground-coin",
-        "order": order,
-        "seed": seed,
-        "label": label,
-        "trainable_parameters": 90_624,
-        "adapter_parameters": 120_000,
-        "projector_trained": False,
-        "effective_scale": 2.0,
-        "steps_per_task": 300,
-    }
-    (folder / "run.json").write_text(json.dumps(record | info))
-    return folder
-
-
-def row_of(table: Any, *keys: str) -> dict[str, str]:
-    (row,) = [row for row in table.rows if row[: len(keys)] == keys]
-    return dict(zip(table.header, row, strict=True))
+from tests.report.folders import TASKS, make_run, row_of
 
 
 def test_comparison_averages_over_seeds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png
     <root>/playground-cl4vqa/<task>/train.json, test.json and one images/ for all tasks
+    <root>/<either>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
 
 `benchmark.json`, written last, holds the hash of everything that decides the files. A folder without it, or
 with another hash, is built anew; the finished folder appears by one rename.
@@ -19,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from clmoe.benchmarks.playground import lexicon, sampling, scenes, tasks
+from clmoe.benchmarks.playground import lexicon, mixture, sampling, scenes, tasks
 from clmoe.benchmarks.playground.sampling import draw_distinct
 from clmoe.benchmarks.playground.scenes import SIDE, Scene, render
 from clmoe.benchmarks.playground.tasks import QA, TaskSpec, choose_scene
@@ -27,6 +28,8 @@ from clmoe.errors import ClmoeError
 from clmoe.system.names import unknown
 
 MARKER = "benchmark.json"
+WARMUP = "warmup"
+WARMUP_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def is_complete(target: Path, spec: BenchmarkSpec) -> bool:
 def config_hash(spec: BenchmarkSpec) -> str:
     """Hash of the sizes, the seed and the modules that draw scenes and ask questions."""
     digest = hashlib.sha256(repr((spec.train_rows, spec.test_rows, spec.seed, spec.shared_images)).encode())
-    for module in (lexicon, scenes, sampling, tasks):
+    for module in (lexicon, mixture, scenes, sampling, tasks):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
@@ -115,11 +118,27 @@ def write(folder: Path, name: str, spec: BenchmarkSpec) -> None:
                 _from_pool(task, pools[split], rng, count) if pools else _own_scenes(task, split, rng, count, folder)
             )
             make = _train_row if split == "train" else _test_row
-            records = [make(f"{task.name}-{i}", image, turns, task) for i, (image, turns) in enumerate(pairs)]
+            records = [
+                make(f"{task.name}-{i}", image, turns[: task.max_turns]) for i, (image, turns) in enumerate(pairs)
+            ]
             (folder / task.name / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
             rows[task.name][split] = len(records)
+    rows[WARMUP] = {"train": _write_warmup(folder / WARMUP, spec)}
     marker = {"name": name, "config_hash": config_hash(spec), "seed": spec.seed, "rows": rows}
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+
+
+def _write_warmup(folder: Path, spec: BenchmarkSpec) -> int:
+    """The mixture that the base was pre-trained on: its scenes are in no task's training or test set."""
+    rng = Random(f"{spec.seed}/{WARMUP}")
+    records = []
+    for i in range(spec.train_rows):
+        scene = mixture.sample_scene(rng)
+        turns = [QA(question, answer) for question, answer in mixture.sample_turns(scene, rng, WARMUP_TURNS)]
+        image = _save(scene, folder / "images", f"{i:05d}.png")
+        records.append(_train_row(f"{WARMUP}-{i}", image, turns))
+    (folder / "train.json").write_text(json.dumps(records, indent=1) + "\n")
+    return len(records)
 
 
 def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, folder: Path) -> Iterable[tuple[str, list[QA]]]:
@@ -159,15 +178,15 @@ def _save(scene: Scene, images: Path, name: str) -> str:
     return name
 
 
-def _train_row(name: str, image: str, turns: list[QA], task: TaskSpec) -> dict[str, Any]:
+def _train_row(name: str, image: str, turns: list[QA]) -> dict[str, Any]:
     conversation = []
-    for i, turn in enumerate(turns[: task.max_turns]):
+    for i, turn in enumerate(turns):
         question = turn.question if i else f"<image>\n{turn.question}"
         conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
     return {"id": name, "image": image, "conversations": conversation}
 
 
-def _test_row(name: str, image: str, turns: list[QA], task: TaskSpec) -> dict[str, Any]:
+def _test_row(name: str, image: str, turns: list[QA]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "question_id": name,
         "image": image,

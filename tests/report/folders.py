@@ -1,0 +1,55 @@
+"""Invented run folders for the tests of reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TASKS = ["colour_letter", "count", "box"]
+
+
+def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: bool = False, **info: Any) -> Path:
+    """A run whose three tasks score 80 when trained and `last` at the end (box: 80)."""
+    folder = root / f"{label}-{seed}".replace("/", "_")
+    folder.mkdir(parents=True)
+    order = info.get("order", TASKS)
+    x, y, z = order
+    (folder / "matrix.csv").write_text(
+        f"after,{','.join(order)}\n{x},80,,\n{y},70,80,\n{z},{last},{last},80\n", encoding="utf-8"
+    )
+    if immediate:
+        (folder / "immediate.csv").write_text(f"after,{x},{y},{z}\nknown,81,82,83\n")
+    record = {
+        "method": "moelora",
+        "benchmark": "playground-coin",
+        "order": order,
+        "seed": seed,
+        "label": label,
+        "trainable_parameters": 90_624,
+        "adapter_parameters": 120_000,
+        "projector_trained": False,
+        "effective_scale": 2.0,
+        "steps_per_task": 300,
+    }
+    (folder / "run.json").write_text(json.dumps(record | info))
+    return folder
+
+
+def row_of(table: Any, *keys: str) -> dict[str, str]:
+    (row,) = [row for row in table.rows if row[: len(keys)] == keys]
+    return dict(zip(table.header, row, strict=True))
+
+
+def block(activations: list[float], threshold: float, added: int, probes: int = 1) -> dict[str, Any]:
+    """One block of an entry of expansion.json."""
+    return {
+        "activations": activations,
+        "probes": probes,
+        "threshold": threshold,
+        "margin": 0.02,
+        "probed": added,
+        "added": added,
+    }
+
+
+def layer(number: int) -> str:
+    return f"model.language_model.layers.{number}.mlp"
