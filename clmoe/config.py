@@ -232,16 +232,28 @@ def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model
     """Resolve a method's configuration on a benchmark.
 
     Args:
-        source: name of a file in ``configs/methods`` or a path.
+        source: name of a file in ``configs/methods`` or a path. Its key ``extends`` names the file it changes.
         recipe: the benchmark's defaults.
         overrides: ``key=value`` pairs.
         model: name of a file in ``configs/models``, a path to one, or a model folder / hub name.
     """
     path = find_config("methods", source)
-    values = merge(read_yaml(path), recipe)
+    values = merge(_method_values(path), recipe)
     if model is not None:
         values = merge(values, {"model": model_values(model)})
     return build(Config, merge(values, parse_overrides(overrides)), str(path))
+
+
+def _method_values(path: Path) -> dict[str, Any]:
+    """A method's YAML over the one it extends, which extends no other."""
+    values = read_yaml(path)
+    if "extends" not in values:
+        return values
+    parent = find_config("methods", str(values.pop("extends")))
+    inherited = read_yaml(parent)
+    if "extends" in inherited:
+        raise ClmoeError(f"{path}: extends {parent}, which extends another file itself: name that one")
+    return merge(inherited, values)
 
 
 def model_values(model: str) -> dict[str, Any]:

@@ -38,6 +38,31 @@ def test_an_unknown_key_names_the_nearest(override: str, message: str) -> None:
         load_config("clmoe", {}, [override])
 
 
+def test_a_configuration_may_extend_another(tmp_path: Path) -> None:
+    changed = tmp_path / "mine.yaml"
+    changed.write_text("extends: clmoe\nlabel: mine\nadapter: {rank: 3}\noptions: {beta: 1}\n")
+    mine, plain = load_config(str(changed), {}, []), load_config("clmoe", {}, [])
+    assert (mine.label, mine.adapter.rank, mine.options["beta"]) == ("mine", 3, 1)
+    expected = dataclasses.replace(
+        plain,
+        label="mine",
+        adapter=dataclasses.replace(plain.adapter, rank=3),
+        options={**plain.options, "beta": 1},
+    )
+    assert mine == expected
+    assert load_config(str(changed), {"adapter": {"rank": 5}}, []).adapter.rank == 5, "the recipe goes over both"
+
+
+def test_extending_is_one_level_and_names_are_checked(tmp_path: Path) -> None:
+    changed = tmp_path / "mine.yaml"
+    changed.write_text("extends: clmo\n")
+    with pytest.raises(ClmoeError, match="Did you mean 'clmoe'"):
+        load_config(str(changed), {}, [])
+    changed.write_text("extends: llava_cmoe_pooled\n")
+    with pytest.raises(ClmoeError, match="which extends another file itself"):
+        load_config(str(changed), {}, [])
+
+
 def test_a_methods_own_unknown_option_names_the_nearest() -> None:
     config = load_config("clmoe", {}, ["options.gama=0.5"])
     with pytest.raises(ClmoeError, match=r"options: unknown key 'gama'\. Did you mean 'gamma'\?"):
@@ -172,6 +197,6 @@ def test_a_plan_follows_the_order(capsys: pytest.CaptureFixture[str], mini_yaml:
 
 def test_every_yaml_names_only_fields_that_exist() -> None:
     root = Path(cli.__file__).parents[1] / "configs"
-    fields = {field.name for field in dataclasses.fields(Config)}
+    fields = {field.name for field in dataclasses.fields(Config)} | {"extends"}
     for path in (root / "methods").glob("*.yaml"):
         assert yaml.safe_load(path.read_text()).keys() <= fields, path.name
