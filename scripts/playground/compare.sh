@@ -4,49 +4,48 @@
 #
 #   bash scripts/playground/compare.sh [key=value ...]
 #
-# Environment: SEEDS ("0 1 2"), OUT, JOBS runs side by side (default: one per core, each with one thread),
-# BENCHMARK. Finished runs are skipped.
+# Environment: SEEDS ("0 1 2"), LABELS (rows of the table, default all; clmoe_beta1 needs clmoe), OUT, JOBS runs side by side (default: one per
+# core, each with one thread), BENCHMARK. Finished runs are skipped.
 source "$(dirname "$0")/../common.sh"
 setup ""
 export BENCHMARK=${BENCHMARK:-playground-coin}
 OUT=${OUT:-runs/compare/$BENCHMARK} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-$(nproc)}
-export OMP_NUM_THREADS=1
+LABELS=${LABELS:-zero_shot separate multitask lora moelora clmoe clmoe_beta1 clmoe_no_consolidation llava_cmoe \
+llava_cmoe_rank2}
+export OUT OMP_NUM_THREADS=1
 # All runs are on one base: its features of the prompts are computed once.
 export CLMOE_FEATURES=${CLMOE_FEATURES:-$PWD/$OUT/features}
 
-one() { # SEED LABEL METHOD [key=value ...]
-  local seed=$1 label=$2 method=$3
-  shift 3
-  SEED=$seed OUT=$OUT/$label-seed$seed bash scripts/playground/"$method".sh label="$label" "$@"
-}
-variant() { # SEED LABEL [key=value ...]: the checkpoints of clmoe under other evaluation settings
-  local seed=$1 label=$2
+row() { # LABEL SEED [key=value ...]
+  local label=$1 seed=$2 method=$1 own=()
   shift 2
-  RUN=$OUT/clmoe-seed$seed OUT=$OUT/$label-seed$seed bash scripts/eval.sh "$BENCHMARK" label="$label" "$@"
+  case $label in
+  clmoe_no_consolidation) method=clmoe own=(options.consolidation=none) ;;
+  llava_cmoe_rank2) method=llava_cmoe own=(adapter.rank=2) ;;
+  esac
+  SEED=$seed OUT=$OUT/$label-seed$seed bash scripts/playground/"$method".sh label="$label" ${own[@]+"${own[@]}"} "$@"
 }
-clmoe_and_variants() {
-  one "$1" clmoe clmoe "${@:2}"
-  variant "$1" clmoe_beta1 options.beta=1
+beta1() { # SEED: the checkpoints of clmoe with the instance router alone
+  RUN=$OUT/clmoe-seed$1 OUT=$OUT/clmoe_beta1-seed$1 bash scripts/eval.sh "$BENCHMARK" label=clmoe_beta1 options.beta=1
 }
-export -f one variant clmoe_and_variants
-export OUT
+export -f row beta1
+
+side_by_side() { xargs -P "$JOBS" -I{} bash -c 'set -euo pipefail; {}'; }
 
 clmoe data prepare "$BENCHMARK"
 for seed in $SEEDS; do
-  echo "clmoe_and_variants $seed $*"
-  echo "one $seed llava_cmoe llava_cmoe $*"
-  echo "one $seed clmoe_no_consolidation clmoe options.consolidation=none $*"
-  for method in lora moelora separate multitask; do
-    echo "one $seed $method $method $*"
+  for label in $LABELS; do
+    case $label in
+    clmoe_beta1) ;;                                                                # below: needs the runs of clmoe
+    zero_shot) [ "$seed" != "${SEEDS%% *}" ] || echo "row zero_shot $seed $*" ;;   # nothing is trained, one seed is all
+    *) echo "row $label $seed $*" ;;
+    esac
   done
-  echo "one $seed llava_cmoe_rank2 llava_cmoe adapter.rank=2 $*"
-  # nothing is trained: no seed has a part in it
-  if [ "$seed" = "${SEEDS%% *}" ]; then echo "one $seed zero_shot zero_shot $*"; fi
-done | xargs -P "$JOBS" -I{} bash -c 'set -euo pipefail; {}'
+done | side_by_side
+case " $LABELS " in *" clmoe_beta1 "*) printf 'beta1 %s\n' $SEEDS | side_by_side ;; esac
 
 runs=()
-for label in zero_shot separate multitask lora moelora clmoe clmoe_beta1 clmoe_no_consolidation llava_cmoe \
-  llava_cmoe_rank2; do
+for label in $LABELS; do
   for seed in $SEEDS; do
     if [ "$label" != zero_shot ] || [ "$seed" = "${SEEDS%% *}" ]; then runs+=("$OUT/$label-seed$seed"); fi
   done

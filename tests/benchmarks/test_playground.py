@@ -20,6 +20,7 @@ from clmoe.benchmarks.playground.packing import TurnPacker
 from clmoe.benchmarks.playground.pretrain import (
     PretrainRecipe,
     frozen_features,
+    mixture_hash,
     normalise,
     packed_loss,
     tokenizer_texts,
@@ -381,3 +382,28 @@ def test_yaml_leaves_room_for_every_answer(base: tuple, small_specs: None, tmp_p
             longest = max(len(tokenizer.tokenize(f" {question.answer}")) for question in questions)
             assert longest + 1 <= task.max_new_tokens <= longest + 4, task.name
             assert load_image(task.image_root / str(questions[0].image)).size == (56, 56)
+
+
+def test_the_warm_up_data_is_the_mixture_and_no_tasks(small_coin: Path) -> None:
+    records = load_train(small_coin / build.WARMUP / "train.json", small_coin / build.WARMUP / "images")
+    assert len(records) == 24
+    assert max(len(record.turns) for record in records) > 1
+    marker = json.loads((small_coin / build.MARKER).read_text())
+    assert marker["rows"][build.WARMUP] == {"train": 24}
+    asked = {turn.question for record in records for turn in record.turns}
+    for task in COIN_TASKS:
+        rows = load_train(small_coin / task.name / "train.json", small_coin / task.name / "images")
+        assert not asked & {turn.question for record in rows for turn in record.turns}, task.name
+
+
+def test_warm_up_scenes_are_of_the_bases_split() -> None:
+    rng = Random(f"0/{build.WARMUP}")
+    scenes = [sample_scene(rng) for _ in range(300)]
+    assert {scene.split for scene in scenes} == {"base"}
+
+
+def test_the_shipped_base_was_made_by_this_recipe_and_mixture() -> None:
+    shipped = json.loads((BASE / "recipe.json").read_text())
+    recipe = PretrainRecipe()
+    assert shipped["config_hash"] == recipe.digest()
+    assert shipped["mixture_hash"] == mixture_hash(recipe)
