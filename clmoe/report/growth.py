@@ -6,6 +6,7 @@ The numbers at the end of the sequence are of finished runs; an unfinished run h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 
 from clmoe.evaluate.continual import Spread, mean_spread
 from clmoe.report.records import TaskExpansion, TaskParameters
@@ -35,18 +36,28 @@ def share_extended(run: Run) -> float | None:
     return 100 * sum(count > 0 for count in added) / len(added) if added else None
 
 
+def experts_in_use(run: Run) -> float | None:
+    """Percent of a block's experts and probes in use when its probes were measured, mean over all decisions."""
+    balances = [block.balance for task in run.expansion for block in task.blocks.values()]
+    known = [balance for balance in balances if balance is not None]
+    return 100 * mean(known) if known and _finished(run, run.expansion) else None
+
+
 def growing(groups: Sequence[Group]) -> list[Group]:
     """The labels of which any run recorded its growth."""
     return [group for group in groups if any(run.parameters or run.expansion for run in group.runs)]
 
 
 def growth_table(groups: Sequence[Group]) -> Table:
-    """One row per label: parameters trained in each task, stored at the end, blocks extended, experts added."""
+    """One row per label: parameters trained in each task, stored at the end, blocks extended, experts added and used.
+
+    "experts in use" shows the routers' balance: 100 % when all experts and probes of a block are equally active.
+    """
     tasks = groups[0].runs[0].order
     rows = []
     for group in growing(groups):
         seeds = len(group.runs)
-        stored, extended, added = _ends(group)
+        stored, extended, added, used = _ends(group)
         rows.append(
             (
                 group.label,
@@ -54,9 +65,10 @@ def growth_table(groups: Sequence[Group]) -> Table:
                 show_spread(stored, seeds, show_count),
                 show_spread(extended, seeds, show_number),
                 show_spread(added, seeds, lambda value: f"{value:.1f}".removesuffix(".0")),
+                show_spread(used, seeds, show_number),
             )
         )
-    header = ("label", *tasks, "stored at end", "blocks extended (%)", "experts added")
+    header = ("label", *tasks, "stored at end", "blocks extended (%)", "experts added", "experts in use (%)")
     return Table("Growth: parameters trained in each task", header, tuple(rows))
 
 
@@ -65,7 +77,7 @@ def growth_csv(groups: Sequence[Group]) -> str:
     rows = [["label", "quantity", "task", "mean", "std", "n"]]
     for group in growing(groups):
         quantities = [("trainable_parameters", task, trained_in(group, task)) for task in groups[0].runs[0].order]
-        names = ("stored_parameters", "blocks_extended_percent", "experts_added")
+        names = ("stored_parameters", "blocks_extended_percent", "experts_added", "experts_in_use_percent")
         quantities += [(name, "", spread) for name, spread in zip(names, _ends(group), strict=True)]
         for name, task, spread in quantities:
             if spread.n:
@@ -73,12 +85,13 @@ def growth_csv(groups: Sequence[Group]) -> str:
     return to_csv(rows)
 
 
-def _ends(group: Group) -> tuple[Spread, Spread, Spread]:
-    """Parameters stored, share of blocks extended and experts added, at the end and over the seeds."""
+def _ends(group: Group) -> tuple[Spread, Spread, Spread, Spread]:
+    """Parameters stored, share of blocks extended, experts added and in use, at the end and over the seeds."""
     return (
         mean_spread([stored_at_end(run) for run in group.runs]),
         mean_spread([share_extended(run) for run in group.runs]),
         mean_spread([experts_added(run) for run in group.runs]),
+        mean_spread([experts_in_use(run) for run in group.runs]),
     )
 
 

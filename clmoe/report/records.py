@@ -9,6 +9,7 @@ A file that is absent reads as no rows. An unfinished run has rows for its first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,16 @@ class TaskParameters:
 
 @dataclass(frozen=True, slots=True)
 class BlockExpansion:
-    """One block's decision: the most active probe against the limit, and the number of experts added."""
+    """One block's decision: the most active probe against the limit, and the number of experts added.
+
+    `balance` is the share of experts and probes in use, from 1 / count (one takes all) to 1 (all equally active); None
+    where the activations are no shares of tokens (mean logits may be negative).
+    """
 
     probe: float
     limit: float
     added: int
+    balance: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,4 +145,15 @@ def _read_block(where: str, block: Any) -> BlockExpansion:
     if block["added"] < 0:
         raise ClmoeError(f"{where}: field 'added' is {block['added']}; expected at least 0")
     # A negative threshold is raised to 0 by the rule itself, see clmoe.methods.expansion.decide.
-    return BlockExpansion(max(activations[-probes:]), max(block["threshold"], 0.0), block["added"])
+    return BlockExpansion(
+        max(activations[-probes:]), max(block["threshold"], 0.0), block["added"], share_in_use(activations)
+    )
+
+
+def share_in_use(activations: Sequence[float]) -> float | None:
+    """`exp(entropy) / count` of the activations as a distribution: how many equally used experts would be as spread."""
+    total = sum(activations)
+    if min(activations) < 0 or total == 0:
+        return None
+    shares = [value / total for value in activations if value > 0]
+    return math.exp(-sum(share * math.log(share) for share in shares)) / len(activations)

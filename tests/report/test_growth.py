@@ -10,6 +10,7 @@ import pytest
 from clmoe.errors import ClmoeError
 from clmoe.report import growth_plots
 from clmoe.report.growth import growth_table
+from clmoe.report.records import share_in_use
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import BLANK
 from clmoe.report.write import report_text, write_report
@@ -58,6 +59,17 @@ def test_growth_table_means_over_seeds(tmp_path: Path) -> None:
     assert row["experts added"] == "2 ± 1.4"  # 1 and 3
 
 
+def test_experts_in_use(tmp_path: Path) -> None:
+    """Perplexity over count: one expert for all tokens 1 / n, all alike 1, two of three alike 2 / 3."""
+    assert share_in_use([0.0, 2.0, 0.0, 0.0]) == pytest.approx(1 / 4)
+    assert share_in_use([0.5] * 4) == pytest.approx(1)
+    assert share_in_use([1.0, 1.0, 0.0]) == pytest.approx(2 / 3)
+    assert share_in_use([0.7, -0.1]) is None and share_in_use([0.0, 0.0]) is None
+    run = make_run(tmp_path, "grown", 0)
+    write_expansion(run, [{}, {layer(0): block([1.0, 1.0], 0.5, 0)}, {layer(0): block([2.0, 0.0], 0.5, 0)}])
+    assert row_of(growth_table(group_runs([run])), "grown")["experts in use (%)"] == "75.00"  # of 100 and 50
+
+
 def test_growth_follows_task_names_when_orders_differ(tmp_path: Path) -> None:
     groups = group_runs([grown_run(tmp_path, "grown", 0), grown_run(tmp_path, "grown", 1, 600, TASKS[::-1])])
     row = row_of(growth_table(groups), "grown")
@@ -75,9 +87,9 @@ def test_either_file_alone_and_unfinished_runs(tmp_path: Path) -> None:
     write_expansion(unfinished, [{}, {layer(0): block([0.1, 0.9], 0.5, 1)}])
     runs = [only_parameters, only_expansion, unfinished]
     rows = [row[1:] for row in growth_table(group_runs(runs)).rows]
-    assert rows[0] == ("5", "6", "7", "18", BLANK, BLANK)
-    assert rows[1] == (BLANK, BLANK, BLANK, BLANK, BLANK, "0")  # no decision, so no share of them
-    assert rows[2] == ("5", "6", BLANK, BLANK, BLANK, BLANK)
+    assert rows[0] == ("5", "6", "7", "18", BLANK, BLANK, BLANK)
+    assert rows[1] == (BLANK, BLANK, BLANK, BLANK, BLANK, "0", BLANK)  # no decision, so no share of them
+    assert rows[2] == ("5", "6", BLANK, BLANK, BLANK, BLANK, BLANK)
     names = {path.name for path in write_report(runs, tmp_path / "out", ["md"])}
     assert {name for name in names if name.startswith("expansion")} == {"expansion-unfinished-seed0.png"}
 
@@ -86,6 +98,7 @@ def test_growth_csv_and_every_format(tmp_path: Path) -> None:
     runs = [grown_run(tmp_path, "grown", 0), grown_run(tmp_path, "grown", 1, third=1_000)]
     write_report(runs, tmp_path / "out", ["md", "csv", "tex"])
     lines = list(csv.DictReader((tmp_path / "out/growth.csv").open()))
+    # in use: exp(entropy) / count of (5, 1), (3, 4.2), (2, 1) and (6, 1, 0): 78.46, 98.61, 94.49 and 50.23 %
     found = {(line["quantity"], line["task"]): (float(line["mean"]), line["n"]) for line in lines}
     assert found == {
         ("trainable_parameters", "colour_letter"): (90_624, "2"),
@@ -94,10 +107,11 @@ def test_growth_csv_and_every_format(tmp_path: Path) -> None:
         ("stored_parameters", ""): (92_124, "2"),
         ("blocks_extended_percent", ""): (37.5, "2"),
         ("experts_added", ""): (2, "2"),
+        ("experts_in_use_percent", ""): (pytest.approx(80.45, abs=0.01), "2"),
     }
     assert float(lines[2]["std"]) == pytest.approx(500 * 2**0.5)
     markdown = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert "| grown | 90,624 | 1,000 | 500 ± 707 | 92,124 ± 707 | 37.50 ± 17.68 | 2 ± 1.4 |" in markdown
+    assert "| grown | 90,624 | 1,000 | 500 ± 707 | 92,124 ± 707 | 37.50 ± 17.68 | 2 ± 1.4 | " in markdown
     assert all(
         f"]({name}.png)" in markdown for name in ("expansion-grown-seed0", "expansion-grown-seed1", "parameters")
     )
