@@ -24,7 +24,7 @@ class VaeSettings:
     latent: int = 64
     hidden: int = 512
     draws: int = 8
-    steps: int = 400
+    steps: int = 2000
     batch_size: int = 128
     learning_rate: float = 1e-3
     held_out: float = 0.1
