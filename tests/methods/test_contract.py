@@ -53,7 +53,7 @@ ROWS = {
     "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
     "llava_cmoe": Row(
         (BLOCKS,),
-        ("plan.json", "locator.safetensors"),
+        ("plan.json", "locator.safetensors", "prototypes.safetensors"),
         overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
     ),
     "zero_shot": Row((), chain="none"),
