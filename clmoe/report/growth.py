@@ -44,7 +44,9 @@ def experts_in_use(run: Run) -> float | None:
 
 
 def growing(groups: Sequence[Group]) -> list[Group]:
-    """The labels of which any run recorded its growth."""
+    """The labels to show: those with recorded growth, where any label's adapter grew; nothing to tell otherwise."""
+    if not any(run.expansion for group in groups for run in group.runs):
+        return []
     return [group for group in groups if any(run.parameters or run.expansion for run in group.runs)]
 
 

@@ -93,7 +93,7 @@ def _pictures(groups: Sequence[Group], output: Path) -> list[Path]:
     if len(groups) > 1:
         paths.append(plots.comparison_heat_maps(groups, output / "comparison.png"))
     paths.append(plots.forgetting_curves(groups, output / "forgetting.png"))
-    measured = [group for group in groups if any(run.parameters for run in group.runs)]
+    measured = [group for group in growing(groups) if any(run.parameters for run in group.runs)]
     if measured:
         order = groups[0].runs[0].order
         paths.append(growth_plots.trained_parameters(measured, order, output / "parameters.png"))

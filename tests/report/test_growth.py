@@ -124,6 +124,8 @@ def test_runs_without_the_files_show_nothing(tmp_path: Path) -> None:
     names = {path.name for path in write_report([run], tmp_path / "out", ["md", "csv", "tex"])}
     assert names == {"report.md", "report.csv", "tasks.csv", "report.tex", "matrix-plain-seed0.png", "forgetting.png"}
     assert "Growth" not in report_text([run])
+    write_parameters(run, [7, 7, 7], [7, 7, 7])
+    assert "Growth" not in report_text([run]), "no adapter grew: there is nothing to compare"
 
 
 def test_pictures_have_the_same_bytes_again(tmp_path: Path) -> None:
