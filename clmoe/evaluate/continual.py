@@ -19,7 +19,6 @@ which was not measured is None.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
+from clmoe.system.files import csv_text, read_csv, write_text
 
 ZERO_SHOT = "zero_shot"
 METRICS = (
@@ -225,13 +225,7 @@ def _forgetting(matrix: AccuracyMatrix, i: int) -> float | None:
 
 def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Scores]]]:
     """Read a CSV with first column `after`: task names, then (line number, label, scores) per row."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ClmoeError(f"{path}: cannot be read as CSV ({error})") from error
-    table = [(line, cells) for line, cells in table if any(cells)]
+    table = read_csv(path)
     if not table:
         raise ClmoeError(f"{path}: empty; expected a header 'after,<task>,...' and rows of scores")
     tasks = _check_header(path, table[0][1])
@@ -277,11 +271,6 @@ def _read_score(text: str, where: str) -> float:
 
 
 def _write_table(path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> None:
-    """Write through a neighbouring file and rename, so that a reader never sees half a table."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["after", *tasks])
-        for after, scores in lines:
-            writer.writerow([after, *("" if value is None else repr(float(value)) for value in scores)])
-    part.replace(path)
+    """Write a table whose scores read back exactly; blank where nothing was measured."""
+    rows = [[after, *("" if value is None else repr(float(value)) for value in scores)] for after, scores in lines]
+    write_text(path, csv_text([["after", *tasks], *rows]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.scoring import find_scorer, score
-from clmoe.system.files import read_json, write_json, write_text
+from clmoe.system.files import csv_text, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 
 if TYPE_CHECKING:
@@ -208,9 +206,7 @@ def _write_located(run: Path, order: list[str]) -> None:
                 rows += [(after, decider, task, name, located[name]) for name in order if name in located]
     if not rows:
         return
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("after", "decider", "task", "located", "count"), *rows])
-    write_text(run / "locator.csv", text.getvalue())
+    write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
 
 
 def check_tasks(benchmark: Benchmark, names: list[str]) -> None:

@@ -6,12 +6,10 @@ that grow.
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from clmoe.methods.context import PLAN
-from clmoe.system.files import read_json, write_json, write_text
+from clmoe.system.files import csv_text, read_csv, read_json, write_json, write_text
 from clmoe.train.lineage import Finished
 
 PARAMETERS = "parameters.csv"
@@ -28,11 +26,8 @@ def record_growth(run: Path, done: Finished, order: list[str]) -> None:
     newest = lineage.tasks[-1]
     rows = _parameter_rows(run / PARAMETERS)
     rows[newest] = (lineage.trainable_parameters, lineage.adapter_parameters)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("task", "trainable", "stored"))
-    writer.writerows((task, *rows[task]) for task in order if task in rows)
-    write_text(run / PARAMETERS, text.getvalue())
+    table = [("task", "trainable", "stored"), *((task, *rows[task]) for task in order if task in rows)]
+    write_text(run / PARAMETERS, csv_text(table))
     if (done.folder / PLAN).is_file():
         _record_plan(run / EXPANSION, read_json(done.folder / PLAN), order)
 
@@ -40,8 +35,7 @@ def record_growth(run: Path, done: Finished, order: list[str]) -> None:
 def _parameter_rows(path: Path) -> dict[str, tuple[int, int]]:
     if not path.is_file():
         return {}
-    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-    return {row["task"]: (int(row["trainable"]), int(row["stored"])) for row in rows}
+    return {task: (int(trainable), int(stored)) for _, (task, trainable, stored) in read_csv(path)[1:]}
 
 
 def _record_plan(path: Path, plan: list[dict[str, object]], order: list[str]) -> None:

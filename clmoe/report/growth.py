@@ -11,7 +11,8 @@ from statistics import mean
 from clmoe.evaluate.continual import Spread, mean_spread
 from clmoe.report.records import TaskExpansion, TaskParameters
 from clmoe.report.run import Group, Run
-from clmoe.report.tables import Table, raw, show_count, show_number, show_spread, to_csv
+from clmoe.report.tables import Table, raw, show_count, show_number, show_spread
+from clmoe.system.files import csv_text
 
 
 def trained_in(group: Group, task: str) -> Spread:
@@ -84,7 +85,7 @@ def growth_csv(groups: Sequence[Group]) -> str:
         for name, task, spread in quantities:
             if spread.n:
                 rows.append([group.label, name, task, raw(spread.mean), raw(spread.std), str(spread.n)])
-    return to_csv(rows)
+    return csv_text(rows)
 
 
 def _ends(group: Group) -> tuple[Spread, Spread, Spread, Spread]:

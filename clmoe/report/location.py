@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from clmoe.evaluate.continual import Spread, mean_spread
 from clmoe.report.records import DECIDERS
 from clmoe.report.run import Group, Run
-from clmoe.report.tables import Table, raw, show_spread, to_csv
+from clmoe.report.tables import Table, raw, show_spread
+from clmoe.system.files import csv_text
 
 OVERALL = "overall"
 
@@ -62,7 +63,7 @@ def locator_csv(groups: Sequence[Group]) -> str:
                 spread = _accuracy(group, decider, name)
                 if spread.n:
                     rows.append([group.label, decider, name, raw(spread.mean), raw(spread.std), str(spread.n)])
-    return to_csv(rows)
+    return csv_text(rows)
 
 
 def _decided(run: Run, decider: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clmoe.errors import ClmoeError
+from clmoe.system.files import read_csv
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
@@ -45,13 +45,7 @@ def is_number(value: Any) -> bool:
 
 def read_rows(path: Path, header: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """The rows of a CSV file that must have exactly this header, each with "file, row N" for messages."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ClmoeError(f"{path}: cannot be read as CSV ({error})") from error
-    table = [(line, cells) for line, cells in table if any(cells)]
+    table = read_csv(path)
     if not table or table[0][1] != list(header):
         found = repr(",".join(table[0][1])) if table else "an empty file"
         raise ClmoeError(f"{path}, header: expected {','.join(header)!r}, found {found}")

@@ -6,7 +6,6 @@ deviation in columns of their own.
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from clmoe.evaluate.continual import METRICS, ZERO_SHOT, Spread, mean_spread
 from clmoe.report.run import Group, Run
+from clmoe.system.files import csv_text
 
 PLUS_MINUS = " ± "
 BLANK = "–"
@@ -165,7 +165,7 @@ def comparison_csv(groups: Sequence[Group]) -> str:
             row += [raw(spread.mean), raw(spread.std)]
         row += [_distinct([raw(getattr(run, name)) for run in group.runs]) for name in fixed]
         rows.append(row)
-    return to_csv([header, *rows])
+    return csv_text([header, *rows])
 
 
 def task_csv(groups: Sequence[Group]) -> str:
@@ -177,7 +177,7 @@ def task_csv(groups: Sequence[Group]) -> str:
                 spread = group.task_score(kind, task)
                 if spread.n:
                     rows.append([group.label, kind, task, raw(spread.mean), raw(spread.std), str(spread.n)])
-    return to_csv(rows)
+    return csv_text(rows)
 
 
 def _best(groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
@@ -274,13 +274,6 @@ def raw(value: float | bool | str | None) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def to_csv(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the header first, as the text of a CSV file."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
 
 
 def _latex(text: str) -> str:

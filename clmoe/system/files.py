@@ -1,8 +1,11 @@
 """Small files, written whole or not at all."""
 
+import csv
 import hashlib
+import io
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +51,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ClmoeError(f"{path}: cannot be read: {error}") from error
+
+
+def read_csv(path: Path) -> list[tuple[int, list[str]]]:
+    """Line number and stripped cells of every row that is not blank.
+
+    Raises:
+        ClmoeError: unreadable; the file is named.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.reader(stream)
+            table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ClmoeError(f"{path}: cannot be read as CSV ({error})") from error
+    return [(line, cells) for line, cells in table if any(cells)]
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV with Unix line ends."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
