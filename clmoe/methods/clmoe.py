@@ -92,14 +92,9 @@ class ClMoe(MoeLora):
         add_task_gates(context.model, {name: self._score(values) for name, values in statistics.items()})
 
     def _add_centre(self, context: TaskContext) -> None:
-        from clmoe.methods.features import training_features
-        from clmoe.model.locator import PrototypeIndex
+        from clmoe.methods.features import add_class_mean, training_features
 
-        features = training_features(context, self.options.samples)
-        old = context.previous
-        index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / LOCATOR)
-        index.append(features)
-        index.save(context.work / LOCATOR)
+        add_class_mean(context, LOCATOR, training_features(context, self.options.samples))
 
     def salient_sets(self, history: list[dict[str, dict[str, Tensor]]]) -> list[dict[str, set[int]]]:
         """Salient experts of every module after each task, oldest first."""

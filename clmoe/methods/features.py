@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, sample_records
-from clmoe.model.locator import base_features
+from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.system.files import file_sha256
 
 if TYPE_CHECKING:
@@ -83,3 +83,11 @@ def training_features(context: TaskContext, samples: int, kind: FeatureKind = "l
     store = FeatureStore(context.base, kind, config.evaluation.batch_size, feature_folder(context.run))
     questions = first_questions(sample_records(context.records, samples, config.seed))
     return store.features(context.model, questions, context.image_root)
+
+
+def add_class_mean(context: TaskContext, name: str, features: Tensor) -> None:
+    """Append the task's features ``[M, D]`` to its parent's index of class means; the file ``name`` of a checkpoint."""
+    old = context.previous
+    index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / name)
+    index.append(features)
+    index.save(context.work / name)

@@ -231,8 +231,7 @@ class LlavaCMoe(Method):
     def end_task(self, context: TaskContext) -> None:
         """Save the plan, fit the task's VAE, and keep its class mean for comparison."""
         from clmoe.methods.expansion import choose_blocks, plan_as_json
-        from clmoe.methods.features import training_features
-        from clmoe.model.locator import PrototypeIndex
+        from clmoe.methods.features import add_class_mean, training_features
         from clmoe.model.vae_bank import VaeBank
         from clmoe.system.files import read_json, write_json
 
@@ -246,9 +245,7 @@ class LlavaCMoe(Method):
         features = training_features(context, self.options.samples, self.options.feature)
         bank.append(features, self.config.seed + context.index)
         bank.save(context.work / LOCATOR)
-        index = PrototypeIndex.empty(features.shape[1]) if old is None else PrototypeIndex.load(old / PROTOTYPES)
-        index.append(features)
-        index.save(context.work / PROTOTYPES)
+        add_class_mean(context, PROTOTYPES, features)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """Switch balance loss, summed over the blocks' routers."""

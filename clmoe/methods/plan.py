@@ -51,6 +51,7 @@ class PlannedLinear:
         return self.blocks * self.total_rank * (self.din + self.dout)
 
     def as_json(self) -> dict[str, Any]:
+        """All fields and what follows from them."""
         names = ("name", "din", "dout", "blocks", "experts", "rank", "total_rank", "scale", "parameters")
         return {name: getattr(self, name) for name in names}
 
@@ -118,6 +119,7 @@ class Plan:
     steps: int | None
 
     def as_json(self) -> dict[str, Any]:
+        """What ``clmoe plan --json`` prints."""
         return {
             "method": self.method,
             "model": self.model,

@@ -4,8 +4,8 @@
 #
 #   bash scripts/playground/compare.sh [key=value ...]
 #
-# Environment: SEEDS ("0 1 2"), LABELS (rows of the table, default all; clmoe_beta1 needs clmoe), OUT, JOBS runs side by side (default: one per
-# core, each with one thread), BENCHMARK. Finished runs are skipped.
+# Environment: SEEDS ("0 1 2"), LABELS (rows of the table, default all; clmoe_beta1 needs clmoe), OUT, JOBS runs side by
+# side (default: one per core, each with one thread), BENCHMARK. Finished runs are skipped.
 source "$(dirname "$0")/../common.sh"
 setup ""
 export BENCHMARK=${BENCHMARK:-playground-coin}
@@ -36,8 +36,9 @@ clmoe data prepare "$BENCHMARK"
 for seed in $SEEDS; do
   for label in $LABELS; do
     case $label in
-    clmoe_beta1) ;;                                                                # below: needs the runs of clmoe
-    zero_shot) [ "$seed" != "${SEEDS%% *}" ] || echo "row zero_shot $seed $*" ;;   # nothing is trained, one seed is all
+    clmoe_beta1) ;; # below: needs the runs of clmoe
+    # nothing is trained: one seed is all
+    zero_shot) [ "$seed" != "${SEEDS%% *}" ] || echo "row zero_shot $seed $*" ;;
     *) echo "row $label $seed $*" ;;
     esac
   done

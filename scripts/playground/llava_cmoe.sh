@@ -3,7 +3,7 @@
 #
 # METHOD names another configuration of it (configs/methods/llava_cmoe_*.yaml). WARMUP is the folder with train.json and
 # images/ behind the initial experts (default: the benchmark's neutral mixture); with WARMUP= (empty) they come from the
-# first task. VAEs half as wide as the default and with half the draws fit in a third of the time on a CPU.
+# first task. VAEs half as wide as the default and with half the draws fit in less than half the time on a CPU.
 source "$(dirname "$0")/../common.sh"
 BENCHMARK=${BENCHMARK:-playground-coin}
 WARMUP=${WARMUP-${DATA:-playground/data/$BENCHMARK}/warmup}
