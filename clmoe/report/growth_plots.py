@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clmoe.report.growth import trained_in
+from clmoe.report.names import block_names
 from clmoe.report.plots import BLANK_GREY, COLOURS, DPI, INK, LINES, draw_cell, legend_label, name_cells, save
 from clmoe.report.records import BlockExpansion
 from clmoe.report.run import Group, Run
@@ -21,7 +21,6 @@ CELL_WIDTH, CELL_HEIGHT = 0.8, 0.38  # inches
 TITLE_CHARACTER = 0.068  # inches a character takes, so that no title or legend is cut
 LEGEND_CHARACTER = 0.065
 NOTE = "small: most active probe against the threshold; grey: not probed"
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.(.+))?$")
 
 
 def expansion_map(run: Run, path: Path) -> Path:
@@ -74,25 +73,6 @@ def trained_parameters(groups: Sequence[Group], tasks: Sequence[str], path: Path
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=legend_columns, frameon=False, fontsize=8)
     return save(figure, path)
-
-
-def block_names(blocks: Sequence[str]) -> dict[str, str]:
-    """Module names -> short names such as "layer 3", layers in their order, each name once.
-
-    What follows the layer's number is kept where layers have several blocks; a name without layer stays.
-    """
-    found = {name: _LAYER.search(name) for name in dict.fromkeys(blocks)}
-    rests = {name[: match.start(1)] + "#" + (match[2] or "") for name, match in found.items() if match}
-    keys: dict[str, tuple[int, str]] = {}
-    short: dict[str, str] = {}
-    for name, match in found.items():
-        keys[name] = (int(match[1]), name) if match else (-1, name)
-        short[name] = f"layer {match[1]}" if match else name
-        if match and len(rests) > 1:
-            short[name] = f"layer {match[1]} {match[2] or ''}".strip()
-    if len(set(short.values())) < len(short):  # e.g. layers of two towers
-        short = {name: name for name in short}
-    return {name: short[name] for name in sorted(short, key=keys.__getitem__)}
 
 
 def _expansion_cell(ax: Axes, x: int, y: int, block: BlockExpansion | None, top: int) -> None:

@@ -38,6 +38,11 @@ def runs_with(group: Group, decider: str) -> int:
     return sum(_decided(run, decider) for run in group.runs)
 
 
+def decided_right(group: Group, decider: str, name: str) -> Spread:
+    """Percent located right of one task's questions, or of all questions (`OVERALL`), over the seeds."""
+    return mean_spread([_run_accuracy(_counts(run, decider), name) for run in group.runs])
+
+
 def locator_table(groups: Sequence[Group]) -> Table:
     """One row per label and decider: percent of the questions located right, by task and overall."""
     tasks = groups[0].runs[0].order
@@ -45,7 +50,7 @@ def locator_table(groups: Sequence[Group]) -> Table:
         (
             group.label,
             DECIDERS[decider],
-            *(show_spread(_accuracy(group, decider, name), len(group.runs)) for name in (*tasks, OVERALL)),
+            *(show_spread(decided_right(group, decider, name), len(group.runs)) for name in (*tasks, OVERALL)),
         )
         for group in groups
         for decider in deciders(group)
@@ -60,7 +65,7 @@ def locator_csv(groups: Sequence[Group]) -> str:
     for group in groups:
         for decider in deciders(group):
             for name in (*groups[0].runs[0].order, OVERALL):
-                spread = _accuracy(group, decider, name)
+                spread = decided_right(group, decider, name)
                 if spread.n:
                     rows.append([group.label, decider, name, raw(spread.mean), raw(spread.std), str(spread.n)])
     return csv_text(rows)
@@ -77,11 +82,6 @@ def _counts(run: Run, decider: str) -> dict[str, Counter[str]]:
         if row.decider == decider and row.after == run.order[-1]:
             counts[row.task][row.located] += row.count
     return counts
-
-
-def _accuracy(group: Group, decider: str, name: str) -> Spread:
-    """Percent located right of one task's questions, or of all questions (`OVERALL`), over the seeds."""
-    return mean_spread([_run_accuracy(_counts(run, decider), name) for run in group.runs])
 
 
 def _run_accuracy(counts: dict[str, Counter[str]], name: str) -> float | None:

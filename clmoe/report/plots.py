@@ -1,4 +1,4 @@
-"""Pictures of a report: heat-maps of the accuracy matrix and forgetting curves, as PNG.
+"""Pictures of a report: heat-maps of the accuracy matrix and forgetting curves, as PNG or PDF by the file's ending.
 
 Drawn with matplotlib's Agg canvas and its bundled font, without pyplot's global state; the files carry no
 date, so that the same runs give the same bytes.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -20,7 +19,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from clmoe.evaluate.continual import ZERO_SHOT, AccuracyMatrix, mean_spread
+from clmoe.evaluate.continual import ZERO_SHOT, mean_spread
+from clmoe.report.panels import Panel, mean_panels
 from clmoe.report.run import Group, Run
 
 DPI = 150
@@ -34,24 +34,16 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222
 DASHES = ("-", "--", ":")
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One matrix to draw: of a run, or the mean over the seeds of a label."""
-
-    title: str
-    matrix: AccuracyMatrix
-
-
 def heat_map(run: Run, path: Path) -> Path:
     """Draw the accuracy matrix of one run: rows = after training, columns = tasks, blank cells grey."""
     last = run.metrics["last"]
     title = run.name if last is None else f"{run.name}: last {last:.1f}"
-    return _heat_maps([Panel(title, run.matrix)], path)
+    return _heat_maps([Panel(title, (run.seed,), run.matrix)], path)
 
 
 def comparison_heat_maps(groups: Sequence[Group], path: Path) -> Path:
     """Draw the matrices of all labels side by side, each the mean over its seeds."""
-    return _heat_maps([panel for group in groups for panel in _panels(group)], path)
+    return _heat_maps([panel for group in groups for panel in mean_panels(group)], path)
 
 
 def forgetting_curves(groups: Sequence[Group], path: Path) -> Path:
@@ -127,38 +119,15 @@ def percent_bar(figure: Figure, axes: Sequence[Axes], label: str, shrink: float)
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG without the metadata that changes between machines."""
+    """Write a PNG or a PDF without the metadata that changes between machines and days."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    if path.suffix == ".pdf":
+        with rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse matplotlib's default Type 3
+            figure.savefig(path, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    else:
+        figure.savefig(path, format="png", metadata={"Software": None})
     return path
-
-
-def _panels(group: Group) -> list[Panel]:
-    """The mean matrix of a label, one for each order its seeds were trained in."""
-    orders: dict[tuple[str, ...], list[Run]] = {}
-    for run in group.runs:
-        orders.setdefault(run.order, []).append(run)
-    panels = []
-    for runs in orders.values():
-        title = group.label if len(runs) == 1 else f"{group.label} (mean of {len(runs)} seeds)"
-        if len(orders) > 1:
-            title = f"{group.label}, seed {', '.join(str(run.seed) for run in runs)}"
-        panels.append(Panel(title, _mean_matrix([run.matrix for run in runs])))
-    return panels
-
-
-def _mean_matrix(matrices: Sequence[AccuracyMatrix]) -> AccuracyMatrix:
-    """Cell by cell mean; a cell is blank unless all matrices have it."""
-    tasks = matrices[0].tasks
-    rows = {}
-    for stage in matrices[0].stages:
-        if not all(stage in matrix.rows for matrix in matrices):
-            continue
-        cells = zip(*(matrix.row(stage) for matrix in matrices), strict=True)
-        spreads = [mean_spread(cell) for cell in cells]
-        rows[stage] = tuple(value.mean if value.n == len(matrices) else None for value in spreads)
-    return AccuracyMatrix(tasks, rows)
 
 
 def _heat_maps(panels: Sequence[Panel], path: Path) -> Path:

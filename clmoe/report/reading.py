@@ -57,6 +57,17 @@ def read_rows(path: Path, header: Sequence[str]) -> list[tuple[str, dict[str, st
     return rows
 
 
+def share_number(where: str, row: dict[str, str], column: str) -> float:
+    """The cell of `column` as a number from 0 to 1."""
+    try:
+        value = float(row[column])
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ClmoeError(f"{where}, column {column!r}: {row[column]!r} is not a number from 0 to 1")
+    return value
+
+
 def whole_number(where: str, row: dict[str, str], column: str) -> int:
     """The cell of `column` as an integer of at least 0."""
     text = row[column]

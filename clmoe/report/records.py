@@ -1,7 +1,8 @@
-"""The optional files of a run folder about its growth and its task locator.
+"""The optional files of a run folder about its growth, its routers and its task locator.
 
     parameters.csv   task,trainable,stored            parameters trained in a task, and stored after it
     expansion.json   [{"task": ..., "blocks": {...}}]  what the probes of LLaVA-CMoE said of each block
+    usage.csv        task,block,expert,share          the experts' shares of the routers' weight
     locator.csv      after,decider,task,located,count  for which task the test questions were taken
 
 A file that is absent reads as no rows. An unfinished run has rows for its first tasks only.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clmoe.errors import ClmoeError
-from clmoe.report.reading import check_field, is_number, read_json, read_rows, whole_number
+from clmoe.report.reading import check_field, is_number, read_json, read_rows, share_number, whole_number
 
 # Name in locator.csv -> name for people.
 DECIDERS = {"vae": "VAE bank", "prototype": "nearest class mean"}
@@ -44,13 +45,16 @@ class BlockExpansion:
     """One block's decision: the most active probe against the limit, and the number of experts added.
 
     `balance` is the share of experts and probes in use, from 1 / count (one takes all) to 1 (all equally active); None
-    where the activations are no shares of tokens (mean logits may be negative).
+    where the activations are no shares of tokens (mean logits may be negative). `activations` are of the experts, then
+    of the `probes` probes.
     """
 
     probe: float
     limit: float
     added: int
     balance: float | None
+    activations: tuple[float, ...]
+    probes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,15 @@ class TaskExpansion:
 
     task: str
     blocks: dict[str, BlockExpansion]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUsage:
+    """How one block's router shared its weight among the experts on the data of `task`, right after its training."""
+
+    task: str
+    block: str
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,21 @@ def read_expansion(path: Path, order: Sequence[str]) -> tuple[TaskExpansion, ...
     return tuple(tasks)
 
 
+def read_usage(path: Path, order: Sequence[str]) -> tuple[BlockUsage, ...]:
+    """Read `usage.csv`; the experts of a block stand in order, counted from 0."""
+    if not path.exists():
+        return ()
+    shares: dict[tuple[str, str], list[float]] = {}
+    for where, row in read_rows(path, ("task", "block", "expert", "share")):
+        if row["task"] not in order:
+            raise ClmoeError(f"{where}, column 'task': {row['task']!r} is none of {', '.join(order)}")
+        block = shares.setdefault((row["task"], row["block"]), [])
+        if whole_number(where, row, "expert") != len(block):
+            raise ClmoeError(f"{where}, column 'expert': expected {len(block)}, found {row['expert']}")
+        block.append(share_number(where, row, "share"))
+    return tuple(BlockUsage(task, block, tuple(values)) for (task, block), values in shares.items())
+
+
 def read_located(path: Path, order: Sequence[str]) -> tuple[Located, ...]:
     """Read `locator.csv`; a pair of tasks that is not listed was never confused."""
     if not path.exists():
@@ -146,7 +174,12 @@ def _read_block(where: str, block: Any) -> BlockExpansion:
         raise ClmoeError(f"{where}: field 'added' is {block['added']}; expected at least 0")
     # A negative threshold is raised to 0 by the rule itself, see clmoe.methods.expansion.decide.
     return BlockExpansion(
-        max(activations[-probes:]), max(block["threshold"], 0.0), block["added"], share_in_use(activations)
+        max(activations[-probes:]),
+        max(block["threshold"], 0.0),
+        block["added"],
+        share_in_use(activations),
+        tuple(activations),
+        probes,
     )
 
 

@@ -24,12 +24,14 @@ from clmoe.evaluate.continual import (
 from clmoe.evaluate.scoring import MODES
 from clmoe.report.reading import check_field, read_json
 from clmoe.report.records import (
+    BlockUsage,
     Located,
     TaskExpansion,
     TaskParameters,
     read_expansion,
     read_located,
     read_parameters,
+    read_usage,
 )
 
 # Field of run.json -> types allowed.
@@ -51,7 +53,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 class Run:
     """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
 
-    `parameters`, `expansion` and `located` are empty where the run folder lacks their file.
+    `parameters`, `expansion`, `usage` and `located` are empty where the run folder lacks their file.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Run:
     minutes: float | None
     parameters: tuple[TaskParameters, ...]
     expansion: tuple[TaskExpansion, ...]
+    usage: tuple[BlockUsage, ...]
     located: tuple[Located, ...]
 
     @property
@@ -148,6 +151,7 @@ def read_run(folder: Path) -> Run:
         minutes=_read_minutes(folder / "timing.json"),
         parameters=read_parameters(folder / "parameters.csv", order),
         expansion=read_expansion(folder / "expansion.json", order),
+        usage=read_usage(folder / "usage.csv", order),
         located=read_located(folder / "locator.csv", order),
         **{field: info[field] for field in _FIELDS if field != "order"},
     )

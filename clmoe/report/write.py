@@ -22,16 +22,22 @@ from clmoe.report.tables import (
     to_text,
 )
 
-FORMATS = ("md", "csv", "tex")
+FORMATS = ("md", "csv", "tex", "pdf", "html")
 
 
-def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv")) -> list[Path]:
+def write_report(
+    runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv"), data: Path | None = None
+) -> list[Path]:
     """Write tables in the formats asked for, and the pictures, into the folder `output`.
 
     Files: `report.md`, `report.csv` (comparison) with `tasks.csv` (scores by task), `report.tex`;
     `matrix-<label>-seed<k>.png` per run, `comparison.png` and `forgetting.png`. Where runs have the files of
     `clmoe.report.records`, also `growth.csv`, `locator.csv`, `expansion-<label>-seed<k>.png`,
-    `parameters.png` and `locator-<label>.png`.
+    `parameters.png` and `locator-<label>.png`. The format pdf writes each picture also as PDF; html is one page,
+    `report.html`, that draws its own and needs no other file.
+
+    Args:
+        data: the benchmark's data folder, for the images on the page; see `clmoe.report.images`.
 
     Returns:
         The paths written. The same runs give the same bytes.
@@ -45,7 +51,8 @@ def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("
             raise ClmoeError(f"unknown report format {name!r}; did you mean {nearest!r}? Known: {FORMATS}")
     groups = group_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(groups, output)
+    pictures = _pictures(groups, output, ".png") if set(formats) != {"html"} else []
+    vectors = _pictures(groups, output, ".pdf") if "pdf" in formats else []
     tables = report_tables(groups)
     texts: dict[str, str] = {}
     if "md" in formats:
@@ -59,9 +66,13 @@ def write_report(runs: Sequence[Path], output: Path, formats: Sequence[str] = ("
             texts["growth.csv"] = growth_csv(groups)
     if "tex" in formats:
         texts["report.tex"] = "\n".join(to_latex(table) for table in tables)
+    if "html" in formats:
+        from clmoe.report.html import page  # only it needs Pillow
+
+        texts["report.html"] = page(groups, data)
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8")
-    return [*(output / name for name in texts), *pictures]
+    return [*(output / name for name in texts), *pictures, *vectors]
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
@@ -76,37 +87,37 @@ def report_text(runs: Sequence[Path], width: int = 100, colour: bool = False) ->
     return "\n".join(to_text(table, width, colour) for table in report_tables(group_runs(runs)))
 
 
-def _pictures(groups: Sequence[Group], output: Path) -> list[Path]:
+def _pictures(groups: Sequence[Group], output: Path, ending: str) -> list[Path]:
     # Imported here: matplotlib takes most of a second, and the terminal report draws nothing.
     from clmoe.report import growth_plots, location_plots, plots
 
     paths: list[Path] = []
+
+    def free(stem: str) -> Path:
+        """A file name not taken yet: two labels may differ only in characters that file names lack."""
+        path, number = output / f"{stem}{ending}", 2
+        while path in paths:
+            path = output / f"{stem}-{number}{ending}"
+            number += 1
+        return path
+
     for group in groups:
         for run in group.runs:
             stem = f"{plots.file_stem(run.label)}-seed{run.seed}"
-            paths.append(plots.heat_map(run, _free(output, f"matrix-{stem}", paths)))
+            paths.append(plots.heat_map(run, free(f"matrix-{stem}")))
             if any(plan.blocks for plan in run.expansion):
-                paths.append(growth_plots.expansion_map(run, _free(output, f"expansion-{stem}", paths)))
+                paths.append(growth_plots.expansion_map(run, free(f"expansion-{stem}")))
         if deciders(group):
-            path = _free(output, f"locator-{plots.file_stem(group.label)}", paths)
+            path = free(f"locator-{plots.file_stem(group.label)}")
             paths.append(location_plots.confusion_map(group, groups[0].runs[0].order, path))
     if len(groups) > 1:
-        paths.append(plots.comparison_heat_maps(groups, output / "comparison.png"))
-    paths.append(plots.forgetting_curves(groups, output / "forgetting.png"))
+        paths.append(plots.comparison_heat_maps(groups, free("comparison")))
+    paths.append(plots.forgetting_curves(groups, free("forgetting")))
     measured = [group for group in growing(groups) if any(run.parameters for run in group.runs)]
     if measured:
         order = groups[0].runs[0].order
-        paths.append(growth_plots.trained_parameters(measured, order, output / "parameters.png"))
+        paths.append(growth_plots.trained_parameters(measured, order, free("parameters")))
     return paths
-
-
-def _free(output: Path, stem: str, taken: Sequence[Path]) -> Path:
-    """A file name not taken yet: two labels may differ only in characters that file names lack."""
-    path, number = output / f"{stem}.png", 2
-    while path in taken:
-        path = output / f"{stem}-{number}.png"
-        number += 1
-    return path
 
 
 def _markdown(groups: Sequence[Group], tables: Sequence[Table], pictures: Sequence[Path]) -> str:

@@ -53,3 +53,15 @@ def block(activations: list[float], threshold: float, added: int, probes: int = 
 
 def layer(number: int) -> str:
     return f"model.language_model.layers.{number}.mlp"
+
+
+def predict(run: Path, after: str, stem: str, answers: dict[str, tuple[str, float]], **fields: Any) -> None:
+    """A filled cell: question id -> answer and score. Further fields replace those of every line."""
+    path = run / "predictions" / after / f"{stem}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, (text, score) in answers.items():
+        line = {"question_id": name, "image": f"{name}.png", "prompt": f"ask {name}", "answer": "gold", "task": None}
+        lines.append(json.dumps(line | {"text": text, "score": score, "redone": False} | fields) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    path.with_suffix(".json").write_text("{}")

@@ -10,6 +10,7 @@ import pytest
 from clmoe.errors import ClmoeError
 from clmoe.report import growth_plots
 from clmoe.report.growth import growth_table
+from clmoe.report.names import block_names
 from clmoe.report.records import share_in_use
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import BLANK
@@ -196,7 +197,7 @@ def test_parameter_bars_are_the_means(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_block_names(names: list[str], short: dict[str, str]) -> None:
-    assert list(growth_plots.block_names(names).items()) == list(short.items())
+    assert list(block_names(names).items()) == list(short.items())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""An explained answer: the text of the batch answerer, scores and weights as computed apart from it."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clmoe.data.batches import prompt_dataset
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.answer import LoadedCheckpoint, open_answerer
+from clmoe.evaluate.evaluation import Checkpoint
+from clmoe.evaluate.explain import Explanation
+from clmoe.model.adapter import adapted_llava, expert_layers
+from clmoe.model.llava import LoadedBase
+from clmoe.model.locator import base_features
+from clmoe.model.routing import RouteSelection, routing
+from clmoe.model.vae_bank import VaeBank
+from clmoe.train.lineage import read_checkpoint
+from tests.runs import Runs
+from tests.support import TASKS, prompt_batches
+
+SETTINGS = {
+    "llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
+}
+QUESTION = "How many things are there?"
+
+
+def opened(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
+    """A checkpoint of two tasks that never says ``</s>``, so that its answers are long."""
+    base.model.lm_head.weight.data[base.tokenizer.eos_token_id] = 0
+    done = read_checkpoint(runs.chain(method, *SETTINGS.get(method, ()))[1])
+    tasks = done.lineage.tasks
+    checkpoint = Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config, done.lineage.base)
+    return LoadedCheckpoint(open_answerer(checkpoint, base), tasks)
+
+
+@pytest.fixture
+def image(mini_yaml: Path) -> Path:
+    return mini_yaml.parent / "count" / "images" / "4.png"
+
+
+def inputs(loaded: LoadedCheckpoint, image: Path) -> dict[str, torch.Tensor]:
+    base = loaded.answerer.base
+    dataset = prompt_dataset(base, [Question("x", image.name, QUESTION, "", {})], image.parent)
+    return prompt_batches(base, dataset, 1)[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "moelora", "clmoe", "llava_cmoe"])
+def test_the_watched_text_ends_as_the_batch_answer(method: str, runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = opened(runs, tiny_base, method)
+    seen: list[Explanation] = []
+    final = loaded.explain(image, QUESTION, 6, watch=seen.append)
+    assert final.text == loaded.answer(image, QUESTION, 6)
+    assert len(seen) == 6, "the reasons come before the first of six tokens, the text so far before each other one"
+    assert seen[0].text == ""
+    texts = [partial.text for partial in seen] + [final.text]
+    assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
+    assert len(set(texts)) > 3
+    assert all((e.task, e.scores, e.routers) == (final.task, final.scores, final.routers) for e in seen)
+
+
+@pytest.mark.parametrize("method", ["moelora", "clmoe", "llava_cmoe"])
+def test_the_weights_are_those_the_experts_are_mixed_with(
+    method: str, runs: Runs, tiny_base: LoadedBase, image: Path
+) -> None:
+    """Oracle: what the router banks hand to the experts in a forward pass of our own."""
+    loaded = opened(runs, tiny_base, method)
+    explained = loaded.explain(image, QUESTION, 1, router="last")
+    model = loaded.answerer.model
+    given: dict[str, torch.Tensor] = {}
+    for name, layer in expert_layers(model).items():
+        layer.routers.register_forward_hook(lambda module, args, out, name=name: given.__setitem__(name, out))
+    chosen = {
+        "moelora": RouteSelection(),
+        "clmoe": RouteSelection(task=torch.tensor([1]), beta=0.5),
+        "llava_cmoe": RouteSelection(router=torch.tensor([1])),
+    }
+    with torch.no_grad(), routing(chosen[method]):
+        adapted_llava(model)(**inputs(loaded, image))  # type: ignore[arg-type]
+    assert len(given) == len(explained.routers) == (2 if method == "llava_cmoe" else 6)
+    for router, (name, weights) in zip(explained.routers, given.items(), strict=True):
+        assert f"layers.{router.block}.mlp" in name
+        assert name.endswith(router.linear or "mlp")
+        assert router.weights == pytest.approx(weights[0].mean(0).tolist(), abs=1e-6)
+        assert sum(router.weights) == pytest.approx(1, abs=1e-5)
+    owners = [router.owners for router in explained.routers]
+    if method == "llava_cmoe":
+        layout = [entry["blocks"] for entry in _plan(loaded)]
+        assert owners == [[0] * 4 + [1] * block["added"] for block in layout[-1].values()]
+    else:
+        assert owners == [[0] * 4] * 6
+
+
+def _plan(loaded: LoadedCheckpoint) -> list[dict]:
+    from clmoe.system.files import read_json
+
+    assert loaded.answerer.checkpoint is not None
+    return read_json(loaded.answerer.checkpoint / "plan.json")
+
+
+def test_the_older_router_reaches_the_older_experts_only(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = opened(runs, tiny_base, "llava_cmoe")
+    older = loaded.explain(image, QUESTION, 1, router="oracle", task=TASKS[0])
+    assert all(len(router.weights) == 4 for router in older.routers)
+
+
+def test_centre_distances_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    """Oracle: numpy on the stored moments and the base's own hidden state, adapter off."""
+    loaded = opened(runs, tiny_base, "clmoe")
+    scores = loaded.explain(image, QUESTION, 1).scores
+    model, folder = loaded.answerer.model, loaded.answerer.checkpoint
+    feature = base_features(model, inputs(loaded, image)).double().numpy()[0]  # type: ignore[arg-type]
+    stored = {name: tensor.double().numpy() for name, tensor in load_file(folder / "locator.safetensors").items()}  # type: ignore[operator]
+    share = stored["prototype.count"] / stored["prototype.count"].sum()
+    centre = share @ stored["prototype.mean"]
+    variance = share @ (stored["prototype.variance"] + (stored["prototype.mean"] - centre) ** 2)
+    distances = np.linalg.norm((feature - stored["prototype.mean"]) / np.sqrt(variance), axis=1)
+    assert list(scores) == ["prototype"]
+    assert scores["prototype"] == pytest.approx(dict(zip(TASKS, -distances, strict=False)), rel=1e-6)
+
+
+def test_bank_scores_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = opened(runs, tiny_base, "llava_cmoe")
+    explained = loaded.explain(image, QUESTION, 1)
+    assert list(explained.scores) == ["vae", "prototype"]
+    feature = base_features(loaded.answerer.model, inputs(loaded, image))  # type: ignore[arg-type]
+    bank = VaeBank.load(
+        loaded.answerer.checkpoint / "locator.safetensors",  # type: ignore[operator]
+        loaded.answerer.method.options.locator,
+    )
+    z = bank.z_scores(feature)[0].tolist()
+    assert explained.scores["vae"] == pytest.approx(dict(zip(TASKS, z, strict=False)), rel=1e-5)
+    assert explained.task == TASKS[int(np.argmax(z))]
+
+
+def test_routers_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = opened(runs, tiny_base, "clmoe")
+    by_task = {task: loaded.explain(image, QUESTION, 1, router="oracle", task=task) for task in TASKS[:2]}
+    assert [explained.task for explained in by_task.values()] == list(TASKS[:2])
+    assert by_task[TASKS[0]].scores == by_task[TASKS[1]].scores
+    assert by_task[TASKS[0]].routers != by_task[TASKS[1]].routers
+    assert loaded.explain(image, QUESTION, 1, router="last").task == TASKS[1]
+    drawn = {loaded.explain(image, f"Is it {n}?", 1, router="random").task for n in range(8)}
+    assert drawn == set(TASKS[:2]), "the draw depends on the question"
+    for router in ("last", "random"):
+        assert loaded.explain(image, QUESTION, 3, router=router).text == loaded.answer(image, QUESTION, 3, router)  # type: ignore[arg-type]
+
+
+def test_the_oracle_needs_a_task_and_the_others_take_none(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = opened(runs, tiny_base, "clmoe")
+    with pytest.raises(ClmoeError, match="Did you mean 'colour'"):
+        loaded.answer(image, QUESTION, router="oracle", task="color")
+    with pytest.raises(ClmoeError, match="needs the question's task"):
+        loaded.explain(image, QUESTION, router="oracle")
+    with pytest.raises(ClmoeError, match="only used with router='oracle'"):
+        loaded.answer(image, QUESTION, task=TASKS[0])
+
+
+def test_plain_lora_has_neither_scores_nor_experts(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    explained = opened(runs, tiny_base, "lora").explain(image, QUESTION, 1)
+    assert (explained.task, explained.scores, explained.routers) == (None, {}, [])
