@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,16 @@ from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import Config, load_config
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
+from clmoe.system.lock import locked
+from clmoe.system.processes import from_main
 
 if TYPE_CHECKING:
+    from clmoe.demo.examples import Example
     from clmoe.evaluate.evaluation import Checkpoint, Request
     from clmoe.model.llava import LoadedBase
     from clmoe.model.routing import RouterChoice
     from clmoe.train.lineage import Finished
+    from clmoe.train.task import TrainRequest
 
 
 def open_benchmark(name: str, data: Path | None) -> Benchmark:
@@ -34,21 +39,34 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
 
 def run_train(options: Namespace) -> str:
     """``clmoe train``; returns one line for the terminal."""
-    from clmoe.train.task import prepare_request, train_task
+    from clmoe.train.task import prepare_request
+    from clmoe.train.zero import deepspeed_settings, stand_alone
 
-    benchmark = open_benchmark(options.benchmark, options.data)
+    deepspeed = None
+    if options.deepspeed:
+        deepspeed = deepspeed_settings(options.deepspeed)
+        stand_alone()
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data))
     config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
-    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output)
+    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    with locked(request.run):
+        return _train_and_evaluate(request, options.then_eval)
+
+
+def _train_and_evaluate(request: TrainRequest, then_evaluate: bool) -> str:
+    from clmoe.train.task import train_task
+
     base = train_task(request)
-    line = f"{options.output}: {'finished before' if base is None else 'trained'}"
-    if options.then_eval:
+    line = f"{request.output}: {'finished before' if base is None else 'trained'}"
+    if then_evaluate:
         from clmoe.system.logging import clock, read_events, seconds_left
         from clmoe.train.lineage import read_checkpoint
 
-        done = read_checkpoint(options.output)
+        done = read_checkpoint(request.output)
+        config, order = request.config, request.order
         limit = None if request.learned[-1] == order[-1] else config.evaluation.limit
-        row = evaluate_checkpoint(options.output.parent, benchmark, done, config, order, limit=limit, base=base)
+        row = evaluate_checkpoint(request.run, request.benchmark, done, config, order, limit=limit, base=base)
         line += f"; {row}"
         left = seconds_left(read_events(request.run / "events.jsonl"), request.stage.next(), None)
         line += f" ({clock(left)} left)" if left and base is not None else ""
@@ -74,6 +92,7 @@ def evaluate_checkpoint(
     """
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
     from clmoe.evaluate.growth import record_growth
+    from clmoe.evaluate.usage import record_usage
 
     learned = done.lineage.tasks
     names = tasks or learned
@@ -83,9 +102,14 @@ def evaluate_checkpoint(
     if method_class(config.method).finds_task and router == "located" and tasks is None:
         requests.append(Request(learned[-1], "oracle", scoring, limit))
     _fill(run, benchmark, checkpoint, requests, order, router, base)
-    write_run_info(run, benchmark, config, order, scoring, done)
-    record_growth(run, done, order)
-    return _row(run, learned[-1], requests)
+
+    def write() -> str:
+        write_run_info(run, benchmark, config, order, scoring, done)
+        record_growth(run, done, order)
+        record_usage(run, done, order)
+        return _row(run, learned[-1], requests)
+
+    return from_main(write)
 
 
 def _fill(
@@ -98,10 +122,10 @@ def _fill(
     base: LoadedBase | None,
 ) -> None:
     """Evaluate what is missing and rebuild the run's tables."""
-    from clmoe.evaluate.evaluation import evaluate, is_done, write_tables
+    from clmoe.evaluate.evaluation import evaluate, settled, write_tables
     from clmoe.system.logging import Stage, write_timing
 
-    if not all(is_done(run, checkpoint, request) for request in requests):
+    if not from_main(lambda: all(settled(run, checkpoint, request) for request in requests)):
         from clmoe.evaluate.answer import open_answerer
         from clmoe.methods.features import feature_folder
 
@@ -109,8 +133,8 @@ def _fill(
         last = checkpoint.after
         stage = Stage(order.index(last), len(order)) if last in order else None
         evaluate(run, benchmark, checkpoint, requests, answerer, stage)
-    write_tables(run, order, router)
-    write_timing(run)
+    from_main(lambda: write_tables(run, order, router))
+    from_main(lambda: write_timing(run))
 
 
 def write_run_info(
@@ -149,9 +173,13 @@ def _row(run: Path, after: str, requests: list[Request]) -> str:
 
 def run_eval(options: Namespace) -> str:
     """``clmoe eval``; returns the scores as one line."""
-    benchmark = open_benchmark(options.benchmark, options.data)
-    if options.checkpoint == "base":
-        return _evaluate_base(options, benchmark)
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data))
+    with locked(options.output):
+        return _evaluate_base(options, benchmark) if options.checkpoint == "base" else _evaluate(options, benchmark)
+
+
+def _evaluate(options: Namespace, benchmark: Benchmark) -> str:
+    """A finished checkpoint."""
     if options.config or options.model:
         raise ClmoeError("--config and --model belong to --checkpoint base: a checkpoint brings its own")
     from clmoe.train.lineage import read_checkpoint
@@ -200,7 +228,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config, identity)
     requests = [Request(name, "located", options.scoring, None) for name in names]
     _fill(options.output, benchmark, checkpoint, requests, order, "located", None)
-    write_run_info(options.output, benchmark, config, order, options.scoring, None)
+    from_main(lambda: write_run_info(options.output, benchmark, config, order, options.scoring, None))
     return _row(options.output, ZERO_SHOT, requests)
 
 
@@ -212,7 +240,7 @@ def run_report(options: Namespace) -> Any:
     if options.json:
         return [{"run": str(run), "label": read_run(run).label, **read_run(run).metrics} for run in options.runs]
     output = options.output or options.runs[0] / "report"
-    written = write_report(options.runs, output, options.format)
+    written = write_report(options.runs, output, options.format, options.data)
     return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
 
 
@@ -267,3 +295,47 @@ def run_data(options: Namespace) -> str:
         train, test = load_train(task.train, task.image_root), load_questions(task.test, task.image_root)
         lines.append(f"{task.name:<16}{len(train):>7} train {len(test):>7} test")
     return "\n".join([f"{benchmark.name} at {benchmark.root}", *lines])
+
+
+def run_card(options: Namespace) -> str:
+    """``clmoe card``; returns the path written."""
+    from clmoe.report.card import measured_scores
+    from clmoe.system.files import write_text
+    from clmoe.train.card import model_card
+    from clmoe.train.checkpoint import CARD
+    from clmoe.train.lineage import read_checkpoint
+
+    done = read_checkpoint(options.checkpoint)
+    scores = measured_scores(done, options.run or options.checkpoint.resolve().parent)
+    output = options.output or options.checkpoint / CARD
+    write_text(output, model_card(done.config, done.lineage, scores))
+    return f"written: {output}"
+
+
+def run_demo(options: Namespace) -> None:
+    """``clmoe demo``: serve the page until it is interrupted."""
+    from clmoe.train.lineage import read_checkpoint
+
+    done = read_checkpoint(options.checkpoint)
+    from clmoe.demo.page import build_page, launch
+    from clmoe.evaluate.answer import load
+
+    examples = _examples(options, done)
+    title = f"{done.config.name} on {done.lineage.benchmark}, after {done.lineage.tasks[-1]}"
+    page = build_page(load(options.checkpoint, options.model), title, examples)
+    print(f"{title}: {launch(page, options.port)} (stop with Ctrl-C)", flush=True)
+    page.block_thread()
+
+
+def _examples(options: Namespace, done: Finished) -> list[Example]:
+    """Test questions of the benchmark; a checkpoint whose benchmark is not at hand is shown without, and says so."""
+    from clmoe.demo.examples import read_examples
+
+    try:
+        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data)
+        return read_examples(benchmark, done.lineage.tasks)
+    except ClmoeError as error:
+        if options.benchmark or options.data:
+            raise
+        print(f"clmoe demo: no examples (--benchmark and --data say where they are): {error}", file=sys.stderr)
+        return []

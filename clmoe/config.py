@@ -43,7 +43,7 @@ class AdapterConfig:
     """What is attached to the frozen base.
 
     Attributes:
-        rank: LoRA rank; over all experts together or of each one, as ``rank_is`` says.
+        rank, rank_is: LoRA rank, over all experts together (``total``) or of each one (``per_expert``).
         experts: experts per adapted module at the start; plain LoRA methods ignore it.
         alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
         scale: the *effective* scale, ``s`` times the mean gate; when set it replaces ``alpha``, so that methods
@@ -79,10 +79,15 @@ class TrainingConfig:
         batch_size: **global** batch, over all processes and accumulation steps.
         micro_batch_size: samples per forward and process; None is the process's whole share.
         warmup_ratio: share of the steps with a linear warm-up; cosine decay to zero follows.
+        weight_decay: of AdamW.
+        max_grad_norm: the gradient is clipped to this norm.
         max_length: tokens per sample, image tokens included.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: data-loading processes.
+        save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
+        keep_states: how many of them are kept; the second saves the day when the newest is damaged.
         logging_steps: steps between two lines of ``events.jsonl``.
+        trackers: where those lines go besides: ``tensorboard``, ``wandb``.
     """
 
     learning_rate: float = 2e-4
@@ -97,7 +102,10 @@ class TrainingConfig:
     max_length: int = 2048
     gradient_checkpointing: bool = False
     workers: int = 0
+    save_steps: int = 100
+    keep_states: int = 2
     logging_steps: int = 10
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ class Config:
         method: name of a file in ``clmoe/methods``.
         label: how tables name this variant; the method's name when empty.
         seed: of initial weights, sample order and dropout.
+        model, adapter, training, evaluation: the sections below.
         options: the method's own fields, checked by its ``Options`` dataclass.
     """
 

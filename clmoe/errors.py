@@ -1,8 +1,15 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and the way out when a command is told to stop."""
 
 
 class ClmoeError(Exception):
     """Something the user can mend: the message names the file, row or field, and the fix.
 
     The command line prints it as one line and exits with code 2.
+    """
+
+
+class Interrupted(BaseException):
+    """The command was told to stop; what is finished is on disk, and the same command goes on from there.
+
+    No ``Exception``, so that nothing which handles failures takes it for one.
     """

@@ -7,6 +7,28 @@ if [ -x .venv/bin/clmoe ]; then PATH="$ROOT/.venv/bin:$PATH"; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export TOKENIZERS_PARALLELISM=false
 
+# Processes per machine and what starts them; see docs/multi-gpu.md.
+if [ -z "${GPUS:-}" ]; then GPUS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l); fi
+if [ "$GPUS" -lt 1 ]; then GPUS=1; fi
+if [ -z "${LAUNCHER:-}" ]; then if [ "$GPUS" -gt 1 ]; then LAUNCHER=deepspeed; else LAUNCHER=python; fi; fi
+if [ "$LAUNCHER" = deepspeed ]; then DEEPSPEED=${DEEPSPEED:-zero2}; fi
+
+# launch VERB ...: `clmoe VERB ...` in GPUS processes.
+launch() {
+  case $LAUNCHER in
+  python) clmoe "$@" ;;
+  torchrun) python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" -m clmoe.cli "$@" ;;
+  deepspeed)
+    deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} --num_gpus "$GPUS" --no_local_rank --log_level warning \
+      --module clmoe.cli "$@"
+    ;;
+  *)
+    echo "LAUNCHER=$LAUNCHER is none of python, torchrun, deepspeed" >&2
+    exit 2
+    ;;
+  esac
+}
+
 # setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt.
 # PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say).
 setup() {

@@ -3,11 +3,12 @@
 #
 #   RUN=runs/x OUT=runs/x-beta1 bash scripts/eval.sh BENCHMARK [--router oracle] [key=value ...]
 #
-# For instance options.beta=1 label=clmoe_beta1, or --router last. Environment: ORDER and DATA as for sequence.sh.
+# For instance options.beta=1 label=clmoe_beta1, or --router last. Environment: ORDER, DATA, GPUS, LAUNCHER as for
+# sequence.sh.
 source "$(dirname "$0")/common.sh"
 BENCHMARK=$1
 shift
 for checkpoint in "$RUN"/[0-9]*_*/; do
-  clmoe eval --checkpoint "${checkpoint%/}" --benchmark "$BENCHMARK" --order "${ORDER:-norm}" ${DATA:+--data "$DATA"} \
+  launch eval --checkpoint "${checkpoint%/}" --benchmark "$BENCHMARK" --order "${ORDER:-norm}" ${DATA:+--data "$DATA"} \
     --output "$OUT" "$@" </dev/null
 done

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a table: set up an environment, train lora, moelora and clmoe on the embedded eight-task benchmark
+# From nothing to a table and a page: set up an environment, train lora, moelora and clmoe on the embedded eight-task benchmark
 # with a reduced schedule, and report. Run it again and everything that is finished is skipped.
 #
 # Environment: STEPS per task (reduced; the full schedule of scripts/playground/compare.sh is in configs/benchmarks),
 # LIMIT test questions in rows before the last, OUT, JOBS methods side by side (default: one per core).
+export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
 source "$(dirname "$0")/common.sh"
 setup ""
 export STEPS=${STEPS:-150} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
@@ -15,4 +16,5 @@ clmoe data prepare playground-coin
 export OMP_NUM_THREADS=1 CLMOE_PROGRESS=0
 printf '%s\n' clmoe moelora lora | xargs -P "$JOBS" -I{} bash -c \
   'OUT=$OUT/{} bash scripts/playground/{}.sh training.steps="$STEPS" evaluation.limit="$LIMIT"'
-clmoe report "$OUT"/lora "$OUT"/moelora "$OUT"/clmoe --output "$OUT/report"
+clmoe report "$OUT"/lora "$OUT"/moelora "$OUT"/clmoe --format md,csv,html --output "$OUT/report"
+echo "Open $OUT/report/report.html in a browser: heat-maps, forgetting curves, routers, and what each method answered."

@@ -4,27 +4,28 @@
 #   bash scripts/sequence.sh BENCHMARK METHOD [key=value ...]
 #
 # Environment: SEED (0), ORDER (norm, rev, rand or names with commas), OUT (run folder), MODEL (a model
-# configuration or folder), DATA (the benchmark's files). What is finished is skipped: run the same line again
-# after any interruption.
+# configuration or folder), DATA (the benchmark's files), GPUS (all), LAUNCHER (python, torchrun, deepspeed), DEEPSPEED
+# (zero2, zero2_offload, zero3 or a JSON file), HOSTFILE. What is finished is skipped: run the same line again after any
+# interruption, with as many GPUs as there are then.
 source "$(dirname "$0")/common.sh"
 BENCHMARK=$1 METHOD=$2
 shift 2
 SEED=${SEED:-0} ORDER=${ORDER:-norm}
-OUT=${OUT:-runs/$BENCHMARK/$METHOD-seed$SEED}
+OUT=${OUT:-runs/$(basename "${BENCHMARK%.y*ml}")/$(basename "${METHOD%.y*ml}")-seed$SEED}
 
 where=(--benchmark "$BENCHMARK" --order "$ORDER" ${DATA:+--data "$DATA"})
 how=(--config "$METHOD" ${MODEL:+--model "$MODEL"})
 steps=$(clmoe plan "${how[@]}" "${where[@]}" --steps "seed=$SEED" "$@")
 
 if [ -z "$steps" ]; then
-  clmoe eval --checkpoint base "${how[@]}" "${where[@]}" --output "$OUT" "seed=$SEED" "$@"
+  launch eval --checkpoint base "${how[@]}" "${where[@]}" --output "$OUT" "seed=$SEED" "$@"
   exit
 fi
 previous=""
 while read -r number task parent; do
   [ "$parent" != - ] || previous=""
   output=$OUT/${number}_$task
-  clmoe train "${how[@]}" "${where[@]}" --task "$task" ${previous:+--previous "$previous"} --output "$output" \
-    --then-eval "seed=$SEED" "$@" </dev/null
+  launch train "${how[@]}" "${where[@]}" --task "$task" ${previous:+--previous "$previous"} --output "$output" \
+    --then-eval ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} "seed=$SEED" "$@" </dev/null
   previous=$output
 done <<<"$steps"

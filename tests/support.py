@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clmoe.config import Config, load_config
-from clmoe.data.batches import train_dataset
-from clmoe.data.collate import PromptItem, collate_prompts, collate_train
+from clmoe.data.batches import over_prompt_batches, over_train_batches, train_dataset
+from clmoe.data.collate import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.prompts import SYSTEM, encode_prompt
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.model.llava import LoadedBase
@@ -172,3 +172,13 @@ def train_batch(base: LoadedBase, pairs: Sequence[tuple[str, str]], image_root: 
     records = [TrainRecord(str(row), None, (Turn(*pair),)) for row, pair in enumerate(pairs)]
     dataset = train_dataset(base, records, image_root, 256)
     return collate_train([dataset[row] for row in range(len(records))], base.tokenizer.pad_token_id)
+
+
+def prompt_batches(base: LoadedBase, dataset: PromptDataset, size: int) -> list[dict[str, Tensor]]:
+    """All batches of prompts, in order."""
+    return over_prompt_batches(base, dataset, size, dict)
+
+
+def train_batches(base: LoadedBase, dataset: TrainDataset, size: int) -> list[dict[str, Tensor]]:
+    """All batches of training records, in order."""
+    return over_train_batches(base, dataset, size, dict)

@@ -9,7 +9,20 @@ import pytest
 import clmoe
 
 PACKAGE = Path(clmoe.__file__).parent
-ROOMS = ("cli", "commands", "report", "evaluate", "train", "methods", "benchmarks", "data", "model", "config", "system")
+ROOMS = (
+    "cli",
+    "commands",
+    "demo",
+    "report",
+    "evaluate",
+    "train",
+    "methods",
+    "benchmarks",
+    "data",
+    "model",
+    "config",
+    "system",
+)
 FROM_ANYWHERE = ("errors",)
 
 

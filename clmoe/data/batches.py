@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from clmoe.data.collate import PromptDataset, TrainDataset, collate_prompts, col
 from clmoe.data.permutation import epoch_permutation
 from clmoe.data.records import Question, TrainRecord
 from clmoe.model.llava import LoadedBase
+from clmoe.system.processes import in_order
+
+R = TypeVar("R")
 
 
 def sample_records(records: Sequence[TrainRecord], samples: int, seed: int) -> list[TrainRecord]:
@@ -36,18 +40,32 @@ def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
     }
 
 
-def train_batches(base: LoadedBase, dataset: TrainDataset, size: int) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches of whole records, in order, on the model's device."""
-    for start in range(0, len(dataset), size):
-        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        yield to_device(collate_train(items, base.tokenizer.pad_token_id), base)
+def over_train_batches(
+    base: LoadedBase, dataset: TrainDataset, size: int, compute: Callable[[dict[str, Tensor]], R]
+) -> list[R]:
+    """``compute`` of right-padded batches of whole records on the model's device, in order, shared by the processes."""
+    return _over_batches(base, dataset, size, collate_train, compute)
 
 
-def prompt_batches(base: LoadedBase, dataset: PromptDataset, size: int) -> Iterator[dict[str, Tensor]]:
-    """Left-padded batches of prompts, in order, on the model's device."""
-    for start in range(0, len(dataset), size):
+def over_prompt_batches(
+    base: LoadedBase, dataset: PromptDataset, size: int, compute: Callable[[dict[str, Tensor]], R]
+) -> list[R]:
+    """``compute`` of left-padded batches of prompts on the model's device, in order, shared by the processes."""
+    return _over_batches(base, dataset, size, collate_prompts, compute)
+
+
+def _over_batches(
+    base: LoadedBase,
+    dataset: Any,
+    size: int,
+    collate: Callable[[list[Any], int], dict[str, Tensor]],
+    compute: Callable[[dict[str, Tensor]], R],
+) -> list[R]:
+    def one(start: int) -> R:
         items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        yield to_device(collate_prompts(items, base.tokenizer.pad_token_id), base)
+        return compute(to_device(collate(items, base.tokenizer.pad_token_id), base))
+
+    return in_order(range(0, len(dataset), size), one)
 
 
 def first_questions(records: Sequence[TrainRecord]) -> list[Question]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,11 @@ from clmoe.config import Config
 from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
+from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.scoring import find_scorer, score
 from clmoe.system.files import csv_text, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
+from clmoe.system.processes import from_main
 
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer, Answerer
@@ -93,24 +97,47 @@ def evaluate(
     run: Path, benchmark: Benchmark, checkpoint: Checkpoint, requests: list[Request], answerer: Answerer,
     stage: Stage | None = None,
 ) -> None:  # fmt: skip
-    """Fill the cells that are not filled yet, then rewrite the run's matrix and metrics."""
+    """Fill the cells that are not filled yet. Called by every process; the main one writes."""
     log = EventLog(run / "events.jsonl")
     for request in requests:
-        if is_done(run, checkpoint, request):
+        if from_main(partial(settled, run, checkpoint, request)):
             continue
         task = benchmark.task(request.task)
         find_scorer(task.scorer)
         questions = load_questions(task.test, task.image_root)[: request.limit]
         title = f"{checkpoint.after} > {request.stem()}"
         index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
+        # The report finds the images of the predictions by these two.
+        places = {"data": str(benchmark.root), "images": os.path.relpath(task.image_root, benchmark.root)}
         with (
-            timed(log, "evaluated", after=checkpoint.after, task=request.stem()) as extra,
+            timed(log, "evaluated", after=checkpoint.after, task=request.stem(), **places) as extra,
             Progress(title, len(questions), read_events(log.path), stage) as progress,
         ):
             answers = answerer.answer(
-                questions, task.image_root, task.max_new_tokens, request.router, index, progress.advance_rows
+                questions,
+                task.image_root,
+                task.max_new_tokens,
+                request.router,
+                index,
+                progress.advance_rows,
+                _partial(run, checkpoint, request),
             )
-            extra["score"] = _write_cell(run, checkpoint, request, task.scorer, questions, answers)
+            extra["score"] = from_main(partial(_write_cell, run, checkpoint, request, task.scorer, questions, answers))
+
+
+def _partial(run: Path, checkpoint: Checkpoint, request: Request) -> PartialAnswers:
+    """Where the cell's answers lie until it is complete."""
+    size = checkpoint.config.evaluation.batch_size  # another size would cut other batches
+    path = summary_path(run, checkpoint.after, request.stem())
+    return PartialAnswers.of(path, [_settings(checkpoint, request), size])
+
+
+def settled(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
+    """As ``is_done``; removes what a crash left beside a complete cell."""
+    done = is_done(run, checkpoint, request)
+    if done:
+        _partial(run, checkpoint, request).remove()
+    return done
 
 
 def _write_cell(
@@ -153,6 +180,7 @@ def _write_cell(
         "settings": _settings(checkpoint, request),
     }
     write_json(path, summary)
+    _partial(run, checkpoint, request).remove()
     return percent
 
 

@@ -76,13 +76,14 @@ class Method:
         """After training, with the trained adapter saved in ``context.trained``."""
 
     def feature_kind(self) -> FeatureKind:
-        """The frozen base's hidden state that ``locate`` looks at."""
+        """The frozen base's hidden state that ``task_scores`` looks at."""
         return "last"
 
-    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
-        """Task ``[M]`` int64 that each decider takes the questions for; the first decider's word counts.
+    def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """How typical each decider finds the questions of each learned task: ``[M, N]``, a question's largest wins.
 
-        Only asked of methods with ``finds_task``. ``features [M, D]`` float32 on the CPU.
+        The first decider's word counts; ties go to the older task. Only asked of methods with ``finds_task``.
+        ``features [M, D]`` float32 on the CPU.
         """
         raise NotImplementedError
 

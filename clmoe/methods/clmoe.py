@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.context import TaskContext
+from clmoe.methods.context import STATISTICS, TaskContext
 from clmoe.methods.moelora import MoeLora
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from clmoe.model.routing import RouteSelection
 
-STATISTICS = "statistics.safetensors"
 LOCATOR = "locator.safetensors"
 
 
@@ -127,14 +126,14 @@ class ClMoe(MoeLora):
     def _consolidate(self, context: TaskContext, history: list[dict[str, dict[str, Tensor]]]) -> None:
         """theta_t from theta_{t-1} (the parent's file) and phi_t (the trained file), never from live weights."""
         import torch
-        from safetensors.torch import load_file
 
         from clmoe.methods.momentum import consolidate, mix
         from clmoe.model.adapter import expert_layers, tensor_name
+        from clmoe.system.tensors import load_tensors
 
         assert context.previous is not None
-        theta = load_file(context.previous / "adapter_model.safetensors")
-        phi = load_file(context.trained / "adapter_model.safetensors")
+        theta = load_tensors(context.previous / "adapter_model.safetensors")
+        phi = load_tensors(context.trained / "adapter_model.safetensors")
         keep = self.keep_by_module(history)
         with torch.no_grad():
             for name, layer in expert_layers(context.model).items():
@@ -148,12 +147,12 @@ class ClMoe(MoeLora):
                     key = tensor_name(name, "clmoe_routers.instance.0.weight")
                     layer.routers.instance[0].weight.copy_(mix(theta[key], phi[key], keep[name].unsqueeze(1)))  # type: ignore[operator]
 
-    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
-        """The nearest task centre."""
+    def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """The nearest task centre wins."""
         from clmoe.model.locator import PrototypeIndex
 
         index = PrototypeIndex.load(checkpoint / LOCATOR)
-        return {"prototype": index.locate(features, self.options.distance, self.options.radius)}
+        return {"prototype": -index.scores(features, self.options.distance, self.options.radius)}
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """Mix in the gates of the samples' tasks."""

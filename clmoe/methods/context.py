@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase
 
 
+STATISTICS = "statistics.safetensors"  # what the routers did on each task so far; the report shows it
 PLAN = "plan.json"  # a growing method's record of what each task added; the report shows it
 
 
@@ -28,8 +29,10 @@ class TaskContext:
         records, image_root: its training set.
         config: the resolved configuration.
         model: base with adapter.
-        work: folder that becomes the checkpoint; a method's state files go here.
-        trained: sealed folder with the adapter exactly as the newest phase left it.
+        work: folder that becomes the checkpoint; a method's state files go here. All processes of a command run the
+            method, each with a folder of its own, and the main one's becomes the checkpoint.
+        sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it.
+        trained: the newest of those.
         previous: the parent checkpoint, or None.
     """
 
@@ -41,13 +44,14 @@ class TaskContext:
     base: LoadedBase
     model: PeftModel
     work: Path
+    sealed: Path
     trained: Path
     previous: Path | None
 
     @property
     def run(self) -> Path:
         """The run folder, which holds the checkpoints of the sequence."""
-        return self.work.parent
+        return self.sealed.parent
 
     def load(self, folder: Path) -> None:
         """Replace the live adapter by a saved one."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from clmoe.methods.statistics import router_outputs
+from clmoe.methods.statistics import over_router_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clmoe.data.records import TrainRecord
     from clmoe.methods.context import TaskContext
+    from clmoe.model.routing import RouterOutput
 
 Where = Literal["probed", "random", "every", "none"]
 
@@ -143,12 +144,15 @@ def measure_activations(
 
     ``frequency``: share of non-padding tokens whose top-k holds the expert, from int64 counts; ``logit``: mean logit.
     """
-    totals: dict[str, Tensor] = {}
-    tokens = 0
-    for outputs, mask in router_outputs(context, records):
+
+    def total(output: RouterOutput, mask: Tensor) -> tuple[Tensor, int]:
         real = mask.bool()
-        tokens += int(real.sum())
-        for name, output in outputs.items():
-            total = (output.gate[real] > 0).sum(0) if kind == "frequency" else output.logits[real].double().sum(0)
-            totals[name] = totals[name] + total if name in totals else total
-    return {name: total.double().cpu() / tokens for name, total in totals.items()}
+        values = (output.gate[real] > 0).sum(0) if kind == "frequency" else output.logits[real].double().sum(0)
+        return values.cpu(), int(real.sum())
+
+    batches = over_router_outputs(context, records, total)
+    activations = {}
+    for name in batches[0]:
+        values, tokens = zip(*(batch[name] for batch in batches), strict=True)
+        activations[name] = torch.stack(values).sum(0).double() / sum(tokens)
+    return activations

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
+import torch
 
-from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, sample_records
+from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
 from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.system.files import file_sha256
+from clmoe.system.processes import from_main, is_main
+from clmoe.system.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,11 +56,15 @@ class FeatureStore:
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         """``[M, D]`` float32 on the CPU, one row per question, in order."""
         path = None if self.folder is None else self.folder / f"{self._key(questions, image_root)}.safetensors"
-        if path is not None and path.is_file():
-            return load_file(path)["features"]
+        if path is not None and from_main(path.is_file):
+            return load_tensors(path)["features"]
         dataset = prompt_dataset(self.base, questions, image_root)
-        features = base_features(model, prompt_batches(self.base, dataset, self.batch_size), self.kind)
-        if path is not None:
+        features = torch.cat(
+            over_prompt_batches(
+                self.base, dataset, self.batch_size, lambda batch: base_features(model, batch, self.kind)
+            )
+        )
+        if path is not None and is_main():
             _write(path, features)
         return features
 
@@ -73,7 +79,7 @@ def _write(path: Path, features: Tensor) -> None:
     """Appears whole or not at all, also when several runs write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"features": features.contiguous()}, partial)
+    save_tensors({"features": features.contiguous()}, partial)
     partial.replace(path)
 
 

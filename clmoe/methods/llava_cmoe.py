@@ -219,7 +219,7 @@ class LlavaCMoe(Method):
         """Throw the probes away and add the planned experts, each a copy of its block's most active one."""
         from clmoe.methods.expansion import choose_blocks
 
-        context.load(context.work / "initial" if context.previous is None else context.previous)
+        context.load(context.sealed / "initial" if context.previous is None else context.previous)
         self._balance_weight = self.options.balance_weight
         added = choose_blocks(self._decisions, self.options.extend, self.config.seed + context.index)
         factors = {
@@ -260,14 +260,14 @@ class LlavaCMoe(Method):
     def feature_kind(self) -> FeatureKind:
         return self.options.feature
 
-    def locate(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
-        """The most typical task by the VAE bank, and the nearest class mean; ``options.decider`` comes first."""
+    def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
+        """z-scores of the VAE bank, and distances to the class means, negative; ``options.decider`` comes first."""
         from clmoe.model.locator import PrototypeIndex
         from clmoe.model.vae_bank import VaeBank
 
         found = {
-            "vae": VaeBank.load(checkpoint / LOCATOR, self.options.locator).locate(features),
-            "prototype": PrototypeIndex.load(checkpoint / PROTOTYPES).locate(features),
+            "vae": VaeBank.load(checkpoint / LOCATOR, self.options.locator).z_scores(features),
+            "prototype": -PrototypeIndex.load(checkpoint / PROTOTYPES).scores(features),
         }
         first = self.options.decider
         return {first: found[first], **found}

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clmoe.data.batches import sample_records, train_batches, train_dataset
+from clmoe.data.batches import over_train_batches, sample_records, train_dataset
 from clmoe.methods.context import TaskContext
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteTrace, routing
+from clmoe.system.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from clmoe.data.records import TrainRecord
 
+R = TypeVar("R")
 Statistics = dict[str, dict[str, Tensor]]
 
 
 @dataclass
 class GateCount:
-    """Running sums of one router over non-padding tokens, kept on its device.
+    """Sums of one router over non-padding tokens, on the CPU.
 
     Attributes:
         total: ``[E]`` float64, sum of gates.
@@ -42,45 +44,45 @@ class GateCount:
         real = gate[mask.bool()]
         order = real.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
         picks = torch.bincount(order.flatten(), minlength=gate.shape[-1])
-        return cls(real.double().sum(0), picks, mask.bool().sum())
+        return cls(real.double().sum(0).cpu(), picks.cpu(), mask.bool().sum().cpu())
 
     def __add__(self, other: GateCount) -> GateCount:
         return GateCount(self.total + other.total, self.picks + other.picks, self.tokens + other.tokens)
 
     def summary(self) -> dict[str, Tensor]:
-        """``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64, on the CPU."""
-        mean = self.total / self.tokens
-        return {"gate_mean": mean.cpu(), "topk_counts": self.picks.cpu(), "tokens": self.tokens.cpu()}
+        """``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
+        return {"gate_mean": self.total / self.tokens, "topk_counts": self.picks, "tokens": self.tokens}
 
 
 @torch.no_grad()
-def router_outputs(
-    context: TaskContext, records: Sequence[TrainRecord]
-) -> Iterator[tuple[dict[str, RouterOutput], Tensor]]:
-    """What the newest routers answer on whole training records, dropout off, without gradient.
+def over_router_outputs(
+    context: TaskContext, records: Sequence[TrainRecord], compute: Callable[[RouterOutput, Tensor], R]
+) -> list[dict[str, R]]:
+    """``compute`` of what the newest routers answer on whole training records, dropout off, without gradient.
 
-    Yields for each batch the outputs of every patched module and the mask ``[B, T]`` of real tokens.
+    It is called with a router's output and the mask ``[B, T]`` of real tokens, and should return something small on the
+    CPU: batches are shared by the processes, and all get all results. Returns for each batch, in order, the results by
+    patched module; added up in that order they do not depend on the number of processes.
     """
     base, config = context.base, context.config
     llava = adapted_llava(context.model.eval())
     dataset = train_dataset(base, records, context.image_root, config.training.max_length)
-    for batch in train_batches(base, dataset, config.evaluation.batch_size):
+
+    def one(batch: dict[str, Tensor]) -> dict[str, R]:
         del batch["labels"]
         trace = RouteTrace()
         with routing(NEWEST_ROUTER, trace):
             llava.model(**batch, use_cache=False)
-        yield trace.outputs, batch["attention_mask"]
+        return {name: compute(output, batch["attention_mask"]) for name, output in trace.outputs.items()}
+
+    return over_train_batches(base, dataset, config.evaluation.batch_size, one)
 
 
 def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
     """Instance-gate statistics of every patched module on at most ``samples`` training records."""
-    counts: dict[str, GateCount] = {}
     records = sample_records(context.records, samples, context.config.seed)
-    for outputs, mask in router_outputs(context, records):
-        for name, output in outputs.items():
-            count = GateCount.of(output.gate, mask, top_k)
-            counts[name] = counts[name] + count if name in counts else count
-    return {name: count.summary() for name, count in counts.items()}
+    batches = over_router_outputs(context, records, lambda output, mask: GateCount.of(output.gate, mask, top_k))
+    return {name: reduce(GateCount.__add__, [counts[name] for counts in batches]).summary() for name in batches[0]}
 
 
 def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
@@ -93,13 +95,13 @@ def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> li
         for name, values in statistics.items()
         for kind, value in values.items()
     }
-    save_file(tensors, path)
+    save_tensors(tensors, path)
     return history
 
 
 def load_statistics(path: Path) -> list[Statistics]:
     """Statistics of all tasks, oldest first."""
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     history: list[Statistics] = [{} for _ in {key.split(".", 1)[0] for key in tensors}]
     for key, value in tensors.items():
         task, rest = key.split(".", 1)

@@ -4,7 +4,6 @@ peft finds it after ``import clmoe``, so ``get_peft_model``, ``save_pretrained``
 work as for LoRA. The mathematics lives in ``experts.py`` and ``routers.py``, which know nothing of peft.
 """
 
-import hashlib
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, register_peft_method
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -25,6 +23,8 @@ from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
+from clmoe.system.seeds import derived_seed
+from clmoe.system.tensors import load_tensors
 
 PEFT_NAME = "clmoe"
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -274,8 +274,7 @@ register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertMo
 
 def seeded(seed: int, name: str) -> torch.Generator:
     """A generator that depends on the seed and a name only, not on the order in which modules are visited."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(derived_seed(seed, name))
 
 
 def expert_config(model: PeftModel) -> ExpertConfig:
@@ -378,8 +377,8 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     Raises:
         ClmoeError: a tensor is missing, superfluous, or differs after loading.
     """
+    on_disk = load_tensors(folder / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    on_disk = load_file(folder / "adapter_model.safetensors")
     live = adapter_tensors(model)
     if on_disk.keys() != live.keys():
         odd = sorted(on_disk.keys() ^ live.keys())

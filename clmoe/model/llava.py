@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
@@ -62,6 +63,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
+            use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
         )
         model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[str]]], loaded)
@@ -69,7 +71,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         if missing:
             raise ValueError(f"its files lack {len(missing)} tensors, {missing[0]} first")
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
     model.requires_grad_(False).eval().to(device)

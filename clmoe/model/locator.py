@@ -1,26 +1,24 @@
 """Find a sample's task from the frozen base's feature of its prompt: the prototype index of CL-MoE."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import FeatureKind, last_prompt_features
+from clmoe.system.tensors import load_tensors, save_tensors
 
 STD_FLOOR = 1e-6
 
 
-def base_features(model: PeftModel, batches: Iterable[dict[str, Tensor]], kind: FeatureKind = "last") -> Tensor:
-    """Features ``[M, D]`` float32 on the CPU of left-padded prompts, with the adapter and a tuned projector off."""
+def base_features(model: PeftModel, batch: dict[str, Tensor], kind: FeatureKind = "last") -> Tensor:
+    """Features ``[B, D]`` float32 on the CPU of left-padded prompts, with the adapter and a tuned projector off."""
     with model.disable_adapter():
-        base = adapted_llava(model)
-        return torch.cat([last_prompt_features(base, batch, kind).cpu() for batch in batches])
+        return last_prompt_features(adapted_llava(model), batch, kind).cpu()
 
 
 @dataclass
@@ -47,12 +45,12 @@ class PrototypeIndex:
     @classmethod
     def load(cls, path: Path) -> "PrototypeIndex":
         """Read the index from ``locator.safetensors``."""
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         return cls(*(tensors[f"prototype.{name}"] for name in ("mean", "variance", "count")))
 
     def save(self, path: Path) -> None:
         names = {"mean": self.mean, "variance": self.variance, "count": self.count}
-        save_file({f"prototype.{name}": tensor.contiguous() for name, tensor in names.items()}, path)
+        save_tensors({f"prototype.{name}": tensor.contiguous() for name, tensor in names.items()}, path)
 
     def append(self, features: Tensor) -> None:
         """Add the next task from its training features ``[M, D]``."""
@@ -89,12 +87,3 @@ class PrototypeIndex:
         if radius == "normalised":
             result = result / (self.variance / std**2).sum(1).sqrt().clamp(min=STD_FLOOR)
         return result
-
-    def locate(
-        self,
-        features: Tensor,
-        distance: Literal["euclidean", "cosine"] = "euclidean",
-        radius: Literal["none", "normalised"] = "none",
-    ) -> Tensor:
-        """Index ``[B]`` int64 of the nearest task; ties go to the older one."""
-        return self.scores(features, distance, radius).argmin(1)

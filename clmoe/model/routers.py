@@ -108,7 +108,7 @@ class RouterBank(nn.Module):
         return list(self.instance)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate for every token. ``x [B, T, din]`` -> ``[B, T, e]`` float32, ``e`` the widest span in the batch."""
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``."""
         active = current_routing()
         selection = NEWEST_ROUTER if active is None else active.selection
         if len(self.instance) == 1 or selection.router is None:
@@ -116,11 +116,12 @@ class RouterBank(nn.Module):
             gate = gate_from_logits(logits, self.top_k)
         else:
             logits, gate = self._mixed(x, selection.router)
-        if active is not None and active.trace is not None:
-            active.trace.outputs[self.name] = RouterOutput(logits, gate)
+        weights = gate
         if selection.task is not None and selection.beta != 1:
-            gate = selection.beta * gate + (1 - selection.beta) * self.task(selection.task)
-        return gate
+            weights = selection.beta * gate + (1 - selection.beta) * self.task(selection.task)
+        if active is not None and active.trace is not None:
+            active.trace.outputs[self.name] = RouterOutput(logits, gate, weights)
+        return weights
 
     def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Route each sample with its own router; narrower gates are padded with zeros."""

@@ -41,10 +41,16 @@ class RouteSelection:
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """One router's answer: ``logits [B, T, e]`` and the instance router's ``gate [B, T, e]``, float32."""
+    """One router's answer, each ``[B, T, e]`` float32.
+
+    Attributes:
+        logits, gate: of the instance router.
+        weights: what the experts are mixed with: the gate, or its mix with the task router's.
+    """
 
     logits: Tensor
     gate: Tensor
+    weights: Tensor
 
 
 @dataclass

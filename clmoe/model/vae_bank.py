@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clmoe.errors import ClmoeError
 from clmoe.model.vae_settings import VaeSettings
+from clmoe.system.tensors import load_tensors, save_tensors
 
 # One entry of the file's metadata: safetensors writes several in no fixed order, and equal banks must be equal files.
 SETTINGS = "settings"
@@ -133,17 +133,13 @@ class VaeBank:
 
     @torch.no_grad()
     def z_scores(self, features: Tensor) -> Tensor:
-        """``[B, N]`` float64 on the CPU."""
+        """``[B, N]`` float64 on the CPU; a sample belongs to the task of its largest."""
         return torch.stack([vae.z_score(features.float().cpu()) for vae in self.vaes], dim=1)
-
-    def locate(self, features: Tensor) -> Tensor:
-        """The task ``[B]`` int64 of largest z-score; ties go to the older one."""
-        return self.z_scores(features).argmax(1)
 
     def save(self, path: Path) -> None:
         """Write all VAEs to one safetensors file, whose metadata holds the settings that shape their decisions."""
         tensors = {f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}
-        save_file(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings))})
+        save_tensors(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings))})
 
     @classmethod
     def load(cls, path: Path, settings: VaeSettings) -> VaeBank:
@@ -152,6 +148,7 @@ class VaeBank:
         Raises:
             ClmoeError: the bank was fitted with other widths, draws or floors than ``settings`` say.
         """
+        tensors = load_tensors(path)
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
         for name, value in _decisive(settings).items():
@@ -160,7 +157,6 @@ class VaeBank:
                     f"{path}: was fitted with options.locator.{name}={stored.get(name)}, not {value}: "
                     "it cannot change within a sequence"
                 )
-        tensors = load_file(path)
         count = len({key.split(".", 2)[1] for key in tensors})
         vaes = []
         for i in range(count):

@@ -14,8 +14,9 @@ class VaeSettings:
         latent, hidden: widths.
         draws: latent draws per reconstruction probability.
         steps, batch_size, learning_rate: of the fit.
+        eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
         held_out: share of the features kept for the primitive.
-        primitive_on: the primitive's instances: ``held_out``, or the last ``primitive_last`` training ones.
+        primitive_on, primitive_last: the primitive's instances: ``held_out`` or the last ``primitive_last`` trained on.
         objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
         feature_floor, sigma_floor, primitive_floor: smallest standard deviations, of a feature, of the decoder and
             latent, and of the primitive.

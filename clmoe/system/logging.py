@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from clmoe.system.processes import is_main
 
 
 class EventLog:
@@ -25,7 +28,9 @@ class EventLog:
         self.path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append ``{"time", "event", ...fields}``."""
+        """Append ``{"time", "event", ...fields}``; of several processes only the main one does."""
+        if not is_main():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         with self.path.open("a", encoding="utf-8") as file:
@@ -78,7 +83,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with loss, samples per second and the whole sequence's time left.
+    """A bar with loss, samples per second (``/s``), peak memory and the whole sequence's time left, within 100 columns.
 
     Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
     """
@@ -86,12 +91,11 @@ class Progress:
     def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
         self.total, self.events, self.stage = total, events, stage
         self.start, self.done, self.samples, self.loss = time.monotonic(), 0, 0, ""
-        columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}")
+        columns = ("[bold]{task.description}", BarColumn(10), MofNCompleteColumn(), "{task.fields[state]}")
         self.bar = RichProgress(
             *(TextColumn(column) if isinstance(column, str) else column for column in columns),
-            TimeElapsedColumn(),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
+            disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
         )
         self.row = self.bar.add_task(title, total=total, state="")
 
@@ -104,16 +108,18 @@ class Progress:
 
     def show(self, loss: float) -> None:
         """Set the loss that is displayed."""
-        self.loss = f"loss {loss:.3f} "
+        self.loss = f"loss {loss:.3f}, "
 
     def advance(self, samples: int, steps: int = 1) -> None:
         """``steps`` units of the bar done, over ``samples`` samples."""
         self.done, self.samples = self.done + steps, self.samples + samples
         elapsed = time.monotonic() - self.start
-        state = f"{self.loss}{self.samples / elapsed:.0f} samples/s"
+        memory = peak_memory()
+        peak = memory.get("peak_cuda_mib", memory["peak_rss_mib"]) / 1024
+        state = f"{self.loss}{self.samples / elapsed:.0f}/s, {peak:.1f} GiB"
         if self.stage is not None:
             here = elapsed / self.done * (self.total - self.done)
-            state += f", sequence ends in {clock(seconds_left(self.events, self.stage, here))}"
+            state += f", all done in {clock(seconds_left(self.events, self.stage, here))}"
         self.bar.update(self.row, advance=steps, state=state)
 
     def advance_rows(self, rows: int) -> None:
@@ -123,11 +129,24 @@ class Progress:
 
 @contextmanager
 def timed(log: EventLog, event: str, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Log ``event`` with its duration when the block ends without an error; the block may add fields."""
+    """Log ``event`` with its duration and the memory used when the block ends without an error.
+
+    The block may add fields.
+    """
     start = time.monotonic()
     extra: dict[str, Any] = {}
     yield extra
-    log.write(event, seconds=round(time.monotonic() - start, 3), **fields, **extra)
+    log.write(event, seconds=round(time.monotonic() - start, 3), **peak_memory(), **fields, **extra)
+
+
+def peak_memory() -> dict[str, int]:
+    """``peak_rss_mib`` of this process so far; where torch uses a GPU also ``peak_cuda_mib``, its tensors there."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    peaks = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
+    torch = sys.modules.get("torch")  # not imported for this: a verb that needs no torch stays fast
+    if torch is not None and torch.cuda.is_available():
+        peaks["peak_cuda_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return peaks
 
 
 def write_timing(run: Path) -> None:

@@ -24,26 +24,26 @@ def repository_root() -> Path:
     raise ClmoeError("no folder configs/benchmarks found; run from the clmoe checkout, or give the path of a YAML file")
 
 
-def known_configs(kind: str) -> list[str]:
+def known_configs(kind: str, ending: str = ".yaml") -> list[str]:
     """Names of the files in ``configs/<kind>``, sorted."""
-    return sorted(path.stem for path in (repository_root() / "configs" / kind).glob("*.yaml"))
+    return sorted(path.stem for path in (repository_root() / "configs" / kind).glob(f"*{ending}"))
 
 
-def find_config(kind: str, name: str) -> Path:
-    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of a YAML file is taken as it is.
+def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
+    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of such a file is taken as it is.
 
     Raises:
         ClmoeError: no such file, or no such name; the nearest known one is named.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((ending, ".yml")):
         path = Path(name).expanduser()
         if not path.is_file():
             raise ClmoeError(f"{path}: no such file")
         return path
-    path = repository_root() / "configs" / kind / f"{name}.yaml"
+    path = repository_root() / "configs" / kind / f"{name}{ending}"
     if not path.is_file():
-        message = unknown(kind.removesuffix("s"), name, known_configs(kind))
-        raise ClmoeError(message + ", or the path of a YAML file")
+        message = unknown(kind.removesuffix("s"), name, known_configs(kind, ending))
+        raise ClmoeError(message + f", or the path of a {ending} file")
     return path
 
 

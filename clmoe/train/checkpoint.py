@@ -11,15 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import file_sha256, flush, write_json
+from clmoe.system.files import file_sha256, flush, json_text, write_json
 
 FORMAT_VERSION = "1"
 MANIFEST = "manifest.json"
+CARD = "README.md"
+
+
+def sealed_files(folder: Path) -> dict[str, Path]:
+    """What a manifest answers for, by relative name: all but itself, the model card, and hidden files.
+
+    The card is for readers and is written anew when scores are known; hidden files are what the hub and its downloads
+    add (``.gitattributes``, ``.cache``).
+    """
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    exempt = (MANIFEST, CARD)
+    return {n: path for n, path in files.items() if n not in exempt and not any(p[0] == "." for p in Path(n).parts)}
 
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder whose files are complete."""
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    files = sealed_files(folder)
     for path in files.values():
         flush(path)
     entries = {name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
@@ -37,13 +49,16 @@ def verify(folder: Path) -> str:
     if not path.is_file():
         raise ClmoeError(f"{folder} is not a finished checkpoint: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         entries, version = manifest["files"], manifest["format_version"]
+        if text != json_text(manifest):  # its own hash is the checkpoint's identity, so every byte counts
+            raise ValueError("it is not as it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise ClmoeError(f"{path} is damaged: {error}; train this task again or restore the folder") from error
     if version != FORMAT_VERSION:
         raise ClmoeError(f"{path}: format {version!r} is not {FORMAT_VERSION!r}, which this version of clmoe reads")
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    present = sealed_files(folder).keys()
     if present != entries.keys():
         odd = sorted(present ^ entries.keys())[0]
         state = "is not in the manifest" if odd in present else "is missing"

@@ -17,6 +17,8 @@ from clmoe.train.checkpoint import verify
 
 LINEAGE = "continual.json"
 CONFIG = "config.yaml"
+# What may change while a task is trained: how its global batches are computed, and how often its state is saved.
+FREE_TRAINING_KEYS = ("micro_batch_size", "gradient_checkpointing", "workers", "save_steps", "keep_states", "trackers")
 RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
 
 
@@ -52,10 +54,17 @@ class Lineage:
 
 
 def training_identity(config: Config) -> str:
-    """sha256 over what determines a task's training: all but the evaluation settings and the label."""
+    """sha256 over what determines a task's training."""
+    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """All but the evaluation settings, the label, and what changes a result by rounding at most."""
     values = recorded(config)
     del values["evaluation"], values["label"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    for key in FREE_TRAINING_KEYS:
+        del values["training"][key]
+    return values
 
 
 def versions() -> dict[str, str]:
@@ -112,9 +121,9 @@ def check_same_run(done: Finished, config: Config, parent: Finished | None, task
         ClmoeError: it was made with other settings, from another parent, or has learned other tasks.
     """
     if done.lineage.config_sha256 != training_identity(config):
-        old, new = recorded(done.config), recorded(config)
-        changed = [k for k in new if k not in ("evaluation", "label") and old[k] != new[k]]
-        text = "; ".join(_difference(key, old[key], new[key]) for key in changed)
+        old, new = _decisive(done.config), _decisive(config)
+        changed = [k for k in new if old[k] != new[k]]
+        text = "; ".join(_difference(key, old[key], new[key]) for key in changed) or "by an older version of clmoe"
         raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
     if done.lineage.parent != (None if parent is None else parent.identity):
         raise ClmoeError(

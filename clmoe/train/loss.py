@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from clmoe.data.prompts import IGNORE
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
+from clmoe.train.state import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,10 +73,10 @@ def enable_checkpointing(model: PeftModel) -> None:
 
 def parameter_groups(model: nn.Module, projector: str, lr: float, projector_lr: float) -> list[dict[str, object]]:
     """Trainable parameters in two groups, so that the projector keeps its own learning rate."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = trainable(model).items()
     groups: list[dict[str, object]] = [
-        {"params": [p for name, p in trainable if projector not in name], "lr": lr},
-        {"params": [p for name, p in trainable if projector in name], "lr": projector_lr},
+        {"params": [p for name, p in named if projector not in name], "lr": lr},
+        {"params": [p for name, p in named if projector in name], "lr": projector_lr},
     ]
     return [group for group in groups if group["params"]]
 

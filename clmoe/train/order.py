@@ -5,11 +5,17 @@ from dataclasses import dataclass
 
 from clmoe.data.permutation import epoch_permutation
 from clmoe.errors import ClmoeError
+from clmoe.system.seeds import derived_seed
 
 
 def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
     """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
     return steps if steps is not None else max(1, -(-round(records * epochs) // batch_size))
+
+
+def step_seed(seed: int, phase: str, step: int, rank: int) -> int:
+    """Seed of what is random within one optimizer step (dropout), so that no generator's state has to be kept."""
+    return derived_seed(seed, f"{phase}:{step}:{rank}")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from clmoe.benchmarks.base import Benchmark
@@ -15,9 +17,13 @@ from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
-from clmoe.system.files import read_json, write_json
+from clmoe.system.files import read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.train.checkpoint import build_folder, is_complete, publish, work_folder
+from clmoe.system.processes import count, device, from_main, is_main
+from clmoe.system.tensors import writing
+from clmoe.system.trackers import check_trackers, tracking
+from clmoe.train.card import model_card
+from clmoe.train.checkpoint import CARD, MANIFEST, build_folder, is_complete, publish, work_folder
 from clmoe.train.lineage import (
     CONFIG,
     LINEAGE,
@@ -30,6 +36,7 @@ from clmoe.train.lineage import (
     versions,
 )
 from clmoe.train.order import BatchPlan, total_steps
+from clmoe.train.zero import spreads_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,6 +56,7 @@ class TrainRequest:
         order: the whole sequence, for progress and for the union.
         previous: parent checkpoint, verified, or None.
         output: folder that becomes the checkpoint.
+        deepspeed: ZeRO's settings, None to train without DeepSpeed.
     """
 
     config: Config
@@ -57,6 +65,7 @@ class TrainRequest:
     order: list[str]
     previous: Finished | None
     output: Path
+    deepspeed: Path | None = None
 
     @property
     def run(self) -> Path:
@@ -77,7 +86,13 @@ class TrainRequest:
 
 
 def prepare_request(
-    config: Config, benchmark: Benchmark, task: str, order: list[str], previous: Path | None, output: Path
+    config: Config,
+    benchmark: Benchmark,
+    task: str,
+    order: list[str],
+    previous: Path | None,
+    output: Path,
+    deepspeed: Path | None = None,
 ) -> TrainRequest:
     """Check all that can be checked without loading a model.
 
@@ -91,6 +106,7 @@ def prepare_request(
         raise ClmoeError(
             f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}"
         )
+    check_trackers(config.training.trackers)
     if task != UNION:
         benchmark.task(task)
         if task not in order:
@@ -100,7 +116,7 @@ def prepare_request(
     parent = None if previous is None else read_checkpoint(previous)
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
-    return TrainRequest(config, benchmark, task, order, parent, output)
+    return TrainRequest(config, benchmark, task, order, parent, output, deepspeed)
 
 
 def finished(request: TrainRequest) -> bool:
@@ -149,46 +165,65 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     batch_plan(request, len(records))
     method.check_inputs(first=request.previous is None)
     base = _load_base(request)
-    work = _open_work(request)
-    context = TaskContext(
-        request.learned[-1],
-        len(request.learned) - 1,
-        records,
-        image_root,
-        request.config,
-        base,
-        _model(request, method, base),
-        work,
-        work,
-        None if request.previous is None else request.previous.folder,
-    )
-    log = EventLog(request.run / "events.jsonl")
-    phases = method.phases(context)
-    for phase in phases:
-        _run_phase(request, method, context, phase, log)
+    sealed = from_main(lambda: _open_work(request))
+    with _own_folder(sealed) as work:
+        context = TaskContext(
+            request.learned[-1],
+            len(request.learned) - 1,
+            records,
+            image_root,
+            request.config,
+            base,
+            _model(request, method, base),
+            work,
+            sealed,
+            sealed,
+            None if request.previous is None else request.previous.folder,
+        )
+        log = EventLog(request.run / "events.jsonl")
+        phases = method.phases(context)
+        for phase in phases:
+            _run_phase(request, method, context, phase, log)
+        from_main(lambda: _publish(request, method, context, phases))
+    detach_adapter(context.model)
+    return context.base
+
+
+@contextmanager
+def _own_folder(sealed: Path) -> Iterator[Path]:
+    """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
+    if is_main():
+        yield sealed
+        return
+    with TemporaryDirectory(prefix="clmoe-") as scratch:
+        yield Path(scratch)
+
+
+def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase]) -> None:
+    """Complete the checkpoint's files, remove what served to make them, and put it in its place."""
+    work = context.work
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
     steps = _phase_steps(request, phases[-1])
-    write_json(work / LINEAGE, _lineage(request, method, context, steps).as_json())
+    lineage = _lineage(request, method, context, steps)
+    write_json(work / LINEAGE, lineage.as_json())
+    write_text(work / CARD, model_card(request.config, lineage))
     (work / IDENTITY).unlink()  # first: without it a rerun starts anew, whatever is left of the others
-    for phase in phases:
-        shutil.rmtree(work / phase.name)
+    for folder in [path for path in work.iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
     publish(work, request.output)
-    detach_adapter(context.model)
-    return base
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
     """Train and seal one phase, or take it as an interrupted run sealed it; then end it."""
-    context.trained = context.work / phase.name
-    if is_complete(context.trained):
-        context.load(context.trained)
-    else:
+    context.trained = context.sealed / phase.name
+    if not from_main(lambda: is_complete(context.trained)):
         phase.begin(context)
         steps = _phase_steps(request, phase)
-        with timed(log, "trained", task=request.task, phase=phase.name, steps=steps):
-            _train(request, method, context, phase, steps, log)
-        build_folder(context.trained, lambda folder: save_adapter(context.model, folder))
+        with timed(log, "trained", task=request.task, phase=phase.name, steps=steps, processes=count()) as extra:
+            extra["engine"] = _train(request, method, context, phase, steps, log)
+    # Always from the file: what follows is the same whether this process trained it or an interrupted one.
+    context.load(context.trained)
     with timed(log, "ended", task=request.task, phase=phase.name):
         phase.end(context)
 
@@ -196,22 +231,20 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
 def batch_plan(request: TrainRequest, records: int) -> BatchPlan:
     """How this task's global batches are cut; refuses an indivisible choice."""
     training = request.config.training
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return BatchPlan(request.config.seed, records, training.batch_size, training.micro_batch_size, processes)
+    return BatchPlan(request.config.seed, records, training.batch_size, training.micro_batch_size, count())
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, readable by peft."""
-    model.save_pretrained(str(folder), safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)
+    with writing(folder / "adapter_model.safetensors"):
+        model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / CARD).unlink(missing_ok=True)  # peft's own, an empty form
 
 
 def _load_base(request: TrainRequest) -> LoadedBase:
-    import torch
-
     from clmoe.model.llava import load_base
 
-    base = load_base(request.config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(request.config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
         raise ClmoeError(
             f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
@@ -230,7 +263,7 @@ def _open_work(request: TrainRequest) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)
     for leftover in work.iterdir():
-        if leftover.is_dir() and not is_complete(leftover):
+        if leftover.is_dir() and not (leftover / MANIFEST).is_file():
             shutil.rmtree(leftover)
         elif leftover.is_file() and leftover.name != IDENTITY:
             leftover.unlink()
@@ -259,9 +292,11 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     return total_steps(len(phase.records), training.batch_size, training.epochs, steps)
 
 
-def _train(
-    request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog
-) -> None:
+def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
+    """Train a phase from its newest saved state, seal it, and remove the states.
+
+    Returns what the model was wrapped in: ``DeepSpeedEngine``, ``DistributedDataParallel``, or its own class.
+    """
     from clmoe.data.batches import train_dataset
     from clmoe.train.loss import TrainedModel, enable_checkpointing
     from clmoe.train.trainer import Report, TaskTrainer
@@ -276,10 +311,31 @@ def _train(
     stage = request.stage
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
     title += "" if phase.name == "trained" else f" ({phase.name})"
-    with Progress(title, steps, read_events(log.path), stage) as progress:
-        report = Report(progress, log, request.task, plan.batch_size)
+    with (
+        Progress(title, steps, read_events(log.path), stage) as progress,
+        tracking(training.trackers, request.run, f"{request.output.name}-{phase.name}") as track,
+    ):
+        report = Report(progress, log, track, request.task, plan.batch_size)
         trained = TrainedModel(context.model, method, plan.batch_size)
-        TaskTrainer(trained, dataset, base.tokenizer.pad_token_id, training, plan, steps, report, context.work).train()
+        folder, pad = context.trained, base.tokenizer.pad_token_id
+        trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
+        trainer.run()
+    with trainer.whole_weights():
+        from_main(lambda: _seal(context.model, folder))
+    engine = type(trainer.model_wrapped).__name__
+    trainer.release()
+    if request.deepspeed is not None and spreads_weights(request.deepspeed):
+        context.base = _load_base(request)
+    return engine
+
+
+def _seal(model: PeftModel, folder: Path) -> None:
+    """Save a phase's adapter; the states of its training are needed no more."""
+    from clmoe.train.state import states
+
+    build_folder(folder, lambda target: save_adapter(model, target))
+    for state in states(folder):
+        shutil.rmtree(state)
 
 
 def _lineage(request: TrainRequest, method: Method, context: TaskContext, steps: int) -> Lineage:

@@ -1,12 +1,18 @@
-"""transformers' Trainer with our sample order, optimizer groups and log; it writes no checkpoint of its own."""
+"""transformers' Trainer with our sample order, optimizer groups, log and mid-training state; alone, DDP or DeepSpeed.
+
+It writes no checkpoint of its own: those are pickles, and DeepSpeed's are tied to the number of processes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -16,21 +22,35 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.config import TrainingConfig
 from clmoe.data.collate import TrainDataset, collate_train
+from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
+from clmoe.system.interrupt import deferred
 from clmoe.system.logging import EventLog, Progress
+from clmoe.system.processes import any_of_them, rank
+from clmoe.system.trackers import Track
 from clmoe.train.loss import TrainedModel, assert_finite, parameter_groups
-from clmoe.train.order import BatchPlan, MicroBatches
+from clmoe.train.order import BatchPlan, MicroBatches, step_seed
+from clmoe.train.state import (
+    PlainOptimizer,
+    ZeroOptimizer,
+    find_state,
+    load_moments,
+    load_weights,
+    save_state,
+    trainable,
+)
 
 
 class Report(TrainerCallback):
-    """Feeds the progress bar and ``events.jsonl``; stops at a non-finite loss."""
+    """Feeds the progress bar, ``events.jsonl`` and the trackers; stops at a non-finite loss."""
 
-    def __init__(self, progress: Progress, log: EventLog, task: str, batch_size: int) -> None:
-        self.progress, self.log, self.task, self.batch_size = progress, log, task, batch_size
+    def __init__(self, progress: Progress, log: EventLog, track: Track, task: str, batch_size: int) -> None:
+        self.progress, self.log, self.track, self.task, self.batch_size = progress, log, track, task, batch_size
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         self.progress.advance(self.batch_size)
@@ -46,10 +66,31 @@ class Report(TrainerCallback):
             "grad_norm": logs["grad_norm"],
         }
         self.log.write("step", task=self.task, step=state.global_step, **fields)
+        self.track(fields, state.global_step)
+
+
+class Snapshots(TrainerCallback):
+    """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step."""
+
+    def __init__(self, trainer: TaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        trainer = self.trainer
+        torch.manual_seed(step_seed(trainer.plan.seed, trainer.phase.name, state.global_step, rank()))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        stop = any_of_them(trainer.stop_asked())
+        due = trainer.config.save_steps and step % trainer.config.save_steps == 0
+        if (stop or due) and step < trainer.steps:
+            trainer.save_state(step)
+        if stop:
+            raise Interrupted(f"stopped by SIGTERM after step {step} of {trainer.steps}; its state is saved")
 
 
 class TaskTrainer(Trainer):
-    """Trains one task for a fixed number of optimizer steps."""
+    """Trains one phase of a task for a fixed number of optimizer steps, from its newest saved state."""
 
     def __init__(
         self,
@@ -60,11 +101,16 @@ class TaskTrainer(Trainer):
         plan: BatchPlan,
         steps: int,
         report: Report,
-        folder: Path,
+        phase: Path,
+        deepspeed: Path | None = None,
     ) -> None:
-        self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
+        """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings."""
+        self.plan, self.steps, self.config, self.pad_id, self.phase = plan, steps, config, pad_id, phase
+        self.stop_asked = lambda: False
+        self.found = find_state(phase)
+        self.first_step = 0 if self.found is None else load_weights(self.found, model)
         arguments = TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(phase.parent),
             max_steps=steps,
             per_device_train_batch_size=plan.micro,
             gradient_accumulation_steps=plan.accumulation,
@@ -78,14 +124,69 @@ class TaskTrainer(Trainer):
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # every trainable parameter gets a gradient, if only of zeros
+            ddp_broadcast_buffers=False,  # they are the frozen experts, the same everywhere
+            deepspeed=None if deepspeed is None else str(deepspeed),
         )
-        super().__init__(model=model, args=arguments, train_dataset=dataset, callbacks=[report])
+        super().__init__(model=model, args=arguments, train_dataset=dataset, callbacks=[report, Snapshots(self)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
 
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: SIGTERM came; the state is saved.
+        """
+        with deferred() as asked:
+            self.stop_asked = lambda: asked.now
+            self.train()
+
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
+        """Trainer's own preparation of model and optimizer, then the moments and the step of the state found."""
+        prepared = super()._prepare_for_training(*arguments, **named)
+        if self.found is not None:
+            load_moments(self.found, self.model, self._moments(), self.first_step)  # type: ignore[arg-type]
+            self.state.global_step = self.first_step
+            self._schedule_from(self.first_step)
+        return prepared
+
+    def _schedule_from(self, step: int) -> None:
+        """The learning rates as they are after ``step`` steps."""
+        scheduler = cast(LambdaLR, self.lr_scheduler)
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
+        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def save_state(self, step: int) -> None:
+        """Write the state after ``step`` steps; called by every process."""
+        save_state(self.phase, step, self.model, self._moments(), self.config.keep_states)  # type: ignore[arg-type]
+
+    def _moments(self) -> PlainOptimizer | ZeroOptimizer:
+        return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within the block every process has the trained parameters whole (ZeRO-3 spreads them)."""
+        parameters = list(trainable(self.model).values())  # type: ignore[arg-type]
+        if not any(hasattr(p, "ds_id") for p in parameters):
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(parameters):
+            yield
+
+    def release(self) -> None:
+        """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""
+        if self.deepspeed:
+            self.deepspeed.destroy()
+            unset_hf_deepspeed_config()
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""
-        sampler = MicroBatches(self.plan, self.steps, rank=self.args.process_index)
+        sampler = MicroBatches(self.plan, self.steps, self.first_step, self.args.process_index)
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,

@@ -14,6 +14,7 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, is_done, summary_path, write_tables
 from clmoe.evaluate.generate import Answer
+from clmoe.evaluate.partial import PartialAnswers
 from tests.runs import Runs, events
 from tests.support import TASKS
 
@@ -28,7 +29,14 @@ class Answers:
         self.asked: list[tuple[str, str, int | None, int]] = []
 
     def answer(
-        self, questions: Sequence[Question], root: Path, limit: int, router: str, index: int | None, advance: Callable
+        self,
+        questions: Sequence[Question],
+        root: Path,
+        limit: int,
+        router: str,
+        index: int | None,
+        advance: Callable,
+        partial: PartialAnswers,
     ) -> list[Answer]:
         self.asked.append((questions[0].question_id.split("-")[0], router, index, len(questions)))
         advance(len(questions))

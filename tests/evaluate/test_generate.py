@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import prompt_batches, prompt_dataset
+from clmoe.data.batches import prompt_dataset
 from clmoe.data.collate import PromptDataset
 from clmoe.data.records import Question, load_questions
 from clmoe.evaluate.answer import open_answerer
@@ -23,7 +23,7 @@ from clmoe.model.llava import LoadedBase
 from clmoe.model.routing import routing
 from clmoe.train.lineage import read_checkpoint
 from tests.runs import Runs
-from tests.support import TASKS, tiny_config
+from tests.support import TASKS, prompt_batches, tiny_config
 
 Ask = Callable[..., list[Answer]]
 
@@ -100,7 +100,7 @@ def test_images_are_read_one_batch_at_a_time(ask: Ask, monkeypatch: pytest.Monke
         return call
 
     monkeypatch.setattr(locator, "last_prompt_features", counted(locator.last_prompt_features))
-    monkeypatch.setattr(answerer, "_generate", counted(answerer._generate))
+    monkeypatch.setattr(answerer, "generate", counted(answerer.generate))
     ask(batch_size=5, exact=False)
     assert read == 2 * [5, 5, 5, 5, 4]
 
@@ -111,8 +111,8 @@ def test_close_calls_are_answered_again_alone(ask: Ask, monkeypatch: pytest.Monk
     threshold = sorted(margins)[len(margins) // 2]
     sizes: list[int] = []
     answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
-    real = answerer._generate
-    monkeypatch.setattr(answerer, "_generate", lambda b, *rest: sizes.append(len(b)) or real(b, *rest))
+    real = answerer.generate
+    monkeypatch.setattr(answerer, "generate", lambda b, *rest: sizes.append(len(b)) or real(b, *rest))
     redone = [a.redone for a in ask(exact=True, margin=threshold)]
     assert redone == [margin < threshold for margin in margins]
     assert sizes == [len(margins), *[1] * sum(redone)]

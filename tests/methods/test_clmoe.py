@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.data.batches import first_questions, prompt_batches, prompt_dataset, train_batches, train_dataset
+from clmoe.data.batches import first_questions, prompt_dataset, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.location import known_tasks
@@ -24,7 +24,7 @@ from clmoe.model.llava import LoadedBase
 from clmoe.model.locator import base_features
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from tests.runs import Runs, same_bits, tensors
-from tests.support import TASKS, tiny_config
+from tests.support import TASKS, prompt_batches, tiny_config, train_batches
 
 E, GAMMA = 4, 0.7
 PREFIX = "base_model.model."
@@ -267,8 +267,8 @@ def test_the_nearest_centre_is_the_samples_task(asked: tuple[Path, PeftModel, li
     """The tasks' questions differ, so it must be right."""
     checkpoint, model, batches = asked
     for index, batch in enumerate(batches):
-        found = method().locate(checkpoint, base_features(model, [batch]))
-        assert {name: tasks.tolist() for name, tasks in found.items()} == {"prototype": [index] * 6}
+        scores = method().task_scores(checkpoint, base_features(model, batch))
+        assert {name: found.argmax(1).tolist() for name, found in scores.items()} == {"prototype": [index] * 6}
 
 
 def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:

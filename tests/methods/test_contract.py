@@ -60,7 +60,8 @@ ROWS = {
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
 CONTINUED = [name for name, row in ROWS.items() if row.chain == "sequence"]
-COMMON_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "continual.json", "manifest.json"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+COMMON_FILES = ADAPTER_FILES | {"config.yaml", "continual.json", "README.md", "manifest.json"}
 
 
 def test_every_method_has_a_row_and_a_config() -> None:
@@ -69,6 +70,7 @@ def test_every_method_has_a_row_and_a_config() -> None:
         assert load_config(name, {}, []).method == name
         assert method_class(name).chain == row.chain
         assert method_class(name).__doc__
+        assert sys.modules[method_class(name).__module__].__doc__, "its first line introduces the method in model cards"
 
 
 def first(runs: Runs, method: str) -> Path:
@@ -215,7 +217,7 @@ def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path)
     loaded = clmoe.load(first(runs, name))
     image = mini_yaml.parent / TASKS[0] / "images" / "0.png"
     answer = loaded.explain(image, "Which colour is it?", max_new_tokens=2)
-    assert answer.task == (0 if method_class(name).finds_task else None)
+    assert answer.task == (TASKS[0] if method_class(name).finds_task else None)
     assert loaded.answer(None, "How many things are there?", max_new_tokens=2) is not None
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.data.batches import train_batches, train_dataset
+from clmoe.data.batches import train_dataset
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.methods.context import TaskContext
 from clmoe.methods.expansion import (
@@ -31,7 +31,7 @@ from clmoe.model.routers import gate_from_logits
 from clmoe.model.routing import NEWEST_ROUTER, routing
 from tests.model.adapters import attached, grow
 from tests.runs import same_bits
-from tests.support import TASKS, tiny_config
+from tests.support import TASKS, tiny_config, train_batches
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -246,7 +246,10 @@ def measured(tiny_base: LoadedBase, mini_yaml: Path) -> Iterator[tuple[TaskConte
     override = ["adapter.train_projector=false", "evaluation.batch_size=4"]
     config = tiny_config("llava_cmoe", Path("nowhere"), *override)
     here = Path("unused")
-    yield TaskContext(TASKS[1], 1, records, folder / "images", config, tiny_base, model, here, here, None), records
+    yield (
+        TaskContext(TASKS[1], 1, records, folder / "images", config, tiny_base, model, here, here, here, None),
+        records,
+    )
 
 
 @pytest.mark.parametrize("kind", ["frequency", "logit"])

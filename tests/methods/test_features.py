@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clmoe.data.batches import prompt_batches, prompt_dataset
+from clmoe.data.batches import prompt_dataset
 from clmoe.data.records import Question, load_questions
 from clmoe.methods import features as features_module
 from clmoe.methods.features import FeatureStore, feature_folder
 from clmoe.model.adapter import load_adapter
 from clmoe.model.llava import LoadedBase, last_prompt_features
 from tests.runs import Runs, same_bits
-from tests.support import TASKS
+from tests.support import TASKS, prompt_batches
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_features_are_the_bare_bases(kind, model, tiny_base, pristine_base, aske
     store = FeatureStore(tiny_base, kind, 5, tmp_path / "store")
     dataset = prompt_dataset(pristine_base, *asked)
     with torch.no_grad():
-        batches = list(prompt_batches(pristine_base, dataset, 5))
+        batches = prompt_batches(pristine_base, dataset, 5)
         if kind == "last":
             expected = torch.cat([last_prompt_features(pristine_base.model, batch) for batch in batches])
         else:  # one question at a time, so without padding; every layer's output from a hook

@@ -61,8 +61,7 @@ def test_scores_equal_the_closed_form(distance: str, radius: str) -> None:
     expected = expected_scores(data, queries, distance, radius)
     assert scores.dtype == torch.float64
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9)
-    located = index.locate(torch.from_numpy(queries), distance, radius)  # type: ignore[arg-type]
-    assert located.tolist() == expected.argmin(1).tolist()
+    assert scores.argmin(1).tolist() == expected.argmin(1).tolist()
 
 
 def test_pooled_moments_are_those_of_the_concatenated_samples() -> None:
@@ -77,7 +76,7 @@ def test_own_samples_of_separate_tasks_are_located() -> None:
     generator = np.random.default_rng(2)
     data = [generator.normal(10 * task, 1, (20, WIDTH)).astype(np.float32) for task in range(3)]
     for task, features in enumerate(data):
-        assert index_of(data).locate(torch.from_numpy(features)).tolist() == [task] * 20
+        assert index_of(data).scores(torch.from_numpy(features)).argmin(1).tolist() == [task] * 20
 
 
 def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:
@@ -87,7 +86,7 @@ def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:
         for radius in ("none", "normalised"):
             scores = index.scores(torch.from_numpy(same), distance, radius)  # type: ignore[arg-type]
             assert scores.isfinite().all()
-    assert index.locate(torch.from_numpy(same)).tolist() == [0] * 4
+            assert (-scores).argmax(1).tolist() == [0] * 4
 
 
 def test_a_decision_does_not_depend_on_the_batch() -> None:
@@ -113,7 +112,7 @@ def test_base_features_ignore_the_adapter_and_a_tuned_projector(
     model = attached(tiny_base, modules_to_save=[PROJECTOR])
     grow(model)
     adapted = logits(model, batch)
-    features = base_features(model, [batch, batch])
-    assert torch.equal(features, torch.cat([expected, expected]))
-    assert features.dtype == torch.float32 and features.shape == (6, support.SIZES.text_hidden)
+    features = base_features(model, batch)
+    assert torch.equal(features, expected)
+    assert features.dtype == torch.float32 and features.shape == (3, support.SIZES.text_hidden)
     assert torch.equal(logits(model, batch), adapted)  # adapter and projector are on again

@@ -1,9 +1,13 @@
 """Time left over a sequence, event logs that a crash cut off, and the quiet progress bar."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from clmoe.system import logging
 from clmoe.system.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
 
 EVENTS = [
@@ -34,6 +38,8 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
         file.write('{"event": "trai')
     (event,) = read_events(log.path)
     assert (event["event"], event["task"], event["note"]) == ("trained", "a", "x")
+    # the interpreter alone takes some MiB, and no test machine has a TiB to spare
+    assert 5 < event["peak_rss_mib"] < 2**20
     write_timing(tmp_path)
     assert '"minutes"' in (tmp_path / "timing.json").read_text()
 
@@ -53,3 +59,22 @@ def test_the_bar_is_silent_when_runs_share_a_terminal(
     with Progress("x", 2, [], Stage(0, 1)) as progress:
         progress.advance(4)
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Task, phase, steps, loss, speed, peak memory and the sequence's time left, none of it cut off."""
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(
+        logging, "Console", lambda stderr: Console(file=written, width=100, force_terminal=True, color_system=None)
+    )
+    monkeypatch.setattr(logging, "peak_memory", lambda: {"peak_rss_mib": 99_000, "peak_cuda_mib": 40_550})
+    with Progress(
+        "llava_cmoe 2/8 digits (probes)", 120, [{**e, "seconds": 600.0} for e in EVENTS], Stage(1, 8)
+    ) as progress:
+        progress.show(0.1234)
+        progress.advance(16)
+    last = [line for line in re.split(r"[\r\n]", written.getvalue()) if "loss" in line][-1]
+    title, numbers = last.split("(probes)")
+    assert title.endswith("llava_cmoe 2/8 digits ")
+    assert re.fullmatch(r"[ ━╸╺]+1/120 loss 0\.123, \d+/s, 39\.6 GiB, all done in [0-9:]+ *", numbers)

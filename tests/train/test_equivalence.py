@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clmoe.data.batches import train_batches, train_dataset
+from clmoe.data.batches import train_dataset
 from clmoe.data.records import load_train
 from clmoe.methods.base import method_class
 from clmoe.model.adapter import PROJECTOR, adapted_llava, attach_adapter
@@ -13,7 +13,7 @@ from clmoe.model.llava import LoadedBase
 from clmoe.model.routing import NEWEST_ROUTER, routing
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from tests.runs import Runs, contents, events, same_bits, tensors
-from tests.support import TASKS, tiny_config, train_batch
+from tests.support import TASKS, tiny_config, train_batch, train_batches
 
 METHODS = ["lora", "moelora"]
 MIXED = TASKS[1]  # three of its records have no image

@@ -61,13 +61,15 @@ def test_a_foreign_lineage_file_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a")
 
 
-def test_identity_covers_all_but_evaluation_and_label() -> None:
+def test_identity_covers_what_decides_a_training() -> None:
     same = training_identity(config())
     assert training_identity(config("evaluation.limit=3", "evaluation.exact=false", "label=x")) == same
+    for free in ("micro_batch_size=2", "gradient_checkpointing=true", "workers=2", "save_steps=7", "keep_states=1"):
+        assert training_identity(config(f"training.{free}")) == same, free
     changes = [
         "seed=1",
         "training.steps=3",
-        "training.workers=2",
+        "training.batch_size=2",
         "adapter.rank=8",
         "options.gamma=0.5",
         "model.path=x",

@@ -1,0 +1,109 @@
+"""The data-parallel processes of one command: who is the main one, what they agree on, how they share work.
+
+A launcher (``torchrun``, ``deepspeed``) starts the same command several times and says so in the environment. All
+processes run the same code; only the main one writes files that stay. torch is imported only where there are several.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# The main process may score, write or fit something alone for a while before the others hear of it.
+TIMEOUT = timedelta(hours=2)
+
+
+def count() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """True for the process that writes."""
+    return rank() == 0
+
+
+def device() -> str:
+    """Where this process computes: its own GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def start() -> None:
+    """Join the other processes; does nothing when there are none, or when it is done already."""
+    if count() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def stop() -> None:
+    """Leave the other processes, at the end of a command; DeepSpeed makes a group of one, too."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What ``decide`` returns in the main process, in all of them; its error is raised in all of them, too."""
+    if count() == 1:
+        return decide()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (decide(), None)
+        except Exception as error:
+            outcome = (None, error)
+    value, failure = _gather(outcome)[0]
+    if failure is not None:
+        raise failure
+    return value
+
+
+def any_of_them(mine: bool) -> bool:
+    """True if it is true in any process."""
+    return mine if count() == 1 else any(_gather(mine))
+
+
+def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
+    """``[compute(item) for item in items]`` in every process, each computing every n-th item.
+
+    The results do not depend on the number of processes, as long as ``compute`` depends on its item only. Tensors in
+    them should be on the CPU.
+    """
+    mine = [compute(item) for item in items[rank() :: count()]]
+    if count() == 1:
+        return mine
+    shares = _gather(mine)
+    return [shares[k % count()][k // count()] for k in range(len(items))]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    import torch.distributed as dist
+
+    start()
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values

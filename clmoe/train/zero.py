@@ -1,0 +1,47 @@
+"""DeepSpeed's ZeRO: its settings in configs/deepspeed, and what a process needs to start it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+from clmoe.errors import ClmoeError
+from clmoe.system.files import read_json
+from clmoe.system.paths import find_config
+
+
+def deepspeed_settings(name: str) -> Path:
+    """``zero2`` -> ``configs/deepspeed/zero2.json``; the path of a JSON file is taken as it is.
+
+    Raises:
+        ClmoeError: no such settings, DeepSpeed is not installed, or it would round all parameters.
+    """
+    path = find_config("deepspeed", name, ".json")
+    settings = read_json(path)
+    if find_spec("deepspeed") is None:
+        raise ClmoeError("--deepspeed: DeepSpeed is not installed; pip install 'clmoe[train]'")
+    for kind in ("bf16", "fp16"):
+        if settings.get(kind, {}).get("enabled"):
+            raise ClmoeError(
+                f'{path}: {kind} would round the adapter\'s float32 weights; set "enabled": false and choose the '
+                "base's type with model.dtype"
+            )
+    return path
+
+
+def spreads_weights(settings: Path) -> bool:
+    """ZeRO-3: also the frozen base is cut into parts, one per process."""
+    return read_json(settings)["zero_optimization"]["stage"] == 3
+
+
+def stand_alone() -> None:
+    """Without a launcher: say in the environment that this process is the only one, which DeepSpeed insists on."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})

@@ -1,0 +1,53 @@
+"""What several processes agree on, in two real ones."""
+
+from pathlib import Path
+
+from clmoe.system import processes
+from tests.launch import launch
+
+SCRIPT = """
+import sys, json
+from pathlib import Path
+from clmoe.errors import ClmoeError
+from clmoe.system import processes
+
+folder = Path(sys.argv[1])
+calls = []
+def square(x):
+    calls.append(x)
+    return x * x
+
+found = {str(n): processes.in_order(list(range(n)), square) for n in (0, 1, 2, 5)}
+main = processes.from_main(lambda: processes.rank() + 10)
+try:
+    processes.from_main(lambda: (_ for _ in ()).throw(ClmoeError("broken")))
+    error = None
+except ClmoeError as e:
+    error = str(e)
+some = [processes.any_of_them(processes.rank() == 1), processes.any_of_them(False)]
+told = {"found": found, "calls": calls, "main": main, "error": error, "some": some, "is_main": processes.is_main()}
+(folder / f"{processes.rank()}.json").write_text(json.dumps(told))
+processes.stop()
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    import json
+
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch(2, str(script), str(tmp_path))
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for one in told:
+        assert one["found"] == {"0": [], "1": [0], "2": [0, 1], "5": [0, 1, 4, 9, 16]}
+        assert one["main"] == 10 and one["error"] == "broken" and one["some"] == [True, False]
+    assert [one["is_main"] for one in told] == [True, False]
+    assert told[0]["calls"] == [0, 0, 0, 2, 4] and told[1]["calls"] == [1, 1, 3], "each computed its share only"
+
+
+def test_one_process_needs_no_group() -> None:
+    assert processes.count() == 1 and processes.is_main()
+    assert processes.in_order([3, 4], lambda x: x + 1) == [4, 5]
+    assert processes.from_main(lambda: 7) == 7 and processes.any_of_them(True)
+    processes.start()
+    processes.stop()

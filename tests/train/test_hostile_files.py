@@ -1,0 +1,164 @@
+"""Files that are damaged, forged, or cannot be written: named, never executed, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clmoe.config import ModelConfig
+from clmoe.errors import ClmoeError
+from clmoe.model.llava import load_base
+from clmoe.system.tensors import load_tensors
+from clmoe.train.checkpoint import CARD, MANIFEST, seal, verify
+from clmoe.train.lineage import read_checkpoint
+from tests.launch import environment
+from tests.runs import Runs, contents
+from tests.support import TASKS
+
+FIRST, SECOND = TASKS[:2]
+LLAVA_CMOE = (
+    "adapter.train_projector=false",
+    "options.initial_experts_from=first_task",
+    *(f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+)
+CHAINS = {"clmoe": (), "llava_cmoe": LLAVA_CMOE}
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-2] + bytes([path.read_bytes()[-2] ^ 1, 10])),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(params=CHAINS)
+def checkpoint(request: pytest.FixtureRequest, runs: Runs, tmp_path: Path) -> Path:
+    """A copy of a first task's checkpoint that a test may damage."""
+    method = request.param
+    return runs.copy(runs.chain(method, *CHAINS[method], tasks=(FIRST,))[0], tmp_path / f"{method}-copy")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_of_a_checkpoint_is_named(damage: str, checkpoint: Path) -> None:
+    files = [path for path in checkpoint.iterdir() if path.name not in (MANIFEST, CARD)]
+    assert len(files) >= 5
+    for path in files:
+        whole = path.read_bytes()
+        DAMAGES[damage](path)
+        with pytest.raises(ClmoeError, match=str(path)):
+            read_checkpoint(checkpoint)
+        path.write_bytes(whole)
+    verify(checkpoint)
+    DAMAGES[damage](checkpoint / MANIFEST)
+    with pytest.raises(ClmoeError, match=str(checkpoint)):
+        read_checkpoint(checkpoint)
+
+
+def test_a_forged_checkpoint_executes_nothing(checkpoint: Path, runs: Runs, tmp_path: Path) -> None:
+    """A pickle in place of each file in turn, with a manifest that is right."""
+    canary = tmp_path / "canary"
+    forged = pickle.dumps(Canary(canary))
+    pickle.loads(forged)
+    assert canary.exists(), "the canary sings"
+    canary.unlink()
+    method = read_checkpoint(checkpoint).lineage.method
+    for path in [path for path in checkpoint.iterdir() if path.name not in (MANIFEST, CARD)]:
+        whole = path.read_bytes()
+        path.write_bytes(forged)
+        seal(checkpoint)
+        for run in (
+            lambda: runs.evaluate(checkpoint, tmp_path / "evaluated"),
+            lambda: runs.train(tmp_path / "run" / SECOND, method, SECOND, *CHAINS[method], previous=checkpoint),
+        ):
+            with pytest.raises((SystemExit, UnicodeDecodeError)):
+                run()
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        path.write_bytes(whole)
+        assert not canary.exists(), path.name
+
+
+def test_no_pickle_is_read_in_place_of_safetensors(checkpoint: Path, runs: Runs, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (checkpoint / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    (checkpoint / "adapter_model.safetensors").unlink()
+    seal(checkpoint)
+    with pytest.raises(SystemExit):
+        runs.evaluate(checkpoint, tmp_path / "evaluated")
+    assert not canary.exists()
+
+
+def test_a_base_of_pickles_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    canary, folder = tmp_path / "canary", tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(ClmoeError, match=r"expected config\.json and \*\.safetensors"):
+        load_base(ModelConfig(path=str(folder)))
+    assert not canary.exists()
+
+
+def test_yaml_that_would_run_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (checkpoint / "config.yaml").write_text(f"method: !!python/object/apply:os.mkdir ['{canary}']\n")
+    seal(checkpoint)
+    with pytest.raises(ClmoeError, match=r"config\.yaml: cannot be read as YAML"):
+        read_checkpoint(checkpoint)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("length", [2**62, 2**40, 10_000])
+def test_a_header_that_promises_too_much_is_refused(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b'{"a": 1}')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ClmoeError, match=f"{path}: cannot be read as safetensors"):
+        load_tensors(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
+FULL = """
+import resource, signal, sys
+from clmoe import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("limit", [40_000, 100_000])
+def test_a_full_disk_leaves_what_is_finished(limit: int, runs: Runs, tmp_path: Path) -> None:
+    """Files larger than ``limit`` bytes cannot be written: an adapter, or only a state with its moments."""
+    first, second = runs.chain("clmoe")
+    size = (second / "adapter_model.safetensors").stat().st_size
+    assert 40_000 < size < 100_000 < 3 * size
+    output = tmp_path / SECOND
+    fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--previous", str(first)]
+    line = ["train", "--config", "clmoe", "--task", SECOND, *fixed, "--output", str(output), "training.save_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(limit), *line], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr and "What was finished before is whole" in done.stderr
+    assert not output.exists()
+    verify(first)
+    runs.train(output, "clmoe", SECOND, "training.save_steps=2", previous=first)
+    for name, content in contents(second).items():
+        if name not in ("config.yaml", MANIFEST):
+            assert contents(output)[name] == content, name

@@ -1,0 +1,189 @@
+"""Two processes, by torchrun and with DeepSpeed: the same training and the same files as one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clmoe.train.state import states
+from tests.launch import launch, needs_deepspeed, stop_when
+from tests.runs import Runs, contents, events, same_bits, tensors
+from tests.support import TASKS
+
+FIRST, SECOND = TASKS[:2]
+# Rounding errors grow with the learning rate, whoever makes them.
+STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
+LLAVA_CMOE = (
+    "adapter.train_projector=false",
+    "options.initial_experts_from=first_task",
+    "options.probe_share=0.5",
+    "options.probe_min_steps=4",
+    *(f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+)
+
+
+def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
+    """``-m clmoe.cli train ...``, as a launcher is given it."""
+    fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(output)]
+    return ["-m", "clmoe.cli", "train", "--config", method, "--task", task, *fixed, *more]
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in events(run, "step")]
+
+
+def engine(run: Path) -> tuple[str, int]:
+    (event,) = events(run, "trained")
+    return event["engine"], event["processes"]
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs) -> Path:
+    """A first task of CL-MoE, 50 steps in one process; projector and experts with rates of their own."""
+    return runs.train(runs.root / "alone" / FIRST, "clmoe", FIRST, *STEPS)
+
+
+LAUNCHES = {
+    "ddp": ([], "DistributedDataParallel"),
+    "zero2": (["--deepspeed", "zero2"], "DeepSpeedEngine"),
+}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_two_processes_train_as_one(kind: str, alone: Path, runs: Runs, tmp_path: Path) -> None:
+    more, wrapped = LAUNCHES[kind]
+    launch(2, *train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *more, *STEPS))
+    assert engine(alone.parent) == ("TrainedModel", 1)
+    assert engine(tmp_path) == (wrapped, 2)
+    expected, found = losses(alone.parent), losses(tmp_path)
+    assert len(expected) == 50 and expected[-1] < expected[0] - 1, "it learned something"
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    rates = [event["learning_rate"] for event in events(tmp_path, "step")]
+    assert rates == [event["learning_rate"] for event in events(alone.parent, "step")]
+    for name, value in tensors(tmp_path / FIRST).items():
+        torch.testing.assert_close(value, tensors(alone)[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_batches_without_images_stop_nobody(runs: Runs, tmp_path: Path) -> None:
+    """Single records on two processes, every eighth without an image: the tuned projector waits for no gradient."""
+    more = ("training.steps=6", "training.micro_batch_size=1", *STEPS[1:])
+    launch(2, *train_line(runs, tmp_path / "two" / SECOND, "clmoe", SECOND, *more))
+    runs.train(tmp_path / "one" / SECOND, "clmoe", SECOND, *more)
+    found, expected = (torch.tensor(losses(tmp_path / name)) for name in ("two", "one"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@needs_deepspeed
+def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs, tmp_path: Path) -> None:
+    """SIGTERM to the launcher; torchrun passes it on and ends with a code of its own."""
+    output, save = tmp_path / FIRST, "training.save_steps=10"
+    line = train_line(runs, output, "clmoe", FIRST, "--deepspeed", "zero2", *STEPS, save)
+    phase = tmp_path / f".{FIRST}.partial" / "trained"
+    assert stop_when(lambda: (tmp_path / "events.jsonl").is_file() and len(losses(tmp_path)) >= 15, 2, *line) != 0
+    (newest, *_) = states(phase)
+    made = json.loads((newest / "state.json").read_text())["step"]
+    assert made >= 15, "the state of the step in which the signal came"
+    before = len(losses(tmp_path))
+    runs.train(output, "clmoe", FIRST, *STEPS, save)
+    found, expected = losses(tmp_path), losses(alone.parent)
+    assert len(found) - before == 50 - made
+    torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
+
+
+@needs_deepspeed
+def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
+    """LLaVA-CMoE's second task: probes, decision, extension, VAE, then the evaluation of all it has learned."""
+    first, second = runs.chain("llava_cmoe", *LLAVA_CMOE)
+    more = ["--previous", str(first), "--deepspeed", "zero2", "--then-eval", *LLAVA_CMOE]
+    launch(2, *train_line(runs, tmp_path / "two" / SECOND, "llava_cmoe", SECOND, *more))
+    two = tmp_path / "two" / SECOND
+    plans = [json.loads((folder / "plan.json").read_text())[-1]["blocks"] for folder in (second, two)]
+    for block, decision in plans[0].items():
+        if decision["margin"] > 1e-3:
+            assert plans[1][block]["added"] == decision["added"], block
+        assert plans[1][block]["activations"] == pytest.approx(decision["activations"], abs=0.02)
+    for name, value in load_file(second / "locator.safetensors").items():
+        assert same_bits(load_file(two / "locator.safetensors")[name], value), name
+
+    shutil.copytree(two, tmp_path / "one" / SECOND)
+    runs.evaluate(tmp_path / "one" / SECOND, tmp_path / "one")
+    files = contents(tmp_path / "two")
+    assert f"predictions/{SECOND}/{FIRST}.jsonl" in files and "matrix.csv" in files
+    for name, content in contents(tmp_path / "one").items():
+        if name not in ("events.jsonl", "timing.json"):
+            assert files[name] == content, name
+
+
+@needs_deepspeed
+def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path, tmp_path: Path) -> None:
+    """CL-MoE's end of a task, from one and the same trained adapter."""
+    sealed = tmp_path / f".{FIRST}.partial" / "trained"
+    line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
+    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
+    _hand_over(one, sealed, runs, tmp_path)
+    launch(2, *line)
+    assert events(tmp_path, "trained") == [], "it took the sealed phase"
+    for name in ("statistics.safetensors", "locator.safetensors"):
+        assert (tmp_path / FIRST / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
+    """Put the trained adapter of ``one`` where an interrupted command of ``run`` would have sealed it."""
+    from clmoe.train.checkpoint import seal
+    from clmoe.train.lineage import read_checkpoint
+
+    done = read_checkpoint(one)
+    sealed.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(one / name, sealed / name)
+    seal(sealed)
+    identity = {"config": done.lineage.config_sha256, "parent": None, "tasks": done.lineage.tasks}
+    (sealed.parent / "identity.json").write_text(json.dumps(identity))
+
+
+ZERO3 = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from clmoe import cli
+from clmoe.system.processes import is_main
+from clmoe.train import trainer
+from deepspeed.utils import safe_get_full_fp32_param
+
+real = trainer.TaskTrainer.release
+def keep(self):
+    live = {}
+    for name, parameter in trainer.trainable(self.model).items():
+        assert parameter.numel() == 0, "ZeRO-3 keeps no whole parameter"
+        live[name] = safe_get_full_fp32_param(parameter).clone()
+    if is_main():
+        save_file(live, sys.argv[1])
+    real(self)
+trainer.TaskTrainer.release = keep
+cli.main(sys.argv[2:])
+"""
+
+
+@needs_deepspeed
+def test_zero3_saves_its_live_weights(runs: Runs, alone: Path, tmp_path: Path) -> None:
+    """What a checkpoint holds is what the processes hold in parts, and the loss is that of one process."""
+    script, live = tmp_path / "zero3.py", tmp_path / "live.safetensors"
+    script.write_text(ZERO3)
+    run = tmp_path / "run"
+    steps = ("training.steps=20", *STEPS[1:])
+    line = train_line(runs, run / FIRST, "clmoe", FIRST, "--deepspeed", "zero3", "--then-eval", *steps)
+    launch(2, str(script), str(live), *line[2:])
+    assert engine(run) == ("DeepSpeedEngine", 2)
+    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *steps)
+    torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(one.parent)), rtol=1e-5, atol=0)
+    saved = tensors(run / FIRST)
+    for name, value in load_file(live).items():
+        file_name = name.removeprefix("model.").replace(".default", "").replace(".modules_to_save", "")
+        assert same_bits(saved[file_name], value), name
+    assert (run / "predictions" / FIRST / f"{FIRST}.json").is_file(), "the base is whole again for the evaluation"

@@ -1,0 +1,194 @@
+"""The state of an unfinished training: the same bytes in the end, whatever stopped it and wherever."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from clmoe.errors import ClmoeError
+from clmoe.methods.clmoe import ClMoe
+from clmoe.system.interrupt import EXIT_CODE
+from clmoe.train.checkpoint import MANIFEST, seal
+from clmoe.train.state import find_state, load_weights, state_folder, states, trainable
+from clmoe.train.trainer import TaskTrainer
+from tests.runs import Runs, contents, events
+from tests.support import TASKS
+
+FIRST, SECOND = TASKS[:2]
+SETTINGS = ("training.steps=7", "training.save_steps=2", "adapter.dropout=0.2", "training.learning_rate=0.003")
+METHODS = ("lora", "clmoe", "llava_cmoe")
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def settings(method: str, *more: str) -> list[str]:
+    own = ["adapter.train_projector=false", "options.initial_experts_from=first_task", "options.probe_min_steps=4"]
+    fast = [f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")]
+    return [*SETTINGS, *([*own, *fast] if method == "llava_cmoe" else []), *more]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def straight(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[Path]]:
+    """A method and its two checkpoints, trained without interruption."""
+    method = request.param
+    return method, runs.chain(method, *settings(method))
+
+
+def on_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> list[int]:
+    """``act`` before the ``number``-th forward pass from now (from 0); the list grows with every pass."""
+    real, seen = TaskTrainer.training_step, []
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == number:
+            act()
+        seen.append(self.state.global_step)
+        return real(self, *args, **kwargs)
+
+    patch.setattr(TaskTrainer, "training_step", step)
+    return seen
+
+
+# llava_cmoe's second task begins with four steps of its probes.
+@pytest.mark.parametrize("stop", [1, 3, 5, 10])
+def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
+    stop: int, straight: tuple[str, list[Path]], runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, (first, second) = straight
+    if method != "llava_cmoe" and stop == 10:
+        pytest.skip("this method's second task has seven steps")
+    output = tmp_path / SECOND
+    with monkeypatch.context() as patch:
+        on_step(patch, stop, kill)
+        with pytest.raises(Killed):
+            runs.train(output, method, SECOND, *settings(method), previous=first)
+    with monkeypatch.context() as patch:
+        made = on_step(patch, -1, kill)
+        runs.train(output, method, SECOND, *settings(method), previous=first)
+    lost = stop % 2 if stop < 4 or method != "llava_cmoe" else (stop - 4) % 2
+    total = 11 if method == "llava_cmoe" else 7
+    assert len(made) == total - stop + lost, "it went on from the newest state"
+    assert contents(output) == contents(second)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_sigterm_saves_and_says_so(
+    straight: tuple[str, list[Path]],
+    runs: Runs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    method, (first, second) = straight
+    output = tmp_path / SECOND
+    with monkeypatch.context() as patch:
+        on_step(patch, 2, terminate)
+        with pytest.raises(SystemExit) as stop:
+            runs.train(output, method, SECOND, *settings(method, "training.save_steps=0"), previous=first)
+    assert stop.value.code == EXIT_CODE == 75
+    assert "after step 3" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        made = on_step(patch, -1, kill)
+        runs.train(output, method, SECOND, *settings(method), previous=first)
+    assert made[0] == 3, "the step during which the signal came is not lost"
+    assert contents(output) == contents(second)
+
+
+def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = runs.chain("clmoe", *settings("clmoe"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ClMoe, "end_task", lambda *unused: terminate())
+        with pytest.raises(SystemExit) as stop:
+            runs.train(tmp_path / SECOND, "clmoe", SECOND, *settings("clmoe"), previous=first)
+    assert stop.value.code == EXIT_CODE
+    runs.train(tmp_path / SECOND, "clmoe", SECOND, *settings("clmoe"), previous=first)
+    assert contents(tmp_path / SECOND) == contents(second)
+    assert len(events(tmp_path, "trained")) == 1
+
+
+@pytest.fixture
+def interrupted(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The output of a task that was killed in its seventh step, and the folder of its training phase."""
+    output = tmp_path / FIRST
+    with monkeypatch.context() as patch:
+        on_step(patch, 6, kill)
+        with pytest.raises(Killed):
+            runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+    return output, tmp_path / f".{FIRST}.partial" / "trained"
+
+
+def test_the_newest_states_are_kept(interrupted: tuple[Path, Path]) -> None:
+    _, phase = interrupted
+    assert states(phase) == [state_folder(phase, 6), state_folder(phase, 4)]
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+def test_a_damaged_state_is_named_and_the_one_before_used(
+    file: str, damage: str, interrupted: tuple[Path, Path], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, phase = interrupted
+    DAMAGES[damage](state_folder(phase, 6) / file)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"{phase.name}.step-00000006/{file}"):
+        made = on_step(patch, -1, kill)
+        runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+    assert made[0] == 4
+    assert contents(output) == contents(runs.chain("clmoe", *settings("clmoe"))[0])
+
+
+def test_without_its_manifest_a_state_does_not_exist(interrupted: tuple[Path, Path]) -> None:
+    _, phase = interrupted
+    (state_folder(phase, 6) / MANIFEST).unlink()
+    assert find_state(phase) == state_folder(phase, 4)
+    assert find_state(phase.with_name("probe")) is None
+
+
+def test_a_state_of_other_parameters_is_refused(interrupted: tuple[Path, Path], runs: Runs) -> None:
+    output, phase = interrupted
+    folder = state_folder(phase, 6)
+    tensors = load_file(folder / "state.safetensors")
+    tensors["weight.other"] = tensors.pop(next(name for name in tensors if name.startswith("weight.")))
+    save_file(tensors, folder / "state.safetensors")
+    seal(folder)
+    with pytest.raises(SystemExit):
+        runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+
+
+def test_a_state_holds_weights_and_moments_by_name(interrupted: tuple[Path, Path], runs: Runs) -> None:
+    _, phase = interrupted
+    tensors = load_file(state_folder(phase, 6) / "state.safetensors")
+    kinds = {kind: {n.split(".", 1)[1] for n in tensors if n.startswith(f"{kind}.")} for kind in ("weight", "exp_avg")}
+    assert kinds["weight"] == kinds["exp_avg"] and len(tensors) == 3 * len(kinds["weight"])
+    assert any("multi_modal_projector" in name for name in kinds["weight"])
+
+
+def test_weights_of_a_state_fit_its_model_only(interrupted: tuple[Path, Path]) -> None:
+    import torch
+
+    _, phase = interrupted
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(ClmoeError, match="unmatched"):
+        load_weights(state_folder(phase, 6), other)
+    assert set(trainable(other)) == {"weight", "bias"}

@@ -1,0 +1,96 @@
+"""DeepSpeed's settings, and the scripts that start several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clmoe.errors import ClmoeError
+from clmoe.train import zero
+from tests.launch import REPOSITORY, environment, launch, needs_deepspeed
+from tests.runs import Runs, events, tensors
+from tests.support import TASKS
+
+FIRST = TASKS[0]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero2_offload", 2), ("zero3", 3)])
+def test_the_settings_that_come_with_it(name: str, stage: int) -> None:
+    path = zero.deepspeed_settings(name)
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == stage
+    assert zero.spreads_weights(path) == (stage == 3)
+    assert zero.deepspeed_settings(str(path)) == path
+
+
+@needs_deepspeed
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClmoeError, match=r"'zero22'. Did you mean 'zero2'"):
+        zero.deepspeed_settings("zero22")
+    settings = tmp_path / "mine.json"
+    settings.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    with pytest.raises(ClmoeError, match=r"mine\.json: bf16 would round"):
+        zero.deepspeed_settings(str(settings))
+    settings.write_text("{")
+    with pytest.raises(ClmoeError, match=r"mine\.json: cannot be read"):
+        zero.deepspeed_settings(str(settings))
+
+
+def test_without_deepspeed_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(ClmoeError, match=r"pip install 'clmoe\[train\]'"):
+        zero.deepspeed_settings("zero2")
+
+
+@needs_deepspeed
+def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
+    """The weights of a training with DeepSpeed alone, several phases in one process, are those without it."""
+    own = ("adapter.train_projector=false", "options.initial_experts_from=warmup", "options.probe_min_steps=2")
+    warm = runs.benchmark.parent / TASKS[2]
+    own += (
+        f"options.warmup_train={warm}/train.json",
+        f"options.warmup_images={warm}/images",
+        "options.locator.steps=5",
+    )
+    fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(tmp_path / FIRST)]
+    launch(
+        1, "-m", "clmoe.cli", "train", "--config", "llava_cmoe", "--task", FIRST, *fixed, "--deepspeed", "zero2", *own
+    )
+    assert [e["engine"] for e in events(tmp_path, "trained")] == ["DeepSpeedEngine"] * 3
+    plain = runs.train(tmp_path / "plain" / FIRST, "llava_cmoe", FIRST, *own)
+    for name, value in tensors(plain).items():
+        # DeepSpeed clips gradients by a norm that it sums in another order
+        torch.testing.assert_close(tensors(tmp_path / FIRST)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_sequence_script_starts_several_processes(runs: Runs, tmp_path: Path) -> None:
+    variables = {
+        "GPUS": "2",
+        "LAUNCHER": "torchrun",
+        "ORDER": FIRST,
+        "OUT": str(tmp_path / "run"),
+        "MODEL": str(runs.model),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    line = ["bash", "scripts/sequence.sh", str(runs.benchmark), "clmoe", "training.steps=2"]
+    done = subprocess.run(line, env=environment() | variables, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (event,) = events(tmp_path / "run", "trained")
+    assert (event["engine"], event["processes"]) == ("DistributedDataParallel", 2)
+    assert done.stdout.count("trained; after") == 1, "one process speaks"
+    assert (tmp_path / "run" / "matrix.csv").is_file()
+
+
+def test_an_unknown_launcher_is_named(runs: Runs, tmp_path: Path) -> None:
+    variables = {"LAUNCHER": "mpirun", "OUT": str(tmp_path / "run"), "MODEL": str(runs.model)}
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    line = ["bash", "scripts/sequence.sh", str(runs.benchmark), "lora"]
+    done = subprocess.run(line, env=environment() | variables, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "LAUNCHER=mpirun is none of python, torchrun, deepspeed" in done.stderr
