@@ -5,6 +5,7 @@
 #
 # One of them alone: METHOD=llava_cmoe_every_block bash scripts/playground/llava_cmoe.sh
 # Environment: SEEDS ("0"), OUT (that of compare.sh, whose llava_cmoe runs are taken), JOBS, BENCHMARK.
+export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
 source "$(dirname "$0")/../common.sh"
 setup ""
 export BENCHMARK=${BENCHMARK:-playground-coin}

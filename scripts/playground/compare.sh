@@ -6,6 +6,7 @@
 #
 # Environment: SEEDS ("0 1 2"), LABELS (rows of the table, default all; clmoe_beta1 needs clmoe), OUT, JOBS runs side by
 # side (default: one per core, each with one thread), BENCHMARK. Finished runs are skipped.
+export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
 source "$(dirname "$0")/../common.sh"
 setup ""
 export BENCHMARK=${BENCHMARK:-playground-coin}
