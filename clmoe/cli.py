@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.system.interrupt import EXIT_CODE, stopping_on_sigterm
-from clmoe.system.processes import is_main, stop
+from clmoe.system.processes import count, is_main, leave, stop
 
 USER_ERROR = 2
 
@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     stop()
     if is_main():
         _show(result, getattr(options, "json", False))
+    if count() > 1:
+        leave(0)
 
 
 def _silence_libraries() -> None:
@@ -149,7 +151,7 @@ def _leave(message: str, code: int) -> NoReturn:
     """All processes stop with the same code; one of them says why."""
     if is_main():
         print(message, file=sys.stderr)
-    sys.exit(code)
+    leave(code)
 
 
 def _show(result: Any, as_json: bool) -> None:

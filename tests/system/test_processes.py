@@ -1,9 +1,12 @@
 """What several processes agree on, in two real ones."""
 
+import subprocess
 from pathlib import Path
 
+import pytest
+
 from clmoe.system import processes
-from tests.launch import launch
+from tests.launch import command, environment, launch
 
 SCRIPT = """
 import sys, json
@@ -51,3 +54,19 @@ def test_one_process_needs_no_group() -> None:
     assert processes.from_main(lambda: 7) == 7 and processes.any_of_them(True)
     processes.start()
     processes.stop()
+
+
+LEAVING = """
+import atexit
+from clmoe.system import processes
+atexit.register(print, "teardown")
+print("work")
+processes.leave(3)
+"""
+
+
+@pytest.mark.parametrize(("number", "printed"), [("1", "work\nteardown\n"), ("2", "work\n")])
+def test_one_of_several_numberleaves_without_teardown(number: str, printed: str) -> None:
+    variables = environment() | {"WORLD_SIZE": number}
+    done = subprocess.run(command(1, "-c", LEAVING), env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, printed), "output is flushed, the code is kept"
