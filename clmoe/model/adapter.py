@@ -23,6 +23,7 @@ from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
+from clmoe.system.files import read_json
 from clmoe.system.seeds import derived_seed
 from clmoe.system.tensors import load_tensors
 
@@ -375,8 +376,9 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     """Load an adapter folder onto ``base`` and prove that every tensor of the file arrived, bit for bit.
 
     Raises:
-        ClmoeError: a tensor is missing, superfluous, or differs after loading.
+        ClmoeError: a file cannot be read, or a tensor is missing, superfluous, or differs after loading.
     """
+    read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     on_disk = load_tensors(folder / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     live = adapter_tensors(model)

@@ -66,7 +66,7 @@ processes.leave(3)
 
 
 @pytest.mark.parametrize(("number", "printed"), [("1", "work\nteardown\n"), ("2", "work\n")])
-def test_one_of_several_numberleaves_without_teardown(number: str, printed: str) -> None:
+def test_one_of_several_processes_leaves_without_teardown(number: str, printed: str) -> None:
     variables = environment() | {"WORLD_SIZE": number}
     done = subprocess.run(command(1, "-c", LEAVING), env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, printed), "output is flushed, the code is kept"
