@@ -21,6 +21,12 @@ def _paths(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="clmoe",
@@ -84,8 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, router known")
     metrics.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
-    plan = verb("plan", "What a method would train on a model; loads no weights.")
+    plan = verb("plan", "What a method trains on a model, and takes; loads no weights. Exit code 1: files are missing.")
     method_arguments(plan)
+    plan.add_argument("--gpus", type=_at_least_one, default=1, metavar="N", help="processes, one per GPU")
+    plan.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload, zero3 or a JSON file")
+    plan.add_argument(
+        "--tokens", type=_at_least_one, metavar="T", help="of a sample (default: the image's and 64 of text)"
+    )
+    plan.add_argument(
+        "--answer-tokens", type=_at_least_one, default=16, metavar="A", help="of a sample: those with logits"
+    )
     plan.add_argument(
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
     )
@@ -99,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("action", choices=("prepare", "check"), help="build the embedded benchmark, or read every row")
     data.add_argument("benchmark", metavar="BENCHMARK", help="a name in configs/benchmarks or a YAML file")
     data.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
+
+    doctor = verb("doctor", "Versions, devices, and what is usable here. Exit code 1: something required is broken.")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     card = verb("card", "Write a checkpoint's model card with the scores that were measured on it.")
     card.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
@@ -130,8 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
     stop()
     if is_main():
         _show(result, getattr(options, "json", False))
-    if count() > 1:
-        leave(0)
+    code = getattr(options, "exit_code", 0)
+    if code or count() > 1:
+        leave(code)
 
 
 def _silence_libraries() -> None:

@@ -256,7 +256,7 @@ def run_metrics(options: Namespace) -> Any:
 
 
 def run_plan(options: Namespace) -> Any:
-    """``clmoe plan``: what the method would train, or the steps of the sequence."""
+    """``clmoe plan``: what the method would train and take, or the steps of the sequence."""
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
     config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
@@ -265,9 +265,27 @@ def run_plan(options: Namespace) -> Any:
             raise ClmoeError("--extended-blocks belongs to the parameters, which --steps does not print: leave one out")
         return _sequence(method_class(config.method).chain, order)
     from clmoe.methods.plan import make_plan, plan_text
+    from clmoe.train.forecast import Ask, make_forecast
+    from clmoe.train.forecast_text import forecast_text
+    from clmoe.train.zero import planned_sharding
 
-    plan = make_plan(method_class(config.method)(config), options.extended_blocks)
-    return plan.as_json() if options.json else plan_text(plan)
+    ask = Ask(planned_sharding(options.deepspeed, options.gpus), options.tokens, options.answer_tokens)
+    method = method_class(config.method)(config)
+    plan = make_plan(method, options.extended_blocks)
+    forecast = make_forecast(method, benchmark, order, plan, ask)
+    options.exit_code = int(bool(forecast.missing))
+    if options.json:
+        return {**plan.as_json(), **forecast.as_json()}
+    return f"{plan_text(plan)}\n\n{forecast_text(forecast)}"
+
+
+def run_doctor(options: Namespace) -> Any:
+    """``clmoe doctor``: what is installed and usable here."""
+    from clmoe.system.doctor import examine, report_text
+
+    findings = examine()
+    options.exit_code = int(any(finding.broken for finding in findings))
+    return [finding.as_json() for finding in findings] if options.json else report_text(findings)
 
 
 def _sequence(chain: str, order: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clmoe.config import Config, ModelConfig
 from clmoe.errors import ClmoeError
+from clmoe.methods.attached import TrainingShapes, base_tensors, llava_shapes, locator_bytes, training_shapes
 from clmoe.methods.base import Method
 from clmoe.system.files import read_json
 from clmoe.system.paths import known_configs, repository_root, resolve_model_path
@@ -103,6 +104,8 @@ class Plan:
         effective_scale: ``s`` times the mean gate.
         growth: None for methods that add nothing to later tasks.
         steps: optimizer steps per task, None when the number of records decides.
+        training: what decides memory and disk; None when nothing is trained.
+        locator: bytes that each task adds to what finds a question's task.
     """
 
     method: str
@@ -117,6 +120,8 @@ class Plan:
     effective_scale: float | None
     growth: Growth | None
     steps: int | None
+    training: TrainingShapes | None
+    locator: int
 
     def as_json(self) -> dict[str, Any]:
         """What ``clmoe plan --json`` prints."""
@@ -156,7 +161,10 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
     from clmoe.model.llava import LoadedBase, count_image_tokens
 
     file = shapes_file(config.model)
-    base = meta_llava(file)
+    dtype = getattr(torch, config.model.dtype)
+    base = meta_llava(file).to(dtype)
+    held = base_tensors(base, quantised=getattr(config.model, "load_in_4bit", False))
+    shapes = llava_shapes(base)
     size = sum(parameter.numel() for parameter in base.parameters())
     # a method's ``adapter`` reads shapes only; there is no tokenizer to give it
     loaded = LoadedBase(base, cast(Any, None), cast(Any, None), count_image_tokens(base), fingerprint="")
@@ -175,11 +183,13 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
         method.effective_scale(),
         _growth(model, extended_blocks) if _grows(method) else None,
         config.training.steps,
+        training_shapes(model, method, held, shapes, dtype.itemsize),
+        locator_bytes(method, shapes.hidden),
     )
 
 
 def _nothing(config: Config) -> Plan:
-    return Plan(config.name, config.model.path, None, 0, [], 0, 0, 0, 0, None, None, None)
+    return Plan(config.name, config.model.path, None, 0, [], 0, 0, 0, 0, None, None, None, None, 0)
 
 
 def shapes_file(config: ModelConfig) -> Path:
@@ -188,9 +198,14 @@ def shapes_file(config: ModelConfig) -> Path:
     Raises:
         ClmoeError: neither exists.
     """
-    folder = Path(resolve_model_path(config.path))
-    if folder.is_dir():
-        return folder / SHAPES
+    try:
+        folder = Path(resolve_model_path(config.path))
+    except ClmoeError:
+        if not config.architecture:
+            raise
+    else:
+        if folder.is_dir():
+            return folder / SHAPES
     if not config.architecture:
         raise ClmoeError(
             f"model {config.path} is not a folder here, and plan downloads nothing: give --model a folder or a name in "
@@ -278,7 +293,8 @@ def plan_text(plan: Plan) -> str:
     if plan.shapes is None:
         return f"{plan.method} trains nothing"
     lines = [
-        f"{plan.method} on {plan.model} ({_millions(plan.base)} parameters, frozen; shapes: {plan.shapes})",
+        f"{plan.method} on {plan.model} ({_millions(plan.base)} parameters, frozen)",
+        f"shapes: {plan.shapes}",
         "",
         f"{'linear':<11}{'in':>7}{'out':>7}{'blocks':>8}{'experts':>9}{'rank each':>11}{'rank total':>12}"
         f"{'scale':>8}{'parameters':>14}",
@@ -296,8 +312,6 @@ def plan_text(plan: Plan) -> str:
         "",
         f"effective scale (scale times mean gate): {plan.effective_scale:g}",
     ]
-    if plan.steps is not None:
-        lines.append(f"training steps per task: {plan.steps}")
     return "\n".join(lines)
 
 

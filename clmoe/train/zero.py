@@ -9,7 +9,10 @@ from pathlib import Path
 
 from clmoe.errors import ClmoeError
 from clmoe.system.files import read_json
+from clmoe.system.memory import Sharding
 from clmoe.system.paths import find_config
+
+DEFAULT_BUCKET = 5e8  # DeepSpeed's own, where a settings file names none or says "auto"
 
 
 def deepspeed_settings(name: str) -> Path:
@@ -34,6 +37,27 @@ def deepspeed_settings(name: str) -> Path:
 def spreads_weights(settings: Path) -> bool:
     """ZeRO-3: also the frozen base is cut into parts, one per process."""
     return read_json(settings)["zero_optimization"]["stage"] == 3
+
+
+def planned_sharding(name: str | None, gpus: int) -> Sharding:
+    """How ZeRO's settings spread a training over ``gpus``; DeepSpeed need not be installed.
+
+    Raises:
+        ClmoeError: no such settings.
+    """
+    if name is None:
+        return Sharding(gpus)
+    zero = read_json(find_config("deepspeed", name, ".json")).get("zero_optimization", {})
+
+    def elements(key: str) -> int:
+        value = zero.get(key)
+        return int(value if isinstance(value, int | float) else DEFAULT_BUCKET)
+
+    stage = int(zero.get("stage", 0))
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    twice = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    prefetch = elements("stage3_prefetch_bucket_size") if stage == 3 else 0
+    return Sharding(gpus, stage, offload, twice * elements("reduce_bucket_size"), prefetch)
 
 
 def stand_alone() -> None:
