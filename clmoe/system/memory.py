@@ -236,17 +236,18 @@ def blocks_kept(shapes: LlavaShapes, attached: Attached, micro: Micro, recompute
     """All that is kept of the blocks, and of the projector, when the forward pass has ended.
 
     With recomputation: every block's input and the text's embeddings, ``b D`` per token each, the padding mask once,
-    the balance loss, which is computed outside, and the tower's outputs, which the checkpoints refer to.
+    the balance loss, which is computed outside, and the outputs of tower and projector, which the checkpoints refer to.
     """
     b, N = micro.dtype_bytes, micro.all_tokens
     shared = 2 * b * micro.tokens * shapes.head_size + projector_kept(shapes, attached, micro)  # the former: RoPE
     if not recompute:
         first = block_kept(shapes, attached, micro, upstream=attached.projector)
         return shared + first + (shapes.blocks - 1) * block_kept(shapes, attached, micro)
-    mask = N * micro.tokens if micro.samples > 1 else 0
+    mask = N * micro.tokens * (b if micro.attention == "eager" else 1) if micro.samples > 1 else 0
     balance = 2 * FLOAT32 * attached.experts * shapes.blocks * N if attached.balance else 0
     inputs = (shapes.blocks + 1) * b * shapes.hidden * N
-    return shared + inputs + mask + balance + vision_pass(shapes, micro)
+    images = 0 if attached.projector else micro.samples * shapes.image_tokens * b * shapes.hidden
+    return shared + inputs + mask + balance + images + vision_pass(shapes, micro)
 
 
 def all_kept(shapes: LlavaShapes, attached: Attached, micro: Micro, recompute: bool = False) -> int:
