@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from clmoe import cli
+from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import ModelConfig, dump_config, load_config, reload_config
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
@@ -27,8 +28,10 @@ from clmoe.model.adapter import (
     grow_experts,
 )
 from clmoe.model.llava import LoadedBase
-from clmoe.system.paths import repository_root
+from clmoe.system.paths import known_configs, repository_root
+from clmoe.train.forecast import Ask, make_forecast
 from clmoe.train.lineage import FREE_TRAINING_KEYS, Finished, Lineage, check_successor, training_identity
+from clmoe.train.zero import planned_sharding
 from tests.support import tiny_config
 
 # LLaVA-1.5-7b: hidden 4096, FFN 11008, 32 blocks; one rank-r expert on an FFN projection has r * (4096 + 11008)
@@ -73,7 +76,8 @@ def test_lora_on_one_projection_is_the_papers_31_million() -> None:
 
 
 def test_moelora_on_one_projection_is_the_papers_62_million() -> None:
-    plan = plan_7b("moelora", "adapter.rank=128", "adapter.targets=[up_proj]", "adapter.train_projector=false")
+    plan = plan_7b("moelora_cmoe_paper")
+    assert plan.method == "moelora_cmoe_paper"
     assert plan.experts == 61_865_984
     assert plan.routers == 8 * HIDDEN * BLOCKS == 1_048_576
     assert plan.trainable == 61_865_984 + 1_048_576
@@ -82,6 +86,31 @@ def test_moelora_on_one_projection_is_the_papers_62_million() -> None:
     text = plan_text(plan)
     assert "61.87 M" in text
     assert "1.05 M" in text
+
+
+def test_cl_moes_released_preset() -> None:
+    """Four experts of rank 8 on all seven linears: 79.95 M, four rows of router for each, and the projector."""
+    plan = plan_7b("clmoe_released")
+    assert plan.experts == 32 * BLOCKS * (4 * 2 * HIDDEN + 3 * BOTH) == 79_953_920
+    assert plan.routers == 4 * BLOCKS * (6 * HIDDEN + 11008) == 4_554_752
+    assert plan.projector == 1024 * 4096 + 4096 + 4096 * 4096 + 4096 == 20_979_712
+    text = plan_text(plan)
+    assert all(f"{number} M" in text for number in ("79.95", "4.55", "20.98"))
+
+
+@pytest.mark.parametrize("model", known_configs("models"))
+@pytest.mark.parametrize("method", known_configs("methods"))
+def test_every_yaml_loads_and_plans(method: str, model: str) -> None:
+    benchmark = load_benchmark("playground-coin", check_files=False)
+    config = load_config(method, benchmark.recipe if model == "playground" else {}, [], model)
+    chosen = method_class(config.method)(config)
+    plan = make_plan(chosen)
+    assert plan.method == config.name
+    assert (plan.trainable == 0) == (chosen.chain == "none")
+    ask = Ask(planned_sharding("zero2", 2))
+    forecast = make_forecast(chosen, benchmark, benchmark.order("norm", 0), plan, ask)
+    assert (forecast.memory is None) == (chosen.chain == "none")
+    assert max(map(len, plan_text(plan).splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -164,7 +193,7 @@ def test_the_verb_prints_text_or_json(capsys: pytest.CaptureFixture[str], mini_y
     arguments = ("--config", "llava_cmoe", "--benchmark", mini_yaml, "--model", tiny_folder)
     override = "adapter.train_projector=false"
     text = output(capsys, *arguments, override)
-    assert "training steps per task: 4" in text
+    assert "colour                                24              12           4" in text
     assert "(--extended-blocks X tells" in text
     values = json.loads(output(capsys, *arguments, "--extended-blocks", "1.5", "--json", override))
     assert values["growth"]["expert_parameters_per_task"] == 3 * 8 * (48 + 64)  # 1.5 blocks of 2 linears of rank 8
@@ -172,13 +201,15 @@ def test_the_verb_prints_text_or_json(capsys: pytest.CaptureFixture[str], mini_y
         "name": "down_proj", "din": 64, "dout": 48, "blocks": 2, "experts": 4, "rank": 8, "total_rank": 32,
         "scale": 4.0, "parameters": 2 * 32 * 112,
     }  # fmt: skip
-    unlimited = output(capsys, *arguments, override, "training.steps=null")
-    assert "training steps" not in unlimited
+    assert values["steps_per_task"] == 4
 
 
 def test_a_method_without_training(capsys: pytest.CaptureFixture[str], mini_yaml: Path) -> None:
     arguments = ("--config", "zero_shot", "--benchmark", mini_yaml)
-    assert output(capsys, *arguments) == "zero_shot trains nothing\n"
+    text = output(capsys, *arguments)
+    assert text.startswith("zero_shot trains nothing\n")
+    assert text.endswith("nothing is missing\n")
+    assert "memory" not in text
     assert json.loads(output(capsys, *arguments, "--json"))["trainable_parameters"] == 0
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from clmoe.train.forecast import Disk, Forecast, Memory, TaskCount
 from clmoe.train.order import BatchPlan
+
+WIDTH = 100
 
 
 def forecast_text(forecast: Forecast) -> str:
@@ -15,12 +19,25 @@ def forecast_text(forecast: Forecast) -> str:
         lines += _memory(forecast.memory, forecast.recompute)
     if forecast.disk is not None:
         lines += _disk(forecast.disk)
-    lines += ["", *forecast.notes] if forecast.notes else []
+    lines += ["", *(line for note in forecast.notes for line in _wrapped(note, ""))] if forecast.notes else []
     if forecast.missing:
-        lines += ["", f"missing ({len(forecast.missing)})", *(f"  {item}" for item in forecast.missing)]
+        lines += ["", f"missing ({len(forecast.missing)})"]
+        lines += [line for item in forecast.missing for line in _wrapped(item, "  ")]
     else:
         lines += ["", "nothing is missing"]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Names of files stay whole."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _tasks(tasks: list[TaskCount]) -> list[str]:
