@@ -181,7 +181,7 @@ def test_the_peak_is_what_is_alive(name: str, overrides: tuple[str, ...], recomp
         loss.backward()
     what = planned(model, method, base)
     assert all_kept(*what, recompute) == pytest.approx(forward, rel=0.03)
-    assert activation_peak(*what, recompute) == pytest.approx(alive.most, rel=0.1)
+    assert activation_peak(*what, recompute) == pytest.approx(alive.most, rel=0.1 if recompute else 0.03)
 
 
 SEVEN_B = LlavaShapes(4096, 11008, 32, 32, 128, 32, 32064, 1024, 24, 576, 577)
