@@ -50,6 +50,10 @@ def run_train(options: Namespace) -> str:
     config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    if options.then_eval:
+        from clmoe.evaluate.evaluation import check_tasks
+
+        check_tasks(benchmark, request.learned)
     with locked(request.run):
         return _train_and_evaluate(request, options.then_eval)
 
