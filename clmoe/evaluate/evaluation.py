@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.questions import task_questions
 from clmoe.config import Config
-from clmoe.data.records import Question, load_questions
+from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.partial import PartialAnswers
@@ -104,7 +105,7 @@ def evaluate(
             continue
         task = benchmark.task(request.task)
         check_scorer(task.scorer)
-        questions = load_questions(task.test, task.image_root)[: request.limit]
+        questions = task_questions(task)[: request.limit]
         title = f"{checkpoint.after} > {request.stem()}"
         index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
         # The report finds the images of the predictions by these two.

@@ -117,6 +117,26 @@ def check_scorer(name: str) -> None:
         require_captions()
 
 
+def gold_problem(scorer: str, question: Question) -> str | None:
+    """What makes the question unanswerable under its rule: nothing, not even the gold answer, would be right.
+
+    Raises:
+        ClmoeError: unknown scorer.
+    """
+    _check_known(scorer)
+    if scorer == "captions":
+        return None if question.extra.get("captions") else f"question {question.question_id}: no reference captions"
+    box = question.extra.get("answer_bbox")
+    golden = [question.answer, *question.extra.get("answers", []), box if isinstance(box, str) else str(box)]
+    try:
+        if any(score(scorer, str(answer), question) > 0 for answer in golden):
+            return None
+    except ClmoeError as error:
+        return str(error)
+    shown = question.answer or question.extra.get("answers")
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+
+
 def score_answers(
     scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> CorpusScore:

@@ -56,8 +56,8 @@ def ocr_vqa(prediction: str, question: Question, mode: Mode) -> float:
 
 
 def same_words(prediction: str, answers: list[str]) -> bool:
-    """A prediction with text in it equals one of the answers, but for blanks around, case and trailing full stops."""
-    return bool(prediction.strip()) and plain(prediction) in [plain(answer) for answer in answers]
+    """A prediction of more than full stops equals an answer, but for blanks around, case and trailing full stops."""
+    return bool(plain(prediction)) and plain(prediction) in [plain(answer) for answer in answers]
 
 
 def plain(text: str) -> str:
