@@ -57,7 +57,7 @@ def run_train(options: Namespace) -> str:
     if options.then_eval:
         from clmoe.evaluate.evaluation import check_tasks
 
-        check_tasks(benchmark, request.learned)
+        check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
     with locked(request.run):
         return _train_and_evaluate(request, options.then_eval)
 

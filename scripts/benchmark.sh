@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A method on a real benchmark: scripts/sequence.sh, then the tables of the run.
+#
+#   bash scripts/benchmark.sh BENCHMARK METHOD [key=value ...]
+#
+# Environment: as for sequence.sh; MODEL is llava-1.5-7b unless given, DATA the benchmark's root (see docs/benchmarks.md;
+# default playground/data/BENCHMARK). The global batch is in configs/benchmarks; accumulation follows from GPUS, and a
+# number of GPUs that does not divide it is an error.
+source "$(dirname "$0")/common.sh"
+BENCHMARK=$1 METHOD=$2
+shift 2
+export MODEL=${MODEL:-llava-1.5-7b} ORDER=${ORDER:-norm} SEED=${SEED:-0}
+data=${DATA:-playground/data/$BENCHMARK}
+if [ ! -d "$data" ]; then
+  echo "no folder $data: put the files of $BENCHMARK there, or set DATA to their folder (docs/benchmarks.md)" >&2
+  exit 2
+fi
+case $ORDER in norm) order="" ;; rev | rand) order=-$ORDER ;; *) order=-own ;; esac
+export OUT=${OUT:-runs/$BENCHMARK/$METHOD$order-seed$SEED}
+bash scripts/sequence.sh "$BENCHMARK" "$METHOD" "$@"
+clmoe report "$OUT" --format md,csv,tex
