@@ -57,7 +57,7 @@ def test_a_script_runs_to_the_final_table(name: str, tmp_path: Path, tiny_folder
     assert matrix[0] == ["after", *order]
     assert [row[0] for row in matrix[1:]] == order
     assert all(matrix[-1])
-    assert re.search(rf"^\| .*{re.escape(order[-1])}", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^Accuracy matrix: .*\nafter .*{re.escape(order[-1])}$", done.stdout, re.MULTILINE), done.stdout
     assert (out / "report" / "report.md").is_file()
     assert ("WARMUP is not set" in done.stderr) == ("llava_cmoe" in name)
 
