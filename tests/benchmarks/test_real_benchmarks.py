@@ -67,6 +67,16 @@ def test_order_files_and_gold_answers(name: str, tree: Path) -> None:
         assert all(question.text.endswith(task.suffix) for question in questions)
 
 
+def test_no_question_depends_on_its_answer(tmp_path: Path) -> None:
+    """MLLM-DCL's published script gives Fin's questions a suffix by the expected answer, and all of Med's the same."""
+    benchmark = load_benchmark("mllm_dcl", TREES["mllm_dcl"](tmp_path))
+    texts = {task.name: {question.text for question in task_questions(task)} for task in benchmark.tasks}
+    assert all(len(of_task) == 1 for of_task in texts.values())
+    assert texts["Med"].pop().endswith("? Answer the question with a single word (or phrase).")
+    assert not texts["Fin"].pop().endswith((".", "C, D."))
+    assert [task.passes for task in benchmark.tasks] == [1, 3, 1, 2, 1]
+
+
 def test_gold_answers_score_full_marks_and_silence_none(name: str, tree: Path) -> None:
     for task in load_benchmark(name, tree).tasks:
         if task.scorer == "captions":
@@ -296,3 +306,23 @@ def test_captions_without_java_stop_before_training(
     )  # fmt: skip
     assert "needs Java 8 or newer" in error
     assert not (tmp_path / "run/01").exists()
+
+
+def test_answers_written_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("score_script", Path(__file__).parents[2] / "scripts" / "score.py")
+    assert spec is not None and spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    tree = TREES["coin"](tmp_path / "coin")
+    rows = [{"question_id": n, "prompt": "?", "text": ("Mug", "unanswerable")[n % 2], "metadata": {}} for n in range(7)]
+    (tmp_path / "merge.jsonl").write_text("\n".join(json.dumps(row) for row in reversed(rows)) + "\n")
+    arguments = ["coin", "VizWiz", str(tmp_path / "merge.jsonl"), "--data", str(tree)]
+    script.main(arguments)
+    assert capsys.readouterr().out == "Samples: 8\nAccuracy: 87.50%\n"
+    script.main([*arguments, "--scoring", "official"])
+    assert capsys.readouterr().out == "Samples: 7\nAccuracy: 100.00%\n"
+    (tmp_path / "merge.jsonl").write_text('{"question_id": 1}\n')
+    with pytest.raises(ClmoeError, match=r"merge\.jsonl: line 1: expected question_id and text"):
+        script.main(arguments)
