@@ -19,5 +19,8 @@ if [ ! -d "$data" ]; then
 fi
 case $ORDER in norm) order="" ;; rev | rand) order=-$ORDER ;; *) order=-own ;; esac
 export OUT=${OUT:-runs/$name/$(basename "${METHOD%.y*ml}")$order-seed$SEED}
-bash scripts/sequence.sh "$BENCHMARK" "$METHOD" "$@"
-clmoe report "$OUT" --format md,csv,tex
+{ # read whole before the hours begin, so that this file may change meanwhile
+  bash scripts/sequence.sh "$BENCHMARK" "$METHOD" "$@"
+  clmoe report "$OUT" --format md,csv,tex
+  exit
+}

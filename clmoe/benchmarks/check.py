@@ -50,6 +50,8 @@ def check_benchmark(benchmark: Benchmark, matchable: Matchable) -> Checked:
     for name, kind, path in benchmark.missing_files():
         source = benchmark.source(path)
         result.bad.append(f"task {name}, {kind}: no file {path}" + (f" (from {source})" if source else ""))
+    if result.bad and benchmark.prepare is not None:
+        result.notes.append(f"`clmoe data prepare {benchmark.name}` builds what can be built")
     for task in benchmark.tasks:
         _check_task(task, result, images, matchable)
     result.bad += _broken(sorted(images))

@@ -14,9 +14,12 @@ from clmoe import cli
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.benchmarks.coin import padded_box
 from clmoe.benchmarks.questions import task_questions
+from clmoe.config import load_config
 from clmoe.data.records import load_questions, load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.scoring import check_scorer, gold_problem, score_answers
+from clmoe.methods.context import Phase
+from clmoe.train.task import _phase_steps, load_records, prepare_request
 from tests.trees import ROWS, TREES, draw, train_row, write
 
 CAN_CAPTION = find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
@@ -65,6 +68,21 @@ def test_order_files_and_gold_answers(name: str, tree: Path) -> None:
         assert len(questions) == ROWS
         assert [gold_problem(task.scorer, question) for question in questions] == [None] * ROWS
         assert all(question.text.endswith(task.suffix) for question in questions)
+
+
+def test_passes_multiply_the_epochs_of_a_task_and_its_share_of_the_union(tmp_path: Path, tiny_folder: Path) -> None:
+    benchmark = load_benchmark("mllm_dcl", TREES["mllm_dcl"](tmp_path / "tree"))
+    settings = ["training.batch_size=4", "training.micro_batch_size=2"]
+    steps = {}
+    for method, names in (("lora", ["RS", "Med", "Sci"]), ("multitask", ["all"])):
+        config = load_config(method, benchmark.recipe, settings, str(tiny_folder))
+        for name in names:
+            order = [task.name for task in benchmark.tasks]
+            request = prepare_request(config, benchmark, name, order, None, tmp_path / "run" / name)
+            records, root = load_records(request)
+            phase = Phase("trained", records, root, lambda context: None, lambda context: None)
+            steps[name] = _phase_steps(request, phase)
+    assert steps == {"RS": 2, "Med": 6, "Sci": 4, "all": 2 + 6 + 2 + 4 + 2}
 
 
 def test_no_question_depends_on_its_answer(tmp_path: Path) -> None:
