@@ -17,6 +17,7 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.partial import PartialAnswers
+from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.scoring import check_scorer, score_answers
 from clmoe.system.files import csv_text, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
@@ -158,7 +159,7 @@ def _write_cell(
             "image": q.image,
             "prompt": q.text,
             "text": a.text,
-            "answer": q.answer,
+            "answer": shown_answer(q),
             "score": s,
             "task": None if a.task is None else checkpoint.learned[a.task],
             "redone": a.redone,

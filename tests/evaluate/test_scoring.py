@@ -6,6 +6,7 @@ import pytest
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.rules.boxes import official_box, parse_box
 from clmoe.evaluate.rules.consensus import agreement, normalise
 from clmoe.evaluate.scoring import CORPUS_SCORERS, SCORERS, check_scorer, find_scorer, score, score_answers, score_file
@@ -338,3 +339,9 @@ def test_a_corpus_rule_is_known_and_judges_no_single_answer() -> None:
         find_scorer("captions")
     with pytest.raises(ClmoeError, match="did you mean 'captions'"):
         check_scorer("caption")
+
+
+def test_shown_answers() -> None:
+    shown = [shown_answer(q) for q in (question("a", answers=["b"]), question(answers=["b", "c", "b"]))]
+    assert [*shown, shown_answer(question(captions=["A mug."]))] == ["a", "b | c", "A mug."]
+    assert [shown_answer(question(answer_bbox=GOLD)), shown_answer(question())] == [GOLD, ""]

@@ -48,3 +48,10 @@ def accepted(question: Question) -> list[str]:
             f"question {question.question_id}: no expected answer in field 'answer' (or 'answers'); mend the test file"
         )
     return answers
+
+
+def shown_answer(question: Question) -> str:
+    """What was expected, for people to read: the answer, the different accepted ones, the captions, or the box."""
+    several = question.extra.get("answers") or question.extra.get("captions") or []
+    box = question.extra.get("answer_bbox", "")
+    return question.answer or " | ".join(dict.fromkeys(map(str, several))) or str(box)
