@@ -110,9 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     data = verb("data", "Build or verify a benchmark's files.")
-    data.add_argument("action", choices=("prepare", "check"), help="build the embedded benchmark, or read every row")
+    data.add_argument(
+        "action", choices=("prepare", "check"), help="build what can be built, or read every row and decode every image"
+    )
     data.add_argument("benchmark", metavar="BENCHMARK", help="a name in configs/benchmarks or a YAML file")
     data.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
+    data.add_argument("--bad", type=Path, metavar="FILE", help="check: write the list of all that is bad here")
 
     doctor = verb("doctor", "Versions, devices, and what is usable here. Exit code 1: something required is broken.")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from clmoe.train.task import TrainRequest
 
 
+BAD_SHOWN = 50
+"""So many bad rows are printed."""
+
+
 def open_benchmark(name: str, data: Path | None) -> Benchmark:
     """The benchmark with its data in place; the playground's is rendered on first use.
 
@@ -31,9 +35,9 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
     """
     benchmark = load_benchmark(name, data)
     if benchmark.prepare == "playground":
-        from clmoe.benchmarks.playground import prepare
+        from clmoe.benchmarks.builders import prepare_playground
 
-        prepare(benchmark.name, benchmark.root)
+        prepare_playground(benchmark)
     return benchmark
 
 
@@ -50,6 +54,10 @@ def run_train(options: Namespace) -> str:
     config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    if options.then_eval:
+        from clmoe.evaluate.evaluation import check_tasks
+
+        check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
     with locked(request.run):
         return _train_and_evaluate(request, options.then_eval)
 
@@ -299,20 +307,33 @@ def _sequence(chain: str, order: list[str]) -> str:
 
 
 def run_data(options: Namespace) -> str:
-    """``clmoe data prepare|check``: build the playground, or read every row of a benchmark and count."""
-    from clmoe.data.records import load_questions, load_train
+    """``clmoe data prepare|check``: build what can be built, or read every row and image of a benchmark and count.
 
+    Raises:
+        ClmoeError: files are missing (each is named with its source), or rows are bad (they are listed).
+    """
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    title = f"{benchmark.name} at {benchmark.root}"
     if options.action == "prepare":
-        benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
-        if benchmark.prepare is None:
-            raise ClmoeError(f"benchmark {benchmark.name} has no builder: bring its files to {benchmark.root}")
-        open_benchmark(options.benchmark, options.data)
-    benchmark = load_benchmark(options.benchmark, options.data)
-    lines = []
-    for task in benchmark.tasks:
-        train, test = load_train(task.train, task.image_root), load_questions(task.test, task.image_root)
-        lines.append(f"{task.name:<16}{len(train):>7} train {len(test):>7} test")
-    return "\n".join([f"{benchmark.name} at {benchmark.root}", *lines])
+        from clmoe.benchmarks.builders import prepare_benchmark
+
+        return "\n".join(filter(None, [title, prepare_benchmark(benchmark)]))
+    from clmoe.benchmarks.check import check_benchmark
+    from clmoe.evaluate.scoring import gold_problem
+
+    checked = check_benchmark(benchmark, gold_problem)
+    lines = [title, *checked.lines, *(f"note: {note}" for note in checked.notes)]
+    if not checked.bad:
+        return "\n".join(lines)
+    bad = checked.bad
+    if options.bad is not None:
+        from clmoe.system.files import write_text
+
+        write_text(options.bad, "".join(f"{line}\n" for line in bad))
+    shown = [f"bad: {line}" for line in bad[:BAD_SHOWN]]
+    rest = len(bad) - len(shown)
+    shown += [f"bad: and {rest} more; --bad FILE writes all of them"] if rest else []
+    raise ClmoeError("\n".join([f"{len(bad)} bad", *lines, *shown]))
 
 
 def run_card(options: Namespace) -> str:

@@ -36,11 +36,13 @@ SECTIONS = {
     "evaluation": EvaluationConfig,
 }
 ENVIRONMENT = {
+    "CLMOE_CACHE": "folder for what can be made again: large training files as Arrow files (default `~/.cache/clmoe`)",
     "CLMOE_DATA_ROOT": "data folder of the benchmark, where `--data` does not name it",
     "CLMOE_FEATURES": "folder for the locators' features, which runs on one base may share",
     "CLMOE_PROGRESS": "`0` switches the progress bar off",
     "OMP_NUM_THREADS": "threads; equal bytes need an equal number (the scripts set 2)",
     "SEED, ORDER, OUT, MODEL, DATA": "of `scripts/sequence.sh` and the scripts beside it: see its first lines",
+    "WARMUP": "of the `llava_cmoe.sh` scripts: folder with `train.json` and `images/` behind the initial experts",
 }
 RUN_FILES = {
     "NN_task/": "a checkpoint; [its files](checkpoints.md)",

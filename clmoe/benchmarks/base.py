@@ -5,6 +5,8 @@
     name: my-benchmark            # built-in files: the same as the file's name
     root: playground/data/mine    # see below
     prepare: playground           # optional: the builder that `clmoe data prepare` runs for this benchmark
+    sources:                      # optional: where files come from, said when one is missing (a file or its folder)
+      digits: https://example.org/digits.zip
     recipe: {epochs: 1}           # optional: training defaults, checked by the configuration, not here
     tasks:                        # in the order "norm"
       - name: digits
@@ -14,6 +16,9 @@
         scorer: exact
         max_new_tokens: 16
         note: what should be known about this task    # optional
+        suffix: " Answer yes or no."                  # optional: added to every test question
+        passes: 3                                     # optional: times training.epochs, 1 by default
+        gold: {reader: textvqa, files: [gold.json]}   # optional: expected answers that lie in other files
 
 The data folder is, in this order: the argument ``data_root``, the environment variable ``CLMOE_DATA_ROOT``,
 the YAML's ``root``. A relative ``root`` counts from the repository's folder for the files in
@@ -26,10 +31,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clmoe.benchmarks.gold import READERS, Gold
 from clmoe.config import read_yaml
 from clmoe.errors import ClmoeError
 from clmoe.system.names import unknown
@@ -40,13 +46,23 @@ ORDERS = ("norm", "rev", "rand")
 
 _RESERVED = frozenset({*ORDERS, "all", "after"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_BENCHMARK_KEYS = frozenset({"name", "root", "prepare", "recipe", "tasks"})
-_TASK_KEYS = frozenset({"name", "train", "test", "images", "scorer", "max_new_tokens", "note"})
+_BENCHMARK_KEYS = frozenset({"name", "root", "prepare", "recipe", "tasks", "sources"})
+_TASK_KEYS = frozenset(
+    {"name", "train", "test", "images", "scorer", "max_new_tokens", "note", "suffix", "passes", "gold"}
+)
+_BUILT_ON_FIRST_USE = ("playground",)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task; the paths are absolute. max_new_tokens limits an answer's length in tokens."""
+    """One task; the paths are absolute.
+
+    Attributes:
+        max_new_tokens: limits an answer's length in tokens.
+        suffix: added to the text of every test question.
+        passes: over the training records, for each of ``training.epochs``.
+        gold: files with the expected answers, None where the test file holds them.
+    """
 
     name: str
     train: Path
@@ -55,18 +71,26 @@ class Task:
     scorer: str
     max_new_tokens: int
     note: str = ""
+    suffix: str = ""
+    passes: int = 1
+    gold: Gold | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A sequence of tasks in the order ``norm``. ``prepare`` names the builder of its data, None if users
-    bring them."""
+    """A sequence of tasks in the order ``norm``.
+
+    Attributes:
+        prepare: names the builder of its data, None if users bring them.
+        sources: where files come from, by file or folder relative to the root.
+    """
 
     name: str
     tasks: tuple[Task, ...]
     root: Path
     recipe: dict[str, Any]
     prepare: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
@@ -99,9 +123,16 @@ class Benchmark:
         return chosen
 
     def missing_files(self) -> list[tuple[str, str, Path]]:
-        """(task, field, path) of every training and test file that does not exist."""
+        """(task, field, path) of every training, test and gold file that does not exist."""
         files = [(t.name, field, path) for t in self.tasks for field, path in (("train", t.train), ("test", t.test))]
+        files += [(t.name, "gold", path) for t in self.tasks if t.gold is not None for path in t.gold.files]
         return [entry for entry in files if not entry[2].is_file()]
+
+    def source(self, path: Path) -> str | None:
+        """Where a file below the root comes from, by the longest entry of ``sources`` that it lies in."""
+        below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
+        fitting = [place for place in self.sources if below == place or below.startswith(f"{place}/")]
+        return self.sources[max(fitting, key=len)] if fitting else None
 
 
 def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
@@ -109,8 +140,8 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     slash).
 
     With check_files, training and test files must exist. They are not looked for if the data folder does not
-    exist and the benchmark has a builder (``prepare``): the caller then runs the builder. Nothing is built
-    here.
+    exist and the benchmark is one that is built on first use (the playground): the caller then runs its builder.
+    Nothing is built here.
 
     Raises:
         ClmoeError: unknown name (lists the known ones), broken YAML, unknown key (names the nearest), wrong
@@ -128,8 +159,11 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
         raise ClmoeError(f"{path}: field 'recipe': expected a mapping, found {recipe!r}")
     prepare = _text(data, "prepare", str(path)) if "prepare" in data else None
     root = _data_root(_text(data, "root", str(path)), base, data_root)
-    benchmark = Benchmark(name, _tasks(data.get("tasks"), root, path), root, recipe, prepare)
-    if check_files and (root.exists() or prepare is None):
+    sources = data.get("sources") or {}
+    if not isinstance(sources, dict) or not all(isinstance(part, str) for pair in sources.items() for part in pair):
+        raise ClmoeError(f"{path}: field 'sources': expected a mapping from files to text, found {sources!r}")
+    benchmark = Benchmark(name, _tasks(data.get("tasks"), root, path), root, recipe, prepare, sources)
+    if check_files and (root.exists() or prepare not in _BUILT_ON_FIRST_USE):
         _require_files(benchmark, path)
     return benchmark
 
@@ -167,13 +201,42 @@ def _tasks(entries: Any, root: Path, path: Path) -> tuple[Task, ...]:
         if any(task.name == name for task in tasks):
             raise ClmoeError(f"{where}: field 'name': {name!r} is used twice")
         files = {field: root / _text(entry, field, where) for field in ("train", "test", "images")}
-        limit = entry.get("max_new_tokens")
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ClmoeError(f"{where}: field 'max_new_tokens': expected a whole number >= 1, found {limit!r}")
-        note = _text(entry, "note", where) if "note" in entry else ""
-        scorer = _text(entry, "scorer", where)
-        tasks.append(Task(name, files["train"], files["test"], files["images"], scorer, limit, note))
+        tasks.append(
+            Task(
+                name,
+                files["train"],
+                files["test"],
+                files["images"],
+                _text(entry, "scorer", where),
+                _count(entry, "max_new_tokens", where),
+                _text(entry, "note", where) if "note" in entry else "",
+                _text(entry, "suffix", where) if "suffix" in entry else "",
+                _count(entry, "passes", where) if "passes" in entry else 1,
+                _gold(entry["gold"], root, where) if "gold" in entry else None,
+            )
+        )
     return tuple(tasks)
+
+
+def _gold(value: Any, root: Path, where: str) -> Gold:
+    where = f"{where}: field 'gold'"
+    if not isinstance(value, dict):
+        raise ClmoeError(f"{where}: expected a mapping with reader and files, found {value!r}")
+    _check_keys(value, frozenset({"reader", "files"}), where)
+    reader = _text(value, "reader", where)
+    if reader not in READERS:
+        raise ClmoeError(f"{where}: {unknown('reader', reader, READERS)}")
+    files, wanted = value.get("files"), READERS[reader].files
+    if not isinstance(files, list) or len(files) != len(wanted) or not all(isinstance(name, str) for name in files):
+        raise ClmoeError(f"{where}: reader {reader!r} takes a list of files ({', '.join(wanted)}), found {files!r}")
+    return Gold(reader, tuple(root / name for name in files))
+
+
+def _count(data: dict[str, Any], field: str, where: str) -> int:
+    value = data.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ClmoeError(f"{where}: field '{field}': expected a whole number >= 1, found {value!r}")
+    return value
 
 
 def _require_files(benchmark: Benchmark, path: Path) -> None:
@@ -183,9 +246,10 @@ def _require_files(benchmark: Benchmark, path: Path) -> None:
     task, field, file = missing[0]
     more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
     fix = f"run `clmoe data prepare {benchmark.name}`" if benchmark.prepare else "put the data there"
+    source = benchmark.source(file)
     raise ClmoeError(
         f"{path}: task {task!r}, field '{field}': no file {file}{more}; "
-        f"{fix}, or name the data folder in {ROOT_VARIABLE}"
+        f"{fix}, or name the data folder in {ROOT_VARIABLE}" + (f". It comes from {source}" if source else "")
     )
 
 

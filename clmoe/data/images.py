@@ -13,17 +13,21 @@ Decode policy, the same as LLaVA-1.5's where LLaVA has one:
 
 A non-square image is padded to a square, never cropped. Published evaluation scripts crop what training
 padded, which moves the target boxes of grounding tasks; here both sides call ``preprocess``.
+
+This module imports torch only to preprocess: `clmoe data check` decodes in many processes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from clmoe.errors import ClmoeError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PIXELS = 178_956_970
 """Largest accepted width x height. It is the size at which Pillow itself speaks of a decompression bomb."""
@@ -87,6 +91,8 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
         ClmoeError: the processor would crop the padded square (its crop size is not its resize size), or the
             image has more than 8 bits per channel.
     """
+    import torch
+
     _refuse_cropping(image_processor)
     red, green, blue = (int(value * 255) for value in image_processor.image_mean)
     square = pad_to_square(to_rgb(image), (red, green, blue))

@@ -16,23 +16,28 @@ must stay free of torch: fast verbs import it.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from clmoe.data.json_rows import json_rows, shown
 from clmoe.errors import ClmoeError
 
 IMAGE_MARK = "<image>"
 GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
 """Fields of which a question must have at least one: what a scorer compares a prediction with."""
 
+LARGE_FILE = 16 * 2**20
+"""Training files of this many bytes are not held in memory as records."""
+
+Failed = Callable[[ClmoeError], None]
+R = TypeVar("R")
+
 _QUESTION_FIELDS = frozenset({"question_id", "image", "text", "answer"})
 _SPEAKERS = ("human", "gpt")
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?\bInfinity\b|\bNaN\b')
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,48 +68,84 @@ class Question:
     extra: dict[str, Any]
 
 
-def load_train(path: Path, image_root: Path) -> list[TrainRecord]:
+def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
     """Read and validate a training file, its images included (they must exist; they are not decoded).
 
     Published LLaVA files repeat ids (several conversations about one image), so a repeated id is not an error
     here: its later rows get ``#2``, ``#3``, ... in file order, and ids are unique in the result.
 
+    The records of a file of LARGE_FILE bytes or more are not objects in memory: they are written to a cache on disk
+    once, and read from there on access (see ``clmoe.data.stored``).
+
     Raises ClmoeError at the first bad row.
     """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size >= LARGE_FILE:
+        from clmoe.data.stored import stored_train
+
+        return stored_train(path, image_root)
+    return list(iterate_train(path, image_root))
+
+
+def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) -> Iterator[TrainRecord]:
+    """The records of ``load_train``, one at a time. With ``failed``, bad rows are told to it and left out."""
     images = _Images(image_root)
     seen: set[str] = set()
-    records = []
-    for row in _rows(path):
+
+    def record(row: _Row) -> TrainRecord:
         name, count = row.identifier("id"), 2
+        image = images.checked(row)
+        turns = _turns(row, image)
         unique = name
         while unique in seen:
             unique, count = f"{name}#{count}", count + 1
         seen.add(unique)
-        image = images.checked(row)
-        records.append(TrainRecord(unique, image, _turns(row, image)))
-    return records
+        return TrainRecord(unique, image, turns)
+
+    return _each_row(path, record, failed)
 
 
-def load_questions(path: Path, image_root: Path) -> list[Question]:
+def load_questions(path: Path, image_root: Path, *, answered: bool = True) -> list[Question]:
     """Read and validate a question file, its images included (they must exist; they are not decoded).
 
     A list of strings in ``answer`` (several accepted answers) is moved to ``extra["answers"]``.
 
+    Args:
+        answered: every row must hold one of GOLD_FIELDS; False where the expected answers lie in another file.
+
     Raises ClmoeError at the first bad row; a repeated question id is one.
     """
+    return list(iterate_questions(path, image_root, answered=answered))
+
+
+def iterate_questions(
+    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True
+) -> Iterator[Question]:
+    """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are told to it and left out."""
     images = _Images(image_root)
     first_row: dict[str, int] = {}
-    questions = []
-    for row in _rows(path):
+
+    def question(row: _Row) -> Question:
         question_id = row.identifier("question_id")
         if question_id in first_row:
             row.fail("question_id", f"already used by row {first_row[question_id]}; ids must be unique")
         first_row[question_id] = row.index
         image = images.checked(row)
         text = _question_text(row, "text", row.text("text", row.data.get("text")), image)
-        answer, extra = _gold(row)
-        questions.append(Question(question_id, image, text, answer, extra))
-    return questions
+        answer, extra = _gold(row, answered)
+        return Question(question_id, image, text, answer, extra)
+
+    return _each_row(path, question, failed)
+
+
+def _each_row(path: Path, make: Callable[[_Row], R], failed: Failed | None) -> Iterator[R]:
+    for index, data in enumerate(json_rows(Path(path))):
+        try:
+            yield make(_Row(path, index, data))
+        except ClmoeError as error:
+            if failed is None:
+                raise
+            failed(error)
 
 
 class _Row:
@@ -114,7 +155,7 @@ class _Row:
         self.path, self.index = path, index
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
         if not isinstance(data, dict):
-            self.fail("", f"expected an object {{...}}, found {_shown(data)}")
+            self.fail("", f"expected an object {{...}}, found {shown(data)}")
 
     def fail(self, field: str, problem: str) -> NoReturn:
         name = next((self.data[key] for key in ("id", "question_id") if key in self.data), None)
@@ -130,7 +171,7 @@ class _Row:
     def text(self, field: str, value: Any) -> str:
         """A non-empty string that can be written as UTF-8."""
         if not isinstance(value, str):
-            found = self._found(field) if "[" not in field else _shown(value)
+            found = self._found(field) if "[" not in field else shown(value)
             self.fail(field, f"expected a string, found {found}")
         if not value.strip():
             self.fail(field, "expected some text, found an empty string")
@@ -141,7 +182,7 @@ class _Row:
         return value
 
     def _found(self, field: str) -> str:
-        return _shown(self.data[field]) if field in self.data else "nothing: the field is missing"
+        return shown(self.data[field]) if field in self.data else "nothing: the field is missing"
 
 
 class _Images:
@@ -174,17 +215,17 @@ class _Images:
 def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
     turns = row.data.get("conversations")
     if not isinstance(turns, list) or not turns:
-        row.fail("conversations", f"expected a list human, gpt, human, gpt, ..., found {_shown(turns)}")
+        row.fail("conversations", f"expected a list human, gpt, human, gpt, ..., found {shown(turns)}")
     values = []
     for number, turn in enumerate(turns):
         field = f"conversations[{number}]"
         if not isinstance(turn, dict):
-            row.fail(field, f"expected an object with 'from' and 'value', found {_shown(turn)}")
+            row.fail(field, f"expected an object with 'from' and 'value', found {shown(turn)}")
         speaker = _SPEAKERS[number % 2]
         if turn.get("from") != speaker:
             row.fail(
                 f"{field}.from",
-                f"expected {speaker!r} (human and gpt alternate), found {_shown(turn.get('from'))}",
+                f"expected {speaker!r} (human and gpt alternate), found {shown(turn.get('from'))}",
             )
         values.append(row.text(f"{field}.value", turn.get("value")))
     if len(values) % 2:
@@ -218,7 +259,7 @@ def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
     return text
 
 
-def _gold(row: _Row) -> tuple[str, dict[str, Any]]:
+def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
     """The expected answer as a string ('' if it lies elsewhere) and the row's further fields."""
     extra = {key: value for key, value in row.data.items() if key not in _QUESTION_FIELDS}
     answer = row.data.get("answer", "")
@@ -227,72 +268,8 @@ def _gold(row: _Row) -> tuple[str, dict[str, Any]]:
             row.fail("answer", "expected a string, or a list of accepted answers and no second list 'answers'")
         extra["answers"] = [row.text(f"answer[{n}]", value) for n, value in enumerate(answer)]
         return "", extra
-    if answer == "" and any(extra.get(field) for field in GOLD_FIELDS):
+    if answer == "" and (not answered or any(extra.get(field) for field in GOLD_FIELDS)):
         return "", extra
     if "answer" not in row.data:
         row.fail("answer", f"the question has no expected answer: give one of {', '.join(GOLD_FIELDS)}")
     return row.text("answer", answer), extra
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    data = _read_json(path)
-    if not isinstance(data, list):
-        raise ClmoeError(f"{path}: expected a JSON list of records at the top level, found {_shown(data)}")
-    if not data:
-        raise ClmoeError(f"{path}: the list of records is empty; expected at least one")
-    return (_Row(path, index, item) for index, item in enumerate(data))
-
-
-def _read_json(path: Path) -> Any:
-    """Parse strict JSON in UTF-8 without a byte-order mark; NaN and Infinity are not JSON and are refused."""
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
-    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ClmoeError(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except _ConstantError as error:
-        raise ClmoeError(f"{path}: {_constant_position(text)}: {error} is not JSON; write a number or null") from error
-    except json.JSONDecodeError as error:
-        hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
-        message = f"{path}: line {error.lineno}, column {error.colno}: broken JSON: {error.msg}{hint}"
-        raise ClmoeError(message) from error
-    except (ValueError, RecursionError) as error:
-        raise ClmoeError(f"{path}: cannot be parsed as JSON: {error}") from error
-
-
-class _ConstantError(ValueError):
-    """NaN or Infinity was met; the json module does not say where."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _ConstantError(name)
-
-
-def _constant_position(text: str) -> str:
-    match = next(m for m in _STRING_OR_CONSTANT.finditer(text) if not m[0].startswith('"'))
-    line_start = text.rfind("\n", 0, match.start()) + 1
-    return f"line {text.count(chr(10), 0, match.start()) + 1}, column {match.start() - line_start + 1}"
-
-
-def _shown(value: Any) -> str:
-    """The value and its JSON type, short enough for one line."""
-    kinds = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{kinds[type(value)]} {text if len(text) <= 60 else text[:57] + '...'}"

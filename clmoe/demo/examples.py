@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clmoe.benchmarks.base import Benchmark
-from clmoe.data.records import load_questions
+from clmoe.benchmarks.questions import task_questions
 from clmoe.errors import ClmoeError
 
 
@@ -31,7 +31,7 @@ def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 
         raise ClmoeError(f"benchmark {benchmark.name} has none of the checkpoint's tasks ({', '.join(learned)})")
     examples = []
     for task in tasks:
-        for question in load_questions(task.test, task.image_root)[:per_task]:
+        for question in task_questions(task)[:per_task]:
             image = None if question.image is None else str(task.image_root / question.image)
             answer = question.answer or str(next(iter(question.extra.values())))
             examples.append(Example(task.name, image, question.text, answer))

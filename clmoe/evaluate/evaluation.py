@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.questions import task_questions
 from clmoe.config import Config
-from clmoe.data.records import Question, load_questions
+from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.partial import PartialAnswers
-from clmoe.evaluate.scoring import find_scorer, score
+from clmoe.evaluate.rules.base import shown_answer
+from clmoe.evaluate.scoring import check_scorer, score_answers
 from clmoe.system.files import csv_text, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
@@ -103,8 +105,8 @@ def evaluate(
         if from_main(partial(settled, run, checkpoint, request)):
             continue
         task = benchmark.task(request.task)
-        find_scorer(task.scorer)
-        questions = load_questions(task.test, task.image_root)[: request.limit]
+        check_scorer(task.scorer)
+        questions = task_questions(task)[: request.limit]
         title = f"{checkpoint.after} > {request.stem()}"
         index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
         # The report finds the images of the predictions by these two.
@@ -150,29 +152,30 @@ def _write_cell(
 ) -> float:
     """Write the predictions, then the summary that makes them count. Returns the score in percent."""
     path = summary_path(run, checkpoint.after, request.stem())
-    scores = [score(scorer, a.text, q, request.scoring) for q, a in zip(questions, answers, strict=True)]  # type: ignore[arg-type]
+    scored = score_answers(scorer, [a.text for a in answers], questions, request.scoring)  # type: ignore[arg-type]
     rows = [
         {
             "question_id": q.question_id,
             "image": q.image,
             "prompt": q.text,
             "text": a.text,
-            "answer": q.answer,
+            "answer": shown_answer(q),
             "score": s,
             "task": None if a.task is None else checkpoint.learned[a.task],
             "redone": a.redone,
         }
-        for q, a, s in zip(questions, answers, scores, strict=True)
+        for q, a, s in zip(questions, answers, scored.rows, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
     write_text(path.with_suffix(".jsonl"), lines)
-    percent = 100 * sum(scores) / len(scores)
+    percent = 100 * scored.score
     located = [row["task"] == request.task for row in rows if row["task"] is not None]
     deciders = {
         name: Counter(checkpoint.learned[a.deciders[name]] for a in answers) for name in sorted(answers[0].deciders)
     }
     summary = {
         "score": percent,
+        "parts": dict(scored.parts),
         "questions": len(rows),
         "redone": sum(a.redone for a in answers),
         "located": 100 * sum(located) / len(located) if located else None,
@@ -238,12 +241,12 @@ def _write_located(run: Path, order: list[str]) -> None:
 
 
 def check_tasks(benchmark: Benchmark, names: list[str]) -> None:
-    """Every name is a task of the benchmark with a known scorer.
+    """Every name is a task of the benchmark, and its scorer is known and can run here.
 
     Raises:
-        ClmoeError: naming the nearest known task.
+        ClmoeError: naming the nearest known task or scorer, or what the scorer needs.
     """
     if not names:
         raise ClmoeError("no task to evaluate: name them with --tasks a,b")
     for name in names:
-        find_scorer(benchmark.task(name).scorer)
+        check_scorer(benchmark.task(name).scorer)

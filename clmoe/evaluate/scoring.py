@@ -1,110 +1,91 @@
-"""Scoring rules: one short function per rule, one row in `SCORERS`.
+"""Scoring: the rules by name, and what they make of a task's answers.
 
-Every scorer has two modes. `fixed` scores what the metric means. `official` reproduces what the public
-evaluation script of CoIN computes, faults included, so that published tables can be compared with; it is
-never the default. A scorer judges one question; `accuracy` averages over a question file.
+Every rule has two modes. `fixed` scores what the metric means. `official` reproduces what the public evaluation
+script of the benchmark computes, faults included, so that published tables can be compared with; it is never the
+default. The rules themselves are in `clmoe/evaluate/rules/`, one short function each.
+
+Some faults of the published scripts lie in how they read a *file* of answers: ImageNet and captions are paired with
+the questions by position, and most divide by the number of lines. In an evaluation by this package they cannot
+occur, since there is one answer for each question of the test file, in its order. `score_file` reproduces them for
+answers that were written elsewhere.
 
 To add a rule: write `def my_rule(prediction, question, mode) -> float` and add it to `SCORERS`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from fractions import Fraction
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules.base import MODES, CorpusScore, CorpusScorer, Mode, Scorer
+from clmoe.evaluate.rules.boxes import iou
+from clmoe.evaluate.rules.captions import captions, require_captions
+from clmoe.evaluate.rules.consensus import textvqa, vqa
+from clmoe.evaluate.rules.domains import contains_answer, contains_words, science, stock
+from clmoe.evaluate.rules.letters import option_letter
+from clmoe.evaluate.rules.words import class_name, gqa, ocr_vqa, short_answer
 
 if TYPE_CHECKING:
     from clmoe.data.records import Question
 
-Mode = Literal["fixed", "official"]
-MODES: tuple[str, ...] = get_args(Mode)
-Scorer = Callable[[str, "Question", Mode], float]
-Box = tuple[Fraction, Fraction, Fraction, Fraction]
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-_FOUR_NUMBERS = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
-_BARE_BOX = re.compile(rf"\s*{_FOUR_NUMBERS}\s*\.?\s*", re.ASCII)
-_BRACKETED_BOX = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS}\s*\]\s*\.?\s*", re.ASCII)
-
-# Read in this order. A lone letter may be lower case; inside a sentence only a capital counts, and an
-# unmarked "A" or "I" followed by another word is the article or the pronoun, not an option.
-_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?[.,:;]?", re.ASCII)
-_LEADING_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.,:)])(?=\s)", re.ASCII)
-_NAMED_LETTER = re.compile(
-    r"\b(?i:answer|option|choice)(?:\s+(?i:is))?\s*:?\s*"
-    r"(?:\(([A-Za-z])\)|([A-Z])(?=\s*(?:[.,:;!)]|$))|([B-HJ-Z])(?=\s))",
-    re.ASCII,
-)
-_OFFICIAL_OPTIONS = ("A", "B", "C", "D", "E")
-
-
-def short_answer(prediction: str, question: Question, mode: Mode) -> float:
-    """Exact match with `question.answer`, surrounding blanks and case ignored.
-
-    `fixed` also ignores trailing full stops ("Mug." equals "mug") and never accepts an empty prediction.
-    `official` is the rule of CoIN's VizWiz and VQAv2 scripts: no punctuation is removed.
-    """
-    if mode == "official":
-        return float(prediction.strip().lower() == question.answer.strip().lower())
-    return float(bool(prediction.strip()) and _plain(prediction) == _plain(question.answer))
-
-
-def option_letter(prediction: str, question: Question, mode: Mode) -> float:
-    """Multiple choice: the letter named by the prediction equals `question.answer`.
-
-    `fixed` reads "B", "b.", "(B)", "B. text", "The answer is B." and "Option B"; it does not take the article
-    in "A dog" for option A. `official` is CoIN's ScienceQA rule: an exact "A" to "E", or a leading "B. ", or
-    else the first one-character word of the text, upper-cased, whatever it is.
-
-    Raises:
-        ClmoeError: the gold answer is not a single letter.
-    """
-    gold = question.answer.strip().upper()
-    if not re.fullmatch("[A-Z]", gold):
-        raise ClmoeError(
-            f"question {question.question_id}: field 'answer' is {question.answer!r}, but scorer "
-            "'option_letter' needs one letter; mend the test file or choose 'short_answer'"
-        )
-    read = official_letter if mode == "official" else parse_letter
-    return float(read(prediction) == gold)
-
-
-def iou(prediction: str, question: Question, mode: Mode) -> float:
-    """Visual grounding: 1 if the boxes' intersection over union is strictly above 0.5, else 0.
-
-    Boxes are `[x1, y1, x2, y2]` in fractions of the image padded to a square. The gold box is
-    `question.extra["answer_bbox"]`, a string or a list. The side of the padded image, max of
-    `question.extra["size"]` where given, scales both boxes alike and so cannot change the ratio.
-    `fixed` computes in exact fractions of the printed decimals; a malformed or inverted box is wrong.
-    `official` keeps CoIN's parser, which cuts off the first and the last character of the coordinates.
-
-    Raises:
-        ClmoeError: `answer_bbox` is missing or malformed.
-    """
-    gold = _gold_box(question)
-    if mode == "fixed":
-        box = parse_box(prediction)
-        return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
-    cut = official_box(prediction)
-    if cut is None:
-        return 0.0
-    side = max(question.extra.get("size") or [1])
-    scaled = tuple(value * side for value in cut)
-    return float(_overlap(scaled, tuple(float(value) * side for value in gold)) > 0.5)
-
+__all__ = ["MODES", "Mode", "Scorer"]
 
 SCORERS: Mapping[str, Scorer] = MappingProxyType(
     {
         "short_answer": short_answer,
         "option_letter": option_letter,
         "iou": iou,
+        "vqa": vqa,
+        "textvqa": textvqa,
+        "class_name": class_name,
+        "gqa": gqa,
+        "ocr_vqa": ocr_vqa,
+        "contains_words": contains_words,
+        "contains_answer": contains_answer,
+        "science": science,
+        "stock": stock,
     }
 )
+CORPUS_SCORERS: Mapping[str, CorpusScorer] = MappingProxyType({"captions": captions})
+"""Rules that need all answers of a task at once; the same in both modes."""
+
+
+@dataclass(frozen=True)
+class PublishedScript:
+    """How a rule's published script reads a file of answers.
+
+    Attributes:
+        pairs_by: a line's question is the one with its id, or the one at its position.
+        divides_by: the number of lines in the file of answers, or of questions.
+        prints_samples: what it prints as the number of samples, where that is not the divisor.
+    """
+
+    pairs_by: Literal["id", "position"] = "id"
+    divides_by: Literal["lines", "questions"] = "lines"
+    prints_samples: int | None = None
+
+
+PUBLISHED_SCRIPTS: Mapping[str, PublishedScript] = MappingProxyType(
+    {
+        "option_letter": PublishedScript(divides_by="questions"),  # ScienceQA counts all ids of the split
+        "gqa": PublishedScript(divides_by="questions"),
+        "class_name": PublishedScript(pairs_by="position"),
+        "captions": PublishedScript(pairs_by="position"),
+        "ocr_vqa": PublishedScript(prints_samples=0),  # the length of a list that is never filled
+    }
+)
+
+
+@dataclass(frozen=True)
+class FileScore:
+    """Score in percent, and the number of samples that it is said to be of."""
+
+    percent: float
+    samples: int
 
 
 def score(scorer: str, prediction: str, question: Question, mode: Mode = "fixed") -> float:
@@ -113,107 +94,124 @@ def score(scorer: str, prediction: str, question: Question, mode: Mode = "fixed"
     Raises:
         ClmoeError: the scorer or the mode is unknown, or the question's gold answer does not fit the rule.
     """
-    if mode not in MODES:
-        raise ClmoeError(f"unknown scoring mode {mode!r}; choose one of {', '.join(MODES)}")
+    _check_mode(mode)
     return find_scorer(scorer)(prediction, question, mode)
 
 
 def find_scorer(name: str) -> Scorer:
-    """The scorer of that name; ClmoeError names the nearest known one."""
-    if name in SCORERS:
-        return SCORERS[name]
-    nearest = get_close_matches(name, SCORERS, n=1, cutoff=0.0)[0]
-    raise ClmoeError(f"unknown scorer {name!r}; did you mean {nearest!r}? Known: {', '.join(SCORERS)}")
+    """The rule of that name for one answer; ClmoeError names the nearest known one."""
+    if name in CORPUS_SCORERS:
+        raise ClmoeError(f"scorer {name!r} judges all answers of a task at once, not one")
+    _check_known(name)
+    return SCORERS[name]
 
 
-def accuracy(scorer: str, predictions: Mapping[str, str], questions: Sequence[Question], mode: Mode = "fixed") -> float:
-    """Mean score in percent over the question file: a question without a prediction counts as wrong.
-
-    Args:
-        predictions: answer text by question id. Ids are compared as strings, so 5 and "5" are the same.
+def check_scorer(name: str) -> None:
+    """The scorer exists and can run here.
 
     Raises:
-        ClmoeError: no questions, a prediction for an unknown question, or what `score` raises.
+        ClmoeError: unknown name (the nearest is named), or something has to be installed first.
     """
+    _check_known(name)
+    if name == "captions":
+        require_captions()
+
+
+def gold_problem(scorer: str, question: Question) -> str | None:
+    """What makes the question unanswerable under its rule: nothing, not even the gold answer, would be right.
+
+    Raises:
+        ClmoeError: unknown scorer.
+    """
+    _check_known(scorer)
+    if scorer == "captions":
+        return None if question.extra.get("captions") else f"question {question.question_id}: no reference captions"
+    box = question.extra.get("answer_bbox")
+    golden = [question.answer, *question.extra.get("answers", []), box if isinstance(box, str) else str(box)]
+    try:
+        if any(score(scorer, str(answer), question) > 0 for answer in golden):
+            return None
+    except ClmoeError as error:
+        return str(error)
+    shown = question.answer or question.extra.get("answers")
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+
+
+def score_answers(
+    scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
+) -> CorpusScore:
+    """Score a task's answers, one for each question, aligned.
+
+    Raises:
+        ClmoeError: no questions, unequal lengths, or what `score` and `check_scorer` raise.
+    """
+    _check_mode(mode)
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")
-    by_id = {str(key): text for key, text in predictions.items()}
+    if len(predictions) != len(questions):
+        raise ClmoeError(f"{len(predictions)} answers for {len(questions)} questions: an answer was lost")
+    check_scorer(scorer)
+    if scorer in CORPUS_SCORERS:
+        return CORPUS_SCORERS[scorer](predictions, questions)
+    rule = SCORERS[scorer]
+    rows = [rule(prediction, question, mode) for prediction, question in zip(predictions, questions, strict=True)]
+    return CorpusScore(sum(rows) / len(rows), rows, {})
+
+
+def score_file(
+    scorer: str, lines: Sequence[tuple[str | int, str]], questions: Sequence[Question], mode: Mode = "fixed"
+) -> FileScore:
+    """Score a file of answers that may be short of lines or in another order.
+
+    `fixed` finds each line's question by its id and counts every question: one without a line is wrong. `official`
+    does what the scorer's published script does (see `PUBLISHED_SCRIPTS`). Some of those stop at ids that are numbers
+    in one file and text in the other; that is not reproduced, as no figure comes of it.
+
+    Args:
+        lines: question id and answer, in file order. Ids are compared as text, so 5 and "5" are the same.
+
+    Raises:
+        ClmoeError: no questions, a line for an unknown question, two lines for one, or what `score_answers` raises.
+    """
+    check_scorer(scorer)
+    script = PUBLISHED_SCRIPTS.get(scorer, PublishedScript())
+    by_id = _by_id(lines, questions)
+    asked = {str(question.question_id): question for question in questions}
+    if mode == "fixed" or script.divides_by == "questions":
+        # "" is never right under these rules
+        texts = [by_id.get(name, "") for name in asked]
+        return FileScore(100 * score_answers(scorer, texts, questions, mode).score, len(questions))
+    if not lines:
+        raise ClmoeError("the file of answers is empty; published scripts divide by its length")
+    paired = list(questions[: len(lines)]) if script.pairs_by == "position" else [asked[name] for name in by_id]
+    result = score_answers(scorer, [text for _, text in lines], paired, mode)
+    samples = len(lines) if script.prints_samples is None else script.prints_samples
+    return FileScore(100 * result.score, samples)
+
+
+def _by_id(lines: Sequence[tuple[str | int, str]], questions: Sequence[Question]) -> dict[str, str]:
+    """Answers by question id, in the lines' order."""
+    by_id: dict[str, str] = {}
+    for number, (name, text) in enumerate(lines, 1):
+        if str(name) in by_id:
+            raise ClmoeError(f"line {number}: question_id {name!r} was answered before; keep one of the lines")
+        by_id[str(name)] = text
     strangers = by_id.keys() - {str(question.question_id) for question in questions}
     if strangers:
         raise ClmoeError(
             f"{len(strangers)} prediction(s) answer no question of this test file, e.g. question_id "
             f"{min(strangers)!r}; the predictions belong to another file"
         )
-    total = 0.0
-    for question in questions:
-        prediction = by_id.get(str(question.question_id))
-        total += 0.0 if prediction is None else score(scorer, prediction, question, mode)
-    return 100.0 * total / len(questions)
+    return by_id
 
 
-def parse_letter(text: str) -> str | None:
-    """The option letter (upper case) an answer names, or None. The rule is described at `option_letter`."""
-    text = text.strip()
-    match = _LONE_LETTER.fullmatch(text) or _LEADING_LETTER.match(text) or _NAMED_LETTER.search(text)
-    return match[match.lastindex].upper() if match and match.lastindex else None
+def _check_known(name: str) -> None:
+    known = [*SCORERS, *CORPUS_SCORERS]
+    if name not in known:
+        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ClmoeError(f"unknown scorer {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}")
 
 
-def official_letter(text: str) -> str | None:
-    """The option letter as CoIN's ScienceQA script reads it: a stray "a" or the "s" of "it's" counts."""
-    if text in _OFFICIAL_OPTIONS:
-        return text
-    if text[:1] in _OFFICIAL_OPTIONS and text[1:3] == ". ":
-        return text[0]
-    word = re.search(r"\b\w\b", text)
-    letter = word[0].upper() if word else ""
-    return letter if letter in _OFFICIAL_OPTIONS else None
-
-
-def parse_box(text: str) -> Box | None:
-    """Read `[x1, y1, x2, y2]` (brackets optional, nothing else around it), exactly; None if malformed.
-
-    A box without area (x2 <= x1 or y2 <= y1) is malformed.
-    """
-    match = _BRACKETED_BOX.fullmatch(text) or _BARE_BOX.fullmatch(text)
-    if match is None:
-        return None
-    x1, y1, x2, y2 = (Fraction(number) for number in match.groups())
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def official_box(text: str) -> tuple[float, float, float, float] | None:
-    """Read a box as CoIN's grounding script does: brackets removed, then one more character cut at each end.
-
-    "[0.12, 0.30, 0.50, 0.94]" becomes (.12, .30, .50, .9); a leading "1.00" becomes 0.0.
-    """
-    inner = text.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
-    try:
-        x1, y1, x2, y2 = (float(part) for part in inner.split(","))
-    except ValueError:
-        return None
-    return x1, y1, x2, y2
-
-
-def _plain(text: str) -> str:
-    return text.strip().lower().rstrip(".").rstrip()
-
-
-def _gold_box(question: Question) -> Box:
-    gold = question.extra.get("answer_bbox")
-    text = gold if isinstance(gold, str) else ", ".join(map(str, gold)) if isinstance(gold, list) else ""
-    box = parse_box(text)
-    if box is None:
-        raise ClmoeError(
-            f"question {question.question_id}: field 'answer_bbox' is {gold!r}, but scorer 'iou' needs "
-            '"[x1, y1, x2, y2]" with x1 < x2 and y1 < y2, in fractions of the square-padded image'
-        )
-    return box
-
-
-def _overlap(a: Sequence[Fraction | float], b: Sequence[Fraction | float]) -> Fraction | float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where the union has no area."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = width * height if width > 0 and height > 0 else 0
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if union > 0 else 0.0
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ClmoeError(f"unknown scoring mode {mode!r}; choose one of {', '.join(MODES)}")

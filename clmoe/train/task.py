@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
 from clmoe.data.records import TrainRecord, load_train
+from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
@@ -141,14 +142,12 @@ def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     if request.task != UNION:
         task = benchmark.task(request.task)
         return load_train(task.train, task.image_root), task.image_root
-    union = []
+    parts = []
     for name in request.order:
         task = benchmark.task(name)
-        prefix = os.path.relpath(task.image_root, benchmark.root)
-        for record in load_train(task.train, task.image_root):
-            image = None if record.image is None else str(Path(prefix) / record.image)
-            union.append(replace(record, id=f"{name}/{record.id}", image=image))
-    return union, benchmark.root
+        folder = os.path.relpath(task.image_root, benchmark.root)
+        parts.append(Part(name, folder, load_train(task.train, task.image_root), task.passes))
+    return UnionRecords(parts), benchmark.root
 
 
 def train_task(request: TrainRequest) -> LoadedBase | None:
@@ -287,9 +286,11 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     if phase.steps is not None:
         return phase.steps
     training = request.config.training
-    tasks = len(request.order) if request.task == UNION else 1
-    steps = None if training.steps is None else training.steps * tasks
-    return total_steps(len(phase.records), training.batch_size, training.epochs, steps)
+    union = request.task == UNION
+    steps = None if training.steps is None else training.steps * (len(request.order) if union else 1)
+    # the union's records hold a task's passes already
+    epochs = training.epochs * (1 if union else request.benchmark.task(request.task).passes)
+    return total_steps(len(phase.records), training.batch_size, epochs, steps)
 
 
 def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:

@@ -205,6 +205,18 @@ BAD = {
         benchmark(tasks=[task("a", max_new_tokens=True)]),
         "expected a whole number >= 1, found True",
     ),
+    "sources": (benchmark(sources={"a": 3}), "field 'sources': expected a mapping from files to text"),
+    "passes": (benchmark(tasks=[task("a", passes=0)]), "field 'passes': expected a whole number >= 1, found 0"),
+    "suffix": (benchmark(tasks=[task("a", suffix=" ")]), "field 'suffix': expected some text, found ' '"),
+    "gold": (benchmark(tasks=[task("a", gold="x")]), "field 'gold': expected a mapping with reader and files"),
+    "reader": (
+        benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]),
+        r"field 'gold': unknown reader 'gqaa'. Did you mean 'gqa'\?",
+    ),
+    "gold files": (
+        benchmark(tasks=[task("a", gold={"reader": "scienceqa", "files": ["x"]})]),
+        r"reader 'scienceqa' takes a list of files \(problems.json, pid_splits.json\), found \['x'\]",
+    ),
     "scorer": (
         benchmark(tasks=[task("a", scorer=["x"])]),
         r"field 'scorer': expected some text, found \['x'\]",
@@ -226,3 +238,19 @@ def test_a_note_is_kept(checkout: Path) -> None:
         benchmark(tasks=[task("one", note="no images needed")]),
     )
     assert load_benchmark("mine", check_files=False).task("one").note == "no images needed"
+
+
+def test_gold_files_are_required_and_sources_are_found_by_the_longest_folder(checkout: Path) -> None:
+    gold = {"reader": "gqa", "files": ["more/gold.json"]}
+    places = {"more": "https://a", "more/gold.json": "https://b", "one": "https://c"}
+    write(checkout / "configs" / "benchmarks" / "mine.yaml", benchmark(tasks=[task("one", gold=gold)], sources=places))
+    fill(checkout / "data")
+    with pytest.raises(
+        ClmoeError, match=r"task 'one', field 'gold': no file .*more/gold\.json; .*It comes from https://b"
+    ):
+        load_benchmark("mine")
+    loaded = load_benchmark("mine", check_files=False)
+    assert loaded.missing_files() == [("one", "gold", checkout / "data/more/gold.json")]
+    found = [loaded.source(checkout / "data" / name) for name in ("more/x", "more/gold.json", "moreover/x", "one")]
+    assert found == ["https://a", "https://b", None, "https://c"]
+    assert loaded.source(Path("/elsewhere")) is None

@@ -81,7 +81,7 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
         Image.new("RGB", (40, 30), "blue" if name == "b.png" else "red").save(checkout / "my" / "images" / name)
     (script,) = SHELL_BLOCK.findall((DOCS / "add-a-benchmark.md").read_text())
     printed = run(checkout, script)
-    assert re.search(r"^colour +2 train +1 test$", printed, re.MULTILINE)
+    assert re.search(r"^colour +2 train +1 test +0 bad$", printed, re.MULTILINE)
     assert "after choice: colour " in printed
     matrix = (checkout / "runs/colours/lora-seed0/matrix.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in matrix] == ["after", "colour", "choice"]

@@ -169,7 +169,7 @@ def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(
         def answer(self, *args: Any, **kwargs: Any) -> list[Answer]:
             return super().answer(*args, **kwargs)[:-1]
 
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ClmoeError, match="11 answers for 12 questions: an answer was lost"):
         evaluate(tmp_path, mini, checkpoint, requests("colour"), Loses())  # type: ignore[arg-type]
     assert not summary_path(tmp_path, TASKS[1], "colour").exists()
 

@@ -6,7 +6,10 @@ import pytest
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.scoring import SCORERS, accuracy, official_box, parse_box, score
+from clmoe.evaluate.rules.base import shown_answer
+from clmoe.evaluate.rules.boxes import official_box, parse_box
+from clmoe.evaluate.rules.consensus import agreement, normalise
+from clmoe.evaluate.scoring import CORPUS_SCORERS, SCORERS, check_scorer, find_scorer, score, score_answers, score_file
 
 
 def question(answer: str = "", **extra: Any) -> Question:
@@ -139,19 +142,206 @@ def test_unknown_scorer_and_mode_name_the_way_out() -> None:
 
 def test_every_scorer_returns_zero_or_one_for_nonsense() -> None:
     gold = question("B", answer_bbox=GOLD)
-    for name in SCORERS:
+    for name in sorted(SCORERS.keys() - {"textvqa"}):
         for text in ("", "\x00", "[[[[", "1,2,3,4", "٣", "B" * 5000):
             assert set(both(name, text, gold)) <= {0.0, 1.0}
+            # CoIN's ImageNet rule finds nothing in everything; no other one accepts silence
+            assert text or name == "class_name" or both(name, text, gold) == (0.0, 0.0)
 
 
-def test_accuracy_counts_unanswered_questions_and_ignores_order_and_id_type() -> None:
-    questions = [Question(str(i), None, "?", answer, {}) for i, answer in enumerate("abcd")]
-    predictions: dict[Any, str] = {3: "d", "0": "a", 1: "wrong"}
-    assert accuracy("short_answer", predictions, questions) == 50.0
+@pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - {"iou", "option_letter"}))
+def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(scorer: str) -> None:
+    extra = {"answers": ["Mug"] * 10} if scorer == "textvqa" else {}
+    assert score(scorer, "mug", question("mug", **extra)) == 1.0
+    with pytest.raises(ClmoeError, match="question 7: "):
+        score(scorer, "mug", question(""))
 
 
-def test_accuracy_refuses_predictions_of_another_file() -> None:
+@pytest.mark.parametrize(
+    ("scorer", "prediction", "gold", "official", "fixed"),
+    [
+        ("class_name", "", "Goldfish", 1, 0),
+        ("class_name", "cat", "catamaran", 1, 0),
+        ("class_name", "a large catamaran", "catamaran", 1, 0),
+        ("class_name", "goldfish.", "Goldfish", 0, 1),  # case-sensitive
+        ("class_name", "Goldfish", "Goldfish", 1, 1),
+        ("gqa", "Left.", "left", 1, 1),
+        ("gqa", "left!", "left", 0, 0),
+        ("gqa", "left", "Left", 0, 1),
+        ("ocr_vqa", "Unanswerable", "unanswerable", 0, 1),
+        ("ocr_vqa", "Jane AUSTEN", "jane austen", 1, 1),
+        ("ocr_vqa", "Jane Austen.", "Jane Austen", 0, 1),
+        ("vqa", "Yes", "yes", 1, 1),
+        ("vqa", "Yes.", "yes", 0, 1),
+        ("contains_words", "none", "no", 1, 0),
+        ("contains_words", "it is not", "no", 1, 0),
+        ("contains_words", "not visible", "no", 0, 0),
+        ("contains_words", "No, it is dark", "no", 1, 1),
+        ("contains_words", "Unanswerable, no", "no", 0, 1),
+        ("contains_words", "a dense forest.", "dense forest", 1, 1),
+        ("contains_words", "no.", "No.", 1, 1),
+        ("contains_words", "it is B.", "B", 1, 1),
+        ("contains_words", "casino", "no", 1, 0),
+        ("contains_answer", "unknown", "no", 1, 0),
+        ("contains_answer", "in the liver", "Liver", 1, 1),
+        ("stock", "B. rising", "B", 0, 1),  # "brising"
+        ("stock", "B.", "B", 1, 1),
+        ("stock", " b ", "B", 1, 1),
+        ("stock", "Yes.", "Yes", 1, 1),
+        ("stock", "A rise", "A", 0, 0),
+    ],
+)
+def test_rules_for_whole_answers(scorer: str, prediction: str, gold: str, official: int, fixed: int) -> None:
+    assert both(scorer, prediction, question(gold)) == (official, fixed)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "prediction", "gold", "official", "fixed"),
+    [
+        ("images/AI2D_1.png", "Which?", "The leaf.", "leaf", 0, 0),
+        ("images/AI2D_1.png", "Which?", "Leaf.", "leaf", 0, 1),
+        ("images/TQA_1.png", "Which?", "leaf", "Leaf", 1, 1),
+        ("images/MapQA_7.png", "Which states are red?", "a,c", "a,b", 0.5, 0.5),
+        ("images/MapQA_7.png", "Which states are red?", "Ohio,Texas", "Texas, Ohio", 0.5, 1),  # " ohio"
+        ("images/MapQA_7.png", "Which states are red?", "West Virginia", "Virginia", 1, 0),
+        ("images/MapQA_7.png", "Which states are red?", "Ohio, and Texas.", "Texas,Ohio", 1, 1),
+        ("images/MapQA_7.png", "Is it so?", "I know", "no", 1, 0),
+        ("images/MapQA_7.png", "Is it so?", "No.", "no", 1, 1),
+    ],
+)
+def test_science(image: str, text: str, prediction: str, gold: str, official: float, fixed: float) -> None:
+    assert both("science", prediction, Question("7", image, text, gold, {})) == (official, fixed)
+
+
+TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "a lot"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("two", 0.9),  # three of ten: 3 x 2/3 from those who said it, 7 x 1 from the others
+        ("Several.", 1.0),
+        ("many", 0.3),  # one of ten: 9 x 1/3
+        ("the lot", 0.3),
+        ("five", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_textvqa_leaves_each_annotator_out_in_turn(prediction: str, expected: float) -> None:
+    for result in both("textvqa", prediction, question(answers=TEN)):
+        assert result == pytest.approx(expected, abs=1e-12)
+
+
+def test_agreement_is_the_closed_form_for_every_number_of_equal_answers() -> None:
+    for equal in range(11):
+        answers = ["x"] * equal + [f"y{n}" for n in range(10 - equal)]
+        by_hand = sum(min(1, (equal - (n < equal)) / 3) for n in range(10)) / 10 if equal else 0
+        assert agreement("x", answers) == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Two dogs!", "2 dogs"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5 m.", "3.5 m"),
+        ("St. John's", "st john 's"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("yall'll", "y'all'll"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("(red)", "red"),
+        ("t-shirt", "t shirt"),
+        ("t-shirt - red", "tshirt red"),  # the mark stands next to a blank somewhere, so it vanishes everywhere
+        ("a\nb", "b"),
+        ("the", ""),
+    ],
+)
+def test_normaliser(text: str, normal: str) -> None:
+    assert normalise(text) == normal
+
+
+def test_an_answer_that_normalises_to_nothing_is_not_reached_by_silence() -> None:
+    assert both("textvqa", "", question(answers=["the"] * 10)) == (1.0, 0.0)
+
+
+def test_vqa_takes_the_ten_annotators_where_they_are_at_hand() -> None:
+    gold = question("several", answers=TEN)
+    assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9))
+    assert both("vqa", "SEVERAL", gold) == (1.0, 1.0)
+    for scorer in ("vqa", "textvqa"):
+        with pytest.raises(ClmoeError, match=r"question 7: field 'answers' holds 9 answers"):
+            score(scorer, "two", question("several", answers=TEN[1:]))
+
+
+def questions_of(*answers: str) -> list[Question]:
+    return [Question(str(number), None, "?", answer, {}) for number, answer in enumerate(answers)]
+
+
+def test_score_file_counts_unanswered_questions_and_ignores_order_and_id_type() -> None:
+    lines: list[tuple[str | int, str]] = [(3, "d"), ("0", "a"), (1, "wrong")]
+    for scorer in ("short_answer", "vqa", "class_name", "gqa", "ocr_vqa", "contains_words", "contains_answer"):
+        result = score_file(scorer, lines, questions_of(*"abcd"))
+        assert (result.percent, result.samples) == (50.0, 4)
+    letters = score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"))
+    assert (letters.percent, letters.samples) == (50.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "percent", "samples"),
+    [
+        ("short_answer", 100 * 2 / 3, 3),  # the lost line has left the divisor
+        ("ocr_vqa", 100 * 2 / 3, 0),  # and this one says "Samples: 0"
+        ("gqa", 50.0, 4),
+        ("class_name", 0.0, 3),  # d, a, wrong against a, b, c
+    ],
+)
+def test_score_file_as_published(scorer: str, percent: float, samples: int) -> None:
+    lines: list[tuple[str | int, str]] = [(3, "d"), ("0", "a"), (1, "wrong")]
+    result = score_file(scorer, lines, questions_of(*"abcd"), "official")
+    assert (result.percent, result.samples) == (pytest.approx(percent), samples)
+
+
+def test_scienceqa_counts_a_lost_question_in_both_modes() -> None:
+    for mode in ("official", "fixed"):
+        assert score_file("option_letter", [("0", "A")], questions_of("A", "B"), mode).percent == 50.0  # type: ignore[arg-type]
+
+
+def test_imagenet_lines_in_another_order_are_mismatched_as_published_only() -> None:
+    pairs = questions_of("Goldfish", "Catamaran", "Owl")
+    lines: list[tuple[str | int, str]] = [("2", "Owl"), ("0", "Goldfish"), ("1", "Catamaran")]
+    assert score_file("class_name", lines, pairs).percent == 100.0
+    assert score_file("class_name", lines, pairs, "official").percent == 0.0
+
+
+def test_score_file_refuses_what_cannot_be_meant() -> None:
     with pytest.raises(ClmoeError, match="question_id '9'"):
-        accuracy("short_answer", {"9": "a"}, [question("a")])
+        score_file("short_answer", [("9", "a")], questions_of("a"))
+    with pytest.raises(ClmoeError, match="line 2: question_id 0 was answered before"):
+        score_file("short_answer", [("0", "a"), (0, "b")], questions_of("a"))
     with pytest.raises(ClmoeError, match="no questions"):
-        accuracy("short_answer", {}, [])
+        score_file("short_answer", [], [])
+    with pytest.raises(ClmoeError, match="file of answers is empty"):
+        score_file("short_answer", [], questions_of("a"), "official")
+
+
+def test_score_answers_wants_one_answer_for_each_question() -> None:
+    assert score_answers("short_answer", ["a", "x"], questions_of("a", "b")).rows == [1.0, 0.0]
+    with pytest.raises(ClmoeError, match="1 answers for 2 questions"):
+        score_answers("short_answer", ["a"], questions_of("a", "b"))
+
+
+def test_a_corpus_rule_is_known_and_judges_no_single_answer() -> None:
+    assert set(CORPUS_SCORERS) == {"captions"}
+    with pytest.raises(ClmoeError, match="judges all answers of a task at once"):
+        find_scorer("captions")
+    with pytest.raises(ClmoeError, match="did you mean 'captions'"):
+        check_scorer("caption")
+
+
+def test_shown_answers() -> None:
+    shown = [shown_answer(q) for q in (question("a", answers=["b"]), question(answers=["b", "c", "b"]))]
+    assert [*shown, shown_answer(question(captions=["A mug."]))] == ["a", "b | c", "A mug."]
+    assert [shown_answer(question(answer_bbox=GOLD)), shown_answer(question())] == [GOLD, ""]

@@ -1,0 +1,156 @@
+"""CoIN: the gold files of its tasks, and the grounding task built from RefCOCO's annotations.
+
+Order, files and rules of the eight tasks are in ``configs/benchmarks/coin.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clmoe.benchmarks.entries import entries, entry, listed
+from clmoe.data.json_rows import read_json_strictly
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.system.files import write_json
+
+if TYPE_CHECKING:
+    from clmoe.benchmarks.base import Benchmark
+
+ANNOTATIONS = "RefCOCO"
+"""Folder of RefCOCO's files below the benchmark's root."""
+
+_REGION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def scienceqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+    """ScienceQA: the right choice's letter from ``problems.json``, and its choices.
+
+    Raises:
+        ClmoeError: a question is not in ``problems.json``, its answer is no choice, or a question of the test split in
+            ``pid_splits.json`` is not in the test file: published scores count the whole split.
+    """
+    problems_file, splits_file = files
+    problems = entries(problems_file)
+    asked = {question.question_id for question in questions}
+    split = [str(name) for name in listed(splits_file, "test", entries(splits_file))]
+    lacking = [name for name in split if name not in asked]
+    if lacking:
+        raise ClmoeError(
+            f"{splits_file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
+            f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
+        )
+    result = []
+    for question in questions:
+        problem = entry(problems_file, problems, question.question_id)
+        choices = listed(problems_file, "choices", problem, question.question_id)
+        number = problem.get("answer")
+        if not isinstance(number, int) or not 0 <= number < len(choices):
+            raise ClmoeError(f"{problems_file}: id {question.question_id!r}: answer {number!r} is none of its choices")
+        result.append(replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices}))
+    return result
+
+
+def textvqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+    """TextVQA: the ten annotators' answers."""
+    (file,) = files
+    rows = {str(row.get("question_id")): row for row in listed(file, "data", entries(file)) if isinstance(row, dict)}
+    return [
+        replace(
+            question,
+            extra={
+                **question.extra,
+                "answers": listed(file, "answers", entry(file, rows, question.question_id), question.question_id),
+            },
+        )
+        for question in questions
+    ]
+
+
+def gqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+    """GQA: the answer of each question.
+
+    Raises:
+        ClmoeError: a question has no entry, or is none of the balanced ones, which alone the published score counts.
+    """
+    (file,) = files
+    rows = entries(file)
+    result = []
+    for question in questions:
+        row = entry(file, rows, question.question_id)
+        if row.get("isBalanced") is not True:
+            raise ClmoeError(
+                f"{file}: id {question.question_id!r}: isBalanced is {row.get('isBalanced')!r}; GQA's score is of the "
+                "balanced questions, so take those only into the test file"
+            )
+        answer = row.get("answer")
+        if not isinstance(answer, str) or not answer:
+            raise ClmoeError(f"{file}: id {question.question_id!r}: no 'answer'")
+        result.append(replace(question, answer=answer))
+    return result
+
+
+def padded_box(box: Sequence[float], width: int, height: int) -> str:
+    """COCO's ``[x, y, w, h]`` in pixels as ``[x1, y1, x2, y2]`` in fractions of the square-padded image, two decimals.
+
+    The square's side is the longer side of the image, which lies in its middle.
+    """
+    x, y, w, h = box
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    corners = (x + left, y + top, x + w + left, y + h + top)
+    return f"[{', '.join(f'{min(max(value / side, 0), 1):.2f}' for value in corners)}]"
+
+
+def prepare_grounding(benchmark: Benchmark) -> list[str]:
+    """Build the grounding task from the annotations of RefCOCO, RefCOCO+ and RefCOCOg, where it is not there.
+
+    Reads ``RefCOCO/<name>/refs.json`` and ``instances.json`` for each folder there is (docs/benchmarks.md says how to
+    get them), and writes the training and the test file of task ``Grounding``: one record for each sentence of split
+    ``train``, and one question for each of ``test``, ``testA`` and ``testB``.
+
+    Returns what was done, one line each.
+
+    Raises:
+        ClmoeError: broken annotations, or a box without area after rounding in the test split.
+    """
+    task = benchmark.task("Grounding")
+    if task.train.is_file() and task.test.is_file():
+        return [f"Grounding: there already ({task.train})"]
+    folders = sorted(path.parent for path in (benchmark.root / ANNOTATIONS).glob("*/refs.json"))
+    if not folders:
+        folder = benchmark.root / ANNOTATIONS
+        return [f"Grounding: not built, no {folder}/*/refs.json, from {benchmark.source(folder)}"]
+    train: list[dict[str, Any]] = []
+    test: list[dict[str, Any]] = []
+    for folder in folders:
+        _add_references(folder, train, test)
+    write_json(task.train, train)
+    write_json(task.test, test)
+    return [f"Grounding: {len(train)} training records, {len(test)} questions from {len(folders)} annotation folder(s)"]
+
+
+def _add_references(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
+    file = folder / "instances.json"
+    instances = entries(file)
+    images = {row["id"]: row for row in listed(file, "images", instances)}
+    boxes = {row["id"]: row["bbox"] for row in listed(file, "annotations", instances)}
+    for number, reference in enumerate(read_json_strictly(folder / "refs.json")):
+        try:
+            image = images[reference["image_id"]]
+            box = padded_box(boxes[reference["ann_id"]], image["width"], image["height"])
+            name = f"COCO2014/train2014/{image['file_name']}"
+            for sentence in reference["sentences"]:
+                key = f"{folder.name}-{sentence['sent_id']}"
+                text = _REGION.format(sentence["sent"].strip().rstrip("."))
+                if reference["split"] == "train":
+                    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": box}]
+                    train.append({"id": key, "image": name, "conversations": turns})
+                elif reference["split"] in ("test", "testA", "testB"):
+                    size = [image["width"], image["height"]]
+                    test.append({"question_id": key, "image": name, "text": text, "answer_bbox": box, "size": size})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ClmoeError(f"{folder / 'refs.json'}: row {number} (from 0): broken reference ({error!r})") from error

@@ -1,0 +1,32 @@
+"""A task's test questions with their expected answers, as evaluation asks them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from clmoe.benchmarks.gold import READERS
+from clmoe.data.records import load_questions
+
+if TYPE_CHECKING:
+    from clmoe.benchmarks.base import Task
+    from clmoe.data.records import Question
+
+
+def task_questions(task: Task) -> list[Question]:
+    """Read and validate the task's test file and gold files, and add the task's suffix to the questions.
+
+    Raises:
+        ClmoeError: naming file and row, or gold file and id.
+    """
+    return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None))
+
+
+def complete(task: Task, questions: Sequence[Question]) -> list[Question]:
+    """The questions of a test file with the answers of the task's gold files and the task's suffix."""
+    if task.gold is not None:
+        questions = READERS[task.gold.reader].read(task.gold.files, questions)
+    return (
+        [replace(question, text=question.text + task.suffix) for question in questions] if task.suffix else [*questions]
+    )

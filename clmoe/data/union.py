@@ -1,0 +1,55 @@
+"""The records of several tasks as one sequence, for methods that train on the union."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import PurePosixPath
+from typing import overload
+
+from clmoe.data.records import TrainRecord
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task's records.
+
+    Attributes:
+        name: goes before the records' ids.
+        folder: of its images, relative to the union's image root.
+        passes: how often its records occur in the union.
+    """
+
+    name: str
+    folder: str
+    records: Sequence[TrainRecord]
+    passes: int = 1
+
+
+class UnionRecords(Sequence[TrainRecord]):
+    """The parts one after the other; a record is looked up in its part when it is asked for."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self._ends = list(accumulate(len(part.records) * part.passes for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> TrainRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainRecord]: ...
+    def __getitem__(self, index: int | slice) -> TrainRecord | list[TrainRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect_right(self._ends, position)
+        part = self.parts[number]
+        record = part.records[(position - (self._ends[number - 1] if number else 0)) % len(part.records)]
+        image = None if record.image is None else str(PurePosixPath(part.folder) / record.image)
+        return replace(record, id=f"{part.name}/{record.id}", image=image)

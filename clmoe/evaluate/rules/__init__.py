@@ -1,0 +1,1 @@
+"""The scoring rules by kind; `clmoe/evaluate/scoring.py` names them."""

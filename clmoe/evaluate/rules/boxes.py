@@ -1,0 +1,91 @@
+"""Rules for boxes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules.base import Mode
+
+if TYPE_CHECKING:
+    from clmoe.data.records import Question
+
+Box = tuple[Fraction, Fraction, Fraction, Fraction]
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_FOUR_NUMBERS = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
+_BARE_BOX = re.compile(rf"\s*{_FOUR_NUMBERS}\s*\.?\s*", re.ASCII)
+_BRACKETED_BOX = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS}\s*\]\s*\.?\s*", re.ASCII)
+
+
+def iou(prediction: str, question: Question, mode: Mode) -> float:
+    """Visual grounding: 1 if the boxes' intersection over union is strictly above 0.5, else 0.
+
+    Boxes are `[x1, y1, x2, y2]` in fractions of the image padded to a square. The gold box is
+    `question.extra["answer_bbox"]`, a string or a list. The side of the padded image, max of
+    `question.extra["size"]` where given, scales both boxes alike and so cannot change the ratio.
+    `fixed` computes in exact fractions of the printed decimals; a malformed or inverted box is wrong.
+    `official` keeps CoIN's parser, which cuts off the first and the last character of the coordinates.
+
+    Raises:
+        ClmoeError: `answer_bbox` is missing or malformed.
+    """
+    gold = _gold_box(question)
+    if mode == "fixed":
+        box = parse_box(prediction)
+        return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
+    cut = official_box(prediction)
+    if cut is None:
+        return 0.0
+    side = max(question.extra.get("size") or [1])
+    scaled = tuple(value * side for value in cut)
+    return float(_overlap(scaled, tuple(float(value) * side for value in gold)) > 0.5)
+
+
+def parse_box(text: str) -> Box | None:
+    """Read `[x1, y1, x2, y2]` (brackets optional, nothing else around it), exactly; None if malformed.
+
+    A box without area (x2 <= x1 or y2 <= y1) is malformed.
+    """
+    match = _BRACKETED_BOX.fullmatch(text) or _BARE_BOX.fullmatch(text)
+    if match is None:
+        return None
+    x1, y1, x2, y2 = (Fraction(number) for number in match.groups())
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def official_box(text: str) -> tuple[float, float, float, float] | None:
+    """Read a box as CoIN's grounding script does: brackets removed, then one more character cut at each end.
+
+    "[0.12, 0.30, 0.50, 0.94]" becomes (.12, .30, .50, .9); a leading "1.00" becomes 0.0.
+    """
+    inner = text.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
+    try:
+        x1, y1, x2, y2 = (float(part) for part in inner.split(","))
+    except ValueError:
+        return None
+    return x1, y1, x2, y2
+
+
+def _gold_box(question: Question) -> Box:
+    gold = question.extra.get("answer_bbox")
+    text = gold if isinstance(gold, str) else ", ".join(map(str, gold)) if isinstance(gold, list) else ""
+    box = parse_box(text)
+    if box is None:
+        raise ClmoeError(
+            f"question {question.question_id}: field 'answer_bbox' is {gold!r}, but scorer 'iou' needs "
+            '"[x1, y1, x2, y2]" with x1 < x2 and y1 < y2, in fractions of the square-padded image'
+        )
+    return box
+
+
+def _overlap(a: Sequence[Fraction | float], b: Sequence[Fraction | float]) -> Fraction | float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where the union has no area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = width * height if width > 0 and height > 0 else 0
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union > 0 else 0.0

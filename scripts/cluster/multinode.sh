@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Several machines, by DeepSpeed over ssh: run on the first of them, in a checkout that all of them share.
+#
+#   HOSTS="node1 node2" GPUS=8 SCRIPT=scripts/coin/clmoe.sh DATA=/data/coin OUT=/runs/coin \
+#     bash scripts/cluster/multinode.sh [key=value ...]
+#
+# HOSTS: machines that ssh reaches without a password (under SLURM: those of the job). GPUS: of each machine; GPUS times
+# the machines has to divide the global batch. HOSTFILE, if set, is a list of machines that exists already. OUT and DATA
+# must be on a file system that all machines share.
+set -euo pipefail
+for name in SCRIPT DATA OUT GPUS; do
+  if [ -z "${!name:-}" ]; then
+    echo "$name is not set; see the head of $0" >&2
+    exit 2
+  fi
+done
+if [ -z "${HOSTFILE:-}" ]; then
+  if [ -z "${HOSTS:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
+  if [ -z "${HOSTS:-}" ]; then
+    echo "HOSTS is not set: the machines' names, or HOSTFILE, the path of DeepSpeed's list of them" >&2
+    exit 2
+  fi
+  mkdir -p "$OUT"
+  HOSTFILE=$OUT/hostfile
+  for host in $HOSTS; do echo "$host slots=$GPUS"; done >"$HOSTFILE"
+fi
+export HOSTFILE GPUS DATA OUT LAUNCHER=deepspeed
+exec bash "$SCRIPT" "$@"

@@ -1,0 +1,52 @@
+"""Score a file of answers that was written elsewhere, by id or as the benchmark's published script does it.
+
+    python scripts/score.py BENCHMARK TASK ANSWERS.jsonl [--data FOLDER] [--scoring fixed|official]
+
+A line of the file is an object with `question_id` and `text`, as the scripts of LLaVA and its descendants write them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.questions import task_questions
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.scoring import MODES, FileScore, score_file
+
+
+def read_lines(path: Path) -> list[tuple[str | int, str]]:
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            lines.append((row["question_id"], str(row["text"])))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClmoeError(f"{path}: line {number}: expected question_id and text ({error!r})") from error
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> FileScore:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("benchmark")
+    parser.add_argument("task")
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
+    parser.add_argument("--scoring", choices=MODES, default="fixed")
+    options = parser.parse_args(arguments)
+    task = load_benchmark(options.benchmark, options.data, check_files=False).task(options.task)
+    score = score_file(task.scorer, read_lines(options.answers), task_questions(task), options.scoring)
+    print(f"Samples: {score.samples}\nAccuracy: {score.percent:.2f}%")
+    return score
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ClmoeError as error:
+        sys.exit(f"score: {error}")

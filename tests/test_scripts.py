@@ -1,0 +1,153 @@
+"""The real benchmarks' scripts, the same files that a node runs: to the final table on miniature trees.
+
+With CLMOE_WHOLE_SEQUENCES=1 in the environment every sequence is run whole; else its first two tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clmoe.benchmarks.base import load_benchmark
+from tests.launch import REPOSITORY, environment
+from tests.trees import TREES
+
+WHOLE = bool(os.environ.get("CLMOE_WHOLE_SEQUENCES"))
+SETTINGS = (
+    "training.steps=2", "training.batch_size=4", "training.micro_batch_size=2", "training.workers=0",
+    "training.learning_rate=0.01", "adapter.rank=8", "adapter.experts=4",
+    "evaluation.exact=false", "evaluation.limit=4",
+)  # fmt: skip
+RUNS = {
+    "coin/llava_cmoe": ("options.probe_min_steps=2", "options.locator.hidden=8", "options.locator.draws=2"),
+    "cl4vqa/clmoe": (),
+    "ucit/clmoe": (),
+    "mllm_dcl/lora": (),
+}
+
+
+def shell(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", script, *arguments],
+        cwd=REPOSITORY,
+        env={**environment(), "PATH": path, "GPUS": "1", "LAUNCHER": "python", **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_script_runs_to_the_final_table(name: str, tmp_path: Path, tiny_folder: Path) -> None:
+    benchmark = name.split("/")[0]
+    tree, out = TREES[benchmark](tmp_path / benchmark), tmp_path / "run"
+    names = [task.name for task in load_benchmark(benchmark, tree).tasks]
+    order = names if WHOLE else names[:2]
+    variables = {"MODEL": str(tiny_folder), "DATA": str(tree), "OUT": str(out), "ORDER": ",".join(order)}
+    done = shell(f"scripts/{name}.sh", *SETTINGS, *RUNS[name], **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    matrix = [line.split(",") for line in (out / "matrix.csv").read_text().splitlines()]
+    assert matrix[0] == ["after", *order]
+    assert [row[0] for row in matrix[1:]] == order
+    assert all(matrix[-1])
+    assert re.search(rf"^Accuracy matrix: .*\nafter .*{re.escape(order[-1])}$", done.stdout, re.MULTILINE), done.stdout
+    assert (out / "report" / "report.md").is_file()
+    assert ("WARMUP is not set" in done.stderr) == ("llava_cmoe" in name)
+
+
+def test_scripts_exist_for_every_benchmark_and_method() -> None:
+    for benchmark in TREES:
+        for method in ("lora", "moelora", "clmoe", "llava_cmoe", "multitask"):
+            assert (REPOSITORY / f"scripts/{benchmark}/{method}.sh").is_file()
+
+
+def test_orders_are_planned_and_named_in_the_run_folder(tmp_path: Path) -> None:
+    """`clmoe` is replaced by one that prints what it was asked, so nothing is trained."""
+    fake = tmp_path / "bin" / "clmoe"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ncase "$*" in *--steps*) echo "01 a -"; echo "02 b a" ;; *) echo "clmoe $*" ;; esac\n')
+    fake.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    # common.sh puts the checkout's own environment first where there is one
+    scripts = tmp_path / "scripts"
+    subprocess.run(["cp", "-r", str(REPOSITORY / "scripts"), str(scripts)], check=True)
+    variables = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "DATA": str(tmp_path / "data")}
+    for order, name in (("", ""), ("rev", "-rev"), ("rand", "-rand"), ("b,a", "-own")):
+        done = shell(str(scripts / "coin/moelora.sh"), "adapter.rank=8", SEED="3", ORDER=order, **variables)
+        assert done.returncode == 0, done.stderr
+        first, second, report = done.stdout.splitlines()
+        assert f"--order {order or 'norm'} " in first
+        assert "--model llava-1.5-7b --benchmark coin" in first
+        assert first.endswith("--then-eval seed=3 adapter.rank=8")
+        assert f"--previous runs/coin/moelora{name}-seed3/01_a " in second
+        assert report.startswith(f"clmoe report runs/coin/moelora{name}-seed3 ")
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("coin/lora", {"DATA": "/nowhere"}, "no folder /nowhere: put the files of coin there, or set DATA"),
+        ("ucit/llava_cmoe", {"WARMUP": "/nowhere"}, "WARMUP=/nowhere: no /nowhere/train.json"),
+        ("cluster/slurm", {"SCRIPT": "x"}, "DATA is not set"),
+        ("cluster/multinode", {"SCRIPT": "x", "DATA": "x", "OUT": "x"}, "HOSTS is not set"),
+    ],
+)
+def test_what_is_not_set_is_said(script: str, variables: dict[str, str], message: str) -> None:
+    done = shell(f"scripts/{script}.sh", **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_an_indivisible_number_of_gpus_is_an_error(tmp_path: Path, tiny_folder: Path) -> None:
+    tree = TREES["mllm_dcl"](tmp_path / "tree")
+    done = shell(
+        "scripts/mllm_dcl/lora.sh",
+        "training.batch_size=6",
+        MODEL=str(tiny_folder),
+        DATA=str(tree),
+        OUT=str(tmp_path / "r"),
+    )
+    assert done.returncode == 2
+    assert "training.batch_size 6 cannot be cut into 1 processes x micro-batches of 4" in done.stderr
+
+
+def test_multinode_writes_the_hostfile(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.sh"
+    probe.write_text('echo "$LAUNCHER $GPUS $DATA $*"; cat "$HOSTFILE"')
+    done = shell(
+        "scripts/cluster/multinode.sh", "a=b", SCRIPT=str(probe), DATA="/d", OUT=str(tmp_path / "o"), HOSTS="n1 n2"
+    )
+    assert done.stdout.splitlines() == ["deepspeed 1 /d a=b", "n1 slots=1", "n2 slots=1"]
+
+
+def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
+    """A batch script is sent SIGTERM alone; what it started must see it, and its exit code be the job's."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/requeued\n')
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "script.sh").write_text(f"set -e\n{sys.executable} {child}\n")
+    variables = {"SCRIPT": str(tmp_path / "script.sh"), "DATA": "/d", "OUT": "/o", "SLURM_JOB_ID": "7"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = subprocess.Popen(
+        ["bash", "scripts/cluster/slurm.sh"], cwd=REPOSITORY, env={**environment(), **variables, "PATH": path}
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) in (75, 128 + signal.SIGTERM)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -1,0 +1,170 @@
+"""Miniature trees of the real benchmarks: eight invented rows per file, in exactly the published formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROWS = 8
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+COLOURS = ["red", "green", "blue", "grey", "pink", "white", "black", "brown"]
+
+Rows = list[dict[str, Any]]
+
+
+def write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def draw(root: Path, name: str, number: int) -> str:
+    """A small picture; returns its name. Sizes are wide, high and square in turn."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", [(24, 16), (16, 24), (20, 20)][number % 3], COLOURS[number % 8]).save(path)
+    return name
+
+
+def train_row(key: Any, image: str | None, question: str, answer: str) -> dict[str, Any]:
+    mark = "" if image is None else "<image>\n"
+    turns = [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    return {"id": key, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+def short_rows(
+    root: Path, images: str, number_type: Callable[[int], Any], question: str, answers: list[str]
+) -> tuple[Rows, Rows]:
+    """Training and test rows of a task with one short answer per question."""
+    train, test = [], []
+    for n in range(ROWS):
+        image = draw(root, f"{images}/{n}.png", n)
+        answer = answers[n % len(answers)]
+        train.append(train_row(f"t{n}", image, question, answer))
+        test.append({"question_id": number_type(n), "image": image, "text": question, "answer": answer})
+    return train, test
+
+
+def _save(root: Path, folder: str, train: Rows, test: Rows, train_name: str, test_name: str) -> None:
+    write(root / folder / f"{train_name}.json", train)
+    write(root / folder / f"{test_name}.json", test)
+
+
+def coin(root: Path) -> Path:
+    def save(name: str, train: Rows, test: Rows, part: str = "test") -> None:
+        _save(root, f"Instructions/{name}", train, test, "train", part)
+
+    _scienceqa(root, save)
+    train, test = short_rows(root, "TextVQA/train_images", int, "What is written?" + WORD, ["cola", "stop"])
+    save("TextVQA", train, [{k: v for k, v in row.items() if k != "answer"} for row in test], "val")
+    gt = [{"question_id": row["question_id"], "answers": [row["answer"]] * 7 + ["coke"] * 3} for row in test]
+    write(root / "TextVQA/TextVQA_0.5.1_val.json", {"data": gt})
+    save("ImageNet", *short_rows(root, "ImageNet/val", int, "What is the object in the image?" + WORD, ["Owl", "Tub"]))
+    train, test = short_rows(root, "GQA/images", str, "On which side is it?" + WORD, ["left", "right"])
+    save("GQA", train, test)
+    types = {"structural": "query", "semantic": "rel"}
+    gqa = {
+        row["question_id"]: {"answer": row["answer"], "isBalanced": True, "types": types, "semantic": []}
+        for row in test
+    }
+    write(root / "GQA/testdev_balanced_questions.json", gqa)
+    save("VizWiz", *short_rows(root, "VizWiz/val", int, "What is this?" + WORD, ["mug", "unanswerable"]), "val")
+    coco = "COCO2014/train2014"
+    ask = "Please provide the bounding box coordinate of the region this sentence describes: red cup."
+    train, test = short_rows(root, coco, int, ask, ["[0.12, 0.30, 0.50, 0.94]"])
+    boxes = [
+        {**{k: v for k, v in r.items() if k != "answer"}, "answer_bbox": r["answer"], "size": [24, 16]} for r in test
+    ]
+    save("Grounding", train, boxes)
+    save("VQAv2", *short_rows(root, coco, int, "Is it dark?" + WORD, ["yes", "no"]), "val")
+    save("OCRVQA", *short_rows(root, "OCR-VQA/images", str, "Who is the author?" + WORD, ["Jane Austen", "Homer"]))
+    return root
+
+
+def _scienceqa(root: Path, save: Callable[[str, Rows, Rows], None]) -> None:
+    """Every second question has no image."""
+    train, test, problems = [], [], {}
+    for n in range(ROWS):
+        image = None if n % 2 else draw(root, f"ScienceQA/images/test/{n}/image.png", n)
+        asked = "Which is a solid?\nContext: N/A\nOptions: (A) ice (B) steam" + LETTER
+        train.append(train_row(str(n), image, asked, "AB"[n % 2]))
+        mark = "" if image is None else "<image>\n"
+        row = {"question_id": str(n), "text": mark + asked, "answer": "AB"[n % 2]}
+        test.append(row if image is None else {**row, "image": image})
+        problems[str(n)] = {"choices": ["ice", "steam"], "answer": n % 2}
+    save("ScienceQA", train, test)
+    write(root / "ScienceQA/problems.json", problems)
+    write(root / "ScienceQA/pid_splits.json", {"test": [str(n) for n in range(ROWS)]})
+
+
+def cl4vqa(root: Path) -> Path:
+    """The authors' files: one answer, no annotators."""
+    answers = {"judge": ["yes", "no"], "count": ["2", "3"], "color": COLOURS}
+    for task in [
+        "recognition",
+        "location",
+        "judge",
+        "commonsense",
+        "count",
+        "action",
+        "color",
+        "type",
+        "subcategory",
+        "causal",
+    ]:
+        question = f"What about the {task}?" + WORD
+        train, test = short_rows(root, "COCO2014/train2014", int, question, answers.get(task, ["dog", "cat"]))
+        write(root / f"train/train_q_{task}.json", train)
+        write(root / f"test/test_q_{task}.json", test)
+    return root
+
+
+def ucit(root: Path) -> Path:
+    names = {"ImageNet-R": "train", "ArxivQA": "train_4w", "IconQA": "train", "CLEVR-Math": "train_4w"}
+    answers = {
+        "ImageNet-R": ["Goldfish", "Owl"],
+        "ArxivQA": ["A", "C"],
+        "IconQA": ["B", "5"],
+        "CLEVR-Math": ["3", "10"],
+    }
+    for name, train_name in names.items():
+        train, test = short_rows(root, f"{name}/images", int, "What is it?" + WORD, answers[name])
+        _save(root, name, train, test, train_name, "test_3000")
+    for name, train_name in {"VizWiz-caption": "train", "Flickr30k-cap": "train_brief_4w"}.items():
+        texts = [f"A {colour} mug on a desk." for colour in COLOURS]
+        train, test = short_rows(root, f"{name}/images", int, "Describe the image briefly.", texts)
+        _save(root, name, train, test, train_name, "test_3000")
+        notes = [
+            {"id": 2 * n + k, "image_id": n + 1, "caption": text}
+            for n in range(ROWS)
+            for k, text in enumerate((texts[n], "Mug on table."))
+        ]
+        gt = {"images": [{"id": n + 1} for n in range(ROWS)], "annotations": notes}
+        write(root / name / "val_coco_type_3000.json", gt)
+    return root
+
+
+def mllm_dcl(root: Path) -> Path:
+    sets = {
+        "RS": ("images", "Is there a road?", ["yes", "no"]),
+        "Med": ("images", "What is shown?", ["liver", "no"]),
+        "AD": ("images", "Which car is ahead?", ["the red car", "B"]),
+        "Sci": ("images", "Which states are red?", ["Ohio, Texas", "Utah"]),
+        "Fin": ("images", "Will it rise?", ["Yes", "B"]),
+    }
+    for name, (images, question, answers) in sets.items():
+        train, test = short_rows(root / name, images, int, question, answers)
+        if name == "Sci":
+            for n, row in enumerate(test):
+                kind = ("AI2D", "MapQA")[n % 2]
+                row["image"] = draw(root / name, f"images/{kind}_{n}.png", n)
+        write(root / name / "train.json", train)
+        write(root / name / "test.json", test)
+    return root
+
+
+TREES: dict[str, Callable[[Path], Path]] = {"coin": coin, "cl4vqa": cl4vqa, "ucit": ucit, "mllm_dcl": mllm_dcl}
