@@ -160,7 +160,7 @@ def make_forecast(method: Method, benchmark: Benchmark, order: list[str], plan: 
         gpus = ask.sharding.gpus
         batches = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
         memory = _memory(config, plan, ask, batches.micro)
-        tasks = [*counts, _union(config, counts)] if union else counts
+        tasks = [*counts, _union(config, chosen, counts)] if union else counts
         steps = sum(t.steps or 0 for t in tasks[-1:]) if union else max((t.steps or 0 for t in tasks), default=0)
         disk = _disk(method, plan, counts, steps)
     return Forecast(tasks, batches, training.gradient_checkpointing, memory, disk, missing, notes)
@@ -177,18 +177,18 @@ def _count(task: Task, config: Config, missing: list[str]) -> TaskCount:
             except ClmoeError as error:
                 missing.append(str(error))
     train, test = found
-    return TaskCount(task.name, train, test, _steps(config, train, config.training.steps))
+    return TaskCount(task.name, train, test, _steps(config, train, config.training.steps, task.passes))
 
 
-def _steps(config: Config, records: int | None, fixed: int | None) -> int | None:
+def _steps(config: Config, records: int | None, fixed: int | None, passes: int = 1) -> int | None:
     if fixed is None and not records:
         return None
-    return total_steps(records or 0, config.training.batch_size, config.training.epochs, fixed)
+    return total_steps(records or 0, config.training.batch_size, config.training.epochs * passes, fixed)
 
 
-def _union(config: Config, counts: list[TaskCount]) -> TaskCount:
-    """All tasks at once, as ``clmoe train --task all`` takes them."""
-    trains = [c.train for c in counts if c.train is not None]
+def _union(config: Config, tasks: list[Task], counts: list[TaskCount]) -> TaskCount:
+    """All tasks at once, each with its passes, as ``clmoe train --task all`` takes them."""
+    trains = [c.train * task.passes for task, c in zip(tasks, counts, strict=True) if c.train is not None]
     train = sum(trains) if len(trains) == len(counts) else None
     fixed = config.training.steps
     steps = _steps(config, train, None if fixed is None else fixed * len(counts))
@@ -199,14 +199,14 @@ def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[li
     """(what is missing, what will be fetched or made)."""
     missing: list[str] = []
     notes: list[str] = []
-    if benchmark.prepare and not benchmark.root.exists():
+    if benchmark.prepare == "playground" and not benchmark.root.exists():
         notes.append(f"{benchmark.root} is made by the first training (or by clmoe data prepare {benchmark.name})")
     else:
         if not benchmark.root.is_dir():
             missing.append(f"data folder {benchmark.root}")
+        names = [task.name for task in tasks]
+        missing += [f"{name}: {kind} file {path}" for name, kind, path in benchmark.missing_files() if name in names]
         for task in tasks:
-            files = {"train": task.train, "test": task.test}
-            missing += [f"{task.name}: {kind} file {path}" for kind, path in files.items() if not path.is_file()]
             if not task.image_root.is_dir():
                 missing.append(f"{task.name}: image folder {task.image_root}")
     for check in (lambda: _require_model(method.config, notes), lambda: method.check_inputs(first=True)):

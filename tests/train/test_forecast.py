@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from clmoe import cli
@@ -68,6 +69,16 @@ def test_the_union_trains_once(capsys: pytest.CaptureFixture[str], mini_yaml: Pa
     assert values["tasks"][-1]["train_records"] == 3 * TRAIN_ROWS
     assert values["tasks"][-1]["steps"] == 9
     assert figures(capsys, *where, "training.steps=4")["tasks"][-1]["steps"] == 12
+
+
+def test_a_tasks_passes_count(capsys: pytest.CaptureFixture[str], spoiled: Path, runs: Runs) -> None:
+    values = yaml.safe_load(spoiled.read_text())
+    values["tasks"][0]["passes"] = 3
+    spoiled.write_text(yaml.safe_dump(values))
+    where = ("--model", runs.model, "--benchmark", spoiled, "training.steps=null")
+    alone, union = (figures(capsys, "--config", method, *where)["tasks"] for method in ("lora", "multitask"))
+    assert [row["steps"] for row in alone] == [9, 3, 3]
+    assert union[-1]["train_records"] == 5 * TRAIN_ROWS and union[-1]["steps"] == 15
 
 
 def test_accumulation_follows_from_the_gpus(
