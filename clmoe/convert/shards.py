@@ -89,16 +89,16 @@ def tensors_of(path: Path, scratch: Path) -> Iterator[tuple[str, Tensor]]:
             yield from each_tensor(file)
 
 
-def check_names(found: set[str], names: dict[str, str], ignored: re.Pattern[str], where: Path) -> None:
-    """``found`` is what ``names`` wants, neither more nor less, ignored ones aside.
+def check_names(found: set[str], wanted: set[str], ignored: re.Pattern[str] | None, where: Path) -> None:
+    """``found`` is ``wanted``, neither more nor less, ``ignored`` names aside.
 
     Raises:
         ClmoeError: it is not; the first tensor is named.
     """
-    missing = sorted(names.keys() - found)
+    missing = sorted(wanted - found)
     if missing:
         raise ClmoeError(f"{where}: lacks {len(missing)} tensors, {missing[0]} first")
-    unknown = sorted(name for name in found - names.keys() if not ignored.search(name))
+    unknown = sorted(name for name in found - wanted if ignored is None or not ignored.search(name))
     if unknown:
         raise ClmoeError(f"{where}: {len(unknown)} tensors that this format does not have, {unknown[0]} first")
 
@@ -199,7 +199,7 @@ class Copy:
 
     def check(self) -> None:
         """Compare the listed names. Raises ClmoeError as ``check_names``."""
-        check_names(self.weights.listed, self.names, self.ignored, self.weights.where)
+        check_names(self.weights.listed, set(self.names), self.ignored, self.weights.where)
 
     def run(self, writer: ShardWriter, scratch: Path) -> None:
         """Copy all. Raises ClmoeError as ``check_names`` (an index may lie), ``ShardWriter.add`` and ``unpickled``."""
@@ -210,4 +210,4 @@ class Copy:
                 if name in self.names:
                     target, origin = self.names[name], f"{self.weights.where}: {name}"
                     writer.add(target, tensor if self.change is None else self.change(target, tensor, origin), origin)
-        check_names(found, self.names, self.ignored, self.weights.where)
+        check_names(found, set(self.names), self.ignored, self.weights.where)
