@@ -152,6 +152,34 @@ def test_a_converted_model_trains_and_evaluates(
     assert "trained" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "width", "ffn", "blocks"), [("7b", 4096, 11008, 32), ("13b", 5120, 13824, 40)])
+def test_real_configurations_become_llava_hfs(name: str, width: int, ffn: int, blocks: int) -> None:
+    """Vicuna's config.json and the tower that LLaVA-1.5 names, without weights, against the shipped configurations."""
+    from types import SimpleNamespace
+
+    from clmoe.convert.clip import known_tower
+    from clmoe.convert.llava_folder import Connection, Language, llava_config
+    from clmoe.system.paths import repository_root
+
+    heads = width // 128
+    real = sources.LLAMA | {
+        "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": blocks, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "max_position_embeddings": 4096, "vocab_size": 32000,
+    }  # fmt: skip
+    fields = {name: value for name, value in real.items() if name not in ("torch_dtype", "pad_token_id", "use_cache")}
+    fields = {name: fields[name] for name in fields if name not in ("transformers_version", "tie_word_embeddings")}
+    tokenizer: Any = SimpleNamespace(image_token_id=32000, pad_token_id=32001)
+    tower = known_tower("openai/clip-vit-large-patch14-336")
+    made = llava_config(Language(fields, tokenizer, "float16"), tower, Connection()).to_dict()
+    shipped = json.loads((repository_root() / f"configs/models/llava-1.5-{name}.config.json").read_text())
+    assert made["text_config"].pop("pad_token_id") == shipped.pop("pad_token_id")
+    for part in ("text_config", "vision_config"):
+        wanted = shipped.pop(part)
+        assert {key: made[part][key] for key in wanted} == wanted
+    assert {key: made[key] for key in shipped} == shipped
+    assert (tower.side, tower.patch) == (336, 14)
+
+
 # ---- What is refused
 
 
