@@ -120,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verb("doctor", "Versions, devices, and what is usable here. Exit code 1: something required is broken.")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
+    convert = verb("convert", "Another project's LLaVA or adapter -> a model folder or a checkpoint of ours.")
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder of the LLaVA, LLaMA or adapter")
+    convert.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
+    convert.add_argument("--vision", type=Path, metavar="CLIP", help="folder of the CLIP model with the vision tower")
+    convert.add_argument(
+        "--projector", type=Path, metavar="BIN", help="with a LLaMA: the first stage's mm_projector.bin"
+    )
+    convert.add_argument("--model", help="with an adapter: the model it was trained on, as for train")
+    convert.add_argument("--benchmark", help="with an adapter: a name in configs/benchmarks or a YAML file")
+    convert.add_argument("--tasks", type=_paths, help="with an adapter: what it has learned, oldest first")
+
     card = verb("card", "Write a checkpoint's model card with the scores that were measured on it.")
     card.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
     card.add_argument("--run", type=Path, help="run folder with its scores (default: the folder above the checkpoint)")

@@ -26,8 +26,9 @@ class ModelConfig:
 
     Attributes:
         path: a folder or hub name in transformers' format.
-        dtype: of the frozen base; adapters are always float32.
+        dtype: of the frozen base; adapters and the projector are always float32.
         attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
         architecture: transformers config.json to take shapes from where the weights are not at hand; ``clmoe plan``
             only. Relative to the current folder or the repository.
     """
@@ -35,6 +36,7 @@ class ModelConfig:
     path: str = "playground/base"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    load_in_4bit: bool = False
     architecture: str = ""
 
 

@@ -15,6 +15,7 @@ ROOMS = (
     "demo",
     "report",
     "evaluate",
+    "convert",
     "train",
     "methods",
     "benchmarks",

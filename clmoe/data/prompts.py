@@ -1,20 +1,25 @@
 """LLaVA-1.5's conversation template (``vicuna_v1``) and the answer mask.
 
-The whole conversation is one string and is tokenised once; the mask follows from the character offsets of
-the tokens. So the labels are exactly the tokens of `` answer</s>`` of every turn, whatever the tokenizer does
-with spaces. Two checks turn a template that does not fit the tokenizer into an error instead of a silent zero
-loss: no token may reach across an answer's borders, and the tokens of the first prompt (what evaluation
-sends) must be a prefix of the training tokens.
+The conversation is one string with at most one ``<image>``. As in LLaVA, the text before the mark and the text
+after it are tokenised separately, as two strings of their own, and ``image_token_count`` copies of the image token
+come between. For LLaMA's tokenizer that matters: the second text opens with the mark of a beginning, so the tokens
+after an image are ``▁``, ``<0x0A>``, where one string would give ``<0x0A>`` alone. Byte-level tokenizers give the same
+both ways. Whether a ``<s>`` comes first is the tokenizer's own setting, the same for training and prompts; the
+second text gets none.
 
-The string holds one ``<image>``, which the tokenizer must know as a single token; it is replaced by
-``image_token_count`` copies of it. Whether a ``<s>`` comes first is the tokenizer's own setting, the same for
-training and prompts.
+The mask follows from the character offsets of the tokens. So the labels are exactly the tokens of `` answer</s>``
+of every turn, whatever the tokenizer does with spaces: the same tokens as LLaVA's ``preprocess_v1`` leaves
+unmasked. Where that function would lose count and mask a whole conversation with a warning (an answer or question
+that holds ``ASSISTANT: ``, a tokenizer it does not know), the labels here are still those. Two checks turn a
+template that does not fit the tokenizer into an error instead of a silent zero loss: no token may reach across an
+answer's borders, and the tokens of the first prompt (what evaluation sends) must be a prefix of the training
+tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clmoe.data.records import IMAGE_MARK, TrainRecord, Turn
 from clmoe.errors import ClmoeError
@@ -117,16 +122,28 @@ def _tokenise(
             f"tokenizer: no image token {IMAGE_MARK!r}; "
             f"add it with extra_special_tokens={{'image_token': '{IMAGE_MARK}'}}"
         )
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    image_id = getattr(tokenizer, "image_token_id", None)
+    image_id: Any = getattr(tokenizer, "image_token_id", None)
+    before, _, after = text.partition(IMAGE_MARK) if has_image else (text, "", "")
+    ids, offsets = _tokens(before, 0, tokenizer, True)
+    if has_image:
+        start = len(before) + len(IMAGE_MARK)
+        later_ids, later_offsets = _tokens(after, start, tokenizer, False)
+        ids, offsets = [*ids, image_id, *later_ids], [*offsets, (len(before), start), *later_offsets]
     for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, has_image)):
         if ids.count(token_id) != wanted:
             raise ClmoeError(
                 f"{where}: {ids.count(token_id)} tokens {token}, the template has {int(wanted)}; remove it "
                 "from the text or, if it is not there, mend the tokenizer: one special token, never appended"
             )
-    return ids, [tuple(pair) for pair in encoded["offset_mapping"]]
+    return ids, offsets
+
+
+def _tokens(
+    text: str, start: int, tokenizer: PreTrainedTokenizerFast, with_special: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of one text and their character offsets, shifted by ``start``; ``<s>`` in front only ``with_special``."""
+    encoded = tokenizer(text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), [(left + start, right + start) for left, right in encoded["offset_mapping"]]
 
 
 def _answer_labels(

@@ -241,7 +241,8 @@ class ExpertModel(BaseTuner):
             kind = ExpertMLP if config.router_scope == "per_block" else ExpertLinear
             layer = kind(target, current_key)
             layer.attach(adapter_name, config)
-            layer.requires_grad_(adapter_name in self.active_adapters)
+            for container in (layer.clmoe_experts, layer.clmoe_routers):  # 4-bit base weights take no such flag
+                container.requires_grad_(adapter_name in self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
         else:
             target.attach(adapter_name, config)

@@ -1,13 +1,21 @@
 """Load LLaVA-1.5 (transformers' own class) with its processor, and read the frozen base's features."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from clmoe.config import ModelConfig
@@ -49,8 +57,10 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
     Raises:
-        ClmoeError: the folder is not a LLaVA in transformers' format, or weights are missing in it.
+        ClmoeError: the folder is not a LLaVA in transformers' format, its files and its config.json do not agree about
+            the tensors, or what attention or 4-bit weights need is not there.
     """
+    check_means(config, torch.device(device))
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
@@ -65,18 +75,86 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             attn_implementation=config.attention,
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **(_four_bit(config, device) if config.load_in_4bit else {}),
         )
-        model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[str]]], loaded)
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ValueError(f"its files lack {len(missing)} tensors, {missing[0]} first")
+        model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
+        _check_report(report)
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
-    model.requires_grad_(False).eval().to(device)
+    _keep_projector_exact(model)
+    model.requires_grad_(False).eval()
+    if not config.load_in_4bit:  # quantised weights were put in their place while loading
+        cast(torch.nn.Module, model).to(device)
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the repository lies
     return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), fingerprint)
+
+
+def check_means(config: ModelConfig, device: torch.device) -> None:
+    """What ``attention`` and ``load_in_4bit`` need is installed and fits; nothing is loaded for it.
+
+    Raises:
+        ClmoeError: it is not; the message names the package or the setting to change.
+    """
+    if config.attention == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise ClmoeError(
+                "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
+                "pip install 'clmoe[flash]', or model.attention=sdpa"
+            )
+        if config.dtype == "float32":
+            raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+    if config.load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ClmoeError("model.load_in_4bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
+        if device.type != "cuda":
+            raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
+
+
+def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for NF4 weights in the language model's blocks (QLoRA, arXiv 2305.14314).
+
+    Tower, projector and head stay as they are: a tuned projector is a copy of the base's, and the head decides the
+    margins of answers. The quantised linears keep ``in_features`` and ``out_features``, which experts are built from.
+    """
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def _keep_projector_exact(model: LlavaForConditionalGeneration) -> None:
+    """Hold the projector in float32, whatever the base's dtype; transformers casts its output to the embeddings'.
+
+    Where the projector is tuned, what trains is a copy of this one, and in 16 bits most steps at its small learning
+    rate would round to nothing. It has 21 M of the 7 B parameters.
+    """
+    projector = model.model.multi_modal_projector.float()
+    projector.register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
+
+
+def _check_report(report: dict[str, set[Any]]) -> None:
+    """Every tensor of the files has its place in the model and the other way round.
+
+    Raises:
+        ValueError: not so; the first one is named.
+    """
+    for problem, keys in (("lack", "missing_keys"), ("hold, beyond the model's,", "unexpected_keys")):
+        names = sorted(report[keys])
+        if names:
+            raise ValueError(f"its files {problem} {len(names)} tensors, {names[0]} first")
+    for name, found, needed in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{name} has shape {list(found)} in its files, config.json makes it {list(needed)}")
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -36,6 +36,23 @@ def load_arrays(path: Path) -> dict[str, ndarray]:
         return load_file(path)
 
 
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, one tensor in memory at a time. Raises as ``load_tensors``."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            yield name, file.get_tensor(name)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names in a file's header. Raises as ``load_tensors``."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, "np") as file:
+        return set(file.keys())
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:

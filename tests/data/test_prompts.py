@@ -40,7 +40,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 def oracle(turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Ids and labels from pieces tokenised one by one, cut at special tokens and before an answer's space."""
 
-    # LLaMA's Metaspace marks the very first piece only; a special token in front makes it see a later one.
+    # LLaMA's Metaspace marks the first piece of a text only; a special token in front makes it see a later one.
     def piece(text: str, first: bool) -> list[int]:
         if first:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -57,7 +57,7 @@ def oracle(turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokeni
         elif has_image:
             image = [tokenizer.image_token_id] * IMAGE_TOKENS
             known = piece(f"{SYSTEM} USER: ", first=True) + image
-            known += piece(f"\n{turn.question} ASSISTANT:", first=False)
+            known += piece(f"\n{turn.question} ASSISTANT:", first=True)  # LLaVA: a text of its own
         else:
             known = piece(f"{SYSTEM} {question}", first=True)
         answer = [*piece(f" {turn.answer}", first=False), tokenizer.eos_token_id]

@@ -18,6 +18,8 @@ from transformers import LlavaForConditionalGeneration
 
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
+from clmoe.methods.moelora import MoeLora
+from clmoe.model.adapter import attach_adapter, load_adapter
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.model.llava import LoadedBase, count_image_tokens, last_prompt_features, load_base, position_ids
 from tests import support
@@ -43,11 +45,69 @@ def test_dtype_and_attention_are_as_configured(
 ) -> None:
     config = ModelConfig(path=str(tiny_folder), dtype="bfloat16", attention=attention)  # type: ignore[arg-type]
     model = load_base(config).model
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert exact == {name for name in dtypes if "multi_modal_projector" in name}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
     assert model.model.language_model.config._attn_implementation == attention
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
-    exact = pristine_base.model(**batch).logits[:, -1]
-    assert (model(**half).logits[:, -1].float() - exact).norm() / exact.norm() < 0.1
+    wanted = pristine_base.model(**batch).logits[:, -1]
+    assert (model(**half).logits[:, -1].float() - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_a_tuned_projector_takes_small_steps_on_a_16_bit_base(tiny_folder: Path, tmp_path: Path) -> None:
+    """A step of 1e-5 on a weight of 1 is far below bfloat16's resolution; it must be there, saved and read back."""
+    config = ModelConfig(path=str(tiny_folder), dtype="bfloat16")
+    method = MoeLora(support.tiny_config("moelora", tiny_folder))
+    base = load_base(config)
+    model = attach_adapter(base.model, method.adapter(base))
+    tuned = [p for n, p in model.named_parameters() if "modules_to_save" in n]
+    assert len(tuned) == 4 and all(p.dtype == torch.float32 and p.requires_grad for p in tuned)
+    batch = support.prompt_batch(base, QUESTIONS)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    with torch.no_grad():
+        for parameter in tuned:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+            parameter.copy_(1 + 1e-5 * parameter.grad.sign())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = load_adapter(load_base(config).model, tmp_path / "adapter", trainable=True)
+    values = torch.cat([p.flatten() for n, p in again.named_parameters() if "modules_to_save" in n])
+    assert values.dtype == torch.float32 and ((values - 1).abs() > 5e-6).float().mean() > 0.5
+
+
+def test_what_is_not_installed_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(flash_attn: bool, bitsandbytes: bool) -> None:
+        monkeypatch.setattr("clmoe.model.llava.is_flash_attn_2_available", lambda: flash_attn)
+        monkeypatch.setattr("clmoe.model.llava.find_spec", lambda name: object() if bitsandbytes else None)
+
+    flash = ModelConfig(path=str(tmp_path / "none"), dtype="bfloat16", attention="flash_attention_2")
+    four = ModelConfig(path=str(tmp_path / "none"), load_in_4bit=True)
+    given(False, False)
+    with pytest.raises(ClmoeError, match=r"needs the package flash-attn and a CUDA device: pip install 'clmoe\[flash"):
+        load_base(flash)
+    with pytest.raises(ClmoeError, match=r"needs the package bitsandbytes: pip install 'clmoe\[4bit\]'"):
+        load_base(four, "cuda")
+    given(True, True)
+    with pytest.raises(ClmoeError, match=r"computes in 16 bits: set model\.dtype=bfloat16"):
+        load_base(dataclasses.replace(flash, dtype="float32"))
+    with pytest.raises(ClmoeError, match="no such folder"):
+        load_base(flash)
+    with pytest.raises(ClmoeError, match="load_in_4bit needs a CUDA device, this process computes on cpu"):
+        load_base(four)
+
+
+def test_4_bits_are_for_the_language_models_blocks_only(pristine_base: LoadedBase) -> None:
+    """By transformers' own rule: which linears would be replaced. Loading itself needs a GPU."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from clmoe.model.llava import _four_bit
+
+    skipped = _four_bit(ModelConfig(load_in_4bit=True), "cuda")["quantization_config"].llm_int8_skip_modules
+    linears = [name for name, module in pristine_base.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = {name for name in linears if should_convert_module(name, skipped)}
+    assert converted == {name for name in linears if ".language_model.layers." in name}
 
 
 @pytest.mark.parametrize("kind", ["llama", "no-such-model", None])

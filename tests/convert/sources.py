@@ -1,0 +1,261 @@
+"""Tiny checkpoints in the formats that others publish: their keys, file names, dtypes and kinds of shape.
+
+Everything is taken module by module from one model of transformers' own class, the reference, so that no table of the
+converter takes part in writing what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tests.llama_vocabulary import train_vocabulary
+
+VOCABULARY, ROWS = 400, 448
+IMAGE, PAD = VOCABULARY, VOCABULARY + 1
+BLOCKS, WIDTH, FFN = 2, 48, 64
+TOWER_LAYERS, TOWER_WIDTH, SIDE, PATCH = 3, 32, 28, 14
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+LLAMA = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": WIDTH,
+    "initializer_range": 0.02,
+    "intermediate_size": FFN,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": BLOCKS,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "vocab_size": VOCABULARY,
+}
+LLAVA = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": TOWER_WIDTH,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "tune_mm_mlp_adapter": False,
+    "use_mm_proj": True,
+}
+VISION = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": TOWER_WIDTH,
+    "image_size": SIDE,
+    "intermediate_size": 40,
+    "layer_norm_eps": 1e-05,
+    "num_attention_heads": 2,
+    "num_hidden_layers": TOWER_LAYERS,
+    "patch_size": PATCH,
+    "projection_dim": 24,
+}
+
+
+def reference() -> LlavaForConditionalGeneration:
+    """transformers' own LLaVA with random weights that 16 bits hold exactly."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(
+            vocab_size=ROWS, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=BLOCKS, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        model = LlavaForConditionalGeneration(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases too: a swap of any two must show
+                parameter.add_(torch.randn_like(parameter) * 0.2).copy_(parameter.half().float())
+    return model
+
+
+def linear(name: str, module: Any) -> dict[str, Tensor]:
+    """``name.weight`` and, where there is one, ``name.bias``."""
+    parts = {f"{name}.weight": module.weight}
+    return parts if getattr(module, "bias", None) is None else parts | {f"{name}.bias": module.bias}
+
+
+def llama_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """LLaMA's names, with the rotary buffers that older versions saved."""
+    text = model.model.language_model
+    found = {
+        "model.embed_tokens.weight": text.embed_tokens.weight[:VOCABULARY],
+        "model.norm.weight": text.norm.weight,
+        "lm_head.weight": model.lm_head.weight[:VOCABULARY],
+    }
+    for number, block in enumerate(text.layers):
+        start = f"model.layers.{number}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            found |= linear(f"{start}.self_attn.{name}", getattr(block.self_attn, name))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            found |= linear(f"{start}.mlp.{name}", getattr(block.mlp, name))
+        found[f"{start}.input_layernorm.weight"] = block.input_layernorm.weight
+        found[f"{start}.post_attention_layernorm.weight"] = block.post_attention_layernorm.weight
+        found[f"{start}.self_attn.rotary_emb.inv_freq"] = torch.rand(6)
+    return half(found)
+
+
+def projector_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """The keys of ``mm_projector.bin``: a sequence of linear, GELU, linear."""
+    projector = model.model.multi_modal_projector
+    return half(linear("model.mm_projector.0", projector.linear_1) | linear("model.mm_projector.2", projector.linear_2))
+
+
+def tower_tensors(model: LlavaForConditionalGeneration, start: str) -> dict[str, Tensor]:
+    """CLIP's vision model, ``pre_layrnorm`` as CLIP spells it."""
+    tower = model.model.vision_tower
+    found = {
+        f"{start}embeddings.class_embedding": tower.embeddings.class_embedding,
+        f"{start}embeddings.patch_embedding.weight": tower.embeddings.patch_embedding.weight,
+        f"{start}embeddings.position_embedding.weight": tower.embeddings.position_embedding.weight,
+        **linear(f"{start}pre_layrnorm", tower.pre_layrnorm),
+        **linear(f"{start}post_layernorm", tower.post_layernorm),
+    }
+    for number, layer in enumerate(tower.encoder.layers):
+        inner = f"{start}encoder.layers.{number}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            found |= linear(f"{inner}.self_attn.{name}", getattr(layer.self_attn, name))
+        for name in ("fc1", "fc2"):
+            found |= linear(f"{inner}.mlp.{name}", getattr(layer.mlp, name))
+        for name in ("layer_norm1", "layer_norm2"):
+            found |= linear(f"{inner}.{name}", getattr(layer, name))
+    return half(found)
+
+
+def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().half().clone() for name, tensor in tensors.items()}
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int, pickled: bool) -> None:
+    """As transformers names them, with the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    names = sorted(tensors)
+    size = -(-len(names) // shards)
+    where = {}
+    for number in range(shards):
+        part = {name: tensors[name] for name in names[number * size : (number + 1) * size]}
+        file = f"{stem}-{number + 1:05}-of-{shards:05}.{ending}"
+        torch.save(part, folder / file) if pickled else save_file(part, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = f"{stem}.{ending}.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2))
+
+
+def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
+    """As liuhaotian/llava-v1.5-7b: sharded weights, config.json, generation_config.json, tokenizer.model."""
+    write_shards(folder, tensors, 2, pickled)
+    write_json(folder / "config.json", {"model_type": "llava"} | LLAMA | LLAVA | changes)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    return train_vocabulary(folder)
+
+
+def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
+    """As lmsys/vicuna-7b-v1.5."""
+    write_shards(folder, tensors, 2, pickled)
+    write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | LLAMA | changes)
+    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.9, "top_p": 0.6})
+    return train_vocabulary(folder)
+
+
+def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
+    """As openai/clip-vit-large-patch14-336: a whole CLIP in one file, its text side included."""
+    folder.mkdir(parents=True)
+    whole = tower | {
+        "logit_scale": torch.tensor(4.6),
+        "text_projection.weight": torch.rand(24, 16),
+        "visual_projection.weight": torch.rand(24, TOWER_WIDTH),
+        "text_model.embeddings.token_embedding.weight": torch.rand(8, 16),
+        "text_model.embeddings.position_ids": torch.arange(8)[None],
+        "vision_model.embeddings.position_ids": torch.arange((SIDE // PATCH) ** 2 + 1)[None],
+    }
+    if pickled:
+        torch.save(whole, folder / "pytorch_model.bin")
+    else:
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    vision = VISION | {"model_type": "clip_vision_model", "num_beams": 1, "torch_dtype": None} | changes
+    write_json(folder / "config.json", {"model_type": "clip", "text_config": {}, "vision_config": vision})
+    images = {
+        "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True, "image_mean": MEAN,
+        "image_std": STD, "resample": 3, "size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor",
+    }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", images)
+    return folder
+
+
+def llava_hf(folder: Path, model: LlavaForConditionalGeneration) -> Path:
+    """As llava-hf/llava-1.5-7b-hf: the language model under ``language_model.``, the tower with ``vision_model.``."""
+    text = {f"language_model.{name}": tensor for name, tensor in llama_tensors(model).items()}
+    text["language_model.model.embed_tokens.weight"] = model.model.language_model.embed_tokens.weight.detach().half()
+    text["language_model.lm_head.weight"] = model.lm_head.weight.detach().half()
+    projector = model.model.multi_modal_projector
+    joined = linear("multi_modal_projector.linear_1", projector.linear_1)
+    joined |= linear("multi_modal_projector.linear_2", projector.linear_2)
+    write_shards(folder, text | half(joined) | tower_tensors(model, "vision_tower.vision_model."), 3, False)
+    model.config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(folder)
+    vocabulary = train_vocabulary(folder.with_name("vocabulary"))
+    tokenizer = LlamaTokenizer.from_pretrained(vocabulary, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
+    )
+    LlavaProcessor(images, tokenizer, PATCH, "default", num_additional_image_tokens=1).save_pretrained(folder)
+    return folder
+
+
+def batch() -> dict[str, Tensor]:
+    """Two prompts of different length about two pictures, left-padded."""
+    generator = torch.Generator().manual_seed(3)
+    image = [IMAGE] * (SIDE // PATCH) ** 2
+    long = [1, 20, 31, *image, 45, 399, 7, 260, 261]
+    short = [1, *image, 50, 270]
+    rows = [long, [PAD] * (len(long) - len(short)) + short]
+    ids = torch.tensor(rows)
+    pixels = torch.randn(2, 3, SIDE, SIDE, generator=generator)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """``[2, T, V]`` of the batch at the positions that are no padding, over the tokens of the original vocabulary."""
+    inputs = batch()
+    return model(**inputs).logits[..., :VOCABULARY] * inputs["attention_mask"][..., None]

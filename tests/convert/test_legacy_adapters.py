@@ -1,0 +1,269 @@
+"""Adapters of CoIN and CL-MoE: converted, they compute what the formula in those projects' layers computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clmoe.cli import main
+from clmoe.config import ModelConfig
+from clmoe.evaluate.answer import load
+from clmoe.model.adapter import load_adapter
+from clmoe.model.llava import LoadedBase, load_base
+from clmoe.train.lineage import read_checkpoint
+from clmoe.train.task import save_adapter
+from tests.convert.test_pickles import Canary
+from tests.support import SIZES, copy_base, prompt_batch
+
+EXPERTS, RANK, ALPHA = 4, 8, 24
+ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+QUESTIONS = ["Which colour is it?", "How many things are there on the left?"]
+START = "base_model.model.model."
+
+
+def shapes(name: str) -> tuple[int, int]:
+    """``(din, dout)`` of a linear of the tiny model."""
+    width, ffn = SIZES.text_hidden, SIZES.text_ffn
+    return {"gate_proj": (width, ffn), "up_proj": (width, ffn), "down_proj": (ffn, width)}.get(name, (width, width))
+
+
+def places() -> list[str]:
+    blocks = range(SIZES.text_layers)
+    return [f"layers.{b}.{'self_attn' if n in ATTENTION else 'mlp'}.{n}" for b in blocks for n in (*ATTENTION, *FFN)]
+
+
+def random(*shape: int, scale: float = 0.12) -> Tensor:
+    return (torch.randn(*shape) * scale).bfloat16()
+
+
+def experts_file(spelling: str) -> dict[str, Tensor]:
+    """``adapter_model.bin`` of MoELoRA, in 16 bits as training in bf16 leaves it."""
+    torch.manual_seed(4)
+    found = {}
+    for place in places():
+        din, dout = shapes(place.rpartition(".")[2])
+        start = f"{START}{place}"
+        found[f"{start}.lora_router.weight"] = random(EXPERTS, din, scale=1.0)
+        for i in range(EXPERTS):
+            for factor, matrix in (("A", random(RANK // EXPERTS, din)), ("B", random(dout, RANK // EXPERTS))):
+                for inner in {"short": [""], "long": [".mlp"], "both": ["", ".mlp"]}[spelling]:
+                    found[f"{start}.lora_{factor}.lora{factor}.{i}{inner}.weight"] = matrix
+    return found
+
+
+def lora_file() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    found = {}
+    for place in places():
+        din, dout = shapes(place.rpartition(".")[2])
+        found[f"{START}{place}.lora_A.weight"] = random(RANK, din)
+        found[f"{START}{place}.lora_B.weight"] = random(dout, RANK)
+    return found
+
+
+def projector_file() -> dict[str, Tensor]:
+    torch.manual_seed(6)
+    sizes = {"0": (SIZES.text_hidden, SIZES.vision_hidden), "2": (SIZES.text_hidden, SIZES.text_hidden)}
+    weights = {f"{START}mm_projector.{n}.weight": random(*size) for n, size in sizes.items()}
+    return weights | {f"{START}mm_projector.{n}.bias": random(SIZES.text_hidden) for n in sizes}
+
+
+def write(folder: Path, kind: str, adapter: Any, projector: Any = None, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    values = {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "bias": "none",
+        "expert_num": EXPERTS,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "peft_type": kind,
+        "r": RANK,
+        "target_modules": ["down_proj", "q_proj", "o_proj", "gate_proj", "v_proj", "k_proj", "up_proj"],
+        "task_embedding_dim": 64,
+        "task_type": "CAUSAL_LM_CoIN",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values | changes))
+    torch.save(adapter, folder / "adapter_model.bin")
+    if projector is not None:
+        torch.save(projector, folder / "non_lora_trainables.bin")
+    return folder
+
+
+def add_by_loops(base: LoadedBase, adapter: dict[str, Tensor], projector: dict[str, Tensor] | None) -> None:
+    """CoIN's ``forward`` on every linear, expert by expert, and the tuned projector in the place of the base's."""
+
+    def hook(start: str) -> Callable[..., Tensor]:
+        def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            x = inputs[0]
+            if f"{start}.lora_A.weight" in adapter:
+                A, B = adapter[f"{start}.lora_A.weight"].float(), adapter[f"{start}.lora_B.weight"].float()
+                return output + ALPHA / RANK * (x @ A.t() @ B.t())
+            gate = torch.softmax(x @ adapter[f"{start}.lora_router.weight"].float().t(), dim=-1)
+            for i in range(EXPERTS):
+                A = adapter[f"{start}.lora_A.loraA.{i}.weight"].float()
+                B = adapter[f"{start}.lora_B.loraB.{i}.weight"].float()
+                output = output + ALPHA / RANK * gate[..., i : i + 1] * (x @ A.t() @ B.t())
+            return output
+
+        return forward
+
+    for place in places():
+        base.model.model.language_model.get_submodule(place).register_forward_hook(hook(START + place))
+    if projector is not None:
+        ours = base.model.model.multi_modal_projector
+        with torch.no_grad():
+            for number, linear in (("0", ours.linear_1), ("2", ours.linear_2)):
+                linear.weight.copy_(projector[f"{START}mm_projector.{number}.weight"])
+                linear.bias.copy_(projector[f"{START}mm_projector.{number}.bias"])
+
+
+@pytest.fixture
+def convert(tiny_folder: Path, mini_yaml: Path, tmp_path: Path) -> Callable[[Path], Path]:
+    def run(source: Path) -> Path:
+        given = ["--model", tiny_folder, "--benchmark", mini_yaml, "--tasks", "colour,count"]
+        main([str(part) for part in ["convert", source, tmp_path / "out", *given]])
+        return tmp_path / "out"
+
+    return run
+
+
+@torch.no_grad()
+def logits(model: Any, base: LoadedBase) -> Tensor:
+    inputs = prompt_batch(base, QUESTIONS)
+    return model(**inputs).logits * inputs["attention_mask"][..., None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spelling", "tuned"),
+    [("MOE_LORA_CoIN", "short", True), ("MOE_LORA_CLMoE", "both", True), ("MOE_LORA_CoIN", "long", False),
+     ("LORA", "", True)],
+)  # fmt: skip
+def test_a_converted_adapter_computes_the_published_formula(
+    kind: str, spelling: str, tuned: bool, pristine_base: LoadedBase, convert: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    adapter = lora_file() if kind == "LORA" else experts_file(spelling)
+    projector = projector_file() if tuned else None
+    out = convert(write(tmp_path / "legacy", kind, adapter, projector))
+    by_loops = copy_base(pristine_base)
+    add_by_loops(by_loops, lora_file() if kind == "LORA" else experts_file("short"), projector)
+    converted = load_adapter(copy_base(pristine_base).model, out, trainable=False)
+    ours, theirs = logits(converted, pristine_base), logits(by_loops.model, pristine_base)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - logits(pristine_base.model, pristine_base)).abs().max() > 0.1, "the adapter does something"
+    save_adapter(converted, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), "as peft would have written it"
+
+
+def test_the_checkpoint_is_one_of_ours(
+    tiny_folder: Path, mini_yaml: Path, convert: Callable[[Path], Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It verifies, answers, is evaluated, and the next task continues it."""
+    from PIL import Image
+
+    out = convert(write(tmp_path / "legacy", "MOE_LORA_CoIN", experts_file("short"), projector_file()))
+    told = capsys.readouterr().out
+    assert "MOE_LORA_CoIN, 4 experts of rank 2 on q_proj, k_proj" in told and "with a tuned projector" in told
+    done = read_checkpoint(out)
+    assert (done.lineage.method, done.lineage.tasks, done.lineage.steps) == ("moelora", ["colour", "count"], 0)
+    assert done.lineage.base == load_base(ModelConfig(path=str(tiny_folder))).fingerprint
+    assert done.lineage.trainable_parameters == sum(
+        t.numel() for t in {**experts_file("short"), **projector_file()}.values()
+    )
+    assert (done.config.adapter.rank, done.config.adapter.alpha, done.config.adapter.experts) == (RANK, ALPHA, EXPERTS)
+    assert done.lineage.effective_scale == pytest.approx(ALPHA / RANK / EXPERTS)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    assert isinstance(load(out).answer(tmp_path / "a.png", "Which colour is it?"), str)
+    main(["eval", "--checkpoint", str(out), "--benchmark", str(mini_yaml), "--output", str(tmp_path / "run")])
+    same = ["adapter.rank=8", "adapter.experts=4", "adapter.alpha=24", "adapter.scale=null", "adapter.dropout=0.05"]
+    targets = "adapter.targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+    given = [
+        "--config",
+        "moelora",
+        "--benchmark",
+        mini_yaml,
+        "--model",
+        tiny_folder,
+        "--task",
+        "side",
+        "--previous",
+        out,
+    ]
+    rest = ["--output", tmp_path / "next" / "03-side", "training.steps=2", *same, targets]
+    main([str(part) for part in ["train", *given, *rest]])
+    assert read_checkpoint(tmp_path / "next" / "03-side").lineage.tasks == ["colour", "count", "side"]
+
+
+def damaged(drop: str | None = None, **add: Tensor) -> dict[str, Tensor]:
+    return {name: t for name, t in experts_file("short").items() if name != drop} | add
+
+
+EXPERT = f"{START}layers.1.mlp.up_proj.lora_B.loraB.3.weight"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "projector", "changes", "problem"),
+    [
+        (damaged(EXPERT), None, {}, f"adapter_model.bin: lacks 1 tensors, {EXPERT} first"),
+        (damaged(extra=torch.ones(2)), None, {}, "1 tensors that this format does not have, extra first"),
+        (damaged(**{EXPERT: random(7, 2)}), None, {}, "the experts of layers.1.mlp.up_proj do not have one shape"),
+        (damaged(**{EXPERT: torch.ones(64, 2).double()}), None, {}, f"tensor {EXPERT} is float64"),
+        (damaged(**{EXPERT.replace(".weight", ".mlp.weight"): random(64, 2)}), None, {}, "differs from its other name"),
+        (damaged(), projector_file() | {"lm_head.weight": random(2)}, {}, "does not have, lm_head.weight first"),
+        (damaged(), {}, {}, "non_lora_trainables.bin: lacks 4 tensors"),
+        (damaged(), None, {"expert_num": 3}, "not a multiple of adapter.experts 3"),
+        (damaged(), None, {"expert_num": 2}, "tensors that this format does not have"),
+        (damaged(), None, {"peft_type": "MOE_LORA_HiDe"}, "peft_type is 'MOE_LORA_HiDe', known are MOE_LORA_CoIN"),
+        (damaged(), None, {"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
+        (damaged(), None, {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        (damaged(), None, {"target_modules": ["fc1"]}, "target_modules is"),
+        (damaged(), None, {"r": None}, "r is None, expected a positive number"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(
+    adapter: Any, projector: Any, changes: dict[str, Any], problem: str, convert: Callable[[Path], Path],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = write(tmp_path / "legacy", changes.pop("peft_type", "MOE_LORA_CoIN"), adapter, projector, **changes)
+    with pytest.raises(SystemExit) as stop:
+        convert(source)
+    assert stop.value.code == 2 and problem in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["legacy"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_hostile_file_runs_nothing(
+    file: str, convert: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "legacy", "MOE_LORA_CoIN", experts_file("short"), projector_file())
+    torch.save({"x": Canary(tmp_path / "sang")}, source / file)
+    with pytest.raises(SystemExit):
+        convert(source)
+    assert f"{file}: refused: it asks for" in capsys.readouterr().err
+    assert not (tmp_path / "sang").exists()
+
+
+def test_what_an_adapter_needs_to_be_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], mini_yaml: Path) -> None:
+    source = write(tmp_path / "legacy", "MOE_LORA_CoIN", {})
+    for given, problem in (
+        ([], "is an adapter: give --model as well"),
+        (["--model", "playground", "--benchmark", str(mini_yaml)], "give --tasks as well"),
+        (["--model", "m", "--benchmark", str(mini_yaml), "--tasks", "colour", "--vision", "c"], "leave out --vision"),
+        (["--model", "playground", "--benchmark", str(mini_yaml), "--tasks", "colours"], "unknown task 'colours'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["convert", str(source), str(tmp_path / "out"), *given])
+        assert problem in capsys.readouterr().err
