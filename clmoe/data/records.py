@@ -17,10 +17,11 @@ must stay free of torch: fast verbs import it.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,6 +84,19 @@ def load_train(path: Path, image_root: Path) -> list[TrainRecord]:
         image = images.checked(row)
         records.append(TrainRecord(unique, image, _turns(row, image)))
     return records
+
+
+def below(records: Iterable[TrainRecord], task: str, image_root: Path, root: Path) -> list[TrainRecord]:
+    """The records of a task with images relative to ``root`` and ids that name the task, to stand beside others'."""
+    prefix = os.path.relpath(image_root, root)
+    return [
+        replace(
+            record,
+            id=f"{task}/{record.id}",
+            image=None if record.image is None else str(Path(prefix) / record.image),
+        )
+        for record in records
+    ]
 
 
 def load_questions(path: Path, image_root: Path) -> list[Question]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
-from clmoe.data.records import TrainRecord, load_train
+from clmoe.data.records import TrainRecord, below, load_train
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
@@ -111,6 +110,11 @@ def prepare_request(
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
+    if method_class(config.method).reads_weights and deepspeed is not None and spreads_weights(deepspeed):
+        raise ClmoeError(
+            f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
+            "processes; use zero2"
+        )
     if previous is not None and chain != "sequence":
         raise ClmoeError(f"method {config.method} starts every task anew: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
@@ -144,10 +148,7 @@ def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     union = []
     for name in request.order:
         task = benchmark.task(name)
-        prefix = os.path.relpath(task.image_root, benchmark.root)
-        for record in load_train(task.train, task.image_root):
-            image = None if record.image is None else str(Path(prefix) / record.image)
-            union.append(replace(record, id=f"{name}/{record.id}", image=image))
+        union += below(load_train(task.train, task.image_root), name, task.image_root, benchmark.root)
     return union, benchmark.root
 
 
@@ -163,7 +164,8 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
     batch_plan(request, len(records))
-    method.check_inputs(first=request.previous is None)
+    previous = None if request.previous is None else request.previous.folder
+    method.check_inputs(previous, request.benchmark.root)
     base = _load_base(request)
     sealed = from_main(lambda: _open_work(request))
     with _own_folder(sealed) as work:
@@ -178,7 +180,8 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
             work,
             sealed,
             sealed,
-            None if request.previous is None else request.previous.folder,
+            previous,
+            request.benchmark.root,
         )
         log = EventLog(request.run / "events.jsonl")
         phases = method.phases(context)

@@ -56,6 +56,12 @@ ROWS = {
         ("plan.json", "locator.safetensors", "prototypes.safetensors"),
         overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
     ),
+    "ewc": Row((LORA, PROJECTOR), ("importance.safetensors",)),
+    "mas": Row((LORA, PROJECTOR), ("importance.safetensors",)),
+    "lwf": Row((LORA, PROJECTOR)),
+    "replay": Row((LORA, PROJECTOR), ("memory.json",)),
+    "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
+    "olora": Row((EXPERTS, PROJECTOR)),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
