@@ -70,7 +70,9 @@ class OLora(Method):
         for name, layer in expert_layers(context.model).items():
             generator = seeded(self.config.seed, f"olora:{context.index}:{name}")
             fresh = {linear: experts.fresh(1, generator) for linear, experts in layer.experts.items()}
-            factors[name] = {linear: (A.to(context.base.device), B.to(context.base.device)) for linear, (A, B) in fresh.items()}
+            factors[name] = {
+                linear: (A.to(context.base.device), B.to(context.base.device)) for linear, (A, B) in fresh.items()
+            }
         freeze_experts(context.model, context.index)
         grow_experts(context.model, context.index, factors)
 

@@ -95,9 +95,7 @@ def penalty(method: Method, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("method", "factor"), [("ewc", 1.0), ("mas", 2.0)])
-def test_the_penalty_pulls_as_the_closed_form_says(
-    method: str, factor: float, runs: Runs, new_base: NewBase
-) -> None:
+def test_the_penalty_pulls_as_the_closed_form_says(method: str, factor: float, runs: Runs, new_base: NewBase) -> None:
     """EWC: lambda/2 F (theta - theta*)^2, gradient lambda F (theta - theta*). MAS: without the half."""
     previous = runs.chain(method, tasks=TASKS[:1])[0]
     started, model = begun(method, new_base(), runs, previous, "options.weight=3")

@@ -48,7 +48,9 @@ def test_the_divergence_of_three_tokens() -> None:
     # one worked by hand: uniform against (1, e^-5, 1) / (2 + e^-5)
     one = divergence(torch.zeros(1, 3), torch.tensor([[5.0, 0.0, 5.0]]), 1.0)
     total = 2 + np.exp(-5.0)
-    assert float(one) == pytest.approx(-np.log(3) - (2 * np.log(1 / total) + np.log(np.exp(-5.0) / total)) / 3, rel=1e-5)
+    assert float(one) == pytest.approx(
+        -np.log(3) - (2 * np.log(1 / total) + np.log(np.exp(-5.0) / total)) / 3, rel=1e-5
+    )
 
 
 def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray]:

@@ -54,8 +54,9 @@ def test_the_memory_holds_a_few_training_rows_of_each_past_task(method: str, run
             row = rows[record["id"].removeprefix(f"{task}/")]
             assert record["turns"] == [[turn.question, turn.answer] for turn in row.turns]
             assert record["image"] == (None if row.image is None else f"{task}/images/{row.image}")
-            assert (row.image, row.turns[0].question) not in test
-            assert record["image"] is None or (root / record["image"]).is_file()
+            if row.image is not None:  # the questions without an image are the same everywhere
+                assert (row.image, row.turns[0].question) not in test
+                assert (root / record["image"]).is_file()
 
 
 def test_every_record_is_drawn_equally_often() -> None:
@@ -158,9 +159,7 @@ def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: Ne
     model = load_adapter(base.model, first, trainable=True).eval()
     own = load_train(root / SECOND / "train.json", root / SECOND / "images")
     here = Path("unused")
-    context = TaskContext(
-        SECOND, 1, own, root / SECOND / "images", config, base, model, here, here, here, first, root
-    )
+    context = TaskContext(SECOND, 1, own, root / SECOND / "images", config, base, model, here, here, here, first, root)
     method = method_class("der")(config)
     method.begin_task(context)
     from clmoe.methods.memory import load_memory
