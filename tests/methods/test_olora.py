@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_the_first_task_has_no_penalty(runs: Runs, new_base: NewBase) -> None:
 def test_older_loras_never_change_a_bit(runs: Runs) -> None:
     """Each checkpoint's frozen part is all of its parent's, and the new LoRA is of the same size."""
     chain = runs.chain("olora", tasks=TASKS)
-    for parent, child in zip(chain, chain[1:], strict=False):
+    for parent, child in pairwise(chain):
         before, after = tensors(parent), tensors(child)
         for name in before:
             if not name.endswith((".A", ".B")):
