@@ -50,13 +50,15 @@ class TrainedModel(nn.Module):
         trace = RouteTrace()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
+        loss: Tensor | float = 0.0
+        if pixel_values is None:
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
+            # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
+            tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
+            loss = 0.0 * sum(p.sum() for p in tuned)
         with routing(NEWEST_ROUTER, trace):
             logits = answer_logits(llava, batch)
-        loss = cross_entropy(logits, answer_tokens(labels), reduction="sum") / num_items_in_batch
-        if pixel_values is None:
-            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, here too.
-            tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
-            loss = loss + 0.0 * sum(p.sum() for p in tuned)
+        loss = loss + cross_entropy(logits, answer_tokens(labels), reduction="sum") / num_items_in_batch
         batch |= {"logits": logits} if rows is None else {"logits": logits, "rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)
         if extra is not None:
