@@ -16,10 +16,11 @@ class Options(ImportanceOptions):
     """MAS's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of the penalty ``lambda * Omega (theta - theta*)^2``.
+        weight: lambda of the penalty ``lambda * Omega (theta - theta*)^2``; depends on the scale of the logits, so that
+            the 1 of the authors' code does not carry over.
     """
 
-    weight: float = 1.0
+    weight: float = 1e-4
 
 
 class Mas(HeldByImportance):

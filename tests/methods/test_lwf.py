@@ -137,7 +137,10 @@ def test_nothing_pulls_at_the_start_and_the_parent_has_no_dropout(runs: Runs, ne
             losses[name, training] = float(model(**batch, num_items_in_batch=count)["loss"].detach())
             assert context.model.training == training, "the mode is put back"
     assert losses["lwf", False] == pytest.approx(losses["plain", False], abs=1e-6)
-    assert losses["lwf", True] > losses["plain", True] + 1e-4, "only the student drops inputs"
+    assert losses["lwf", True] > losses["plain", True] + 1e-4, "the student drops inputs"
+    given = {**batch, "logits": torch.zeros(int(count), base.model.config.text_config.vocab_size)}
+    pulls = [float(method.extra_loss(context.model.train(mode), None, given)) for mode in (True, False)]  # type: ignore[arg-type]
+    assert pulls[0] == pulls[1] > 0, "the parent does not"
 
 
 def test_without_weight_it_is_lora(runs: Runs) -> None:
