@@ -27,7 +27,7 @@ class Options(ReplayOptions):
         weight: alpha, of the squared distance between logits.
     """
 
-    weight: float = 0.5
+    weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
