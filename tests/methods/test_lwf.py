@@ -110,7 +110,7 @@ def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
         expected += 0.7 * sum(kl(old, new, 2.0) for old, new in pairs) / len(pairs) / len(records)
     assert expected > 1e-3
     assert float(difference.detach()) == pytest.approx(expected, rel=1e-3)
-    assert cut == pytest.approx(float(loss), rel=1e-5)
+    assert cut == pytest.approx(float(loss.detach()), rel=1e-5)
 
     loss.backward()
     for name, p in context.model.named_parameters():
