@@ -41,6 +41,16 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
     return benchmark
 
 
+def _method_config(options: Namespace, benchmark: Benchmark) -> Config:
+    """The method's configuration on the benchmark, its rank fitted to a budget where one is given."""
+    config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
+    if config.adapter.budget is None:
+        return config
+    from clmoe.methods.budget import within_budget
+
+    return within_budget(config)
+
+
 def run_train(options: Namespace) -> str:
     """``clmoe train``; returns one line for the terminal."""
     from clmoe.train.task import prepare_request
@@ -51,7 +61,7 @@ def run_train(options: Namespace) -> str:
         deepspeed = deepspeed_settings(options.deepspeed)
         stand_alone()
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data))
-    config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
+    config = _method_config(options, benchmark)
     order = benchmark.order(options.order, config.seed)
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
     if options.then_eval:

@@ -55,6 +55,8 @@ class AdapterConfig:
         router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
         router_top_k: experts per token; None mixes all.
         train_projector: also train the projector between vision tower and language model.
+        budget: parameters to train when the first task starts, the same for methods that are compared; when set, the
+            nearest rank replaces ``rank``, and ``alpha`` follows it.
     """
 
     rank: int = 64
@@ -67,6 +69,7 @@ class AdapterConfig:
     router_scope: Literal["per_linear", "per_block"] = "per_linear"
     router_top_k: int | None = None
     train_projector: bool = True
+    budget: int | None = None
 
 
 @dataclass(frozen=True)

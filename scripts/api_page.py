@@ -95,7 +95,9 @@ def type_name(annotation: Any) -> str:
 
 def keys(kind: type, prefix: str) -> Iterator[tuple[str, ...]]:
     """(key, type, default, meaning) of every field, those of nested dataclasses included."""
-    hints, said = typing.get_type_hints(kind), meanings(kind)
+    hints, said = typing.get_type_hints(kind), {}
+    for ancestor in reversed(kind.__mro__):
+        said |= meanings(ancestor) if dataclasses.is_dataclass(ancestor) else {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
             if kind is not Config:

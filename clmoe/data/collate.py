@@ -54,6 +54,11 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     return batch | _stack_pixels([item.pixel_values for item in items])
 
 
+def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
+    """As collate_train, with the items' places in their dataset as rows [B] int64."""
+    return collate_train([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
+
+
 def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
     """A batch to generate from, padded at the left; keys and shapes as in collate_train, without labels."""
     batch = _pad([item.input_ids for item in items], pad_id, left=True)
@@ -92,6 +97,19 @@ class TrainDataset(Dataset[TrainItem]):
         encoded = encode_training(record, self.tokenizer, self.image_token_count, self.max_length)
         pixels = _pixels(self.image_root, record.image, self.image_processor)
         return TrainItem(torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), pixels)
+
+
+class NumberedDataset(Dataset[tuple[int, TrainItem]]):
+    """A dataset's items with their places in it."""
+
+    def __init__(self, dataset: TrainDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, TrainItem]:
+        return index, self.dataset[index]
 
 
 class PromptDataset(Dataset[PromptItem]):

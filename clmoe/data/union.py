@@ -1,12 +1,13 @@
-"""The records of several tasks as one sequence, for methods that train on the union."""
+"""The records of several tasks as one sequence, for methods that train on more than one task's."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import overload
 
 from clmoe.data.records import TrainRecord
@@ -17,7 +18,7 @@ class Part:
     """One task's records.
 
     Attributes:
-        name: goes before the records' ids.
+        name: goes before the records' ids, unless it is empty.
         folder: of its images, relative to the union's image root.
         passes: how often its records occur in the union.
     """
@@ -26,6 +27,11 @@ class Part:
     folder: str
     records: Sequence[TrainRecord]
     passes: int = 1
+
+    @classmethod
+    def of(cls, name: str, records: Sequence[TrainRecord], image_root: Path, root: Path, passes: int = 1) -> Part:
+        """A task's records, in a union whose images are relative to ``root``."""
+        return cls(name, os.path.relpath(image_root, root), records, passes)
 
 
 class UnionRecords(Sequence[TrainRecord]):
@@ -52,4 +58,4 @@ class UnionRecords(Sequence[TrainRecord]):
         part = self.parts[number]
         record = part.records[(position - (self._ends[number - 1] if number else 0)) % len(part.records)]
         image = None if record.image is None else str(PurePosixPath(part.folder) / record.image)
-        return replace(record, id=f"{part.name}/{record.id}", image=image)
+        return replace(record, id=f"{part.name}/{record.id}" if part.name else record.id, image=image)

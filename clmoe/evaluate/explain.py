@@ -128,4 +128,5 @@ def router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSelec
             trace.outputs[name].weights[0].mean(0).tolist(),
         )
         for name, layer in layers.items()
+        if name in trace.outputs  # experts that are all added up have no router
     ]

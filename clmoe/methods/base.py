@@ -33,10 +33,12 @@ class Method:
         chain: how ``scripts/sequence.sh`` runs it: ``sequence`` (each task continues the one before), ``separate``
             (each task starts anew), ``union`` (all tasks at once), ``none`` (nothing is trained).
         finds_task: evaluation depends on the sample's task, so ``--router`` has a meaning.
+        reads_weights: ``extra_loss`` looks at whole weights, which ZeRO-3 spreads over the processes.
     """
 
     chain: ClassVar[Literal["sequence", "separate", "union", "none"]] = "sequence"
     finds_task: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, config: Config) -> None:
@@ -55,11 +57,12 @@ class Method:
         """The trainings of a task, in order."""
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
-    def check_inputs(self, first: bool) -> None:
+    def check_inputs(self, previous: Path | None, data: Path) -> None:
         """Files that training will read besides the task's own exist; asked before anything is loaded.
 
         Args:
-            first: the task starts a sequence.
+            previous: the parent checkpoint, None where the task starts a sequence.
+            data: the benchmark's folder.
 
         Raises:
             ClmoeError: one is missing.
@@ -69,7 +72,11 @@ class Method:
         """Before training: grow, freeze, choose what trains."""
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch."""
+        """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
+
+        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
+        ``logits [N, V]`` float32, what the model said, with gradient, where the answers' N tokens are predicted.
+        """
         return None
 
     def end_task(self, context: TaskContext) -> None:

@@ -34,6 +34,7 @@ class TaskContext:
         sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it.
         trained: the newest of those.
         previous: the parent checkpoint, or None.
+        data: the benchmark's folder, below which images of every task are found.
     """
 
     task: str
@@ -47,6 +48,7 @@ class TaskContext:
     sealed: Path
     trained: Path
     previous: Path | None
+    data: Path = Path()
 
     @property
     def run(self) -> Path:

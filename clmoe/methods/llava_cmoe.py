@@ -117,8 +117,8 @@ class LlavaCMoe(Method):
         owner = WARM_UP_OWNER if self.options.initial_experts_from == "warmup" else 0
         return expert_adapter(self.config, base, owner)
 
-    def check_inputs(self, first: bool) -> None:
-        if not first or self.options.initial_experts_from != "warmup":
+    def check_inputs(self, previous: Path | None, data: Path) -> None:
+        if previous is not None or self.options.initial_experts_from != "warmup":
             return
         for name in ("warmup_train", "warmup_images"):
             if not Path(getattr(self.options, name)).exists():

@@ -77,7 +77,7 @@ class ExpertConfig(PeftConfig):
         router_top_k: experts kept per token; None keeps all.
         layout: block -> owner task of each expert, oldest first.
         router_owners: owner task of each instance router, oldest first. A router spans the experts whose owner is
-            not younger than itself.
+            not younger than itself. Without any (``per_linear`` only) all experts are added up.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
         seed: of the initial weights.
@@ -194,7 +194,7 @@ class ExpertLinear(ExpertLayer):
         if self.disable_adapters:
             return out
         (experts,) = self.experts.values()
-        return experts(x, self.routers(x), out)
+        return experts(x, self.routers(x, experts.count), out)
 
 
 class ExpertMLP(ExpertLayer):

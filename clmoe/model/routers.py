@@ -107,8 +107,13 @@ class RouterBank(nn.Module):
     def _routers(self) -> list[InstanceRouter]:
         return list(self.instance)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``."""
+    def forward(self, x: Tensor, experts: int = 0) -> Tensor:
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``.
+
+        A bank without routers adds all ``experts`` up: their weights are 1.
+        """
+        if not len(self.instance):
+            return x.new_ones((*x.shape[:-1], experts), dtype=torch.float32)
         active = current_routing()
         selection = NEWEST_ROUTER if active is None else active.selection
         if len(self.instance) == 1 or selection.router is None:

@@ -10,7 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,6 +113,16 @@ def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
         return mine
     shares = _gather(mine)
     return [shares[k % count()][k // count()] for k in range(len(items))]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape, the same bits in all of them; changes ``tensor``."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        start()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def _gather(value: Any) -> list[Any]:

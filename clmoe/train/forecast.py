@@ -209,7 +209,7 @@ def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[li
         for task in tasks:
             if not task.image_root.is_dir():
                 missing.append(f"{task.name}: image folder {task.image_root}")
-    for check in (lambda: _require_model(method.config, notes), lambda: method.check_inputs(first=True)):
+    for check in (lambda: _require_model(method.config, notes), lambda: method.check_inputs(None, benchmark.root)):
         try:
             check()
         except ClmoeError as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clmoe.data.prompts import IGNORE
+from clmoe.methods.answers import answer_logits, answer_tokens
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 from clmoe.train.state import trainable
@@ -36,6 +36,7 @@ class TrainedModel(nn.Module):
         labels: Tensor,
         num_items_in_batch: Tensor,
         pixel_values: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch as its share of the global batch's loss.
 
@@ -43,22 +44,23 @@ class TrainedModel(nn.Module):
             input_ids, attention_mask, labels: ``[B, T]`` int64, right-padded; labels -100 outside the answers.
             num_items_in_batch: answer tokens of the whole global batch.
             pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
+            rows: ``[B]`` int64, the samples' places in the phase's records, for methods that keep something by them.
         """
         llava = adapted_llava(self.model)
         trace = RouteTrace()
-        with routing(NEWEST_ROUTER, trace):
-            hidden = llava.model(
-                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
-            ).last_hidden_state
-        targets = labels[:, 1:]
-        answered = targets != IGNORE
-        logits = llava.lm_head(hidden[:, :-1][answered]).float()
-        loss = cross_entropy(logits, targets[answered], reduction="sum") / num_items_in_batch
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
+        loss: Tensor | float = 0.0
         if pixel_values is None:
-            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, here too.
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
+            # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
             tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
-            loss = loss + 0.0 * sum(p.sum() for p in tuned)
-        extra = self.method.extra_loss(self.model, trace, {"input_ids": input_ids, "attention_mask": attention_mask})
+            loss = 0.0 * sum(p.sum() for p in tuned)
+        with routing(NEWEST_ROUTER, trace):
+            logits = answer_logits(llava, batch)
+        loss = loss + cross_entropy(logits, answer_tokens(labels), reduction="sum") / num_items_in_batch
+        batch |= {"logits": logits} if rows is None else {"logits": logits, "rows": rows}
+        extra = self.method.extra_loss(self.model, trace, batch)
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)
         return {"loss": loss}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,6 +111,11 @@ def prepare_request(
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
+    if method_class(config.method).reads_weights and deepspeed is not None and spreads_weights(deepspeed):
+        raise ClmoeError(
+            f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
+            "processes; use zero2"
+        )
     if previous is not None and chain != "sequence":
         raise ClmoeError(f"method {config.method} starts every task anew: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
@@ -145,8 +149,8 @@ def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     parts = []
     for name in request.order:
         task = benchmark.task(name)
-        folder = os.path.relpath(task.image_root, benchmark.root)
-        parts.append(Part(name, folder, load_train(task.train, task.image_root), task.passes))
+        records = load_train(task.train, task.image_root)
+        parts.append(Part.of(name, records, task.image_root, benchmark.root, task.passes))
     return UnionRecords(parts), benchmark.root
 
 
@@ -162,7 +166,8 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
     batch_plan(request, len(records))
-    method.check_inputs(first=request.previous is None)
+    previous = None if request.previous is None else request.previous.folder
+    method.check_inputs(previous, request.benchmark.root)
     base = _load_base(request)
     sealed = from_main(lambda: _open_work(request))
     with _own_folder(sealed) as work:
@@ -177,7 +182,8 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
             work,
             sealed,
             sealed,
-            None if request.previous is None else request.previous.folder,
+            previous,
+            request.benchmark.root,
         )
         log = EventLog(request.run / "events.jsonl")
         phases = method.phases(context)

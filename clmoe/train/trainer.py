@@ -26,7 +26,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.config import TrainingConfig
-from clmoe.data.collate import TrainDataset, collate_train
+from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
 from clmoe.system.interrupt import deferred
@@ -188,10 +188,10 @@ class TaskTrainer(Trainer):
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""
         sampler = MicroBatches(self.plan, self.steps, self.first_step, self.args.process_index)
         return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+            NumberedDataset(cast(TrainDataset, self.train_dataset)),
             batch_sampler=sampler,
             num_workers=self.config.workers,
-            collate_fn=partial(collate_train, pad_id=self.pad_id),
+            collate_fn=partial(collate_numbered, pad_id=self.pad_id),
             generator=torch.Generator().manual_seed(self.plan.seed),
             pin_memory=self.args.dataloader_pin_memory,
         )

@@ -25,7 +25,8 @@ from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
 from clmoe.train.lineage import read_checkpoint
 from clmoe.train.task import prepare_request, train_task
-from tests.runs import Runs, same_bits, tensors
+from clmoe.train.trainer import TaskTrainer
+from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
@@ -56,6 +57,12 @@ ROWS = {
         ("plan.json", "locator.safetensors", "prototypes.safetensors"),
         overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
     ),
+    "ewc": Row((LORA, PROJECTOR), ("importance.safetensors",)),
+    "mas": Row((LORA, PROJECTOR), ("importance.safetensors",)),
+    "lwf": Row((LORA, PROJECTOR)),
+    "replay": Row((LORA, PROJECTOR), ("memory.json",)),
+    "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
+    "olora": Row((EXPERTS, PROJECTOR)),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
@@ -178,6 +185,43 @@ def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
     assert start.keys() == saved.keys()
     for key, value in saved.items():
         assert same_bits(start[key].contiguous(), value), key
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
+    name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second task with dropout: killed in its last training's third step, then when that training is sealed."""
+    settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
+    previous, straight = runs.chain(name, *settings)
+    killed: list[str] = []
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.phase.name == "trained" and self.state.global_step == 2 and "step" not in killed:
+            killed.append("step")
+            raise Killed
+        return real_step(self, *args, **kwargs)
+
+    def end(self: Method, context: TaskContext) -> None:
+        if "end" not in killed:
+            killed.append("end")
+            raise Killed
+        real_end(self, context)
+
+    real_step, kind = TaskTrainer.training_step, method_class(name)
+    real_end = kind.end_task
+    monkeypatch.setattr(TaskTrainer, "training_step", step)
+    monkeypatch.setattr(kind, "end_task", end)
+    for expected in (["step"], ["step", "end"]):
+        with pytest.raises(Killed):
+            runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
+        assert killed == expected
+    runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
+    assert contents(tmp_path / TASKS[1]) == contents(straight)
 
 
 @pytest.mark.parametrize("name", ["separate", "multitask"])

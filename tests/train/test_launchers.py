@@ -70,10 +70,15 @@ def test_two_processes_train_as_one(kind: str, alone: Path, runs: Runs, tmp_path
         torch.testing.assert_close(value, tensors(alone)[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_batches_without_images_stop_nobody(runs: Runs, tmp_path: Path) -> None:
-    """Single records on two processes, every eighth without an image: the tuned projector waits for no gradient."""
+@needs_deepspeed
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_batches_without_images_stop_nobody(kind: str, runs: Runs, tmp_path: Path) -> None:
+    """Single records on two processes, every eighth without an image: the tuned projector waits for no gradient.
+
+    ZeRO-2 packs gradients in the order in which they come, which has to be the same with and without an image.
+    """
     more = ("training.steps=6", "training.micro_batch_size=1", *STEPS[1:])
-    launch(2, *train_line(runs, tmp_path / "two" / SECOND, "clmoe", SECOND, *more))
+    launch(2, *train_line(runs, tmp_path / "two" / SECOND, "clmoe", SECOND, *LAUNCHES[kind][0], *more))
     runs.train(tmp_path / "one" / SECOND, "clmoe", SECOND, *more)
     found, expected = (torch.tensor(losses(tmp_path / name)) for name in ("two", "one"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -118,6 +123,49 @@ def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_
     for name, content in contents(tmp_path / "one").items():
         if name not in ("events.jsonl", "timing.json"):
             assert files[name] == content, name
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("method", "kind", "state"),
+    [
+        ("ewc", "zero2", "importance.safetensors"),
+        ("lwf", "zero2", None),
+        ("der", "ddp", "memory_logits.safetensors"),
+        ("olora", "zero2", None),
+    ],
+)
+def test_second_tasks_of_baselines_are_those_of_one_process(
+    method: str, kind: str, state: str | None, runs: Runs, tmp_path: Path
+) -> None:
+    """What is special: a penalty on the weights, a second pass, replayed rows, frozen experts beside new ones.
+
+    Micro-batches of one, activations recomputed; the files that the processes measured together, too.
+    """
+    (first,) = runs.chain(method, tasks=TASKS[:1])
+    more = ("training.steps=20", *STEPS[1:], "training.micro_batch_size=1", "training.gradient_checkpointing=true")
+    flags, wrapped = LAUNCHES[kind]
+    launch(2, *train_line(runs, tmp_path / "two" / SECOND, method, SECOND, "--previous", str(first), *flags, *more))
+    runs.train(tmp_path / "one" / SECOND, method, SECOND, *more, previous=first)
+    one, two = (tmp_path / name / SECOND for name in ("one", "two"))
+    assert engine(two.parent) == (wrapped, 2)
+    torch.testing.assert_close(torch.tensor(losses(two.parent)), torch.tensor(losses(one.parent)), rtol=1e-5, atol=0)
+    for name, value in tensors(one).items():
+        torch.testing.assert_close(tensors(two)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    if state is not None:
+        found = load_file(two / state)
+        for name, value in load_file(one / state).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4 * float(value.abs().max()), msg=name)
+
+
+@needs_deepspeed
+def test_a_method_that_compares_whole_weights_refuses_zero3(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clmoe.train.zero.stand_alone", lambda: None)
+    with pytest.raises(SystemExit):
+        runs.train(tmp_path / FIRST, "ewc", FIRST, deepspeed="zero3")
+    assert "use zero2" in capsys.readouterr().err
 
 
 @needs_deepspeed

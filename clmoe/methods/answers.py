@@ -1,0 +1,55 @@
+"""What a model says at the answers' tokens: the places where the cross-entropy and the methods' own losses look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from clmoe.data.prompts import IGNORE
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
+
+
+def answered(labels: Tensor) -> Tensor:
+    """``labels [B, T]`` -> ``[B, T-1]`` bool: the positions that predict a token of an answer. N of them are true."""
+    return labels[:, 1:] != IGNORE
+
+
+def answer_tokens(labels: Tensor) -> Tensor:
+    """The right tokens, ``[N]`` int64, row by row."""
+    return labels[:, 1:][answered(labels)]
+
+
+def answer_rows(labels: Tensor) -> Tensor:
+    """``[N]`` int64: which row of the batch each of the answers' tokens belongs to."""
+    return answered(labels).nonzero()[:, 0]
+
+
+def answer_logits(
+    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Logits ``[N, V]`` float32 for the answers' tokens of a right-padded batch of whole records.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``.
+        weights: take, in this pass alone, the place of the parameters of ``llava.model`` with these names.
+    """
+    inputs = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
+    output = llava.model(**inputs) if weights is None else functional_call(llava.model, weights, kwargs=inputs)
+    return llava.lm_head(output.last_hidden_state[:, :-1][answered(batch["labels"])]).float()
+
+
+def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
+    """``values [N]``, one for each token of the answers: averaged over every sample's tokens, then over the samples.
+
+    A batch that is cut in parts gives the same, as long as the parts are weighted by their numbers of samples.
+    """
+    rows, samples = answer_rows(labels), len(labels)
+    tokens = torch.bincount(rows, minlength=samples)
+    return (values / tokens[rows]).sum() / samples

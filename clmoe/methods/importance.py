@@ -1,0 +1,142 @@
+"""How much each weight matters to what was learned, and the quadratic penalty that holds important ones in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from clmoe.errors import ClmoeError
+from clmoe.methods.context import TaskContext
+from clmoe.methods.lora import Lora
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from clmoe.data.records import TrainRecord
+    from clmoe.model.routing import RouteTrace
+
+STATE = "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """Choices of a method that penalises changes of important weights.
+
+    Attributes:
+        weight: lambda, the strength of the penalty.
+        anchors: one penalty around the newest weights with the importance of all tasks added up (``online``), or one
+            for each task around the weights that it ended with (``per_task``).
+        decay: ``online``: what remains of the older tasks' importance when a task ends; 1 is their plain sum.
+        samples: training records behind a task's importance.
+    """
+
+    weight: float = 1.0
+    anchors: Literal["online", "per_task"] = "online"
+    decay: float = 1.0
+    samples: int = 500
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ClmoeError(f"options.weight {self.weight} must not be negative")
+        if not 0 <= self.decay <= 1:
+            raise ClmoeError(f"options.decay {self.decay} is not between 0 and 1")
+        if self.samples < 1:
+            raise ClmoeError("options.samples must be at least 1")
+
+
+class HeldByImportance(Lora):
+    """LoRA with ``factor * weight * sum_k I_k (theta - theta_k)^2`` added to the loss.
+
+    ``theta_k`` are weights at the end of a task and ``I_k >= 0`` says how much each of them mattered to it.
+
+    Attributes:
+        factor: of the method's formula.
+    """
+
+    reads_weights = True
+    factor: ClassVar[float] = 1.0
+
+    def measure(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The scalar of one sample whose gradient says what matters; logits ``[n, V]``, right tokens ``[n]``."""
+        raise NotImplementedError
+
+    def fold(self, gradient: Tensor) -> Tensor:
+        """A sample's gradient as importance, before the mean over the samples."""
+        raise NotImplementedError
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Read importance and anchors from the parent's file."""
+        from clmoe.system.tensors import load_tensors
+
+        state = {} if context.previous is None else load_tensors(context.previous / STATE)
+        state = {name: tensor.to(context.base.device) for name, tensor in state.items()}
+        self._held = [
+            (name, importance, state[f"{task}.anchor.{name}"])
+            for (task, kind, name), importance in ((key.split(".", 2), value) for key, value in state.items())
+            if kind == "importance"
+        ]
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """The penalty, the same for every batch."""
+        import torch
+
+        if not self._held:
+            return None
+        now = dict(model.named_parameters())
+        pulls = [(importance * (now[name] - anchor).square()).sum() for name, importance, anchor in self._held]
+        return self.factor * self.options.weight * torch.stack(pulls).sum()
+
+    def end_task(self, context: TaskContext) -> None:
+        """Measure the importance of the trained weights and store it with them."""
+        from clmoe.data.batches import sample_records
+        from clmoe.system.tensors import load_tensors, save_tensors
+
+        records = sample_records(context.records, self.options.samples, context.config.seed)
+        newest = self.importance(context, records)
+        state = {} if context.previous is None else load_tensors(context.previous / STATE)
+        if self.options.anchors == "online":
+            for key, old in state.items():
+                _, kind, name = key.split(".", 2)
+                if kind == "importance":
+                    newest[name] = newest[name] + self.options.decay * old
+            state = {}
+        for name, parameter in trainable(context.model).items():
+            state[f"{context.index}.importance.{name}"] = newest[name]
+            state[f"{context.index}.anchor.{name}"] = parameter.detach().cpu().contiguous()
+        save_tensors(state, context.work / STATE)
+
+    def importance(self, context: TaskContext, records: Sequence[TrainRecord]) -> dict[str, Tensor]:
+        """The mean over ``records`` of each one's folded gradient: float32 on the CPU, by parameter.
+
+        One record at a time, because the square of a mean gradient is not the mean square. Dropout is off. The
+        processes share the records; sums are float64, so that their number changes a result by rounding at most.
+        """
+        import torch
+
+        from clmoe.data.batches import to_device, train_dataset
+        from clmoe.data.collate import collate_train
+        from clmoe.methods.answers import answer_logits, answer_tokens
+        from clmoe.model.adapter import adapted_llava
+        from clmoe.system.processes import count, rank, summed
+
+        llava, base = adapted_llava(context.model.eval()), context.base
+        parameters = trainable(context.model)
+        totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        dataset = train_dataset(base, records, context.image_root, context.config.training.max_length)
+        for row in range(rank(), len(dataset), count()):
+            batch = to_device(collate_train([dataset[row]], base.tokenizer.pad_token_id), base)
+            value = self.measure(answer_logits(llava, batch), answer_tokens(batch["labels"]))
+            # a tuned projector has no part in a record without an image
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += self.fold(gradient.double())
+        return {name: (summed(total) / len(dataset)).float().cpu() for name, total in totals.items()}
+
+
+def trainable(model: nn.Module) -> dict[str, Any]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,77 @@
+"""LwF (ECCV 2016): on the new task's data the model goes on answering as it did before the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from clmoe.errors import ClmoeError
+from clmoe.methods.context import TaskContext
+from clmoe.methods.lora import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+    from clmoe.model.routing import RouteTrace
+
+ADAPTED = "base_model.model.model."  # of the names of a PeftModel's parameters: those of the LLaVA's ``model``
+
+
+@dataclass(frozen=True)
+class Options:
+    """LwF's own choices.
+
+    Attributes:
+        weight: of the distillation loss, lambda_o.
+        temperature: of both distributions, 2.
+    """
+
+    weight: float = 1.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.temperature <= 0:
+            raise ClmoeError("options.weight must not be negative and options.temperature must be positive")
+
+
+def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
+    """``KL(before || now)`` of the softened distributions of each row of logits ``[N, V]``: ``[N]``."""
+    from torch.nn.functional import kl_div
+
+    before, now = ((logits / temperature).log_softmax(-1) for logits in (before, now))
+    return kl_div(now, before, reduction="none", log_target=True).sum(-1)
+
+
+class LwF(Lora):
+    """LoRA that is held by what its parent says; the parent is its few tensors, on the same frozen base."""
+
+    Options = Options
+    reads_weights = True
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Before the first step the weights are those of the parent's file, bit for bit: keep them."""
+        self._parent: dict[str, Tensor] = {}
+        if context.previous is not None:
+            trained = [(name, p) for name, p in context.model.named_parameters() if p.requires_grad]
+            self._parent = {name.removeprefix(ADAPTED): p.detach().clone() for name, p in trained}
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """A second pass without gradient, with the parent's tensors in the place of the live ones and dropout off."""
+        import torch
+
+        from clmoe.methods.answers import answer_logits, mean_over_samples
+        from clmoe.model.adapter import adapted_llava
+
+        if not self._parent:
+            return None
+        llava = adapted_llava(model)
+        training = llava.training
+        with torch.no_grad():
+            before = answer_logits(llava.eval(), batch, self._parent)
+        llava.train(training)
+        distances = divergence(before, batch["logits"], self.options.temperature)
+        return self.options.weight * mean_over_samples(distances, batch["labels"])
+
+
+METHOD: Any = LwF

@@ -1,0 +1,93 @@
+"""O-LoRA (EMNLP 2023 Findings): a LoRA for each task, whose input directions are orthogonal to the older tasks'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from clmoe.errors import ClmoeError
+from clmoe.methods.adapters import lora_scaling, saved_modules
+from clmoe.methods.base import Method
+from clmoe.methods.context import TaskContext
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+
+    from clmoe.model.llava import LoadedBase
+    from clmoe.model.routing import RouteTrace
+
+
+@dataclass(frozen=True)
+class Options:
+    """O-LoRA's own choices.
+
+    Attributes:
+        weight: lambda_1 of the orthogonality penalty, 0.5.
+        norm: of the entries of ``A_i A_t^T``: their absolute values (the released code) or squares (the paper).
+    """
+
+    weight: float = 0.5
+    norm: Literal["absolute", "squared"] = "absolute"
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ClmoeError(f"options.weight {self.weight} must not be negative")
+
+
+class OLora(Method):
+    """Tasks' LoRAs are experts without a router: all are added up, the older ones are frozen bit for bit."""
+
+    Options = Options
+    reads_weights = True
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        from clmoe.model.adapter import ExpertConfig
+
+        adapter = self.config.adapter
+        blocks = len(base.model.model.language_model.layers)
+        return ExpertConfig(
+            rank=adapter.rank,
+            scaling=lora_scaling(adapter),
+            dropout=adapter.dropout,
+            projections=list(adapter.targets),
+            layout={str(block): [0] for block in range(blocks)},
+            router_owners=[],
+            seed=self.config.seed,
+            modules_to_save=saved_modules(adapter),
+        )
+
+    def effective_scale(self) -> float:
+        return lora_scaling(self.config.adapter)
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Freeze what is there and add the task's LoRA, fresh: A random, B zero."""
+        from clmoe.model.adapter import expert_layers, freeze_experts, grow_experts, seeded
+
+        if context.previous is None:
+            return
+        factors = {}
+        for name, layer in expert_layers(context.model).items():
+            generator = seeded(self.config.seed, f"olora:{context.index}:{name}")
+            fresh = {linear: experts.fresh(1, generator) for linear, experts in layer.experts.items()}
+            factors[name] = {
+                linear: (A.to(context.base.device), B.to(context.base.device)) for linear, (A, B) in fresh.items()
+            }
+        freeze_experts(context.model, context.index)
+        grow_experts(context.model, context.index, factors)
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """``weight * sum over linears and older tasks i of sum |A_i A_t^T|``, the same for every batch."""
+        import torch
+
+        from clmoe.model.adapter import experts_by_linear
+
+        overlaps = []
+        for experts in experts_by_linear(model).values():
+            if experts.frozen_A is not None:
+                overlap = experts.frozen_A @ experts.A.t()  # type: ignore[union-attr]
+                overlaps.append((overlap.abs() if self.options.norm == "absolute" else overlap.square()).sum())
+        return self.options.weight * torch.stack(overlaps).sum() if overlaps else None
+
+
+METHOD: Any = OLora

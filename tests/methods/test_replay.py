@@ -1,0 +1,200 @@
+"""Replay and DER: what is remembered, how it is mixed in, and the logits that are held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clmoe.config import load_config
+from clmoe.data.batches import train_dataset
+from clmoe.data.records import TrainRecord, load_questions, load_train
+from clmoe.data.union import Part, UnionRecords
+from clmoe.methods.base import method_class
+from clmoe.methods.context import TaskContext
+from clmoe.methods.der import LOGITS
+from clmoe.methods.memory import Remembered, mixed
+from clmoe.methods.replay import MEMORY
+from clmoe.model.adapter import adapted_llava, load_adapter
+from clmoe.model.llava import LoadedBase
+from clmoe.train import task as task_module
+from tests.runs import Runs, same_bits, tensors
+from tests.support import TASKS, train_batches
+
+FIRST, SECOND, THIRD = TASKS
+METHODS = ("replay", "der")
+FEW = ("options.per_task=5", "options.ratio=0.25")
+NewBase = Callable[[], LoadedBase]
+
+
+def memory(checkpoint: Path) -> list[dict[str, Any]]:
+    return json.loads((checkpoint / MEMORY).read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_memory_holds_a_few_training_rows_of_each_past_task(method: str, runs: Runs) -> None:
+    """As many as allowed, no test row among them, text as in the training file, images that lie where they lay."""
+    root = runs.benchmark.parent
+    first, second = runs.chain(method, *FEW)
+    assert memory(second)[:1] == memory(first), "what is remembered of a task is never drawn again"
+    for entry, task in zip(memory(second), TASKS[:2], strict=True):
+        folder = root / task
+        rows = {record.id: record for record in load_train(folder / "train.json", folder / "images")}
+        test = {(q.image, q.text) for q in load_questions(folder / "test.json", folder / "images")}
+        assert (entry["task"], entry["drawn_from"], entry["seed"]) == (task, len(rows), 0)
+        assert len({record["id"] for record in entry["records"]}) == len(entry["records"]) == 5
+        for record in entry["records"]:
+            row = rows[record["id"].removeprefix(f"{task}/")]
+            assert record["turns"] == [[turn.question, turn.answer] for turn in row.turns]
+            assert record["image"] == (None if row.image is None else f"{task}/images/{row.image}")
+            if row.image is not None:  # the questions without an image are the same everywhere
+                assert (row.image, row.turns[0].question) not in test
+                assert (root / record["image"]).is_file()
+
+
+def test_every_record_is_drawn_equally_often() -> None:
+    """1,000 seeds, 3 of 12 records each: the picks of a record are binomial, p = 1/4, within five deviations."""
+    records = [TrainRecord(str(number), None, ()) for number in range(12)]
+    picks = dict.fromkeys([f"t/{number}" for number in range(12)], 0)
+    for seed in range(1000):
+        for record in Remembered.draw("t", records, 3, seed, Path(), Path()).records:
+            picks[record.id] += 1
+    assert sum(picks.values()) == 3000
+    assert all(abs(count - 250) < 5 * (1000 * 0.25 * 0.75) ** 0.5 for count in picks.values())
+
+
+def test_the_ratio_is_the_memorys_share() -> None:
+    new, old = ([TrainRecord(f"{kind}{i}", None, ()) for i in range(n)] for kind, n in (("new", 24), ("old", 5)))
+    for ratio, replayed in ((0.0, 0), (0.25, 8), (0.5, 24), (0.75, 72)):
+        result = mixed(Part("", "", new), old, ratio)
+        assert result[:24] == new
+        assert len(result) == 24 + replayed
+        assert [record.id for record in result[24:]] == [f"old{i % 5}" for i in range(replayed)]
+    assert mixed(Part("", "", new), [], 0.5)[:] == new
+
+
+def test_it_trains_on_the_task_and_the_memory(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = runs.chain("replay", *FEW)[1]
+    seen: list[Any] = []
+    real = task_module._phase_steps
+    monkeypatch.setattr(task_module, "_phase_steps", lambda r, phase: seen.append(phase) or real(r, phase))
+    runs.train(tmp_path / THIRD, "replay", THIRD, *FEW, "training.steps=1", previous=second)
+    records, root = seen[0].records, seen[0].image_root
+    assert len(records) == 24 + 8
+    old = [record["id"] for entry in memory(second) for record in entry["records"]]
+    assert [record.id for record in records[24:]] == old[:8]
+    assert {record.id.split("/")[0] for record in records[:24]} == {THIRD}
+    assert all(record.image is None or (root / record.image).is_file() for record in records)
+    assert len(memory(tmp_path / THIRD)) == 3
+
+
+def test_without_old_records_it_is_lora(runs: Runs) -> None:
+    """Ratio 0: the same batches, read by another path."""
+    for mine, plain in zip(runs.chain("replay", "options.ratio=0"), runs.chain("lora"), strict=True):
+        assert all(same_bits(value, tensors(plain)[name]) for name, value in tensors(mine).items())
+
+
+def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = runs.chain("replay", *FEW, tasks=TASKS[:1])[0]
+    shutil.copytree(runs.benchmark.parent, tmp_path / "data")
+    values = yaml.safe_load(runs.benchmark.read_text()) | {"root": str(tmp_path / "data")}
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(values))
+    record = next(record for record in memory(first)[0]["records"] if record["image"])
+    (tmp_path / "data" / record["image"]).unlink()
+    # its own training set is checked first, so that it must not be the task whose image is lost
+    monkeypatch.setattr(task_module, "_load_base", lambda request: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        runs.train(
+            tmp_path / "run" / SECOND, "replay", SECOND, *FEW, previous=first, benchmark=str(tmp_path / "moved.yaml")
+        )
+    error = capsys.readouterr().err
+    assert record["id"] in error and record["image"] in error and MEMORY in error
+
+
+# ---- DER
+
+
+def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: NewBase) -> None:
+    """transformers' own logits, one record at a time, after each task; older ones are kept bit for bit."""
+    root = runs.benchmark.parent
+    checkpoints = runs.chain("der", *FEW)
+    stored = [load_file(checkpoint / LOGITS) for checkpoint in checkpoints]
+    assert [len(logits) for logits in stored] == [5, 10]
+    for name, value in stored[0].items():
+        assert same_bits(stored[1][name], value)
+    for position, checkpoint in enumerate(checkpoints):
+        base = new_base()
+        model = adapted_llava(load_adapter(base.model, checkpoint, trainable=False).eval())
+        for number, batch in enumerate(train_batches(base, remembered(base, checkpoint, position, root), 1)):
+            labels = batch.pop("labels")[0]
+            with torch.no_grad():
+                logits = model(**batch).logits[0, :-1][labels[1:] != -100]
+            found = stored[position][f"{5 * position + number:06}"]
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+
+
+def remembered(base: LoadedBase, checkpoint: Path, task: int, root: Path) -> Any:
+    from clmoe.methods.memory import load_memory
+
+    return train_dataset(base, load_memory(checkpoint / MEMORY)[task].records, root, 2048)
+
+
+def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: NewBase) -> None:
+    """Rows 0 and 23 are the new task's, 24 and 24 + 5 the memory's first record, 27 its fourth."""
+    root = runs.benchmark.parent
+    first = runs.chain("der", *FEW, tasks=TASKS[:1])[0]
+    base = new_base()
+    config = load_config("der", {}, ["options.weight=0.3"], str(runs.model))
+    model = load_adapter(base.model, first, trainable=True).eval()
+    own = load_train(root / SECOND / "train.json", root / SECOND / "images")
+    here = Path("unused")
+    context = TaskContext(SECOND, 1, own, root / SECOND / "images", config, base, model, here, here, here, first, root)
+    method = method_class("der")(config)
+    method.begin_task(context)
+    from clmoe.methods.memory import load_memory
+
+    old = load_memory(first / MEMORY)[0].records
+    rows = [23, 24, 0, 27, 29]
+    named = UnionRecords([Part.of(SECOND, own, root / SECOND / "images", root)])
+    records = [named[row] if row < 24 else old[(row - 24) % 5] for row in rows]
+    (batch,) = train_batches(base, train_dataset(base, records, root, 2048), 5)
+    labels = batch["labels"]
+    answered = labels[:, 1:] != -100
+    with torch.no_grad():
+        every = adapted_llava(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+
+    def loss(logits: Tensor) -> Tensor | None:
+        given = {**batch, "rows": torch.tensor(rows), "logits": logits}
+        return method.extra_loss(model, None, given)  # type: ignore[arg-type]
+
+    assert float(loss(every[answered])) < 1e-8, "the model is still the one that gave them"  # type: ignore[arg-type]
+    moved = every + 0.1 * torch.randn(every.shape, generator=torch.Generator().manual_seed(0))
+    stored, expected = load_file(first / LOGITS), 0.0
+    for number, row in enumerate(rows):
+        if row >= 24:
+            then = stored[f"{(row - 24) % 5:06}"].double()
+            expected += float((moved[number][answered[number]].double() - then).square().mean())
+    given = moved[answered].requires_grad_()
+    found = loss(given)
+    assert found is not None
+    assert float(found.detach()) == pytest.approx(0.3 * expected / len(rows), rel=1e-4)
+    found.backward()
+    assert given.grad is not None
+    of = answered.nonzero()[:, 0]
+    assert not given.grad[(of == 0) | (of == 2)].any()
+    assert given.grad[of == 1].any()
+
+
+def test_without_weight_it_is_replay(runs: Runs) -> None:
+    for mine, plain in zip(runs.chain("der", *FEW, "options.weight=0"), runs.chain("replay", *FEW), strict=True):
+        assert all(same_bits(value, tensors(plain)[name]) for name, value in tensors(mine).items())
