@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, register_peft_method
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from transformers.activations import SiLUActivation
 
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
@@ -204,17 +205,19 @@ class ExpertMLP(ExpertLayer):
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once."""
+        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once, and the experts do not keep the product."""
         mlp = self.base_layer
         if self.disable_adapters:
             return mlp(x)
         gate, experts = self.routers(x), self.experts
 
-        def project(name: str, value: Tensor) -> Tensor:
+        def project(name: str, value: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
             out = getattr(mlp, name)(value)
-            return experts[name](value, gate, out) if name in experts else out
+            return experts[name](value, gate, out, product) if name in experts else out
 
-        return project("down_proj", mlp.act_fn(project("gate_proj", x)) * project("up_proj", x))  # type: ignore[operator]
+        g, u = project("gate_proj", x), project("up_proj", x)
+        product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None
+        return project("down_proj", mlp.act_fn(g) * u, product)  # type: ignore[operator]
 
 
 class ExpertModel(BaseTuner):
