@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 
 def packed_experts(
@@ -40,7 +40,7 @@ def packed_experts(
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))  # type: ignore[no-any-return]
+    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
 
 
 class _AddExperts(torch.autograd.Function):
@@ -84,6 +84,34 @@ class _AddExperts(torch.autograd.Function):
             d_B = torch.zeros_like(B)
             d_B[:, first:] = d_rows.t() @ _gated(S, weights)[:, first:]
         return d_x, d_weights, d_A, d_B, d_out, None, None, None
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in float32, also of a 16-bit ``x [..., din]``, of which no float32 copy is kept.
+
+    ``weight [E, din]`` float32 -> ``[..., E]`` float32 (CL-MoE eq. 5).
+    """
+    return _RouterLogits.apply(x, weight)
+
+
+class _RouterLogits(torch.autograd.Function):
+    """Keeps ``x`` as it came, which the experts keep anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_logits @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = (_rows(d_logits).t() @ _rows(x).float()).to(weight.dtype)
+        return d_x, d_weight
 
 
 def _rows(x: Tensor) -> Tensor:

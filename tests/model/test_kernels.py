@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
-from clmoe.model.kernels import loop_experts, packed_experts
+from clmoe.model.kernels import loop_experts, packed_experts, router_logits
 
 SCALING = 1.7
 SHAPES = [(2, 5, 3, 4), (1, 1, 3, 4), (3, 1, 1, 2), (2, 7, 8, 1)]  # B, T, E, r
@@ -127,3 +127,20 @@ def test_bfloat16_input_stays_near_float64_and_keeps_float32_gradients() -> None
     half.sum().backward()
     assert A32.grad is not None and A32.grad.dtype == torch.float32
     assert B32.grad is not None and B32.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_logits_are_a_float32_product_that_keeps_no_copy(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6).to(dtype).requires_grad_()
+    weight, upstream = torch.randn(3, 6, requires_grad=True), torch.randn(2, 5, 3)
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor.data_ptr()), tensor)[1], lambda tensor: tensor):
+        logits = router_logits(x, weight)
+    assert sorted(kept) == sorted([x.data_ptr(), weight.data_ptr()])
+    expected = linear(x.float(), weight)
+    assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+    found, wanted = (torch.autograd.grad(answer, (x, weight), upstream) for answer in (logits, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
