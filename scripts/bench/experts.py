@@ -1,9 +1,9 @@
 """Time and memory of the packed LoRA experts on one SwiGLU FFN, against the loop over experts that papers publish.
 
 All forms add the same experts to the same frozen FFN, in one process, forward and backward (gradients of input,
-gate and experts). `again` is the packed form that makes the FFN's product a second time instead of keeping it, as routers
-per block allow. Repeats of all are interleaved and medians compared, so that other load on the machine hits them
-alike; times are CPU seconds of this process, which preemption does not lengthen.
+gate and experts). `again` is the packed form that makes the FFN's product a second time instead of keeping it, as
+routers per block allow. Repeats of all are interleaved and medians compared, so that other load on the machine hits
+them alike; times are CPU seconds of this process, which preemption does not lengthen.
 
     OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
 """
