@@ -22,6 +22,7 @@ from transformers.activations import SiLUActivation
 
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
+from clmoe.model.projector import keep_float32, restore_float32
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
 from clmoe.system.files import read_json
@@ -348,6 +349,7 @@ def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
         raise ClmoeError(
             f"no module of the language model matches {config.target_modules}: check the adapter's targets"
         )
+    keep_float32(model)
     return model
 
 
@@ -384,6 +386,7 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     on_disk = load_tensors(folder / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    restore_float32(model, on_disk)
     live = adapter_tensors(model)
     if on_disk.keys() != live.keys():
         odd = sorted(on_disk.keys() ^ live.keys())

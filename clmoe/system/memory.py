@@ -218,10 +218,15 @@ def block_kept(shapes: LlavaShapes, attached: Attached, micro: Micro, upstream: 
 
 
 def projector_kept(shapes: LlavaShapes, attached: Attached, micro: Micro) -> int:
-    """A trained projector's inputs, per image token: ``b (V + 2 D)`` with the tower's width ``V``."""
+    """A trained projector's inputs, per image token: ``b (V + 2 D)`` with the tower's width ``V``.
+
+    On a base of two bytes besides its two matrices, cast: ``b (V D + D^2)``, whatever the tokens.
+    """
     if not attached.projector:
         return 0
-    return micro.samples * shapes.image_tokens * micro.dtype_bytes * (shapes.vision_hidden + 2 * shapes.hidden)
+    b, V, D = micro.dtype_bytes, shapes.vision_hidden, shapes.hidden
+    cast = b * (V * D + D * D) if b < FLOAT32 else 0
+    return cast + micro.samples * shapes.image_tokens * b * (V + 2 * D)
 
 
 def norm_at_the_end(shapes: LlavaShapes, micro: Micro) -> int:
