@@ -18,9 +18,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, register_peft_method
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from transformers.activations import SiLUActivation
 
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
+from clmoe.model.projector import keep_float32, restore_float32
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
 from clmoe.system.files import read_json
@@ -204,17 +206,19 @@ class ExpertMLP(ExpertLayer):
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once."""
+        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once, and the experts do not keep the product."""
         mlp = self.base_layer
         if self.disable_adapters:
             return mlp(x)
         gate, experts = self.routers(x), self.experts
 
-        def project(name: str, value: Tensor) -> Tensor:
+        def project(name: str, value: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
             out = getattr(mlp, name)(value)
-            return experts[name](value, gate, out) if name in experts else out
+            return experts[name](value, gate, out, product) if name in experts else out
 
-        return project("down_proj", mlp.act_fn(project("gate_proj", x)) * project("up_proj", x))  # type: ignore[operator]
+        g, u = project("gate_proj", x), project("up_proj", x)
+        product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None
+        return project("down_proj", mlp.act_fn(g) * u, product)  # type: ignore[operator]
 
 
 class ExpertModel(BaseTuner):
@@ -346,6 +350,7 @@ def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
         raise ClmoeError(
             f"no module of the language model matches {config.target_modules}: check the adapter's targets"
         )
+    keep_float32(model)
     return model
 
 
@@ -382,6 +387,7 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     on_disk = load_tensors(folder / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    restore_float32(model, on_disk)
     live = adapter_tensors(model)
     if on_disk.keys() != live.keys():
         odd = sorted(on_disk.keys() ^ live.keys())

@@ -1,11 +1,24 @@
 """A mixture of LoRA experts on one frozen linear, computed packed; and the loop that defines it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
 
 
-def packed_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
-    """Add the gated sum of all experts to ``out`` with two matrix products.
+def packed_experts(
+    x: Tensor,
+    gate: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    out: Tensor,
+    frozen_rank: int = 0,
+    product: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Add the gated sum of all experts to ``out``, in place, with two matrix products.
 
     ``out + scaling * sum_i gate_i * B_i A_i x`` (CL-MoE eq. 3, LLaVA-CMoE eq. 2). The gate scales the
     rank-sized product ``A x``, so no ``[..., dout]`` tensor per expert exists, and its gradient is an inner
@@ -17,16 +30,99 @@ def packed_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float
         A: ``[E*r, din]`` packed down-projections.
         B: ``[dout, E*r]`` packed up-projections.
         scaling: the factor ``s``.
-        out: ``[..., dout]``, the frozen linear's output.
+        out: ``[..., dout]``, the frozen linear's output; it is used up.
+        frozen_rank: of the ranks, the first so many belong to frozen experts, whose gradients are not computed.
+        product: ``(g, u)`` with ``x = silu(g) * u``: the backward pass makes ``x`` again from what the product keeps
+            anyway, instead of keeping it.
 
     Returns:
-        ``[..., dout]`` in ``out``'s dtype.
+        ``out``, changed.
     """
-    din, E = x.shape[-1], gate.shape[-1]
-    S = torch.mm(x.reshape(-1, din), A.to(x.dtype).t())
-    weights = (gate * scaling).to(x.dtype).reshape(-1, E, 1)
-    S = (S.view(-1, E, A.shape[0] // E) * weights).view_as(S)
-    return torch.addmm(out.reshape(-1, out.shape[-1]), S, B.to(x.dtype).t()).view_as(out)
+    weights = (gate * scaling).to(x.dtype)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
+
+
+class _AddExperts(torch.autograd.Function):
+    """Keeps ``x`` (or what it is made of), ``A x`` and the gate; torch's own graph would keep the gated ``A x`` too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor,
+        frozen_rank: int,
+        g: Tensor | None,
+        u: Tensor | None,
+    ) -> Tensor:
+        S = torch.mm(_rows(x), A.t())
+        _rows(out).addmm_(_gated(S, weights), B.t())
+        ctx.frozen_rank = frozen_rank
+        ctx.save_for_backward(x if g is None else None, S, weights, A, B, g, u)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, weights, A, B, g, u = ctx.saved_tensors
+        d_rows, first = _rows(d_out), ctx.frozen_rank
+        d_gated = d_rows @ B
+        d_S = _gated(d_gated, weights)
+        d_x = d_weights = d_A = d_B = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_S @ A).view(*d_out.shape[:-1], A.shape[1])
+        if ctx.needs_input_grad[1]:
+            d_weights = (d_gated * S).view(*weights.shape, -1).sum(-1)
+        if ctx.needs_input_grad[2]:
+            d_A = torch.zeros_like(A)
+            torch.mm(d_S[:, first:].t(), _rows(silu(g) * u if x is None else x), out=d_A[first:])
+        if ctx.needs_input_grad[3]:
+            d_B = torch.zeros_like(B)
+            d_B[:, first:] = d_rows.t() @ _gated(S, weights)[:, first:]
+        return d_x, d_weights, d_A, d_B, d_out, None, None, None
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in float32, also of a 16-bit ``x [..., din]``, of which no float32 copy is kept.
+
+    ``weight [E, din]`` float32 -> ``[..., E]`` float32 (CL-MoE eq. 5).
+    """
+    return _RouterLogits.apply(x, weight)
+
+
+class _RouterLogits(torch.autograd.Function):
+    """Keeps ``x`` as it came, which the experts keep anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_logits @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = (_rows(d_logits).t() @ _rows(x).float()).to(weight.dtype)
+        return d_x, d_weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., n] -> [N, n]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gated(S: Tensor, weights: Tensor) -> Tensor:
+    """Each expert's ranks of ``S [N, E*r]`` times its weight ``[..., E]``."""
+    E = weights.shape[-1]
+    return (S.view(-1, E, S.shape[1] // E) * weights.reshape(-1, E, 1)).view_as(S)
 
 
 def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:

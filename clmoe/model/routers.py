@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from clmoe.model.kernels import router_logits
 from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, current_routing
 
 
@@ -51,7 +51,7 @@ class InstanceRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return linear(x.float(), self.weight.float())
+            return router_logits(x, self.weight)
 
 
 class TaskRouter(nn.Module):

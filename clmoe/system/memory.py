@@ -133,9 +133,14 @@ def ffn_kept(shapes: LlavaShapes, attached: Attached, b: int, upstream: bool) ->
 
     ``upstream``: gradients flow further back than this FFN. Without it only what an adapted linear needs is kept.
     """
-    gate = upstream or "gate_proj" in attached.targets
+    gate = upstream or "gate_proj" in attached.targets or _product_made_again(attached)
     up = upstream or "up_proj" in attached.targets
     return b * shapes.ffn * ((2 if gate else 0) + (1 if up else 0))
+
+
+def _product_made_again(attached: Attached) -> bool:
+    """down_proj's experts need its input, the SwiGLU product, and make it again from the two factors."""
+    return attached.kind == "per_block" and not attached.dropout and "down_proj" in attached.targets
 
 
 def router_kept(attached: Attached) -> int:
@@ -146,10 +151,11 @@ def router_kept(attached: Attached) -> int:
 def adapter_kept(shapes: LlavaShapes, attached: Attached, micro: Micro) -> int:
     """Per token and block: inputs of the adapted linears, rank-sized products and gates.
 
-    * An input that several linears share (the norm's output) is kept once, ``b din``; attention's output is kept
-      anyway. On a base of two bytes peft's LoRA keeps a float32 copy of it per linear instead, and each router one.
+    * An input that several linears and routers share (the norm's output) is kept once, ``b din``; attention's output
+      is kept anyway. On a base of two bytes peft's LoRA keeps a float32 copy of it per linear instead.
+    * Routers per block leave the FFN's product to be made again from its two factors, which are kept anyway.
     * With dropout every linear keeps an input of its own, and its mask.
-    * Experts keep ``A x`` and its gated form, ``2 b R``, and the gate once more; LoRA ``4 r``.
+    * Experts keep ``A x``, ``b R``, and the gate once more; LoRA ``4 r``.
     """
     b, half = micro.dtype_bytes, micro.dtype_bytes < FLOAT32
     own = FLOAT32 if attached.kind == "lora" else b  # bytes of an element that the product with A keeps
@@ -166,19 +172,15 @@ def adapter_kept(shapes: LlavaShapes, attached: Attached, micro: Micro) -> int:
         if attached.kind == "lora":
             total += FLOAT32 * attached.rank
             continue
-        total += 2 * b * attached.experts * attached.rank + b * attached.experts
+        total += b * attached.experts * attached.rank + b * attached.experts
         if attached.kind == "per_linear":
             total += router_kept(attached)
-            if half:
-                total += FLOAT32 * din
-            else:
-                shared[_input(name)] = b * din
+            shared[_input(name)] = b * din
     if attached.kind == "per_block":
         total += router_kept(attached)
-        if half:
-            total += FLOAT32 * shapes.hidden
-        else:
-            shared["norm2"] = b * shapes.hidden
+        shared["norm2"] = b * shapes.hidden
+    if _product_made_again(attached):
+        shared.pop("product")
     if micro.attention != "eager":
         shared.pop("attention", None)
     return total + sum(shared.values())
@@ -216,10 +218,15 @@ def block_kept(shapes: LlavaShapes, attached: Attached, micro: Micro, upstream: 
 
 
 def projector_kept(shapes: LlavaShapes, attached: Attached, micro: Micro) -> int:
-    """A trained projector's inputs, per image token: ``b (V + 2 D)`` with the tower's width ``V``."""
+    """A trained projector's inputs, per image token: ``b (V + 2 D)`` with the tower's width ``V``.
+
+    On a base of two bytes besides its two matrices, cast: ``b (V D + D^2)``, whatever the tokens.
+    """
     if not attached.projector:
         return 0
-    return micro.samples * shapes.image_tokens * micro.dtype_bytes * (shapes.vision_hidden + 2 * shapes.hidden)
+    b, V, D = micro.dtype_bytes, shapes.vision_hidden, shapes.hidden
+    cast = b * (V * D + D * D) if b < FLOAT32 else 0
+    return cast + micro.samples * shapes.image_tokens * b * (V + 2 * D)
 
 
 def norm_at_the_end(shapes: LlavaShapes, micro: Micro) -> int:
@@ -261,12 +268,17 @@ def activation_peak(shapes: LlavaShapes, attached: Attached, micro: Micro, recom
 
     The largest of four moments: the tower's pass; the loss, with the logits in both types and their gradient; the
     last norm's backward, which makes five float32 tensors of width ``D``; the last block's backward, with all that
-    it keeps (recomputed or not) and, as measured, about two FFN-wide tensors more, or three of float32 where peft's
-    LoRA adds its float32 update to a base of two bytes.
+    it keeps (recomputed or not) and, as measured, about two FFN-wide tensors more, four where the product
+    is made again; on a base of two bytes besides one of float32 for down_proj's own router, or three of float32 in
+    all where peft's LoRA adds its float32 update.
     """
     b, N = micro.dtype_bytes, micro.all_tokens
     held, end = blocks_kept(shapes, attached, micro, recompute), norm_at_the_end(shapes, micro)
-    wide = 3 * FLOAT32 if attached.kind == "lora" and b < FLOAT32 else 2 * b
+    half = b < FLOAT32
+    routed = attached.kind == "per_linear" and "down_proj" in attached.targets
+    wide = (4 if _product_made_again(attached) else 2) * b + (FLOAT32 if half and routed else 0)
+    if attached.kind == "lora" and half:
+        wide = 3 * FLOAT32
     block = block_kept(shapes, attached, micro) if recompute else 0
     return max(
         vision_pass(shapes, micro),

@@ -39,7 +39,7 @@ def test_fresh_experts_have_the_published_spread_and_change_nothing() -> None:
     assert not B.any()
     experts.append(A, B)
     x, out = torch.randn(3, 4096), torch.randn(3, DOUT)
-    assert torch.equal(experts(x, torch.full((3, 8), 1 / 8), out), out)
+    assert torch.equal(experts(x, torch.full((3, 8), 1 / 8), out.clone()), out)
 
 
 @pytest.mark.parametrize("counts", [[3], [2, 1], [1, 2, 1]])
@@ -49,13 +49,13 @@ def test_forward_equals_the_loop_however_the_experts_came(counts: list[int]) -> 
     A = torch.cat([part for part in (experts.frozen_A, experts.A) if part is not None])
     B = torch.cat([part for part in (experts.frozen_B, experts.B) if part is not None], dim=1)
     assert experts.count == sum(counts)
-    torch.testing.assert_close(experts(x, gate, out), loop_experts(x, gate, A, B, 1.3, out), rtol=0, atol=1e-12)
+    torch.testing.assert_close(experts(x, gate, out.clone()), loop_experts(x, gate, A, B, 1.3, out), rtol=0, atol=1e-12)
 
 
 def test_gradients_reach_the_new_experts_only() -> None:
     experts = grown([2, 2])
     x, gate, out = inputs(4)
-    experts(x, gate, out).sum().backward()
+    experts(x, gate, out.clone()).sum().backward()
     assert [name for name, _ in experts.named_parameters()] == ["A", "B"]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in experts.parameters())
     assert experts.frozen_A is not None and not experts.frozen_A.requires_grad
@@ -65,13 +65,13 @@ def test_gradients_reach_the_new_experts_only() -> None:
 def test_growth_leaves_the_outputs_under_the_old_gate_unchanged(frozen: bool) -> None:
     experts = grown([3])
     x, gate, out = inputs(3)
-    before = experts(x, gate, out).detach()
+    before = experts(x, gate, out.clone()).detach()
     if frozen:
         experts.freeze()
     experts.append(torch.randn(2 * RANK, DIN, dtype=torch.float64), torch.randn(DOUT, 2 * RANK, dtype=torch.float64))
-    assert torch.equal(experts(x, gate, out), before)
+    assert torch.equal(experts(x, gate, out.clone()), before)
     padded = torch.cat([gate, torch.zeros(2, 4, 2, dtype=torch.float64)], -1)
-    torch.testing.assert_close(experts(x, padded, out), before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(experts(x, padded, out.clone()), before, rtol=0, atol=1e-12)
 
 
 def test_append_without_freezing_keeps_one_parameter() -> None:
@@ -96,7 +96,7 @@ def test_freezing_keeps_every_bit_through_optimizer_steps() -> None:
     x, gate, out = inputs(4)
     for _ in range(3):
         optimizer.zero_grad()
-        experts(x, gate, out).square().sum().backward()
+        experts(x, gate, out.clone()).square().sum().backward()
         optimizer.step()
     assert experts.frozen_A is not None and torch.equal(experts.frozen_A, before[0])
     assert experts.frozen_B is not None and torch.equal(experts.frozen_B, before[1])
@@ -118,8 +118,8 @@ def test_one_dropout_mask_serves_all_experts_and_evaluation_has_none() -> None:
     experts.append(torch.randn(3 * RANK, DIN), torch.randn(DOUT, 3 * RANK))
     x, gate, out = inputs(3, torch.float32)
     torch.manual_seed(5)
-    got = experts(x, gate, out)
+    got = experts(x, gate, out.clone())
     torch.manual_seed(5)
     torch.testing.assert_close(got, loop_experts(dropout(x, 0.5), gate, *experts.packed(), 1.0, out))
     experts.eval()
-    torch.testing.assert_close(experts(x, gate, out), loop_experts(x, gate, *experts.packed(), 1.0, out))
+    torch.testing.assert_close(experts(x, gate, out.clone()), loop_experts(x, gate, *experts.packed(), 1.0, out))
