@@ -84,7 +84,6 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
-    _keep_projector_exact(model)
     model.requires_grad_(False).eval()
     if not config.load_in_4bit:  # quantised weights were put in their place while loading
         cast(torch.nn.Module, model).to(device)
@@ -127,20 +126,6 @@ def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )
     return {"quantization_config": quantisation, "device_map": {"": device}}
-
-
-def _keep_projector_exact(model: LlavaForConditionalGeneration) -> None:
-    """Hold the projector in float32, whatever the base's dtype; transformers casts its output to the embeddings'.
-
-    Where the projector is tuned, what trains is a copy of this one, and in 16 bits most steps at its small learning
-    rate would round to nothing. It has 21 M of the 7 B parameters.
-    """
-    projector = model.model.multi_modal_projector.float()
-    projector.register_forward_pre_hook(_in_float32)
-
-
-def _in_float32(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(value.float() for value in inputs)
 
 
 def _check_report(report: dict[str, set[Any]]) -> None:

@@ -18,8 +18,6 @@ from transformers import LlavaForConditionalGeneration
 
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
-from clmoe.methods.moelora import MoeLora
-from clmoe.model.adapter import attach_adapter, load_adapter
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.model.llava import LoadedBase, count_image_tokens, last_prompt_features, load_base, position_ids
 from tests import support
@@ -45,34 +43,11 @@ def test_dtype_and_attention_are_as_configured(
 ) -> None:
     config = ModelConfig(path=str(tiny_folder), dtype="bfloat16", attention=attention)  # type: ignore[arg-type]
     model = load_base(config).model
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert exact == {name for name in dtypes if "multi_modal_projector" in name}
-    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.language_model.config._attn_implementation == attention
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
     wanted = pristine_base.model(**batch).logits[:, -1]
     assert (model(**half).logits[:, -1].float() - wanted).norm() / wanted.norm() < 0.1
-
-
-def test_a_tuned_projector_takes_small_steps_on_a_16_bit_base(tiny_folder: Path, tmp_path: Path) -> None:
-    """A step of 1e-5 on a weight of 1 is far below bfloat16's resolution; it must be there, saved and read back."""
-    config = ModelConfig(path=str(tiny_folder), dtype="bfloat16")
-    method = MoeLora(support.tiny_config("moelora", tiny_folder))
-    base = load_base(config)
-    model = attach_adapter(base.model, method.adapter(base))
-    tuned = [p for n, p in model.named_parameters() if "modules_to_save" in n]
-    assert len(tuned) == 4 and all(p.dtype == torch.float32 and p.requires_grad for p in tuned)
-    batch = support.prompt_batch(base, QUESTIONS)
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    with torch.no_grad():
-        for parameter in tuned:
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0
-            parameter.copy_(1 + 1e-5 * parameter.grad.sign())
-    model.save_pretrained(str(tmp_path / "adapter"))
-    again = load_adapter(load_base(config).model, tmp_path / "adapter", trainable=True)
-    values = torch.cat([p.flatten() for n, p in again.named_parameters() if "modules_to_save" in n])
-    assert values.dtype == torch.float32 and ((values - 1).abs() > 5e-6).float().mean() > 0.5
 
 
 def test_what_is_not_installed_is_named_before_anything_is_loaded(
