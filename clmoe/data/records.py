@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import posixpath
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, overload
 
 from clmoe.data.json_rows import json_rows, shown
 from clmoe.errors import ClmoeError
@@ -55,6 +56,26 @@ class TrainRecord:
     id: str
     image: str | None
     turns: tuple[Turn, ...]
+
+
+class LookedUpRecords(Sequence[TrainRecord]):
+    """Records that are made when they are asked for; subclasses say how many there are and make one."""
+
+    @abstractmethod
+    def record(self, position: int) -> TrainRecord:
+        """The record at ``position``, from 0 to below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> TrainRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainRecord]: ...
+    def __getitem__(self, index: int | slice) -> TrainRecord | list[TrainRecord]:
+        if isinstance(index, slice):
+            return [self.record(i) for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.record(position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,16 @@ error when it is read. The folder may be deleted at any time.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 
-from clmoe.data.records import TrainRecord, Turn, iterate_train
-from clmoe.system.files import file_sha256, flush
+from clmoe.data.records import LookedUpRecords, TrainRecord, Turn, iterate_train
+from clmoe.system.files import file_sha256, flush, json_sha256
 
 CACHE_VARIABLE = "CLMOE_CACHE"
 _FORMAT = 1
@@ -29,7 +27,7 @@ _TURN = pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.stri
 _SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("image", pa.string()), pa.field("turns", pa.list_(_TURN))])
 
 
-class StoredRecords(Sequence[TrainRecord]):
+class StoredRecords(LookedUpRecords):
     """The records of an Arrow file; each is made when it is asked for. Pickled, it is the file's name."""
 
     def __init__(self, path: Path) -> None:
@@ -39,16 +37,7 @@ class StoredRecords(Sequence[TrainRecord]):
     def __len__(self) -> int:
         return self._table.num_rows
 
-    @overload
-    def __getitem__(self, index: int) -> TrainRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainRecord]: ...
-    def __getitem__(self, index: int | slice) -> TrainRecord | list[TrainRecord]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def record(self, position: int) -> TrainRecord:
         return _record(self._table.slice(position, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[TrainRecord]:
@@ -82,8 +71,7 @@ def cache_folder() -> Path:
 
 
 def _key(path: Path, image_root: Path) -> str:
-    parts = [_FORMAT, file_sha256(path), str(Path(image_root).absolute())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return json_sha256([_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
 
 
 def _write(records: Iterator[TrainRecord], target: Path) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import overload
 
-from clmoe.data.records import TrainRecord
+from clmoe.data.records import LookedUpRecords, TrainRecord
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Part:
         return cls(name, os.path.relpath(image_root, root), records, passes)
 
 
-class UnionRecords(Sequence[TrainRecord]):
+class UnionRecords(LookedUpRecords):
     """The parts one after the other; a record is looked up in its part when it is asked for."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -44,16 +43,7 @@ class UnionRecords(Sequence[TrainRecord]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> TrainRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainRecord]: ...
-    def __getitem__(self, index: int | slice) -> TrainRecord | list[TrainRecord]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def record(self, position: int) -> TrainRecord:
         number = bisect_right(self._ends, position)
         part = self.parts[number]
         record = part.records[(position - (self._ends[number - 1] if number else 0)) % len(part.records)]

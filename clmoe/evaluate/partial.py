@@ -7,7 +7,6 @@ completed cell.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clmoe.system.files import json_sha256
 from clmoe.system.processes import from_main, rank
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class PartialAnswers:
     @classmethod
     def of(cls, summary: Path, settings: Any) -> PartialAnswers:
         """``settings``: what the answers depend on, as JSON."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return cls(summary, digest[:16])
+        return cls(summary, json_sha256(settings)[:16])
 
     def read(self) -> dict[str, Answer]:
         """Answers by question id, from all processes of the interrupted command."""

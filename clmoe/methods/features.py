@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 
 from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
 from clmoe.model.locator import PrototypeIndex, base_features
-from clmoe.system.files import file_sha256
+from clmoe.system.files import file_sha256, json_sha256
 from clmoe.system.processes import from_main, is_main
 from clmoe.system.tensors import load_tensors, save_tensors
 
@@ -72,7 +70,7 @@ class FeatureStore:
         images = {q.image: file_sha256(image_root / q.image) for q in questions if q.image is not None}
         prompts = [(q.text, None if q.image is None else images[q.image]) for q in questions]
         content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, self.batch_size, prompts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        return json_sha256(content)[:32]
 
 
 def _write(path: Path, features: Tensor) -> None:

@@ -18,6 +18,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(value: Any) -> str:
+    """Hex digest of a JSON value; the order of an object's keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def flush(path: Path) -> None:
     """Force a file or folder entry to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 from clmoe.config import Config, recorded, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
+from clmoe.system.files import json_sha256, read_json
 from clmoe.train.checkpoint import verify
 
 LINEAGE = "continual.json"
@@ -55,7 +53,7 @@ class Lineage:
 
 def training_identity(config: Config) -> str:
     """sha256 over what determines a task's training."""
-    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
+    return json_sha256(_decisive(config))
 
 
 def _decisive(config: Config) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from clmoe.benchmarks.playground.tasks import CL4VQA_TASKS, COIN_TASKS
 from clmoe.benchmarks.playground.vision_targets import VisionHeads, vision_targets
 from clmoe.data.prompts import SYSTEM
 from clmoe.model.tiny import TinySizes, build_tiny
+from clmoe.system.files import json_sha256
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PretrainRecipe:
 
     def digest(self) -> str:
         """Hash of the recipe's values."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return json_sha256(asdict(self))[:16]
 
 
 @dataclass(frozen=True)
