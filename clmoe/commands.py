@@ -34,7 +34,7 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
         ClmoeError: unknown benchmark or missing files.
     """
     benchmark = load_benchmark(name, data)
-    if benchmark.prepare == "playground":
+    if benchmark.built_on_first_use:
         from clmoe.benchmarks.builders import prepare_playground
 
         prepare_playground(benchmark)

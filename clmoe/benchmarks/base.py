@@ -50,7 +50,7 @@ _BENCHMARK_KEYS = frozenset({"name", "root", "prepare", "recipe", "tasks", "sour
 _TASK_KEYS = frozenset(
     {"name", "train", "test", "images", "scorer", "max_new_tokens", "note", "suffix", "passes", "gold"}
 )
-_BUILT_ON_FIRST_USE = ("playground",)
+_DRAWN_BY_CODE = "playground"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Benchmark:
     recipe: dict[str, Any]
     prepare: str | None = None
     sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def built_on_first_use(self) -> bool:
+        """Its builder needs no downloads, so that its data need not be there."""
+        return self.prepare == _DRAWN_BY_CODE
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
@@ -163,7 +168,7 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     if not isinstance(sources, dict) or not all(isinstance(part, str) for pair in sources.items() for part in pair):
         raise ClmoeError(f"{path}: field 'sources': expected a mapping from files to text, found {sources!r}")
     benchmark = Benchmark(name, _tasks(data.get("tasks"), root, path), root, recipe, prepare, sources)
-    if check_files and (root.exists() or prepare not in _BUILT_ON_FIRST_USE):
+    if check_files and (root.exists() or not benchmark.built_on_first_use):
         _require_files(benchmark, path)
     return benchmark
 

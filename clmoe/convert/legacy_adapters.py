@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config, load_config, merge
@@ -26,7 +26,7 @@ from clmoe.convert.pickles import ADAPTER_LIMIT, PROJECTOR_LIMIT
 from clmoe.convert.shards import check_names, open_file, tensors_of
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
-from clmoe.methods.plan import meta_llava, shapes_file
+from clmoe.methods.plan import adapted_meta, meta_llava, shapes_file
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.system.files import read_json, write_json
 from clmoe.system.paths import resolve_model_path
@@ -136,7 +136,7 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     legacy = read_legacy(source)
     config = legacy_config(legacy, model, benchmark)
     method = method_class(config.method)(config)
-    adapted = _empty(method)
+    adapted = adapted_meta(method, meta_llava(shapes_file(config.model)))
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=".adapter-") as scratch, ExitStack() as stack:
         tensors = read_tensors(legacy, adapted, Path(scratch), stack)
@@ -149,19 +149,6 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     )
     tuned = "with" if legacy.projector else "without"
     return f"adapter {source}: {legacy.kind}, {told} on {', '.join(legacy.targets)}, {tuned} a tuned projector"
-
-
-def _empty(method: Method) -> PeftModel:
-    """The adapter on a model without weights, all on the meta device."""
-    import torch
-
-    from clmoe.model.adapter import attach_adapter
-    from clmoe.model.llava import LoadedBase
-
-    base = meta_llava(shapes_file(method.config.model))
-    loaded: Any = LoadedBase(base, None, None, 0, "")  # type: ignore[arg-type]  # an adapter is made from shapes alone
-    with torch.device("meta"):
-        return attach_adapter(base, method.adapter(loaded))
 
 
 def read_tensors(legacy: Legacy, adapted: PeftModel, scratch: Path, stack: ExitStack) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from clmoe.convert.clip import Clip
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
 from clmoe.system.files import flush
+from clmoe.train.checkpoint import work_folder
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -224,7 +225,7 @@ def building(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise ClmoeError(f"{target} exists: choose another folder or delete it")
-    work = target.parent / f".{target.name}.partial"
+    work = work_folder(target)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from clmoe.model.parameters import trainable
 from clmoe.system.memory import FLOAT32, Attached, LlavaShapes, Tensors, four_bit
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def training_shapes(
     """Read an adapted model; ``base`` is what ``base_tensors`` found before the adapter came."""
     from clmoe.model.adapter import adapter_tensors
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trainable(model).values()
     stored = _bytes(adapter_tensors(model).values())
     frozen = _bytes(b for name, b in model.named_buffers() if "clmoe_" in name)
     tensors = Tensors(base[0], frozen, sum(p.numel() for p in trained), _bytes(trained), base[1])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from clmoe.errors import ClmoeError
 from clmoe.methods.context import TaskContext
 from clmoe.methods.lora import Lora
+from clmoe.model.parameters import trainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from clmoe.data.records import TrainRecord
     from clmoe.model.routing import RouteTrace
@@ -135,8 +136,3 @@ class HeldByImportance(Lora):
                 if gradient is not None:
                     total += self.fold(gradient.double())
         return {name: (summed(total) / len(dataset)).float().cpu() for name, total in totals.items()}
-
-
-def trainable(model: nn.Module) -> dict[str, Any]:
-    """The parameters that train, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clmoe.errors import ClmoeError
 from clmoe.methods.context import TaskContext
 from clmoe.methods.lora import Lora
+from clmoe.model.parameters import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +54,7 @@ class LwF(Lora):
         """Before the first step the weights are those of the parent's file, bit for bit: keep them."""
         self._parent: dict[str, Tensor] = {}
         if context.previous is not None:
-            trained = [(name, p) for name, p in context.model.named_parameters() if p.requires_grad]
+            trained = trainable(context.model).items()
             self._parent = {name.removeprefix(ADAPTED): p.detach().clone() for name, p in trained}
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:

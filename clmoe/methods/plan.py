@@ -12,6 +12,7 @@ from clmoe.config import Config, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.methods.attached import TrainingShapes, base_tensors, llava_shapes, locator_bytes, training_shapes
 from clmoe.methods.base import Method
+from clmoe.model.parameters import trainable
 from clmoe.system.files import read_json
 from clmoe.system.paths import known_configs, repository_root, resolve_model_path
 
@@ -157,19 +158,15 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
         return _nothing(config)
     import torch
 
-    from clmoe.model.adapter import attach_adapter, count_parameters
-    from clmoe.model.llava import LoadedBase, count_image_tokens
+    from clmoe.model.adapter import count_parameters
 
     file = shapes_file(config.model)
     dtype = getattr(torch, config.model.dtype)
     base = meta_llava(file).to(dtype)
-    held = base_tensors(base, quantised=getattr(config.model, "load_in_4bit", False))
+    held = base_tensors(base, quantised=config.model.load_in_4bit)
     shapes = llava_shapes(base)
     size = sum(parameter.numel() for parameter in base.parameters())
-    # a method's ``adapter`` reads shapes only; there is no tokenizer to give it
-    loaded = LoadedBase(base, cast(Any, None), cast(Any, None), count_image_tokens(base), fingerprint="")
-    with torch.device("meta"):
-        model = attach_adapter(base, method.adapter(loaded))
+    model = adapted_meta(method, base)
     return Plan(
         config.name,
         config.model.path,
@@ -239,6 +236,19 @@ def meta_llava(file: Path) -> LlavaForConditionalGeneration:
     return model.requires_grad_(False)
 
 
+def adapted_meta(method: Method, base: LlavaForConditionalGeneration) -> PeftModel:
+    """A meta model with the adapter of the method's first task."""
+    import torch
+
+    from clmoe.model.adapter import attach_adapter
+    from clmoe.model.llava import LoadedBase, count_image_tokens
+
+    # a method's ``adapter`` reads shapes only; there is no tokenizer to give it
+    loaded = LoadedBase(base, cast(Any, None), cast(Any, None), count_image_tokens(base), fingerprint="")
+    with torch.device("meta"):
+        return attach_adapter(base, method.adapter(loaded))
+
+
 def _linears(model: PeftModel) -> Iterator[PlannedLinear]:
     """Every adapted linear, in model order."""
     from peft.tuners.lora import LoraLayer
@@ -265,8 +275,7 @@ def _grouped(linears: Iterator[PlannedLinear]) -> list[PlannedLinear]:
 
 def _trainable(model: PeftModel, *marks: str) -> int:
     """Parameters that train and have one of ``marks`` in their name."""
-    named = model.named_parameters()
-    return sum(p.numel() for name, p in named if p.requires_grad and any(mark in name for mark in marks))
+    return sum(p.numel() for name, p in trainable(model).items() if any(mark in name for mark in marks))
 
 
 def _grows(method: Method) -> bool:

@@ -22,6 +22,7 @@ from transformers.activations import SiLUActivation
 
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
+from clmoe.model.parameters import trainable
 from clmoe.model.projector import keep_float32, restore_float32
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
@@ -402,5 +403,5 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:
     """(trainable now, all of the adapter): the second counts frozen experts and routers, which are buffers."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    stored = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    return sum(p.numel() for p in trainable(model).values()), stored

@@ -199,7 +199,7 @@ def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[li
     """(what is missing, what will be fetched or made)."""
     missing: list[str] = []
     notes: list[str] = []
-    if benchmark.prepare == "playground" and not benchmark.root.exists():
+    if benchmark.built_on_first_use and not benchmark.root.exists():
         notes.append(f"{benchmark.root} is made by the first training (or by clmoe data prepare {benchmark.name})")
     else:
         if not benchmark.root.is_dir():

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from clmoe.methods.answers import answer_logits, answer_tokens
 from clmoe.model.adapter import adapted_llava
+from clmoe.model.parameters import trainable
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
-from clmoe.train.state import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel

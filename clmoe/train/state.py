@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clmoe.errors import ClmoeError
+from clmoe.model.parameters import trainable
 from clmoe.system.files import read_json, write_json
 from clmoe.system.processes import from_main, is_main, rank
 from clmoe.system.tensors import load_tensors, save_tensors
@@ -106,11 +107,6 @@ def _fill(adamw: torch.optim.Optimizer, step: int) -> None:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of a parameter, also where ZeRO-3 keeps only a part of it here."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _weight(parameter: nn.Parameter) -> Tensor:

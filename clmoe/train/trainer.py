@@ -29,6 +29,7 @@ from clmoe.config import TrainingConfig
 from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
+from clmoe.model.parameters import trainable
 from clmoe.system.interrupt import deferred
 from clmoe.system.logging import EventLog, Progress
 from clmoe.system.processes import any_of_them, rank
@@ -42,7 +43,6 @@ from clmoe.train.state import (
     load_moments,
     load_weights,
     save_state,
-    trainable,
 )
 
 
