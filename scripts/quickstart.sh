@@ -2,7 +2,7 @@
 # From nothing to a table and a page: set up an environment, train lora, moelora and clmoe on the embedded eight-task benchmark
 # with a reduced schedule, and report. Run it again and everything that is finished is skipped.
 #
-# Environment: STEPS per task (reduced; the full schedule of scripts/playground/compare.sh is in configs/benchmarks),
+# Environment: STEPS per task (reduced; the full schedule of scripts/playground/table1.sh is in configs/benchmarks),
 # LIMIT test questions in rows before the last, OUT, JOBS methods side by side (default: one per core).
 export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
 source "$(dirname "$0")/common.sh"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from clmoe.benchmarks.base import load_benchmark
+from clmoe.system.logging import read_events
 from tests.launch import REPOSITORY, environment
 from tests.trees import TREES
 
@@ -33,10 +34,18 @@ RUNS = {
 }
 
 
-def shell(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def shell(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return command("bash", name, *arguments, **variables)
+
+
+def script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return command(sys.executable, name, *arguments, **variables)
+
+
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", script, *arguments],
+        arguments,
         cwd=REPOSITORY,
         env={**environment(), "PATH": path, "GPUS": "1", "LAUNCHER": "python", **variables},
         capture_output=True,
@@ -60,6 +69,46 @@ def test_a_script_runs_to_the_final_table(name: str, tmp_path: Path, tiny_folder
     assert re.search(rf"^Accuracy matrix: .*\nafter .*{re.escape(order[-1])}$", done.stdout, re.MULTILINE), done.stdout
     assert (out / "report" / "report.md").is_file()
     assert ("WARMUP is not set" in done.stderr) == ("llava_cmoe" in name)
+
+
+GRIDS = """
+rows:
+  clmoe: {set: [options.samples=8]}
+  clmoe_beta1: {of: clmoe, set: [options.beta=1]}
+  broken: {method: clmoe, set: [options.gamma=7]}
+grids:
+  both: {title: Both, sections: {all: [clmoe, clmoe_beta1]}}
+  one: {title: One, sections: {all: [broken]}}
+"""
+
+
+def test_a_grid_runs_to_its_table_and_a_second_time_does_nothing(tmp_path: Path, tiny_folder: Path) -> None:
+    tree, out = TREES["mllm_dcl"](tmp_path / "tree"), tmp_path / "out"
+    (tmp_path / "grids.yaml").write_text(GRIDS)
+    variables = {"MODEL": str(tiny_folder), "DATA": str(tree), "ORDER": "RS"}
+
+    def grid(name: str, *seeds: str) -> subprocess.CompletedProcess[str]:
+        return script(
+            "scripts/grid.py", name, "--benchmark", "mllm_dcl", "--file", str(tmp_path / "grids.yaml"),
+            "--out", str(out), "--seeds", *seeds, "--", *SETTINGS, **variables,
+        )  # fmt: skip
+
+    done = grid("both", "3")
+    assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in (out / "logs").iterdir())
+    assert "2 of 2 runs are complete" in done.stdout
+    table = (out / "tables" / "both" / "report.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in table[1:]] == [["clmoe", "clmoe", "3"], ["clmoe_beta1", "clmoe", "3"]]
+    started = [event for event in read_events(out / "clmoe-seed3" / "events.jsonl") if event["event"] == "started"]
+    assert started[0]["command"].startswith("clmoe train --config clmoe ")
+    assert {"seed=3", "label=clmoe", "options.samples=8"} <= set(started[0]["command"].split())
+    again = grid("both", "3")
+    assert again.returncode == 0, again.stderr
+    assert [e for e in read_events(out / "clmoe-seed3" / "events.jsonl") if e["event"] == "started"] == started
+
+    failed = grid("one", "0")
+    assert failed.returncode == 1
+    assert "broken-seed0: failed with 2: clmoe" in failed.stderr
+    assert "gamma" in failed.stderr
 
 
 def test_scripts_exist_for_every_benchmark_and_method() -> None:

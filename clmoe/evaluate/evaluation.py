@@ -22,6 +22,7 @@ from clmoe.evaluate.scoring import check_scorer, score_answers
 from clmoe.system.files import csv_text, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
+from clmoe.system.provenance import provenance
 
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer, Answerer
@@ -101,6 +102,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Fill the cells that are not filled yet. Called by every process; the main one writes."""
     log = EventLog(run / "events.jsonl")
+    log.write("started", after=checkpoint.after, **provenance())
     for request in requests:
         if from_main(partial(settled, run, checkpoint, request)):
             continue

@@ -20,6 +20,7 @@ from clmoe.methods.context import Phase, TaskContext
 from clmoe.system.files import read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import count, device, from_main, is_main
+from clmoe.system.provenance import provenance
 from clmoe.system.tensors import writing
 from clmoe.system.trackers import check_trackers, tracking
 from clmoe.train.card import model_card
@@ -186,6 +187,7 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
             request.benchmark.root,
         )
         log = EventLog(request.run / "events.jsonl")
+        log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
         for phase in phases:
             _run_phase(request, method, context, phase, log)

@@ -20,6 +20,7 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.scoring import check_scorer, gold_problem, score_answers
 from clmoe.methods.context import Phase
 from clmoe.train.task import _phase_steps, load_records, prepare_request
+from tests.support import load_script
 from tests.trees import ROWS, TREES, draw, train_row, write
 
 CAN_CAPTION = find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
@@ -327,12 +328,7 @@ def test_captions_without_java_stop_before_training(
 
 
 def test_answers_written_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("score_script", Path(__file__).parents[2] / "scripts" / "score.py")
-    assert spec is not None and spec.loader is not None
-    script = module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("score")
     tree = TREES["coin"](tmp_path / "coin")
     rows = [{"question_id": n, "prompt": "?", "text": ("Mug", "unanswerable")[n % 2], "metadata": {}} for n in range(7)]
     (tmp_path / "merge.jsonl").write_text("\n".join(json.dumps(row) for row in reversed(rows)) + "\n")

@@ -1,6 +1,5 @@
 """docs/api.md says what the code says, and names every file of a run folder and every variable."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,19 +8,14 @@ import pytest
 
 from clmoe import cli
 from tests.runs import Runs
-from tests.support import TASKS
+from tests.support import TASKS, load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_page", ROOT / "scripts" / "api_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("api_page")
 
 
 def test_the_page_is_what_the_code_says(generator: ModuleType) -> None:

@@ -1,0 +1,60 @@
+"""docs/results.md is what scripts/results.py makes of the kept run folders, and says what was not run."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from clmoe.system.logging import EventLog
+from tests.report.folders import make_run
+from tests.support import load_script
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def results() -> ModuleType:
+    return load_script("results")
+
+
+def test_the_page_is_what_the_kept_runs_say(results: ModuleType) -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.results_page(), "run `python scripts/results.py`"
+
+
+def test_every_label_of_the_papers_file_is_a_row_of_a_grid(results: ModuleType) -> None:
+    import yaml
+
+    paper = yaml.safe_load(results.PAPER.read_text(encoding="utf-8"))
+    rows = {row.label for grid in results.read_grids(results.default_file()).values() for row in grid.rows}
+    assert set(paper["figures"]) <= rows
+    assert {label for claim in paper["claims"] for label in (claim["better"], *claim["than"])} <= rows
+
+
+def test_complete_runs_are_kept_with_their_origin(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RUNS", tmp_path / "kept")
+    out = tmp_path / "out"
+    for seed in (0, 1, 2):
+        for label, last in (("clmoe", 50.0 + seed), ("lora", 20.0), ("clmoe_rmoe_off", 51.0)):
+            run = make_run(out, label, seed, last)
+            folder = run.rename(out / f"{label}-seed{seed}")
+            EventLog(folder / "events.jsonl").write("started", commit="abc", command="clmoe train")
+    shutil.copytree(out / "lora-seed0", out / "moelora-seed0")
+    matrix = out / "moelora-seed0" / "matrix.csv"
+    matrix.write_text("\n".join(matrix.read_text().splitlines()[:-1]) + "\n")  # not at its end yet
+
+    assert results.collect(out) == 9
+    kept = tmp_path / "kept" / "playground-coin" / "clmoe-seed0"
+    origin = json.loads((kept / "provenance.json").read_text())
+    assert (origin["commits"], origin["command"], len(origin["dates"])) == (["abc"], "clmoe train", 1)
+    page = results.results_page()
+    # (2 (50 + s) + 80) / 3 - 40 for s = 0, 1, 2: 20, 20.67, 21.33
+    assert "| CL-MoE ends higher (AP) than lora | holds, +20.7 (+19.0 to +22.3) | not run |" in page
+    assert "ends higher than clmoe_rmoe_off | no difference shown, +0.0 (-1.7 to +1.7) | not run |" in page
+    assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (" in page
+    assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
+    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc |" in page
+    assert "- playground-coin: of " in page
