@@ -110,6 +110,7 @@ def evaluate_checkpoint(
     """
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
     from clmoe.evaluate.growth import record_growth
+    from clmoe.evaluate.run_info import write_run_info
     from clmoe.evaluate.usage import record_usage
 
     learned = done.lineage.tasks
@@ -153,32 +154,6 @@ def _fill(
         evaluate(run, benchmark, checkpoint, requests, answerer, stage)
     from_main(lambda: write_tables(run, order, router))
     from_main(lambda: write_timing(run))
-
-
-def write_run_info(
-    run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: str, done: Finished | None
-) -> None:
-    """``run.json``: what the report needs to know of the whole run."""
-    from clmoe.system.files import write_json
-
-    lineage = None if done is None else done.lineage
-    trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
-    write_json(
-        run / "run.json",
-        {
-            "method": config.method,
-            "label": config.name,
-            "benchmark": benchmark.name,
-            "order": order,
-            "seed": config.seed,
-            "scoring": scoring,
-            "trainable_parameters": 0 if lineage is None else lineage.trainable_parameters,
-            "adapter_parameters": 0 if lineage is None else lineage.adapter_parameters,
-            "projector_trained": lineage is not None and config.adapter.train_projector,
-            "effective_scale": None if lineage is None else lineage.effective_scale,
-            "steps_per_task": 0 if lineage is None else lineage.steps // trained_at_once,
-        },
-    )
 
 
 def _row(run: Path, after: str, requests: list[Request]) -> str:
@@ -235,6 +210,7 @@ def _refuse_training_overrides(overrides: list[str]) -> None:
 def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     """The bare model as row ``zero_shot``."""
     from clmoe.evaluate.evaluation import ZERO_SHOT, Checkpoint, Request, check_tasks
+    from clmoe.evaluate.run_info import write_run_info
     from clmoe.model.fingerprint import base_fingerprint
     from clmoe.system.paths import resolve_model_path
 
@@ -276,7 +252,7 @@ def run_metrics(options: Namespace) -> Any:
 def run_plan(options: Namespace) -> Any:
     """``clmoe plan``: what the method would train and take, or the steps of the sequence."""
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
-    config = load_config(options.config, benchmark.recipe, options.overrides, options.model)
+    config = _method_config(options, benchmark)
     order = benchmark.order(options.order, config.seed)
     if options.steps:
         if options.extended_blocks is not None:

@@ -204,6 +204,18 @@ def test_the_verb_prints_text_or_json(capsys: pytest.CaptureFixture[str], mini_y
     assert values["steps_per_task"] == 4
 
 
+def test_the_verb_counts_within_a_budget(
+    capsys: pytest.CaptureFixture[str], mini_yaml: Path, tiny_folder: Path
+) -> None:
+    def rank(*overrides: str) -> int:
+        arguments = ("--config", "lora", "--benchmark", mini_yaml, "--model", tiny_folder, "--json", *overrides)
+        return int(json.loads(output(capsys, *arguments))["linears"][0]["rank"])
+
+    # three projections of 48 and 64 in two blocks: 672 parameters with every rank
+    assert rank(f"adapter.budget={6 * 672 + 300}", "adapter.train_projector=false") == 6
+    assert rank("adapter.rank=5") == 5
+
+
 def test_a_method_without_training(capsys: pytest.CaptureFixture[str], mini_yaml: Path) -> None:
     arguments = ("--config", "zero_shot", "--benchmark", mini_yaml)
     text = output(capsys, *arguments)

@@ -1,0 +1,35 @@
+"""``run.json``: what the report needs to know of a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config
+from clmoe.methods.base import method_class
+from clmoe.system.files import write_json
+from clmoe.train.lineage import Finished
+
+
+def write_run_info(
+    run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: str, done: Finished | None
+) -> None:
+    """Write the file; ``done`` is the newest checkpoint, None for the bare model."""
+    lineage = None if done is None else done.lineage
+    trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
+    write_json(
+        run / "run.json",
+        {
+            "method": config.method,
+            "label": config.name,
+            "benchmark": benchmark.name,
+            "order": order,
+            "seed": config.seed,
+            "scoring": scoring,
+            "trainable_parameters": 0 if lineage is None else lineage.trainable_parameters,
+            "adapter_parameters": 0 if lineage is None else lineage.adapter_parameters,
+            "projector_trained": lineage is not None and config.adapter.train_projector,
+            "effective_scale": None if lineage is None else lineage.effective_scale,
+            "steps_per_task": 0 if lineage is None else lineage.steps // trained_at_once,
+        },
+    )
