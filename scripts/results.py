@@ -234,6 +234,9 @@ def results_page() -> str:
         parts += [to_markdown(summary_rows(result, methods, paper)), "\n"]
         parts.append("As in LLaVA-CMoE's Table 1 (Immediate with the task known, where a method finds tasks):\n\n")
         parts += [to_markdown(task_rows(result, methods)), "\n"]
+        if len(set(methods) & set(result.groups)) > 1:
+            parts.append(f"![Accuracy after each task](results/{result.benchmark}/forgetting.png)\n\n")
+            parts.append(f"![Accuracy matrices](results/{result.benchmark}/comparison.png)\n\n")
         parts.append(_run_line(result, methods))
     for name in ("clmoe", "llava_cmoe"):
         parts += _ablations(
@@ -244,6 +247,21 @@ def results_page() -> str:
         if result.groups:
             parts += [f"{result.benchmark}:\n\n", to_markdown(origin_rows(result)), "\n"]
     return "".join(parts).rstrip("\n") + "\n"
+
+
+def pictures(result: Measured, labels: list[str]) -> list[Path]:
+    """Matrices side by side, and accuracy on the tasks so far after each task, beside the page."""
+    from clmoe.report import plots
+
+    groups = [result.groups[label] for label in labels if label in result.groups]
+    if len(groups) < 2:
+        return []
+    folder = DOCS / "results" / result.benchmark
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        plots.comparison_heat_maps(groups, folder / "comparison.png"),
+        plots.forgetting_curves(groups, folder / "forgetting.png"),
+    ]
 
 
 def _run_line(result: Measured, labels: list[str]) -> str:
@@ -273,7 +291,9 @@ def main() -> None:
     for folder in parser.parse_args().folders:
         print(f"{folder}: {collect(folder)} complete runs copied")
     PAGE.write_text(results_page(), encoding="utf-8")
-    print(PAGE)
+    labels = [row.label for row in read_grids(default_file())["table1"].rows]
+    drawn = [path for benchmark in BENCHMARKS for path in pictures(measured(benchmark), labels)]
+    print(*(PAGE, *drawn), sep="\n")
 
 
 if __name__ == "__main__":
