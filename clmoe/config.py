@@ -117,12 +117,14 @@ class EvaluationConfig:
         exact: answer again, alone, every question whose two best logits were ever closer than ``margin``, so that
             answers do not depend on the batching.
         margin: see ``exact``.
+        share_images: questions of one image and router read its tokens once.
         limit: first questions of each test file used in rows before the last task; None uses all.
     """
 
     batch_size: int = 64
     exact: bool = True
     margin: float = 1e-3
+    share_images: bool = True
     limit: int | None = None
 
 

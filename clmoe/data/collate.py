@@ -113,9 +113,14 @@ class PromptDataset(Dataset[PromptItem]):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> PromptItem:
+        pixels = _pixels(self.image_root, self.questions[index].image, self.image_processor)
+        return PromptItem(self.input_ids(index), pixels)
+
+    def input_ids(self, index: int) -> Tensor:
+        """The prompt's tokens ``[T]`` int64, without reading its image."""
         question = self.questions[index]
-        ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
-        return PromptItem(torch.tensor(ids), _pixels(self.image_root, question.image, self.image_processor))
+        has_image = question.image is not None
+        return torch.tensor(encode_prompt(question.text, has_image, self.tokenizer, self.image_token_count))
 
 
 def _pixels(image_root: Path, image: str | None, image_processor: Any) -> Tensor | None:
