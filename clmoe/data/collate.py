@@ -88,9 +88,18 @@ class TrainDataset(Dataset[TrainItem]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> TrainItem:
-        record = self.records[index]
-        encoded = encode_training(record, self.tokenizer, self.image_token_count, self.max_length)
-        pixels = _pixels(self.image_root, record.image, self.image_processor)
+        return self._item(index, _pixels(self.image_root, self.records[index].image, self.image_processor))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
+        """What the loader asks for: a batch. Its items of one image, read once, hold the same tensor."""
+        images = {index: self.records[index].image for index in indices}
+        read = {
+            image: _pixels(self.image_root, image, self.image_processor) for image in dict.fromkeys(images.values())
+        }
+        return [self._item(index, read[images[index]]) for index in indices]
+
+    def _item(self, index: int, pixels: Tensor | None) -> TrainItem:
+        encoded = encode_training(self.records[index], self.tokenizer, self.image_token_count, self.max_length)
         return TrainItem(torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), pixels)
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from clmoe.data.prompts import IGNORE
 from clmoe.model.adapter import adapted_llava
+from clmoe.model.packed import PackedRows, packed_hidden
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 from clmoe.train.state import trainable
 
@@ -36,6 +37,7 @@ class TrainedModel(nn.Module):
         labels: Tensor,
         num_items_in_batch: Tensor,
         pixel_values: Tensor | None = None,
+        **packed: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch as its share of the global batch's loss.
 
@@ -43,13 +45,17 @@ class TrainedModel(nn.Module):
             input_ids, attention_mask, labels: ``[B, T]`` int64, right-padded; labels -100 outside the answers.
             num_items_in_batch: answer tokens of the whole global batch.
             pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
+            packed: with ``training.share_images`` the packed rows of ``collate_packed``; the loss is the same.
         """
         llava = adapted_llava(self.model)
         trace = RouteTrace()
         with routing(NEWEST_ROUTER, trace):
-            hidden = llava.model(
-                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
-            ).last_hidden_state
+            if packed:
+                hidden = packed_hidden(llava, PackedRows(**packed), pixel_values, trace)
+            else:
+                hidden = llava.model(
+                    input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
+                ).last_hidden_state
         targets = labels[:, 1:]
         answered = targets != IGNORE
         logits = llava.lm_head(hidden[:, :-1][answered]).float()

@@ -27,6 +27,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.config import TrainingConfig
 from clmoe.data.collate import TrainDataset, collate_train
+from clmoe.data.packing import collate_packed
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
 from clmoe.system.interrupt import deferred
@@ -191,7 +192,7 @@ class TaskTrainer(Trainer):
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=self.config.workers,
-            collate_fn=partial(collate_train, pad_id=self.pad_id),
+            collate_fn=partial(collate_packed if self.config.share_images else collate_train, pad_id=self.pad_id),
             generator=torch.Generator().manual_seed(self.plan.seed),
             pin_memory=self.args.dataloader_pin_memory,
         )
