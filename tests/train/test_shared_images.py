@@ -228,6 +228,8 @@ def test_an_interrupted_training_ends_in_the_same_bytes(
     broken = train("broken", *SETTINGS_OF_RUNS)
     assert [event["step"] for event in events(broken.parent, "step")] == [1, 2, 3, 4]
     assert contents(broken) == contents(straight)
+    loader = train("loader", *SETTINGS_OF_RUNS, "training.workers=1")
+    assert all(same_bits(tensors(loader)[name], value) for name, value in tensors(straight).items())
     plain = train("plain", *SETTINGS_OF_RUNS[1:])
     assert any(not same_bits(tensors(plain)[name], value) for name, value in tensors(straight).items()), "another order"
 
