@@ -31,7 +31,7 @@ OVERRIDES = {
     "replay": FEW,
     "der": FEW,
 }
-ADDS_A_LOSS = ("ewc", "mas", "lwf", "der", "olora")
+ADDS_A_LOSS = ("ewc", "mas", "lwf", "der", "olora", "llava_cmoe")
 CONTINUED = [name for name in method_names() if method_class(name).chain == "sequence"]
 NewBase = Callable[[], LoadedBase]
 
