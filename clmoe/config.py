@@ -88,6 +88,8 @@ class TrainingConfig:
         max_grad_norm: the gradient is clipped to this norm.
         max_length: tokens per sample, image tokens included.
         gradient_checkpointing: recompute activations in the backward pass.
+        share_images: records of one image come in one batch, and its tokens are computed once for them: the same loss
+            and gradients from fewer tokens, but another order of samples. Without dropout and flash attention.
         workers: data-loading processes.
         save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
@@ -106,6 +108,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     max_length: int = 2048
     gradient_checkpointing: bool = False
+    share_images: bool = False
     workers: int = 0
     save_steps: int = 100
     keep_states: int = 2
@@ -122,12 +125,14 @@ class EvaluationConfig:
         exact: answer again, alone, every question whose two best logits were ever closer than ``margin``, so that
             answers do not depend on the batching.
         margin: see ``exact``.
+        share_images: questions of one image and router read its tokens once.
         limit: first questions of each test file used in rows before the last task; None uses all.
     """
 
     batch_size: int = 64
     exact: bool = True
     margin: float = 1e-3
+    share_images: bool = True
     limit: int | None = None
 
 

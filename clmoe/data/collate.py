@@ -7,7 +7,7 @@ input size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,13 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     return batch | _stack_pixels([item.pixel_values for item in items])
 
 
-def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
-    """As collate_train, with the items' places in their dataset as rows [B] int64."""
-    return collate_train([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
+def collate_numbered(
+    items: Sequence[tuple[int, TrainItem]],
+    pad_id: int,
+    collate: Callable[[Sequence[TrainItem], int], dict[str, Tensor]] = collate_train,
+) -> dict[str, Tensor]:
+    """As ``collate``, with the items' places in their dataset as rows [B] int64."""
+    return collate([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
 
 
 def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
@@ -93,9 +97,18 @@ class TrainDataset(Dataset[TrainItem]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> TrainItem:
-        record = self.records[index]
-        encoded = encode_training(record, self.tokenizer, self.image_token_count, self.max_length)
-        pixels = _pixels(self.image_root, record.image, self.image_processor)
+        return self._item(index, _pixels(self.image_root, self.records[index].image, self.image_processor))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
+        """What the loader asks for: a batch. Its items of one image, read once, hold the same tensor."""
+        images = {index: self.records[index].image for index in indices}
+        read = {
+            image: _pixels(self.image_root, image, self.image_processor) for image in dict.fromkeys(images.values())
+        }
+        return [self._item(index, read[images[index]]) for index in indices]
+
+    def _item(self, index: int, pixels: Tensor | None) -> TrainItem:
+        encoded = encode_training(self.records[index], self.tokenizer, self.image_token_count, self.max_length)
         return TrainItem(torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), pixels)
 
 
@@ -110,6 +123,10 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
 
     def __getitem__(self, index: int) -> tuple[int, TrainItem]:
         return index, self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]]:
+        """A batch; items of one image hold the same tensor, see ``TrainDataset``."""
+        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
 
 
 class PromptDataset(Dataset[PromptItem]):
@@ -131,9 +148,14 @@ class PromptDataset(Dataset[PromptItem]):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> PromptItem:
+        pixels = _pixels(self.image_root, self.questions[index].image, self.image_processor)
+        return PromptItem(self.input_ids(index), pixels)
+
+    def input_ids(self, index: int) -> Tensor:
+        """The prompt's tokens ``[T]`` int64, without reading its image."""
         question = self.questions[index]
-        ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
-        return PromptItem(torch.tensor(ids), _pixels(self.image_root, question.image, self.image_processor))
+        has_image = question.image is not None
+        return torch.tensor(encode_prompt(question.text, has_image, self.tokenizer, self.image_token_count))
 
 
 def _pixels(image_root: Path, image: str | None, image_processor: Any) -> Tensor | None:

@@ -92,6 +92,7 @@ def _settings(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
         # exact answers do not depend on the batches, others not on the margin
         "margin": evaluation.margin if evaluation.exact else None,
         "batch_size": None if evaluation.exact else evaluation.batch_size,
+        **({} if evaluation.exact else {"share_images": evaluation.share_images}),
         "options": checkpoint.config.options,
     }
 
@@ -131,9 +132,10 @@ def evaluate(
 
 def _partial(run: Path, checkpoint: Checkpoint, request: Request) -> PartialAnswers:
     """Where the cell's answers lie until it is complete."""
-    size = checkpoint.config.evaluation.batch_size  # another size would cut other batches
+    evaluation = checkpoint.config.evaluation
+    cut = [evaluation.batch_size, evaluation.share_images]  # others would cut other batches
     path = summary_path(run, checkpoint.after, request.stem())
-    return PartialAnswers.of(path, [_settings(checkpoint, request), size])
+    return PartialAnswers.of(path, [_settings(checkpoint, request), cut])
 
 
 def settled(run: Path, checkpoint: Checkpoint, request: Request) -> bool:

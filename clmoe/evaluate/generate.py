@@ -1,4 +1,4 @@
-"""Batched greedy answers: left padding, sorted by length, close calls answered again alone."""
+"""Batched greedy answers: sorted by image and length, close calls answered again alone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration
 
 from clmoe.config import EvaluationConfig
 from clmoe.data.batches import prompt_dataset, to_device
 from clmoe.data.collate import PromptItem, collate_prompts
+from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
 from clmoe.data.records import Question
+from clmoe.evaluate.greedy import greedy
 from clmoe.evaluate.location import known_tasks
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.methods.features import FeatureStore
+from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, RouterChoice, RouteSelection, routing
+from clmoe.model.routing import NEWEST_ROUTER, RouterChoice, RouteSelection
 from clmoe.system.processes import count, in_order
 
 if TYPE_CHECKING:
@@ -43,37 +46,6 @@ class Answer:
     redone: bool
     task: int | None
     deciders: dict[str, int]
-
-
-class _Margins(LogitsProcessor):
-    """Watches greedy generation: the smallest gap between the two best logits of each unfinished row."""
-
-    def __init__(self, rows: int, prompt_length: int, end: int) -> None:
-        self.smallest = torch.full((rows,), float("inf"))
-        self.finished = torch.zeros(rows, dtype=torch.bool)
-        self.prompt_length, self.end = prompt_length, end
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.prompt_length:
-            self.finished |= (input_ids[:, -1] == self.end).cpu()
-        best = scores.float().topk(2, dim=-1).values
-        gap = (best[:, 0] - best[:, 1]).cpu()
-        self.smallest = torch.where(self.finished, self.smallest, torch.minimum(self.smallest, gap))
-        return scores
-
-
-class _Watched(LogitsProcessor):
-    """Shows greedy generation what it has said so far."""
-
-    def __init__(
-        self, watch: Callable[[list[str]], None], tokenizer: PreTrainedTokenizerFast, prompt_length: int
-    ) -> None:
-        self.watch, self.tokenizer, self.prompt_length = watch, tokenizer, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.prompt_length:
-            self.watch(self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True))
-        return scores
 
 
 class Answerer:
@@ -120,15 +92,15 @@ class Answerer:
         dataset = prompt_dataset(self.base, questions, image_root)
         # Characters stand in for tokens here, so that images are read one batch at a time: a whole test set's may not
         # fit into memory.
-        by_length = sorted(range(len(dataset)), key=lambda i: (questions[i].image is None, len(questions[i].text), i))
+        order = self._order(questions)
         size = self.config.batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         ids = [question.question_id for question in questions]
         done = {} if partial is None else partial.read()
 
         def run(rows: list[int], redone: bool) -> list[Answer]:
             chosen = [next(iter(found[i].values()), None) for i in rows]
-            texts, margins = self.generate([dataset[i] for i in rows], self.selection(chosen), max_new_tokens)
+            texts, margins = self.generate(read_prompts(dataset, rows), self.selection(chosen), max_new_tokens)
             return [
                 Answer(text.strip(), margin, redone, task, found[row] if router == "located" else {})
                 for row, task, text, margin in zip(rows, chosen, texts, margins, strict=True)
@@ -148,8 +120,15 @@ class Answerer:
             return answers
 
         finished = in_order(batches, finish)
-        answers = dict(zip(by_length, [a for batch in finished for a in batch], strict=True))
+        answers = dict(zip(order, [a for batch in finished for a in batch], strict=True))
         return [answers[i] for i in range(len(dataset))]
+
+    def _order(self, questions: Sequence[Question]) -> list[int]:
+        """The order of answering, a pure function of the questions: by length, those of one image together."""
+        lengths = [len(question.text) for question in questions]
+        if self.config.share_images:
+            return image_order([question.image for question in questions], lengths)
+        return sorted(range(len(questions)), key=lambda i: (questions[i].image is None, lengths[i], i))
 
     def _find_tasks(
         self, questions: Sequence[Question], image_root: Path, router: RouterChoice, task_index: int | None
@@ -171,7 +150,9 @@ class Answerer:
         """
         if self.checkpoint is None or not self.method.finds_task:
             return {}
-        store = FeatureStore(self.base, self.method.feature_kind(), self.config.batch_size, self.features)
+        config = self.config
+        kind = self.method.feature_kind()
+        store = FeatureStore(self.base, kind, config.batch_size, self.features, config.share_images)
         features = store.features(self.model, questions, image_root)  # type: ignore[arg-type]
         return self.method.task_scores(self.checkpoint, features)
 
@@ -182,7 +163,6 @@ class Answerer:
             return NEWEST_ROUTER
         return self.method.selection(self.model, torch.tensor(chosen))  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def generate(
         self,
         items: list[PromptItem],
@@ -190,20 +170,27 @@ class Answerer:
         max_new_tokens: int,
         watch: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], list[float]]:
-        """Texts and margins of one batch; ``watch`` is called with the texts so far before every further token."""
+        """Texts and margins of one batch; ``watch`` is called with the texts so far before every further token.
+
+        With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
+        """
         tokenizer = self.base.tokenizer
-        inputs = to_device(collate_prompts(items, tokenizer.pad_token_id), self.base)
-        rows, prompt = inputs["input_ids"].shape
-        margins = _Margins(rows, prompt, tokenizer.eos_token_id)
-        processors = LogitsProcessorList([margins])
-        if watch is not None:
-            processors.append(_Watched(watch, tokenizer, prompt))
-        plan = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        with routing(selection):
-            tokens = self.model.generate(**inputs, generation_config=plan, logits_processor=processors)  # type: ignore[operator]
-        return tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True), margins.smallest.tolist()
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+        def texts(tokens: Tensor) -> list[str]:
+            return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+        if self.config.share_images:
+            inputs = prompt_inputs(self.base, items, selection.keys(len(items)))
+        else:
+            inputs = to_device(collate_prompts(items, pad), self.base)
+        tokens, margins = greedy(
+            _llava(self.model), inputs, selection, max_new_tokens, end, pad,
+            (lambda tokens: None) if watch is None else lambda tokens: watch(texts(tokens)),
+        )  # fmt: skip
+        return texts(tokens), margins.tolist()
+
+
+def _llava(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The LLaVA itself, with its projections patched if it is adapted."""
+    return model if isinstance(model, LlavaForConditionalGeneration) else adapted_llava(model)  # type: ignore[arg-type]

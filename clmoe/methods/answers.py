@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from clmoe.data.prompts import IGNORE
+from clmoe.model.packed import PackedRows
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
+
+    from clmoe.model.routing import RouteTrace
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
@@ -32,17 +35,30 @@ def answer_rows(labels: Tensor) -> Tensor:
 
 
 def answer_logits(
-    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+    llava: LlavaForConditionalGeneration,
+    batch: dict[str, Tensor],
+    weights: dict[str, Tensor] | None = None,
+    trace: RouteTrace | None = None,
 ) -> Tensor:
     """Logits ``[N, V]`` float32 for the answers' tokens of a right-padded batch of whole records.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``.
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``; where it
+            holds the keys of ``collate_packed`` too, the packed rows are computed, and the logits are the same.
         weights: take, in this pass alone, the place of the parameters of ``llava.model`` with these names.
+        trace: of the routing in force; it ends up in the shape of the records, packed or not.
     """
-    inputs = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
+    rows = PackedRows.of(batch)
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
+    if rows is not None:
+        inputs |= rows.inputs(llava.dtype)
     output = llava.model(**inputs) if weights is None else functional_call(llava.model, weights, kwargs=inputs)
-    return llava.lm_head(output.last_hidden_state[:, :-1][answered(batch["labels"])]).float()
+    hidden = output.last_hidden_state
+    if rows is not None:
+        hidden = rows.unpacked(hidden)
+        if trace is not None:
+            rows.unpack(trace)
+    return llava.lm_head(hidden[:, :-1][answered(batch["labels"])]).float()
 
 
 def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:

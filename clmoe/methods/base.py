@@ -74,8 +74,9 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
-        ``logits [N, V]`` float32, what the model said, with gradient, where the answers' N tokens are predicted.
+        ``batch``: what the model was given (``labels`` too, and with ``training.share_images`` the packed rows),
+        ``rows [B]`` int64, its places in the phase's records, and ``logits [N, V]`` float32, what the model said, with
+        gradient, where the answers' N tokens are predicted.
         """
         return None
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
+from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
 from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.system.files import file_sha256, json_sha256
-from clmoe.system.processes import from_main, is_main
+from clmoe.system.processes import from_main, in_order, is_main
 from clmoe.system.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -44,32 +45,47 @@ class FeatureStore:
         folder: of the files; None computes anew each time.
         kind: which hidden states, see ``last_prompt_features``.
         batch_size: prompts per forward pass.
+        share_images: prompts of one image read its tokens once.
     """
 
     base: LoadedBase
     kind: FeatureKind
     batch_size: int
     folder: Path | None
+    share_images: bool = False
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         """``[M, D]`` float32 on the CPU, one row per question, in order."""
         path = None if self.folder is None else self.folder / f"{self._key(questions, image_root)}.safetensors"
         if path is not None and from_main(path.is_file):
             return load_tensors(path)["features"]
-        dataset = prompt_dataset(self.base, questions, image_root)
-        features = torch.cat(
-            over_prompt_batches(
-                self.base, dataset, self.batch_size, lambda batch: base_features(model, batch, self.kind)
-            )
-        )
+        features = self._compute(model, questions, image_root)
         if path is not None and is_main():
             _write(path, features)
         return features
 
+    def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        dataset = prompt_dataset(self.base, questions, image_root)
+        if not self.share_images:
+            batches = over_prompt_batches(
+                self.base, dataset, self.batch_size, lambda batch: base_features(model, batch, self.kind)
+            )
+            return torch.cat(batches)
+
+        order = image_order([question.image for question in questions])
+
+        def one(start: int) -> Tensor:
+            items = read_prompts(dataset, order[start : start + self.batch_size])
+            return base_features(model, prompt_inputs(self.base, items, [()] * len(items)), self.kind)
+
+        found = torch.cat(in_order(range(0, len(order), self.batch_size), one))
+        return found[torch.tensor(order).argsort()]
+
     def _key(self, questions: Sequence[Question], image_root: Path) -> str:
         images = {q.image: file_sha256(image_root / q.image) for q in questions if q.image is not None}
         prompts = [(q.text, None if q.image is None else images[q.image]) for q in questions]
-        content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, self.batch_size, prompts]
+        cut = [self.batch_size, self.share_images]
+        content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, cut, prompts]
         return json_sha256(content)[:32]
 
 
@@ -84,7 +100,8 @@ def _write(path: Path, features: Tensor) -> None:
 def training_features(context: TaskContext, samples: int, kind: FeatureKind = "last") -> Tensor:
     """Features ``[M, D]`` float32 on the CPU of the first prompt of at most ``samples`` of the task's records."""
     config = context.config
-    store = FeatureStore(context.base, kind, config.evaluation.batch_size, feature_folder(context.run))
+    batch_size, share = config.evaluation.batch_size, config.evaluation.share_images
+    store = FeatureStore(context.base, kind, batch_size, feature_folder(context.run), share)
     questions = first_questions(sample_records(context.records, samples, config.seed))
     return store.features(context.model, questions, context.image_root)
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -160,9 +161,14 @@ def last_prompt_features(
             all decoder layers (the ablation of the paper's Table 5).
     """
     positions = position_ids(batch["attention_mask"])
-    pooled = kind == "pooled"
-    output = model.model(**batch, position_ids=positions, use_cache=False, output_hidden_states=pooled)
-    if not pooled:
-        return output.last_hidden_state[:, -1].float()
+    return prompt_feature(
+        model.model(**batch, position_ids=positions, use_cache=False, output_hidden_states=kind == "pooled"), kind
+    )
+
+
+def prompt_feature(output: LlavaModelOutputWithPast, kind: FeatureKind) -> Tensor:
+    """The feature of each row's last token ``[B, D]`` float32; ``pooled`` needs all hidden states in ``output``."""
+    if kind == "last":
+        return output.last_hidden_state[:, -1].float()  # type: ignore[index]
     # the first entry is the embedding, no layer's output
-    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)
+    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)  # type: ignore[index]

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import FeatureKind, last_prompt_features
+from clmoe.model.prefill import SharedPrompts, shared_prompt_features
 from clmoe.system.tensors import load_tensors, save_tensors
 
 STD_FLOOR = 1e-6
 
 
-def base_features(model: PeftModel, batch: dict[str, Tensor], kind: FeatureKind = "last") -> Tensor:
+def base_features(model: PeftModel, batch: dict[str, Tensor] | SharedPrompts, kind: FeatureKind = "last") -> Tensor:
     """Features ``[B, D]`` float32 on the CPU of left-padded prompts, with the adapter and a tuned projector off."""
     with model.disable_adapter():
+        if isinstance(batch, SharedPrompts):
+            return shared_prompt_features(adapted_llava(model), batch, kind).cpu()
         return last_prompt_features(adapted_llava(model), batch, kind).cpu()
 
 

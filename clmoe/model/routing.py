@@ -38,6 +38,11 @@ class RouteSelection:
 
         return RouteSelection(pick(self.router), pick(self.task), self.beta)
 
+    def keys(self, samples: int) -> list[tuple[int, ...]]:
+        """For each of ``samples`` a value that is equal for samples that are routed alike."""
+        chosen = [values.tolist() for values in (self.router, self.task) if values is not None]
+        return list(zip(*chosen, strict=True)) if chosen else [()] * samples
+
 
 @dataclass(frozen=True)
 class RouterOutput:

@@ -18,8 +18,9 @@ from typing import Literal
 FLOAT32 = 4
 INT64 = 8
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# bitsandbytes' nf4: half a byte for a weight and, for each block of 64, a float32 maximum
-FOUR_BIT = 0.5 + FLOAT32 / 64
+# bitsandbytes' nf4 with double quantisation: half a byte for a weight, for each block of 64 its maximum in one byte,
+# and for each 256 of those a float32 maximum
+FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64
 
 
 @dataclass(frozen=True)
@@ -380,5 +381,5 @@ def _share(size: int, processes: int) -> int:
 
 
 def four_bit(weights: Iterable[int]) -> int:
-    """Bytes of linears with that many weights each, quantised to nf4 in blocks of 64 without double quantisation."""
+    """Bytes of linears with that many weights each, quantised to nf4 in blocks of 64 with double quantisation."""
     return round(sum(weights) * FOUR_BIT)

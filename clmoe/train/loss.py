@@ -37,6 +37,7 @@ class TrainedModel(nn.Module):
         num_items_in_batch: Tensor,
         pixel_values: Tensor | None = None,
         rows: Tensor | None = None,
+        **packed: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch as its share of the global batch's loss.
 
@@ -45,10 +46,11 @@ class TrainedModel(nn.Module):
             num_items_in_batch: answer tokens of the whole global batch.
             pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
             rows: ``[B]`` int64, the samples' places in the phase's records, for methods that keep something by them.
+            packed: with ``training.share_images`` the packed rows of ``collate_packed``; the loss is the same.
         """
         llava = adapted_llava(self.model)
         trace = RouteTrace()
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **packed}
         batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
         loss: Tensor | float = 0.0
         if pixel_values is None:
@@ -57,7 +59,7 @@ class TrainedModel(nn.Module):
             tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
             loss = 0.0 * sum(p.sum() for p in tuned)
         with routing(NEWEST_ROUTER, trace):
-            logits = answer_logits(llava, batch)
+            logits = answer_logits(llava, batch, trace=trace)
         loss = loss + cross_entropy(logits, answer_tokens(labels), reduction="sum") / num_items_in_batch
         batch |= {"logits": logits} if rows is None else {"logits": logits, "rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)

@@ -1,6 +1,6 @@
 """Sample order: a pure function of (seed, epoch, step), whatever the number of workers or processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from clmoe.data.permutation import epoch_permutation
@@ -27,6 +27,8 @@ class BatchPlan:
         batch_size: global batch.
         micro_batch_size: samples per forward.
         processes: number of data-parallel processes.
+        groups: records that stay side by side in every epoch, as far as the cuts between batches leave them together
+            (``image_groups``); None orders each record by itself.
     """
 
     seed: int
@@ -34,6 +36,7 @@ class BatchPlan:
     batch_size: int
     micro_batch_size: int | None = None
     processes: int = 1
+    groups: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.processes * self.micro):
@@ -54,8 +57,15 @@ class BatchPlan:
     def batch(self, step: int) -> list[int]:
         """Record indices of the global batch of ``step``."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {e: epoch_permutation(self.seed, e, self.records) for e in {p // self.records for p in positions}}
+        orders = {e: self._order(e) for e in {p // self.records for p in positions}}
         return [int(orders[p // self.records][p % self.records]) for p in positions]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """All records in the order of an epoch."""
+        if self.groups is None:
+            return epoch_permutation(self.seed, epoch, self.records)  # type: ignore[return-value]
+        groups = self.groups
+        return [record for k in epoch_permutation(self.seed, epoch, len(groups)) for record in groups[k]]
 
 
 class MicroBatches:

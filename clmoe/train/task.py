@@ -108,6 +108,7 @@ def prepare_request(
             f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}"
         )
     check_trackers(config.training.trackers)
+    check_shared_images(config)
     if task != UNION:
         benchmark.task(task)
         if task not in order:
@@ -123,6 +124,25 @@ def prepare_request(
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
     return TrainRequest(config, benchmark, task, order, parent, output, deepspeed)
+
+
+def check_shared_images(config: Config) -> None:
+    """``training.share_images`` fits the rest of the configuration.
+
+    Raises:
+        ClmoeError: with dropout, or an attention that takes no block mask.
+    """
+    if not config.training.share_images:
+        return
+    if config.adapter.dropout:
+        raise ClmoeError(
+            f"training.share_images with adapter.dropout {config.adapter.dropout}: records that share an image's "
+            "tokens would share their dropout, too; set adapter.dropout=0"
+        )
+    if config.model.attention == "flash_attention_2":
+        raise ClmoeError(
+            "training.share_images needs a block mask, which flash_attention_2 does not take: set model.attention=sdpa"
+        )
 
 
 def finished(request: TrainRequest) -> bool:
@@ -166,7 +186,7 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
 
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
-    batch_plan(request, len(records))
+    batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
     base = _load_base(request)
@@ -235,10 +255,16 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
         phase.end(context)
 
 
-def batch_plan(request: TrainRequest, records: int) -> BatchPlan:
+def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPlan:
     """How this task's global batches are cut; refuses an indivisible choice."""
     training = request.config.training
-    return BatchPlan(request.config.seed, records, training.batch_size, training.micro_batch_size, count())
+    groups = None
+    if training.share_images:
+        from clmoe.data.packing import image_groups
+
+        groups = image_groups(records)
+    size, micro = training.batch_size, training.micro_batch_size
+    return BatchPlan(request.config.seed, len(records), size, micro, count(), groups)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -316,7 +342,7 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
     dataset = train_dataset(base, phase.records, phase.image_root, training.max_length)
     if training.gradient_checkpointing:
         enable_checkpointing(context.model)
-    plan = batch_plan(request, len(phase.records))
+    plan = batch_plan(request, phase.records)
     stage = request.stage
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
     title += "" if phase.name == "trained" else f" ({phase.name})"

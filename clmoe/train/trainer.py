@@ -26,7 +26,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.config import TrainingConfig
-from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered
+from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered, collate_train
+from clmoe.data.packing import collate_packed
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
 from clmoe.model.parameters import trainable
@@ -187,11 +188,12 @@ class TaskTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""
         sampler = MicroBatches(self.plan, self.steps, self.first_step, self.args.process_index)
+        collate = collate_packed if self.config.share_images else collate_train
         return DataLoader(
             NumberedDataset(cast(TrainDataset, self.train_dataset)),
             batch_sampler=sampler,
             num_workers=self.config.workers,
-            collate_fn=partial(collate_numbered, pad_id=self.pad_id),
+            collate_fn=partial(collate_numbered, pad_id=self.pad_id, collate=collate),
             generator=torch.Generator().manual_seed(self.plan.seed),
             pin_memory=self.args.dataloader_pin_memory,
         )

@@ -24,7 +24,7 @@ from clmoe.model.adapter import (
     freeze_experts,
     grow_experts,
 )
-from clmoe.model.llava import LoadedBase, load_base
+from clmoe.model.llava import LoadedBase, _four_bit, load_base
 from clmoe.system.memory import (
     Attached,
     LlavaShapes,
@@ -35,6 +35,7 @@ from clmoe.system.memory import (
     adapter_kept,
     all_kept,
     block_kept,
+    four_bit,
     training_state,
 )
 from clmoe.train.loss import TrainedModel, enable_checkpointing
@@ -221,6 +222,17 @@ STATES: list[tuple[str, Sharding, dict[str, int], int]] = [
         0,
     ),
 ]
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (1024, 4096)])
+def test_four_bit_weights_are_what_double_quantisation_stores(shape: tuple[int, int]) -> None:
+    """Counted tensor by tensor, as bitsandbytes stores them; the loader's setting is the one that is counted."""
+    weights = shape[0] * shape[1]
+    packed = torch.empty(weights // 2, dtype=torch.uint8, device="meta")
+    maxima = torch.empty(weights // 64, dtype=torch.uint8, device="meta")
+    outer = torch.empty(len(maxima) // 256, dtype=torch.float32, device="meta")
+    assert four_bit([weights]) == packed.nbytes + maxima.nbytes + outer.nbytes
+    assert _four_bit(ModelConfig(load_in_4bit=True), "cuda")["quantization_config"].bnb_4bit_use_double_quant
 
 
 @pytest.mark.parametrize(("how", "parts", "host"), [row[1:] for row in STATES], ids=[row[0] for row in STATES])

@@ -1,0 +1,103 @@
+"""Evaluation in batches on shared image prefixes, against questions answered one by one, five questions to an image.
+
+    OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base playground|llava] [--images 32] [--batch 32] [--json]
+
+The reference gives every question to transformers' ``generate`` alone. All forms run in one process on one adapted
+model (MoELoRA, eight experts, total rank 64, random up-projections), reading images included; times are CPU seconds of
+the process, which preemption does not lengthen. Exact mode's times include the questions that it answers again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from five_questions import Peak, adapted, open_base, questions, write_images
+from transformers import GenerationConfig
+
+from clmoe.config import EvaluationConfig
+from clmoe.data.batches import prompt_dataset, to_device
+from clmoe.data.collate import collate_prompts
+from clmoe.data.records import Question
+from clmoe.evaluate.generate import Answerer
+from clmoe.model.adapter import adapted_llava
+
+
+@torch.no_grad()
+def one_by_one(answerer: Answerer, asked: list[Question], root: Path, new_tokens: int) -> list[str]:
+    """The plain way: a batch of one, transformers' own loop."""
+    tokenizer = answerer.base.tokenizer
+    plan = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    dataset, texts = prompt_dataset(answerer.base, asked, root), []
+    llava = adapted_llava(answerer.model)  # type: ignore[arg-type]
+    for row in range(len(asked)):
+        inputs = to_device(collate_prompts([dataset[row]], tokenizer.pad_token_id), answerer.base)
+        said = llava.generate(**inputs, generation_config=plan)
+        texts.append(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """CPU seconds and peak memory of each form, and how its answers compare with the reference's."""
+    base = open_base(args.base)
+    model, method = adapted(base)
+    side = base.model.config.vision_config.image_size
+    asked = questions(write_images(root, args.images, side))
+    answerer = Answerer(base, model, method, None, 0, EvaluationConfig())
+    one_by_one(answerer, asked[:5], root, args.new_tokens)
+    peak, start = Peak(), time.process_time()
+    expected = one_by_one(answerer, asked, root, args.new_tokens)
+    reference = time.process_time() - start
+    figures: dict[str, Any] = {"questions": len(asked), "one by one": {"seconds": reference, "peak_mib": peak.mib()}}
+    for name, settings in {
+        "batched, exact": {"share_images": False},
+        "shared, exact": {},
+        "batched, fast": {"share_images": False, "exact": False},
+        "shared, fast": {"exact": False},
+    }.items():
+        answerer.config = EvaluationConfig(batch_size=args.batch, **settings)  # type: ignore[arg-type]
+        peak, start = Peak(), time.process_time()
+        answers = answerer.answer(asked, root, args.new_tokens)
+        seconds = time.process_time() - start
+        same = sum(a.text == text for a, text in zip(answers, expected, strict=True)) / len(asked)
+        figures[name] = {
+            "seconds": seconds,
+            "times_faster": reference / seconds,
+            "peak_mib": peak.mib(),
+            "identical_percent": 100 * same,
+            "redone": sum(a.redone for a in answers),
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=("playground", "llava"), default="playground")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args, Path(folder))
+    if args.json:
+        print(json.dumps(figures))
+        return
+    print(f"{args.base}: {figures.pop('questions')} questions, five to an image, batch {args.batch}")
+    for name, values in figures.items():
+        print(f"{name:16s} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
