@@ -22,7 +22,7 @@ from clmoe.model.llava import LoadedBase
 from clmoe.model.packed import block_mask
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.order import BatchPlan, MicroBatches
-from tests.launch import launch
+from tests.launch import launch, needs_deepspeed
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config
 
@@ -242,6 +242,24 @@ def test_two_processes_train_as_one(runs: Runs, few_images: str, tmp_path: Path)
     losses = [torch.tensor([event["loss"] for event in events(run.parent, "step")]) for run in (alone, both)]
     assert len(losses[0]) == 4
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+@needs_deepspeed
+def test_two_processes_with_zero2_train_as_one(runs: Runs, few_images: str, tmp_path: Path) -> None:
+    """The same losses and weights, though processes and micro-batches cut the records of an image into other rows."""
+    settings = [*SETTINGS_OF_RUNS, "training.micro_batch_size=2"]
+    alone = runs.train(tmp_path / "one" / TASKS[1], "moelora", TASKS[1], *settings, benchmark=few_images)
+    fixed = ["--config", "moelora", "--task", TASKS[1], "--model", str(runs.model), "--benchmark", few_images]
+    both = tmp_path / "two" / TASKS[1]
+    launch(2, "-m", "clmoe.cli", "train", *fixed, "--output", str(both), "--deepspeed", "zero2", *settings)
+    (event,) = events(both.parent, "trained")
+    assert (event["engine"], event["processes"]) == ("DeepSpeedEngine", 2)
+    losses = [torch.tensor([event["loss"] for event in events(run.parent, "step")]) for run in (alone, both)]
+    assert len(losses[0]) == 4
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    for name, value in tensors(alone).items():
+        # DeepSpeed clips gradients by a norm that it sums in another order
+        torch.testing.assert_close(tensors(both)[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
