@@ -20,7 +20,7 @@ class Options(ImportanceOptions):
             gradients, so that no value of a paper carries over.
     """
 
-    weight: float = 1e4
+    weight: float = 1e3
 
 
 class Ewc(HeldByImportance):
