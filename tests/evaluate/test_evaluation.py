@@ -159,7 +159,7 @@ def test_a_crash_leaves_the_cell_empty(tmp_path: Path, mini: Benchmark, checkpoi
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, mini, checkpoint, requests("colour"), Crash())  # type: ignore[arg-type]
     assert not summary_path(tmp_path, TASKS[1], "colour").exists()
-    assert not (tmp_path / "events.jsonl").exists()
+    assert events(tmp_path, "evaluated") == []
 
 
 def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(
