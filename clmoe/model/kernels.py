@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 from clmoe.model.backend import uses_fused
+from clmoe.model.sparse import AddPicked, sparse_pays
 
 
 def packed_experts(
@@ -20,6 +21,7 @@ def packed_experts(
     out: Tensor,
     frozen_rank: int = 0,
     product: tuple[Tensor, Tensor] | None = None,
+    picked: int | None = None,
 ) -> Tensor:
     """Add the gated sum of all experts to ``out``, in place, with two matrix products.
 
@@ -37,13 +39,17 @@ def packed_experts(
         frozen_rank: of the ranks, the first so many belong to frozen experts, whose gradients are not computed.
         product: ``(g, u)`` with ``x = silu(g) * u``: the backward pass makes ``x`` again from what the product keeps
             anyway, instead of keeping it.
+        picked: at most so many experts of a token have a weight, the others' being 0 and without a gradient of their
+            own, as under top-k routing; where ``sparse_pays`` only these are computed. None promises nothing.
 
     Returns:
         ``out``, changed.
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
+    experts = weights.shape[-1]
+    form = AddPicked if sparse_pays(x.device.type, experts, A.shape[0] // experts, picked) else _AddExperts
+    return form.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
 
 
 class _AddExperts(torch.autograd.Function):

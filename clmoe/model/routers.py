@@ -108,6 +108,11 @@ class RouterBank(nn.Module):
     def _routers(self) -> list[InstanceRouter]:
         return list(self.instance)  # type: ignore[arg-type]
 
+    @property
+    def picked(self) -> int | None:
+        """At most so many experts of a token have a weight; None where a task's gate may be mixed in."""
+        return None if self.task.tasks else self.top_k
+
     def forward(self, x: Tensor, experts: int = 0) -> Tensor:
         """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``.
 
