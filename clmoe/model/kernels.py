@@ -47,8 +47,7 @@ def packed_experts(
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    experts = weights.shape[-1]
-    form = AddPicked if sparse_pays(x.device.type, experts, A.shape[0] // experts, picked) else _AddExperts
+    form = AddPicked if sparse_pays(x, A, B, weights.shape[-1], picked) else _AddExperts
     return form.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
 
 

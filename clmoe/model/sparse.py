@@ -7,18 +7,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-# where measured (docs/performance.md): below either, gathering rows costs more than the products it saves
-LEAST_RANK, LEAST_RATIO = 256, 4
+# where measured (docs/performance.md): below any of these, gathering rows expert by expert costs more than it saves
+LEAST_RANK, LEAST_RATIO, LEAST_WORK = 256, 4, 2_000_000
 
 
-def sparse_pays(device: str, experts: int, rank: int, picked: int | None) -> bool:
-    """Whether ``picked`` of ``experts`` of this rank are few enough.
+def sparse_pays(x: Tensor, A: Tensor, B: Tensor, experts: int, picked: int | None) -> bool:
+    """Whether at most ``picked`` of the ``experts`` per token are few enough, and their products large enough.
 
-    Never on a GPU, where the groups' sizes would have to be waited for and nothing was measured, and never inside a
-    compiled graph, whose shapes cannot depend on the routing.
+    Of ``x [..., din]``, ``A [E*r, din]``, ``B [dout, E*r]`` only the shapes count: total rank, experts per picked one,
+    and multiplications with one expert if all tokens picked it. Never on a GPU, where the groups' sizes would have to
+    be waited for and nothing was measured, and never in a compiled graph, whose shapes cannot depend on the routing.
     """
-    few = picked is not None and experts >= LEAST_RATIO * picked and experts * rank >= LEAST_RANK
-    return few and device == "cpu" and not torch.compiler.is_compiling()
+    if picked is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    rank = A.shape[0]
+    work = x.numel() // x.shape[-1] * rank // experts * (x.shape[-1] + B.shape[0])
+    return rank >= LEAST_RANK and experts >= LEAST_RATIO * picked and work >= LEAST_WORK
 
 
 class AddPicked(torch.autograd.Function):

@@ -7,7 +7,7 @@ them alike. On a CPU times are CPU seconds of this process, which preemption doe
 used where there is one: times are then those of its events, and each form's peak memory is printed. The roofline's
 fraction is the rate at which the adapter's own products are computed over the rate of the frozen FFN's.
 
-    OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--dtype bfloat16] [--json]
+    OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
 
 `--sparse` compares packed and sparse instead: one linear, top-2 gates, growing banks of experts of which all but the
 newest are frozen.
@@ -211,11 +211,10 @@ def sparse_table(tokens: int, hidden: int, ffn: int, repeats: int, dtype: torch.
 
             x.requires_grad_()
             times = seconds({"packed": packed, "sparse": sparse}, repeats)
-            taken = "sparse" if sparse_pays(DEVICE.type, experts, rank, 2) else "packed"
-            print(
-                f"{experts:8d} {rank:9d} {experts * rank:6d} {1e3 * times['packed']:10.1f} {1e3 * times['sparse']:10.1f} "
-                f"{times['packed'] / times['sparse']:13.2f}  {taken}"
-            )
+            taken = "sparse" if sparse_pays(x, A, B, experts, 2) else "packed"
+            spent = f"{1e3 * times['packed']:10.1f} {1e3 * times['sparse']:10.1f}"
+            ratio = times["packed"] / times["sparse"]
+            print(f"{experts:8d} {rank:9d} {experts * rank:6d} {spent} {ratio:13.2f}  {taken}")
 
 
 def main() -> None:

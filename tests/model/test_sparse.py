@@ -27,7 +27,8 @@ def case(tokens: int = 9) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _only_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What claims to be sparse must not come from the packed form."""
+    """Small products count as large ones, and what claims to be sparse cannot come from the packed form."""
+    monkeypatch.setattr(sparse, "LEAST_WORK", 0)
     monkeypatch.delattr(kernels, "_AddExperts")
 
 
@@ -102,12 +103,25 @@ def test_layers_with_large_banks_take_it(scope: str, tiny_base: LoadedBase, monk
         assert (got - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_where_it_pays() -> None:
-    assert sparse.sparse_pays("cpu", 64, 4, 2) and sparse.sparse_pays("cpu", 8, 64, 2)
-    assert not sparse.sparse_pays("cpu", 63, 4, 2), "a small total rank"
-    assert not sparse.sparse_pays("cpu", 7, 64, 2), "a large share picked"
-    assert not sparse.sparse_pays("cpu", 64, 64, None), "a dense gate"
-    assert not sparse.sparse_pays("cuda", 64, 64, 2)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rank", "picked", "pays"),
+    [
+        (2048, 16, 16, 2, True),
+        (2048, 8, 32, 2, True),
+        (2048, 31, 8, 2, False),  # a total rank of 248
+        (2048, 7, 64, 2, False),  # two of seven
+        (2048, 64, 64, None, False),  # all of them
+        (33, 16, 16, 2, False),  # 2.0e6 multiplications with one expert take 34 tokens
+        (34, 16, 16, 2, True),
+    ],
+)
+def test_where_it_pays(
+    tokens: int, experts: int, rank: int, picked: int | None, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    x, A, B = torch.empty(1, tokens, 1024), torch.empty(experts * rank, 1024), torch.empty(2752, experts * rank)
+    assert sparse.sparse_pays(x, A, B, experts, picked) is pays
+    assert not sparse.sparse_pays(x.to("meta"), A, B, experts, picked), "on a CPU only"
 
 
 def test_a_bank_that_mixes_task_gates_promises_nothing() -> None:
