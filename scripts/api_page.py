@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "CLMOE_CACHE": "folder for what can be made again: large training files as Arrow files (default `~/.cache/clmoe`)",
     "CLMOE_DATA_ROOT": "data folder of the benchmark, where `--data` does not name it",
     "CLMOE_FEATURES": "folder for the locators' features, which runs on one base may share",
+    "CLMOE_KERNELS": "`torch`: experts without fused kernels; `triton`: insist on them (default: on CUDA if installed)",
     "CLMOE_PROGRESS": "`0` switches the progress bar off",
     "OMP_NUM_THREADS": "threads; equal bytes need an equal number (the scripts set 2)",
     "SEED, ORDER, OUT, MODEL, DATA": "of `scripts/sequence.sh` and the scripts beside it: see its first lines",

@@ -197,7 +197,7 @@ class ExpertLinear(ExpertLayer):
         if self.disable_adapters:
             return out
         (experts,) = self.experts.values()
-        return experts(x, self.routers(x, experts.count), out)
+        return experts(x, self.routers(x, experts.count), out, picked=self.routers.picked)
 
 
 class ExpertMLP(ExpertLayer):
@@ -211,11 +211,11 @@ class ExpertMLP(ExpertLayer):
         mlp = self.base_layer
         if self.disable_adapters:
             return mlp(x)
-        gate, experts = self.routers(x), self.experts
+        gate, experts, picked = self.routers(x), self.experts, self.routers.picked
 
         def project(name: str, value: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
             out = getattr(mlp, name)(value)
-            return experts[name](value, gate, out, product) if name in experts else out
+            return experts[name](value, gate, out, product, picked) if name in experts else out
 
         g, u = project("gate_proj", x), project("up_proj", x)
         product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None

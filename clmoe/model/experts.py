@@ -66,13 +66,21 @@ class Experts(nn.Module):
             return A, B
         return A[: count * self.rank], B[:, : count * self.rank]
 
-    def forward(self, x: Tensor, gate: Tensor, out: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        out: Tensor,
+        product: tuple[Tensor, Tensor] | None = None,
+        picked: int | None = None,
+    ) -> Tensor:
         """Add the experts' mixture to the frozen output. ``x [..., din]``, ``gate [..., e]``, ``out [..., dout]``.
 
         A gate with ``e`` smaller than the number of experts uses the ``e`` oldest: the span of an older router.
-        ``out`` is used up; ``product`` as for ``packed_experts``, of no use under dropout.
+        ``out`` is used up; ``product`` (of no use under dropout) and ``picked`` as for ``packed_experts``.
         """
         A, B = self.packed(gate.shape[-1])
         frozen = 0 if self.frozen_A is None else min(self.frozen_A.shape[0], A.shape[0])
         dropped = self.dropout(x)
-        return packed_experts(dropped, gate, A, B, self.scaling, out, frozen, product if dropped is x else None)
+        product = product if dropped is x else None
+        return packed_experts(dropped, gate, A, B, self.scaling, out, frozen, product, picked)

@@ -1,11 +1,15 @@
 """A mixture of LoRA experts on one frozen linear, computed packed; and the loop that defines it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, cat
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
+
+from clmoe.model.backend import uses_fused
+from clmoe.model.sparse import AddPicked, sparse_pays
 
 
 def packed_experts(
@@ -17,6 +21,7 @@ def packed_experts(
     out: Tensor,
     frozen_rank: int = 0,
     product: tuple[Tensor, Tensor] | None = None,
+    picked: int | None = None,
 ) -> Tensor:
     """Add the gated sum of all experts to ``out``, in place, with two matrix products.
 
@@ -34,13 +39,16 @@ def packed_experts(
         frozen_rank: of the ranks, the first so many belong to frozen experts, whose gradients are not computed.
         product: ``(g, u)`` with ``x = silu(g) * u``: the backward pass makes ``x`` again from what the product keeps
             anyway, instead of keeping it.
+        picked: at most so many experts of a token have a weight, the others' being 0 and without a gradient of their
+            own, as under top-k routing; where ``sparse_pays`` only these are computed. None promises nothing.
 
     Returns:
         ``out``, changed.
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
+    form = AddPicked if sparse_pays(x, A, B, weights.shape[-1], picked) else _AddExperts
+    return form.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
 
 
 class _AddExperts(torch.autograd.Function):
@@ -58,8 +66,9 @@ class _AddExperts(torch.autograd.Function):
         g: Tensor | None,
         u: Tensor | None,
     ) -> Tensor:
-        S = torch.mm(_rows(x), A.t())
-        _rows(out).addmm_(_gated(S, weights), B.t())
+        product = _passes(x, A, weights)[0]
+        S, gated = product(_rows(x), A, _rows(weights))
+        _rows(out).addmm_(gated, B.t())
         ctx.frozen_rank = frozen_rank
         ctx.save_for_backward(x if g is None else None, S, weights, A, B, g, u)
         ctx.mark_dirty(out)
@@ -70,20 +79,40 @@ class _AddExperts(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, S, weights, A, B, g, u = ctx.saved_tensors
         d_rows, first = _rows(d_out), ctx.frozen_rank
-        d_gated = d_rows @ B
-        d_S = _gated(d_gated, weights)
-        d_x = d_weights = d_A = d_B = None
+        gradients = _passes(d_out, A, weights)[1]
+        d_S, gated, d_weights = gradients(d_rows, B, S, _rows(weights))
+        d_x = d_A = d_B = None
         if ctx.needs_input_grad[0]:
             d_x = (d_S @ A).view(*d_out.shape[:-1], A.shape[1])
-        if ctx.needs_input_grad[1]:
-            d_weights = (d_gated * S).view(*weights.shape, -1).sum(-1)
         if ctx.needs_input_grad[2]:
-            d_A = torch.zeros_like(A)
-            torch.mm(d_S[:, first:].t(), _rows(silu(g) * u if x is None else x), out=d_A[first:])
+            d_new = d_S[:, first:].t() @ _rows(silu(g) * u if x is None else x)
+            d_A = cat([A.new_zeros(first, A.shape[1]), d_new]) if first else d_new
         if ctx.needs_input_grad[3]:
-            d_B = torch.zeros_like(B)
-            d_B[:, first:] = d_rows.t() @ _gated(S, weights)[:, first:]
-        return d_x, d_weights, d_A, d_B, d_out, None, None, None
+            d_new = d_rows.t() @ gated[:, first:]
+            d_B = cat([B.new_zeros(B.shape[0], first), d_new], dim=1) if first else d_new
+        return d_x, d_weights.view_as(weights), d_A, d_B, d_out, None, None, None
+
+
+def gated_product(x: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``S = x A^T`` and its gated form. ``x [N, din]``, ``A [E*r, din]``, ``weights [N, E]`` -> two ``[N, E*r]``."""
+    S = x @ A.t()
+    return S, _gated(S, weights)
+
+
+def gated_gradients(d_out: Tensor, B: Tensor, S: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward pass needs of ``d_out [N, dout]``: the gradient of ``S``, ``S`` gated, the gate's gradient.
+
+    ``B [dout, E*r]``, ``S [N, E*r]``, ``weights [N, E]`` -> ``d_S [N, E*r]``, ``[N, E*r]``, ``[N, E]``.
+    """
+    d_gated = d_out @ B
+    return _gated(d_gated, weights), _gated(S, weights), (d_gated * S).view(*weights.shape, -1).sum(-1)
+
+
+def _passes(x: Tensor, A: Tensor, weights: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``gated_product`` and ``gated_gradients`` for tensors like these: the fused ones or the plain ones."""
+    if uses_fused(x.device.type, x.dtype, A.shape[0] // weights.shape[-1]):
+        return torch.ops.clmoe.gated_product, torch.ops.clmoe.gated_gradients
+    return gated_product, gated_gradients
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,9 +149,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gated(S: Tensor, weights: Tensor) -> Tensor:
-    """Each expert's ranks of ``S [N, E*r]`` times its weight ``[..., E]``."""
-    E = weights.shape[-1]
-    return (S.view(-1, E, S.shape[1] // E) * weights.reshape(-1, E, 1)).view_as(S)
+    """Each expert's ranks of ``S [N, E*r]`` times its weight ``[N, E]``."""
+    return (S.view(*weights.shape, -1) * weights.unsqueeze(-1)).view_as(S)
 
 
 def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from clmoe.model.kernels import router_logits
 from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, current_routing
@@ -107,6 +108,11 @@ class RouterBank(nn.Module):
     def _routers(self) -> list[InstanceRouter]:
         return list(self.instance)  # type: ignore[arg-type]
 
+    @property
+    def picked(self) -> int | None:
+        """At most so many experts of a token have a weight; None where a task's gate may be mixed in."""
+        return None if self.task.tasks else self.top_k
+
     def forward(self, x: Tensor, experts: int = 0) -> Tensor:
         """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``.
 
@@ -130,6 +136,8 @@ class RouterBank(nn.Module):
 
     def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Route each sample with its own router; narrower gates are padded with zeros."""
+        if torch.compiler.is_compiling():
+            return self._mixed_by_mask(x, index)
         used = index.unique().tolist()
         routers = self._routers()
         width = max(routers[i].span for i in used)
@@ -140,4 +148,17 @@ class RouterBank(nn.Module):
             answer = routers[i](x[rows])
             logits[rows, ..., : answer.shape[-1]] = answer
             gate[rows, ..., : answer.shape[-1]] = gate_from_logits(answer, self.top_k)
+        return logits, gate
+
+    def _mixed_by_mask(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with every router on every sample, as wide as the widest: a graph's shapes know no routing."""
+        routers = self._routers()
+        width = max(router.span for router in routers)
+        logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
+        gate = torch.zeros_like(logits)
+        for i, router in enumerate(routers):
+            answer, mine = router(x), (index == i).view(-1, 1, 1)
+            missing = (0, width - answer.shape[-1])
+            logits = torch.where(mine, pad(answer, missing, value=float("-inf")), logits)
+            gate = torch.where(mine, pad(gate_from_logits(answer, self.top_k), missing), gate)
         return logits, gate

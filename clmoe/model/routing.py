@@ -7,8 +7,8 @@ state, so an activation checkpoint that recomputes later sees what its own forwa
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import local
 from typing import Literal
 
 from torch import Tensor
@@ -71,23 +71,29 @@ class Routing:
     trace: RouteTrace | None
 
 
-_current: ContextVar[Routing | None] = ContextVar("clmoe_routing", default=None)
+class _Current(local):
+    """The installed routing, per thread; of the ways to have that, the one that torch.compile reads and guards."""
+
+    routing: Routing | None = None
+
+
+_current = _Current()
 NEWEST_ROUTER = RouteSelection()
 
 
 @contextmanager
 def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Iterator[None]:
     """Install a selection (and a trace) for the forward passes inside the block."""
-    token = _current.set(Routing(selection, trace))
+    before, _current.routing = _current.routing, Routing(selection, trace)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.routing = before
 
 
 def current_routing() -> Routing | None:
     """The routing installed by the innermost ``routing`` block, or None."""
-    return _current.get()
+    return _current.routing
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -95,5 +101,5 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
     The recomputation leaves the trace alone: its tensors belong to the first forward's graph.
     """
-    active = _current.get()
+    active = _current.routing
     return nullcontext(), routing(NEWEST_ROUTER if active is None else active.selection)

@@ -3,9 +3,14 @@
 All forms add the same experts to the same frozen FFN, in one process, forward and backward (gradients of input,
 gate and experts). `again` is the packed form that makes the FFN's product a second time instead of keeping it, as
 routers per block allow. Repeats of all are interleaved and medians compared, so that other load on the machine hits
-them alike; times are CPU seconds of this process, which preemption does not lengthen.
+them alike. On a CPU times are CPU seconds of this process, which preemption does not lengthen, of one thread. A GPU is
+used where there is one: times are then those of its events, and each form's peak memory is printed. The roofline's
+fraction is the rate at which the adapter's own products are computed over the rate of the frozen FFN's.
 
     OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
+
+`--sparse` compares packed and sparse instead: one linear, top-2 gates, growing banks of experts of which all but the
+newest are frozen.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -23,7 +29,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
 from clmoe.model.experts import Experts
-from clmoe.model.kernels import loop_experts
+from clmoe.model.kernels import loop_experts, packed_experts
+from clmoe.model.routers import gate_from_logits
+from clmoe.model.sparse import AddPicked, sparse_pays
 
 Factors = tuple[Tensor, Tensor] | None
 Project = Callable[[str, Tensor, Factors], Tensor]
@@ -64,30 +72,58 @@ class Problem:
         return list(torch.autograd.grad(self.forward(project), wanted, self.upstream))
 
 
-def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, seed: int = 0) -> Problem:
-    """Random weights; up-projections are not zero, so that every gradient flows."""
-    torch.manual_seed(seed)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dtype: torch.dtype) -> Problem:
+    """Random weights; up-projections are not zero, so that every gradient flows. Experts and gate stay float32."""
+    torch.manual_seed(0)
     shapes = {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
-    linears = {name: nn.Linear(*shape, bias=False).requires_grad_(False) for name, shape in shapes.items()}
+    linears = {
+        name: nn.Linear(*shape, bias=False).to(DEVICE, dtype).requires_grad_(False) for name, shape in shapes.items()
+    }
     mixtures: dict[str, Experts] = {}
     for name, (din, dout) in shapes.items():
         mixtures[name] = Experts(din, dout, total_rank // experts, scaling=2.0)
         mixtures[name].append(torch.randn(total_rank, din) / din**0.5, torch.randn(dout, total_rank) / dout**0.5)
-    gate = torch.randn(tokens, experts).softmax(-1).requires_grad_()
-    x = torch.randn(tokens, hidden, requires_grad=True)
-    return Problem(linears, mixtures, x, gate, torch.randn(tokens, hidden))
+        mixtures[name].to(DEVICE)
+    gate = torch.randn(tokens, experts).softmax(-1).to(DEVICE).requires_grad_()
+    x, upstream = (torch.randn(tokens, hidden).to(DEVICE, dtype) for _ in range(2))
+    return Problem(linears, mixtures, x.requires_grad_(), gate, upstream)
 
 
-def seconds(problem: Problem, forms: dict[str, Project], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of ``repeats`` steps of each form, interleaved; one round before the clock runs."""
+def timed(work: Callable[[], object]) -> float:
+    """Seconds: of the GPU's events, or of this process on the CPU."""
+    if DEVICE.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def seconds(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each form over ``repeats`` interleaved turns; one turn before the clock runs."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(repeats + 1):
-        for name, project in forms.items():
-            start = time.process_time()
-            problem.step(project)
+        for name, work in forms.items():
+            spent = timed(work)
             if turn:
-                taken[name].append(time.process_time() - start)
-    return taken
+                taken[name].append(spent)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that one step takes on the GPU beyond what lies there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def saved_bytes(problem: Problem, project: Project) -> int:
@@ -116,13 +152,16 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
         "again": problem.again,
         "loop": problem.loop,
     }
-    times = {name: median(values) for name, values in seconds(problem, forms, repeats).items()}
+    steps = {name: partial(problem.step, project) for name, project in forms.items()}
+    times = seconds(steps, repeats)
     kept = {name: saved_bytes(problem, project) for name, project in forms.items()}
     own = {name: times[name] - times["frozen"] for name in forms}
     extra = {name: kept[name] - kept["frozen"] for name in forms}
     pairs = zip(problem.step(problem.packed), problem.step(problem.loop), strict=True)
     hidden, ffn = problem.linears["up_proj"].in_features, problem.linears["up_proj"].out_features
     rank = problem.experts["up_proj"].packed()[0].shape[0]
+    floor = 1.5 * rank * (hidden + ffn) / (hidden * ffn)  # the adapter's FLOPs over the frozen FFN's
+    peaks = {f"{name}_peak_mb": peak_bytes(step) / 1e6 for name, step in steps.items()} if DEVICE.type == "cuda" else {}
     return {
         "frozen_ms": 1e3 * times["frozen"],
         "packed_adapter_ms": 1e3 * own["packed"],
@@ -132,14 +171,50 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
         "adapter_time_loop_over_again": own["loop"] / own["again"],
         "packed_ffn_over_frozen": times["packed"] / times["frozen"],
         "loop_ffn_over_frozen": times["loop"] / times["frozen"],
-        "flop_floor_ffn_over_frozen": 1 + 1.5 * rank * (hidden + ffn) / (hidden * ffn),
+        "flop_floor_ffn_over_frozen": 1 + floor,
+        "frozen_gflop_per_s": 12e-9 * problem.x.shape[0] * hidden * ffn / times["frozen"],
+        "packed_roofline_fraction": floor * times["frozen"] / own["packed"],
+        "again_roofline_fraction": floor * times["frozen"] / own["again"],
         "packed_saved_mb": extra["packed"] / 1e6,
         "again_saved_mb": extra["again"] / 1e6,
         "loop_saved_mb": extra["loop"] / 1e6,
         "saved_loop_over_packed": extra["loop"] / extra["packed"],
         "saved_loop_over_again": extra["loop"] / extra["again"],
         "largest_relative_gradient_difference": max(float((a - b).norm() / b.norm()) for a, b in pairs),
+        **peaks,
     }
+
+
+def sparse_table(tokens: int, hidden: int, ffn: int, repeats: int, dtype: torch.dtype) -> None:
+    """Packed against sparse on one linear, for banks of several sizes; ``taken`` is what the layer would choose."""
+    print(f"D={hidden} F={ffn} T={tokens} {dtype}, {repeats} repeats, 2 experts per token, all but one frozen")
+    print(
+        f"{'experts':>8} {'rank each':>9} {'rank':>6} {'packed ms':>10} {'sparse ms':>10} {'packed:sparse':>13}  taken"
+    )
+    for rank in (8, 16, 64):
+        for experts in (8, 16, 32, 64):
+            torch.manual_seed(0)
+            x, out, upstream = (torch.randn(tokens, n, dtype=dtype, device=DEVICE) for n in (hidden, ffn, ffn))
+            gate = gate_from_logits(torch.randn(tokens, experts, device=DEVICE), 2).requires_grad_()
+            A = (torch.randn(experts * rank, hidden, device=DEVICE) / hidden**0.5).requires_grad_()
+            B = torch.randn(ffn, experts * rank, device=DEVICE, requires_grad=True)
+            first = rank * (experts - 1)
+
+            def packed() -> object:
+                answer = packed_experts(x, gate, A, B, 1.0, out.clone(), first)  # noqa: B023
+                return torch.autograd.grad(answer, (x, gate, A, B), upstream)  # noqa: B023
+
+            def sparse() -> object:
+                cast = (gate.to(dtype), A.to(dtype), B.to(dtype))  # noqa: B023
+                answer = AddPicked.apply(x, *cast, out.clone(), first, None, None)  # noqa: B023
+                return torch.autograd.grad(answer, (x, gate, A, B), upstream)  # noqa: B023
+
+            x.requires_grad_()
+            times = seconds({"packed": packed, "sparse": sparse}, repeats)
+            taken = "sparse" if sparse_pays(x, A, B, experts, 2) else "packed"
+            spent = f"{1e3 * times['packed']:10.1f} {1e3 * times['sparse']:10.1f}"
+            ratio = times["packed"] / times["sparse"]
+            print(f"{experts:8d} {rank:9d} {experts * rank:6d} {spent} {ratio:13.2f}  {taken}")
 
 
 def main() -> None:
@@ -150,15 +225,23 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--ffn", type=int, default=2752)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
+    parser.add_argument("--sparse", action="store_true", help="packed against sparse, for growing banks")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    problem = build(args.tokens, args.rank, args.experts, args.hidden, args.ffn)
+    dtype = getattr(torch, args.dtype)
+    if args.sparse:
+        sparse_table(args.tokens, args.hidden, args.ffn, args.repeats, dtype)
+        return
+    problem = build(args.tokens, args.rank, args.experts, args.hidden, args.ffn, dtype)
     figures = measure(problem, args.repeats)
     if args.json:
         print(json.dumps(figures))
         return
-    print(f"E={args.experts} R={args.rank} D={args.hidden} F={args.ffn} T={args.tokens} fp32, {args.repeats} repeats")
+    shape = f"E={args.experts} R={args.rank} D={args.hidden} F={args.ffn} T={args.tokens}"
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
+    print(f"{shape} {args.dtype}, {device}, {args.repeats} repeats")
     for name, value in figures.items():
         print(f"{name:38s} {value:12.4g}")
 
