@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from clmoe.report.grid import default_file, read_grids
-from clmoe.report.paired import Difference, difference, verdict
+from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run
 from clmoe.report.tables import BLANK, Table, show_count, show_spread, to_markdown
 from clmoe.system.logging import read_events
@@ -128,7 +128,7 @@ def _tally(claims: Table) -> str:
 def _interval(found: Difference | None) -> str:
     if found is None:
         return ""
-    if found.low is None or found.high is None:
+    if found.n < ENOUGH_SEEDS or found.low is None or found.high is None:
         return f", {found.mean:+.1f}"
     return f", {found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
