@@ -202,15 +202,16 @@ def section_rows(result: Measured, title: str, labels: list[str]) -> Table | Non
 
 
 def origin_rows(result: Measured) -> Table:
-    """Date and commit of every row."""
+    """Date, commit and (of the first seed) command of every row."""
     rows = []
     for label, group in sorted(result.groups.items()):
         kept = [json.loads((run.path / "provenance.json").read_text(encoding="utf-8")) for run in group.runs]
         dates = sorted({date for entry in kept for date in entry["dates"]})
         commits = sorted({commit for entry in kept for commit in entry["commits"]})
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        rows.append((label, " ".join(map(str, group.seeds)), when, ", ".join(commits) or "not recorded"))
-    return Table("Origin", ("row", "seeds", "date", "commit"), tuple(rows))
+        command = f"`{kept[0]['command']}`" if kept[0]["command"] else "not recorded"
+        rows.append((label, " ".join(map(str, group.seeds)), when, ", ".join(commits) or "not recorded", command))
+    return Table("Origin", ("row", "seeds", "date", "commit", "command"), tuple(rows))
 
 
 def results_page() -> str:

@@ -56,5 +56,5 @@ def test_complete_runs_are_kept_with_their_origin(
     assert "ends higher than clmoe_rmoe_off | no difference shown, +0.0 (-1.7 to +1.7) | not run |" in page
     assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (" in page
     assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
-    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc |" in page
+    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train` |" in page
     assert "- playground-coin: of " in page
