@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.errors import ClmoeError
 from clmoe.report.grid import default_file, read_grids
 from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run
@@ -59,7 +61,11 @@ class Measured:
 
 
 def collect(folder: Path) -> int:
-    """Copy the small files of the complete runs in ``folder``; returns how many runs."""
+    """Copy the small files of the complete runs in ``folder``; returns how many runs.
+
+    Raises:
+        ClmoeError: a run with another number of steps than the benchmark's recipe says.
+    """
     copied = 0
     for path in sorted(folder.glob("*-seed*")):
         if not (path / "run.json").is_file():
@@ -67,6 +73,9 @@ def collect(folder: Path) -> int:
         run = read_run(path)
         if run.matrix.cell(len(run.order), len(run.order)) is None:
             continue
+        steps = load_benchmark(run.benchmark, check_files=False).recipe["training"]["steps"]
+        if run.steps_per_task not in (0, steps):
+            raise ClmoeError(f"{path}: {run.steps_per_task} steps per task; the page compares runs of {steps}")
         target = RUNS / run.benchmark / path.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
@@ -289,8 +298,11 @@ def _ablations(title: str, name: str, sections: dict[str, list[str]], results: l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
-    for folder in parser.parse_args().folders:
-        print(f"{folder}: {collect(folder)} complete runs copied")
+    try:
+        for folder in parser.parse_args().folders:
+            print(f"{folder}: {collect(folder)} complete runs copied")
+    except ClmoeError as error:
+        parser.exit(2, f"results: {error}\n")
     PAGE.write_text(results_page(), encoding="utf-8")
     labels = [row.label for row in read_grids(default_file())["table1"].rows]
     drawn = [path for benchmark in BENCHMARKS for path in pictures(measured(benchmark), labels)]

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from clmoe.errors import ClmoeError
 from clmoe.system.logging import EventLog
 from tests.report.folders import make_run
 from tests.support import load_script
@@ -39,7 +40,7 @@ def test_complete_runs_are_kept_with_their_origin(
     out = tmp_path / "out"
     for seed in (0, 1, 2):
         for label, last in (("clmoe", 50.0 + seed), ("lora", 20.0), ("clmoe_rmoe_off", 51.0)):
-            run = make_run(out, label, seed, last)
+            run = make_run(out, label, seed, last, steps_per_task=200)
             folder = run.rename(out / f"{label}-seed{seed}")
             EventLog(folder / "events.jsonl").write("started", commit="abc", command="clmoe train")
     shutil.copytree(out / "lora-seed0", out / "moelora-seed0")
@@ -58,3 +59,7 @@ def test_complete_runs_are_kept_with_their_origin(
     assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
     assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train` |" in page
     assert "- playground-coin: of " in page
+
+    make_run(out, "short", 0, steps_per_task=20).rename(out / "short-seed0")
+    with pytest.raises(ClmoeError, match=r"short-seed0: 20 steps per task; the page compares runs of 200"):
+        results.collect(out)
