@@ -102,14 +102,16 @@ def evaluate(
     stage: Stage | None = None,
 ) -> None:  # fmt: skip
     """Fill the cells that are not filled yet. Called by every process; the main one writes."""
-    log = EventLog(run / "events.jsonl")
-    log.write("started", after=checkpoint.after, **provenance())
+    log, begun = EventLog(run / "events.jsonl"), False
     for request in requests:
         if from_main(partial(settled, run, checkpoint, request)):
             continue
         task = benchmark.task(request.task)
         check_scorer(task.scorer)
         questions = task_questions(task)[: request.limit]
+        if not begun:  # not before the first questions proved readable
+            log.write("started", after=checkpoint.after, **provenance())
+            begun = True
         title = f"{checkpoint.after} > {request.stem()}"
         index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
         # The report finds the images of the predictions by these two.

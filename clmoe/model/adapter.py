@@ -23,6 +23,7 @@ from transformers.activations import SiLUActivation
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
 from clmoe.model.parameters import trainable
+from clmoe.model.peft_type import PEFT_NAME, register_peft_type
 from clmoe.model.projector import keep_float32, restore_float32
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
@@ -30,7 +31,6 @@ from clmoe.system.files import read_json
 from clmoe.system.seeds import derived_seed
 from clmoe.system.tensors import load_tensors
 
-PEFT_NAME = "clmoe"
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTOR = "multi_modal_projector"
 
@@ -51,20 +51,7 @@ def block_of(module_name: str) -> str:
     return match.group(1)
 
 
-def _register_peft_type() -> None:
-    """Add our member to peft's enum of methods; peft offers no public way (tests/model/test_adapter.py guards it)."""
-    name = PEFT_NAME.upper()
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_ = name, name
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-
-
-_register_peft_type()
+register_peft_type()
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 from clmoe.model.backend import uses_fused
-from clmoe.model.sparse import AddPicked, sparse_pays
+from clmoe.model.sparse import AddPicked, rows_of, sparse_pays
 
 
 def packed_experts(
@@ -67,8 +67,8 @@ class _AddExperts(torch.autograd.Function):
         u: Tensor | None,
     ) -> Tensor:
         product = _passes(x, A, weights)[0]
-        S, gated = product(_rows(x), A, _rows(weights))
-        _rows(out).addmm_(gated, B.t())
+        S, gated = product(rows_of(x), A, rows_of(weights))
+        rows_of(out).addmm_(gated, B.t())
         ctx.frozen_rank = frozen_rank
         ctx.save_for_backward(x if g is None else None, S, weights, A, B, g, u)
         ctx.mark_dirty(out)
@@ -78,14 +78,14 @@ class _AddExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, S, weights, A, B, g, u = ctx.saved_tensors
-        d_rows, first = _rows(d_out), ctx.frozen_rank
+        d_rows, first = rows_of(d_out), ctx.frozen_rank
         gradients = _passes(d_out, A, weights)[1]
-        d_S, gated, d_weights = gradients(d_rows, B, S, _rows(weights))
+        d_S, gated, d_weights = gradients(d_rows, B, S, rows_of(weights))
         d_x = d_A = d_B = None
         if ctx.needs_input_grad[0]:
             d_x = (d_S @ A).view(*d_out.shape[:-1], A.shape[1])
         if ctx.needs_input_grad[2]:
-            d_new = d_S[:, first:].t() @ _rows(silu(g) * u if x is None else x)
+            d_new = d_S[:, first:].t() @ rows_of(silu(g) * u if x is None else x)
             d_A = cat([A.new_zeros(first, A.shape[1]), d_new]) if first else d_new
         if ctx.needs_input_grad[3]:
             d_new = d_rows.t() @ gated[:, first:]
@@ -139,13 +139,8 @@ class _RouterLogits(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = (d_logits @ weight.float()).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = (_rows(d_logits).t() @ _rows(x).float()).to(weight.dtype)
+            d_weight = (rows_of(d_logits).t() @ rows_of(x).float()).to(weight.dtype)
         return d_x, d_weight
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., n] -> [N, n]``."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _gated(S: Tensor, weights: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ def sparse_pays(x: Tensor, A: Tensor, B: Tensor, experts: int, picked: int | Non
     return rank >= LEAST_RANK and experts >= LEAST_RATIO * picked and work >= LEAST_WORK
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """``[..., n] -> [N, n]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class AddPicked(torch.autograd.Function):
     """Arguments and result of the packed form's function; experts of weight 0 get no gradient through the gate.
 
@@ -44,7 +49,7 @@ class AddPicked(torch.autograd.Function):
         g: Tensor | None,
         u: Tensor | None,
     ) -> Tensor:
-        x_rows, gate, out_rows = _rows(x), _rows(weights), _rows(out)
+        x_rows, gate, out_rows = rows_of(x), rows_of(weights), rows_of(out)
         tokens, counts = _by_expert(gate)
         rank = A.shape[0] // gate.shape[1]
         S = x.new_empty(tokens.shape[0], rank)
@@ -62,7 +67,12 @@ class AddPicked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, S, tokens, weights, A, B, g, u = ctx.saved_tensors
-        x_rows, gate, d_rows, rank = _rows(silu(g) * u if x is None else x), _rows(weights), _rows(d_out), S.shape[1]
+        x_rows, gate, d_rows, rank = (
+            rows_of(silu(g) * u if x is None else x),
+            rows_of(weights),
+            rows_of(d_out),
+            S.shape[1],
+        )
         d_x, d_gate, d_A, d_B = (torch.zeros_like(tensor) for tensor in (x_rows, gate, A, B))
         new_A, new_B = ctx.needs_input_grad[2:4]
         for expert, (rows, part) in enumerate(zip(tokens.split(ctx.counts), S.split(ctx.counts), strict=True)):
@@ -88,8 +98,3 @@ def _by_expert(gate: Tensor) -> tuple[Tensor, list[int]]:
     """The tokens of the first expert, of the second ...: one tensor, and how many are whose. ``gate [N, E]``."""
     experts, tokens = gate.t().nonzero(as_tuple=True)
     return tokens, experts.bincount(minlength=gate.shape[1]).tolist()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., n] -> [N, n]``."""
-    return x.reshape(-1, x.shape[-1])

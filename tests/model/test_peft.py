@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clmoe.model import adapter as ours
 from clmoe.model.llava import LoadedBase
+from clmoe.model.peft_type import register_peft_type
 from tests.model.adapters import attached, config, grow, logits, old_router
 
 NewBase = Callable[[], LoadedBase]
@@ -38,7 +39,7 @@ def test_our_member_of_peft_type_behaves_like_upstreams() -> None:
 
 def test_registering_twice_changes_nothing() -> None:
     members = list(PeftType)
-    ours._register_peft_type()
+    register_peft_type()
     assert list(PeftType) == members
 
 
