@@ -90,11 +90,8 @@ def choose(grid: Grid, only: list[str]) -> list[Row]:
 
 
 def complete(folder: Path) -> bool:
-    """The run's last row is there."""
-    if not (folder / "run.json").is_file():
-        return False
-    run = read_run(folder)
-    return run.matrix.cell(len(run.order), len(run.order)) is not None
+    """The run is there and at its end."""
+    return (folder / "run.json").is_file() and read_run(folder).complete
 
 
 def table(grid: Grid, rows: list[Row], seeds: list[int], out: Path) -> str:

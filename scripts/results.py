@@ -71,7 +71,7 @@ def collect(folder: Path) -> int:
         if not (path / "run.json").is_file():
             continue
         run = read_run(path)
-        if run.matrix.cell(len(run.order), len(run.order)) is None:
+        if not run.complete:
             continue
         steps = load_benchmark(run.benchmark, check_files=False).recipe["training"]["steps"]
         if run.steps_per_task not in (0, steps):

@@ -77,7 +77,7 @@ def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]
 
 def _row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Ids, positions and segments ``[l]`` of one row, and for each record the columns of its tokens."""
-    prefix = _common(ids)
+    prefix = common_prefix(ids)
     shared = torch.arange(prefix)
     tokens, positions = [ids[0][:prefix]], [shared]
     segments, columns = [torch.full((prefix,), PREFIX)], []
@@ -92,8 +92,8 @@ def _row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return torch.cat(tokens), torch.cat(positions), torch.cat(segments), columns
 
 
-def _common(ids: list[Tensor]) -> int:
-    """Tokens before the first that differs; all of a record that is alone."""
+def common_prefix(ids: list[Tensor]) -> int:
+    """How many tokens come before the first that differs between rows ``[T]`` int64; all of a row that is alone."""
     shortest = min(map(len, ids))
     same = torch.stack([row[:shortest] == ids[0][:shortest] for row in ids]).all(0)
     return int(same.cumprod(0).sum())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clmoe.data.batches import to_device
 from clmoe.data.collate import PromptDataset, PromptItem, collate_prompts
+from clmoe.data.packing import common_prefix
 from clmoe.model.llava import LoadedBase
 from clmoe.model.prefill import SharedPrompts
 
@@ -90,7 +91,9 @@ def share_prefixes(
     group = torch.zeros(len(items), dtype=torch.int64)
     for number, rows in enumerate(members.values()):
         ids = [items[row].input_ids for row in rows]
-        length = _common(ids) if len(rows) > 1 else _behind_image(ids[0], image_token)
+        # every row keeps at least one token to itself
+        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
+        length = shared if len(rows) > 1 else _behind_image(ids[0], image_token)
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))
         for row, whole in zip(rows, ids, strict=True):
             rests[row] = whole[length:]
@@ -104,13 +107,6 @@ def share_prefixes(
         group,
         torch.tensor([rows[0] for rows in members.values()]),
     )
-
-
-def _common(ids: list[Tensor]) -> int:
-    """Tokens before the first that differs; every row keeps at least one to itself."""
-    shortest = min(map(len, ids)) - 1
-    same = torch.stack([row[:shortest] == ids[0][:shortest] for row in ids]).all(0)
-    return int(same.cumprod(0).sum())
 
 
 def _behind_image(ids: Tensor, image_token: int) -> int:

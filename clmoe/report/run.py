@@ -81,6 +81,11 @@ class Run:
     def name(self) -> str:
         return f"{self.label}, seed {self.seed}"
 
+    @property
+    def complete(self) -> bool:
+        """The last task was evaluated after the last training."""
+        return self.matrix.cell(len(self.order), len(self.order)) is not None
+
     def scores(self, row: str) -> dict[str, float | None]:
         """Scores by task of one kind of row: a row label of the matrix, `immediate` or `immediate_known`."""
         n = len(self.order)

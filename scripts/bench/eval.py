@@ -10,14 +10,12 @@ the process, which preemption does not lengthen. Exact mode's times include the 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from five_questions import Peak, adapted, open_base, questions, write_images
+from five_questions import Peak, adapted, figures, open_base, questions, write_images
 from transformers import GenerationConfig
 
 from clmoe.config import EvaluationConfig
@@ -58,7 +56,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     peak, start = Peak(), time.process_time()
     expected = one_by_one(answerer, asked, root, args.new_tokens)
     reference = time.process_time() - start
-    figures: dict[str, Any] = {"questions": len(asked), "one by one": {"seconds": reference, "peak_mib": peak.mib()}}
+    found: dict[str, Any] = {"questions": len(asked), "one by one": {"seconds": reference, "peak_mib": peak.mib()}}
     for name, settings in {
         "batched, exact": {"share_images": False},
         "shared, exact": {},
@@ -70,14 +68,14 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         answers = answerer.answer(asked, root, args.new_tokens)
         seconds = time.process_time() - start
         same = sum(a.text == text for a, text in zip(answers, expected, strict=True)) / len(asked)
-        figures[name] = {
+        found[name] = {
             "seconds": seconds,
             "times_faster": reference / seconds,
             "peak_mib": peak.mib(),
             "identical_percent": 100 * same,
             "redone": sum(a.redone for a in answers),
         }
-    return figures
+    return found
 
 
 def main() -> None:
@@ -88,14 +86,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, Path(folder))
-    if args.json:
-        print(json.dumps(figures))
+    found = figures(measure, args)
+    if found is None:
         return
-    print(f"{args.base}: {figures.pop('questions')} questions, five to an image, batch {args.batch}")
-    for name, values in figures.items():
+    print(f"{args.base}: {found.pop('questions')} questions, five to an image, batch {args.batch}")
+    for name, values in found.items():
         print(f"{name:16s} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
 

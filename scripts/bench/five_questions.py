@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -82,6 +86,19 @@ def records(names: list[str]) -> list[TrainRecord]:
         for name in names
         for k, text in enumerate(QUESTIONS)
     ]
+
+
+def figures(
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """What ``measure`` finds on one thread, in a folder that is removed; with ``--json`` printed, and None returned."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args, Path(folder))
+    if not args.json:
+        return found
+    print(json.dumps(found))
+    return None
 
 
 class Peak:

@@ -15,14 +15,12 @@ import contextlib
 import dataclasses
 import io
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from five_questions import QUESTIONS, Peak, open_base, questions, records, write_images
+from five_questions import QUESTIONS, Peak, figures, open_base, questions, records, write_images
 
 from clmoe import cli
 from clmoe.data.records import Question
@@ -147,13 +145,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, Path(folder))
-    if args.json:
-        print(json.dumps(figures))
+    found = figures(measure, args)
+    if found is None:
         return
-    for name, value in figures.items():
+    for name, value in found.items():
         print(f"{name:28s} {value:10.4g}")
 
 

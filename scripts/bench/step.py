@@ -10,15 +10,12 @@ which preemption does not lengthen, and their medians.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from five_questions import QUESTIONS, Peak, adapted, open_base, records, write_images
+from five_questions import QUESTIONS, Peak, adapted, figures, open_base, records, write_images
 from torch import Tensor
 
 from clmoe.data.batches import train_dataset
@@ -75,14 +72,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, Path(folder))
-    if args.json:
-        print(json.dumps(figures))
+    found = figures(measure, args)
+    if found is None:
         return
     print(f"{args.base}, {args.repeats} repeats")
-    for name, value in figures.items():
+    for name, value in found.items():
         print(f"{name:40s} {value:10.4g}")
 
 
