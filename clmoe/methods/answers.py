@@ -46,19 +46,21 @@ def answer_logits(
         batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``; where it
             holds the keys of ``collate_packed`` too, the packed rows are computed, and the logits are the same.
         weights: take, in this pass alone, the place of the parameters of ``llava.model`` with these names.
-        trace: of the routing in force; it ends up in the shape of the records, packed or not.
+        trace: of the routing in force; its ``outputs`` have the shape of the records, packed or not.
     """
     rows = PackedRows.of(batch)
     inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
     if rows is not None:
         inputs |= rows.inputs(llava.dtype)
     output = llava.model(**inputs) if weights is None else functional_call(llava.model, weights, kwargs=inputs)
-    hidden = output.last_hidden_state
-    if rows is not None:
-        hidden = rows.unpacked(hidden)
+    wanted = answered(batch["labels"])
+    if rows is None:
+        hidden = output.last_hidden_state[:, :-1][wanted]
+    else:
+        hidden = output.last_hidden_state.flatten(0, 1)[rows.places[:, :-1][wanted]]
         if trace is not None:
-            rows.unpack(trace)
-    return llava.lm_head(hidden[:, :-1][answered(batch["labels"])]).float()
+            trace.layout = rows.unpacked
+    return llava.lm_head(hidden).float()
 
 
 def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:

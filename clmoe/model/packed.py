@@ -5,12 +5,10 @@ Letters as in ``clmoe.data.packing``: B records of T tokens, G rows of L.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-from clmoe.model.routing import RouteTrace
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class PackedRows:
     def unpacked(self, values: Tensor) -> Tensor:
         """``[G, L, ...]`` -> ``[B, T, ...]``: a shared token's value for each of its records."""
         return values.flatten(0, 1)[self.places]
-
-    def unpack(self, trace: RouteTrace) -> None:
-        """Make a packed forward's trace that of the records, so that means over a sample's tokens are its own."""
-        for name, output in trace.outputs.items():
-            trace.outputs[name] = replace(
-                output,
-                logits=self.unpacked(output.logits),
-                gate=self.unpacked(output.gate),
-                weights=self.unpacked(output.weights),
-            )
 
 
 def block_mask(segments: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class RouterBank(nn.Module):
         if selection.task is not None and selection.beta != 1:
             weights = selection.beta * gate + (1 - selection.beta) * self.task(selection.task)
         if active is not None and active.trace is not None:
-            active.trace.outputs[self.name] = RouterOutput(logits, gate, weights)
+            active.trace.recorded[self.name] = RouterOutput(logits, gate, weights)
         return weights
 
     def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

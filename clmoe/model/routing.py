@@ -5,7 +5,7 @@ A ``RouteSelection`` travels with the batch and a ``RouteTrace`` with one forwar
 state, so an activation checkpoint that recomputes later sees what its own forward saw (``checkpoint_contexts``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import local
@@ -60,9 +60,26 @@ class RouterOutput:
 
 @dataclass
 class RouteTrace:
-    """What each router answered in one forward pass, by router name; assigned, never accumulated."""
+    """What each router answered in one forward pass, by router name; assigned, never accumulated.
 
-    outputs: dict[str, RouterOutput] = field(default_factory=dict)
+    Attributes:
+        recorded: as computed; the layers write here.
+        layout: from the layout that was computed to that of the batch's samples, ``[G, L, ...]`` -> ``[B, T, ...]``;
+            None where they are the same.
+    """
+
+    recorded: dict[str, RouterOutput] = field(default_factory=dict)
+    layout: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def outputs(self) -> dict[str, RouterOutput]:
+        """The answers in the layout of the samples, so that means over a sample's tokens are its own."""
+        if self.layout is None:
+            return self.recorded
+        return {
+            name: RouterOutput(self.layout(output.logits), self.layout(output.gate), self.layout(output.weights))
+            for name, output in self.recorded.items()
+        }
 
 
 @dataclass(frozen=True)
