@@ -180,11 +180,10 @@ class ExpertLinear(ExpertLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, din]`` -> ``[B, T, dout]``."""
-        out = self.base_layer(x)
         if self.disable_adapters:
-            return out
+            return self.base_layer(x)
         (experts,) = self.experts.values()
-        return experts(x, self.routers(x, experts.count), out, picked=self.routers.picked)
+        return experts.around(self.base_layer, x, self.routers(x, experts.count), picked=self.routers.picked)
 
 
 class ExpertMLP(ExpertLayer):
@@ -201,8 +200,8 @@ class ExpertMLP(ExpertLayer):
         gate, experts, picked = self.routers(x), self.experts, self.routers.picked
 
         def project(name: str, value: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
-            out = getattr(mlp, name)(value)
-            return experts[name](value, gate, out, product, picked) if name in experts else out
+            linear = getattr(mlp, name)
+            return experts[name].around(linear, value, gate, product, picked) if name in experts else linear(value)
 
         g, u = project("gate_proj", x), project("up_proj", x)
         product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None

@@ -73,14 +73,49 @@ class Experts(nn.Module):
         out: Tensor,
         product: tuple[Tensor, Tensor] | None = None,
         picked: int | None = None,
+        frozen: Tensor | None = None,
     ) -> Tensor:
         """Add the experts' mixture to the frozen output. ``x [..., din]``, ``gate [..., e]``, ``out [..., dout]``.
 
         A gate with ``e`` smaller than the number of experts uses the ``e`` oldest: the span of an older router.
-        ``out`` is used up; ``product`` (of no use under dropout) and ``picked`` as for ``packed_experts``.
+        ``out`` is used up; ``product`` (of no use under dropout), ``picked`` and ``frozen`` (not under dropout) as for
+        ``packed_experts``.
         """
         A, B = self.packed(gate.shape[-1])
-        frozen = 0 if self.frozen_A is None else min(self.frozen_A.shape[0], A.shape[0])
+        frozen_rank = 0 if self.frozen_A is None else min(self.frozen_A.shape[0], A.shape[0])
         dropped = self.dropout(x)
         product = product if dropped is x else None
-        return packed_experts(dropped, gate, A, B, self.scaling, out, frozen, product, picked)
+        return packed_experts(dropped, gate, A, B, self.scaling, out, frozen_rank, product, picked, frozen)
+
+    def around(
+        self,
+        linear: nn.Module,
+        x: Tensor,
+        gate: Tensor,
+        product: tuple[Tensor, Tensor] | None = None,
+        picked: int | None = None,
+    ) -> Tensor:
+        """The frozen linear's output ``[..., dout]`` with the experts' mixture added; arguments as for ``forward``."""
+        if self._takes_over(linear, x):
+            with torch.no_grad():
+                out = linear(x)
+            return self(x, gate, out, product, picked, linear.weight)
+        out = linear(x)
+        if linear.bias is not None:
+            out = out.clone()  # it is a view, which a function of its own cannot change in place
+        return self(x, gate, out, product, picked)
+
+    def _takes_over(self, linear: nn.Module, x: Tensor) -> bool:
+        """Whether the experts' backward pass can make the frozen linear's part too.
+
+        Not of a linear of another kind (4-bit) or with a bias, of a trained one, of one whose weight is elsewhere
+        between the passes (ZeRO-3), or that sees another input than the experts (dropout).
+        """
+        return (
+            type(linear) is nn.Linear
+            and linear.bias is None
+            and not linear.weight.requires_grad
+            and not hasattr(linear.weight, "ds_id")
+            and linear.weight.dtype == x.dtype
+            and not (self.training and isinstance(self.dropout, nn.Dropout))
+        )

@@ -22,6 +22,7 @@ def packed_experts(
     frozen_rank: int = 0,
     product: tuple[Tensor, Tensor] | None = None,
     picked: int | None = None,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Add the gated sum of all experts to ``out``, in place, with two matrix products.
 
@@ -41,6 +42,8 @@ def packed_experts(
             anyway, instead of keeping it.
         picked: at most so many experts of a token have a weight, the others' being 0 and without a gradient of their
             own, as under top-k routing; where ``sparse_pays`` only these are computed. None promises nothing.
+        frozen: ``W0 [dout, din]``, the weight that made ``out`` from this ``x`` outside autograd: the backward pass
+            makes its part of ``x``'s gradient and adds the experts' to it. None where ``out`` has its own graph.
 
     Returns:
         ``out``, changed.
@@ -48,7 +51,7 @@ def packed_experts(
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
     form = AddPicked if sparse_pays(x, A, B, weights.shape[-1], picked) else _AddExperts
-    return form.apply(x, weights, A, B, out.contiguous(), frozen_rank, *(product or (None, None)))
+    return form.apply(x, weights, A, B, out.contiguous(), frozen, frozen_rank, *(product or (None, None)))
 
 
 class _AddExperts(torch.autograd.Function):
@@ -62,6 +65,7 @@ class _AddExperts(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         out: Tensor,
+        frozen: Tensor | None,
         frozen_rank: int,
         g: Tensor | None,
         u: Tensor | None,
@@ -70,27 +74,28 @@ class _AddExperts(torch.autograd.Function):
         S, gated = product(rows_of(x), A, rows_of(weights))
         rows_of(out).addmm_(gated, B.t())
         ctx.frozen_rank = frozen_rank
-        ctx.save_for_backward(x if g is None else None, S, weights, A, B, g, u)
+        ctx.save_for_backward(x if g is None else None, S, weights, A, B, frozen, g, u)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, S, weights, A, B, g, u = ctx.saved_tensors
+        x, S, weights, A, B, frozen, g, u = ctx.saved_tensors
         d_rows, first = rows_of(d_out), ctx.frozen_rank
         gradients = _passes(d_out, A, weights)[1]
         d_S, gated, d_weights = gradients(d_rows, B, S, rows_of(weights))
         d_x = d_A = d_B = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_S @ A).view(*d_out.shape[:-1], A.shape[1])
+            d_x = d_S @ A if frozen is None else (d_rows @ frozen).addmm_(d_S, A)
+            d_x = d_x.view(*d_out.shape[:-1], A.shape[1])
         if ctx.needs_input_grad[2]:
             d_new = d_S[:, first:].t() @ rows_of(silu(g) * u if x is None else x)
             d_A = cat([A.new_zeros(first, A.shape[1]), d_new]) if first else d_new
         if ctx.needs_input_grad[3]:
             d_new = d_rows.t() @ gated[:, first:]
             d_B = cat([B.new_zeros(B.shape[0], first), d_new], dim=1) if first else d_new
-        return d_x, d_weights.view_as(weights), d_A, d_B, d_out, None, None, None
+        return d_x, d_weights.view_as(weights), d_A, d_B, d_out, None, None, None, None
 
 
 def gated_product(x: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +109,12 @@ def gated_gradients(d_out: Tensor, B: Tensor, S: Tensor, weights: Tensor) -> tup
 
     ``B [dout, E*r]``, ``S [N, E*r]``, ``weights [N, E]`` -> ``d_S [N, E*r]``, ``[N, E*r]``, ``[N, E]``.
     """
-    d_gated = d_out @ B
-    return _gated(d_gated, weights), _gated(S, weights), (d_gated * S).view(*weights.shape, -1).sum(-1)
+    d_S, gated = d_out @ B, torch.empty_like(S)
+    by_rank = [tensor.view(*weights.shape, -1) for tensor in (d_S, S, gated)]  # [N, E, r]
+    d_weights = torch.mul(by_rank[0], by_rank[1], out=by_rank[2]).sum(-1)
+    torch.mul(by_rank[1], weights.unsqueeze(-1), out=by_rank[2])  # in the same memory: making it costs as much
+    by_rank[0].mul_(weights.unsqueeze(-1))
+    return d_S, gated, d_weights
 
 
 def _passes(x: Tensor, A: Tensor, weights: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

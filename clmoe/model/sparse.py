@@ -45,6 +45,7 @@ class AddPicked(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         out: Tensor,
+        frozen: Tensor | None,
         frozen_rank: int,
         g: Tensor | None,
         u: Tensor | None,
@@ -59,21 +60,22 @@ class AddPicked(torch.autograd.Function):
                 torch.mm(x_rows[rows], A[ranks].t(), out=part)
                 out_rows.index_add_(0, rows, (part * gate[rows, expert, None]) @ B[:, ranks].t())
         ctx.frozen_rank, ctx.counts = frozen_rank, counts
-        ctx.save_for_backward(x if g is None else None, S, tokens, weights, A, B, g, u)
+        ctx.save_for_backward(x if g is None else None, S, tokens, weights, A, B, frozen, g, u)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, S, tokens, weights, A, B, g, u = ctx.saved_tensors
+        x, S, tokens, weights, A, B, frozen, g, u = ctx.saved_tensors
         x_rows, gate, d_rows, rank = (
             rows_of(silu(g) * u if x is None else x),
             rows_of(weights),
             rows_of(d_out),
             S.shape[1],
         )
-        d_x, d_gate, d_A, d_B = (torch.zeros_like(tensor) for tensor in (x_rows, gate, A, B))
+        d_x = torch.zeros_like(x_rows) if frozen is None else d_rows @ frozen
+        d_gate, d_A, d_B = (torch.zeros_like(tensor) for tensor in (gate, A, B))
         new_A, new_B = ctx.needs_input_grad[2:4]
         for expert, (rows, part) in enumerate(zip(tokens.split(ctx.counts), S.split(ctx.counts), strict=True)):
             if not len(rows):
@@ -91,7 +93,7 @@ class AddPicked(torch.autograd.Function):
                 if new_B:
                     d_B[:, ranks] = d_here.t() @ (part * weight)
         d_x = d_x.view(*d_out.shape[:-1], A.shape[1])
-        return d_x, d_gate.view_as(weights), d_A, d_B, d_out, None, None, None
+        return d_x, d_gate.view_as(weights), d_A, d_B, d_out, None, None, None, None
 
 
 def _by_expert(gate: Tensor) -> tuple[Tensor, list[int]]:

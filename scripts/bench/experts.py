@@ -51,10 +51,10 @@ class Problem:
         return self.linears[name](value)
 
     def packed(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
-        return self.experts[name](value, self.gate, self.frozen(name, value))
+        return self.experts[name].around(self.linears[name], value, self.gate)
 
     def again(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
-        return self.experts[name](value, self.gate, self.frozen(name, value), factors)
+        return self.experts[name].around(self.linears[name], value, self.gate, factors)
 
     def loop(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
         experts = self.experts[name]
@@ -206,7 +206,7 @@ def sparse_table(tokens: int, hidden: int, ffn: int, repeats: int, dtype: torch.
 
             def sparse() -> object:
                 cast = (gate.to(dtype), A.to(dtype), B.to(dtype))  # noqa: B023
-                answer = AddPicked.apply(x, *cast, out.clone(), first, None, None)  # noqa: B023
+                answer = AddPicked.apply(x, *cast, out.clone(), None, first, None, None)  # noqa: B023
                 return torch.autograd.grad(answer, (x, gate, A, B), upstream)  # noqa: B023
 
             x.requires_grad_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from clmoe.model.experts import Experts
@@ -123,3 +124,69 @@ def test_one_dropout_mask_serves_all_experts_and_evaluation_has_none() -> None:
     torch.testing.assert_close(got, loop_experts(dropout(x, 0.5), gate, *experts.packed(), 1.0, out))
     experts.eval()
     torch.testing.assert_close(experts(x, gate, out.clone()), loop_experts(x, gate, *experts.packed(), 1.0, out))
+
+
+class OtherLinear(nn.Linear):
+    """Stands for a quantised one: its forward is not a product with its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def wrapped(kind: type[nn.Linear] = nn.Linear, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(2)
+    return kind(DIN, DOUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+
+
+def graph(tensor: Tensor) -> set[str]:
+    """The names of all functions that a backward pass from here would run."""
+    names, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.add(node.name())
+            waiting += [below for below, _ in node.next_functions]
+    return names
+
+
+def around_and_loop(experts: Experts, linear: nn.Linear, gate: Tensor, x: Tensor) -> list[list[Tensor]]:
+    """Output and gradients of ``around``, and of the linear with the loop beside it."""
+    leaves = [x.requires_grad_(), gate.requires_grad_(), *(p for p in linear.parameters() if p.requires_grad)]
+    leaves += experts.parameters()
+    answers = (experts.around(linear, x, gate), loop_experts(x, gate, *experts.packed(), 1.3, linear(x)))
+    return [[answer, *torch.autograd.grad(answer.square().sum(), leaves)] for answer in answers]
+
+
+@pytest.mark.parametrize("counts", [[3], [2, 1]])
+def test_around_a_frozen_linear_one_function_has_both_gradients(counts: list[int]) -> None:
+    experts, linear = grown(counts), wrapped()
+    x, gate, _ = inputs(3)
+    for got, wanted in zip(*around_and_loop(experts, linear, gate, x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+    assert "MmBackward0" not in graph(experts.around(linear, x, gate)), "the linear has no graph of its own"
+
+
+@pytest.mark.parametrize("linear", [wrapped(OtherLinear), wrapped(bias=True), wrapped().requires_grad_()])
+def test_around_another_linear_its_own_graph_is_kept(linear: nn.Linear) -> None:
+    experts = grown([3])
+    x, gate, _ = inputs(3)
+    for got, wanted in zip(*around_and_loop(experts, linear, gate, x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+
+
+def test_around_under_dropout_the_frozen_linear_sees_the_whole_input() -> None:
+    experts, linear = Experts(DIN, DOUT, RANK, scaling=1.3, dropout=0.5), wrapped()
+    experts.append(*(tensor.double() for tensor in experts.fresh(3, torch.Generator().manual_seed(0))))
+    x, gate, _ = inputs(3)
+    (gradient,) = torch.autograd.grad(experts.around(linear, x.requires_grad_(), gate).sum(), x)
+    torch.testing.assert_close(gradient, linear.weight.sum(0).expand_as(x), rtol=0, atol=1e-12)  # B is zero
+
+
+def test_around_a_weight_that_zero3_spreads_its_own_graph_is_kept() -> None:
+    experts, linear = grown([3]), wrapped()
+    x, gate, _ = inputs(3)
+    linear.weight.ds_id = 0  # type: ignore[attr-defined]
+    out = experts.around(linear, x.requires_grad_(), gate)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert gradient.shape == x.shape
+    assert "MmBackward0" in graph(out)

@@ -85,6 +85,19 @@ def test_a_product_made_again_changes_no_bit() -> None:
     assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
+def test_it_makes_the_frozen_linears_part_of_the_gradient_too() -> None:
+    x, logits, A, B, _ = case(200)
+    W = torch.randn(5, 6, dtype=torch.float64)
+    gate = gate_from_logits(logits, TOP_K)
+    got = packed_experts(x, gate, A, B, SCALING, (x @ W.t()).detach(), picked=TOP_K, frozen=W)
+    wanted = loop_experts(x, gate, A, B, SCALING, x @ W.t())
+    gradients = (
+        torch.autograd.grad(answer.square().sum(), (x, logits, A, B), retain_graph=True) for answer in (got, wanted)
+    )
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_layers_with_large_banks_take_it(scope: str, tiny_base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole layers, against the packed form that stands in when the sparse one is said not to pay."""
