@@ -33,11 +33,13 @@ class Method:
         chain: how ``scripts/sequence.sh`` runs it: ``sequence`` (each task continues the one before), ``separate``
             (each task starts anew), ``union`` (all tasks at once), ``none`` (nothing is trained).
         finds_task: evaluation depends on the sample's task, so ``--router`` has a meaning.
+        reads_logits: ``extra_loss`` looks at ``batch["logits"]``; else they are computed in pieces, and not kept.
         reads_weights: ``extra_loss`` looks at whole weights, which ZeRO-3 spreads over the processes.
     """
 
     chain: ClassVar[Literal["sequence", "separate", "union", "none"]] = "sequence"
     finds_task: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 
@@ -75,8 +77,8 @@ class Method:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
         ``batch``: what the model was given (``labels`` too, and with ``training.share_images`` the packed rows),
-        ``rows [B]`` int64, its places in the phase's records, and ``logits [N, V]`` float32, what the model said, with
-        gradient, where the answers' N tokens are predicted.
+        ``rows [B]`` int64, its places in the phase's records, and with ``reads_logits`` ``logits [N, V]`` float32, what
+        the model said, with gradient, where the answers' N tokens are predicted.
         """
         return None
 

@@ -39,6 +39,7 @@ class Der(Replay):
     """The memory also holds, for every token of its answers, the logits at the end of the record's own task."""
 
     Options = Options
+    reads_logits = True
 
     def begin_task(self, context: TaskContext) -> None:
         """Read the parent's logits; a memory record's place among them is its place in the memory."""

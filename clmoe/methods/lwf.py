@@ -48,6 +48,7 @@ class LwF(Lora):
     """LoRA that is held by what its parent says; the parent is its few tensors, on the same frozen base."""
 
     Options = Options
+    reads_logits = True
     reads_weights = True
 
     def begin_task(self, context: TaskContext) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clmoe.methods.answers import answer_logits, answer_tokens
+from clmoe.methods.answers import answer_loss, answer_states, answer_tokens
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.parameters import trainable
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class TrainedModel(nn.Module):
     """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
 
-    Logits are computed at answer positions only: exact, and the head is skipped for the other ~99 % of tokens.
+    Logits are computed at answer positions only: exact, and the head is skipped for the other ~99 % of tokens. Unless
+    the method reads them, no more than a piece of them exists at a time.
     """
 
     def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
@@ -59,9 +60,14 @@ class TrainedModel(nn.Module):
             tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
             loss = 0.0 * sum(p.sum() for p in tuned)
         with routing(NEWEST_ROUTER, trace):
-            logits = answer_logits(llava, batch, trace=trace)
-        loss = loss + cross_entropy(logits, answer_tokens(labels), reduction="sum") / num_items_in_batch
-        batch |= {"logits": logits} if rows is None else {"logits": logits, "rows": rows}
+            states = answer_states(llava, batch, trace=trace)
+        if self.method.reads_logits:
+            batch["logits"] = llava.lm_head(states).float()
+            answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
+        else:
+            answers = answer_loss(llava.lm_head, states, answer_tokens(labels))
+        loss = loss + answers / num_items_in_batch
+        batch |= {} if rows is None else {"rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)
