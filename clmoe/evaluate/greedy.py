@@ -32,7 +32,7 @@ def greedy(
         tokens ``[B, t]`` int64, ``pad`` behind a row's ``end``; and for each row ``[B]`` float32 on the CPU the
         smallest gap between the two best logits before its ``end``.
     """
-    read = prefill(llava, prompts, selection)
+    read = prefill(llava, prompts, selection, max_new_tokens)
     hidden, cache, mask, position = read.hidden, read.cache, read.attention_mask, read.next_position
     rows = len(hidden)
     tokens = mask.new_empty(rows, 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
+from clmoe.model.cache import with_room
 from clmoe.model.llava import FeatureKind, position_ids, prompt_feature
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, routing
 
@@ -58,16 +59,21 @@ class Prefill:
 
 @torch.no_grad()
 def prefill(
-    llava: LlavaForConditionalGeneration, prompts: dict[str, Tensor] | SharedPrompts, selection: RouteSelection
+    llava: LlavaForConditionalGeneration,
+    prompts: dict[str, Tensor] | SharedPrompts,
+    selection: RouteSelection,
+    room: int = 0,
 ) -> Prefill:
-    """Read a left-padded batch of prompts; ``selection`` has a row for each of them."""
+    """Read a left-padded batch of prompts; ``selection`` has a row for each of them, ``room`` is for tokens to come."""
     if isinstance(prompts, SharedPrompts):
-        output, mask = _read_shared(llava, prompts, selection, use_cache=True), prompts.attention_mask
+        output, mask = _read_shared(llava, prompts, selection, room), prompts.attention_mask
+        cache = output.past_key_values
     else:
         mask = prompts["attention_mask"]
         with routing(selection):
             output = llava.model(**prompts, position_ids=position_ids(mask), use_cache=True)
-    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, mask.sum(1))
+        cache = with_room(output.past_key_values, room)
+    return Prefill(output.last_hidden_state[:, -1], cache, mask, mask.sum(1))
 
 
 @torch.no_grad()
@@ -75,19 +81,17 @@ def shared_prompt_features(
     llava: LlavaForConditionalGeneration, prompts: SharedPrompts, kind: FeatureKind = "last"
 ) -> Tensor:
     """As ``last_prompt_features``, ``[B, D]`` float32, of prompts that share prefixes."""
-    return prompt_feature(_read_shared(llava, prompts, NEWEST_ROUTER, output_hidden_states=kind == "pooled"), kind)
+    return prompt_feature(_read_shared(llava, prompts, NEWEST_ROUTER, 0, output_hidden_states=kind == "pooled"), kind)
 
 
 def _read_shared(
-    llava: LlavaForConditionalGeneration, prompts: SharedPrompts, selection: RouteSelection, **wanted: Any
+    llava: LlavaForConditionalGeneration, prompts: SharedPrompts, selection: RouteSelection, room: int, **wanted: Any
 ) -> Any:
     """The model's output for the rests, each behind a copy of its prefix's keys and values."""
     prefixes, rests, mask = prompts.prefixes, prompts.rests, prompts.attention_mask
     with routing(selection.rows(prompts.first)):
-        cache = llava.model(
-            **prefixes, position_ids=position_ids(prefixes["attention_mask"]), use_cache=True
-        ).past_key_values
-    cache.batch_select_indices(prompts.group)
+        read = llava.model(**prefixes, position_ids=position_ids(prefixes["attention_mask"]), use_cache=True)
+    cache = with_room(read.past_key_values, rests["input_ids"].shape[1] + room, prompts.group)
     positions = position_ids(mask)[:, prefixes["input_ids"].shape[1] :]
     with routing(selection):
         return llava.model(
@@ -95,5 +99,6 @@ def _read_shared(
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
+            use_cache=True,
             **wanted,
         )

@@ -61,9 +61,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     real = greedy_module.prefill
 
-    def watched(llava: Any, prompts: Any, selection: Any) -> Any:
+    def watched(llava: Any, prompts: Any, selection: Any, room: int) -> Any:
         seen.append(prompts)
-        return real(llava, prompts, selection)
+        return real(llava, prompts, selection, room)
 
     monkeypatch.setattr(greedy_module, "prefill", watched)
     return seen
