@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "CLMOE_FEATURES": "folder for the locators' features, which runs on one base may share",
     "CLMOE_KERNELS": "`torch`: experts without fused kernels; `triton`: insist on them (default: on CUDA if installed)",
     "CLMOE_PROGRESS": "`0` switches the progress bar off",
+    "CLMOE_VISION": "folder that keeps the vision tower's output for every image, which runs on one base may share",
     "OMP_NUM_THREADS": "threads; equal bytes need an equal number (the scripts set 2)",
     "SEED, ORDER, OUT, MODEL, DATA": "of `scripts/sequence.sh` and the scripts beside it: see its first lines",
     "WARMUP": "of the `llava_cmoe.sh` scripts: folder with `train.json` and `images/` behind the initial experts",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from clmoe.data.collate import PromptDataset, TrainDataset, collate_prompts, collate_train
+from clmoe.data.images import read_pixels
 from clmoe.data.permutation import epoch_permutation
 from clmoe.data.records import Question, TrainRecord
 from clmoe.model.llava import LoadedBase
@@ -23,13 +25,26 @@ def sample_records(records: Sequence[TrainRecord], samples: int, seed: int) -> l
 
 
 def train_dataset(base: LoadedBase, records: Sequence[TrainRecord], image_root: Path, max_length: int) -> TrainDataset:
-    """Records as training items for this base."""
-    return TrainDataset(records, image_root, base.tokenizer, base.image_processor, base.image_token_count, max_length)
+    """Records as training items for this base; of several processes all must call it."""
+    read = _kept_features(base, (record.image for record in records), image_root)
+    return TrainDataset(
+        records, image_root, base.tokenizer, base.image_processor, base.image_token_count, max_length, read
+    )
 
 
 def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: Path) -> PromptDataset:
-    """Questions as prompts for this base."""
-    return PromptDataset(questions, image_root, base.tokenizer, base.image_processor, base.image_token_count)
+    """Questions as prompts for this base; of several processes all must call it."""
+    read = _kept_features(base, (question.image for question in questions), image_root)
+    return PromptDataset(questions, image_root, base.tokenizer, base.image_processor, base.image_token_count, read)
+
+
+def _kept_features(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> Callable[[Path], Tensor] | None:
+    """What reads an image's features instead of its pixels, where the base keeps them; all of ``images`` have some."""
+    if base.vision is None:
+        return None
+    paths = (image_root / image for image in images if image is not None)
+    base.vision.fill(base.model.model.vision_tower, paths, partial(read_pixels, image_processor=base.image_processor))
+    return base.vision.read
 
 
 def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clmoe.data.images import load_image, preprocess
+from clmoe.data.images import read_pixels
 from clmoe.data.prompts import IGNORE, encode_prompt, encode_training
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainItem:
-    """input_ids and labels: [T] int64; pixel_values: [3, H, W] float32, or None for text only."""
+    """input_ids and labels: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
 
     input_ids: Tensor
     labels: Tensor
@@ -36,7 +37,7 @@ class TrainItem:
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """input_ids: [T] int64; pixel_values: [3, H, W] float32, or None for text only."""
+    """input_ids: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
 
     input_ids: Tensor
     pixel_values: Tensor | None
@@ -46,8 +47,8 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch, padded at the right.
 
     Returns input_ids, attention_mask (1 = token, 0 = padding) and labels (padding is -100), all [B, T] int64,
-    and pixel_values [I, 3, H, W] float32 of the rows that have an image, in row order; the key is absent if
-    no row has one.
+    and pixel_values [I, 3, H, W] float32 (or kept features [I, P, D]) of the rows that have an image, in row
+    order; the key is absent if no row has one.
     """
     batch = _pad([item.input_ids for item in items], pad_id, left=False)
     batch["labels"] = _pad([item.labels for item in items], IGNORE, left=False)["input_ids"]
@@ -72,6 +73,8 @@ def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tenso
 class TrainDataset(Dataset[TrainItem]):
     """Training records as items. Images are decoded and text is tokenised on access.
 
+    read_image reads an image file as pixel_values; None decodes and preprocesses it.
+
     Raises ClmoeError at once if there are no records or the tokenizer does not fit the template (the first
     record is encoded as a trial), and on access for a bad image or a record whose answer lies beyond
     max_length.
@@ -85,11 +88,12 @@ class TrainDataset(Dataset[TrainItem]):
         image_processor: Any,
         image_token_count: int,
         max_length: int,
+        read_image: Callable[[Path], Tensor] | None = None,
     ) -> None:
         if not records:
             raise ClmoeError("there are no training records; expected at least one")
         self.records, self.image_root = records, Path(image_root)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.tokenizer, self.read_image = tokenizer, read_image or partial(read_pixels, image_processor=image_processor)
         self.image_token_count, self.max_length = image_token_count, max_length
         encode_training(records[0], tokenizer, image_token_count, max_length)
 
@@ -97,14 +101,15 @@ class TrainDataset(Dataset[TrainItem]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> TrainItem:
-        return self._item(index, _pixels(self.image_root, self.records[index].image, self.image_processor))
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
         """What the loader asks for: a batch. Its items of one image, read once, hold the same tensor."""
         images = {index: self.records[index].image for index in indices}
-        read = {
-            image: _pixels(self.image_root, image, self.image_processor) for image in dict.fromkeys(images.values())
-        }
+        read: dict[str | None, Tensor | None] = {None: None}
+        for image in images.values():
+            if image is not None and image not in read:
+                read[image] = self.read_image(self.image_root / image)
         return [self._item(index, read[images[index]]) for index in indices]
 
     def _item(self, index: int, pixels: Tensor | None) -> TrainItem:
@@ -130,7 +135,7 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
 
 
 class PromptDataset(Dataset[PromptItem]):
-    """Questions as prompts to answer; the image goes through the same preprocessing as in training."""
+    """Questions as prompts to answer; the image goes through the same preprocessing as in training, see there."""
 
     def __init__(
         self,
@@ -139,27 +144,24 @@ class PromptDataset(Dataset[PromptItem]):
         tokenizer: PreTrainedTokenizerFast,
         image_processor: Any,
         image_token_count: int,
+        read_image: Callable[[Path], Tensor] | None = None,
     ) -> None:
         self.questions, self.image_root = questions, Path(image_root)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.tokenizer, self.read_image = tokenizer, read_image or partial(read_pixels, image_processor=image_processor)
         self.image_token_count = image_token_count
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> PromptItem:
-        pixels = _pixels(self.image_root, self.questions[index].image, self.image_processor)
-        return PromptItem(self.input_ids(index), pixels)
+        image = self.questions[index].image
+        return PromptItem(self.input_ids(index), None if image is None else self.read_image(self.image_root / image))
 
     def input_ids(self, index: int) -> Tensor:
         """The prompt's tokens ``[T]`` int64, without reading its image."""
         question = self.questions[index]
         has_image = question.image is not None
         return torch.tensor(encode_prompt(question.text, has_image, self.tokenizer, self.image_token_count))
-
-
-def _pixels(image_root: Path, image: str | None, image_processor: Any) -> Tensor | None:
-    return None if image is None else preprocess(load_image(image_root / image), image_processor)
 
 
 def _pad(rows: list[Tensor], value: int, left: bool) -> dict[str, Tensor]:

@@ -100,6 +100,11 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     return pixels[0].to(torch.float32).contiguous()
 
 
+def read_pixels(image: Path, image_processor: Any) -> torch.Tensor:
+    """An image file as the vision tower's input, see ``load_image`` and ``preprocess``."""
+    return preprocess(load_image(image), image_processor)
+
+
 def _refuse_cropping(image_processor: Any) -> None:
     """After padding, a centre crop is harmless only if it keeps the whole resized square."""
     if not getattr(image_processor, "do_center_crop", False):

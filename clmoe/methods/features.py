@@ -14,7 +14,7 @@ from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
 from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.system.files import file_sha256, json_sha256
 from clmoe.system.processes import from_main, in_order, is_main
-from clmoe.system.tensors import load_tensors, save_tensors
+from clmoe.system.tensors import load_tensors, replace_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ class FeatureStore:
             return load_tensors(path)["features"]
         features = self._compute(model, questions, image_root)
         if path is not None and is_main():
-            _write(path, features)
+            replace_tensors({"features": features.contiguous()}, path)
         return features
 
     def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
@@ -87,14 +87,6 @@ class FeatureStore:
         cut = [self.batch_size, self.share_images]
         content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, cut, prompts]
         return json_sha256(content)[:32]
-
-
-def _write(path: Path, features: Tensor) -> None:
-    """Appears whole or not at all, also when several runs write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_tensors({"features": features.contiguous()}, partial)
-    partial.replace(path)
 
 
 def training_features(context: TaskContext, samples: int, kind: FeatureKind = "last") -> Tensor:

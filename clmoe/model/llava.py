@@ -1,6 +1,6 @@
 """Load LLaVA-1.5 (transformers' own class) with its processor, and read the frozen base's features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal, cast
 
@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.fingerprint import base_fingerprint
+from clmoe.model.vision_cache import VisionCache, attach_cache
 from clmoe.system.paths import resolve_model_path
 
 FeatureKind = Literal["last", "pooled"]
@@ -34,6 +35,7 @@ class LoadedBase:
     Attributes:
         image_token_count: how many tokens one image becomes.
         fingerprint: identity of config and weights, see ``base_fingerprint``.
+        vision: features of images on disk, where the environment asks for them.
     """
 
     model: LlavaForConditionalGeneration
@@ -41,6 +43,7 @@ class LoadedBase:
     image_processor: BaseImageProcessor
     image_token_count: int
     fingerprint: str
+    vision: VisionCache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +62,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 
     Raises:
         ClmoeError: the folder is not a LLaVA in transformers' format, its files and its config.json do not agree about
-            the tensors, or what attention or 4-bit weights need is not there.
+            the tensors, what attention or 4-bit weights need is not there, or ``CLMOE_VISION`` does not fit the model.
     """
     check_means(config, torch.device(device))
     disable_progress_bar()
@@ -89,7 +92,8 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     if not config.load_in_4bit:  # quantised weights were put in their place while loading
         cast(torch.nn.Module, model).to(device)
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the repository lies
-    return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), fingerprint)
+    base = LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), fingerprint)
+    return replace(base, vision=attach_cache(base))
 
 
 def check_means(config: ModelConfig, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     with writing(path):
         save_file(tensors, path, metadata=metadata)
+
+
+def replace_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """As ``save_tensors``, in a folder that is made; the file appears whole or not at all, also if several write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_tensors(tensors, partial)
+    partial.replace(path)
 
 
 @contextmanager

@@ -83,20 +83,24 @@ class Memory:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of a run folder: finished checkpoints, what an unfinished task needs besides, features of the locator."""
+    """Bytes of a run folder: finished checkpoints, what an unfinished task needs besides, features of the locator.
+
+    ``vision``: of what ``CLMOE_VISION`` would keep elsewhere, if no record shares its image with another.
+    """
 
     checkpoints: int
     unfinished: int
     features: int | None
+    vision: int | None
 
     @property
     def total(self) -> int:
         return self.checkpoints + self.unfinished + (self.features or 0)
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes; ``features`` is None where records could not be counted."""
+        """Bytes; ``features`` and ``vision`` are None where records could not be counted; the total is without it."""
         parts = {"checkpoints": self.checkpoints, "unfinished_task": self.unfinished, "features": self.features}
-        return {**parts, "total": self.total}
+        return {**parts, "total": self.total, "vision": self.vision}
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ def _disk(method: Method, plan: Plan, counts: list[TaskCount], steps: int) -> Di
     training = method.config.training
     states = min(training.keep_states, (steps - 1) // training.save_steps) + 1 if training.save_steps and steps else 1
     unfinished = 3 * plan.training.tensors.trainable_bytes * states + adapters[-1]
-    return Disk(sum(adapters), unfinished, _features(method, plan, counts))
+    return Disk(sum(adapters), unfinished, _features(method, plan, counts), _vision(plan, counts))
 
 
 def _features(method: Method, plan: Plan, counts: list[TaskCount]) -> int | None:
@@ -281,3 +285,12 @@ def _features(method: Method, plan: Plan, counts: list[TaskCount]) -> int | None
     samples = getattr(method.options, "samples", 0)
     rows = sum(min(samples, c.train or 0) + (c.test or 0) for c in counts)
     return rows * plan.training.llava.hidden * FLOAT32
+
+
+def _vision(plan: Plan, counts: list[TaskCount]) -> int | None:
+    """The tower's states of an image for every record and question."""
+    assert plan.training is not None
+    if any(c.train is None or c.test is None for c in counts):
+        return None
+    shapes, images = plan.training.llava, sum((c.train or 0) + (c.test or 0) for c in counts)
+    return images * shapes.patches * shapes.vision_hidden * plan.training.dtype_bytes

@@ -80,6 +80,7 @@ def _disk(disk: Disk) -> list[str]:
         "checkpoints of the sequence": disk.checkpoints,
         "besides, while a task is unfinished": disk.unfinished,
         "features of the locator": disk.features,
+        "elsewhere, with CLMOE_VISION, at most": disk.vision,
     }
     sizes = [(name, "?" if size is None else _size(size)) for name, size in rows.items() if size != 0]
     return ["", "disk", *(f"  {name:<48}{size:>12}" for name, size in sizes)]

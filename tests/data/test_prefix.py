@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.data import collate
+from clmoe.data import images as images_module
 from clmoe.data.batches import prompt_dataset
 from clmoe.data.collate import PromptItem
 from clmoe.data.prefix import image_order, read_prompts, share_prefixes
@@ -91,8 +91,8 @@ def test_a_picture_is_read_once(tiny_base: LoadedBase, mini_yaml: Path, monkeypa
     dataset = prompt_dataset(tiny_base, asked, folder / "images")
     expected = [dataset[row] for row in range(5)]
     read: list[Path] = []
-    real = collate.load_image
-    monkeypatch.setattr(collate, "load_image", lambda path: read.append(path) or real(path))
+    real = images_module.load_image
+    monkeypatch.setattr(images_module, "load_image", lambda path: read.append(path) or real(path))
     items = read_prompts(dataset, range(5))
     assert [path.name for path in read] == [q.image for q in pictured]
     assert items[3].pixel_values is items[0].pixel_values

@@ -3,6 +3,7 @@
 import inspect
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clmoe.data import collate
 from clmoe.data.collate import PromptDataset, TrainDataset
-from clmoe.data.images import preprocess
+from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.methods import momentum, statistics
 from clmoe.methods.base import Method, TaskContext
@@ -235,13 +235,15 @@ def test_fault_evaluation_crops_what_training_padded(tiny_base: LoadedBase, tmp_
             wide.putpixel((x, y), (255, 255, 255))
     wide.save(tmp_path / "wide.png")
     shared = (tmp_path, tiny_base.tokenizer, tiny_base.image_processor, tiny_base.image_token_count)
-    train = TrainDataset([TrainRecord("1", "wide.png", (Turn("What is it?", "red"),))], *shared, 256)[0].pixel_values
-    test = PromptDataset([Question("1", "wide.png", "What is it?", "red", {})], *shared)[0].pixel_values
+    trained = TrainDataset([TrainRecord("1", "wide.png", (Turn("What is it?", "red"),))], *shared, 256)
+    asked = PromptDataset([Question("1", "wide.png", "What is it?", "red", {})], *shared)
+    train, test = trained[0].pixel_values, asked[0].pixel_values
     assert train is not None
     assert test is not None
     assert same_bits(train, test)
     middle = train[0, train.shape[1] // 2]
     assert float(middle[0]) > 0.9, "a centre crop would have cut the white edges away"
     assert float(middle[-1]) > 0.9
-    assert inspect.getsource(collate).count("preprocess(") == 1
-    assert collate.preprocess is preprocess
+    for dataset in (trained, asked):
+        assert isinstance(dataset.read_image, partial)
+        assert dataset.read_image.func is read_pixels

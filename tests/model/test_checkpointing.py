@@ -25,6 +25,8 @@ PAIRS = [("How many things are there?", "two"), ("On which side is it?", "left")
 class Balance:
     """A loss on the routers alone, of the Switch Transformer's form: ``E * sum_e f_e P_e``, averaged over layers."""
 
+    reads_logits = False
+
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor:
         losses = [
             output.gate.shape[-1] * (output.gate.gt(0).float().mean((0, 1)) * output.gate.mean((0, 1))).sum()
@@ -35,6 +37,8 @@ class Balance:
 
 
 class Plain:
+    reads_logits = False
+
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> None:
         return None
 

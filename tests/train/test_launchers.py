@@ -55,9 +55,14 @@ LAUNCHES = {
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", LAUNCHES)
-def test_two_processes_train_as_one(kind: str, alone: Path, runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "vision"), [(kind, "") for kind in LAUNCHES] + [("ddp", "vision")])
+def test_two_processes_train_as_one(
+    kind: str, vision: str, alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``vision``: where both put features of images, and read each other's."""
     more, wrapped = LAUNCHES[kind]
+    if vision:
+        monkeypatch.setenv("CLMOE_VISION", str(tmp_path / vision))
     launch(2, *train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *more, *STEPS))
     assert engine(alone.parent) == ("TrainedModel", 1)
     assert engine(tmp_path) == (wrapped, 2)
