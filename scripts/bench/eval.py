@@ -1,28 +1,32 @@
 """Evaluation in batches on shared image prefixes, against questions answered one by one, five questions to an image.
 
-    OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base playground|llava] [--images 32] [--batch 32] [--json]
+    OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base llava] [--images 32] [--batch 32] [--json]
 
 The reference gives every question to transformers' ``generate`` alone. All forms run in one process on one adapted
-model (MoELoRA, eight experts, total rank 64, random up-projections), reading images included; times are CPU seconds of
-the process, which preemption does not lengthen. Exact mode's times include the questions that it answers again.
+model (MoELoRA, eight experts, total rank 64, random up-projections), reading images included. Times are CPU seconds of
+the process, which preemption does not lengthen, or a GPU's where there is one, for which `--base llava-7b` is. Exact
+mode's include the questions that it answers again. The roofline's fraction is a form's FLOPs per second, without
+attention's, over those of one large matrix product.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import torch
-from five_questions import Peak, adapted, figures, open_base, questions, write_images
+from clock import Peak, best_rate, device_name, flops, timed
+from five_questions import BASES, adapted, figures, open_base, questions, write_images
 from transformers import GenerationConfig
 
 from clmoe.config import EvaluationConfig
 from clmoe.data.batches import prompt_dataset, to_device
 from clmoe.data.collate import collate_prompts
 from clmoe.data.records import Question
-from clmoe.evaluate.generate import Answerer
+from clmoe.evaluate.generate import Answer, Answerer
 from clmoe.model.adapter import adapted_llava
 
 
@@ -52,11 +56,17 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     side = base.model.config.vision_config.image_size
     asked = questions(write_images(root, args.images, side))
     answerer = Answerer(base, model, method, None, 0, EvaluationConfig())
+    rate = best_rate(base.model.dtype)
+
+    def form(work: Callable[[], list[str]]) -> tuple[dict[str, Any], list[str]]:
+        peak = Peak()
+        spent, texts = timed(work)
+        fraction = flops(work) / spent / rate
+        return {"seconds": spent, "peak_mib": peak.mib(), "roofline_fraction": fraction}, texts
+
     one_by_one(answerer, asked[:5], root, args.new_tokens)
-    peak, start = Peak(), time.process_time()
-    expected = one_by_one(answerer, asked, root, args.new_tokens)
-    reference = time.process_time() - start
-    found: dict[str, Any] = {"questions": len(asked), "one by one": {"seconds": reference, "peak_mib": peak.mib()}}
+    reference, expected = form(lambda: one_by_one(answerer, asked, root, args.new_tokens))
+    found: dict[str, Any] = {"questions": len(asked), "one by one": reference}
     for name, settings in {
         "batched, exact": {"share_images": False},
         "shared, exact": {},
@@ -64,23 +74,25 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "shared, fast": {"exact": False},
     }.items():
         answerer.config = EvaluationConfig(batch_size=args.batch, **settings)  # type: ignore[arg-type]
-        peak, start = Peak(), time.process_time()
-        answers = answerer.answer(asked, root, args.new_tokens)
-        seconds = time.process_time() - start
-        same = sum(a.text == text for a, text in zip(answers, expected, strict=True)) / len(asked)
+        answers: list[Answer] = []
+
+        def batched() -> list[str]:
+            answers[:] = answerer.answer(asked, root, args.new_tokens)  # noqa: B023, called at once
+            return [answer.text for answer in answers]  # noqa: B023
+
+        measured, texts = form(batched)
         found[name] = {
-            "seconds": seconds,
-            "times_faster": reference / seconds,
-            "peak_mib": peak.mib(),
-            "identical_percent": 100 * same,
-            "redone": sum(a.redone for a in answers),
+            **measured,
+            "times_faster": reference["seconds"] / measured["seconds"],
+            "identical_percent": 100 * sum(map(eq, texts, expected)) / len(asked),
+            "redone": sum(answer.redone for answer in answers),
         }
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=("playground", "llava"), default="playground")
+    parser.add_argument("--base", choices=BASES, default="playground")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=8)
@@ -89,7 +101,7 @@ def main() -> None:
     found = figures(measure, args)
     if found is None:
         return
-    print(f"{args.base}: {found.pop('questions')} questions, five to an image, batch {args.batch}")
+    print(f"{args.base}: {found.pop('questions')} questions, five to an image, batch {args.batch}, {device_name()}")
     for name, values in found.items():
         print(f"{name:16s} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
 

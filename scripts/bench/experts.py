@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from clock import DEVICE, device_name, timed
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
@@ -72,9 +72,6 @@ class Problem:
         return list(torch.autograd.grad(self.forward(project), wanted, self.upstream))
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dtype: torch.dtype) -> Problem:
     """Random weights; up-projections are not zero, so that every gradient flows. Experts and gate stay float32."""
     torch.manual_seed(0)
@@ -92,26 +89,12 @@ def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dty
     return Problem(linears, mixtures, x.requires_grad_(), gate, upstream)
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds: of the GPU's events, or of this process on the CPU."""
-    if DEVICE.type == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    work()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
-
-
 def seconds(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each form over ``repeats`` interleaved turns; one turn before the clock runs."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(repeats + 1):
         for name, work in forms.items():
-            spent = timed(work)
+            spent, _ = timed(work)
             if turn:
                 taken[name].append(spent)
     return {name: median(values) for name, values in taken.items()}
@@ -240,8 +223,7 @@ def main() -> None:
         print(json.dumps(figures))
         return
     shape = f"E={args.experts} R={args.rank} D={args.hidden} F={args.ffn} T={args.tokens}"
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
-    print(f"{shape} {args.dtype}, {device}, {args.repeats} repeats")
+    print(f"{shape} {args.dtype}, {device_name()}, {args.repeats} repeats")
     for name, value in figures.items():
         print(f"{name:38s} {value:12.4g}")
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import DEVICE
 from peft import PeftModel
 from PIL import Image, ImageDraw
-from torch import nn
 
 from clmoe.config import Config, ModelConfig, load_config
 from clmoe.data.prompts import SYSTEM
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.methods.base import Method, method_class
 from clmoe.model.adapter import attach_adapter
-from clmoe.model.llava import LoadedBase, load_base
+from clmoe.model.llava import LoadedBase, count_image_tokens, load_base
 from clmoe.model.tiny import TinySizes, build_tiny
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
@@ -31,19 +31,28 @@ QUESTIONS = (
     "Which shape is the largest one, and is it above the small one?",
     "On which side is the triangle, left or right?",
 )
+BASES = ("playground", "llava", "llava-7b")
 # 576 image tokens of some 630, as in LLaVA-1.5
 LLAVA_LIKE = TinySizes(image_size=336, vision_layers=2, text_layers=4, positions=1024)
+LLAVA_7B = TinySizes(336, 14, 1024, 24, 16, 4096, text_hidden=4096, text_layers=32, text_heads=32, text_ffn=11008)
+WORDS_7B = 32064
 
 
 def open_base(kind: str) -> LoadedBase:
-    """``playground``: the embedded benchmark's base, 16 image tokens; ``llava``: random weights, 576 image tokens."""
+    """``playground``: the embedded benchmark's base, 16 image tokens; ``llava``: random weights, 576 image tokens.
+
+    ``llava-7b``: random weights in LLaVA-1.5-7B's shapes, bfloat16, for a GPU. On the GPU where there is one.
+    """
     if kind == "playground":
-        return load_base(ModelConfig())
-    with tempfile.TemporaryDirectory() as folder:
-        model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, LLAVA_LIKE, vocabulary=800)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        return load_base(ModelConfig(path=folder))
+        return load_base(ModelConfig(), DEVICE)
+    with DEVICE:
+        sizes = LLAVA_7B if kind == "llava-7b" else LLAVA_LIKE
+        model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, sizes, vocabulary=800)
+        if kind == "llava-7b":
+            model = model.to(torch.bfloat16)
+            model.resize_token_embeddings(WORDS_7B, mean_resizing=False)
+    model.requires_grad_(False)
+    return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), kind)
 
 
 def adapted(base: LoadedBase, method: str = "moelora") -> tuple[PeftModel, Method]:
@@ -54,7 +63,7 @@ def adapted(base: LoadedBase, method: str = "moelora") -> tuple[PeftModel, Metho
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
-            nn.init.normal_(parameter, std=0.01, generator=generator)
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01
     return model, kind
 
 
@@ -99,14 +108,3 @@ def figures(
         return found
     print(json.dumps(found))
     return None
-
-
-class Peak:
-    """Peak resident memory in MiB since it was made (Linux)."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def mib(self) -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024

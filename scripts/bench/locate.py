@@ -5,7 +5,7 @@
 A LLaVA-CMoE sequence is trained for a few steps per task on the embedded base, five questions to an image. After every
 task the questions of all tasks so far are answered, as in a sequence's evaluation: with the task known (oracle),
 located with features kept on disk, and located the plain way, one prefill on the frozen base per question, nothing
-kept. All in one process; times are CPU seconds of the process, which preemption does not lengthen.
+kept. All in one process; times are of the GPU where there is one, else CPU seconds of the process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import contextlib
 import dataclasses
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
-from five_questions import QUESTIONS, Peak, figures, open_base, questions, records, write_images
+from clock import Peak, device_name, timed
+from five_questions import QUESTIONS, figures, open_base, questions, records, write_images
 
 from clmoe import cli
 from clmoe.data.records import Question
@@ -114,15 +114,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             asked = [
                 Question(f"{task}-{q.question_id}", q.image, q.text + STYLES[task], "", {}) for q in questions(names)
             ]
-            start = time.process_time()
-            answerer.answer(asked, root, NEW_TOKENS, "oracle", task)
-            seconds["oracle"] += time.process_time() - start
-            start = time.process_time()
-            located = answerer.answer(asked, root, NEW_TOKENS)
-            seconds["located"] += time.process_time() - start
-            start = time.process_time()
-            answerer.method.task_scores(checkpoint, plain.features(answerer.model, asked, root))  # type: ignore[arg-type]
-            seconds["plain"] += time.process_time() - start
+            seconds["oracle"] += timed(lambda: answerer.answer(asked, root, NEW_TOKENS, "oracle", task))[0]  # noqa: B023
+            spent, located = timed(lambda: answerer.answer(asked, root, NEW_TOKENS))  # noqa: B023
+            seconds["located"] += spent
+
+            def one_by_one() -> None:
+                features = plain.features(answerer.model, asked, root)  # type: ignore[arg-type]  # noqa: B023
+                answerer.method.task_scores(checkpoint, features)  # noqa: B023
+
+            seconds["plain"] += timed(one_by_one)[0]
             right += sum(a.task == task for a in located)
             answered += len(asked)
     return {
@@ -148,6 +148,7 @@ def main() -> None:
     found = figures(measure, args)
     if found is None:
         return
+    print(device_name())
     for name, value in found.items():
         print(f"{name:28s} {value:10.4g}")
 

@@ -1,73 +1,124 @@
-"""A training step on packed rows, five records to an image, against the same records as separate samples.
+"""A training step, ours and packed, against the published way: experts in a loop and logits at every token.
 
-    OMP_NUM_THREADS=1 python scripts/bench/step.py [--base playground|llava] [--batch 20] [--repeats 5] [--json]
+    OMP_NUM_THREADS=1 python scripts/bench/step.py [--base llava] [--batch 20] [--repeats 5] [--json]
 
 Forward and backward of one global batch of MoELoRA (eight experts, total rank 64, and the projector), without
-reading files. Both forms run in one process on the same weights, interleaved; times are CPU seconds of the process,
-which preemption does not lengthen, and their medians.
+reading files, five records to an image. `separate` is ours on the records as separate samples, `packed` ours on rows
+of one image. All forms run in one process on the same weights, interleaved, and medians are compared: CPU seconds of
+the process, or a GPU's where there is one, for which `--base llava-7b` is. The roofline's fraction is a form's FLOPs
+per second, without attention's, over those of one large matrix product.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
-from five_questions import QUESTIONS, Peak, adapted, figures, open_base, records, write_images
+from clock import Peak, best_rate, device_name, flops, timed
+from five_questions import BASES, QUESTIONS, adapted, figures, open_base, records, write_images
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from clmoe.data.batches import train_dataset
+from clmoe.data.batches import to_device, train_dataset
 from clmoe.data.collate import collate_train
 from clmoe.data.packing import collate_packed
+from clmoe.data.prompts import IGNORE
+from clmoe.model import experts
+from clmoe.model.adapter import adapted_llava
+from clmoe.model.kernels import loop_experts
 from clmoe.train.loss import TrainedModel
 
 
+@contextmanager
+def looped() -> Iterator[None]:
+    """Inside, experts are computed one after the other, as the published code does."""
+
+    def loop(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor, *unused: object) -> Tensor:
+        return loop_experts(x, gate, A, B, scaling, out)
+
+    apart = patch.object(experts.Experts, "_takes_over", lambda *unused: False)
+    with apart, patch.object(experts, "packed_experts", loop):
+        yield
+
+
+def plain_loss(model: TrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy from the logits of all tokens."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with looped():
+        logits = adapted_llava(model.model)(**inputs, use_cache=False).logits.float()
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def differences(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
+    """Relative, of the loss, and the largest of a parameter's gradient."""
+    pairs = zip(found[1], wanted[1], strict=True)
+    gradient = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return float((found[0] - wanted[0]).abs() / wanted[0]), gradient
+
+
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Seconds and peak memory of a step in both forms, and how far loss and gradients differ."""
+    """Seconds, peak memory and FLOPs of a step in each form, and how far loss and gradients differ."""
     base = open_base(args.base)
     names = write_images(root, args.batch // len(QUESTIONS), base.model.config.vision_config.image_size)
     dataset = train_dataset(base, records(names), root, 2048)
     model = TrainedModel(*adapted(base), args.batch).train()
     items, pad = dataset.__getitems__(range(args.batch)), base.tokenizer.pad_token_id
-    forms = {"separate": collate_train(items, pad), "packed": collate_packed(items, pad)}
-    answers = (forms["separate"]["labels"] != -100).sum()
+    separate, packed = (to_device(collate(items, pad), base) for collate in (collate_train, collate_packed))
+    answers = (separate["labels"] != IGNORE).sum()
+    forms: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: plain_loss(model, separate),
+        "separate": lambda: model(**separate, num_items_in_batch=answers)["loss"],
+        "packed": lambda: model(**packed, num_items_in_batch=answers)["loss"],
+    }
+
+    def step(form: Callable[[], Tensor]) -> Tensor:
+        loss = form()
+        loss.backward()
+        return loss.detach()
+
     results: dict[str, tuple[Tensor, list[Tensor]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     peaks: dict[str, float] = {}
     for turn in range(args.repeats + 1):
-        for name, batch in forms.items():
+        for name, form in forms.items():
             model.zero_grad()
-            peak, start = Peak(), time.process_time()
-            loss = model(**batch, num_items_in_batch=answers)["loss"]
-            loss.backward()
+            peak = Peak()
+            spent, loss = timed(lambda: step(form))  # noqa: B023, called at once
             if turn:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(spent)
             peaks[name] = peak.mib()
-            results[name] = loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    (loss, gradients), (expected, oracle) = results["packed"], results["separate"]
-    tokens = {
-        "separate": int(forms["separate"]["attention_mask"].sum()),
-        "packed": int((forms["packed"]["packed_segments"] >= 0).sum()),
-    }
-    times = {name: median(values) for name, values in seconds.items()}
-    pairs = zip(gradients, oracle, strict=True)
+            results[name] = loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    work = {name: flops(lambda: step(form)) for name, form in forms.items()}  # noqa: B023
+    times, rate = {name: median(values) for name, values in seconds.items()}, best_rate(base.model.dtype)
+    tokens = {"separate": separate["attention_mask"].sum(), "packed": (packed["packed_segments"] >= 0).sum()}
+    loss_differs, gradient_differs = differences(results["packed"], results["separate"])
+    plain_loss_differs, plain_gradient_differs = differences(results["separate"], results["plain"])
     return {
         "samples": args.batch,
-        **{f"{name}_tokens": count for name, count in tokens.items()},
+        **{f"{name}_tokens": int(count) for name, count in tokens.items()},
         **{f"{name}_seconds": value for name, value in times.items()},
-        **{f"{name}_samples_per_cpu_second": args.batch / value for name, value in times.items()},
+        **{f"{name}_samples_per_second": args.batch / value for name, value in times.items()},
         **{f"{name}_peak_mib": value for name, value in peaks.items()},
+        **{f"{name}_gflop": value / 1e9 for name, value in work.items()},
+        **{f"{name}_roofline_fraction": work[name] / times[name] / rate for name in forms},
+        "separate_times_faster_than_plain": times["plain"] / times["separate"],
+        "packed_times_faster_than_plain": times["plain"] / times["packed"],
         "times_faster": times["separate"] / times["packed"],
-        "loss_relative_difference": float((loss - expected).abs() / expected),
-        "largest_gradient_relative_difference": max(float((a - b).norm() / b.norm()) for a, b in pairs),
+        "loss_relative_difference": loss_differs,
+        "largest_gradient_relative_difference": gradient_differs,
+        "plain_loss_relative_difference": plain_loss_differs,
+        "plain_largest_gradient_relative_difference": plain_gradient_differs,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=("playground", "llava"), default="playground")
+    parser.add_argument("--base", choices=BASES, default="playground")
     parser.add_argument("--batch", type=int, default=20, help=f"a multiple of {len(QUESTIONS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -75,9 +126,9 @@ def main() -> None:
     found = figures(measure, args)
     if found is None:
         return
-    print(f"{args.base}, {args.repeats} repeats")
+    print(f"{args.base}, {device_name()}, {args.repeats} repeats")
     for name, value in found.items():
-        print(f"{name:40s} {value:10.4g}")
+        print(f"{name:44s} {value:10.4g}")
 
 
 if __name__ == "__main__":
