@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clmoe import cli
 from clmoe.config import ModelConfig
 from clmoe.data import images as images_module
 from clmoe.data.batches import prompt_dataset, train_dataset
@@ -21,7 +22,7 @@ from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import LoadedBase, load_base
 from tests.runs import Runs, contents, events, tensors
-from tests.support import SIZES, TASKS
+from tests.support import SIZES, TASKS, TEST_ROWS, TRAIN_ROWS
 
 NAMES = ("0.png", "1.png", "2.png")
 
@@ -179,6 +180,17 @@ def test_a_task_is_learned_and_tested_as_without(
     answers = [(tmp_path / run / "predictions" / task / f"{task}.jsonl").read_text() for run in ("without", "kept")]
     texts = [[json.loads(line)["text"] for line in text.splitlines()] for text in answers]
     assert texts[0] == texts[1]
+
+
+def test_the_plan_counts_its_bytes(
+    base: LoadedBase, images: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert base.vision is not None
+    fill(base, [images / NAMES[0]])
+    line = ["plan", "--config", "lora", "--model", str(runs.model), "--benchmark", str(runs.benchmark), "--json"]
+    cli.main(line)
+    planned = json.loads(capsys.readouterr().out)["disk"]["vision"]
+    assert planned == len(TASKS) * (TRAIN_ROWS + TEST_ROWS) * base.vision.read(images / NAMES[0]).nbytes
 
 
 def test_datasets_without_it_decode(tiny_base: LoadedBase, images: Path) -> None:
