@@ -42,7 +42,8 @@ def test_complete_runs_are_kept_with_their_origin(
         for label, last in (("clmoe", 50.0 + seed), ("lora", 20.0), ("clmoe_rmoe_off", 51.0)):
             run = make_run(out, label, seed, last, steps_per_task=200)
             folder = run.rename(out / f"{label}-seed{seed}")
-            EventLog(folder / "events.jsonl").write("started", commit="abc", command="clmoe train")
+            command = f"clmoe train --output {folder.resolve()}/01_a"
+            EventLog(folder / "events.jsonl").write("started", commit="abc", command=command)
     shutil.copytree(out / "lora-seed0", out / "moelora-seed0")
     matrix = out / "moelora-seed0" / "matrix.csv"
     matrix.write_text("\n".join(matrix.read_text().splitlines()[:-1]) + "\n")  # not at its end yet
@@ -50,14 +51,14 @@ def test_complete_runs_are_kept_with_their_origin(
     assert results.collect(out) == 9
     kept = tmp_path / "kept" / "playground-coin" / "clmoe-seed0"
     origin = json.loads((kept / "provenance.json").read_text())
-    assert (origin["commits"], origin["command"], len(origin["dates"])) == (["abc"], "clmoe train", 1)
+    assert (origin["commits"], origin["command"], len(origin["dates"])) == (["abc"], "clmoe train --output RUN/01_a", 1)
     page = results.results_page()
     # (2 (50 + s) + 80) / 3 - 40 for s = 0, 1, 2: 20, 20.67, 21.33
     assert "| CL-MoE ends higher (AP) than lora | holds, +20.7 (+19.0 to +22.3) | not run |" in page
     assert "ends higher than clmoe_rmoe_off | no difference shown, +0.0 (-1.7 to +1.7) | not run |" in page
     assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (" in page
     assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
-    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train` |" in page
+    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train --output RUN/01_a` |" in page
     assert "- playground-coin: of " in page
 
     make_run(out, "short", 0, steps_per_task=20).rename(out / "short-seed0")
