@@ -129,8 +129,8 @@ def _tally(claims: Table) -> str:
     lines = []
     for column in range(claims.keys, len(claims.header)):
         counts = Counter(row[column].split(",")[0].split(" (")[0] for row in claims.rows)
-        told = ", ".join(f"{counts[name]} {name}" for name in VERDICT_NAMES if counts[name])
-        lines.append(f"- {claims.header[column]}: of {len(claims.rows)} comparisons {told}.\n")
+        told = ", ".join(f"{name} {counts[name]}" for name in VERDICT_NAMES if counts[name])
+        lines.append(f"- {claims.header[column]}: {len(claims.rows)} comparisons: {told}.\n")
     return "".join(lines) + "\n"
 
 
