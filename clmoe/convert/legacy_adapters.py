@@ -25,14 +25,14 @@ from clmoe.config import Config, dump_config, load_config, merge
 from clmoe.convert.pickles import ADAPTER_LIMIT, PROJECTOR_LIMIT
 from clmoe.convert.shards import check_names, open_file, tensors_of
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import Method, method_class
+from clmoe.methods.base import method_class
 from clmoe.methods.plan import adapted_meta, meta_llava, shapes_file
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.system.files import read_json, write_json
 from clmoe.system.paths import resolve_model_path
 from clmoe.system.tensors import load_tensors, save_tensors
 from clmoe.train.checkpoint import build_folder
-from clmoe.train.lineage import CONFIG, LINEAGE, Lineage, read_checkpoint, training_identity, versions
+from clmoe.train.lineage import CONFIG, LINEAGE, Lineage, lineage_of, read_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,7 +140,9 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=".adapter-") as scratch, ExitStack() as stack:
         tensors = read_tensors(legacy, adapted, Path(scratch), stack)
-    lineage = _lineage(config, method, adapted, benchmark, tasks)
+    fingerprint = base_fingerprint(resolve_model_path(config.model.path))
+    # how the adapter was trained is not in its files: no steps, no parent
+    lineage = lineage_of(method, adapted, benchmark=benchmark.name, tasks=tasks, parent=None, base=fingerprint, steps=0)
     build_folder(target, lambda work: _write(work, adapted, tensors, config, lineage))
     read_checkpoint(target)
     _same(load_tensors(target / "adapter_model.safetensors"), tensors, target)
@@ -260,27 +262,6 @@ def _same(written: dict[str, Tensor], tensors: dict[str, Tensor], target: Path) 
     for name in written.keys() | tensors.keys():
         if name not in written or name not in tensors or not written[name].equal(tensors[name]):
             raise ClmoeError(f"{target}: {name} is not on disk as it was converted")
-
-
-def _lineage(config: Config, method: Method, adapted: PeftModel, benchmark: Benchmark, tasks: list[str]) -> Lineage:
-    """How the adapter was trained is not in its files: no steps, no parent."""
-    from clmoe.model.adapter import count_parameters
-
-    trainable, size = count_parameters(adapted)
-    return Lineage(
-        method=config.method,
-        benchmark=benchmark.name,
-        tasks=tasks,
-        seed=config.seed,
-        parent=None,
-        base=base_fingerprint(resolve_model_path(config.model.path)),
-        config_sha256=training_identity(config),
-        steps=0,
-        trainable_parameters=trainable,
-        adapter_parameters=size,
-        effective_scale=method.effective_scale(),
-        versions=versions(),
-    )
 
 
 def _write(work: Path, adapted: PeftModel, tensors: dict[str, Tensor], config: Config, lineage: Lineage) -> None:

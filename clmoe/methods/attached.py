@@ -111,12 +111,11 @@ def locator_bytes(method: Method, width: int) -> int:
     if not method.finds_task:
         return 0
     centre = 2 * width * 2 * FLOAT32  # float64
-    settings = getattr(method.options, "locator", None)
-    if settings is None:
+    if method.task_vae is None:
         return centre
     import torch
 
     from clmoe.model.vae_bank import TaskVae
 
     with torch.device("meta"):
-        return centre + _bytes(TaskVae(width, settings).state_dict().values())
+        return centre + _bytes(TaskVae(width, method.task_vae).state_dict().values())

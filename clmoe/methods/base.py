@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from clmoe.model.llava import FeatureKind, LoadedBase
     from clmoe.model.routing import RouteSelection, RouteTrace
+    from clmoe.model.vae_settings import VaeSettings
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,21 @@ class Method:
 
     def effective_scale(self) -> float | None:
         """``s`` times the mean gate: the factor on an average expert's update, for tables."""
+        return None
+
+    @property
+    def grows(self) -> bool:
+        """Later tasks add experts; this and the next two are for ``clmoe plan``."""
+        return False
+
+    @property
+    def located_on(self) -> int:
+        """At most so many training records of a task have their feature computed for its locator."""
+        return 0
+
+    @property
+    def task_vae(self) -> VaeSettings | None:
+        """The VAE that a checkpoint holds for every task, besides the task's mean feature; None without any."""
         return None
 
     def phases(self, context: TaskContext) -> list[Phase]:

@@ -67,6 +67,10 @@ class ClMoe(MoeLora):
     finds_task = True
     Options = Options
 
+    @property
+    def located_on(self) -> int:
+        return self.options.samples
+
     def end_task(self, context: TaskContext) -> None:
         """Statistics -> task gates -> centre -> consolidation, all from the saved adapter of the trained task."""
         from clmoe.methods.statistics import gate_statistics, save_statistics

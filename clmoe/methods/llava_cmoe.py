@@ -127,6 +127,18 @@ class LlavaCMoe(Method):
     def effective_scale(self) -> float:
         return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
 
+    @property
+    def grows(self) -> bool:
+        return self.options.extend != "none"
+
+    @property
+    def located_on(self) -> int:
+        return self.options.samples
+
+    @property
+    def task_vae(self) -> VaeSettings:
+        return self.options.locator
+
     def phases(self, context: TaskContext) -> list[Phase]:
         """Initial experts with the first task, probes, then the task itself."""
         options, first = self.options, context.previous is None

@@ -152,7 +152,7 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
         ClmoeError: shapes that cannot be found or read, or ``extended_blocks`` where it has no meaning.
     """
     config = method.config
-    if extended_blocks is not None and not _grows(method):
+    if extended_blocks is not None and not method.grows:
         raise ClmoeError(f"--extended-blocks: {config.name} adds no experts to later tasks; leave it out")
     if method.chain == "none":
         return _nothing(config)
@@ -178,7 +178,7 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
         _trainable(model, "modules_to_save."),
         count_parameters(model)[0],
         method.effective_scale(),
-        _growth(model, extended_blocks) if _grows(method) else None,
+        _growth(model, extended_blocks) if method.grows else None,
         config.training.steps,
         training_shapes(model, method, held, shapes, dtype.itemsize),
         locator_bytes(method, shapes.hidden),
@@ -276,11 +276,6 @@ def _grouped(linears: Iterator[PlannedLinear]) -> list[PlannedLinear]:
 def _trainable(model: PeftModel, *marks: str) -> int:
     """Parameters that train and have one of ``marks`` in their name."""
     return sum(p.numel() for name, p in trainable(model).items() if any(mark in name for mark in marks))
-
-
-def _grows(method: Method) -> bool:
-    """Later tasks add experts: the methods with an option ``extend``, unless it says ``none``."""
-    return getattr(method.options, "extend", "none") != "none"
 
 
 def _growth(model: PeftModel, extended_blocks: float | None) -> Growth:

@@ -282,8 +282,7 @@ def _features(method: Method, plan: Plan, counts: list[TaskCount]) -> int | None
         return 0
     if any(c.train is None or c.test is None for c in counts):
         return None
-    samples = getattr(method.options, "samples", 0)
-    rows = sum(min(samples, c.train or 0) + (c.test or 0) for c in counts)
+    rows = sum(min(method.located_on, c.train or 0) + (c.test or 0) for c in counts)
     return rows * plan.training.llava.hidden * FLOAT32
 
 

@@ -6,12 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clmoe.config import Config, recorded, reload_config
 from clmoe.errors import ClmoeError
 from clmoe.system.files import json_sha256, read_json
 from clmoe.train.checkpoint import verify
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from clmoe.methods.base import Method
 
 LINEAGE = "continual.json"
 CONFIG = "config.yaml"
@@ -49,6 +54,36 @@ class Lineage:
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def lineage_of(
+    method: Method,
+    model: PeftModel,
+    *,
+    benchmark: str,
+    tasks: list[str],
+    parent: Finished | None,
+    base: str,
+    steps: int,
+) -> Lineage:
+    """That of a checkpoint of this adapted model; ``base`` is the frozen base's fingerprint."""
+    from clmoe.model.adapter import count_parameters
+
+    trainable, adapter = count_parameters(model)
+    return Lineage(
+        method=method.config.method,
+        benchmark=benchmark,
+        tasks=tasks,
+        seed=method.config.seed,
+        parent=None if parent is None else parent.identity,
+        base=base,
+        config_sha256=training_identity(method.config),
+        steps=steps,
+        trainable_parameters=trainable,
+        adapter_parameters=adapter,
+        effective_scale=method.effective_scale(),
+        versions=versions(),
+    )
 
 
 def training_identity(config: Config) -> str:

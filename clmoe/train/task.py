@@ -29,12 +29,11 @@ from clmoe.train.lineage import (
     CONFIG,
     LINEAGE,
     Finished,
-    Lineage,
     check_same_run,
     check_successor,
+    lineage_of,
     read_checkpoint,
     training_identity,
-    versions,
 )
 from clmoe.train.order import BatchPlan, total_steps
 from clmoe.train.zero import spreads_weights
@@ -232,7 +231,15 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
     steps = _phase_steps(request, phases[-1])
-    lineage = _lineage(request, method, context, steps)
+    lineage = lineage_of(
+        method,
+        context.model,
+        benchmark=request.benchmark.name,
+        tasks=request.learned,
+        parent=request.previous,
+        base=context.base.fingerprint,
+        steps=steps,
+    )
     write_json(work / LINEAGE, lineage.as_json())
     write_text(work / CARD, model_card(request.config, lineage))
     (work / IDENTITY).unlink()  # first: without it a rerun starts anew, whatever is left of the others
@@ -371,23 +378,3 @@ def _seal(model: PeftModel, folder: Path) -> None:
     build_folder(folder, lambda target: save_adapter(model, target))
     for state in states(folder):
         shutil.rmtree(state)
-
-
-def _lineage(request: TrainRequest, method: Method, context: TaskContext, steps: int) -> Lineage:
-    from clmoe.model.adapter import count_parameters
-
-    trainable, adapter = count_parameters(context.model)
-    return Lineage(
-        method=request.config.method,
-        benchmark=request.benchmark.name,
-        tasks=request.learned,
-        seed=request.config.seed,
-        parent=None if request.previous is None else request.previous.identity,
-        base=context.base.fingerprint,
-        config_sha256=training_identity(request.config),
-        steps=steps,
-        trainable_parameters=trainable,
-        adapter_parameters=adapter,
-        effective_scale=method.effective_scale(),
-        versions=versions(),
-    )
