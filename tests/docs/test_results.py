@@ -59,7 +59,7 @@ def test_complete_runs_are_kept_with_their_origin(
     assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (" in page
     assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
     assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train --output RUN/01_a` |" in page
-    assert "- playground-coin: of " in page
+    assert "- playground-coin: " in page
 
     make_run(out, "short", 0, steps_per_task=20).rename(out / "short-seed0")
     with pytest.raises(ClmoeError, match=r"short-seed0: 20 steps per task; the page compares runs of 200"):
