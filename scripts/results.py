@@ -88,13 +88,16 @@ def collect(folder: Path) -> int:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Dates, commits and first command of a run, from its events; the command calls its folder RUN."""
+    """Dates, commits and first command of a run, from its events; the command says RUN and, for its runs, OUT."""
     events = read_events(path / "events.jsonl")
     started = [event for event in events if event["event"] == "started"]
+    command = started[0]["command"] if started else None
+    for folder, name in ((path.resolve(), "RUN"), (path.resolve().parent, "OUT")):
+        command = command and command.replace(str(folder), name)
     return {
         "dates": sorted({event["time"][:10] for event in events}),
         "commits": sorted({event["commit"] for event in started if event["commit"]}),
-        "command": started[0]["command"].replace(str(path.resolve()), "RUN") if started else None,
+        "command": command,
     }
 
 

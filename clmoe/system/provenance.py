@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 def provenance() -> dict[str, str | None]:
-    """``commit``: of the checkout this package lies in, ``+`` behind it where files differ from it, None outside of one
-    or without git; ``command``: the line this process was started with.
+    """Which checkout this package lies in, and how this process was started.
+
+    ``commit``: with ``+`` behind it where files differ from it, the documentation apart, into which results are
+    written; None outside of a checkout or without git. ``command``: the line.
     """
     return {"commit": _commit(Path(__file__).resolve().parents[2]), "command": shlex.join(_command())}
 
@@ -23,7 +25,7 @@ def _commit(checkout: Path) -> str | None:
     if not (checkout / ".git").exists():
         return None
     commit = _git(checkout, "rev-parse", "--short=12", "HEAD")
-    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
     return None if commit is None or changed is None else commit + ("+" if changed else "")
 
 

@@ -18,11 +18,14 @@ def test_commit_of_a_checkout(tmp_path: Path) -> None:
     assert provenance._commit(tmp_path) is None
     git(tmp_path, "init", "--quiet")
     assert provenance._commit(tmp_path) is None, "no commit yet"
-    (tmp_path / "a").write_text("1")
-    git(tmp_path, "add", "a")
+    (tmp_path / "docs").mkdir()
+    for name in ("a", "docs/results.md"):
+        (tmp_path / name).write_text("1")
+        git(tmp_path, "add", name)
     git(tmp_path, "commit", "--quiet", "--message", "one")
     commit = git(tmp_path, "rev-parse", "HEAD")[:12]
     (tmp_path / "run.log").write_text("not the checkout's")
+    (tmp_path / "docs" / "results.md").write_text("the results of these runs")
     assert provenance._commit(tmp_path) == commit
     (tmp_path / "a").write_text("2")
     assert provenance._commit(tmp_path) == commit + "+"
