@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
@@ -16,12 +16,17 @@ class RoomyLayer(DynamicLayer):
     attention then reads the whole buffer.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int, rows: Tensor | None) -> None:
-        """Copies of ``keys`` and ``values [G, heads, T, d]``, of the rows ``[B]`` if given, before ``room`` tokens."""
+    def __init__(self, room: int) -> None:
+        """Empty; the buffers are as long as what comes first, and ``room`` tokens more."""
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self._buffers = [_with_room(states, room, rows) for states in (keys, values)]
-        self._first(keys.shape[-2])
+        self.room = room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve the memory behind ``[B, heads, t, d]``, which are not written yet."""
+        super().lazy_initialization(key_states, value_states)
+        *outer, length, width = key_states.shape
+        shape = (*outer, length + self.room, width)
+        self._buffers = [states.new_empty(shape) for states in (key_states, value_states)]
 
     def _first(self, length: int) -> tuple[Tensor, Tensor]:
         keys, values = (buffer[..., :length, :] for buffer in self._buffers)
@@ -30,6 +35,8 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write ``[B, heads, t, d]`` behind the others; returns all keys and all values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
             raise ValueError(f"a cache with room for {self._buffers[0].shape[-2]} tokens was given {end}")
@@ -38,22 +45,21 @@ class RoomyLayer(DynamicLayer):
         return self._first(end)
 
 
+def empty_cache(layers: int, room: int) -> Cache:
+    """For a prompt, read once, and ``room`` more tokens."""
+    return Cache(layers=[RoomyLayer(room) for _ in range(layers)])
+
+
 def with_room(cache: Cache, room: int, rows: Tensor | None = None) -> Cache:
     """A copy of a cache for ``room`` more tokens; with ``rows [B]`` int64 of these rows of it.
 
     Raises:
         TypeError: a layer keeps something else than all keys and values (a sliding window).
     """
-    layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
-    for layer in cache.layers:
+    copy = empty_cache(len(cache.layers), room)
+    for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             raise TypeError(f"a cache of {type(layer).__name__} cannot be given room")
-        layers.append(RoomyLayer(layer.keys, layer.values, room, rows))
-    return Cache(layers=layers)
-
-
-def _with_room(states: Tensor, room: int, rows: Tensor | None) -> Tensor:
-    count, heads, length, width = states.shape
-    buffer = states.new_empty(count if rows is None else len(rows), heads, length + room, width)
-    buffer[..., :length, :] = states if rows is None else states[rows]
-    return buffer
+        keys, values = layer.keys, layer.values
+        copy.update(keys if rows is None else keys[rows], values if rows is None else values[rows], index)
+    return copy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
-from clmoe.model.cache import with_room
+from clmoe.model.cache import empty_cache, with_room
 from clmoe.model.llava import FeatureKind, position_ids, prompt_feature
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, routing
 
@@ -62,18 +62,17 @@ def prefill(
     llava: LlavaForConditionalGeneration,
     prompts: dict[str, Tensor] | SharedPrompts,
     selection: RouteSelection,
-    room: int = 0,
+    room: int,
 ) -> Prefill:
     """Read a left-padded batch of prompts; ``selection`` has a row for each of them, ``room`` is for tokens to come."""
     if isinstance(prompts, SharedPrompts):
         output, mask = _read_shared(llava, prompts, selection, room), prompts.attention_mask
-        cache = output.past_key_values
     else:
         mask = prompts["attention_mask"]
         with routing(selection):
-            output = llava.model(**prompts, position_ids=position_ids(mask), use_cache=True)
-        cache = with_room(output.past_key_values, room)
-    return Prefill(output.last_hidden_state[:, -1], cache, mask, mask.sum(1))
+            cache = empty_cache(len(llava.model.language_model.layers), room)
+            output = llava.model(**prompts, position_ids=position_ids(mask), past_key_values=cache, use_cache=True)
+    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, mask.sum(1))
 
 
 @torch.no_grad()
