@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from clmoe.benchmarks.base import load_benchmark
+from clmoe.config import known_configs
 from clmoe.system.logging import read_events
 from tests.launch import REPOSITORY, environment
 from tests.trees import TREES
@@ -117,8 +119,9 @@ def test_scripts_exist_for_every_benchmark_and_method() -> None:
             assert (REPOSITORY / f"scripts/{benchmark}/{method}.sh").is_file()
 
 
-def test_orders_are_planned_and_named_in_the_run_folder(tmp_path: Path) -> None:
-    """`clmoe` is replaced by one that prints what it was asked, so nothing is trained."""
+@pytest.fixture
+def spoken(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a script with a `clmoe` that prints what it was asked, so that nothing is trained: its lines."""
     fake = tmp_path / "bin" / "clmoe"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\ncase "$*" in *--steps*) echo "01 a -"; echo "02 b a" ;; *) echo "clmoe $*" ;; esac\n')
@@ -127,16 +130,41 @@ def test_orders_are_planned_and_named_in_the_run_folder(tmp_path: Path) -> None:
     # common.sh puts the checkout's own environment first where there is one
     scripts = tmp_path / "scripts"
     subprocess.run(["cp", "-r", str(REPOSITORY / "scripts"), str(scripts)], check=True)
-    variables = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "DATA": str(tmp_path / "data")}
-    for order, name in (("", ""), ("rev", "-rev"), ("rand", "-rand"), ("b,a", "-own")):
-        done = shell(str(scripts / "coin/moelora.sh"), "adapter.rank=8", SEED="3", ORDER=order, **variables)
+
+    def run(name: str, *arguments: str, **variables: str) -> list[str]:
+        always = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "DATA": str(tmp_path / "data")}
+        done = shell(str(scripts / name), *arguments, **always, **variables)
         assert done.returncode == 0, done.stderr
-        first, second, report = done.stdout.splitlines()
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_orders_are_planned_and_named_in_the_run_folder(spoken: Callable[..., list[str]]) -> None:
+    for order, name in (("", ""), ("rev", "-rev"), ("rand", "-rand"), ("b,a", "-own")):
+        first, second, report = spoken("coin/moelora.sh", "adapter.rank=8", SEED="3", ORDER=order)
         assert f"--order {order or 'norm'} " in first
         assert "--model llava-1.5-7b --benchmark coin" in first
         assert first.endswith("--then-eval seed=3 adapter.rank=8")
         assert f"--previous runs/coin/moelora{name}-seed3/01_a " in second
         assert report.startswith(f"clmoe report runs/coin/moelora{name}-seed3 ")
+
+
+METHOD_SCRIPTS = [
+    str(path.relative_to(REPOSITORY / "scripts"))
+    for folder in ("playground", *TREES)
+    for path in sorted((REPOSITORY / "scripts" / folder).glob("*.sh"))
+    if path.stem in known_configs("methods")
+]
+
+
+@pytest.mark.parametrize("name", METHOD_SCRIPTS)
+def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spoken: Callable[..., list[str]]) -> None:
+    """A grid's row hands its `config` over as METHOD; ignored, it would train another one under the row's label."""
+    for variables, config in (({}, Path(name).stem), ({"METHOD": "other_config"}, "other_config")):
+        trained = [line for line in spoken(name, **variables) if line.startswith("clmoe train ")]
+        assert len(trained) == 2
+        assert all(f" --config {config} " in line for line in trained)
 
 
 @pytest.mark.parametrize(

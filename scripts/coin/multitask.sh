@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # The union of all tasks at once (upper bound) on CoIN. The environment: scripts/benchmark.sh.
-exec bash "$(dirname "$0")/../benchmark.sh" coin multitask "$@"
+exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-multitask}" "$@"

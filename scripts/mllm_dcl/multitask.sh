@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # The union of all tasks at once (upper bound) on MLLM-DCL. The environment: scripts/benchmark.sh.
-exec bash "$(dirname "$0")/../benchmark.sh" mllm_dcl multitask "$@"
+exec bash "$(dirname "$0")/../benchmark.sh" mllm_dcl "${METHOD:-multitask}" "$@"
