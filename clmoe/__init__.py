@@ -30,7 +30,7 @@ PUBLIC = {
 
 # The command line skips the registration, which imports torch and peft and takes seconds: its verbs import the
 # adapter when they need it, and answer at once when there is nothing to do.
-_COMMAND_LINE = Path(sys.argv[0]).name in ("clmoe", "-m") if sys.argv else False
+_COMMAND_LINE = "clmoe.cli" in sys.orig_argv or (bool(sys.argv) and Path(sys.argv[0]).name == "clmoe")
 if not _COMMAND_LINE:
     from clmoe.model import adapter as adapter
 

@@ -6,16 +6,19 @@ import argparse
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any, NoReturn
 
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.system.interrupt import EXIT_CODE, stopping_on_sigterm
-from clmoe.system.processes import count, is_main, leave, stop
+from clmoe.system.processes import count, is_main, leave, rank, stop
 
 USER_ERROR = 2
+OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers look after their processes at least once in one
 
 
 def _paths(text: str) -> list[str]:
@@ -203,9 +206,17 @@ def _silence_libraries() -> None:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    """All processes stop with the same code; one of them says why."""
-    if is_main():
-        print(message, file=sys.stderr)
+    """Stop with this code and say why.
+
+    What stops all processes is the main one's to tell. After an error the launcher ends the others as soon as one has
+    left; who is still there after a moment is the only one that knows.
+    """
+    if not is_main():
+        if code != USER_ERROR:
+            leave(code)
+        time.sleep(OTHERS_SPEAK_AFTER)
+        message = f"{message} (process {rank()}, on {gethostname()})"
+    print(message, file=sys.stderr)
     leave(code)
 
 

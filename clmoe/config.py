@@ -225,7 +225,10 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise ClmoeError(f"override {pair!r}: write key=value, for instance training.steps=20")
-        value: Any = yaml.safe_load(text)
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ClmoeError(f"override {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         result = merge(result, value)

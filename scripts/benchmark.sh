@@ -17,8 +17,7 @@ if [ ! -d "$data" ]; then
   echo "no folder $data: put the files of $BENCHMARK there, or set DATA to their folder (docs/benchmarks.md)" >&2
   exit 2
 fi
-case $ORDER in norm) order="" ;; rev | rand) order=-$ORDER ;; *) order=-own ;; esac
-export OUT=${OUT:-runs/$name/$(basename "${METHOD%.y*ml}")$order-seed$SEED}
+export OUT=${OUT:-$(run_folder)}
 { # read whole before the hours begin, so that this file may change meanwhile
   bash scripts/sequence.sh "$BENCHMARK" "$METHOD" "$@"
   clmoe report "$OUT" --format md,csv,tex

@@ -8,18 +8,40 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export TOKENIZERS_PARALLELISM=false
 
 # Processes per machine and what starts them; see docs/multi-gpu.md.
-if [ -z "${GPUS:-}" ]; then GPUS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l); fi
+VISIBLE=$(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES:-}" | grep -c . || true)
+if [ -z "${GPUS:-}" ]; then
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    GPUS=$VISIBLE
+  else
+    GPUS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+  fi
+fi
 if [ "$GPUS" -lt 1 ]; then GPUS=1; fi
+if [ "$VISIBLE" -gt 0 ] && [ "$GPUS" -gt "$VISIBLE" ]; then
+  echo "GPUS=$GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names $VISIBLE" >&2
+  exit 2
+fi
 if [ -z "${LAUNCHER:-}" ]; then if [ "$GPUS" -gt 1 ]; then LAUNCHER=deepspeed; else LAUNCHER=python; fi; fi
 if [ "$LAUNCHER" = deepspeed ]; then DEEPSPEED=${DEEPSPEED:-zero2}; fi
 
+# Variables that processes on other machines need; DeepSpeed hands over few besides those in DS_ENV_FILE.
+HANDED_OVER='^(CLMOE_[A-Z_]+|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|WANDB_MODE)='
+
 # launch VERB ...: `clmoe VERB ...` in GPUS processes.
 launch() {
+  local devices=(--num_gpus "$GPUS") # the machine's first ones: DeepSpeed then ignores CUDA_VISIBLE_DEVICES
   case $LAUNCHER in
   python) clmoe "$@" ;;
   torchrun) python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" -m clmoe.cli "$@" ;;
   deepspeed)
-    deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} --num_gpus "$GPUS" --no_local_rank --log_level warning \
+    if [ -n "${HOSTFILE:-}" ]; then
+      export DS_ENV_FILE=${DS_ENV_FILE:-$HOSTFILE.env}
+      env | grep -E "$HANDED_OVER" >"$DS_ENV_FILE"
+      devices+=(--hostfile "$HOSTFILE")
+    elif [ "$VISIBLE" -gt 0 ]; then
+      devices=(--include "localhost:$(cut -d, -f"1-$GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
+    fi
+    deepspeed "${devices[@]}" --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --log_level warning \
       --module clmoe.cli "$@"
     ;;
   *)
@@ -28,6 +50,16 @@ launch() {
     ;;
   esac
 }
+
+# run_folder: of a METHOD on a BENCHMARK in an ORDER with a SEED; every order has one of its own.
+run_folder() {
+  local order=-$ORDER
+  case $ORDER in norm) order="" ;; rev | rand) ;; *) order=-own$(cksum <<<"$ORDER" | cut -d' ' -f1) ;; esac
+  echo "runs/$(basename "${BENCHMARK%.y*ml}")/$(basename "${METHOD%.y*ml}")$order-seed$SEED"
+}
+
+# A port that nobody uses: two runs on one machine must not meet on the launcher's default.
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 # setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt.
 # PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say).

@@ -5,14 +5,14 @@
 #
 # Environment: SEED (0), ORDER (norm, rev, rand or names with commas), OUT (run folder), MODEL (a model
 # configuration or folder), DATA (the benchmark's files), GPUS (all), LAUNCHER (python, torchrun, deepspeed), DEEPSPEED
-# (zero2, zero2_offload, zero3 or a JSON file), HOSTFILE. A method's own script takes METHOD, another configuration of it
-# (configs/methods, or a YAML file). What is finished is skipped: run the same line again after any interruption, with as
-# many GPUs as there are then.
+# (zero2, zero2_offload, zero3 or a JSON file), HOSTFILE. A method's own script takes METHOD, another configuration of
+# it (configs/methods, or a YAML file). What is finished is skipped: run the same line again after any interruption, with
+# as many GPUs as there are then.
 source "$(dirname "$0")/common.sh"
 BENCHMARK=$1 METHOD=$2
 shift 2
 SEED=${SEED:-0} ORDER=${ORDER:-norm}
-OUT=${OUT:-runs/$(basename "${BENCHMARK%.y*ml}")/$(basename "${METHOD%.y*ml}")-seed$SEED}
+OUT=${OUT:-$(run_folder)}
 
 where=(--benchmark "$BENCHMARK" --order "$ORDER" ${DATA:+--data "$DATA"})
 how=(--config "$METHOD" ${MODEL:+--model "$MODEL"})

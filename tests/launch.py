@@ -45,16 +45,23 @@ def launch(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
-def stop_when(condition: Callable[[], bool], processes: int, *arguments: str) -> int:
-    """Run until ``condition`` holds, then send SIGTERM to the launcher; returns the exit code."""
+def stop_when(condition: Callable[[], bool], processes: int, *arguments: str, group: bool = False) -> int:
+    """Run until ``condition`` holds, then send SIGTERM to the launcher; returns the exit code.
+
+    ``group``: send it to everything that the launcher has started, too.
+    """
     process = subprocess.Popen(
-        command(processes, *arguments), env=environment(), cwd=REPOSITORY, stderr=subprocess.PIPE
-    )
+        command(processes, *arguments), env=environment(), cwd=REPOSITORY, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 500
     while not condition():
         assert process.poll() is None, process.stderr.read().decode()[-4000:]  # type: ignore[union-attr]
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    if group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     return process.returncode

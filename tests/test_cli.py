@@ -1,6 +1,8 @@
 """The command line: bad input is one clear line and exit code 2, and fast verbs stay fast."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,9 +214,32 @@ def test_verbs_with_nothing_to_compute_do_not_import_torch(runs: Runs, tmp_path:
     assert contents(tmp_path / "run") == before
 
 
+def test_an_error_of_another_process_than_the_main_one_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "OTHERS_SPEAK_AFTER", 0)
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["metrics", "/nosuch.csv"])
+    assert stop.value.code == 2
+    assert re.match(r"clmoe metrics: /nosuch\.csv: .* \(process 1, on \S+\)$", capsys.readouterr().err)
+
+
 def test_importing_the_package_registers_the_adapter() -> None:
     script = "import clmoe, peft\nassert 'CLMOE' in peft.PeftType.__members__\nassert callable(clmoe.load)\n"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_package_of_ones_own_run_as_a_module_registers_it_too(tmp_path: Path) -> None:
+    """While its __init__ is imported, ``sys.argv[0]`` is ``-m``, as for the command line itself."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("import clmoe, peft\nassert 'CLMOE' in peft.PeftType.__members__\n")
+    (package / "run.py").write_text("")
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    subprocess.run([sys.executable, "-m", "mine.run"], check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_installed_command() -> None:

@@ -133,6 +133,8 @@ def test_overrides() -> None:
     for wrong in ("training.steps", "=3", ""):
         with pytest.raises(ClmoeError, match="write key=value"):
             parse_overrides([wrong])
+    with pytest.raises(ClmoeError, match=r"override 'training\.trackers=\[wandb': the value is not YAML"):
+        parse_overrides(["training.trackers=[wandb"])
 
 
 def test_merge_replaces_values_and_joins_mappings() -> None:

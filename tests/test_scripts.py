@@ -141,7 +141,8 @@ def spoken(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_orders_are_planned_and_named_in_the_run_folder(spoken: Callable[..., list[str]]) -> None:
-    for order, name in (("", ""), ("rev", "-rev"), ("rand", "-rand"), ("b,a", "-own")):
+    own = subprocess.run(["cksum"], input=b"b,a\n", capture_output=True, check=True).stdout.decode().split()[0]
+    for order, name in (("", ""), ("rev", "-rev"), ("rand", "-rand"), ("b,a", f"-own{own}")):
         first, second, report = spoken("coin/moelora.sh", "adapter.rank=8", SEED="3", ORDER=order)
         assert f"--order {order or 'norm'} " in first
         assert "--model llava-1.5-7b --benchmark coin" in first
@@ -212,7 +213,12 @@ def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
     child = tmp_path / "child.py"
     child.write_text(
         "import pathlib, signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))\n"
+        "def save(*unused):\n"
+        "    time.sleep(0.7)\n"
+        f"    assert not pathlib.Path({str(tmp_path / 'requeued')!r}).exists()\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)\n"
     )
     (tmp_path / "script.sh").write_text(f"set -e\n{sys.executable} {child}\n")
@@ -227,4 +233,38 @@ def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) in (75, 128 + signal.SIGTERM)
+    assert (tmp_path / "saved").exists(), "the job ended, and was queued again, when all was saved"
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        ({"GPUS": "2"}, "--num_gpus 2"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6"}, "--include localhost:4,5,6"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6", "GPUS": "2"}, "--include localhost:4,5"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5", "GPUS": "2", "HOSTFILE": "{hosts}"}, "--num_gpus 2 --hostfile {hosts}"),
+    ],
+)
+def test_deepspeed_is_started_on_the_devices_that_may_be_used(
+    variables: dict[str, str], devices: str, spoken: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """`deepspeed` is replaced by one that prints what it was asked."""
+    hosts = tmp_path / "hosts"
+    fake = tmp_path / "bin" / "deepspeed"
+    fake.write_text('#!/bin/sh\necho "deepspeed $*"\n')
+    fake.chmod(0o755)
+    given = {"GPUS": "", "LAUNCHER": "deepspeed", **{k: v.format(hosts=hosts) for k, v in variables.items()}}
+    trained = [line for line in spoken("coin/lora.sh", CLMOE_VISION="/cache", **given) if line.startswith("deepspeed ")]
+    assert len(trained) == 2
+    assert all(line.startswith(f"deepspeed {devices.format(hosts=hosts)} --master_port ") for line in trained)
+    ports = [int(line.split("--master_port ")[1].split()[0]) for line in trained]
+    assert all(1024 <= port < 65536 for port in ports)
+    if "HOSTFILE" in variables:
+        handed_over = Path(f"{hosts}.env").read_text().splitlines()
+        assert {"CLMOE_VISION=/cache", "HF_HUB_OFFLINE=1", "OMP_NUM_THREADS=1"} <= set(handed_over)
+
+
+def test_more_processes_than_visible_devices_are_refused() -> None:
+    done = shell("scripts/coin/lora.sh", GPUS="4", CUDA_VISIBLE_DEVICES="0,1", DATA="/nowhere")
+    assert (done.returncode, done.stderr) == (2, "GPUS=4, but CUDA_VISIBLE_DEVICES=0,1 names 2\n")

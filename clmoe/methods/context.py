@@ -31,7 +31,8 @@ class TaskContext:
         model: base with adapter.
         work: folder that becomes the checkpoint; a method's state files go here. All processes of a command run the
             method, each with a folder of its own, and the main one's becomes the checkpoint.
-        sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it.
+        sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it; in the
+            main process's ``work``.
         trained: the newest of those.
         previous: the parent checkpoint, or None.
         data: the benchmark's folder, below which images of every task are found.
@@ -53,7 +54,7 @@ class TaskContext:
     @property
     def run(self) -> Path:
         """The run folder, which holds the checkpoints of the sequence."""
-        return self.sealed.parent
+        return self.sealed.parent.parent
 
     def load(self, folder: Path) -> None:
         """Replace the live adapter by a saved one."""

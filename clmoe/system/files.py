@@ -51,6 +51,29 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def append_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Add JSON values to a file, one per line; a last line that a crash cut off is left alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file that ``append_json_lines`` wrote, without the lines that a crash cut off."""
+    values = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            values.append(json.loads(line))
+        except ValueError:  # cut, perhaps within a character
+            continue
+    return values
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of ours.
 

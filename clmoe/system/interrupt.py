@@ -43,9 +43,15 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[_Asked]:
-    """Within the block SIGTERM only sets ``now``; the block looks at it and raises ``Interrupted`` when it suits."""
+    """Within the block SIGTERM only sets ``now``; the block looks at it and raises ``Interrupted`` when it suits.
+
+    Raises:
+        Interrupted: at the block's end, if the signal came after its last look.
+    """
     _asked.deferred = True
     try:
         yield _asked
     finally:
         _asked.deferred = False
+    if _asked.now:
+        raise Interrupted("stopped by SIGTERM")

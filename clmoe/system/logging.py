@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from clmoe.system.files import append_json_lines, read_json_lines
 from clmoe.system.processes import is_main
 
 
@@ -31,18 +32,13 @@ class EventLog:
         """Append ``{"time", "event", ...fields}``; of several processes only the main one does."""
         if not is_main():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_json_lines(self.path, [line])
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All complete lines of an event log; a line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_json_lines(path) if path.is_file() else []
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,8 @@ def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float | None)
         return 0.0
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
-    per_training = sum(trained) / len(trained) if trained else here or 0.0
+    tasks = {e["task"] for e in events if e["event"] == "trained"}  # one may have several phases
+    per_training = sum(trained) / len(tasks) if trained else here or 0.0
     per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
     evaluations = sum(range(stage.index + 1, stage.total + 1))
     here = per_training if here is None else here
@@ -90,7 +87,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
         self.total, self.events, self.stage = total, events, stage
-        self.start, self.done, self.samples, self.loss = time.monotonic(), 0, 0, ""
+        self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
         columns = ("[bold]{task.description}", BarColumn(10), MofNCompleteColumn(), "{task.fields[state]}")
         self.bar = RichProgress(
             *(TextColumn(column) if isinstance(column, str) else column for column in columns),
@@ -110,6 +107,11 @@ class Progress:
         """Set the loss that is displayed."""
         self.loss = f"loss {loss:.3f}, "
 
+    def skip(self, steps: int) -> None:
+        """``steps`` units of the bar were done before, by an interrupted command."""
+        self.skipped = steps
+        self.bar.update(self.row, advance=steps)
+
     def advance(self, samples: int, steps: int = 1) -> None:
         """``steps`` units of the bar done, over ``samples`` samples."""
         self.done, self.samples = self.done + steps, self.samples + samples
@@ -118,7 +120,7 @@ class Progress:
         peak = memory.get("peak_cuda_mib", memory["peak_rss_mib"]) / 1024
         state = f"{self.loss}{self.samples / elapsed:.0f}/s, {peak:.1f} GiB"
         if self.stage is not None:
-            here = elapsed / self.done * (self.total - self.done)
+            here = elapsed / self.done * (self.total - self.skipped - self.done)
             state += f", all done in {clock(seconds_left(self.events, self.stage, here))}"
         self.bar.update(self.row, advance=steps, state=state)
 

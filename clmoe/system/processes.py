@@ -97,6 +97,12 @@ def from_main(decide: Callable[[], T]) -> T:
     return value
 
 
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if count() > 1:
+        _gather(None)
+
+
 def any_of_them(mine: bool) -> bool:
     """True if it is true in any process."""
     return mine if count() == 1 else any(_gather(mine))

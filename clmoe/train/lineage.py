@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 LINEAGE = "continual.json"
 CONFIG = "config.yaml"
-# What may change while a task is trained: how its global batches are computed, and how often its state is saved.
-FREE_TRAINING_KEYS = ("micro_batch_size", "gradient_checkpointing", "workers", "save_steps", "keep_states", "trackers")
+# What may change while a task is trained: how its global batches are computed, how often its state is saved and logged.
+FREE_TRAINING_KEYS = (
+    "micro_batch_size", "gradient_checkpointing", "workers", "save_steps", "keep_states", "logging_steps", "trackers",
+)  # fmt: skip
 RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
 
 
@@ -147,12 +149,18 @@ def check_successor(parent: Finished, config: Config, benchmark: str, task: str)
             raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {_difference(name, old, new)}")
 
 
-def check_same_run(done: Finished, config: Config, parent: Finished | None, tasks: list[str]) -> None:
+def check_same_run(done: Finished, config: Config, benchmark: str, parent: Finished | None, tasks: list[str]) -> None:
     """A finished output folder is what this command would make again.
 
     Raises:
-        ClmoeError: it was made with other settings, from another parent, or has learned other tasks.
+        ClmoeError: it was made with other settings, on another benchmark, from another parent, or has learned other
+            tasks.
     """
+    if done.lineage.benchmark != benchmark:
+        raise ClmoeError(
+            f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark}: choose another "
+            "--output or delete it"
+        )
     if done.lineage.config_sha256 != training_identity(config):
         old, new = _decisive(done.config), _decisive(config)
         changed = [k for k in new if old[k] != new[k]]

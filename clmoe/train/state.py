@@ -21,6 +21,7 @@ from clmoe.system.files import read_json, write_json
 from clmoe.system.processes import from_main, is_main, rank
 from clmoe.system.tensors import load_tensors, save_tensors
 from clmoe.train.checkpoint import MANIFEST, build_folder, is_complete
+from clmoe.train.loss import check_finite
 
 TENSORS = "state.safetensors"
 STEP = "state.json"
@@ -130,7 +131,11 @@ def states(phase: Path) -> list[Path]:
 
 
 def save_state(phase: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int) -> None:
-    """Write the state after ``step`` steps, then delete all but the ``keep`` newest. Called by every process."""
+    """Write the state after ``step`` steps, then delete all but the ``keep`` newest. Called by every process.
+
+    Raises:
+        ClmoeError: a weight or moment is not finite; nothing is written, and no older state deleted.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
         whole = {f"weight.{name}": _weight(parameter)}
@@ -143,6 +148,7 @@ def save_state(phase: Path, step: int, model: nn.Module, optimizer: Optimizer, k
         write_json(folder / STEP, {"step": step})
 
     def write() -> None:
+        check_finite(tensors, f"step {step}")
         build_folder(state_folder(phase, step), fill)
         for old in states(phase)[keep:]:
             shutil.rmtree(old)

@@ -18,8 +18,9 @@ from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
 from clmoe.system.files import read_json, write_json, write_text
+from clmoe.system.interrupt import deferred
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.system.processes import count, device, from_main, is_main
+from clmoe.system.processes import count, device, from_main, is_main, wait_for_all
 from clmoe.system.provenance import provenance
 from clmoe.system.tensors import writing
 from clmoe.system.trackers import check_trackers, tracking
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase
 
 UNION = "all"
+PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
 IDENTITY = "identity.json"
 
 
@@ -156,7 +158,11 @@ def finished(request: TrainRequest) -> bool:
         )
     if not request.output.exists():
         return False
-    check_same_run(read_checkpoint(request.output), request.config, request.previous, request.learned)
+    done = read_checkpoint(request.output)
+    check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
+    leftover = request.output / PHASES  # of a command that was stopped just after it had published
+    if is_main() and leftover.exists():
+        shutil.rmtree(leftover)
     return True
 
 
@@ -189,8 +195,9 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
     base = _load_base(request)
-    sealed = from_main(lambda: _open_work(request))
-    with _own_folder(sealed) as work:
+    building = from_main(lambda: _open_work(request))
+    sealed = building / PHASES
+    with _own_folder(building) as work:
         context = TaskContext(
             request.learned[-1],
             len(request.learned) - 1,
@@ -210,23 +217,24 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
         phases = method.phases(context)
         for phase in phases:
             _run_phase(request, method, context, phase, log)
+        wait_for_all()  # until nobody reads the phases' folders any more
         from_main(lambda: _publish(request, method, context, phases))
     detach_adapter(context.model)
     return context.base
 
 
 @contextmanager
-def _own_folder(sealed: Path) -> Iterator[Path]:
+def _own_folder(building: Path) -> Iterator[Path]:
     """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
     if is_main():
-        yield sealed
+        yield building
         return
     with TemporaryDirectory(prefix="clmoe-") as scratch:
         yield Path(scratch)
 
 
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase]) -> None:
-    """Complete the checkpoint's files, remove what served to make them, and put it in its place."""
+    """Complete the checkpoint's files, put it in its place, and then only remove what served to make them."""
     work = context.work
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
@@ -242,10 +250,8 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
     )
     write_json(work / LINEAGE, lineage.as_json())
     write_text(work / CARD, model_card(request.config, lineage))
-    (work / IDENTITY).unlink()  # first: without it a rerun starts anew, whatever is left of the others
-    for folder in [path for path in work.iterdir() if path.is_dir()]:
-        shutil.rmtree(folder)
     publish(work, request.output)
+    shutil.rmtree(request.output / PHASES)
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
@@ -296,17 +302,25 @@ def _open_work(request: TrainRequest) -> Path:
     """The folder to build in; what an interrupted run of the same command left there is kept, all else removed."""
     work = work_folder(request.output)
     parent = None if request.previous is None else request.previous.identity
-    identity = {"config": training_identity(request.config), "parent": parent, "tasks": request.learned}
-    marker = work / IDENTITY
+    identity = {
+        "benchmark": request.benchmark.name,
+        "config": training_identity(request.config),
+        "parent": parent,
+        "tasks": request.learned,
+    }
+    phases = work / PHASES
+    marker = phases / IDENTITY
     if work.exists() and not (marker.is_file() and read_json(marker) == identity):
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)
     for leftover in work.iterdir():
+        if leftover.is_file():
+            leftover.unlink()
+        elif leftover != phases:
+            shutil.rmtree(leftover)
+    for leftover in phases.iterdir():
         if leftover.is_dir() and not (leftover / MANIFEST).is_file():
             shutil.rmtree(leftover)
-        elif leftover.is_file() and leftover.name != IDENTITY:
-            leftover.unlink()
     return work
 
 
@@ -353,17 +367,19 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
     stage = request.stage
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
     title += "" if phase.name == "trained" else f" ({phase.name})"
-    with (
-        Progress(title, steps, read_events(log.path), stage) as progress,
-        tracking(training.trackers, request.run, f"{request.output.name}-{phase.name}") as track,
-    ):
-        report = Report(progress, log, track, request.task, plan.batch_size)
-        trained = TrainedModel(context.model, method, plan.batch_size)
-        folder, pad = context.trained, base.tokenizer.pad_token_id
-        trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
-        trainer.run()
-    with trainer.whole_weights():
-        from_main(lambda: _seal(context.model, folder))
+    with deferred() as asked:
+        with (
+            Progress(title, steps, read_events(log.path), stage) as progress,
+            tracking(training.trackers, request.run, f"{request.output.name}-{phase.name}") as track,
+        ):
+            report = Report(progress, log, track, request.task, plan.batch_size)
+            trained = TrainedModel(context.model, method, plan.batch_size)
+            folder, pad = context.trained, base.tokenizer.pad_token_id
+            trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
+            progress.skip(trainer.first_step)
+            trainer.run(lambda: asked.now)
+        with trainer.whole_weights():
+            from_main(lambda: _seal(context.model, folder))
     engine = type(trainer.model_wrapped).__name__
     trainer.release()
     if request.deepspeed is not None and spreads_weights(request.deepspeed):
@@ -372,9 +388,16 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
-    """Save a phase's adapter; the states of its training are needed no more."""
+    """Save a phase's adapter; the states of its training are needed no more.
+
+    Raises:
+        ClmoeError: a weight is not finite.
+    """
+    from clmoe.model.parameters import trainable
+    from clmoe.train.loss import check_finite
     from clmoe.train.state import states
 
+    check_finite(trainable(model), f"the end of phase {folder.name}")
     build_folder(folder, lambda target: save_adapter(model, target))
     for state in states(folder):
         shutil.rmtree(state)

@@ -5,7 +5,8 @@ It writes no checkpoint of its own: those are pickles, and DeepSpeed's are tied 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,10 @@ from clmoe.data.packing import collate_packed
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
 from clmoe.model.parameters import trainable
-from clmoe.system.interrupt import deferred
 from clmoe.system.logging import EventLog, Progress
 from clmoe.system.processes import any_of_them, rank
 from clmoe.system.trackers import Track
-from clmoe.train.loss import TrainedModel, assert_finite, parameter_groups
+from clmoe.train.loss import TrainedModel, check_finite, parameter_groups
 from clmoe.train.order import BatchPlan, MicroBatches, step_seed
 from clmoe.train.state import (
     PlainOptimizer,
@@ -59,7 +59,7 @@ class Report(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **unused: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        assert_finite(logs["loss"], state.global_step)
+        check_finite({"the loss": torch.tensor(logs["loss"])}, f"step {state.global_step}")
         self.progress.show(loss=logs["loss"])
         fields = {
             "loss": logs["loss"],
@@ -82,12 +82,34 @@ class Snapshots(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        if step == trainer.steps:  # the phase is about to be sealed, which is the better state
+            return
         stop = any_of_them(trainer.stop_asked())
         due = trainer.config.save_steps and step % trainer.config.save_steps == 0
-        if (stop or due) and step < trainer.steps:
+        if stop or due:
             trainer.save_state(step)
         if stop:
             raise Interrupted(f"stopped by SIGTERM after step {step} of {trainer.steps}; its state is saved")
+
+
+class OneDevice(TrainingArguments):
+    """A process computes on one GPU: with several in sight transformers would split each batch over all of them.
+
+    It then takes the mean of the parts' losses, where ours are shares of one sum.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """0 on the CPU, else 1."""
+        return min(1, super().n_gpu)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A data worker ignores the signal that a launcher sends to all processes: the step under way needs its batches.
+
+    It ends when the training process ends it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class TaskTrainer(Trainer):
@@ -107,10 +129,9 @@ class TaskTrainer(Trainer):
     ) -> None:
         """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings."""
         self.plan, self.steps, self.config, self.pad_id, self.phase = plan, steps, config, pad_id, phase
-        self.stop_asked = lambda: False
         self.found = find_state(phase)
         self.first_step = 0 if self.found is None else load_weights(self.found, model)
-        arguments = TrainingArguments(
+        arguments = OneDevice(
             output_dir=str(phase.parent),
             max_steps=steps,
             per_device_train_batch_size=plan.micro,
@@ -133,15 +154,14 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
 
-    def run(self) -> None:
-        """Train to the last step.
+    def run(self, stop_asked: Callable[[], bool]) -> None:
+        """Train to the last step, unless ``stop_asked``, which is called after each step but the last.
 
         Raises:
-            Interrupted: SIGTERM came; the state is saved.
+            Interrupted: it was asked; the state is saved.
         """
-        with deferred() as asked:
-            self.stop_asked = lambda: asked.now
-            self.train()
+        self.stop_asked = stop_asked
+        self.train()
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         """Trainer's own preparation of model and optimizer, then the moments and the step of the state found."""
@@ -193,6 +213,7 @@ class TaskTrainer(Trainer):
             NumberedDataset(cast(TrainDataset, self.train_dataset)),
             batch_sampler=sampler,
             num_workers=self.config.workers,
+            worker_init_fn=_outlive_sigterm,
             collate_fn=partial(collate_numbered, pad_id=self.pad_id, collate=collate),
             generator=torch.Generator().manual_seed(self.plan.seed),
             pin_memory=self.args.dataloader_pin_memory,

@@ -19,7 +19,7 @@ def deepspeed_settings(name: str) -> Path:
     """``zero2`` -> ``configs/deepspeed/zero2.json``; the path of a JSON file is taken as it is.
 
     Raises:
-        ClmoeError: no such settings, DeepSpeed is not installed, or it would round all parameters.
+        ClmoeError: no such settings, DeepSpeed is not installed, it would round all parameters, or it is not ZeRO.
     """
     path = find_config("deepspeed", name, ".json")
     settings = read_json(path)
@@ -31,6 +31,8 @@ def deepspeed_settings(name: str) -> Path:
                 f'{path}: {kind} would round the adapter\'s float32 weights; set "enabled": false and choose the '
                 "base's type with model.dtype"
             )
+    if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise ClmoeError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
     return path
 
 

@@ -189,8 +189,8 @@ def kill_at_random(method: str, out: Path, kills: int, rng: random.Random) -> in
 
 
 def _has_state(output: Path) -> bool:
-    work = output.parent / f".{output.name}.partial"
-    return output.exists() or any(work.glob("*.step-*/manifest.json")) or any(work.glob("*/adapter_config.json"))
+    phases = output.parent / f".{output.name}.partial" / ".phases"
+    return output.exists() or any(phases.glob("*.step-*/manifest.json")) or any(phases.glob("*/adapter_config.json"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

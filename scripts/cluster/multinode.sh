@@ -4,6 +4,7 @@
 #   HOSTS="node1 node2" GPUS=8 SCRIPT=scripts/coin/clmoe.sh DATA=/data/coin OUT=/runs/coin \
 #     bash scripts/cluster/multinode.sh [key=value ...]
 #
+# Needs pdsh, by which DeepSpeed reaches the machines.
 # HOSTS: machines that ssh reaches without a password (under SLURM: those of the job). GPUS: of each machine; GPUS times
 # the machines has to divide the global batch. HOSTFILE, if set, is a list of machines that exists already. OUT and DATA
 # must be on a file system that all machines share.

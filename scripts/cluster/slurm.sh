@@ -32,7 +32,8 @@ trap 'stopped=yes; kill -TERM -- "-$group"' TERM
 code=0
 wait "$group" || code=$?
 if [ -n "$stopped" ]; then
-  wait "$group" || code=$? # the first wait was interrupted by the signal
+  # The shells of the script are gone at once, and its processes still saving: SLURM kills them when this one ends.
+  while ps -e -o pgid=,stat= | awk -v group="$group" '$1 == group && $2 !~ /Z/ { n++ } END { exit !n }'; do sleep 1; done
   if [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 fi
 exit "$code"

@@ -11,9 +11,10 @@ from clmoe.system import logging
 from clmoe.system.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
 
 EVENTS = [
-    {"event": "trained", "seconds": 10.0},
+    {"event": "trained", "task": "a", "phase": "probe", "seconds": 3.0},
+    {"event": "trained", "task": "a", "phase": "trained", "seconds": 7.0},
     {"event": "evaluated", "seconds": 2.0},
-    {"event": "trained", "seconds": 20.0},
+    {"event": "trained", "task": "b", "phase": "trained", "seconds": 20.0},
     {"event": "evaluated", "seconds": 4.0},
 ]
 
@@ -34,10 +35,13 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     with timed(log, "trained", task="a") as extra:
         extra["note"] = "x"
-    with log.path.open("a") as file:
-        file.write('{"event": "trai')
-    (event,) = read_events(log.path)
-    assert (event["event"], event["task"], event["note"]) == ("trained", "a", "x")
+    for cut in (b'{"event": "trai', b'{"event": {}', b'{"event": "\xc3'):
+        with log.path.open("ab") as file:
+            file.write(cut)
+        (event,) = read_events(log.path)
+        assert (event["event"], event["task"], event["note"]) == ("trained", "a", "x")
+    log.write("next")
+    assert [event["event"] for event in read_events(log.path)] == ["trained", "next"]
     # the interpreter alone takes some MiB, and no test machine has a TiB to spare
     assert 5 < event["peak_rss_mib"] < 2**20
     write_timing(tmp_path)
@@ -59,6 +63,19 @@ def test_the_bar_is_silent_when_runs_share_a_terminal(
     with Progress("x", 2, [], Stage(0, 1)) as progress:
         progress.advance(4)
     assert capsys.readouterr().err == ""
+
+
+def test_steps_of_an_interrupted_command_cost_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """90 of 100 steps were done before, and one more took 2 s: nine of 2 s are left."""
+    now = iter([100.0, 102.0])
+    monkeypatch.setattr(logging.time, "monotonic", lambda: next(now))
+    shown: list[float] = []
+    monkeypatch.setattr(logging, "clock", lambda seconds: shown.append(seconds) or "")
+    progress = Progress("x", 100, [], Stage(0, 1))
+    progress.skip(90)
+    progress.advance(4)
+    assert shown == [18.0]
+    assert progress.bar.tasks[0].completed == 91
 
 
 def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:

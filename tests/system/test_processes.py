@@ -9,7 +9,7 @@ from clmoe.system import processes
 from tests.launch import command, environment, launch
 
 SCRIPT = """
-import sys, json
+import sys, json, time
 from pathlib import Path
 from clmoe.errors import ClmoeError
 from clmoe.system import processes
@@ -27,6 +27,11 @@ try:
     error = None
 except ClmoeError as e:
     error = str(e)
+if processes.rank() == 1:
+    time.sleep(1)
+    (folder / "late").touch()
+processes.wait_for_all()
+assert (folder / "late").exists()
 some = [processes.any_of_them(processes.rank() == 1), processes.any_of_them(False)]
 told = {"found": found, "calls": calls, "main": main, "error": error, "some": some, "is_main": processes.is_main()}
 (folder / f"{processes.rank()}.json").write_text(json.dumps(told))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from clmoe.train.state import states
+from clmoe.train.trainer import OneDevice
 from tests.launch import launch, needs_deepspeed, stop_when
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS
@@ -94,7 +96,7 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     """SIGTERM to the launcher; torchrun passes it on and ends with a code of its own."""
     output, save = tmp_path / FIRST, "training.save_steps=10"
     line = train_line(runs, output, "clmoe", FIRST, "--deepspeed", "zero2", *STEPS, save)
-    phase = tmp_path / f".{FIRST}.partial" / "trained"
+    phase = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
     assert stop_when(lambda: (tmp_path / "events.jsonl").is_file() and len(losses(tmp_path)) >= 15, 2, *line) != 0
     (newest, *_) = states(phase)
     made = json.loads((newest / "state.json").read_text())["step"]
@@ -176,7 +178,7 @@ def test_a_method_that_compares_whole_weights_refuses_zero3(
 @needs_deepspeed
 def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path, tmp_path: Path) -> None:
     """CL-MoE's end of a task, from one and the same trained adapter."""
-    sealed = tmp_path / f".{FIRST}.partial" / "trained"
+    sealed = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
     line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
     one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
     _hand_over(one, sealed, runs, tmp_path)
@@ -196,7 +198,8 @@ def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(one / name, sealed / name)
     seal(sealed)
-    identity = {"config": done.lineage.config_sha256, "parent": None, "tasks": done.lineage.tasks}
+    lineage = done.lineage
+    identity = {"benchmark": lineage.benchmark, "config": lineage.config_sha256, "parent": None, "tasks": lineage.tasks}
     (sealed.parent / "identity.json").write_text(json.dumps(identity))
 
 
@@ -240,3 +243,12 @@ def test_zero3_saves_its_live_weights(runs: Runs, alone: Path, tmp_path: Path) -
         file_name = name.removeprefix("model.").replace(".default", "").replace(".modules_to_save", "")
         assert same_bits(saved[file_name], value), name
     assert (run / "predictions" / FIRST / f"{FIRST}.json").is_file(), "the base is whole again for the evaluation"
+
+
+def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would spread each micro-batch over all GPUs and take the mean of the parts' losses."""
+    settings = OneDevice(output_dir=str(tmp_path), use_cpu=True)
+    assert settings.n_gpu == 0
+    monkeypatch.setattr(settings, "_n_gpu", 8)
+    assert TrainingArguments.n_gpu.fget(settings) == 8, "what it would be"
+    assert settings.n_gpu == 1

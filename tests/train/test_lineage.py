@@ -112,17 +112,21 @@ TASKS = ["colour", "count"]
 def test_the_same_run_is_recognised(tmp_path: Path) -> None:
     parent = write(tmp_path / "a", config(), ["colour"])
     done = write(tmp_path / "b", config(), ["colour", "count"], parent.identity)
-    check_same_run(done, config("label=other name", "evaluation.limit=5"), parent, TASKS)
+    check_same_run(
+        done, config("label=other name", "evaluation.limit=5", "training.logging_steps=3"), "mini", parent, TASKS
+    )
 
 
 def test_other_settings_or_another_parent_are_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "a", config(), ["colour"])
     done = write(tmp_path / "b", config(), ["colour", "count"], parent.identity)
     with pytest.raises(ClmoeError, match=r"options\.gamma 0\.7 there, 0\.5 here"):
-        check_same_run(done, config("options.gamma=0.5"), parent, TASKS)
+        check_same_run(done, config("options.gamma=0.5"), "mini", parent, TASKS)
+    with pytest.raises(ClmoeError, match="was trained on benchmark mini, not twin"):
+        check_same_run(done, config(), "twin", parent, TASKS)
     with pytest.raises(ClmoeError, match="continues another checkpoint"):
-        check_same_run(done, config(), None, TASKS)
+        check_same_run(done, config(), "mini", None, TASKS)
     with pytest.raises(ClmoeError, match="has learned colour, count, not colour, side"):
-        check_same_run(done, config(), parent, ["colour", "side"])
+        check_same_run(done, config(), "mini", parent, ["colour", "side"])
     with pytest.raises(ClmoeError, match="continues another checkpoint"):
-        check_same_run(done, config(), dataclasses.replace(parent, identity="0" * 64), TASKS)
+        check_same_run(done, config(), "mini", dataclasses.replace(parent, identity="0" * 64), TASKS)

@@ -18,6 +18,7 @@ from clmoe.system.interrupt import EXIT_CODE
 from clmoe.train.checkpoint import MANIFEST, seal
 from clmoe.train.state import find_state, load_weights, state_folder, states
 from clmoe.train.trainer import TaskTrainer
+from tests.launch import stop_when
 from tests.runs import Runs, contents, events
 from tests.support import TASKS
 
@@ -110,6 +111,62 @@ def test_sigterm_saves_and_says_so(
     assert contents(output) == contents(second)
 
 
+def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / FIRST
+    with monkeypatch.context() as patch:
+        on_step(patch, 6, terminate)
+        with pytest.raises(SystemExit) as stop:
+            runs.train(output, "lora", FIRST, *settings("lora"))
+    assert stop.value.code == EXIT_CODE
+    with monkeypatch.context() as patch:
+        made = on_step(patch, -1, kill)
+        runs.train(output, "lora", FIRST, *settings("lora"))
+    assert made == [], "the phase was sealed before the command ended"
+    assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
+
+
+def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, tmp_path: Path) -> None:
+    """As SLURM and the launchers send it: the step under way still needs its batches."""
+    more = ("training.steps=5000", "training.save_steps=0", "training.workers=2")
+    line = ["-m", "clmoe.cli", "train", "--config", "lora", "--task", FIRST, "--output", str(tmp_path / FIRST)]
+    line += ["--benchmark", str(runs.benchmark), "--model", str(runs.model), *more]
+    log = tmp_path / "events.jsonl"
+    assert stop_when(lambda: log.is_file() and bool(events(tmp_path, "step")), 1, *line, group=True) == EXIT_CODE
+    phase = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
+    assert len(states(phase)) == 1
+
+
+def test_weights_that_ran_away_are_not_kept(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two logged losses nobody looks: neither a state nor the phase may hold a NaN."""
+    output = tmp_path / FIRST
+    for number, when in ((1, "step 2"), (6, "the end of phase trained")):
+        with monkeypatch.context() as patch:
+            poison(patch, number)
+            with pytest.raises(SystemExit) as stop:
+                runs.train(output, "lora", FIRST, *settings("lora"))
+        assert stop.value.code == 2
+        assert f"is not finite at {when}: lower training.learning_rate" in capsys.readouterr().err
+        assert not output.exists()
+    runs.train(output, "lora", FIRST, *settings("lora"))
+    assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
+
+
+def poison(patch: pytest.MonkeyPatch, number: int) -> None:
+    """The ``number``-th step's gradient (from 0) is not a number; the loss that is logged is."""
+    real, seen = TaskTrainer.training_step, []
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = real(self, *args, **kwargs)
+        if len(seen) == number:
+            next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        seen.append(loss)
+        return loss
+
+    patch.setattr(TaskTrainer, "training_step", step)
+
+
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = runs.chain("clmoe", *settings("clmoe"))
     with monkeypatch.context() as patch:
@@ -130,7 +187,7 @@ def interrupted(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         on_step(patch, 6, kill)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", FIRST, *settings("clmoe"))
-    return output, tmp_path / f".{FIRST}.partial" / "trained"
+    return output, tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
 
 
 def test_the_newest_states_are_kept(interrupted: tuple[Path, Path]) -> None:

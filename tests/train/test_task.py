@@ -44,8 +44,8 @@ def half_way_through_cleaning(patch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 
     def cut(path: Path, *args: Any, **kwargs: Any) -> None:
-        if Path(path).name == "trained":
-            (Path(path) / "adapter_model.safetensors").unlink()
+        if Path(path).name == ".phases":
+            (Path(path) / "trained" / "adapter_model.safetensors").unlink()
             raise Killed
         real(path, *args, **kwargs)
 
@@ -83,18 +83,19 @@ def test_killed_in_any_phase_a_rerun_ends_in_the_same_bytes(
         PHASES[phase](patch)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", SECOND, previous=chain[0])
-    assert not output.exists()
+    assert output.exists() == (phase == "cleaning"), "nothing is removed before the checkpoint is in its place"
     runs.train(output, "clmoe", SECOND, previous=chain[0])
     assert contents(output) == contents(chain[1])
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "no working folder is left"
+    assert list(tmp_path.rglob(".*")) == [], "no working folder is left"
 
 
+@pytest.mark.parametrize("phase", ["after_training", "publishing"])
 def test_training_is_not_repeated_once_it_is_saved(
-    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / SECOND
     with monkeypatch.context() as patch:
-        patch.setattr(ClMoe, "end_task", kill)
+        PHASES[phase](patch)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", SECOND, previous=chain[0])
     monkeypatch.setattr(TaskTrainer, "train", kill)

@@ -37,6 +37,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     settings.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
     with pytest.raises(ClmoeError, match=r"mine\.json: bf16 would round"):
         zero.deepspeed_settings(str(settings))
+    for settings_of_zero in ("{}", '{"zero_optimization": {"stage": 0}}'):
+        settings.write_text(settings_of_zero)
+        with pytest.raises(ClmoeError, match=r"mine\.json: zero_optimization\.stage must be 1, 2 or 3"):
+            zero.deepspeed_settings(str(settings))
     settings.write_text("{")
     with pytest.raises(ClmoeError, match=r"mine\.json: cannot be read"):
         zero.deepspeed_settings(str(settings))
