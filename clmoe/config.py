@@ -19,6 +19,10 @@ from clmoe.system.paths import find_config, known_configs
 
 T = TypeVar("T")
 
+FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
+"""The linears of a LLaMA decoder block."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -70,6 +74,25 @@ class AdapterConfig:
     router_top_k: int | None = None
     train_projector: bool = True
     budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "experts", "router_top_k", "budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ClmoeError(f"adapter.{name} must be at least 1, not {value}")
+        if not 0 <= self.dropout < 1:
+            raise ClmoeError(f"adapter.dropout must be at least 0 and below 1, not {self.dropout}")
+        if not self.targets:
+            raise ClmoeError(f"adapter.targets is empty: name some of {', '.join(LINEARS)}")
+        for name in self.targets:
+            if name not in LINEARS:
+                raise ClmoeError(f"adapter.targets: {unknown('linear', name, LINEARS)}")
+        others = [name for name in self.targets if name not in FFN_PROJECTIONS]
+        if self.router_scope == "per_block" and others:
+            raise ClmoeError(
+                f"adapter.targets: {others[0]} is not a part of the FFN, whose projections share a router with "
+                "adapter.router_scope=per_block"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,8 @@ class EvaluationConfig:
         batch_size: questions per batch.
         exact: answer again, alone, every question whose two best logits were ever closer than ``margin``, so that
             answers do not depend on the batching.
-        margin: see ``exact``.
+        margin: see ``exact``. Logits of bfloat16 lie up to 0.125 apart (between 16 and 32), so that this one finds
+            equal ones only; a wider margin answers more questions twice.
         share_images: questions of one image and router read its tokens once.
         limit: first questions of each test file used in rows before the last task; None uses all.
     """

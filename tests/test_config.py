@@ -92,6 +92,27 @@ def test_wrong_types_name_the_field(override: str, message: str) -> None:
         load_config("lora", {}, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rank=0", "adapter.rank must be at least 1, not 0"),
+        ("adapter.experts=0", "adapter.experts must be at least 1, not 0"),
+        ("adapter.router_top_k=-1", "adapter.router_top_k must be at least 1, not -1"),
+        ("adapter.dropout=1", r"adapter.dropout must be at least 0 and below 1, not 1\.0"),
+        ("adapter.targets=[]", "adapter.targets is empty"),
+        ("adapter.targets=[up_proj, downproj]", "adapter.targets: unknown linear 'downproj'. Did you mean 'down_proj'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ClmoeError, match=message):
+        load_config("clmoe", {}, [override])
+
+
+def test_a_blocks_router_serves_its_ffn_only() -> None:
+    with pytest.raises(ClmoeError, match=r"adapter\.targets: q_proj is not a part of the FFN"):
+        load_config("clmoe", {}, ["adapter.router_scope=per_block", "adapter.targets=[up_proj, q_proj]"])
+
+
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("0.001", 1e-3), ("1", 1.0), ("5.0e-5", 5e-5)])
 def test_numbers_may_be_written_as_people_write_them(text: str, value: float) -> None:
     read = load_config("lora", {}, [f"training.learning_rate={text}"]).training.learning_rate

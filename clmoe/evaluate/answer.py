@@ -33,11 +33,13 @@ def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None, featur
         base = load_base(config.model, device())
     model: nn.Module = base.model
     if checkpoint.folder is not None:
-        from clmoe.model.adapter import load_adapter
+        from clmoe.model.adapter import experts_by_linear, load_adapter
 
         if checkpoint.base != base.fingerprint:
             raise ClmoeError(f"{checkpoint.folder} was trained on another base than {config.model.path}")
         model = load_adapter(base.model, checkpoint.folder, trainable=False)
+        for experts in experts_by_linear(model).values():
+            experts.freeze_as(base.model.dtype)
     method = method_class(config.method)(config)
     return Answerer(base, model, method, checkpoint.folder, len(checkpoint.learned), config.evaluation, features)
 

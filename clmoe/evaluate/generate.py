@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from clmoe.methods.base import Method
 
 
+SCORED_AT_ONCE = 1024  # questions: so many that a process of several has its share, so few that memory does not matter
+
+
 @dataclass(frozen=True)
 class Answer:
     """One question's answer.
@@ -154,7 +157,9 @@ class Answerer:
         kind = self.method.feature_kind()
         store = FeatureStore(self.base, kind, config.batch_size, self.features, config.share_images)
         features = store.features(self.model, questions, image_root)  # type: ignore[arg-type]
-        return self.method.task_scores(self.checkpoint, features)
+        checkpoint = self.checkpoint
+        parts = in_order(features.split(SCORED_AT_ONCE), lambda some: self.method.task_scores(checkpoint, some))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def selection(self, tasks: Sequence[int | None]) -> RouteSelection:
         """How a batch of questions of these tasks is routed; None where no task is chosen."""

@@ -40,8 +40,8 @@ def lora_adapter(config: Config) -> "LoraConfig":
 
 
 def mean_gate(adapter: AdapterConfig) -> float:
-    """The gate an expert gets on average: 1/E when all mix, 1/k when ``k`` are kept."""
-    return 1 / (adapter.router_top_k or adapter.experts)
+    """The gate an expert gets on average where it gets one: 1/E when all mix, 1/k when ``k < E`` are kept."""
+    return 1 / min(adapter.router_top_k or adapter.experts, adapter.experts)
 
 
 def expert_scaling(adapter: AdapterConfig) -> float:

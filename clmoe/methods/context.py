@@ -74,6 +74,7 @@ class Phase:
         begin: called before training: grow, freeze, choose what trains.
         end: called when the trained adapter is sealed, also when an earlier process sealed it.
         learning_rate, steps: None for the configuration's.
+        of_task: the records are the task's, which the benchmark may want to be passed over several times.
     """
 
     name: str
@@ -83,3 +84,4 @@ class Phase:
     end: Callable[[TaskContext], None]
     learning_rate: float | None = None
     steps: int | None = None
+    of_task: bool = True

@@ -39,7 +39,8 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts; since the base is frozen they hold for every checkpoint and method on it.
 
-    A file is named after all that decides its content: base, kind, batches, and the hash of every prompt and image.
+    A file is named after all that decides its content: base and image processor, kind, batches, and the hash of every
+    prompt and image.
 
     Attributes:
         folder: of the files; None computes anew each time.
@@ -56,7 +57,10 @@ class FeatureStore:
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         """``[M, D]`` float32 on the CPU, one row per question, in order."""
-        path = None if self.folder is None else self.folder / f"{self._key(questions, image_root)}.safetensors"
+        path = None
+        if self.folder is not None:
+            key = from_main(lambda: self._key(questions, image_root))  # reads every image
+            path = self.folder / f"{key}.safetensors"
         if path is not None and from_main(path.is_file):
             return load_tensors(path)["features"]
         features = self._compute(model, questions, image_root)
@@ -82,11 +86,13 @@ class FeatureStore:
         return found[torch.tensor(order).argsort()]
 
     def _key(self, questions: Sequence[Question], image_root: Path) -> str:
-        images = {q.image: file_sha256(image_root / q.image) for q in questions if q.image is not None}
-        prompts = [(q.text, None if q.image is None else images[q.image]) for q in questions]
-        cut = [self.batch_size, self.share_images]
-        content = [self.base.fingerprint, str(self.base.model.dtype), self.kind, cut, prompts]
-        return json_sha256(content)[:32]
+        names = {question.image for question in questions}
+        images = {name: None if name is None else file_sha256(image_root / name) for name in names}
+        prompts = [(question.text, images[question.image]) for question in questions]
+        base, cut = self.base, [self.batch_size, self.share_images]
+        in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
+        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
+        return json_sha256([made_by, self.kind, cut, prompts])[:32]
 
 
 def training_features(context: TaskContext, samples: int, kind: FeatureKind = "last") -> Tensor:

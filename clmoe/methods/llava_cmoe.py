@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from clmoe.data.records import TrainRecord
     from clmoe.methods.expansion import BlockDecision
     from clmoe.model.llava import FeatureKind, LoadedBase
+    from clmoe.model.locator import PrototypeIndex
     from clmoe.model.routing import RouteSelection, RouteTrace
+    from clmoe.model.vae_bank import VaeBank
 
 LOCATOR = "locator.safetensors"
 PROTOTYPES = "prototypes.safetensors"
@@ -107,11 +109,18 @@ class LlavaCMoe(Method):
                 "options.activation=frequency needs adapter.router_top_k: a dense gate uses every expert on every "
                 "token and probes never stand out; set adapter.router_top_k=2 or options.activation=logit"
             )
+        experts = config.adapter.experts + self.options.probe_experts
+        if self.grows and experts <= (config.adapter.router_top_k or 0):
+            raise ClmoeError(
+                f"adapter.router_top_k {config.adapter.router_top_k} takes every one of the {experts} experts and "
+                "probes of a block, so that no probe stands out: lower it or start with more adapter.experts"
+            )
         if config.adapter.train_projector:
             raise ClmoeError("llava_cmoe freezes all that is older than the task: set adapter.train_projector=false")
         self._balance_weight = self.options.balance_weight
         self._decisions: dict[str, BlockDecision] = {}
         self._sources: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._scored_by: tuple[Path, VaeBank, PrototypeIndex] | None = None
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         owner = WARM_UP_OWNER if self.options.initial_experts_from == "warmup" else 0
@@ -162,7 +171,7 @@ class LlavaCMoe(Method):
 
         images = Path(options.warmup_images)
         records = load_train(Path(options.warmup_train), images)
-        return [Phase("initial", records, images, self.begin_task, lambda context: None)]
+        return [Phase("initial", records, images, self.begin_task, lambda context: None, of_task=False)]
 
     def _probe_split(self, records: Sequence[TrainRecord]) -> tuple[list[TrainRecord], list[TrainRecord]]:
         """Two disjoint parts of a share of the records: to train the probes, and to measure their activations."""
@@ -244,8 +253,8 @@ class LlavaCMoe(Method):
         """Save the plan, fit the task's VAE, and keep its class mean for comparison."""
         from clmoe.methods.expansion import choose_blocks, plan_as_json
         from clmoe.methods.features import add_class_mean, training_features
-        from clmoe.model.vae_bank import VaeBank
         from clmoe.system.files import read_json, write_json
+        from clmoe.system.processes import from_main
 
         old = context.previous
         plans = [] if old is None else read_json(old / PLAN)
@@ -253,11 +262,20 @@ class LlavaCMoe(Method):
         write_json(
             context.work / PLAN, [*plans, {"task": context.task, "blocks": plan_as_json(self._decisions, added)}]
         )
-        bank = VaeBank(self.options.locator) if old is None else VaeBank.load(old / LOCATOR, self.options.locator)
         features = training_features(context, self.options.samples, self.options.feature)
-        bank.append(features, self.config.seed + context.index)
-        bank.save(context.work / LOCATOR)
+        from_main(lambda: self._add_vae(context, features))
         add_class_mean(context, PROTOTYPES, features)
+
+    def _add_vae(self, context: TaskContext, features: Tensor) -> None:
+        """Minutes of work on a CPU and the same in every process: one of them does it, on its GPU where it has one."""
+        from clmoe.model.vae_bank import VaeBank
+        from clmoe.system.processes import device
+
+        bank = VaeBank(self.options.locator, self.options.feature)
+        if context.previous is not None:
+            bank = self._bank(context.previous)
+        bank.append(features.to(device()), self.config.seed + context.index)
+        bank.save(context.work / LOCATOR)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """Switch balance loss, summed over the blocks' routers."""
@@ -275,14 +293,19 @@ class LlavaCMoe(Method):
     def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
         """z-scores of the VAE bank, and distances to the class means, negative; ``options.decider`` comes first."""
         from clmoe.model.locator import PrototypeIndex
-        from clmoe.model.vae_bank import VaeBank
+        from clmoe.system.processes import device
 
-        found = {
-            "vae": VaeBank.load(checkpoint / LOCATOR, self.options.locator).z_scores(features),
-            "prototype": -PrototypeIndex.load(checkpoint / PROTOTYPES).scores(features),
-        }
+        if self._scored_by is None or self._scored_by[0] != checkpoint:  # questions come in many small batches
+            self._scored_by = (checkpoint, self._bank(checkpoint), PrototypeIndex.load(checkpoint / PROTOTYPES))
+        _, bank, index = self._scored_by
+        found = {"vae": bank.z_scores(features.to(device())), "prototype": -index.scores(features)}
         first = self.options.decider
         return {first: found[first], **found}
+
+    def _bank(self, checkpoint: Path) -> VaeBank:
+        from clmoe.model.vae_bank import VaeBank
+
+        return VaeBank.load(checkpoint / LOCATOR, self.options.locator, self.options.feature)
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """Each sample is served by its task's routers; initial experts of their own have one before the tasks'."""

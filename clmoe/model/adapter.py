@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.activations import SiLUActivation
 
+from clmoe.config import FFN_PROJECTIONS
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
 from clmoe.model.parameters import trainable
@@ -31,7 +32,6 @@ from clmoe.system.files import read_json
 from clmoe.system.seeds import derived_seed
 from clmoe.system.tensors import load_tensors
 
-FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTOR = "multi_modal_projector"
 
 

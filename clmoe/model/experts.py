@@ -56,6 +56,15 @@ class Experts(nn.Module):
         self.frozen_A, self.frozen_B = A.detach().clone(), B.detach().clone()
         self.A = self.B = None
 
+    def freeze_as(self, dtype: torch.dtype) -> None:
+        """As ``freeze``, in the type that the forward pass computes in: the same outputs, but no longer to be saved.
+
+        Otherwise every pass, in generation every token, joins the frozen and the newest experts and casts them again.
+        """
+        self.freeze()
+        assert self.frozen_A is not None and self.frozen_B is not None
+        self.frozen_A, self.frozen_B = self.frozen_A.to(dtype), self.frozen_B.to(dtype)
+
     def packed(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """The first ``count`` (default: all) experts as ``A [count*r, din]`` and ``B [dout, count*r]``."""
         A_parts = [part for part in (self.frozen_A, self.A) if part is not None]

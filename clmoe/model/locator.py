@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import FeatureKind, last_prompt_features
@@ -83,8 +84,7 @@ class PrototypeIndex:
         z = (features.double().cpu() - mean) / std
         centres = (self.mean - mean) / std
         if distance == "cosine":
-            similarity = torch.nn.functional.cosine_similarity(z.unsqueeze(1), centres.unsqueeze(0), dim=-1)
-            result = 1 - similarity
+            result = 1 - normalize(z, dim=1) @ normalize(centres, dim=1).t()
         else:
             result = torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist")
         if radius == "normalised":

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from clmoe.model.kernels import router_logits
-from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, current_routing
+from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, current_routing
 
 
 def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
@@ -126,7 +126,7 @@ class RouterBank(nn.Module):
             logits = self.instance[-1](x)
             gate = gate_from_logits(logits, self.top_k)
         else:
-            logits, gate = self._mixed(x, selection.router)
+            logits, gate = self._mixed(x, selection)
         weights = gate
         if selection.task is not None and selection.beta != 1:
             weights = selection.beta * gate + (1 - selection.beta) * self.task(selection.task)
@@ -134,17 +134,20 @@ class RouterBank(nn.Module):
             active.trace.recorded[self.name] = RouterOutput(logits, gate, weights)
         return weights
 
-    def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixed(self, x: Tensor, selection: RouteSelection) -> tuple[Tensor, Tensor]:
         """Route each sample with its own router; narrower gates are padded with zeros."""
         if torch.compiler.is_compiling():
-            return self._mixed_by_mask(x, index)
-        used = index.unique().tolist()
-        routers = self._routers()
+            assert selection.router is not None
+            return self._mixed_by_mask(x, selection.router)
+        routers, used = self._routers(), selection.by_router
+        if len(used) == 1:
+            (only,) = used
+            logits = routers[only](x)
+            return logits, gate_from_logits(logits, self.top_k)
         width = max(routers[i].span for i in used)
         logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
         gate = torch.zeros_like(logits)
-        for i in used:
-            rows = (index == i).nonzero().squeeze(1)
+        for i, rows in used.items():
             answer = routers[i](x[rows])
             logits[rows, ..., : answer.shape[-1]] = answer
             gate[rows, ..., : answer.shape[-1]] = gate_from_logits(answer, self.top_k)

@@ -8,9 +8,11 @@ state, so an activation checkpoint that recomputes later sees what its own forwa
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import local
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 RouterChoice = Literal["located", "oracle", "last", "random"]
@@ -29,6 +31,18 @@ class RouteSelection:
     router: Tensor | None = None
     task: Tensor | None = None
     beta: float = 1.0
+
+    @cached_property
+    def by_router(self) -> dict[int, Tensor]:
+        """The routers in use, each with the rows ``[b]`` int64 of its samples.
+
+        Read from the device once for all layers and steps: every look at it waits for what the device is doing.
+        """
+        assert self.router is not None
+        rows: dict[int, list[int]] = {}
+        for row, router in enumerate(self.router.tolist()):
+            rows.setdefault(router, []).append(row)
+        return {router: torch.tensor(rows[router], device=self.router.device) for router in sorted(rows)}
 
     def rows(self, index: Tensor) -> "RouteSelection":
         """The selection of the samples ``index [b]`` of this batch."""

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clmoe.errors import ClmoeError
+from clmoe.model.llava import FeatureKind
 from clmoe.model.vae_settings import VaeSettings
 from clmoe.system.tensors import load_tensors, save_tensors
 
 # One entry of the file's metadata: safetensors writes several in no fixed order, and equal banks must be equal files.
 SETTINGS = "settings"
+CHUNK = 256  # samples scored at a time: several [draws, samples, D] tensors are alive then
 
 
 class Gaussian(nn.Module):
@@ -78,32 +80,32 @@ class TaskVae(nn.Module):
 
 
 def fit_vae(features: Tensor, settings: VaeSettings, seed: int) -> TaskVae:
-    """Fit one task's VAE on ``features [M, D]`` float32 on the CPU; the same result for the same seed.
+    """Fit one task's VAE on ``features [M, D]`` float32, on their device; the same result there for the same seed.
 
     Warns when a task is too small or constant for a reliable primitive; the bank stays usable.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), features.device
     order = torch.randperm(len(features), generator=generator)
-    kept = max(1, round(settings.held_out * len(features)))
+    kept = max(1, round(settings.held_out * len(features))) if settings.primitive_on == "held_out" else 0
     held_out, train = features[order[:kept]], features[order[kept:]] if len(features) > kept else features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = TaskVae(features.shape[1], settings)
+        vae = TaskVae(features.shape[1], settings).to(device)
     vae.shift.copy_(train.mean(0))
     vae.scale.copy_(train.std(0, unbiased=False).clamp(min=settings.feature_floor))
     vae.noise.copy_(torch.randn(vae.noise.shape, generator=generator))
     optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
     for _ in range(settings.steps):
         batch = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
-        noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator)
+        noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator).to(device)
         log_p, kl = vae.log_p_rec(batch, noise)
         fitness = log_p if settings.objective == "log" else log_p.exp()
         loss = (settings.eta * -fitness + settings.weight_kl * kl).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    last = settings.primitive_last
-    return _with_primitive(vae, held_out if settings.primitive_on == "held_out" else train[-last:], settings)
+    instances = held_out if settings.primitive_on == "held_out" else train[-settings.primitive_last :]
+    return _with_primitive(vae, instances, settings)
 
 
 @torch.no_grad()
@@ -122,51 +124,56 @@ def _with_primitive(vae: TaskVae, instances: Tensor, settings: VaeSettings) -> T
 
 
 class VaeBank:
-    """The VAEs of all tasks, oldest first; adding one changes nothing of the others."""
+    """The VAEs of all tasks, oldest first, on features of one kind; adding one changes nothing of the others."""
 
-    def __init__(self, settings: VaeSettings, vaes: list[TaskVae] | None = None) -> None:
-        self.settings, self.vaes = settings, vaes or []
+    def __init__(self, settings: VaeSettings, kind: FeatureKind, vaes: list[TaskVae] | None = None) -> None:
+        self.settings, self.kind, self.vaes = settings, kind, vaes or []
 
     def append(self, features: Tensor, seed: int) -> None:
-        """Fit and add the next task's VAE."""
-        self.vaes.append(fit_vae(features.float().cpu(), self.settings, seed))
+        """Fit the next task's VAE on ``features [M, D]``, on their device, and add it."""
+        self.vaes.append(fit_vae(features.float(), self.settings, seed).cpu())
 
     @torch.no_grad()
     def z_scores(self, features: Tensor) -> Tensor:
-        """``[B, N]`` float64 on the CPU; a sample belongs to the task of its largest."""
-        return torch.stack([vae.z_score(features.float().cpu()) for vae in self.vaes], dim=1)
+        """``[B, N]`` float64 on the CPU, computed on the features' device; a sample's task has the largest."""
+        vaes = [vae.to(features.device) for vae in self.vaes]
+        parts = [torch.stack([vae.z_score(part) for vae in vaes], dim=1) for part in features.float().split(CHUNK)]
+        return torch.cat(parts).cpu()
 
     def save(self, path: Path) -> None:
         """Write all VAEs to one safetensors file, whose metadata holds the settings that shape their decisions."""
         tensors = {f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}
-        save_tensors(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings))})
+        save_tensors(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings, self.kind))})
 
     @classmethod
-    def load(cls, path: Path, settings: VaeSettings) -> VaeBank:
+    def load(cls, path: Path, settings: VaeSettings, kind: FeatureKind) -> VaeBank:
         """Read what ``save`` wrote.
 
         Raises:
-            ClmoeError: the bank was fitted with other widths, draws or floors than ``settings`` say.
+            ClmoeError: the bank was fitted on other features, or with other widths, draws or floors than ``settings``
+                say.
         """
         tensors = load_tensors(path)
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-        for name, value in _decisive(settings).items():
+        for name, value in _decisive(settings, kind).items():
             if stored.get(name) != value:
                 raise ClmoeError(
-                    f"{path}: was fitted with options.locator.{name}={stored.get(name)}, not {value}: "
+                    f"{path}: was fitted with options.{name}={stored.get(name)}, not {value}: "
                     "it cannot change within a sequence"
                 )
         count = len({key.split(".", 2)[1] for key in tensors})
         vaes = []
         for i in range(count):
             state = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"vae.{i}.")}
-            vae = TaskVae(len(state["shift"]), settings)
-            vae.load_state_dict(state)
+            with torch.device("meta"):  # its first weights would be drawn for nothing
+                vae = TaskVae(len(state["shift"]), settings)
+            vae.load_state_dict(state, assign=True)
             vaes.append(vae.requires_grad_(False).eval())
-        return cls(settings, vaes)
+        return cls(settings, kind, vaes)
 
 
-def _decisive(settings: VaeSettings) -> dict[str, float]:
-    """What a fitted VAE's answers depend on besides its tensors."""
-    return {name: getattr(settings, name) for name in ("latent", "hidden", "draws", "sigma_floor")}
+def _decisive(settings: VaeSettings, kind: FeatureKind) -> dict[str, float | str]:
+    """What a fitted VAE's answers depend on besides its tensors, by the option's name."""
+    names = ("latent", "hidden", "draws", "sigma_floor")
+    return {"feature": kind, **{f"locator.{name}": getattr(settings, name) for name in names}}

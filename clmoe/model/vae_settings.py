@@ -15,8 +15,9 @@ class VaeSettings:
         draws: latent draws per reconstruction probability.
         steps, batch_size, learning_rate: of the fit.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
-        held_out: share of the features kept for the primitive.
-        primitive_on, primitive_last: the primitive's instances: ``held_out`` or the last ``primitive_last`` trained on.
+        held_out: share of the features kept for the primitive, where it is computed on such.
+        primitive_on, primitive_last: the primitive's instances: ``held_out``, or ``primitive_last`` of those trained
+            on, which are then all.
         objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
         feature_floor, sigma_floor, primitive_floor: smallest standard deviations, of a feature, of the decoder and
             latent, and of the primitive.

@@ -344,7 +344,7 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     union = request.task == UNION
     steps = None if training.steps is None else training.steps * (len(request.order) if union else 1)
     # the union's records hold a task's passes already
-    epochs = training.epochs * (1 if union else request.benchmark.task(request.task).passes)
+    epochs = training.epochs * (request.benchmark.task(request.task).passes if phase.of_task and not union else 1)
     return total_steps(len(phase.records), training.batch_size, epochs, steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def test_passes_multiply_the_epochs_of_a_task_and_its_share_of_the_union(tmp_pat
             records, root = load_records(request)
             phase = Phase("trained", records, root, lambda context: None, lambda context: None)
             steps[name] = _phase_steps(request, phase)
+            if name == "Med":
+                assert _phase_steps(request, replace(phase, of_task=False)) == 2, "of a warm-up before it"
     assert steps == {"RS": 2, "Med": 6, "Sci": 4, "all": 2 + 6 + 2 + 4 + 2}
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from clmoe.data.batches import prompt_dataset
-from clmoe.data.records import Question
+from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import LoadedCheckpoint, open_answerer
 from clmoe.evaluate.evaluation import Checkpoint
@@ -131,10 +131,32 @@ def test_bank_scores_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Pa
     bank = VaeBank.load(
         loaded.answerer.checkpoint / "locator.safetensors",  # type: ignore[operator]
         loaded.answerer.method.options.locator,
+        "last",
     )
     z = bank.z_scores(feature)[0].tolist()
     assert explained.scores["vae"] == pytest.approx(dict(zip(TASKS, z, strict=False)), rel=1e-5)
     assert explained.task == TASKS[int(np.argmax(z))]
+
+
+@pytest.mark.parametrize("method", ["clmoe", "llava_cmoe"])
+def test_many_questions_are_scored_in_pieces(
+    method: str, runs: Runs, tiny_base: LoadedBase, mini_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mini_yaml.parent / "count"
+    questions = load_questions(folder / "test.json", folder / "images")
+    answerer = opened(runs, tiny_base, method).answerer
+    whole = answerer.task_scores(questions, folder / "images")
+    seen: list[int] = []
+    real = type(answerer.method).task_scores
+    monkeypatch.setattr(
+        type(answerer.method), "task_scores", lambda self, c, some: seen.append(len(some)) or real(self, c, some)
+    )
+    monkeypatch.setattr("clmoe.evaluate.generate.SCORED_AT_ONCE", 5)
+    pieces = answerer.task_scores(questions, folder / "images")
+    assert seen == [5, 5, 2]
+    assert list(pieces) == list(whole)
+    for name, scores in whole.items():
+        torch.testing.assert_close(pieces[name], scores, rtol=1e-6, atol=1e-5)
 
 
 def test_routers_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:

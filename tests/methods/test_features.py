@@ -1,5 +1,6 @@
 """The feature store: the same features as without it, computed once, and never another prompt's."""
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_a_second_call_reads_the_file(model, tiny_base, asked, tmp_path, monkeyp
     assert len(list((tmp_path / "store").iterdir())) == 1, "no partial file stays"
 
 
-def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     questions, images = asked
     store = FeatureStore(tiny_base, "last", 5, tmp_path / "store")
     keys = [store._key(questions, images)]
@@ -81,6 +82,14 @@ def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, 
     keys.append(
         dataclasses.replace(store, base=dataclasses.replace(tiny_base, fingerprint="other"))._key(questions, images)
     )
+    other = copy.deepcopy(tiny_base.image_processor)
+    other.image_mean = [0.5, 0.4, 0.3]
+    keys.append(
+        dataclasses.replace(store, base=dataclasses.replace(tiny_base, image_processor=other))._key(questions, images)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_base.model, "is_loaded_in_4bit", True, raising=False)
+        keys.append(store._key(questions, images))
     keys.append(store._key(questions[::-1], images))
     keys.append(store._key([dataclasses.replace(questions[0], text="What?"), *questions[1:]], images))
     keys.append(store._key([dataclasses.replace(questions[0], image=None), *questions[1:]], images))

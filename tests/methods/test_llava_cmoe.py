@@ -570,6 +570,7 @@ def test_killed_after_the_warm_up_a_rerun_ends_in_the_same_bytes(
         (["adapter.experts=1", "adapter.router_top_k=null"], "adapter.router_top_k must be at least 2"),
         (["adapter.router_scope=per_linear"], "set adapter.router_scope=per_block"),
         (["adapter.train_projector=true"], "set adapter.train_projector=false"),
+        (["adapter.experts=1"], "adapter.router_top_k 2 takes every one of the 2 experts and probes"),
         (["adapter.router_top_k=null"], "activation=frequency needs adapter.router_top_k"),
         (["options.probe_experts=0"], "probe_experts"),
         (["options.probe_epochs=0"], "probe_epochs"),

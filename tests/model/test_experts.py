@@ -104,6 +104,19 @@ def test_freezing_keeps_every_bit_through_optimizer_steps() -> None:
     assert all(not torch.equal(p, old) for p, old in zip(experts.parameters(), new, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_kept_in_the_type_of_the_base_give_the_same_bits(dtype: torch.dtype) -> None:
+    experts = grown([2, 1]).float()
+    linear = nn.Linear(DIN, DOUT, bias=False).to(dtype).requires_grad_(False)
+    x, gate, _ = inputs(3)
+    before = experts.around(linear, x.to(dtype), gate.float()).detach()
+    experts.freeze_as(dtype)
+    assert experts.count == 3 and not list(experts.parameters())
+    assert {value.dtype for value in experts.state_dict().values()} == {dtype}
+    after = experts.around(linear, x.to(dtype), gate.float())
+    assert after.dtype == dtype and torch.equal(after, before)
+
+
 def test_frozen_experts_are_saved_and_do_not_alias_what_they_came_from() -> None:
     experts = grown([2])
     parameter = experts.A

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from clmoe.errors import ClmoeError
-from clmoe.model.vae_bank import TaskVae, VaeBank, fit_vae
+from clmoe.model.vae_bank import CHUNK, TaskVae, VaeBank, fit_vae
 from clmoe.model.vae_settings import VaeSettings
 from tests.runs import same_bits
 
@@ -44,7 +44,7 @@ def fresh(width: int, settings: VaeSettings = SMALL, seed: int = 0) -> TaskVae:
 @pytest.fixture(scope="module")
 def bank() -> VaeBank:
     """Three fitted tasks; never change it."""
-    made = VaeBank(SMALL)
+    made = VaeBank(SMALL, "last")
     for task in range(3):
         made.append(cluster(task, 300), seed=task)
     return made
@@ -139,12 +139,12 @@ def test_z_scores_of_own_features_are_standard(bank: VaeBank) -> None:
 
 
 def test_a_tie_goes_to_the_older_task(bank: VaeBank) -> None:
-    twice = VaeBank(SMALL, [bank.vaes[0], bank.vaes[0]])
+    twice = VaeBank(SMALL, "last", [bank.vaes[0], bank.vaes[0]])
     assert not twice.z_scores(cluster(0, 20)).argmax(1).any()
 
 
 def test_adding_a_task_changes_nothing_of_the_others(bank: VaeBank) -> None:
-    grown = VaeBank(SMALL, list(bank.vaes[:2]))
+    grown = VaeBank(SMALL, "last", list(bank.vaes[:2]))
     features = torch.cat([cluster(task, 20, seed=3) for task in range(4)])
     before = grown.z_scores(features)
     states = [{name: value.clone() for name, value in vae.state_dict().items()} for vae in grown.vaes]
@@ -157,7 +157,7 @@ def test_adding_a_task_changes_nothing_of_the_others(bank: VaeBank) -> None:
 
 def test_a_saved_bank_decides_the_same_bit_for_bit(bank: VaeBank, tmp_path: Path) -> None:
     bank.save(tmp_path / "bank.safetensors")
-    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL)
+    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL, "last")
     assert len(loaded.vaes) == 3
     features = torch.cat([cluster(task, 20, seed=4) for task in range(3)])
     assert same_bits(loaded.z_scores(features), bank.z_scores(features))
@@ -170,10 +170,10 @@ def test_a_saved_bank_decides_the_same_bit_for_bit(bank: VaeBank, tmp_path: Path
 
 def test_eleven_tasks_load_in_order(tmp_path: Path) -> None:
     """Names sort as 0, 1, 10, 2: the order must be the numbers'."""
-    many = VaeBank(SMALL, [fresh(6, seed=task) for task in range(11)])
+    many = VaeBank(SMALL, "last", [fresh(6, seed=task) for task in range(11)])
     many.save(tmp_path / "bank.safetensors")
     features = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
-    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL)
+    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL, "last")
     assert same_bits(loaded.z_scores(features), many.z_scores(features))
 
 
@@ -196,7 +196,7 @@ def test_degenerate_tasks_leave_a_usable_bank(kind: str) -> None:
         features = features[:1].repeat(count, 1)
     if kind == "one_constant_dimension":
         features[:, 0] = 5.0
-    bank = VaeBank(SMALL)
+    bank = VaeBank(SMALL, "last")
     bank.append(cluster(0, 200), seed=0)
     if kind == "one_constant_dimension":
         bank.append(features, seed=1)
@@ -230,6 +230,7 @@ def test_primitive_on_held_out_or_on_the_last_training_instances() -> None:
     primitive_of(VaeSettings(**base, held_out=0.25), order[:30], features)  # type: ignore[arg-type]
     last = VaeSettings(**base, held_out=0.25, primitive_on="train_last", primitive_last=40)  # type: ignore[arg-type]
     primitive_of(last, order[-40:], features)
+    np.testing.assert_allclose(fit_vae(features, last, seed=7).shift.numpy(), features.numpy().mean(0), rtol=1e-5)
 
 
 def test_held_out_instances_are_not_trained_on() -> None:
@@ -267,7 +268,25 @@ def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
 def test_a_bank_of_other_widths_is_refused(bank: VaeBank, tmp_path: Path) -> None:
     bank.save(tmp_path / "bank.safetensors")
     with pytest.raises(ClmoeError, match=r"options\.locator"):
-        VaeBank.load(tmp_path / "bank.safetensors", SHORT)
+        VaeBank.load(tmp_path / "bank.safetensors", SHORT, "last")
+
+
+def test_a_bank_of_other_features_is_refused(bank: VaeBank, tmp_path: Path) -> None:
+    """Both kinds are equally wide, so nothing else would notice."""
+    bank.save(tmp_path / "bank.safetensors")
+    with pytest.raises(ClmoeError, match=r"was fitted with options\.feature=last, not pooled"):
+        VaeBank.load(tmp_path / "bank.safetensors", SMALL, "pooled")
+
+
+def test_many_samples_are_scored_in_pieces(bank: VaeBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = TaskVae.z_score
+    monkeypatch.setattr(TaskVae, "z_score", lambda self, part: seen.append(len(part)) or real(self, part))
+    features = torch.cat([cluster(task, CHUNK // 2, seed=9) for task in range(3)])
+    scores = bank.z_scores(features)
+    assert seen == 3 * [CHUNK] + 3 * [CHUNK // 2]
+    rows = torch.tensor([0, CHUNK - 1, CHUNK, len(features) - 1])
+    torch.testing.assert_close(scores[rows], bank.z_scores(features[rows]), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"draws": 0}, {"sigma_floor": 0.0}, {"primitive_last": 0}])
