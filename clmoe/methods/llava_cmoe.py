@@ -313,7 +313,7 @@ class LlavaCMoe(Method):
         from clmoe.model.routing import NEWEST_ROUTER, RouteSelection
 
         owners = expert_config(model).router_owners
-        if self.options.extend == "none":
+        if len(owners) == 1:  # nothing was ever extended
             return NEWEST_ROUTER
         return RouteSelection(router=tasks.to(model.device) + int(owners[0] == WARM_UP_OWNER))
 
