@@ -150,7 +150,7 @@ class EvaluationConfig:
         margin: see ``exact``. Logits of bfloat16 lie up to 0.125 apart (between 16 and 32), so that this one finds
             equal ones only; a wider margin answers more questions twice.
         share_images: questions of one image and router read its tokens once.
-        limit: first questions of each test file used in rows before the last task; None uses all.
+        limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
     """
 
     batch_size: int = 64

@@ -9,8 +9,8 @@ source "$(dirname "$0")/common.sh"
 setup ""
 export STEPS=${STEPS:-150} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
 JOBS=${JOBS:-$(nproc)}
-echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), the first $LIMIT test questions in all rows" \
-  "but the last; $JOBS methods at a time"
+echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), a sample of $LIMIT test questions in all" \
+  "rows but the last; $JOBS methods at a time"
 clmoe data prepare playground-coin
 # One thread each: two small models side by side are faster than one on two threads. Their bars would overlap.
 export OMP_NUM_THREADS=1 CLMOE_PROGRESS=0

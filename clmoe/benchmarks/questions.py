@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from clmoe.benchmarks.gold import READERS
+from clmoe.data.permutation import epoch_permutation
 from clmoe.data.records import load_questions
 
 if TYPE_CHECKING:
@@ -30,3 +31,12 @@ def complete(task: Task, questions: Sequence[Question]) -> list[Question]:
     return (
         [replace(question, text=question.text + task.suffix) for question in questions] if task.suffix else [*questions]
     )
+
+
+def sampled(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """``limit`` of the questions, in their order; all of them with None.
+
+    Which ones is a pure function of the number of questions: every stage of every run asks the same, and a smaller
+    sample is part of a larger one. They are drawn from the whole file, because files are ordered by kind or difficulty.
+    """
+    return [questions[row] for row in sorted(epoch_permutation(0, 0, len(questions))[:limit].tolist())]

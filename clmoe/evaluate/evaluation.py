@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmoe.benchmarks.base import Benchmark
-from clmoe.benchmarks.questions import task_questions
+from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
@@ -53,7 +53,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Request:
-    """One cell to fill: a task under a router choice, in a scoring mode, on its first ``limit`` questions."""
+    """One cell to fill: a task under a router choice, in a scoring mode, on ``limit`` of its questions."""
 
     task: str
     router: RouterChoice
@@ -108,7 +108,7 @@ def evaluate(
             continue
         task = benchmark.task(request.task)
         check_scorer(task.scorer)
-        questions = task_questions(task)[: request.limit]
+        questions = sampled(task_questions(task), request.limit)
         if not begun:  # not before the first questions proved readable
             log.write("started", after=checkpoint.after, **provenance())
             begun = True

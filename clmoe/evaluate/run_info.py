@@ -26,6 +26,7 @@ def write_run_info(
             "order": order,
             "seed": config.seed,
             "scoring": scoring,
+            "limit": None if done is None else config.evaluation.limit,
             "trainable_parameters": 0 if lineage is None else lineage.trainable_parameters,
             "adapter_parameters": 0 if lineage is None else lineage.adapter_parameters,
             "projector_trained": lineage is not None and config.adapter.train_projector,

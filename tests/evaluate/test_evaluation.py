@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
@@ -143,10 +144,13 @@ def test_a_cell_is_redone_when_checkpoint_or_settings_change(
     assert json.loads(summary_path(tmp_path, TASKS[1], same.stem()).read_text())["score"] == 50.0
 
 
-def test_the_limit_takes_the_first_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
     stub = Answers(right=1)
     evaluate(tmp_path, mini, checkpoint, requests("colour", limit=4), stub)  # type: ignore[arg-type]
     assert stub.asked == [("colour", "located", 0, 4)]
+    rows = (tmp_path / "predictions" / TASKS[1] / "colour.jsonl").read_text().splitlines()
+    asked = [json.loads(row)["question_id"] for row in rows]
+    assert asked == [q.question_id for q in sampled(task_questions(mini.task("colour")), 4)]
     assert write_tables(tmp_path, ORDER)["last"] is None
     assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,25.0,,\n"
 
