@@ -141,17 +141,18 @@ def _fill(
     base: LoadedBase | None,
 ) -> None:
     """Evaluate what is missing and rebuild the run's tables."""
-    from clmoe.evaluate.evaluation import evaluate, settled, write_tables
+    from clmoe.evaluate.evaluation import evaluate, unanswered, write_tables
     from clmoe.system.logging import Stage, write_timing
 
-    if not from_main(lambda: all(settled(run, checkpoint, request) for request in requests)):
+    missing = from_main(lambda: unanswered(run, benchmark, checkpoint, requests))
+    if missing:
         from clmoe.evaluate.answer import open_answerer
         from clmoe.methods.features import feature_folder
 
         answerer = open_answerer(checkpoint, base, feature_folder(run))
         last = checkpoint.after
         stage = Stage(order.index(last), len(order)) if last in order else None
-        evaluate(run, benchmark, checkpoint, requests, answerer, stage)
+        evaluate(run, benchmark, checkpoint, missing, answerer, stage)
     from_main(lambda: write_tables(run, order, router))
     from_main(lambda: write_timing(run))
 

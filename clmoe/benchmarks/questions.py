@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from clmoe.data.records import Question
 
 
-def task_questions(task: Task) -> list[Question]:
+def task_questions(task: Task, *, images: bool = True) -> list[Question]:
     """Read and validate the task's test file and gold files, and add the task's suffix to the questions.
+
+    Args:
+        images: False where only the rows matter: images need not exist.
 
     Raises:
         ClmoeError: naming file and row, or gold file and id.
     """
-    return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None))
+    return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
 
 
 def complete(task: Task, questions: Sequence[Question]) -> list[Question]:

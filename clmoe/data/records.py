@@ -126,24 +126,25 @@ def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) ->
     return _each_row(path, record, failed)
 
 
-def load_questions(path: Path, image_root: Path, *, answered: bool = True) -> list[Question]:
+def load_questions(path: Path, image_root: Path, *, answered: bool = True, images: bool = True) -> list[Question]:
     """Read and validate a question file, its images included (they must exist; they are not decoded).
 
     A list of strings in ``answer`` (several accepted answers) is moved to ``extra["answers"]``.
 
     Args:
         answered: every row must hold one of GOLD_FIELDS; False where the expected answers lie in another file.
+        images: False where only the rows matter: images need not exist.
 
     Raises ClmoeError at the first bad row; a repeated question id is one.
     """
-    return list(iterate_questions(path, image_root, answered=answered))
+    return list(iterate_questions(path, image_root, answered=answered, images=images))
 
 
 def iterate_questions(
-    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True
+    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
 ) -> Iterator[Question]:
     """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are told to it and left out."""
-    images = _Images(image_root)
+    checked_images = _Images(image_root, images)
     first_row: dict[str, int] = {}
 
     def question(row: _Row) -> Question:
@@ -151,7 +152,7 @@ def iterate_questions(
         if question_id in first_row:
             row.fail("question_id", f"already used by row {first_row[question_id]}; ids must be unique")
         first_row[question_id] = row.index
-        image = images.checked(row)
+        image = checked_images.checked(row)
         text = _question_text(row, "text", row.text("text", row.data.get("text")), image)
         answer, extra = _gold(row, answered)
         return Question(question_id, image, text, answer, extra)
@@ -207,10 +208,10 @@ class _Row:
 
 
 class _Images:
-    """Checks that image paths stay under one root and exist; each distinct path is looked up once."""
+    """Checks that image paths stay under one root and, with ``look``, exist; each distinct path is looked up once."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path, look: bool = True) -> None:
+        self.root, self.look = Path(root), look
         self._known: set[str] = set()
 
     def checked(self, row: _Row) -> str | None:
@@ -224,7 +225,7 @@ class _Images:
             row.fail("image", f"{raw!r} is absolute; write it relative to the image root {self.root}")
         if image == ".." or image.startswith("../"):
             row.fail("image", f"{raw!r} leaves the image root {self.root}")
-        if image not in self._known:
+        if self.look and image not in self._known:
             if not self.root.is_dir():
                 row.fail("image", f"the image root {self.root} is not a folder; unpack the images there")
             if not (self.root / image).is_file():

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import Config
 from clmoe.data.records import Question
@@ -19,7 +19,7 @@ from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_cs
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.scoring import check_scorer, score_answers
-from clmoe.system.files import csv_text, read_json, write_json, write_text
+from clmoe.system.files import csv_text, json_sha256, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
 from clmoe.system.provenance import provenance
@@ -74,20 +74,55 @@ def summary_path(run: Path, after: str, stem: str) -> Path:
     return run / "predictions" / after / f"{stem}.json"
 
 
-def is_done(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
-    """The cell was filled from this very checkpoint with these settings."""
+@dataclass(frozen=True)
+class _Cell:
+    """A cell as it is asked for.
+
+    Attributes:
+        path: its summary; the answers lie beside it.
+        answering, scoring: all that decides the answers, and their scores. Both are kept in the summary.
+        partial: where the answers lie until it is complete.
+    """
+
+    path: Path
+    task: Task
+    questions: list[Question]
+    answering: dict[str, Any]
+    scoring: dict[str, Any]
+    partial: PartialAnswers
+
+    @property
+    def answers_path(self) -> Path:
+        return self.path.with_suffix(".jsonl")
+
+
+def _open_cell(
+    run: Path, benchmark: Benchmark, checkpoint: Checkpoint, request: Request, *, images: bool = True
+) -> _Cell:
+    """Read the questions; ``images`` as for ``task_questions``."""
+    task = benchmark.task(request.task)
+    questions = sampled(task_questions(task, images=images), request.limit)
     path = summary_path(run, checkpoint.after, request.stem())
-    if not path.is_file():
-        return False
-    return json.loads(path.read_text(encoding="utf-8"))["settings"] == _settings(checkpoint, request)
-
-
-def _settings(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
+    answering = _answer_settings(checkpoint, task, questions)
     evaluation = checkpoint.config.evaluation
+    cut = [evaluation.batch_size, evaluation.share_images]  # others would cut other batches
+    scoring = {
+        "scoring": request.scoring,
+        "scorer": task.scorer,
+        "gold": json_sha256([[question.answer, question.extra] for question in questions]),
+    }
+    partial = PartialAnswers.of(path, [answering, cut])
+    return _Cell(path, task, questions, answering, scoring, partial)
+
+
+def _answer_settings(checkpoint: Checkpoint, task: Task, questions: list[Question]) -> dict[str, Any]:
+    model, evaluation = checkpoint.config.model, checkpoint.config.evaluation
     return {
         "checkpoint": checkpoint.identity,
-        "scoring": request.scoring,
-        "limit": request.limit,
+        "questions": json_sha256([[question.question_id, question.image, question.text] for question in questions]),
+        "max_new_tokens": task.max_new_tokens,
+        "dtype": model.dtype,
+        "load_in_4bit": model.load_in_4bit,
         "exact": evaluation.exact,
         # exact answers do not depend on the batches, others not on the margin
         "margin": evaluation.margin if evaluation.exact else None,
@@ -97,18 +132,56 @@ def _settings(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
     }
 
 
+def unanswered(run: Path, benchmark: Benchmark, checkpoint: Checkpoint, requests: list[Request]) -> list[Request]:
+    """The cells that only a model can fill, in order; images are not looked at.
+
+    A cell whose answers are there, but were scored otherwise or by other gold answers, is scored again from them. What
+    a crash left beside a complete cell is removed.
+    """
+    return [request for request in requests if not _settled(run, benchmark, checkpoint, request)]
+
+
+def _settled(run: Path, benchmark: Benchmark, checkpoint: Checkpoint, request: Request) -> bool:
+    """The cell is filled, from this very checkpoint and with these settings."""
+    path = summary_path(run, checkpoint.after, request.stem())
+    if not path.is_file():
+        return False
+    summary = read_json(path)
+    settings = summary.pop("settings").items()
+    cell = _open_cell(run, benchmark, checkpoint, request, images=False)
+    if not cell.answering.items() <= settings:
+        return False
+    if not cell.scoring.items() <= settings:
+        rows = _kept_rows(cell)
+        if rows is None:
+            return False
+        _write_scored(cell, rows, summary)
+    cell.partial.remove()
+    return True
+
+
+def _kept_rows(cell: _Cell) -> list[dict[str, Any]] | None:
+    """A complete cell's answers; None where the file is gone or was changed, so that they must be made again."""
+    if not cell.answers_path.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in cell.answers_path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except ValueError:
+        return None
+    aligned = [row.get("question_id") for row in rows] == [question.question_id for question in cell.questions]
+    return rows if aligned else None
+
+
 def evaluate(
     run: Path, benchmark: Benchmark, checkpoint: Checkpoint, requests: list[Request], answerer: Answerer,
     stage: Stage | None = None,
 ) -> None:  # fmt: skip
-    """Fill the cells that are not filled yet. Called by every process; the main one writes."""
+    """Fill these cells. Called by every process; the main one writes."""
     log, begun = EventLog(run / "events.jsonl"), False
     for request in requests:
-        if from_main(partial(settled, run, checkpoint, request)):
-            continue
-        task = benchmark.task(request.task)
+        cell = _open_cell(run, benchmark, checkpoint, request)
+        task = cell.task
         check_scorer(task.scorer)
-        questions = sampled(task_questions(task), request.limit)
         if not begun:  # not before the first questions proved readable
             log.write("started", after=checkpoint.after, **provenance())
             begun = True
@@ -118,78 +191,59 @@ def evaluate(
         places = {"data": str(benchmark.root), "images": os.path.relpath(task.image_root, benchmark.root)}
         with (
             timed(log, "evaluated", after=checkpoint.after, task=request.stem(), **places) as extra,
-            Progress(title, len(questions), read_events(log.path), stage) as progress,
+            Progress(title, len(cell.questions), read_events(log.path), stage) as progress,
         ):
             answers = answerer.answer(
-                questions,
+                cell.questions,
                 task.image_root,
                 task.max_new_tokens,
                 request.router,
                 index,
                 progress.advance_rows,
-                _partial(run, checkpoint, request),
+                cell.partial,
             )
-            extra["score"] = from_main(partial(_write_cell, run, checkpoint, request, task.scorer, questions, answers))
+            extra["score"] = from_main(partial(_write_cell, cell, checkpoint.learned, answers))
 
 
-def _partial(run: Path, checkpoint: Checkpoint, request: Request) -> PartialAnswers:
-    """Where the cell's answers lie until it is complete."""
-    evaluation = checkpoint.config.evaluation
-    cut = [evaluation.batch_size, evaluation.share_images]  # others would cut other batches
-    path = summary_path(run, checkpoint.after, request.stem())
-    return PartialAnswers.of(path, [_settings(checkpoint, request), cut])
-
-
-def settled(run: Path, checkpoint: Checkpoint, request: Request) -> bool:
-    """As ``is_done``; removes what a crash left beside a complete cell."""
-    done = is_done(run, checkpoint, request)
-    if done:
-        _partial(run, checkpoint, request).remove()
-    return done
-
-
-def _write_cell(
-    run: Path,
-    checkpoint: Checkpoint,
-    request: Request,
-    scorer: str,
-    questions: list[Question],
-    answers: list[Answer],
-) -> float:
-    """Write the predictions, then the summary that makes them count. Returns the score in percent."""
-    path = summary_path(run, checkpoint.after, request.stem())
-    scored = score_answers(scorer, [a.text for a in answers], questions, request.scoring)  # type: ignore[arg-type]
+def _write_cell(cell: _Cell, learned: list[str], answers: list[Answer]) -> float:
+    """Write the answers and what was seen on the way. Returns the score in percent."""
+    if len(answers) != len(cell.questions):
+        raise ClmoeError(f"{len(answers)} answers for {len(cell.questions)} questions: an answer was lost")
     rows = [
         {
             "question_id": q.question_id,
             "image": q.image,
             "prompt": q.text,
             "text": a.text,
-            "answer": shown_answer(q),
-            "score": s,
-            "task": None if a.task is None else checkpoint.learned[a.task],
+            "task": None if a.task is None else learned[a.task],
             "redone": a.redone,
         }
-        for q, a, s in zip(questions, answers, scored.rows, strict=True)
+        for q, a in zip(cell.questions, answers, strict=True)
     ]
-    lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-    write_text(path.with_suffix(".jsonl"), lines)
-    percent = 100 * scored.score
-    located = [row["task"] == request.task for row in rows if row["task"] is not None]
-    deciders = {
-        name: Counter(checkpoint.learned[a.deciders[name]] for a in answers) for name in sorted(answers[0].deciders)
-    }
+    located = [row["task"] == cell.task.name for row in rows if row["task"] is not None]
     summary = {
-        "score": percent,
-        "parts": dict(scored.parts),
         "questions": len(rows),
         "redone": sum(a.redone for a in answers),
         "located": 100 * sum(located) / len(located) if located else None,
-        "deciders": deciders,
-        "settings": _settings(checkpoint, request),
+        "deciders": {name: Counter(learned[a.deciders[name]] for a in answers) for name in sorted(answers[0].deciders)},
     }
-    write_json(path, summary)
-    _partial(run, checkpoint, request).remove()
+    percent = _write_scored(cell, rows, summary)
+    cell.partial.remove()
+    return percent
+
+
+def _write_scored(cell: _Cell, rows: list[dict[str, Any]], summary: dict[str, Any]) -> float:
+    """Score the answers; write them, then the summary that makes them count. Returns the score in percent."""
+    scored = score_answers(cell.task.scorer, [row["text"] for row in rows], cell.questions, cell.scoring["scoring"])
+    rows = [
+        {**row, "answer": shown_answer(question), "score": score}
+        for row, question, score in zip(rows, cell.questions, scored.rows, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    write_text(cell.answers_path, lines)
+    percent = 100 * scored.score
+    settings = {**cell.answering, **cell.scoring}
+    write_json(cell.path, {**summary, "score": percent, "parts": dict(scored.parts), "settings": settings})
     return percent
 
 

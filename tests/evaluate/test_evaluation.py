@@ -13,10 +13,10 @@ from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, is_done, summary_path, write_tables
+from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, summary_path, unanswered, write_tables
 from clmoe.evaluate.generate import Answer
 from clmoe.evaluate.partial import PartialAnswers
-from tests.runs import Runs, events
+from tests.runs import Runs, contents, events
 from tests.support import TASKS
 
 ORDER = list(TASKS)
@@ -112,36 +112,91 @@ def test_the_matrix_is_the_default_routers_or_the_only_ones(
 
 def test_filled_cells_are_skipped(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
     evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers())  # type: ignore[arg-type]
-    stub = Answers()
-    evaluate(tmp_path, mini, checkpoint, requests("colour", "count"), stub)  # type: ignore[arg-type]
-    assert [asked[0] for asked in stub.asked] == ["count"]
+    asked = requests("colour", "count")
+    assert unanswered(tmp_path, mini, checkpoint, asked) == asked[1:]
 
 
-def test_a_cell_is_redone_when_checkpoint_or_settings_change(
+def changed_file(mini: Benchmark, folder: Path, fields: dict[str, Any]) -> Benchmark:
+    """The benchmark with a test file of ``colour`` in which one row differs, and whose images are nowhere."""
+    rows = json.loads(mini.task("colour").test.read_text())
+    rows[5].update(fields)
+    (folder / "changed.json").write_text(json.dumps(rows))
+    return changed_task(mini, test=folder / "changed.json", image_root=folder / "nowhere")
+
+
+def changed_task(mini: Benchmark, **fields: Any) -> Benchmark:
+    """The benchmark with other fields of task ``colour``."""
+    tasks = [dataclasses.replace(t, **fields) if t.name == "colour" else t for t in mini.tasks]
+    return dataclasses.replace(mini, tasks=tuple(tasks))
+
+
+def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes(
     tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
 ) -> None:
-    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers())  # type: ignore[arg-type]
-    (same,) = requests("colour")
-    assert is_done(tmp_path, checkpoint, same)
+    asked = requests("colour")
+    evaluate(tmp_path, mini, checkpoint, asked, Answers())  # type: ignore[arg-type]
     config = checkpoint.config
     inexact = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, exact=False))
     beta = dataclasses.replace(config, options={**config.options, "beta": 1.0})
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, load_in_4bit=True))
     for other in (
         dataclasses.replace(checkpoint, identity="other"),
-        dataclasses.replace(checkpoint, config=inexact),
-        dataclasses.replace(checkpoint, config=beta),
+        *(dataclasses.replace(checkpoint, config=changed) for changed in (inexact, beta, half, small)),
     ):
-        assert not is_done(tmp_path, other, same)
-    for change in ({"scoring": "official"}, {"limit": 4}):
-        assert not is_done(tmp_path, checkpoint, requests("colour", **change)[0])
+        assert unanswered(tmp_path, mini, other, asked) == asked
+    for fields in ({"suffix": " Answer in one word."}, {"max_new_tokens": 99}):
+        assert unanswered(tmp_path, changed_task(mini, **fields), checkpoint, asked) == asked
+    for fields in ({"text": "What colour?"}, {"image": "0.png"}, {"question_id": "new"}):
+        other_file = changed_file(mini, tmp_path, fields)
+        assert unanswered(tmp_path, other_file, checkpoint, asked) == asked
+    fewer = requests("colour", limit=4)
+    assert unanswered(tmp_path, mini, checkpoint, fewer) == fewer
     relabelled = dataclasses.replace(checkpoint, config=dataclasses.replace(config, label="a nicer name"))
-    assert is_done(tmp_path, relabelled, same), "a label decides nothing"
+    assert unanswered(tmp_path, mini, relabelled, asked) == [], "a label decides nothing"
+    same = changed_file(mini, tmp_path, {})
+    assert unanswered(tmp_path, same, checkpoint, asked) == [], "the same questions elsewhere, without their images"
 
     stub = Answers(right=6)
-    changed = dataclasses.replace(checkpoint, identity="other")
-    evaluate(tmp_path, mini, changed, requests("colour"), stub)  # type: ignore[arg-type]
+    again = dataclasses.replace(checkpoint, identity="other")
+    evaluate(tmp_path, mini, again, asked, stub)  # type: ignore[arg-type]
     assert len(stub.asked) == 1
-    assert json.loads(summary_path(tmp_path, TASKS[1], same.stem()).read_text())["score"] == 50.0
+    assert cell(tmp_path)["score"] == 50.0
+
+
+def cell(run: Path) -> dict[str, Any]:
+    """The summary of task ``colour``."""
+    return dict(json.loads(summary_path(run, TASKS[1], "colour").read_text()))
+
+
+def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    run, fixed = tmp_path / "run", requests("colour")
+    evaluate(run, mini, checkpoint, fixed, Answers(right=3))  # type: ignore[arg-type]
+    before = contents(run)
+    words = changed_task(mini, scorer="short_answer")
+    corrected = changed_file(words, tmp_path, {"answer": "?"})  # what the stub said to this one
+    for benchmark, asked, settings, right in (
+        (mini, requests("colour", scoring="official"), ("official", "option_letter"), 3),
+        (words, fixed, ("fixed", "short_answer"), 3),
+        (corrected, fixed, ("fixed", "short_answer"), 4),
+    ):
+        assert unanswered(run, benchmark, checkpoint, asked) == []
+        summary = cell(run)
+        assert (summary["settings"]["scoring"], summary["settings"]["scorer"]) == settings
+        assert summary["score"] == pytest.approx(100 * right / 12)
+    assert unanswered(run, mini, checkpoint, fixed) == []
+    assert contents(run) == before, "scored as before, the same bytes"
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.partition("\n")[2], lambda text: text[5:]])
+def test_answers_that_are_not_those_of_the_questions_are_made_again(
+    damage: Callable[[str], str], tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers())  # type: ignore[arg-type]
+    path = summary_path(tmp_path, TASKS[1], "colour").with_suffix(".jsonl")
+    path.write_text(damage(path.read_text()))
+    official = requests("colour", scoring="official")
+    assert unanswered(tmp_path, mini, checkpoint, official) == official
 
 
 def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
@@ -250,5 +305,7 @@ def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkey
     monkeypatch.setattr(answer, "open_answerer", refuse)
     runs.evaluate(checkpoint, tmp_path)
     assert (tmp_path / "matrix.csv").read_text() == before
+    runs.evaluate(checkpoint, tmp_path, scoring="official")
+    assert json.loads((tmp_path / "run.json").read_text())["scoring"] == "official"
     with pytest.raises(AssertionError, match="a model was loaded"):
-        runs.evaluate(checkpoint, tmp_path, scoring="official")
+        runs.evaluate(checkpoint, tmp_path, "options.beta=0.25")
