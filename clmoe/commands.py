@@ -141,7 +141,8 @@ def _fill(
     base: LoadedBase | None,
 ) -> None:
     """Evaluate what is missing and rebuild the run's tables."""
-    from clmoe.evaluate.evaluation import evaluate, unanswered, write_tables
+    from clmoe.evaluate.evaluation import evaluate, unanswered
+    from clmoe.evaluate.tables import write_tables
     from clmoe.system.logging import Stage, write_timing
 
     missing = from_main(lambda: unanswered(run, benchmark, checkpoint, requests))
@@ -210,7 +211,8 @@ def _refuse_training_overrides(overrides: list[str]) -> None:
 
 def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     """The bare model as row ``zero_shot``."""
-    from clmoe.evaluate.evaluation import ZERO_SHOT, Checkpoint, Request, check_tasks
+    from clmoe.evaluate.continual import ZERO_SHOT
+    from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
     from clmoe.evaluate.run_info import write_run_info
     from clmoe.model.fingerprint import base_fingerprint
     from clmoe.system.paths import resolve_model_path

@@ -15,11 +15,10 @@ from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.continual import AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.scoring import check_scorer, score_answers
-from clmoe.system.files import csv_text, json_sha256, read_json, write_json, write_text
+from clmoe.system.files import json_sha256, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
 from clmoe.system.provenance import provenance
@@ -27,8 +26,6 @@ from clmoe.system.provenance import provenance
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer, Answerer
     from clmoe.model.routing import RouterChoice
-
-ZERO_SHOT = "zero_shot"
 
 
 @dataclass(frozen=True)
@@ -251,53 +248,6 @@ def read_score(run: Path, after: str, stem: str) -> float | None:
     """A filled cell's score in percent, None where nothing was measured."""
     path = summary_path(run, after, stem)
     return float(read_json(path)["score"]) if path.is_file() else None
-
-
-def write_tables(run: Path, order: list[str], router: RouterChoice = "located") -> dict[str, float | None]:
-    """Rebuild the run's tables from its cells.
-
-    ``matrix.csv``, ``immediate.csv`` (router known, where measured), ``locator.csv`` (where tasks were located) and
-    ``metrics.json``.
-
-    Args:
-        order: all tasks of the run, in training order.
-        router: the matrix shows the cells of the default router; a run folder that holds none shows this one's.
-
-    Returns the metrics.
-    """
-    if any(summary_path(run, after, task).is_file() for after in (ZERO_SHOT, *order) for task in order):
-        router = "located"
-    matrix = AccuracyMatrix(tuple(order), {})
-    for after in (ZERO_SHOT, *order):
-        scores = {task: read_score(run, after, cell_stem(task, router)) for task in order}
-        if any(value is not None for value in scores.values()):
-            matrix = matrix.with_row(after, scores)
-    if list(matrix.rows) == [ZERO_SHOT]:  # a method that trains nothing ends the sequence as it began
-        matrix = matrix.with_row(order[-1], dict(zip(order, matrix.row(ZERO_SHOT), strict=True)))
-    known = [read_score(run, task, f"{task}.oracle") for task in order]
-    immediate = None
-    if any(value is not None for value in known):
-        write_immediate_csv(run / "immediate.csv", order, known)
-        immediate = tuple(known)
-    _write_located(run, order)
-    matrix.write_csv(run / "matrix.csv")
-    result = metrics(matrix, immediate)
-    write_json(run / "metrics.json", result)
-    return result
-
-
-def _write_located(run: Path, order: list[str]) -> None:
-    """``locator.csv``: for which task each decider took the questions of each task, after each task."""
-    rows = []
-    for after in order:
-        for task in order:
-            path = summary_path(run, after, task)
-            counts = read_json(path)["deciders"] if path.is_file() else {}
-            for decider, located in sorted(counts.items()):
-                rows += [(after, decider, task, name, located[name]) for name in order if name in located]
-    if not rows:
-        return
-    write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
 
 
 def check_tasks(benchmark: Benchmark, names: list[str]) -> None:

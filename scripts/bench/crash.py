@@ -79,7 +79,7 @@ MOMENTS = {
     "publishing": Moment("clmoe.train.task:publish"),
     "evaluation": Moment("clmoe.evaluate.generate:Answerer.generate", 2),
     "scoring": Moment("clmoe.evaluate.evaluation:_write_cell"),
-    "tables": Moment("clmoe.evaluate.evaluation:write_tables"),
+    "tables": Moment("clmoe.evaluate.tables:write_tables"),
     "growth files": Moment("clmoe.evaluate.growth:record_growth"),
 }
 REPORT = {"report": Moment("pathlib:Path.write_text", 2)}

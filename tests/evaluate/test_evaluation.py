@@ -13,9 +13,10 @@ from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, summary_path, unanswered, write_tables
+from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, summary_path, unanswered
 from clmoe.evaluate.generate import Answer
 from clmoe.evaluate.partial import PartialAnswers
+from clmoe.evaluate.tables import write_tables
 from tests.runs import Runs, contents, events
 from tests.support import TASKS
 
@@ -282,6 +283,30 @@ def test_the_order_of_the_run_orders_the_table(tmp_path: Path, mini: Benchmark, 
     fill(tmp_path, mini, checkpoint, {"side": {"colour": 3, "count": 6, "side": 12}})
     write_tables(tmp_path, ORDER[::-1])
     assert (tmp_path / "matrix.csv").read_text() == "after,side,count,colour\nside,100.0,50.0,25.0\n"
+
+
+def test_tables_show_one_scoring_mode(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
+    fill(
+        tmp_path, mini, checkpoint, {"colour": {"colour": 12, "colour.oracle": 12}, "count": {"colour": 6, "count": 9}}
+    )
+    write_tables(tmp_path, ORDER)
+    before = (tmp_path / "matrix.csv").read_text()
+    first = dataclasses.replace(checkpoint, after="colour", learned=ORDER[:1], identity="colour")
+
+    def scored(mode: str) -> None:
+        assert unanswered(tmp_path, mini, first, requests("colour", scoring=mode)) == []
+
+    scored("official")
+    other_row = (
+        r"after colour, colour was scored 'official', and after count, colour was scored 'fixed'; .*fixed --output"
+    )
+    with pytest.raises(ClmoeError, match=other_row):
+        write_tables(tmp_path, ORDER)
+    with pytest.raises(ClmoeError, match=r"and after colour, colour\.oracle was scored 'fixed'"):
+        write_tables(tmp_path, ["colour"])
+    assert (tmp_path / "matrix.csv").read_text() == before
+    scored("fixed")
+    write_tables(tmp_path, ORDER)
 
 
 def test_unknown_tasks_are_named_before_anything_is_loaded(mini: Benchmark) -> None:

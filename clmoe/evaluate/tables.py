@@ -1,0 +1,85 @@
+"""The tables of a run folder, made from its cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.continual import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
+from clmoe.evaluate.evaluation import cell_stem, read_score, summary_path
+from clmoe.system.files import csv_text, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from clmoe.model.routing import RouterChoice
+
+
+def write_tables(run: Path, order: list[str], router: RouterChoice = "located") -> dict[str, float | None]:
+    """Rebuild the run's tables from its cells.
+
+    ``matrix.csv``, ``immediate.csv`` (router known, where measured), ``locator.csv`` (where tasks were located) and
+    ``metrics.json``.
+
+    Args:
+        order: all tasks of the run, in training order.
+        router: the matrix shows the cells of the default router; a run folder that holds none shows this one's.
+
+    Returns the metrics.
+
+    Raises:
+        ClmoeError: cells were scored in different modes.
+    """
+    if any(summary_path(run, after, task).is_file() for after in (ZERO_SHOT, *order) for task in order):
+        router = "located"
+    _check_one_scoring(run, order, router)
+    matrix = AccuracyMatrix(tuple(order), {})
+    for after in (ZERO_SHOT, *order):
+        scores = {task: read_score(run, after, cell_stem(task, router)) for task in order}
+        if any(value is not None for value in scores.values()):
+            matrix = matrix.with_row(after, scores)
+    if list(matrix.rows) == [ZERO_SHOT]:  # a method that trains nothing ends the sequence as it began
+        matrix = matrix.with_row(order[-1], dict(zip(order, matrix.row(ZERO_SHOT), strict=True)))
+    known = [read_score(run, task, f"{task}.oracle") for task in order]
+    immediate = None
+    if any(value is not None for value in known):
+        write_immediate_csv(run / "immediate.csv", order, known)
+        immediate = tuple(known)
+    _write_located(run, order)
+    matrix.write_csv(run / "matrix.csv")
+    result = metrics(matrix, immediate)
+    write_json(run / "metrics.json", result)
+    return result
+
+
+def _write_located(run: Path, order: list[str]) -> None:
+    """``locator.csv``: for which task each decider took the questions of each task, after each task."""
+    rows = []
+    for after in order:
+        for task in order:
+            path = summary_path(run, after, task)
+            counts = read_json(path)["deciders"] if path.is_file() else {}
+            for decider, located in sorted(counts.items()):
+                rows += [(after, decider, task, name, located[name]) for name in order if name in located]
+    if not rows:
+        return
+    write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
+
+
+def _check_one_scoring(run: Path, order: list[str], router: RouterChoice) -> None:
+    """All cells that the tables are made of were scored in one mode."""
+    cells = [(after, cell_stem(task, router)) for after in (ZERO_SHOT, *order) for task in order]
+    cells += [(task, cell_stem(task, "oracle")) for task in order]
+    seen: dict[str, tuple[str, str]] = {}
+    for after, stem in cells:
+        path = summary_path(run, after, stem)
+        if path.is_file():
+            seen.setdefault(read_json(path)["settings"]["scoring"], (after, stem))
+    if len(seen) < 2:
+        return
+    (one, (after, stem)), (other, (other_after, other_stem)) = list(seen.items())[:2]
+    checkpoint = "base" if after == ZERO_SHOT else f"{run}/<checkpoint of {after}>"
+    raise ClmoeError(
+        f"{run}: after {after}, {stem} was scored {one!r}, and after {other_after}, {other_stem} was scored {other!r}; "
+        "tables show one mode. Score all rows alike, which asks nothing again: "
+        f"clmoe eval --checkpoint {checkpoint} --scoring {other} --output {run} ..."
+    )
