@@ -65,9 +65,11 @@ def run_train(options: Namespace) -> str:
     order = benchmark.order(options.order, config.seed)
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
     if options.then_eval:
-        from clmoe.evaluate.evaluation import check_tasks
+        from clmoe.evaluate.evaluation import check_questions, check_tasks
 
         check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
+        if not request.output.exists():
+            from_main(lambda: check_questions(benchmark, order))
     with locked(request.run):
         return _train_and_evaluate(request, options.then_eval)
 

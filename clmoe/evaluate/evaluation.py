@@ -16,8 +16,8 @@ from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.partial import PartialAnswers
-from clmoe.evaluate.rules.base import shown_answer
-from clmoe.evaluate.scoring import check_scorer, score_answers
+from clmoe.evaluate.rules.base import Mode, shown_answer
+from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers
 from clmoe.system.files import json_sha256, read_json, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
@@ -173,15 +173,18 @@ def evaluate(
     run: Path, benchmark: Benchmark, checkpoint: Checkpoint, requests: list[Request], answerer: Answerer,
     stage: Stage | None = None,
 ) -> None:  # fmt: skip
-    """Fill these cells. Called by every process; the main one writes."""
-    log, begun = EventLog(run / "events.jsonl"), False
-    for request in requests:
-        cell = _open_cell(run, benchmark, checkpoint, request)
+    """Fill these cells. Called by every process; the main one writes.
+
+    Raises:
+        ClmoeError: a question cannot be read or scored; it is found before the first one is answered.
+    """
+    cells = [_open_cell(run, benchmark, checkpoint, request) for request in requests]
+    for cell in cells:
+        _check_gold(cell.task, cell.questions, cell.scoring["scoring"])
+    log = EventLog(run / "events.jsonl")
+    log.write("started", after=checkpoint.after, **provenance())  # not before all questions proved usable
+    for request, cell in zip(requests, cells, strict=True):
         task = cell.task
-        check_scorer(task.scorer)
-        if not begun:  # not before the first questions proved readable
-            log.write("started", after=checkpoint.after, **provenance())
-            begun = True
         title = f"{checkpoint.after} > {request.stem()}"
         index = checkpoint.learned.index(request.task) if request.task in checkpoint.learned else None
         # The report finds the images of the predictions by these two.
@@ -260,3 +263,21 @@ def check_tasks(benchmark: Benchmark, names: list[str]) -> None:
         raise ClmoeError("no task to evaluate: name them with --tasks a,b")
     for name in names:
         check_scorer(benchmark.task(name).scorer)
+
+
+def check_questions(benchmark: Benchmark, names: list[str], mode: Mode = "fixed") -> None:
+    """The tasks' test and gold files can be read and every question can be scored; images are not looked at.
+
+    Raises:
+        ClmoeError: naming file and row or question.
+    """
+    for name in names:
+        task = benchmark.task(name)
+        _check_gold(task, task_questions(task, images=False), mode)
+
+
+def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:
+    try:
+        check_gold(task.scorer, questions, mode)
+    except ClmoeError as error:
+        raise ClmoeError(f"{task.test}: {error}") from error

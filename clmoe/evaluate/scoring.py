@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import MODES, CorpusScore, CorpusScorer, Mode, Scorer
 from clmoe.evaluate.rules.boxes import iou
-from clmoe.evaluate.rules.captions import captions, require_captions
+from clmoe.evaluate.rules.captions import captions, references, require_captions
 from clmoe.evaluate.rules.consensus import textvqa, vqa
 from clmoe.evaluate.rules.domains import contains_answer, contains_words, science, stock
 from clmoe.evaluate.rules.letters import option_letter
@@ -127,7 +127,8 @@ def gold_problem(scorer: str, question: Question) -> str | None:
     if scorer == "captions":
         return None if question.extra.get("captions") else f"question {question.question_id}: no reference captions"
     box = question.extra.get("answer_bbox")
-    golden = [question.answer, *question.extra.get("answers", []), box if isinstance(box, str) else str(box)]
+    several = question.extra.get("answers")
+    golden = [question.answer, *(several if isinstance(several, list) else []), str(box)]
     try:
         if any(score(scorer, str(answer), question) > 0 for answer in golden):
             return None
@@ -135,6 +136,24 @@ def gold_problem(scorer: str, question: Question) -> str | None:
         return str(error)
     shown = question.answer or question.extra.get("answers")
     return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+
+
+def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
+    """Every question can be scored, whatever the answers will be.
+
+    A question that no answer would get right (see `gold_problem`) can be: published test files hold some, and their
+    scores count them.
+
+    Raises:
+        ClmoeError: names the question and what its gold answer lacks, or is what `check_scorer` raises.
+    """
+    _check_mode(mode)
+    check_scorer(scorer)
+    for question in questions:
+        if scorer in CORPUS_SCORERS:
+            references(question)
+        else:
+            SCORERS[scorer]("?", question, mode)  # a rule reads the gold answer for any text, but not for none
 
 
 def score_answers(

@@ -73,7 +73,7 @@ def test_a_lost_line_shifts_the_published_script_and_not_ours(monkeypatch: pytes
 
 def test_missing_references_are_an_error() -> None:
     with pytest.raises(ClmoeError, match=r"question 7: no reference captions in field 'captions'"):
-        rules._references(Question("7", None, "?", "x", {}))
+        rules.references(Question("7", None, "?", "x", {}))
 
 
 @pytest.mark.parametrize(("missing", "message"), [("java", "apt-get install"), ("package", r"clmoe\[captions\]")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.benchmarks.questions import sampled, task_questions
@@ -220,6 +221,38 @@ def test_a_crash_leaves_the_cell_empty(tmp_path: Path, mini: Benchmark, checkpoi
         evaluate(tmp_path, mini, checkpoint, requests("colour"), Crash())  # type: ignore[arg-type]
     assert not summary_path(tmp_path, TASKS[1], "colour").exists()
     assert events(tmp_path, "evaluated") == []
+
+
+def test_what_cannot_be_scored_is_found_before_the_first_question_is_asked(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    bad = changed_file(mini, tmp_path, {"answer": "AB"})
+    bad = changed_task(bad, image_root=mini.task("colour").image_root)
+    stub = Answers()
+    with pytest.raises(ClmoeError, match=r"changed\.json: question colour-29: field 'answer' is 'AB'"):
+        evaluate(tmp_path / "run", bad, checkpoint, requests("count", "colour"), stub)  # type: ignore[arg-type]
+    assert stub.asked == []
+    # a question that no answer gets right is asked and counted: published test files hold some
+    full_stop = changed_task(bad, scorer="short_answer")
+    changed_file(mini, tmp_path, {"answer": "."})
+    evaluate(tmp_path / "run", full_stop, checkpoint, requests("colour"), stub)  # type: ignore[arg-type]
+    assert cell(tmp_path / "run")["score"] == 25.0
+
+
+def test_a_sequence_with_a_test_file_that_cannot_be_scored_is_not_begun(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(runs.benchmark.read_text())
+    rows = json.loads((Path(values["root"]) / "side/test.json").read_text())
+    rows[3]["answer"] = ["left", None]
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    values["tasks"][2]["test"] = str(tmp_path / "bad.json")
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit):
+        runs.train(tmp_path / "run/01", "lora", "colour", benchmark=str(tmp_path / "mini.yaml"), then_eval="")
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'bad.json'}: row 3 (from 0), id 'side-27', field 'answer[1]'" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(

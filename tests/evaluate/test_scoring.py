@@ -9,7 +9,17 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.rules.boxes import official_box, parse_box
 from clmoe.evaluate.rules.consensus import agreement, normalise
-from clmoe.evaluate.scoring import CORPUS_SCORERS, SCORERS, check_scorer, find_scorer, score, score_answers, score_file
+from clmoe.evaluate.scoring import (
+    CORPUS_SCORERS,
+    SCORERS,
+    check_gold,
+    check_scorer,
+    find_scorer,
+    gold_problem,
+    score,
+    score_answers,
+    score_file,
+)
 
 
 def question(answer: str = "", **extra: Any) -> Question:
@@ -211,6 +221,48 @@ def test_rules_for_whole_answers(scorer: str, prediction: str, gold: str, offici
 )
 def test_science(image: str, text: str, prediction: str, gold: str, official: float, fixed: float) -> None:
     assert both("science", prediction, Question("7", image, text, gold, {})) == (official, fixed)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "prediction", "right"),
+    [
+        ("contains_words", "it is a lorry", True),
+        ("contains_words", "it is a bus", False),
+        ("contains_answer", "a lorry", True),
+        ("stock", "lorry.", True),
+        ("stock", "B", True),
+        ("stock", "A", False),
+        ("science", "b", True),
+    ],
+)
+def test_any_of_several_accepted_answers_is_right(scorer: str, prediction: str, right: bool) -> None:
+    gold = Question("7", "AI2D_1.png", "?", "", {"answers": ["truck", "lorry", "B"]})
+    assert score(scorer, prediction, gold) == right
+    states = Question("7", "MapQA_1.png", "Which states?", "", {"answers": ["Ohio, Utah", "Ohio, Iowa"]})
+    assert both("science", "Ohio, Iowa", states) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+@pytest.mark.parametrize("extra", [{"answers": None}, {"answers": 3}, {"answers": "yes"}, {"answers": [1]}])
+def test_a_malformed_gold_answer_names_the_question(scorer: str, extra: dict[str, Any]) -> None:
+    gold = question(**extra)
+    with pytest.raises(ClmoeError, match="question 7: "):
+        check_gold(scorer, [gold])
+    assert "question 7: " in str(gold_problem(scorer, gold))
+
+
+@pytest.mark.parametrize("size", ["640", 640, [640], ["640", "480"], [0, 480]])
+def test_a_malformed_image_size_names_the_question(size: Any) -> None:
+    gold = question(answer_bbox="[0.1, 0.2, 0.5, 0.4]", size=size)
+    with pytest.raises(ClmoeError, match=r"question 7: field 'size' is .*write \[width, height\]"):
+        check_gold("iou", [gold], "official")
+    check_gold("iou", [gold])
+
+
+def test_a_question_that_no_answer_gets_right_can_be_scored() -> None:
+    gold = question(" .")
+    assert gold_problem("short_answer", gold) is not None
+    check_gold("short_answer", [question("mug"), gold])
 
 
 TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "a lot"]

@@ -42,8 +42,8 @@ def accepted(question: Question) -> list[str]:
     Raises:
         ClmoeError: it has neither.
     """
-    answers = [question.answer] if question.answer else question.extra.get("answers") or []
-    if not answers or not all(isinstance(answer, str) for answer in answers):
+    answers = [question.answer] if question.answer else question.extra.get("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ClmoeError(
             f"question {question.question_id}: no expected answer in field 'answer' (or 'answers'); mend the test file"
         )

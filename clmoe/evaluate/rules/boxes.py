@@ -31,16 +31,16 @@ def iou(prediction: str, question: Question, mode: Mode) -> float:
     `official` keeps CoIN's parser, which cuts off the first and the last character of the coordinates.
 
     Raises:
-        ClmoeError: `answer_bbox` is missing or malformed.
+        ClmoeError: `answer_bbox` is missing or malformed, or so is a `size` that `official` uses.
     """
     gold = _gold_box(question)
     if mode == "fixed":
         box = parse_box(prediction)
         return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
+    side = _side(question)
     cut = official_box(prediction)
     if cut is None:
         return 0.0
-    side = max(question.extra.get("size") or [1])
     scaled = tuple(value * side for value in cut)
     return float(_overlap(scaled, tuple(float(value) * side for value in gold)) > 0.5)
 
@@ -80,6 +80,16 @@ def _gold_box(question: Question) -> Box:
             '"[x1, y1, x2, y2]" with x1 < x2 and y1 < y2, in fractions of the square-padded image'
         )
     return box
+
+
+def _side(question: Question) -> float:
+    """Of the padded image; 1 where its size is not given."""
+    size = question.extra.get("size")
+    if size is None:
+        return 1
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int | float) and n > 0 for n in size):
+        raise ClmoeError(f"question {question.question_id}: field 'size' is {size!r}; write [width, height] in pixels")
+    return float(max(size))
 
 
 def _overlap(a: Sequence[Fraction | float], b: Sequence[Fraction | float]) -> Fraction | float:

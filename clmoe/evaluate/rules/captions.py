@@ -39,7 +39,7 @@ def captions(predictions: Sequence[str], questions: Sequence[Question]) -> Corpu
     from pycocoevalcap.rouge.rouge import Rouge
 
     count = len(predictions)
-    tokens = _tokenized([[p] for p in predictions] + [_references(question) for question in questions])
+    tokens = _tokenized([[p] for p in predictions] + [references(question) for question in questions])
     said, wanted = dict(enumerate(tokens[:count])), dict(enumerate(tokens[count:]))
     bleu, bleu_rows = Bleu(4).compute_score(wanted, said, verbose=0)
     figures = {f"BLEU-{n}": (score, rows) for n, (score, rows) in enumerate(zip(bleu, bleu_rows, strict=True), 1)}
@@ -61,7 +61,8 @@ def require_captions() -> None:
         )
 
 
-def _references(question: Question) -> list[str]:
+def references(question: Question) -> list[str]:
+    """The question's reference captions; ClmoeError names the question that has none."""
     texts = question.extra.get("captions")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ClmoeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from clmoe.errors import ClmoeError
@@ -77,6 +78,7 @@ def agreement(prediction: str, answers: list[str]) -> float:
     return sum(min(1.0, count / _ENOUGH) for count in others) / len(others) if any(equal) else 0.0
 
 
+@lru_cache(maxsize=2**16)  # annotators use few different answers
 def normalise(text: str) -> str:
     """As VQA's evaluation server does it: lower case, no articles, digits for number words, no punctuation.
 
