@@ -75,6 +75,14 @@ class Task:
     passes: int = 1
     gold: Gold | None = None
 
+    def half_there(self) -> tuple[Path, Path] | None:
+        """The one of training and test file that is there and the one that is not; None with both or neither.
+
+        A builder leaves such a task alone: with its own other half, the task would mix two selections of the data.
+        """
+        there, lacking = sorted((self.train, self.test), key=lambda path: not path.is_file())
+        return (there, lacking) if there.is_file() and not lacking.is_file() else None
+
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -25,7 +25,7 @@ _PARTS = ("train2014", "val2014")
 
 
 def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
-    """Write the training and test files of every task whose files are missing.
+    """Write the training and test files of every task of which neither is there.
 
     Reads ``VQA_v2/v2_OpenEnded_mscoco_{train,val}2014_questions.json``, ``v2_mscoco_{train,val}2014_annotations.json``
     and ``VQACL/karpathy_{train,test}_q_<task>.json``, of which only ``question_id`` is used. Training answers are the
@@ -36,9 +36,14 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
     Raises:
         ClmoeError: a question of VQACL's is not in VQA v2, or a file is missing or broken.
     """
-    tasks = [task for task in benchmark.tasks if not (task.train.is_file() and task.test.is_file())]
+    halves = {task.name: half for task in benchmark.tasks if (half := task.half_there()) is not None}
+    lines = [
+        f"{name}: not built, {there} is there without {lacking.name}: delete it, or bring both"
+        for name, (there, lacking) in halves.items()
+    ]
+    tasks = [task for task in benchmark.tasks if not task.train.is_file() and not task.test.is_file()]
     if not tasks:
-        return ["all tasks: there already"]
+        return lines or ["all tasks: there already"]
     division = benchmark.root / DIVISION
     wanted = {
         task.name: [division / f"karpathy_{part}_q_{task.name}.json" for part in ("train", "test")] for task in tasks
@@ -48,9 +53,8 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
     lacking += [file for file in raw if not file.is_file()]
     if lacking:
         from_where = benchmark.source(lacking[0])
-        return [f"not built, no {lacking[0]} ({len(lacking) - 1} more are missing), from {from_where}"]
+        return [*lines, f"not built, no {lacking[0]} ({len(lacking) - 1} more are missing), from {from_where}"]
     known = dict(_vqa_rows(benchmark.root / RAW))
-    lines = []
     for task in tasks:
         train_file, test_file = wanted[task.name]
         train, test = _chosen(train_file, known), _chosen(test_file, known)

@@ -106,7 +106,7 @@ def padded_box(box: Sequence[float], width: int, height: int) -> str:
 
 
 def prepare_grounding(benchmark: Benchmark) -> list[str]:
-    """Build the grounding task from the annotations of RefCOCO, RefCOCO+ and RefCOCOg, where it is not there.
+    """Build the grounding task from the annotations of RefCOCO, RefCOCO+ and RefCOCOg, where neither file is there.
 
     Reads ``RefCOCO/<name>/refs.json`` and ``instances.json`` for each folder there is (docs/benchmarks.md says how to
     get them), and writes the training and the test file of task ``Grounding``: one record for each sentence of split
@@ -120,6 +120,9 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     task = benchmark.task("Grounding")
     if task.train.is_file() and task.test.is_file():
         return [f"Grounding: there already ({task.train})"]
+    half = task.half_there()
+    if half is not None:
+        return [f"Grounding: not built, {half[0]} is there without {half[1].name}: delete it, or bring both"]
     folders = sorted(path.parent for path in (benchmark.root / ANNOTATIONS).glob("*/refs.json"))
     if not folders:
         folder = benchmark.root / ANNOTATIONS

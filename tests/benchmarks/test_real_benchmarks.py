@@ -245,6 +245,14 @@ def test_grounding_is_built_from_refcoco(tmp_path: Path, capsys: pytest.CaptureF
     assert first.extra == {"answer_bbox": "[0.25, 0.33, 0.75, 0.67]", "size": [24, 16]}
     assert first.text.endswith("this sentence describes: red cup.")
     assert "there already" in run_cli("data", "prepare", "coin", "--data", str(tree), capsys=capsys)
+    for there, lacking in ((task.train, task.test), (task.test, task.train)):
+        kept, taken = there.read_bytes(), lacking.read_bytes()
+        lacking.unlink()
+        error = refused("data", "prepare", "coin", "--data", str(tree), capsys=capsys)
+        assert f"Grounding: not built, {there} is there without {lacking.name}: delete it, or bring both" in error
+        assert not lacking.exists()
+        assert there.read_bytes() == kept
+        lacking.write_bytes(taken)
 
 
 def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +285,12 @@ def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, capsys:
     assert question.text == "What is 14?\nAnswer the question using a single word or phrase."
     assert run_cli("data", "check", "cl4vqa", "--data", str(tree), capsys=capsys).count(" 0 bad") == 10
     task.train.unlink()
+    own = task.test.read_bytes()
+    error = refused("data", "prepare", "cl4vqa", "--data", str(tree), capsys=capsys)
+    assert f"count: not built, {task.test} is there without train_q_count.json: delete it, or bring both" in error
+    assert not task.train.exists()
+    assert task.test.read_bytes() == own
+    task.test.unlink()
     write(tree / "VQACL/karpathy_train_q_count.json", [{"question_id": 5000}])
     assert "question_id '5000' is not in VQA v2" in refused(
         "data", "prepare", "cl4vqa", "--data", str(tree), capsys=capsys
