@@ -5,6 +5,7 @@ Order, files and rules of the eight tasks are in ``configs/benchmarks/coin.yaml`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,8 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
 
     Reads ``RefCOCO/<name>/refs.json`` and ``instances.json`` for each folder there is (docs/benchmarks.md says how to
     get them), and writes the training and the test file of task ``Grounding``: one record for each sentence of split
-    ``train``, and one question for each of ``test``, ``testA`` and ``testB``.
+    ``train``, and one question for each of ``test``, ``testA`` and ``testB``. Training records whose box has no area
+    after rounding are left out and counted: as an answer, such a box is malformed.
 
     Returns what was done, one line each.
 
@@ -131,9 +133,18 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     test: list[dict[str, Any]] = []
     for folder in folders:
         _add_references(folder, train, test)
-    write_json(task.train, train)
+    for row in test:
+        if not _has_area(row["answer_bbox"]):
+            raise ClmoeError(
+                f"{benchmark.root / ANNOTATIONS}: sentence {row['question_id']} about {row['image']}: box "
+                f"{row['answer_bbox']} has no area after rounding, so no answer would be right; take its reference out"
+            )
+    kept = [record for record in train if _has_area(record["conversations"][1]["value"])]
+    write_json(task.train, kept)
     write_json(task.test, test)
-    return [f"Grounding: {len(train)} training records, {len(test)} questions from {len(folders)} annotation folder(s)"]
+    line = f"Grounding: {len(kept)} training records, {len(test)} questions from {len(folders)} annotation folder(s)"
+    left_out = len(train) - len(kept)
+    return [line + (f"; {left_out} record(s) left out, as their boxes have no area" if left_out else "")]
 
 
 def _add_references(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
@@ -157,3 +168,8 @@ def _add_references(folder: Path, train: list[dict[str, Any]], test: list[dict[s
                     test.append({"question_id": key, "image": name, "text": text, "answer_bbox": box, "size": size})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ClmoeError(f"{folder / 'refs.json'}: row {number} (from 0): broken reference ({error!r})") from error
+
+
+def _has_area(box: str) -> bool:
+    x1, y1, x2, y2 = json.loads(box)
+    return bool(x1 < x2 and y1 < y2)

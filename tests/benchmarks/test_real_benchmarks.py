@@ -255,6 +255,35 @@ def test_grounding_is_built_from_refcoco(tmp_path: Path, capsys: pytest.CaptureF
         lacking.write_bytes(taken)
 
 
+def test_a_box_without_area_is_left_out_of_training_and_refused_in_the_test_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = TREES["coin"](tmp_path)
+    shutil.rmtree(tree / "Instructions/Grounding")
+    folder = tree / "RefCOCO/refcoco"
+    image = {"id": 5, "file_name": "0.png", "width": 640, "height": 480}
+    boxes = [{"id": 1, "bbox": [64, 48, 128, 96]}, {"id": 2, "bbox": [64, 48, 2, 96]}]  # 2 of 640 pixels: 0.10 to 0.10
+    write(folder / "instances.json", {"images": [image], "annotations": boxes})
+
+    def references(*parts: tuple[int, str]) -> None:
+        rows = [
+            {"image_id": 5, "ann_id": box, "split": split, "sentences": [{"sent": "cup", "sent_id": n}]}
+            for n, (box, split) in enumerate(parts)
+        ]
+        write(folder / "refs.json", rows)
+
+    task = load_benchmark("coin", tree, check_files=False).task("Grounding")
+    references((1, "train"), (1, "testA"), (2, "testA"))
+    error = refused("data", "prepare", "coin", "--data", str(tree), capsys=capsys)
+    assert "sentence refcoco-2 about COCO2014/train2014/0.png: box [0.10, 0.20, 0.10, 0.35] has no area" in error
+    assert not task.train.exists()
+    references((2, "train"), (1, "train"), (1, "testA"), (2, "val"))
+    text = run_cli("data", "prepare", "coin", "--data", str(tree), capsys=capsys)
+    assert "Grounding: 1 training records, 1 questions" in text
+    assert "1 record(s) left out, as their boxes have no area" in text
+    assert len(load_train(task.train, tree)) == len(task_questions(task)) == 1
+
+
 def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tmp_path
     names = ORDERS["cl4vqa"].split()
