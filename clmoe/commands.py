@@ -156,7 +156,8 @@ def _fill(
         last = checkpoint.after
         stage = Stage(order.index(last), len(order)) if last in order else None
         evaluate(run, benchmark, checkpoint, missing, answerer, stage)
-    from_main(lambda: write_tables(run, order, router))
+    untrained = method_class(checkpoint.config.method).chain == "none"
+    from_main(lambda: write_tables(run, order, router, untrained=untrained))
     from_main(lambda: write_timing(run))
 
 

@@ -7,18 +7,26 @@ from pathlib import Path
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config
 from clmoe.methods.base import method_class
-from clmoe.system.files import write_json
+from clmoe.system.files import read_json, write_json
 from clmoe.train.lineage import Finished
+
+RUN = "run.json"
 
 
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: str, done: Finished | None
 ) -> None:
-    """Write the file; ``done`` is the newest checkpoint, None for the bare model."""
+    """Write the file; ``done`` is the newest checkpoint, None for the bare model.
+
+    The bare model's row in the folder of a training run leaves that run's file as it is.
+    """
+    path = run / RUN
+    if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
+        return
     lineage = None if done is None else done.lineage
     trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
     write_json(
-        run / "run.json",
+        path,
         {
             "method": config.method,
             "label": config.name,

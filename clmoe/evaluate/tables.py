@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from clmoe.model.routing import RouterChoice
 
 
-def write_tables(run: Path, order: list[str], router: RouterChoice = "located") -> dict[str, float | None]:
+def write_tables(
+    run: Path, order: list[str], router: RouterChoice = "located", *, untrained: bool = False
+) -> dict[str, float | None]:
     """Rebuild the run's tables from its cells.
 
     ``matrix.csv``, ``immediate.csv`` (router known, where measured), ``locator.csv`` (where tasks were located) and
@@ -23,6 +25,7 @@ def write_tables(run: Path, order: list[str], router: RouterChoice = "located") 
     Args:
         order: all tasks of the run, in training order.
         router: the matrix shows the cells of the default router; a run folder that holds none shows this one's.
+        untrained: the method trains nothing, and so ends the sequence as it began.
 
     Returns the metrics.
 
@@ -37,7 +40,7 @@ def write_tables(run: Path, order: list[str], router: RouterChoice = "located") 
         scores = {task: read_score(run, after, cell_stem(task, router)) for task in order}
         if any(value is not None for value in scores.values()):
             matrix = matrix.with_row(after, scores)
-    if list(matrix.rows) == [ZERO_SHOT]:  # a method that trains nothing ends the sequence as it began
+    if untrained and list(matrix.rows) == [ZERO_SHOT]:
         matrix = matrix.with_row(order[-1], dict(zip(order, matrix.row(ZERO_SHOT), strict=True)))
     known = [read_score(run, task, f"{task}.oracle") for task in order]
     immediate = None
