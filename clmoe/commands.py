@@ -66,7 +66,9 @@ def run_train(options: Namespace) -> str:
     request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
     if options.then_eval:
         from clmoe.evaluate.evaluation import check_questions, check_tasks
+        from clmoe.evaluate.run_info import check_run_order
 
+        from_main(lambda: check_run_order(request.run, order))
         check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
         if not request.output.exists():
             from_main(lambda: check_questions(benchmark, order))
@@ -180,6 +182,7 @@ def _evaluate(options: Namespace, benchmark: Benchmark) -> str:
     """A finished checkpoint."""
     if options.config or options.model:
         raise ClmoeError("--config and --model belong to --checkpoint base: a checkpoint brings its own")
+    from clmoe.evaluate.run_info import check_run_order
     from clmoe.train.lineage import read_checkpoint
 
     done = read_checkpoint(Path(options.checkpoint), options.overrides)
@@ -192,6 +195,7 @@ def _evaluate(options: Namespace, benchmark: Benchmark) -> str:
     order = benchmark.order(options.order, config.seed)
     if done.lineage.benchmark != benchmark.name:
         raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
+    from_main(lambda: check_run_order(options.output, order))
     limit = None if done.lineage.tasks[-1] == order[-1] else config.evaluation.limit
     return evaluate_checkpoint(
         options.output,
@@ -216,7 +220,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     """The bare model as row ``zero_shot``."""
     from clmoe.evaluate.continual import ZERO_SHOT
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
-    from clmoe.evaluate.run_info import write_run_info
+    from clmoe.evaluate.run_info import check_run_order, write_run_info
     from clmoe.model.fingerprint import base_fingerprint
     from clmoe.system.paths import resolve_model_path
 
@@ -224,6 +228,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     order = benchmark.order(options.order, config.seed)
     names = options.tasks or order
     check_tasks(benchmark, names)
+    from_main(lambda: check_run_order(options.output, order))
     identity = base_fingerprint(resolve_model_path(config.model.path))
     checkpoint = Checkpoint(None, identity, ZERO_SHOT, [], config, identity)
     requests = [Request(name, "located", options.scoring, None) for name in names]

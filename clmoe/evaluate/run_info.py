@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config
+from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
 from clmoe.system.files import read_json, write_json
 from clmoe.train.lineage import Finished
@@ -42,3 +43,18 @@ def write_run_info(
             "steps_per_task": 0 if lineage is None else lineage.steps // trained_at_once,
         },
     )
+
+
+def check_run_order(run: Path, order: list[str]) -> None:
+    """The run folder's order and this one agree: one begins with the other, as a sequence may be made longer.
+
+    Raises:
+        ClmoeError: they do not; rows and columns of two orders would be mixed in one matrix.
+    """
+    path = run / RUN
+    recorded = read_json(path)["order"] if path.is_file() else []
+    if any(ours != theirs for ours, theirs in zip(order, recorded, strict=False)):
+        raise ClmoeError(
+            f"{run} holds a run in the order {', '.join(recorded)}, but --order here is {', '.join(order)}: "
+            "give the same --order or choose another --output"
+        )
