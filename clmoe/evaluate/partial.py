@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +50,9 @@ class PartialAnswers:
             if self.key not in path.name:
                 path.unlink()
                 continue
-            # a line that the crash cut off has no end and is left out; its batch is not complete then
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                if line.endswith("}"):
-                    row = json.loads(line)
-                    name = row.pop("question_id")
-                    found[name] = Answer(**row)
+            for row in _whole_rows(path):
+                name = row.pop("question_id")
+                found[name] = Answer(**row)
         return found
 
     def append(self, answers: Iterable[tuple[str, Answer]]) -> None:
@@ -77,3 +74,12 @@ class PartialAnswers:
 
     def _files(self) -> list[Path]:
         return sorted(self.summary.parent.glob(f".{self.summary.stem}.partial-*.jsonl"))
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, without those that a crash cut off: their batches are answered again."""
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

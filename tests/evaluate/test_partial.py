@@ -123,13 +123,16 @@ def test_what_a_crash_left_beside_a_complete_cell_goes(
     assert finished(tmp_path) == straight
 
 
-def test_files_of_all_processes_are_read_and_torn_ends_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("torn", ['{"question_id": "b", "te', '{"question_id": "b", "text": "{}', '{"a": {"vae": 1}'])
+def test_files_of_all_processes_are_read_and_torn_ends_closed(
+    torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial = PartialAnswers.of(tmp_path / "task.json", {"a": 1})
     other = PartialAnswers.of(tmp_path / "task.oracle.json", {"a": 1})
     answers = {name: Answer(name, 0.5, False, None, {"vae": 1}) for name in "abcd"}
     partial.append([("a", answers["a"])])
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes() + b'{"question_id": "b", "te')
+    path.write_bytes(path.read_bytes() + torn.encode())
     partial.append([("c", answers["c"])])
     monkeypatch.setenv("RANK", "1")
     partial.append([("d", answers["d"])])
