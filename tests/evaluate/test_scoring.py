@@ -34,7 +34,9 @@ def both(scorer: str, prediction: str, gold: Question) -> tuple[float, float]:
     ("prediction", "gold", "official", "fixed"),
     [
         ("mug", "mug", 1, 1),
-        ("  MUG \n", "Mug", 1, 1),
+        ("MUG", "Mug", 1, 1),
+        ("  MUG \n", "Mug", 0, 1),
+        ("mug", "mug ", 0, 1),
         ("Mug.", "mug", 0, 1),
         ("Left.", "left", 0, 1),
         ("mug", "mug.", 0, 1),

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def short_answer(prediction: str, question: Question, mode: Mode) -> float:
-    """Exact match with an accepted answer, surrounding blanks and case ignored.
+    """Exact match with an accepted answer, case ignored.
 
-    `fixed` also ignores trailing full stops ("Mug." equals "mug") and never accepts an empty prediction.
-    `official` is the rule of the VizWiz and VQAv2 scripts of CoIN, and of UCIT's: no punctuation is removed.
+    `fixed` also ignores surrounding blanks and trailing full stops ("Mug." equals "mug") and never accepts an empty
+    prediction. `official` is the rule of the VizWiz and VQAv2 scripts of CoIN, and of UCIT's: nothing is removed.
     """
     if mode == "official":
-        return float(prediction.strip().upper() in [answer.strip().upper() for answer in accepted(question)])
+        return float(prediction.upper() in [answer.upper() for answer in accepted(question)])
     return float(same_words(prediction, accepted(question)))
 
 
