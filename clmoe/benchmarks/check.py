@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from clmoe.benchmarks.gold import READERS
 from clmoe.benchmarks.questions import complete
 from clmoe.data.images import load_image
 from clmoe.data.records import iterate_questions, iterate_train
@@ -66,32 +67,47 @@ def _check_task(task: Task, result: Checked, images: set[Path], matchable: Match
         result.bad.append(str(error))
 
     trained = repeated = 0
-    questions: list[Question] = []
     if task.train.is_file():
         for record in _until_broken(iterate_train(task.train, task.image_root, failed), failed):
             trained += 1
             repeated += "#" in record.id
             if record.image is not None:
                 images.add(task.image_root / record.image)
+    questions: list[Question] = []
     if task.test.is_file():
+        bad_before = len(result.bad)
         rows = iterate_questions(task.test, task.image_root, failed, answered=task.gold is None)
         questions = list(_until_broken(rows, failed))
         images.update(task.image_root / question.image for question in questions if question.image is not None)
-    if task.gold is None or all(path.is_file() for path in task.gold.files):
-        try:
-            complete_questions = complete(task, questions)
-        except ClmoeError as error:
-            failed(error)
-        else:
-            for question in complete_questions:
-                problem = matchable(task.scorer, question)
-                if problem:
-                    result.bad.append(f"{task.test}: {problem}")
-            if task.scorer == "vqa" and questions and not all("answers" in q.extra for q in complete_questions):
-                result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
+        _check_answers(task, questions, len(result.bad) > bad_before, result, matchable)
     if repeated:
         result.notes.append(f"{task.name}: {repeated} training ids hold a '#'; repeated ones are numbered #2, #3, ...")
     result.lines.append(f"{task.name:<16}{trained:>7} train {len(questions):>7} test {len(result.bad) - bad:>7} bad")
+
+
+def _check_answers(task: Task, questions: list[Question], lost: bool, result: Checked, matchable: Matchable) -> None:
+    """The expected answers; ``lost``: not all rows of the test file are among the questions."""
+
+    def failed(error: ClmoeError) -> None:
+        result.bad.append(str(error))
+
+    if task.gold is not None:
+        if not all(path.is_file() for path in task.gold.files):
+            return
+        if lost and READERS[task.gold.reader].whole:
+            result.notes.append(f"{task.name}: expected answers are looked for once all rows of the test file are good")
+            return
+    try:
+        completed = complete(task, questions, failed)
+    except ClmoeError as error:  # of a gold file that cannot be read at all
+        failed(error)
+        return
+    for question in completed:
+        problem = matchable(task.scorer, question)
+        if problem:
+            result.bad.append(f"{task.test}: {problem}")
+    if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
+        result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
 
 
 def _until_broken(rows: Iterable[R], failed: Callable[[ClmoeError], None]) -> Iterator[R]:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clmoe.benchmarks.entries import entries, entry, listed
+from clmoe.benchmarks.entries import answered_one_by_one, entries, entry, listed
 from clmoe.data.json_rows import read_json_strictly
-from clmoe.data.records import Question
+from clmoe.data.records import Failed, Question
 from clmoe.errors import ClmoeError
 from clmoe.system.files import write_json
 
@@ -27,7 +27,9 @@ _REGION = "Please provide the bounding box coordinate of the region this sentenc
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def scienceqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+def scienceqa_answers(
+    files: Sequence[Path], questions: Sequence[Question], failed: Failed | None = None
+) -> list[Question]:
     """ScienceQA: the right choice's letter from ``problems.json``, and its choices.
 
     Raises:
@@ -36,42 +38,50 @@ def scienceqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> l
     """
     problems_file, splits_file = files
     problems = entries(problems_file)
-    asked = {question.question_id for question in questions}
-    split = [str(name) for name in listed(splits_file, "test", entries(splits_file))]
-    lacking = [name for name in split if name not in asked]
-    if lacking:
-        raise ClmoeError(
-            f"{splits_file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
-            f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
-        )
-    result = []
-    for question in questions:
+    _check_split(splits_file, questions, failed)
+
+    def answered(question: Question) -> Question:
         problem = entry(problems_file, problems, question.question_id)
         choices = listed(problems_file, "choices", problem, question.question_id)
         number = problem.get("answer")
         if not isinstance(number, int) or not 0 <= number < len(choices):
             raise ClmoeError(f"{problems_file}: id {question.question_id!r}: answer {number!r} is none of its choices")
-        result.append(replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices}))
-    return result
+        return replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices})
+
+    return answered_one_by_one(questions, answered, failed)
 
 
-def textvqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+def _check_split(file: Path, questions: Sequence[Question], failed: Failed | None) -> None:
+    asked = {question.question_id for question in questions}
+    split = [str(name) for name in listed(file, "test", entries(file))]
+    lacking = [name for name in split if name not in asked]
+    if not lacking:
+        return
+    error = ClmoeError(
+        f"{file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
+        f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
+    )
+    if failed is None:
+        raise error
+    failed(error)
+
+
+def textvqa_answers(
+    files: Sequence[Path], questions: Sequence[Question], failed: Failed | None = None
+) -> list[Question]:
     """TextVQA: the ten annotators' answers."""
     (file,) = files
     rows = {str(row.get("question_id")): row for row in listed(file, "data", entries(file)) if isinstance(row, dict)}
-    return [
-        replace(
-            question,
-            extra={
-                **question.extra,
-                "answers": listed(file, "answers", entry(file, rows, question.question_id), question.question_id),
-            },
-        )
-        for question in questions
-    ]
+
+    def answered(question: Question) -> Question:
+        row = entry(file, rows, question.question_id)
+        answers = listed(file, "answers", row, question.question_id)
+        return replace(question, extra={**question.extra, "answers": answers})
+
+    return answered_one_by_one(questions, answered, failed)
 
 
-def gqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Question]:
+def gqa_answers(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:
     """GQA: the answer of each question.
 
     Raises:
@@ -79,8 +89,8 @@ def gqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Qu
     """
     (file,) = files
     rows = entries(file)
-    result = []
-    for question in questions:
+
+    def answered(question: Question) -> Question:
         row = entry(file, rows, question.question_id)
         if row.get("isBalanced") is not True:
             raise ClmoeError(
@@ -90,8 +100,9 @@ def gqa_answers(files: Sequence[Path], questions: Sequence[Question]) -> list[Qu
         answer = row.get("answer")
         if not isinstance(answer, str) or not answer:
             raise ClmoeError(f"{file}: id {question.question_id!r}: no 'answer'")
-        result.append(replace(question, answer=answer))
-    return result
+        return replace(question, answer=answer)
+
+    return answered_one_by_one(questions, answered, failed)
 
 
 def padded_box(box: Sequence[float], width: int, height: int) -> str:

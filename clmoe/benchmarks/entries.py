@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clmoe.data.json_rows import read_json_strictly, shown
 from clmoe.errors import ClmoeError
+
+if TYPE_CHECKING:
+    from clmoe.data.records import Failed, Question
 
 
 def entries(file: Path) -> dict[str, Any]:
@@ -33,3 +36,18 @@ def listed(file: Path, field: str, row: Mapping[str, Any], name: str | None = No
         where = f"{file}" + (f": id {name!r}" if name is not None else "")
         raise ClmoeError(f"{where}: field '{field}': expected a list with something in it, found {shown(value)}")
     return value
+
+
+def answered_one_by_one(
+    questions: Sequence[Question], answered: Callable[[Question], Question], failed: Failed | None
+) -> list[Question]:
+    """Each question as ``answered`` returns it. With ``failed``, errors are told to it and their questions left out."""
+    result = []
+    for question in questions:
+        try:
+            result.append(answered(question))
+        except ClmoeError as error:
+            if failed is None:
+                raise
+            failed(error)
+    return result

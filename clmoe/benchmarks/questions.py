@@ -12,7 +12,7 @@ from clmoe.data.records import load_questions
 
 if TYPE_CHECKING:
     from clmoe.benchmarks.base import Task
-    from clmoe.data.records import Question
+    from clmoe.data.records import Failed, Question
 
 
 def task_questions(task: Task, *, images: bool = True) -> list[Question]:
@@ -27,10 +27,13 @@ def task_questions(task: Task, *, images: bool = True) -> list[Question]:
     return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
 
 
-def complete(task: Task, questions: Sequence[Question]) -> list[Question]:
-    """The questions of a test file with the answers of the task's gold files and the task's suffix."""
+def complete(task: Task, questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:
+    """The questions of a test file with the answers of the task's gold files and the task's suffix.
+
+    With ``failed``, questions whose answer is not there are told to it and left out.
+    """
     if task.gold is not None:
-        questions = READERS[task.gold.reader].read(task.gold.files, questions)
+        questions = READERS[task.gold.reader].read(task.gold.files, questions, failed)
     return (
         [replace(question, text=question.text + task.suffix) for question in questions] if task.suffix else [*questions]
     )

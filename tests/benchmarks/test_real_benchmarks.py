@@ -142,6 +142,42 @@ def test_check_lists_everything_that_is_bad(tmp_path: Path, capsys: pytest.Captu
         assert sum(expected in line for line in bad) == 1, expected
 
 
+def bad_lines(tree: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """What ``data check coin`` lists, and all that it prints."""
+    error = refused("data", "check", "coin", "--data", str(tree), capsys=capsys)
+    return [line.removeprefix("bad: ") for line in error.splitlines() if line.startswith("bad: ")], error
+
+
+def test_check_goes_on_after_a_missing_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = TREES["coin"](tmp_path)
+    edit(tree / "TextVQA/TextVQA_0.5.1_val.json", lambda data: [data["data"].pop(2), data["data"].pop(4)])
+    edit(tree / "GQA/testdev_balanced_questions.json", lambda data: [data.pop("4"), data["5"].update(answer="")])
+    edit(tree / "ScienceQA/problems.json", lambda data: [data.pop("3"), data["5"].update(answer=9)])
+    edit(tree / "ScienceQA/pid_splits.json", lambda data: data["test"].append("99"))
+    bad, _ = bad_lines(tree, capsys)
+    assert len(bad) == 7
+    for expected in (
+        "no entry for question_id '2'", "no entry for question_id '5'", "no entry for question_id '4'",
+        "id '5': no 'answer'", "no entry for question_id '3'", "answer 9 is none of its choices",
+        "1 of the 9 questions of split 'test' are not in the test file, e.g. '99'",
+    ):  # fmt: skip
+        assert sum(expected in line for line in bad) == 1, expected
+
+
+@pytest.mark.parametrize("test_file", ["bad", "missing"])
+def test_check_invents_no_further_faults(test_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = TREES["coin"](tmp_path)
+    path = tree / "Instructions/ScienceQA/test.json"
+    if test_file == "bad":
+        edit(path, lambda rows: rows[2].pop("text"))
+    else:
+        path.unlink()
+    (bad,), text = bad_lines(tree, capsys)
+    assert bad.startswith(str(path) if test_file == "bad" else f"task ScienceQA, test: no file {path}")
+    noted = "ScienceQA: expected answers are looked for once all rows of the test file are good"
+    assert (noted in text) == (test_file == "bad")
+
+
 def test_check_decodes_in_several_processes_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clmoe.benchmarks import check
 
