@@ -48,6 +48,10 @@ _PLAIN = {
     "modules_to_save": None,
     "layers_to_transform": None,
     "layers_pattern": None,
+    "use_rslora": False,
+    "use_dora": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
 }
 
 
@@ -81,7 +85,7 @@ def read_legacy(folder: Path) -> Legacy:
     if kind not in KINDS:
         raise ClmoeError(f"{where}: peft_type is {kind!r}, known are {', '.join(KINDS)}")
     for name, plain in _PLAIN.items():
-        if values.get(name, plain) != plain:
+        if (values.get(name) or plain) != plain:
             raise ClmoeError(f"{where}: {name} is {values[name]!r}, expected {plain!r}")
     targets = values.get("target_modules")
     if not isinstance(targets, list) or not targets or not set(targets) <= set(LINEARS):

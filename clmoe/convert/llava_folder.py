@@ -33,7 +33,8 @@ PROJECTOR = (
 
 _TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_scaling", "rope_theta",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_scaling", "rope_theta", "rope_parameters",  # the last in the place of the two since transformers 5
     "attention_bias", "mlp_bias", "pretraining_tp", "bos_token_id", "eos_token_id", "vocab_size",
 )  # fmt: skip
 

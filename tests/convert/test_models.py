@@ -127,6 +127,23 @@ def test_the_written_folder(
     assert again.generation_config.do_sample is not True
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500_000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}},
+    ],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_the_rotary_embedding_is_the_sources(
+    rope: dict[str, Any], original: dict[str, Tensor], clip_folder: Path, tmp_path: Path
+) -> None:
+    source = sources.liuhaotian(tmp_path / "llava", original, **rope)
+    convert(source, tmp_path / "out", "--vision", clip_folder)
+    written = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").config.text_config.rope_parameters
+    assert (written["rope_theta"], written["rope_type"], written["factor"]) == (500_000.0, "linear", 2.0)
+
+
 def test_the_written_folder_reads_prompts_and_pictures(
     original: dict[str, Tensor], clip_folder: Path, tmp_path: Path
 ) -> None:
