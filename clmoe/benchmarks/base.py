@@ -7,13 +7,14 @@
     prepare: playground           # optional: the builder that `clmoe data prepare` runs for this benchmark
     sources:                      # optional: where files come from, said when one is missing (a file or its folder)
       digits: https://example.org/digits.zip
-    recipe: {epochs: 1}           # optional: training defaults, checked by the configuration, not here
+    recipe:                       # optional: defaults for every method, checked by the configuration, not here
+      training: {epochs: 1}
     tasks:                        # in the order "norm"
       - name: digits
         train: digits/train.json  # relative to root, as are test and images
         test: digits/test.json
         images: images
-        scorer: exact
+        scorer: short_answer
         max_new_tokens: 16
         note: what should be known about this task    # optional
         suffix: " Answer yes or no."                  # optional: added to every test question

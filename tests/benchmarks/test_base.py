@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import yaml
 
 from clmoe.benchmarks import base
 from clmoe.benchmarks.base import Task, load_benchmark
+from clmoe.config import load_config
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.scoring import check_scorer
 from clmoe.system import paths
 
 
@@ -254,3 +257,13 @@ def test_gold_files_are_required_and_sources_are_found_by_the_longest_folder(che
     found = [loaded.source(checkout / "data" / name) for name in ("more/x", "more/gold.json", "moreover/x", "one")]
     assert found == ["https://a", "https://b", None, "https://c"]
     assert loaded.source(Path("/elsewhere")) is None
+
+
+def test_the_example_of_the_docstring_loads(tmp_path: Path) -> None:
+    example = str(base.__doc__).partition("::\n")[2].partition("\nThe data folder")[0]
+    path = write(tmp_path / "my-benchmark.yaml", textwrap.dedent(example))
+    loaded = load_benchmark(path, check_files=False)
+    assert load_config("lora", loaded.recipe, []).training.epochs == 1
+    (digits,) = loaded.tasks
+    check_scorer(digits.scorer)
+    assert digits.gold is not None and digits.passes == 3
