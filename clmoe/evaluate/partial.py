@@ -7,14 +7,12 @@ completed cell.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clmoe.system.files import json_sha256
+from clmoe.system.files import append_json_lines, json_sha256, read_json_lines
 from clmoe.system.processes import from_main, rank
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ class PartialAnswers:
             if self.key not in path.name:
                 path.unlink()
                 continue
-            for row in _whole_rows(path):
+            for row in read_json_lines(path):  # a cut one is missing, and its batch is answered again
                 name = row.pop("question_id")
                 found[name] = Answer(**row)
         return found
@@ -58,14 +56,7 @@ class PartialAnswers:
     def append(self, answers: Iterable[tuple[str, Answer]]) -> None:
         """Add one batch: question ids and their answers."""
         path = self.summary.with_name(f".{self.summary.stem}.partial-{self.key}-{rank()}.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"question_id": name, **dataclasses.asdict(answer)}) + "\n" for name, answer in answers]
-        with path.open("ab+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash cut the last line off
-                    lines.insert(0, "\n")
-            file.write("".join(lines).encode())
+        append_json_lines(path, ({"question_id": name, **dataclasses.asdict(answer)} for name, answer in answers))
 
     def remove(self) -> None:
         """The cell is complete."""
@@ -74,12 +65,3 @@ class PartialAnswers:
 
     def _files(self) -> list[Path]:
         return sorted(self.summary.parent.glob(f".{self.summary.stem}.partial-*.jsonl"))
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, without those that a crash cut off: their batches are answered again."""
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
