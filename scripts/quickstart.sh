@@ -18,3 +18,4 @@ printf '%s\n' clmoe moelora lora | xargs -P "$JOBS" -I{} bash -c \
   'OUT=$OUT/{} bash scripts/playground/{}.sh training.steps="$STEPS" evaluation.limit="$LIMIT"'
 clmoe report "$OUT"/lora "$OUT"/moelora "$OUT"/clmoe --format md,csv,html --output "$OUT/report"
 echo "Open $OUT/report/report.html in a browser: heat-maps, forgetting curves, routers, and what each method answered."
+echo "For clmoe and python in your own shell: source .venv/bin/activate"
