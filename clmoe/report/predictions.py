@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.report.reading import check_field, is_number
+from clmoe.report.reading import check_field, is_number, read_json
 from clmoe.report.run import Run
 
-RIGHT = 0.5  # a score of at least this counts as right; every scorer here gives 0 or 1
+# A score of at least this counts as right. Most rules give 0 or 1; VQA's consensus gives parts of it (0.3 where one
+# annotator in ten agrees, 0.6 where two do), science the found share of several answers.
+RIGHT = 0.5
 Outcome = Literal["kept", "forgotten", "gained", "never", "unknown"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "forgotten", "gained", "never")
 _ROUTERS = ("oracle", "last", "random")
@@ -20,19 +22,24 @@ _ROUTERS = ("oracle", "last", "random")
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One line of a prediction file; `located` is the task whose routers answered, None where none was chosen."""
+    """One line of a prediction file.
+
+    Attributes:
+        score: in [0, 1]; None under a rule that judges all answers of a task at once (captions).
+        located: the task whose routers answered, None where none was chosen.
+    """
 
     question: str
     image: str | None
     prompt: str
     reference: str
     text: str
-    score: float
+    score: float | None
     located: str | None
 
     @property
-    def right(self) -> bool:
-        return self.score >= RIGHT
+    def right(self) -> bool | None:
+        return None if self.score is None else self.score >= RIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,8 @@ class Pair:
 
     @property
     def outcome(self) -> Outcome:
-        """Forgotten is what was right then and is wrong at the end."""
-        if self.then is None or self.now is None:
+        """Forgotten is what was right then and is wrong at the end; unknown what was not judged both times."""
+        if self.then is None or self.now is None or self.then.right is None or self.now.right is None:
             return "unknown"
         if self.then.right:
             return "kept" if self.now.right else "forgotten"
@@ -82,9 +89,12 @@ def _router(run: Run) -> str:
 def _read(run: Path, after: str, stem: str) -> dict[str, Prediction]:
     """The predictions of one cell by question id; empty where there is none, or its summary was never written."""
     path = run / "predictions" / after / f"{stem}.jsonl"
-    if not path.is_file() or not path.with_suffix(".json").is_file():
+    summary = path.with_suffix(".json")
+    if not path.is_file() or not summary.is_file():
         return {}
     rows = [_row(f"{path}, row {number}", line) for number, line in _lines(path)]
+    if read_json(summary, dict).get("parts"):  # scored as a whole: a row's figure is neither right nor wrong
+        rows = [replace(row, score=None) for row in rows]
     return {row.question: row for row in rows}
 
 

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules.consensus import textvqa
 from clmoe.report.predictions import read_pairs
-from clmoe.report.run import read_run
+from clmoe.report.run import group_runs, read_run
+from clmoe.report.samples import count_outcomes, read_answers, sample_data
 from tests.report.folders import TASKS, make_run, predict
 
 
@@ -26,6 +29,30 @@ def test_every_outcome(tmp_path: Path) -> None:
     pair = read_pairs(read_run(run))["colour_letter"]["b"]
     assert pair.then is not None and pair.now is not None
     assert (pair.then.text, pair.now.text, pair.asked.prompt) == ("x", "y", "ask b")
+
+
+def test_part_of_a_point_is_right_from_one_half_on(tmp_path: Path) -> None:
+    """Figures as the consensus of ten annotators gives them, and the found share of science's states."""
+    cup = Question("q", "ask", "", None, {"answers": ["cup"] * 3 + ["mug"] * 2 + ["jar"] + [f"x{i}" for i in range(4)]})
+    three, two, one = (textvqa(word, cup, "fixed") for word in ("cup", "mug", "jar"))
+    assert (three, two, one) == pytest.approx((0.9, 0.6, 0.3))
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "count", "count", {"a": ("cup", three), "b": ("mug", two), "c": ("jar", one), "d": ("Ohio", 0.5)})
+    predict(run, "box", "count", {"a": ("mug", two), "b": ("jar", one), "c": ("jar", one), "d": ("", 0.0)})
+    assert outcomes(run, "count") == {"a": "kept", "b": "forgotten", "c": "never", "d": "forgotten"}
+
+
+def test_answers_that_are_scored_as_a_whole_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    for after, figure in (("count", 1.2), ("box", 0.1)):
+        predict(run, after, "count", {"a": ("a red mug", figure)})
+        (run / f"predictions/{after}/count.json").write_text('{"parts": {"BLEU-1": 0.4, "CIDEr": 2.0}}')
+    assert outcomes(run, "count") == {"a": "unknown"}
+    groups = group_runs([run])
+    answers = read_answers(groups)
+    assert count_outcomes(answers, "moe", "count") == {}
+    (row,) = sample_data(groups, answers, None)["answers"]
+    assert row[2:4] == [["a red mug", None], ["a red mug", None]]
 
 
 def test_the_last_task_is_never_forgotten_and_the_end_is_the_runs_own(tmp_path: Path) -> None:

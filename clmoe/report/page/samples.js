@@ -6,7 +6,7 @@ const OUTCOMES = {
   kept: "kept: right both times",
   gained: "gained: wrong then, right at the end",
   never: "never right",
-  unknown: "asked once only",
+  unknown: "asked once, or not judged alone",
 };
 
 const Samples = {
@@ -164,12 +164,14 @@ const Samples = {
   answer(given) {
     if (!given) return ["–"];
     const [text, right] = given;
+    const shown = text === "" ? el("em", {}, "(empty)") : text;
+    if (right === null) return [shown]; // captions: only all answers together have a score
     const mark = el(
       "span",
       { class: right ? "right" : "wrong", role: "img", "aria-label": right ? "right" : "wrong" },
       right ? "✓" : "✗",
     );
-    return [mark, " ", text === "" ? el("em", {}, "(empty)") : text];
+    return [mark, " ", shown];
   },
 
   lines() {
