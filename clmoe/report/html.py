@@ -18,8 +18,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
 from clmoe.report.figures import figures
 from clmoe.report.run import Group
 from clmoe.report.samples import read_answers, sample_data
@@ -72,20 +70,13 @@ def _about(groups: Sequence[Group]) -> dict[str, Any]:
         "methods": [
             {
                 "label": group.label,
-                "chain": _chain(group.runs[0].method),
-                "note": _CHAINS[_chain(group.runs[0].method)],
+                "chain": group.runs[0].chain,
+                "note": _CHAINS[group.runs[0].chain],
                 "seeds": group.seeds,
             }
             for group in groups
         ],
     }
-
-
-def _chain(method: str) -> str:
-    try:
-        return method_class(method).chain
-    except ClmoeError:  # a run of another version, or of a method that is not here
-        return "sequence"
 
 
 def _asset(name: str) -> str:

@@ -22,6 +22,7 @@ from clmoe.evaluate.continual import (
     read_immediate_csv,
 )
 from clmoe.evaluate.scoring import MODES
+from clmoe.methods.base import method_class
 from clmoe.report.reading import check_field, read_json
 from clmoe.report.records import (
     BlockUsage,
@@ -80,6 +81,14 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.label}, seed {self.seed}"
+
+    @property
+    def chain(self) -> str:
+        """`clmoe.methods.base.Method.chain` of the run's method: `sequence`, or else it is a bound."""
+        try:
+            return method_class(self.method).chain
+        except ClmoeError:  # a run of another version, or of a method that is not here
+            return "sequence"
 
     @property
     def complete(self) -> bool:

@@ -181,10 +181,14 @@ def task_csv(groups: Sequence[Group]) -> str:
 
 
 def _best(groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
-    """Cells with the best mean of their metric, as printed, among at least two labels; ties share it."""
+    """Cells with the best mean of their metric, as printed, among at least two labels; ties share it.
+
+    Bounds (`multitask`, `separate`, `zero_shot`) do not learn the tasks one after another and are not compared.
+    """
     best = set()
+    compared = {r: group for r, group in enumerate(groups) if group.runs[0].chain == "sequence"}
     for column, name in enumerate(COMPARED, start=2):
-        means = {r: group.metric(name).mean for r, group in enumerate(groups)}
+        means = {r: group.metric(name).mean for r, group in compared.items()}
         shown = {r: round(mean, 2) for r, mean in means.items() if mean is not None}
         if len(shown) > 1:
             target = min(shown.values()) if name in _LOWER_IS_BETTER else max(shown.values())

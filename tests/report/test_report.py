@@ -38,6 +38,15 @@ def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
     assert {("moe", "immediate"), ("other", "immediate")} <= best  # a tie is shared
 
 
+def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
+    """The union of all tasks ends highest, but only what learns in sequence is compared."""
+    runs = [make_run(tmp_path, "bound", 0, 90.0, method="multitask")]
+    runs += [make_run(tmp_path, label, 0, last) for label, last in (("low", 20.0), ("high", 50.0))]
+    table = comparison_table(group_runs(runs))
+    assert {table.rows[r][0] for r, c in table.best if table.header[c] == "last"} == {"high"}
+    assert comparison_table(group_runs(runs[:2])).best == frozenset()
+
+
 def test_task_table_follows_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
     groups = group_runs([make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])])
     row = row_of(task_table(groups), "moe", "last")
