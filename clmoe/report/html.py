@@ -21,6 +21,7 @@ from typing import Any
 from clmoe.report.figures import figures
 from clmoe.report.run import Group
 from clmoe.report.samples import read_answers, sample_data
+from clmoe.report.tables import limit_note
 
 SCRIPTS = ("dom.js", "charts.js", "figures.js", "overview.js", "samples.js", "main.js")
 # How scripts/sequence.sh runs a method -> what readers should know of it.
@@ -65,6 +66,7 @@ def _about(groups: Sequence[Group]) -> dict[str, Any]:
         "scoring": first.scoring,
         "tasks": first.order,
         "orders": list(dict.fromkeys(run.order for run in runs)),
+        "limit": limit_note(groups),
         "steps": sorted({run.steps_per_task for run in runs if run.steps_per_task}),
         "version": version("clmoe"),
         "methods": [

@@ -47,6 +47,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "projector_trained": (bool,),
     "effective_scale": (int, float, type(None)),
     "steps_per_task": (int,),
+    "limit": (int, type(None)),
 }
 
 
@@ -54,6 +55,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 class Run:
     """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
 
+    `limit` is the number of test questions per task in rows before the last; None is all of them, or an older run that
+    did not record it.
     `parameters`, `expansion`, `usage` and `located` are empty where the run folder lacks their file.
     """
 
@@ -62,6 +65,7 @@ class Run:
     method: str
     benchmark: str
     scoring: str
+    limit: int | None
     order: tuple[str, ...]
     seed: int
     trainable_parameters: int
@@ -138,7 +142,7 @@ def read_run(folder: Path) -> Run:
         ClmoeError: a file is missing or malformed (file and field are named), or the columns of the matrix
             are not the tasks of the run's order.
     """
-    info = read_json(folder / "run.json", dict)
+    info = {"limit": None} | read_json(folder / "run.json", dict)  # older runs do not say
     for field, types in _FIELDS.items():
         check_field(folder / "run.json", info, field, types)
     if not all(isinstance(task, str) for task in info["order"]):

@@ -84,6 +84,20 @@ def task_table(groups: Sequence[Group]) -> Table:
     return Table("Scores by task", ("label", "row", *tasks, "mean"), tuple(rows), keys=2)
 
 
+def limit_note(groups: Sequence[Group]) -> str:
+    """Which runs asked only some of the questions before the last row; empty where none is known to."""
+    labels: dict[int, list[str]] = {}
+    for group in groups:
+        for limit in dict.fromkeys(run.limit for run in group.runs):
+            if limit is not None and _has_row(group, "immediate"):
+                labels.setdefault(limit, []).append(group.label)
+    return " ".join(
+        f"{', '.join(names)}: rows before the last are over a sample of {limit} test questions per task, the last row "
+        "is over all."
+        for limit, names in sorted(labels.items())
+    )
+
+
 def to_markdown(table: Table) -> str:
     """A GitHub table, without its title; the best cells in bold."""
     marks = ["---" if column < table.keys else "---:" for column in range(len(table.header))]
@@ -155,7 +169,7 @@ def to_text(table: Table, width: int = 100, colour: bool = False) -> str:
 def comparison_csv(groups: Sequence[Group]) -> str:
     """Raw numbers, one row per label: every metric and its `_std` over seeds, parameters, steps, minutes."""
     numbers = (*METRICS, "trainable_parameters", "adapter_parameters", "minutes")
-    fixed = ("scoring", "effective_scale", "projector_trained", "steps_per_task")
+    fixed = ("scoring", "effective_scale", "projector_trained", "steps_per_task", "limit")
     header = ["label", "method", "seeds", *(name + end for name in numbers for end in ("", "_std")), *fixed]
     rows: list[list[str]] = []
     for group in groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import fill
 
 from clmoe.errors import ClmoeError
 from clmoe.report.growth import growing, growth_csv, growth_table
@@ -14,6 +15,7 @@ from clmoe.report.tables import (
     Table,
     comparison_csv,
     comparison_table,
+    limit_note,
     matrix_table,
     task_csv,
     task_table,
@@ -83,8 +85,10 @@ def report_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def report_text(runs: Sequence[Path], width: int = 100, colour: bool = False) -> str:
-    """The same tables for a terminal of `width` columns."""
-    return "\n".join(to_text(table, width, colour) for table in report_tables(group_runs(runs)))
+    """The same tables for a terminal of `width` columns, and below them what `limit_note` says."""
+    groups = group_runs(runs)
+    note = fill(limit_note(groups), width, break_on_hyphens=False)
+    return "\n".join([*(to_text(table, width, colour) for table in report_tables(groups)), *([note] if note else [])])
 
 
 def _pictures(groups: Sequence[Group], output: Path, ending: str) -> list[Path]:
@@ -134,6 +138,8 @@ def _markdown(groups: Sequence[Group], tables: Sequence[Table], pictures: Sequen
     ]
     for table in tables:
         lines += [f"## {table.title}", "", to_markdown(table)]
+    note = limit_note(groups)
+    lines += [note, ""] if note else []
     lines += ["## Pictures", ""]
     for picture in pictures:
         lines += [f"![{picture.stem}]({picture.name})", ""]

@@ -118,6 +118,24 @@ def test_report_files_pictures_and_same_bytes_again(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_a_limit_is_said_below_the_tables_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, label, 0, limit=limit) for label, limit in (("a", 7), ("b", None), ("c", 7), ("d", 9))]
+    older = make_run(tmp_path, "older", 0)  # does not record it
+    joint = make_run(tmp_path, "joint", 0, limit=7)  # has no row before the last
+    (joint / "matrix.csv").write_text("after,colour_letter,count,box\nbox,70,80,90\n")
+    said = (
+        "a, c: rows before the last are over a sample of 7 test questions per task, the last row is over all. "
+        "d: rows before the last are over a sample of 9 test questions per task, the last row is over all."
+    )
+    assert " ".join(report_text([*runs, older, joint]).split()).endswith(said)
+    write_report([*runs, older, joint], tmp_path / "out", ["md", "csv", "html"])
+    assert f"\n{said}\n" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert f'"limit":"{said}"' in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    rows = csv.DictReader((tmp_path / "out/report.csv").open())
+    assert [row["limit"] for row in rows] == ["7", "", "7", "9", "", "7"]
+    assert "sample of" not in report_text([older, joint])
+
+
 def test_heat_map_draws_scores_and_leaves_blanks_grey(tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0, last=0.0)
     write_report([run], tmp_path / "out", ["md"])

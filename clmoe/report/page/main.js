@@ -1,7 +1,7 @@
 // Puts the page together: title, theme, sections with what was measured, navigation.
 
 function summary() {
-  const { benchmark, scoring, orders, steps, methods, tasks } = PAGE.about;
+  const { benchmark, scoring, orders, steps, limit, methods, tasks } = PAGE.about;
   const runs = methods.reduce((sum, method) => sum + method.seeds.length, 0);
   const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
   document.getElementById("title").textContent = benchmark;
@@ -9,7 +9,8 @@ function summary() {
     orders.length === 1 ? orders[0].join(" → ") : `${orders.length} different orders, first ${orders[0].join(" → ")}`;
   document.getElementById("summary").textContent =
     `${plural(methods.length, "method")}, ${plural(runs, "run")}, ${plural(tasks.length, "task")}: ${order}. ` +
-    `Scoring mode “${scoring}”, ${steps.length ? steps.join(" or ") : "no"} training steps per task.`;
+    `Scoring mode “${scoring}”, ${steps.length ? steps.join(" or ") : "no"} training steps per task.` +
+    (limit && ` ${limit}`);
   document.getElementById("foot").textContent =
     `Made by clmoe ${PAGE.about.version} (clmoe report --format html). This page loads nothing from elsewhere.`;
 }
