@@ -22,7 +22,7 @@ from clmoe.errors import ClmoeError
 from clmoe.report.grid import default_file, read_grids
 from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run
-from clmoe.report.tables import BLANK, Table, show_count, show_spread, to_markdown
+from clmoe.report.tables import BLANK, Table, has_row, show_count, show_spread, to_markdown
 from clmoe.system.logging import read_events
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -153,11 +153,12 @@ def task_rows(result: Measured, labels: list[str]) -> Table:
         known = group.metric("immediate_known").mean is not None
         immediate, bwt = ("immediate_known", "bwt_known") if known else ("immediate", "bwt_n")
         for kind, name in ((immediate, "Immediate"), ("last", "Last")):
+            if not has_row(group, kind):
+                continue
             cells = [show_spread(group.task_score(kind, task), len(group.seeds)) for task in result.tasks]
             transfer = show_spread(group.metric(bwt), len(group.seeds)) if name == "Last" else ""
             mean = show_spread(group.metric(kind), len(group.seeds))
-            if any(cell != BLANK for cell in cells):
-                rows.append((group.label, name, *cells, mean, transfer))
+            rows.append((group.label, name, *cells, mean, transfer))
     header = ("method", "", *result.tasks, "Mean", "BWT")
     return Table(f"{result.benchmark}: Immediate and Last", header, tuple(rows), keys=2)
 

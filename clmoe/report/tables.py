@@ -77,7 +77,7 @@ def task_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         for kind in _TASK_ROWS:
             cells = [group.task_score(kind, task) for task in tasks]
-            if not _has_row(group, kind):
+            if not has_row(group, kind):
                 continue
             mean = mean_spread([_row_mean(run, kind) for run in group.runs])
             rows.append((group.label, kind, *(show_spread(cell, len(group.runs)) for cell in (*cells, mean))))
@@ -89,7 +89,7 @@ def limit_note(groups: Sequence[Group]) -> str:
     labels: dict[int, list[str]] = {}
     for group in groups:
         for limit in dict.fromkeys(run.limit for run in group.runs):
-            if limit is not None and _has_row(group, "immediate"):
+            if limit is not None and has_row(group, "immediate"):
                 labels.setdefault(limit, []).append(group.label)
     return " ".join(
         f"{', '.join(names)}: rows before the last are over a sample of {limit} test questions per task, the last row "
@@ -210,11 +210,17 @@ def _best(groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
     return frozenset(best)
 
 
-def _has_row(group: Group, kind: str) -> bool:
-    """Whether any run has such a row; `immediate` needs a stage before the last one, `last` always stands."""
+def has_row(group: Group, kind: str) -> bool:
+    """Whether any run has such a row.
+
+    `immediate` needs a stage before the last one; `last` stands unless each task had an adapter of its own, of which
+    the last one knows no other task.
+    """
     if kind == "immediate":
         return any(task in run.matrix.rows for run in group.runs for task in run.order[:-1])
-    return kind == "last" or any(score is not None for run in group.runs for score in run.scores(kind).values())
+    if kind == "last":
+        return group.runs[0].chain != "separate"
+    return any(score is not None for run in group.runs for score in run.scores(kind).values())
 
 
 def _row_mean(run: Run, kind: str) -> float | None:

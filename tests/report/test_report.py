@@ -56,6 +56,15 @@ def test_task_table_follows_names_when_seeds_have_other_orders(tmp_path: Path) -
     assert row["mean"] == "53.33 ± 9.43"  # of 60 and 140 / 3
 
 
+def test_rows_that_a_method_cannot_have_are_left_out(tmp_path: Path) -> None:
+    """Adapters of one task each have no last row; all tasks at once have no row right after each."""
+    apart, joint = make_run(tmp_path, "apart", 0, method="separate"), make_run(tmp_path, "joint", 0, method="multitask")
+    (apart / "matrix.csv").write_text("after,colour_letter,count,box\ncolour_letter,80,,\ncount,,70,\nbox,,,90\n")
+    (joint / "matrix.csv").write_text("after,colour_letter,count,box\nbox,70,80,90\n")
+    table = task_table(group_runs([apart, joint]))
+    assert [row[:2] for row in table.rows] == [("apart", "immediate"), ("joint", "last")]
+
+
 def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "a|b_50%", 0), make_run(tmp_path, "plain", 0, 40.0)]
     table = comparison_table(group_runs(runs))
