@@ -19,6 +19,7 @@ import yaml
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.continual import mean_spread
 from clmoe.report.grid import default_file, read_grids
 from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run
@@ -33,11 +34,12 @@ SMALL = ("run.json", "matrix.csv", "immediate.csv", "parameters.csv", "locator.c
 HEAD = """\
 # Results
 
-Made by `python scripts/results.py` from the run folders in [results/runs](results/runs); nothing on this page is
-written by hand. Everything was measured on the embedded benchmark: 56-pixel images, a LLaVA of 1.6 million parameters,
-200 steps per task, the same settings for every method. It shows which effects exist at that scale, not what a 7B model
-would score. Percent; mean ± sample standard deviation over seeds. What the figures mean, and the surprises that were
-looked into, are in [results/README](results/README.md).
+Made by `python scripts/results.py`: what was measured from the run folders in [results/runs](results/runs), what the
+papers print and claim from [results/paper.yaml](results/paper.yaml). Everything was measured on the embedded benchmark:
+56-pixel images, a LLaVA of 1.6 million parameters, 200 steps per task; batch, learning rate and scale are the same for
+every method, what they train and store is not, and LLaVA-CMoE's experts have learned before the first task. It shows
+which effects exist at that scale, not what a 7B model would score. Percent; mean ± sample standard deviation over
+seeds. What the figures mean, and the surprises that were looked into, are in [results/README](results/README.md).
 
 """
 VERDICTS = """\
@@ -171,13 +173,16 @@ def summary_rows(result: Measured, labels: list[str], paper: dict[str, Any]) -> 
         figures = paper["figures"].get(label, {})
         printed = f"{figures['last']:.2f} / {figures['bwt_known']:.2f}" if figures else "not at hand"
         if group is None:
-            rows.append((label, "0", *[BLANK] * 5, printed))
+            rows.append((label, "0", *[BLANK] * 6, printed))
             continue
         n = len(group.seeds)
         metrics = [
             show_spread(group.metric(name), n) for name in ("last", "forgetting_max", "bwt_n_minus_1", "immediate")
         ]
-        rows.append((label, str(n), *metrics, show_spread(group.field("trainable_parameters"), n, show_count), printed))
+        counts = [
+            show_spread(group.field(name), n, show_count) for name in ("trainable_parameters", "adapter_parameters")
+        ]
+        rows.append((label, str(n), *metrics, *counts, printed))
     header = (
         "method",
         "seeds",
@@ -186,8 +191,22 @@ def summary_rows(result: Measured, labels: list[str], paper: dict[str, Any]) -> 
         "bwt_n_minus_1",
         "right after training",
         "parameters trained in the last task",
+        "in the adapter at the end",
     )
     return Table(f"{result.benchmark}: AP and AF", (*header, "paper: Last / BWT, 7B"), tuple(rows))
+
+
+def head_start(result: Measured) -> str:
+    """What LLaVA-CMoE had learned before the first task: what was stored after it and not trained in it."""
+    runs = result.groups["llava_cmoe"].runs if "llava_cmoe" in result.groups else ()
+    first = [run.parameters[0] for run in runs if run.parameters]
+    if not first:
+        return ""
+    before = show_spread(mean_spread([task.stored - task.trainable for task in first]), len(first), show_count)
+    return (
+        f"llava_cmoe has a start that no other method here has: {before} parameters, its initial experts and their "
+        "routers, learned from warm-up data (the base's neutral mixture) before the first task.\n\n"
+    )
 
 
 def section_rows(result: Measured, title: str, labels: list[str]) -> Table | None:
@@ -245,7 +264,7 @@ def results_page() -> str:
     for result in results:
         parts.append(f"## All methods on {result.benchmark}\n\n")
         parts.append("As in CL-MoE's table (AP is `last`, AF `forgetting_max`):\n\n")
-        parts += [to_markdown(summary_rows(result, methods, paper)), "\n"]
+        parts += [to_markdown(summary_rows(result, methods, paper)), "\n", head_start(result)]
         parts.append("As in LLaVA-CMoE's Table 1 (Immediate with the task known, where a method finds tasks):\n\n")
         parts += [to_markdown(task_rows(result, methods)), "\n"]
         if len(set(methods) & set(result.groups)) > 1:

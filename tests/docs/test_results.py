@@ -9,7 +9,7 @@ import pytest
 
 from clmoe.errors import ClmoeError
 from clmoe.system.logging import EventLog
-from tests.report.folders import make_run
+from tests.report.folders import make_run, row_of
 from tests.support import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,23 @@ def test_every_label_of_the_papers_file_is_a_row_of_a_grid(results: ModuleType) 
     rows = {row.label for grid in results.read_grids(results.default_file()).values() for row in grid.rows}
     assert set(paper["figures"]) <= rows
     assert {label for claim in paper["claims"] for label in (claim["better"], *claim["than"])} <= rows
+
+
+def test_what_had_learned_before_the_first_task_is_said(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RUNS", tmp_path)
+    for label, stored in (("lora", 90_624), ("llava_cmoe", 552_448)):
+        run = make_run(tmp_path / "playground-coin", label, 0, adapter_parameters=943_488)
+        trained = "90624" if label == "lora" else "65024"
+        (run / "parameters.csv").write_text(f"task,trainable,stored\ncolour_letter,{trained},{stored}\n")
+        run.rename(run.with_name(f"{label}-seed0"))
+    found = results.measured("playground-coin")
+    # stored after the first task and not trained in it: 552,448 - 65,024
+    assert "a start that no other method here has: 487,424 parameters" in results.head_start(found)
+    row = row_of(results.summary_rows(found, ["lora", "llava_cmoe"], {"figures": {}}), "llava_cmoe")
+    assert row["in the adapter at the end"] == "943,488"
+    assert results.head_start(results.Measured("playground-cl4vqa", {})) == ""
 
 
 def test_complete_runs_are_kept_with_their_origin(
