@@ -3,10 +3,10 @@
     python scripts/grid.py GRID [--benchmark playground-coin] [--seeds 0 1 2] [--jobs N] [--only LABEL ...]
         [key=value ...]
 
-What is finished is skipped, and what was interrupted goes on: give the same line again, in pieces as you like. A run is
-a folder OUT/LABEL-seedK, shared by all grids that have the row. The methods' scripts do the work, so their environment
-counts (MODEL, DATA, GPUS, ...; with several --jobs set GPUS=1 and OMP_NUM_THREADS). At the end the rows that are
-complete go into the table OUT/tables/GRID.
+What is finished is skipped, and what was interrupted goes on: give the same line again, in pieces as you like. A row
+that would be the same run as an earlier one on this benchmark is left out. A run is a folder OUT/LABEL-seedK, shared by
+all grids that have the row. The methods' scripts do the work, so their environment counts (MODEL, DATA, GPUS, ...; with
+several --jobs set GPUS=1 and OMP_NUM_THREADS). At the end the rows that are complete go into the table OUT/tables/GRID.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from time import monotonic
 
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
-from clmoe.report.grid import Grid, Row, Start, default_file, read_grids, start
+from clmoe.report.grid import Grid, Row, Start, default_file, read_grids, repeats, start
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import comparison_table, to_text
 from clmoe.report.write import write_report
@@ -124,6 +124,10 @@ def main() -> int:
         raise ClmoeError(unknown("grid", args.grid, grids))
     grid = grids[args.grid]
     rows, by_label = choose(grid, args.only), {row.label: row for row in grid.rows}
+    again = repeats(rows, args.benchmark, args.overrides, os.environ)
+    for label, first in again.items():
+        print(f"{label}: would be the same run as {first} here, and is left out", file=sys.stderr)
+    rows = [row for row in rows if row.label not in again]
     out = (args.out or Path("runs/grid") / Path(args.benchmark).stem).resolve()
     os.environ.setdefault("CLMOE_FEATURES", str(out / "features"))  # one base: its features are computed once
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clmoe.config import build, read_yaml
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.config import build, dump_config, load_config, read_yaml
 from clmoe.errors import ClmoeError
 from clmoe.system.names import unknown
 from clmoe.system.paths import known_configs, repository_root
@@ -123,6 +125,33 @@ def _rows(path: Path, values: dict[str, Any]) -> dict[str, Row]:
     return rows
 
 
+def repeats(
+    rows: Sequence[Row], benchmark: str, overrides: list[str], environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Rows that would train once more what an earlier row trains: label -> that row's label.
+
+    Settings that differ in the file may be equal on a benchmark, with these overrides and this ORDER. LLaVA-CMoE's
+    scripts take the initial experts from warm-up data where WARMUP names some (the embedded benchmark has its own), and
+    else from the first task. A row whose checkpoints another one evaluates is never left out.
+    """
+    recipe = load_benchmark(benchmark, check_files=False).recipe
+    warm = environment.get("WARMUP", "its own" if _embedded(benchmark) else "")
+    evaluated = {row.of for row in rows}
+    first: dict[tuple[str, str], str] = {}
+    again: dict[str, str] = {}
+    for row in rows:
+        if row.of:
+            continue
+        source = row.config or row.script
+        choice = "initial_experts_from" in load_config(source, recipe, []).options
+        given = ["options.initial_experts_from=warmup"] if choice and warm else []
+        config = load_config(source, recipe, [*given, *row.set, *overrides, "label=any"])
+        key = (row.order or environment.get("ORDER", "norm"), dump_config(config))
+        if first.setdefault(key, row.label) != row.label and row.label not in evaluated:
+            again[row.label] = first[key]
+    return again
+
+
 @dataclass(frozen=True)
 class Start:
     """How a run is started: a script with arguments, and environment variables besides the caller's."""
@@ -156,9 +185,13 @@ def _order(row: Row) -> dict[str, str]:
     return {"ORDER": row.order} if row.order else {}
 
 
+def _embedded(benchmark: str) -> bool:
+    return benchmark.startswith("playground-")
+
+
 def _script(row: Row, benchmark: str) -> list[str]:
     """The method's own script on the benchmark, else the one for any method and benchmark."""
-    room = "playground" if benchmark.startswith("playground-") else benchmark
+    room = "playground" if _embedded(benchmark) else benchmark
     own = f"scripts/{room}/{row.script}.sh"
     if (repository_root() / own).is_file():
         return [own]

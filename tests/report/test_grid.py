@@ -7,7 +7,7 @@ import pytest
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
-from clmoe.report.grid import default_file, read_grids, start
+from clmoe.report.grid import default_file, read_grids, repeats, start
 
 FILE = """
 rows:
@@ -61,6 +61,38 @@ def test_a_row_is_started_by_its_script_or_evaluates_anothers_checkpoints(file: 
     }
     lora = start(rows["lora"], rows, "coin", 0, tmp_path, [])
     assert (lora.command[1], "ORDER" in lora.environment) == ("scripts/coin/lora.sh", False)
+
+
+REAL = ("coin", "cl4vqa", "ucit", "mllm_dcl")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "environment", "again"),
+    [
+        *((benchmark, {}, {"llava_cmoe_first_task": "llava_cmoe"}) for benchmark in REAL),
+        ("coin", {"WARMUP": "/data/neutral"}, {}),
+        ("playground-coin", {}, {}),
+        ("playground-coin", {"WARMUP": ""}, {"llava_cmoe_first_task": "llava_cmoe"}),
+        ("playground-cl4vqa", {"ORDER": "rev"}, {"llava_cmoe_order_rev": "llava_cmoe"}),
+    ],
+)
+def test_a_row_that_would_be_an_earlier_run_once_more(
+    benchmark: str, environment: dict[str, str], again: dict[str, str]
+) -> None:
+    assert repeats(read_grids(default_file())["llava_cmoe"].rows, benchmark, [], environment) == again
+
+
+@pytest.mark.parametrize("benchmark", REAL)
+@pytest.mark.parametrize("grid", ["table1", "clmoe"])
+def test_no_other_rows_are_equal_on_the_real_benchmarks(benchmark: str, grid: str) -> None:
+    assert repeats(read_grids(default_file())[grid].rows, benchmark, [], {}) == {}
+
+
+def test_overrides_make_rows_equal_but_checkpoints_that_are_evaluated_stay() -> None:
+    rows = read_grids(default_file())["clmoe"].rows
+    gammas = {"clmoe_gamma0.3": "clmoe", "clmoe_gamma0.5": "clmoe", "clmoe_gamma0.9": "clmoe"}
+    assert repeats(rows, "coin", ["options.gamma=0.5"], {}) == gammas
+    assert repeats(rows, "coin", ["options.consolidation=none"], {}) == {}  # clmoe_both_off evaluates clmoe_mmoe_off
 
 
 def test_a_method_without_a_script_of_its_own_goes_through_the_general_one(file: Path, tmp_path: Path) -> None:
