@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from clmoe.benchmarks.base import Benchmark
 from clmoe.benchmarks.questions import task_questions
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules.base import shown_answer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,5 @@ def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 
     for task in tasks:
         for question in task_questions(task)[:per_task]:
             image = None if question.image is None else str(task.image_root / question.image)
-            answer = question.answer or str(next(iter(question.extra.values())))
-            examples.append(Example(task.name, image, question.text, answer))
+            examples.append(Example(task.name, image, question.text, shown_answer(question)))
     return examples
