@@ -207,6 +207,14 @@ class _Row:
         return shown(self.data[field]) if field in self.data else "nothing: the field is missing"
 
 
+def misplaced(image: str) -> str | None:
+    """How an image path, with either kind of slash, does not stay below its image root; None where it does."""
+    path = posixpath.normpath(image.replace("\\", "/"))
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        return "is absolute; write it relative to"
+    return "leaves" if path == ".." or path.startswith("../") else None
+
+
 class _Images:
     """Checks that image paths stay under one root and, with ``look``, exist; each distinct path is looked up once."""
 
@@ -221,10 +229,9 @@ class _Images:
             return None
         raw = row.text("image", value)
         image = posixpath.normpath(raw.replace("\\", "/"))
-        if image.startswith("/") or re.match(r"[A-Za-z]:", image):
-            row.fail("image", f"{raw!r} is absolute; write it relative to the image root {self.root}")
-        if image == ".." or image.startswith("../"):
-            row.fail("image", f"{raw!r} leaves the image root {self.root}")
+        wrong = misplaced(image)
+        if wrong:
+            row.fail("image", f"{raw!r} {wrong} the image root {self.root}")
         if self.look and image not in self._known:
             if not self.root.is_dir():
                 row.fail("image", f"the image root {self.root} is not a folder; unpack the images there")

@@ -11,11 +11,12 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
 from clmoe.benchmarks.base import load_benchmark
+from clmoe.data.records import misplaced
 from clmoe.errors import ClmoeError
 from clmoe.report.run import Run
 from clmoe.system.logging import read_events
@@ -41,7 +42,7 @@ class Thumbnails:
         return self._seen[key]
 
     def _embed(self, task: str, image: str) -> int | str:
-        if ".." in PurePosixPath(image).parts:  # never leaves the image folder, as in the question files
+        if misplaced(image):  # a page that is passed on holds nothing else of this machine
             return MISSING
         path = next((folder / image for folder in self.folders.get(task, []) if (folder / image).is_file()), None)
         if path is None:

@@ -104,13 +104,15 @@ def test_thumbnails_are_small_and_embedded_once(tmp_path: Path) -> None:
     picture(tmp_path / "b.png", (56, 40), "#102030")
     picture(tmp_path / "wide.png", (1200, 300), "red")
     (tmp_path / "broken.png").write_bytes(b"GIF89a...")
-    picture(tmp_path.parent / "outside.png", (5, 5), "red")
     images = Thumbnails({"count": [tmp_path / "nowhere", tmp_path]})
     assert [images.add("count", name) for name in ("a.png", "b.png", "wide.png", "a.png")] == [0, 0, 1, 0]
     assert images.add("count", "gone.png") == MISSING
     assert images.add("box", "a.png") == MISSING
     assert images.add("count", "broken.png") == UNREADABLE
-    assert images.add("count", "../outside.png") == MISSING
+    outside = picture(tmp_path.parent / "outside.png", (5, 5), "red")
+    picture(tmp_path / "C:" / "private.png", (5, 5), "red")
+    for path in ("../outside.png", "a/../../outside.png", str(outside), "C:/private.png", "C:\\private.png"):
+        assert images.add("count", path) == MISSING
     assert len(images.uris) == 2
     small = decoded(images.uris[0])
     assert small.size == (56, 40) and small.convert("RGB").getpixel((3, 3)) == (0x10, 0x20, 0x30)  # kept exactly
