@@ -16,19 +16,18 @@ from clmoe.benchmarks.base import load_benchmark
 from clmoe.benchmarks.questions import task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.scoring import MODES, FileScore, score_file
+from clmoe.report.reading import read_lines
 
 
-def read_lines(path: Path) -> list[tuple[str | int, str]]:
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+def read_answers(path: Path) -> list[tuple[str | int, str]]:
+    answers = []
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
-            lines.append((row["question_id"], str(row["text"])))
+            answers.append((row["question_id"], str(row["text"])))
         except (ValueError, TypeError, KeyError) as error:
             raise ClmoeError(f"{path}: line {number}: expected question_id and text ({error!r})") from error
-    return lines
+    return answers
 
 
 def main(arguments: list[str] | None = None) -> FileScore:
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> FileScore:
     parser.add_argument("--scoring", choices=MODES, default="fixed")
     options = parser.parse_args(arguments)
     task = load_benchmark(options.benchmark, options.data, check_files=False).task(options.task)
-    score = score_file(task.scorer, read_lines(options.answers), task_questions(task), options.scoring)
+    score = score_file(task.scorer, read_answers(options.answers), task_questions(task), options.scoring)
     print(f"Samples: {score.samples}\nAccuracy: {score.percent:.2f}%")
     return score
 
@@ -48,5 +47,5 @@ def main(arguments: list[str] | None = None) -> FileScore:
 if __name__ == "__main__":
     try:
         main()
-    except ClmoeError as error:
+    except (ClmoeError, OSError) as error:
         sys.exit(f"score: {error}")

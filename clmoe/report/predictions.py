@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.report.reading import check_field, is_number, read_json
+from clmoe.report.reading import check_field, is_number, read_json, read_lines
 from clmoe.report.run import Run
 
 # A score of at least this counts as right. Most rules give 0 or 1; VQA's consensus gives parts of it (0.3 where one
@@ -92,15 +91,10 @@ def _read(run: Path, after: str, stem: str) -> dict[str, Prediction]:
     summary = path.with_suffix(".json")
     if not path.is_file() or not summary.is_file():
         return {}
-    rows = [_row(f"{path}, row {number}", line) for number, line in _lines(path)]
+    rows = [_row(f"{path}, row {number}", line) for number, line in read_lines(path)]
     if read_json(summary, dict).get("parts"):  # scored as a whole: a row's figure is neither right nor wrong
         rows = [replace(row, score=None) for row in rows]
     return {row.question: row for row in rows}
-
-
-def _lines(path: Path) -> Sequence[tuple[int, str]]:
-    # Only "\n" ends a line: answers may hold other line breaks of Unicode, which splitlines would cut at.
-    return [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1) if line]
 
 
 def _row(where: str, line: str) -> Prediction:

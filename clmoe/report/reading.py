@@ -1,4 +1,4 @@
-"""Reading JSON and CSV files of a run folder, with errors that name the file and the field."""
+"""Reading JSON, CSV and line files of a run folder, with errors that name the file and the field."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def read_json(path: Path, kind: type[T]) -> T:
         wanted = "object" if kind is dict else "list"
         raise ClmoeError(f"{path}: expected one JSON {wanted}, found {type(value).__name__}")
     return value
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClmoeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    # Only "\n" ends a line: answers may hold other line breaks of Unicode, which splitlines would cut at.
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def check_field(where: Path | str, info: dict[str, Any], field: str, types: tuple[type, ...]) -> None:

@@ -422,3 +422,13 @@ def test_answers_written_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "merge.jsonl").write_text('{"question_id": 1}\n')
     with pytest.raises(ClmoeError, match=r"merge\.jsonl: line 1: expected question_id and text"):
         script.main(arguments)
+    broken = [{"question_id": n, "text": "Mug\u2028mug\x85"} for n in range(7)]  # line breaks of Unicode end no line
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in broken)
+    (tmp_path / "merge.jsonl").write_text(text, encoding="utf-8")
+    assert script.main(arguments).percent == 0
+    (tmp_path / "merge.jsonl").write_bytes(b"{\xff")
+    with pytest.raises(ClmoeError, match=r"merge\.jsonl: cannot be read as UTF-8 text"):
+        script.main(arguments)
+    (tmp_path / "merge.jsonl").unlink()
+    with pytest.raises(ClmoeError, match=r"merge\.jsonl: cannot be read as UTF-8 text \(.*No such file"):
+        script.main(arguments)
