@@ -63,7 +63,7 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
         "--scoring",
         choices=("fixed", "official"),
         default="fixed",
-        help="what a metric means, or what CoIN's scripts print",
+        help="what a metric means, or what the benchmark's published scripts print",
     )
     sub.add_argument(
         "--router",

@@ -40,8 +40,10 @@ def test_a_row_says_key_type_default_and_meaning(generator: ModuleType) -> None:
 def test_every_file_of_a_run_folder_is_named(generator: ModuleType, runs: Runs, tmp_path: Path) -> None:
     settings = ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20")
     run = runs.evaluate(runs.chain("llava_cmoe", *settings)[1], tmp_path / "run", order=",".join(TASKS[:2]))
+    other = runs.evaluate(runs.chain("clmoe")[1], tmp_path / "other", order=",".join(TASKS[:2]))
     cli.main(["report", str(run), "--format", "csv"])
-    found = {f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir() if path.name[0] != "."}
+    paths = [path for folder in (run, other) for path in folder.iterdir() if path.name[0] != "."]
+    found = {f"{path.name}/" if path.is_dir() else path.name for path in paths}
     assert found == generator.RUN_FILES.keys() - {"NN_task/"}
 
 
@@ -49,3 +51,14 @@ def test_every_variable_is_named(generator: ModuleType) -> None:
     sources = [path.read_text() for path in (ROOT / "clmoe").rglob("*.py")]
     used = {name for text in sources for name in re.findall(r"\bCLMOE_[A-Z_]+\b", text)}
     assert used == {name for name in generator.ENVIRONMENT if name.startswith("CLMOE_")}
+
+
+def test_every_variable_that_a_script_takes_is_named(generator: ModuleType) -> None:
+    """Those with a default or an alternative, and those that no script sets."""
+    lines = [line for path in (ROOT / "scripts").rglob("*.sh") for line in path.read_text().splitlines()]
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    optional = set(re.findall(r"\$\{([A-Z_]{2,}):?[-+]", text))
+    needed = set(re.findall(r"\$\{?([A-Z_]{2,})", text)) - set(re.findall(r"^\s*([A-Z_]{2,})=", text, re.MULTILINE))
+    taken = {name for name in optional | needed if not name.startswith(("SLURM_", "BASH_"))}
+    named = {name for names in generator.ENVIRONMENT for name in names.split(", ")}
+    assert taken == {name for name in named if not name.startswith("CLMOE_")}
