@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -70,9 +69,13 @@ def measure(path: Path, folder: Path, title: str) -> None:
     environment = {**os.environ, "CLMOE_CACHE": str(folder / "cache"), "CLMOE_PROGRESS": "0"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     begin = time.perf_counter()
-    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)  # of this command and its own processes, not of an earlier one
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of all so far, so the first is the largest
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"{title}: clmoe train failed with {child.returncode}")
+    peak = usage.ru_maxrss / 2**20
     print(f"{title:<12}{seconds:7.1f} s   {peak:5.2f} GiB", flush=True)
 
 
