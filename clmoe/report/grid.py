@@ -146,7 +146,7 @@ def repeats(
         choice = "initial_experts_from" in load_config(source, recipe, []).options
         given = ["options.initial_experts_from=warmup"] if choice and warm else []
         config = load_config(source, recipe, [*given, *row.set, *overrides, "label=any"])
-        key = (row.order or environment.get("ORDER", "norm"), dump_config(config))
+        key = (row.order or environment.get("ORDER") or "norm", dump_config(config))
         if first.setdefault(key, row.label) != row.label and row.label not in evaluated:
             again[row.label] = first[key]
     return again
