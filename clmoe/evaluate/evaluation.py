@@ -227,6 +227,7 @@ def _write_cell(cell: _Cell, learned: list[str], answers: list[Answer]) -> float
         "located": 100 * sum(located) / len(located) if located else None,
         "deciders": {name: Counter(learned[a.deciders[name]] for a in answers) for name in sorted(answers[0].deciders)},
     }
+    cell.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
     percent = _write_scored(cell, rows, summary)
     cell.partial.remove()
     return percent

@@ -190,6 +190,23 @@ def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Ben
     assert contents(run) == before, "scored as before, the same bytes"
 
 
+def test_a_crash_between_new_answers_and_their_summary_leaves_the_cell_empty(
+    tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(tmp_path, mini, checkpoint, requests("colour"), Answers(right=3))  # type: ignore[arg-type]
+
+    def crash(*unused: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clmoe.evaluate.evaluation.write_json", crash)
+        other = dataclasses.replace(checkpoint, identity="other")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tmp_path, mini, other, requests("colour"), Answers(right=9))  # type: ignore[arg-type]
+    official = requests("colour", scoring="official")
+    assert unanswered(tmp_path, mini, checkpoint, official) == official, "the other checkpoint's answers lie there"
+
+
 @pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.partition("\n")[2], lambda text: text[5:]])
 def test_answers_that_are_not_those_of_the_questions_are_made_again(
     damage: Callable[[str], str], tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
