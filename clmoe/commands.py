@@ -159,7 +159,8 @@ def _fill(
         stage = Stage(order.index(last), len(order)) if last in order else None
         evaluate(run, benchmark, checkpoint, missing, answerer, stage)
     untrained = method_class(checkpoint.config.method).chain == "none"
-    from_main(lambda: write_tables(run, order, router, untrained=untrained))
+    scoring = requests[0].scoring
+    from_main(lambda: write_tables(run, order, router, scoring=scoring, untrained=untrained))
     from_main(lambda: write_timing(run))
 
 
@@ -167,7 +168,7 @@ def _row(run: Path, after: str, requests: list[Request]) -> str:
     """``after text: sqa 40.0, text 91.3``."""
     from clmoe.evaluate.evaluation import read_score
 
-    scores = [(request.stem(), read_score(run, after, request.stem())) for request in requests]
+    scores = [(request.stem(), read_score(run, after, request.stem(), request.scoring)) for request in requests]
     return f"after {after}: " + ", ".join(f"{stem} {score:.1f}" for stem, score in scores if score is not None)
 
 

@@ -248,10 +248,13 @@ def _write_scored(cell: _Cell, rows: list[dict[str, Any]], summary: dict[str, An
     return percent
 
 
-def read_score(run: Path, after: str, stem: str) -> float | None:
-    """A filled cell's score in percent, None where nothing was measured."""
+def read_score(run: Path, after: str, stem: str, scoring: str) -> float | None:
+    """A filled cell's score in percent, None where nothing was measured, or in another scoring mode."""
     path = summary_path(run, after, stem)
-    return float(read_json(path)["score"]) if path.is_file() else None
+    summary = read_json(path) if path.is_file() else None
+    if summary is None or summary["settings"]["scoring"] != scoring:
+        return None
+    return float(summary["score"])
 
 
 def check_tasks(benchmark: Benchmark, names: list[str]) -> None:

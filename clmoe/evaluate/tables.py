@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clmoe.errors import ClmoeError
 from clmoe.evaluate.continual import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.evaluation import cell_stem, read_score, summary_path
 from clmoe.system.files import csv_text, read_json, write_json, write_text
@@ -15,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def write_tables(
-    run: Path, order: list[str], router: RouterChoice = "located", *, untrained: bool = False
+    run: Path,
+    order: list[str],
+    router: RouterChoice = "located",
+    *,
+    scoring: str = "fixed",
+    untrained: bool = False,
 ) -> dict[str, float | None]:
     """Rebuild the run's tables from its cells.
 
@@ -25,28 +29,27 @@ def write_tables(
     Args:
         order: all tasks of the run, in training order.
         router: the matrix shows the cells of the default router; a run folder that holds none shows this one's.
+        scoring: cells that were scored in another mode are blank, so that a table never mixes two.
         untrained: the method trains nothing, and so ends the sequence as it began.
 
     Returns the metrics.
-
-    Raises:
-        ClmoeError: cells were scored in different modes.
     """
     if any(summary_path(run, after, task).is_file() for after in (ZERO_SHOT, *order) for task in order):
         router = "located"
-    _check_one_scoring(run, order, router)
     matrix = AccuracyMatrix(tuple(order), {})
     for after in (ZERO_SHOT, *order):
-        scores = {task: read_score(run, after, cell_stem(task, router)) for task in order}
+        scores = {task: read_score(run, after, cell_stem(task, router), scoring) for task in order}
         if any(value is not None for value in scores.values()):
             matrix = matrix.with_row(after, scores)
     if untrained and list(matrix.rows) == [ZERO_SHOT]:
         matrix = matrix.with_row(order[-1], dict(zip(order, matrix.row(ZERO_SHOT), strict=True)))
-    known = [read_score(run, task, f"{task}.oracle") for task in order]
+    known = [read_score(run, task, f"{task}.oracle", scoring) for task in order]
     immediate = None
     if any(value is not None for value in known):
         write_immediate_csv(run / "immediate.csv", order, known)
         immediate = tuple(known)
+    else:
+        (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
     _write_located(run, order)
     matrix.write_csv(run / "matrix.csv")
     result = metrics(matrix, immediate)
@@ -66,23 +69,3 @@ def _write_located(run: Path, order: list[str]) -> None:
     if not rows:
         return
     write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
-
-
-def _check_one_scoring(run: Path, order: list[str], router: RouterChoice) -> None:
-    """All cells that the tables are made of were scored in one mode."""
-    cells = [(after, cell_stem(task, router)) for after in (ZERO_SHOT, *order) for task in order]
-    cells += [(task, cell_stem(task, "oracle")) for task in order]
-    seen: dict[str, tuple[str, str]] = {}
-    for after, stem in cells:
-        path = summary_path(run, after, stem)
-        if path.is_file():
-            seen.setdefault(read_json(path)["settings"]["scoring"], (after, stem))
-    if len(seen) < 2:
-        return
-    (one, (after, stem)), (other, (other_after, other_stem)) = list(seen.items())[:2]
-    checkpoint = "base" if after == ZERO_SHOT else f"{run}/<checkpoint of {after}>"
-    raise ClmoeError(
-        f"{run}: after {after}, {stem} was scored {one!r}, and after {other_after}, {other_stem} was scored {other!r}; "
-        "tables show one mode. Score all rows alike, which asks nothing again: "
-        f"clmoe eval --checkpoint {checkpoint} --scoring {other} --output {run} ..."
-    )

@@ -342,23 +342,15 @@ def test_tables_show_one_scoring_mode(tmp_path: Path, mini: Benchmark, checkpoin
         tmp_path, mini, checkpoint, {"colour": {"colour": 12, "colour.oracle": 12}, "count": {"colour": 6, "count": 9}}
     )
     write_tables(tmp_path, ORDER)
-    before = (tmp_path / "matrix.csv").read_text()
+    fixed = (tmp_path / "matrix.csv").read_text()
     first = dataclasses.replace(checkpoint, after="colour", learned=ORDER[:1], identity="colour")
-
-    def scored(mode: str) -> None:
-        assert unanswered(tmp_path, mini, first, requests("colour", scoring=mode)) == []
-
-    scored("official")
-    other_row = (
-        r"after colour, colour was scored 'official', and after count, colour was scored 'fixed'; .*fixed --output"
-    )
-    with pytest.raises(ClmoeError, match=other_row):
-        write_tables(tmp_path, ORDER)
-    with pytest.raises(ClmoeError, match=r"and after colour, colour\.oracle was scored 'fixed'"):
-        write_tables(tmp_path, ["colour"])
-    assert (tmp_path / "matrix.csv").read_text() == before
-    scored("fixed")
+    assert unanswered(tmp_path, mini, first, requests("colour", scoring="official")) == []
+    write_tables(tmp_path, ORDER, scoring="official")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncolour,100.0,,\n"
+    assert not (tmp_path / "immediate.csv").exists(), "the cell with the task known is in the other mode still"
     write_tables(tmp_path, ORDER)
+    assert (tmp_path / "matrix.csv").read_text() == fixed.replace("colour,100.0,,\n", "")
+    assert (tmp_path / "immediate.csv").is_file()
 
 
 def test_unknown_tasks_are_named_before_anything_is_loaded(mini: Benchmark) -> None:
