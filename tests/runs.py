@@ -82,6 +82,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def texts(run: Path, after: str, *cells: str) -> list[str]:
+    """The answers of cells, one after the other; they must differ, or comparing them would show nothing."""
+    files = [run / "predictions" / after / f"{cell}.jsonl" for cell in cells]
+    found = [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
+    assert len(set(found)) > 2, f"all answers are {set(found)}"
+    return found
+
+
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of ``events.jsonl`` of one kind."""
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]

@@ -58,8 +58,13 @@ def load_script(name: str) -> ModuleType:
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
-    """A freshly initialised tiny LLaVA with its processor, in transformers' format."""
+    """A freshly initialised tiny LLaVA with its processor, in transformers' format.
+
+    So short trainings as the tests' would end in a model that says ``</s>`` at once, and tests that compare answers
+    would compare nothing: its logit is always 0, so that answers are as long as they may be, and differ.
+    """
     model, processor = build_tiny(_texts(), seed, SIZES, vocabulary=600)
+    model.lm_head.weight.data[processor.tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -102,8 +107,10 @@ def _draw(task: str, index: int) -> Image.Image:
 def write_benchmark(folder: Path) -> Path:
     """Three tasks of 24 training and 12 test rows with small pictures; returns the YAML.
 
-    Task ``count`` holds a few rows without an image, and ``side`` conversations of two turns.
+    Task ``count`` holds a few rows without an image, and ``side`` conversations of two turns. An answer to ``count`` is
+    one token, so that a model that never ends can be right; one to ``colour`` is long, so that answers differ.
     """
+    tokens = {"colour": 6, "count": 1, "side": 3}
     scorers = {"colour": "option_letter", "count": "short_answer", "side": "short_answer"}
     for task in TASKS:
         (folder / task / "images").mkdir(parents=True)
@@ -127,7 +134,7 @@ def write_benchmark(folder: Path) -> Path:
                 "test": f"{task}/test.json",
                 "images": f"{task}/images",
                 "scorer": scorers[task],
-                "max_new_tokens": 3,
+                "max_new_tokens": tokens[task],
             }
             for task in TASKS
         ],

@@ -361,6 +361,16 @@ def test_unknown_tasks_are_named_before_anything_is_loaded(mini: Benchmark) -> N
         check_tasks(mini, [])
 
 
+def test_a_models_own_answers_are_scored(runs: Runs, tmp_path: Path) -> None:
+    """Some are right and some wrong, so the cell tells them apart; the rule is equality here."""
+    runs.evaluate(runs.chain("lora")[1], tmp_path)
+    lines = (tmp_path / "predictions" / TASKS[1] / f"{TASKS[1]}.jsonl").read_text().splitlines()
+    right = [row["text"] == row["answer"] for row in map(json.loads, lines)]
+    assert 0 < sum(right) < len(right) == 12
+    after, *cells = (tmp_path / "matrix.csv").read_text().splitlines()[1].split(",")
+    assert (after, float(cells[1])) == (TASKS[1], 100 * sum(right) / 12)
+
+
 def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clmoe.evaluate import answer
 

@@ -30,8 +30,7 @@ QUESTION = "How many things are there?"
 
 
 def opened(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
-    """A checkpoint of two tasks that never says ``</s>``, so that its answers are long."""
-    base.model.lm_head.weight.data[base.tokenizer.eos_token_id] = 0
+    """A checkpoint of two tasks."""
     done = read_checkpoint(runs.chain(method, *SETTINGS.get(method, ()))[1])
     tasks = done.lineage.tasks
     checkpoint = Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config, done.lineage.base)

@@ -9,7 +9,7 @@ import pytest
 
 from clmoe.evaluate.generate import Answer, Answerer
 from clmoe.evaluate.partial import PartialAnswers
-from tests.runs import Runs, contents
+from tests.runs import Runs, contents, texts
 from tests.support import TASKS
 
 TASK = TASKS[0]
@@ -31,7 +31,8 @@ def straight(runs: Runs, checkpoint: Path) -> dict[str, bytes]:
     """A run folder's files after an evaluation without interruption."""
     run = runs.root / "straight-evaluation"
     runs.evaluate(checkpoint, run, *SMALL)
-    return {name: content for name, content in contents(run).items() if name not in TIMES}
+    assert texts(run, TASK, TASK)
+    return finished(run)
 
 
 def die_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:

@@ -4,7 +4,6 @@ phi_t, the adapter as training left it, is what the same task from the same pare
 ``options.consolidation=none``.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from clmoe.model.adapter import adapted_llava, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.model.locator import base_features
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
-from tests.runs import Runs, same_bits, tensors
+from tests.runs import Runs, same_bits, tensors, texts
 from tests.support import TASKS, prompt_batches, tiny_config, train_batches
 
 E, GAMMA = 4, 0.7
@@ -326,11 +325,11 @@ def test_beta_mixes_the_instance_gate_with_the_tasks_gate(
 def test_beta_one_answers_without_the_task_router(runs: Runs, tmp_path: Path) -> None:
     """With beta = 1 it does not matter which task is chosen."""
 
-    def texts(router: str) -> list[str]:
-        run = runs.evaluate(runs.chain("clmoe")[1], tmp_path / router, "options.beta=1", router=router)
-        folder = run / "predictions" / TASKS[1]
+    def answers(beta: float, router: str) -> list[str]:
+        run, option = tmp_path / f"{beta}-{router}", f"options.beta={beta}"
+        runs.evaluate(runs.chain("clmoe")[1], run, option, router=router)
         suffix = "" if router == "located" else f".{router}"
-        lines = [line for task in TASKS[:2] for line in (folder / f"{task}{suffix}.jsonl").read_text().splitlines()]
-        return [json.loads(line)["text"] for line in lines]
+        return texts(run, TASKS[1], *(f"{task}{suffix}" for task in TASKS[:2]))
 
-    assert texts("located") == texts("last") == texts("random")
+    assert answers(1, "located") == answers(1, "last") == answers(1, "random")
+    assert answers(0, "located") != answers(0, "last"), "without the instance router the task is all that matters"

@@ -21,7 +21,7 @@ from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import LoadedBase, load_base
-from tests.runs import Runs, contents, events, tensors
+from tests.runs import Runs, contents, events, tensors, texts
 from tests.support import SIZES, TASKS, TEST_ROWS, TRAIN_ROWS
 
 NAMES = ("0.png", "1.png", "2.png")
@@ -177,9 +177,7 @@ def test_a_task_is_learned_and_tested_as_without(
     for name, value in tensors(kept).items():
         torch.testing.assert_close(value, tensors(without)[name], rtol=1e-3, atol=1e-5, msg=name)
     runs.evaluate(kept, tmp_path / "kept")
-    answers = [(tmp_path / run / "predictions" / task / f"{task}.jsonl").read_text() for run in ("without", "kept")]
-    texts = [[json.loads(line)["text"] for line in text.splitlines()] for text in answers]
-    assert texts[0] == texts[1]
+    assert texts(tmp_path / "kept", task, task) == texts(tmp_path / "without", task, task)
 
 
 def test_the_plan_counts_its_bytes(

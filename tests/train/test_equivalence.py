@@ -58,7 +58,7 @@ def test_accumulation_equals_the_whole_batch(method: str, runs: Runs, tmp_path: 
     whole, _ = trained(runs, tmp_path / "whole", method, *settings)
     cut, _ = trained(runs, tmp_path / "cut", method, *settings, "training.micro_batch_size=1")
     assert len(whole) == 20
-    assert whole[-1] < 0.8 * whole[0], "it learns"
+    assert whole[-1] < 0.9 * whole[0], "it learns"
     for a, b in zip(whole, cut, strict=True):
         assert abs(a - b) <= 1e-5 * abs(a)
 

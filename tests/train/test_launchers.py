@@ -69,7 +69,7 @@ def test_two_processes_train_as_one(
     assert engine(alone.parent) == ("TrainedModel", 1)
     assert engine(tmp_path) == (wrapped, 2)
     expected, found = losses(alone.parent), losses(tmp_path)
-    assert len(expected) == 50 and expected[-1] < expected[0] - 1, "it learned something"
+    assert len(expected) == 50 and expected[-1] < expected[0] - 0.5, "it learned something"
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     rates = [event["learning_rate"] for event in events(tmp_path, "step")]
     assert rates == [event["learning_rate"] for event in events(alone.parent, "step")]

@@ -11,7 +11,7 @@ from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.trainer import TaskTrainer
-from tests.runs import Runs, contents, events
+from tests.runs import Runs, contents, events, texts
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
@@ -231,6 +231,7 @@ def test_evaluation_in_the_same_process_equals_a_separate_one(runs: Runs, tmp_pa
     runs.train(tmp_path / "one" / SECOND, "clmoe", SECOND, previous=tmp_path / "one" / FIRST, then_eval="")
     for name in (FIRST, SECOND):
         runs.evaluate(tmp_path / "one" / name, tmp_path / "two")
+    assert texts(tmp_path / "one", SECOND, FIRST, SECOND)
     for file in ("matrix.csv", "immediate.csv", "metrics.json", "run.json", *(
         f"predictions/{after}/{task}.{ending}"
         for after, tasks in ((FIRST, (FIRST,)), (SECOND, (FIRST, SECOND)))
