@@ -1,17 +1,22 @@
 """The same training by other means: losses and weights agree, bit for bit where nothing may differ."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from clmoe.data.batches import train_dataset
+from clmoe.data.collate import collate_train
 from clmoe.data.records import load_train
 from clmoe.methods.base import method_class
-from clmoe.model.adapter import PROJECTOR, adapted_llava, attach_adapter
+from clmoe.model.adapter import PROJECTOR, adapted_llava, adapter_tensors, attach_adapter
 from clmoe.model.llava import LoadedBase
+from clmoe.model.parameters import trainable
 from clmoe.model.routing import NEWEST_ROUTER, routing
+from clmoe.train.lineage import read_checkpoint
 from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.order import BatchPlan
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
 
@@ -44,6 +49,51 @@ def test_bit_for_bit_the_same(
     assert again == losses
     for name, value in tensors(checkpoint).items():
         assert same_bits(tensors(other)[name], value), name
+
+
+def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
+    """Warm-up and cosine, clipping, decoupled decay and the projector's own rate, in float64 and without a Trainer."""
+    steps, warmup, decay, longest, cut = 8, 2, 0.3, 0.05, 50
+    rates = {False: 0.01, True: 0.004}
+    _, checkpoint = trained(
+        runs, tmp_path, "lora", f"training.steps={steps}", f"training.warmup_ratio={warmup / steps}",
+        f"training.learning_rate={rates[False]}", f"training.projector_learning_rate={rates[True]}",
+        f"training.weight_decay={decay}", f"training.max_grad_norm={longest}", f"training.max_length={cut}",
+    )  # fmt: skip
+    config = read_checkpoint(checkpoint).config
+    torch.manual_seed(config.seed)
+    model = attach_adapter(tiny_base.model, method_class("lora")(config).adapter(tiny_base))
+    llava, folder = adapted_llava(model), runs.benchmark.parent / MIXED
+    whole, dataset = (
+        train_dataset(tiny_base, load_train(folder / "train.json", folder / "images"), folder / "images", length)
+        for length in (2048, cut)
+    )
+    assert 0 < sum(len(whole[row].input_ids) > cut for row in range(len(whole))) < len(whole)
+    plan, theta = BatchPlan(config.seed, len(dataset), 8), {n: p.detach().double() for n, p in trainable(model).items()}
+    first, second = ({name: torch.zeros_like(value) for name, value in theta.items()} for _ in range(2))
+    logged = events(checkpoint.parent, "step")
+    assert len(logged) == steps
+    for step, event in enumerate(logged):
+        factor = min(step / warmup, (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
+        batch = collate_train([dataset[row] for row in plan.batch(step)], tiny_base.tokenizer.pad_token_id)
+        llava(**batch).loss.backward()
+        gradients = {name: p.grad.double() for name, p in trainable(model).items()}  # type: ignore[union-attr]
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+        assert norm > 2 * longest, "it is clipped"
+        assert event["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert event["learning_rate"] == pytest.approx(rates[False] * factor, rel=1e-6)
+        for name, parameter in trainable(model).items():
+            gradient, rate = gradients[name] * longest / norm, rates[PROJECTOR in name] * factor
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            theta[name] = (1 - rate * decay) * theta[name] - rate * mean / (square.sqrt() + 1e-8)
+            parameter.data.copy_(theta[name])
+        model.zero_grad()
+    saved, expected = tensors(checkpoint), adapter_tensors(model)
+    assert saved.keys() == expected.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_seed_matters(reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path) -> None:
