@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from clmoe.methods.base import TaskContext
 from clmoe.methods.clmoe import ClMoe
@@ -104,16 +105,34 @@ def test_training_is_not_repeated_once_it_is_saved(
     assert len(events(tmp_path, "trained")) == 1
 
 
+def twin(benchmark: Path, folder: Path) -> Path:
+    """YAML of a benchmark that differs in its name and in the first task's records."""
+    values = yaml.safe_load(benchmark.read_text())
+    first, second, *_ = values["tasks"]
+    first |= {"train": second["train"], "images": second["images"]}
+    (folder / "twin.yaml").write_text(yaml.safe_dump(values | {"name": "twin"}))
+    return folder / "twin.yaml"
+
+
+@pytest.mark.parametrize("other", ["config", "parent", "benchmark"])
 def test_leftovers_of_another_command_are_not_used(
-    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / SECOND
+    task = FIRST if other == "benchmark" else SECOND
+    output, previous = tmp_path / task, None if other == "benchmark" else chain[0]
+    settings, parent, options = [], previous, {}
+    if other == "config":
+        settings = ["seed=7"]
+    elif other == "parent":
+        (parent,) = runs.chain("clmoe", "options.consolidation=none", "training.steps=3", tasks=TASKS[:1])
+    else:
+        options = {"benchmark": str(twin(runs.benchmark, tmp_path))}
     with monkeypatch.context() as patch:
         patch.setattr(ClMoe, "end_task", kill)
         with pytest.raises(Killed):
-            runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0])
-    runs.train(output, "clmoe", SECOND, previous=chain[0])
-    assert contents(output) == contents(chain[1])
+            runs.train(output, "clmoe", task, *settings, previous=parent, **options)
+    runs.train(output, "clmoe", task, previous=previous)
+    assert contents(output) == contents(chain[TASKS.index(task)])
 
 
 def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
