@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+import clmoe
 from clmoe.benchmarks.base import Benchmark
 from clmoe.benchmarks.questions import sampled, task_questions
 from clmoe.config import load_config
@@ -19,7 +20,7 @@ from clmoe.evaluate.generate import Answer
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.tables import write_tables
 from tests.runs import Runs, contents, events
-from tests.support import TASKS
+from tests.support import TASKS, save_tiny
 
 ORDER = list(TASKS)
 
@@ -218,6 +219,34 @@ def test_answers_that_are_not_those_of_the_questions_are_made_again(
     assert unanswered(tmp_path, mini, checkpoint, official) == official
 
 
+@pytest.mark.parametrize(
+    ("exact", "field", "value", "redone"),
+    [
+        (True, "margin", 0.5, True),
+        (True, "batch_size", 3, False),
+        (True, "share_images", False, False),
+        (False, "margin", 0.5, False),
+        (False, "batch_size", 3, True),
+        (False, "share_images", False, True),
+    ],
+)
+def test_a_cell_is_redone_for_what_can_change_its_answers(
+    exact: bool, field: str, value: Any, redone: bool, tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint
+) -> None:
+    """Exact answers depend on the margin and not on how questions are batched; others the other way round."""
+
+    def asked(**fields: Any) -> int:
+        stub, config = Answers(), checkpoint.config
+        evaluation = dataclasses.replace(config.evaluation, exact=exact, **fields)
+        place = dataclasses.replace(checkpoint, config=dataclasses.replace(config, evaluation=evaluation))
+        missing = unanswered(tmp_path, mini, place, requests("colour"))
+        evaluate(tmp_path, mini, place, missing, stub)  # type: ignore[arg-type]
+        return len(stub.asked)
+
+    assert (asked(), asked()) == (1, 0)
+    assert asked(**{field: value}) == redone
+
+
 def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark, checkpoint: Checkpoint) -> None:
     stub = Answers(right=1)
     evaluate(tmp_path, mini, checkpoint, requests("colour", limit=4), stub)  # type: ignore[arg-type]
@@ -369,6 +398,41 @@ def test_a_models_own_answers_are_scored(runs: Runs, tmp_path: Path) -> None:
     assert 0 < sum(right) < len(right) == 12
     after, *cells = (tmp_path / "matrix.csv").read_text().splitlines()[1].split(",")
     assert (after, float(cells[1])) == (TASKS[1], 100 * sum(right) / 12)
+
+
+def test_the_last_row_has_no_limit(runs: Runs, tmp_path: Path) -> None:
+    """It is the result; the same through ``--then-eval`` and ``clmoe eval``."""
+    first, second = ORDER[:2]
+    settings, order, run = ("training.steps=1", "evaluation.limit=3"), f"{first},{second}", tmp_path / "run"
+    runs.train(run / first, "lora", first, *settings, order=order, then_eval="")
+    runs.train(run / second, "lora", second, *settings, order=order, then_eval="", previous=run / first)
+    for task in (first, second):
+        runs.evaluate(run / task, tmp_path / "again", order=order)
+    for folder in (run, tmp_path / "again"):
+        cells = {
+            f"{after}/{task}": summary_path(folder, after, task)
+            for after in order.split(",")
+            for task in (first, second)
+        }
+        counts = {name: json.loads(path.read_text())["questions"] for name, path in cells.items() if path.exists()}
+        assert counts == {f"{first}/{first}": 3, f"{second}/{first}": 12, f"{second}/{second}": 12}
+
+
+def test_an_adapter_is_not_evaluated_on_other_weights(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lie in the very folder that it was trained on."""
+    own = Runs(tmp_path, save_tiny(tmp_path / "model"), runs.benchmark)
+    checkpoint = own.train(tmp_path / "run" / TASKS[0], "lora", TASKS[0], "training.steps=1")
+    save_tiny(own.model, seed=1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        own.evaluate(checkpoint, tmp_path / "run")
+    assert stop.value.code == 2
+    assert f"was trained on another base than {own.model}" in capsys.readouterr().err
+    with pytest.raises(ClmoeError, match="was trained on another base"):
+        clmoe.load(checkpoint)
+    assert clmoe.load(checkpoint, model=str(runs.model)).learned == [TASKS[0]]
 
 
 def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
