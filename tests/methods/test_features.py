@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clmoe.data.batches import prompt_dataset
-from clmoe.data.records import Question, load_questions
+from clmoe.data.batches import first_questions, prompt_dataset
+from clmoe.data.records import Question, TrainRecord, Turn, load_questions
 from clmoe.methods import features as features_module
 from clmoe.methods.features import FeatureStore, feature_folder
 from clmoe.model.adapter import load_adapter
 from clmoe.model.llava import LoadedBase, last_prompt_features
 from tests.runs import Runs, same_bits
-from tests.support import TASKS, prompt_batches
+from tests.support import TASKS, copy_base, prompt_batches
 
 
 @pytest.fixture
@@ -90,6 +90,9 @@ def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, 
     with monkeypatch.context() as patch:
         patch.setattr(tiny_base.model, "is_loaded_in_4bit", True, raising=False)
         keys.append(store._key(questions, images))
+    half = copy_base(tiny_base).model.bfloat16()
+    keys.append(dataclasses.replace(store, base=dataclasses.replace(tiny_base, model=half))._key(questions, images))
+    keys.append(dataclasses.replace(store, share_images=True)._key(questions, images))
     keys.append(store._key(questions[::-1], images))
     keys.append(store._key([dataclasses.replace(questions[0], text="What?"), *questions[1:]], images))
     keys.append(store._key([dataclasses.replace(questions[0], image=None), *questions[1:]], images))
@@ -98,6 +101,15 @@ def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, 
     assert len(set(keys)) == len(keys)
     renamed = dataclasses.replace(questions[0], question_id="another id", answer="another answer")
     assert store._key([renamed, *questions[1:]], images) == keys[-1], "neither id nor answer is part of a prompt"
+
+
+def test_the_first_question_of_a_conversation_locates_its_task() -> None:
+    turns = (Turn("What is it?", "red"), Turn("Are you sure?", "yes"))
+    asked = first_questions([TrainRecord("7", "0.png", turns), TrainRecord("8", None, turns[1:])])
+    assert [(q.question_id, q.image, q.text) for q in asked] == [
+        ("7", "0.png", "What is it?"),
+        ("8", None, turns[1].question),
+    ]
 
 
 def test_the_folder_is_the_runs_unless_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import LoadedBase, load_base
+from clmoe.model.vision_cache import attach_cache
 from tests.runs import Runs, contents, events, tensors, texts
 from tests.support import SIZES, TASKS, TEST_ROWS, TRAIN_ROWS
 
@@ -128,10 +132,20 @@ def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, ima
     assert torch.equal(base.vision.read(images / NAMES[0]), before)
 
 
-def test_another_type_has_a_folder_of_its_own(base: LoadedBase, tiny_folder: Path) -> None:
-    half = load_base(ModelConfig(path=str(tiny_folder), dtype="bfloat16"))
-    assert base.vision is not None and half.vision is not None
-    assert half.vision.folder != base.vision.folder and half.vision.folder.parent == base.vision.folder.parent
+def test_every_cause_of_other_features_is_another_folder(
+    base: LoadedBase, new_base: Callable[[], LoadedBase], tmp_path: Path
+) -> None:
+    weights = dataclasses.replace(new_base(), fingerprint="other")
+    layer, half, processor = new_base(), new_base(), new_base()
+    layer.model.config.vision_feature_layer = -1
+    half.model.bfloat16()
+    processor = dataclasses.replace(processor, image_processor=copy.deepcopy(processor.image_processor))
+    processor.image_processor.image_mean = [0.4] * 3
+    caches = [attach_cache(changed) for changed in (weights, layer, half, processor)]
+    assert attach_cache(new_base()) == base.vision
+    folders = {cache.folder for cache in (base.vision, *caches) if cache is not None}
+    assert len(folders) == 5
+    assert {folder.parent for folder in folders} == {tmp_path / "vision"}
 
 
 def test_bad_files_are_named(base: LoadedBase, images: Path) -> None:
