@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -265,10 +266,53 @@ def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
     assert not torch.equal(vae.encoder.mean[2].weight, start.encoder.mean[2].weight)  # type: ignore[arg-type]
 
 
-def test_a_bank_of_other_widths_is_refused(bank: VaeBank, tmp_path: Path) -> None:
+DECISIVE = ("latent", "hidden", "draws", "sigma_floor")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(VaeSettings)])
+def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(
+    name: str, bank: VaeBank, tmp_path: Path
+) -> None:
+    """Each changed alone; the others matter to the next task's fit only."""
+    value = getattr(SMALL, name)
+    words = {"objective": "density", "primitive_on": "train_last"}
+    other = dataclasses.replace(SMALL, **{name: words.get(name, value if isinstance(value, str) else value * 2)})
+    if name == "held_out":
+        other = dataclasses.replace(SMALL, held_out=0.3)
+    assert getattr(other, name) != value
     bank.save(tmp_path / "bank.safetensors")
-    with pytest.raises(ClmoeError, match=r"options\.locator"):
-        VaeBank.load(tmp_path / "bank.safetensors", SHORT, "last")
+    if name not in DECISIVE:
+        assert len(VaeBank.load(tmp_path / "bank.safetensors", other, "last").vaes) == 3
+        return
+    with pytest.raises(ClmoeError, match=rf"options\.locator\.{name}={value}, not {getattr(other, name)}"):
+        VaeBank.load(tmp_path / "bank.safetensors", other, "last")
+
+
+@pytest.mark.parametrize(("eta", "weight_kl"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.02), (0.02, 0.7)])
+def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: float) -> None:
+    """eta * -log p_rec + lambda * KL, its gradient in float64 and Adam's first step: rate * g / (|g| + 1e-8)."""
+    fields = {"latent": 3, "hidden": 5, "draws": 4, "batch_size": 8, "eta": eta, "weight_kl": weight_kl}
+    settings = VaeSettings(steps=1, **fields)  # type: ignore[arg-type]
+    features, generator = cluster(0, 40, width=6), torch.Generator().manual_seed(9)
+    train = features[torch.randperm(40, generator=generator)[4:]]
+    torch.randn(4, 3, generator=generator)  # the draws that are stored
+    batch = train[torch.randint(36, (8,), generator=generator)].double()
+    noise = torch.randn(4, 8, 3, generator=generator).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        vae = TaskVae(6, settings).double()
+    x = (batch - train.mean(0).double()) / train.std(0, unbiased=False).double()
+    posterior = Normal(*vae.encoder(x))
+    density = Normal(*vae.decoder(posterior.mean + posterior.stddev * noise)).log_prob(x).sum(-1).exp().mean(0)
+    divergence = kl_divergence(posterior, Normal(0.0, 1.0)).sum(-1)
+    (eta * -density.log() + weight_kl * divergence).mean().backward()
+    fitted = dict(fit_vae(features, settings, seed=9).named_parameters())
+    for name, start in vae.named_parameters():
+        gradient = torch.zeros_like(start) if start.grad is None else start.grad
+        expected = start.detach() - settings.learning_rate * gradient / (gradient.abs() + 1e-8)
+        clear = gradient.abs() > 1e-5  # elsewhere float32 may not know the sign
+        torch.testing.assert_close(fitted[name].double()[clear], expected[clear], rtol=0, atol=1e-5, msg=name)
+    assert any(not torch.equal(fitted[name].double(), start) for name, start in vae.named_parameters())
 
 
 def test_a_bank_of_other_features_is_refused(bank: VaeBank, tmp_path: Path) -> None:
