@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from clmoe.config import Config, dump_config, load_config
+from clmoe.config import Config, EvaluationConfig, build, dump_config, load_config
 from clmoe.errors import ClmoeError
+from clmoe.methods.base import method_class, method_names
 from clmoe.train.checkpoint import seal
 from clmoe.train.lineage import (
     Finished,
@@ -107,6 +111,61 @@ def test_a_learned_task_is_refused(tmp_path: Path) -> None:
 
 
 TASKS = ["colour", "count"]
+# How batches are computed, saved and logged may change while a task is trained, and evaluation at any time.
+FREE = {
+    "training.micro_batch_size", "training.gradient_checkpointing", "training.workers", "training.save_steps",
+    "training.keep_states", "training.logging_steps", "training.trackers",
+    *(f"evaluation.{field.name}" for field in dataclasses.fields(EvaluationConfig)),
+    "model.architecture", "label",
+}  # fmt: skip
+
+
+def another(value: Any, annotation: Any) -> Any:
+    """A value that the field may have, and that differs."""
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [*value, "tensorboard"]
+    if isinstance(value, str):
+        return f"{value}x"
+    return 3 if value is None else value / 2 + 7
+
+
+def identities(settings: Config) -> dict[str, str]:
+    """The identity after each field of the configuration was changed alone, by the field's name."""
+    found = {"label": training_identity(dataclasses.replace(settings, label="x"))}
+    found["seed"] = training_identity(dataclasses.replace(settings, seed=1))
+    for section in ("model", "adapter", "training", "evaluation"):
+        old = getattr(settings, section)
+        for name, annotation in typing.get_type_hints(type(old)).items():
+            new = dataclasses.replace(old, **{name: another(getattr(old, name), annotation)})
+            found[f"{section}.{name}"] = training_identity(dataclasses.replace(settings, **{section: new}))
+    for name, options in one_changed(settings.options):
+        found[f"options.{name}"] = training_identity(dataclasses.replace(settings, options=options))
+    return found
+
+
+def one_changed(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The options with each of them changed alone, and its name."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", options | {name: new}) for inner, new in one_changed(value))
+        else:
+            yield name, options | {name: another(value, type(value))}
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_all_that_can_change_a_training_is_part_of_its_identity(method: str) -> None:
+    own_needs = ["options.initial_experts_from=first_task"] if method == "llava_cmoe" else []
+    settings = config(*own_needs, method=method)
+    options = build(method_class(method).Options, settings.options, "options")
+    settings = dataclasses.replace(settings, options=dataclasses.asdict(options))
+    found, own = identities(settings), training_identity(settings)
+    assert {name for name, identity in found.items() if identity == own} == FREE
+    assert len(set(found.values())) == len(found) - len(FREE) + 1, "each of the others is an identity of its own"
 
 
 def test_the_same_run_is_recognised(tmp_path: Path) -> None:
