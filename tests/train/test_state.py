@@ -153,6 +153,22 @@ def test_weights_that_ran_away_are_not_kept(
     assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
 
 
+def test_a_loss_that_is_not_finite_stops_at_its_step(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = TaskTrainer.training_step
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        return real(self, *args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(TaskTrainer, "training_step", step)
+    with pytest.raises(SystemExit) as stop:
+        runs.train(tmp_path / FIRST, "lora", FIRST)
+    assert stop.value.code == 2
+    assert "the loss is not finite at step 3: lower training.learning_rate" in capsys.readouterr().err
+    assert [event["step"] for event in events(tmp_path, "step")] == [1, 2]
+
+
 def poison(patch: pytest.MonkeyPatch, number: int) -> None:
     """The ``number``-th step's gradient (from 0) is not a number; the loss that is logged is."""
     real, seen = TaskTrainer.training_step, []
@@ -223,15 +239,19 @@ def test_without_its_manifest_a_state_does_not_exist(interrupted: tuple[Path, Pa
     assert find_state(phase.with_name("probe")) is None
 
 
-def test_a_state_of_other_parameters_is_refused(interrupted: tuple[Path, Path], runs: Runs) -> None:
+def test_a_state_of_other_parameters_is_refused(
+    interrupted: tuple[Path, Path], runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
     output, phase = interrupted
     folder = state_folder(phase, 6)
     tensors = load_file(folder / "state.safetensors")
     tensors["weight.other"] = tensors.pop(next(name for name in tensors if name.startswith("weight.")))
     save_file(tensors, folder / "state.safetensors")
     seal(folder)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+    assert stop.value.code == 2
+    assert "weight.other" in (error := capsys.readouterr().err) and "unmatched" in error
 
 
 def test_a_state_holds_weights_and_moments_by_name(interrupted: tuple[Path, Path], runs: Runs) -> None:
