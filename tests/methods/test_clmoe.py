@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.data.batches import first_questions, prompt_dataset, train_dataset
+from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.location import known_tasks
@@ -20,7 +20,7 @@ from clmoe.methods.clmoe import ClMoe
 from clmoe.methods.statistics import load_statistics
 from clmoe.model.adapter import adapted_llava, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
-from clmoe.model.locator import base_features
+from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from tests.runs import Runs, same_bits, tensors, texts
 from tests.support import TASKS, prompt_batches, tiny_config, train_batches
@@ -182,10 +182,11 @@ def test_task_gates_grow_by_one_row_and_older_rows_stay(runs: Runs) -> None:
 
 
 def test_statistics_are_the_mean_gate_over_real_tokens(
-    runs: Runs, phi: Path, tiny_base: LoadedBase, mini_yaml: Path
+    runs: Runs, tiny_base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
-    """Oracle: records one by one, so nothing is padded; the gate from each linear's own input, in numpy."""
-    model = load_adapter(tiny_base.model, phi, trainable=False)
+    """Oracle: records one by one, so nothing is padded; the gate from each linear's own input, without dropout."""
+    phi = runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], "adapter.dropout=0.2")
+    model = load_adapter(tiny_base.model, phi, trainable=False).eval()
     inputs: dict[str, Tensor] = {}
     layers = expert_layers(model)
     for name, layer in layers.items():
@@ -202,7 +203,7 @@ def test_statistics_are_the_mean_gate_over_real_tokens(
             logits = x[0].double().numpy() @ layers[name].routers.instance[0].weight.double().numpy().T
             exponent = np.exp(logits - logits.max(1, keepdims=True))
             gates[name].append(exponent / exponent.sum(1, keepdims=True))
-    saved = load_statistics(phi / "statistics.safetensors")[1]
+    saved = load_statistics(phi / "statistics.safetensors")[0]
     for name, parts in gates.items():
         tokens = np.concatenate(parts)
         np.testing.assert_allclose(saved[name]["gate_mean"].numpy(), tokens.mean(0), atol=1e-6)
@@ -268,6 +269,31 @@ def test_the_nearest_centre_is_the_samples_task(asked: tuple[Path, PeftModel, li
     for index, batch in enumerate(batches):
         scores = method().task_scores(checkpoint, base_features(model, batch))
         assert {name: found.argmax(1).tolist() for name, found in scores.items()} == {"prototype": [index] * 6}
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("radius", ["none", "normalised"])
+def test_options_of_the_distance(
+    distance: str, radius: str, asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]
+) -> None:
+    checkpoint, model, batches = asked
+    features = base_features(model, batches[0])
+    index = PrototypeIndex.load(checkpoint / "locator.safetensors")
+    found = method(f"distance={distance}", f"radius={radius}").task_scores(checkpoint, features)["prototype"]
+    assert torch.equal(found, -index.scores(features, distance, radius))  # type: ignore[arg-type]
+    others = {(d, r) for d in ("euclidean", "cosine") for r in ("none", "normalised")} - {(distance, radius)}
+    assert not any(torch.equal(found, -index.scores(features, d, r)) for d, r in others)  # type: ignore[arg-type]
+
+
+def test_options_of_the_counts(runs: Runs, parent: Path, tiny_base: LoadedBase) -> None:
+    theta = second(runs, parent, "samples=7", "top_k=3")
+    folder = runs.benchmark.parent / TASKS[1]
+    records = sample_records(load_train(folder / "train.json", folder / "images"), 7, 0)
+    dataset = train_dataset(tiny_base, records, folder / "images", 2048)
+    tokens = sum(len(dataset[row].input_ids) for row in range(7))
+    for values in load_statistics(theta / "statistics.safetensors")[1].values():
+        assert (int(values["tokens"]), int(values["topk_counts"].sum())) == (tokens, 3 * tokens)
+    assert PrototypeIndex.load(theta / "locator.safetensors").count.tolist() == [24, 7]
 
 
 def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:

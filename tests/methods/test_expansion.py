@@ -239,8 +239,9 @@ def test_balance_loss_pushes_towards_balance() -> None:
 @pytest.fixture
 def measured(tiny_base: LoadedBase, mini_yaml: Path) -> Iterator[tuple[TaskContext, list[TrainRecord]]]:
     """A model of two tasks per block, with records of unequal length, some without an image."""
-    model = attached(tiny_base, "per_block", router_top_k=2)
+    model = attached(tiny_base, "per_block", router_top_k=2, dropout=0.2)
     grow(model)
+    model.train()  # as training leaves it: nothing that is measured may drop anything
     folder = mini_yaml.parent / TASKS[1]
     records = load_train(folder / "train.json", folder / "images")[:11]
     override = ["adapter.train_projector=false", "evaluation.batch_size=4"]
@@ -257,7 +258,7 @@ def test_activations_are_what_single_records_say(kind: str, measured: tuple[Task
     """Oracle: one record at a time, so nothing is padded; logits and picks from each block's own input in numpy."""
     context, records = measured
     result = measure_activations(context, records, kind)  # type: ignore[arg-type]
-    layers = expert_layers(context.model)
+    layers = expert_layers(context.model.eval())
     inputs: dict[str, Tensor] = {}
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe.config import load_config
-from clmoe.data.batches import train_dataset
+from clmoe.data.batches import sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import TaskContext
@@ -33,13 +33,14 @@ def importance(checkpoint: Path, kind: str = "importance", task: int = 0) -> dic
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def by_hand(method: str, checkpoint: Path, base: LoadedBase, folder: Path) -> dict[str, Tensor]:
+def by_hand(method: str, checkpoint: Path, base: LoadedBase, folder: Path, samples: int = 24) -> dict[str, Tensor]:
     """transformers' own forward in float64, one record at a time, all positions; ``[name] -> importance``."""
     model = load_adapter(base.model, checkpoint, trainable=True).eval()
     model.double()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     totals = {name: torch.zeros_like(p) for name, p in named.items()}
-    dataset = train_dataset(base, load_train(folder / "train.json", folder / "images"), folder / "images", 2048)
+    records = sample_records(load_train(folder / "train.json", folder / "images"), samples, 0)
+    dataset = train_dataset(base, records, folder / "images", 2048)
     batches = train_batches(base, dataset, 1)
     for batch in batches:
         inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
@@ -73,6 +74,14 @@ def test_importance_is_the_mean_of_single_records(method: str, runs: Runs, new_b
             assert float(value.max()) > 0, name
             scale = float(value.max())
             torch.testing.assert_close(found[name].double() / scale, value / scale, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_importance_is_measured_on_so_many_records(runs: Runs, new_base: NewBase) -> None:
+    (checkpoint,) = runs.chain("ewc", "options.samples=5", tasks=TASKS[:1])
+    expected = by_hand("ewc", checkpoint, new_base(), runs.benchmark.parent / FIRST, samples=5)
+    for name, value in importance(checkpoint).items():
+        scale = float(expected[name].max())
+        torch.testing.assert_close(value.double() / scale, expected[name] / scale, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def begun(method: str, base: LoadedBase, runs: Runs, previous: Path, *overrides: str) -> tuple[Method, Any]:

@@ -17,23 +17,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe.config import Config
-from clmoe.data.batches import train_dataset
+from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method
 from clmoe.methods.context import TaskContext
-from clmoe.methods.expansion import BlockDecision, choose_blocks, decide
+from clmoe.methods.expansion import BlockDecision, choose_blocks, decide, measure_activations
 from clmoe.methods.llava_cmoe import LlavaCMoe
 from clmoe.model.adapter import adapted_llava, adapter_tensors, expert_layers, load_adapter
-from clmoe.model.llava import LoadedBase
+from clmoe.model.llava import LoadedBase, last_prompt_features
 from clmoe.model.locator import PrototypeIndex
 from clmoe.model.routing import RouteSelection, routing
+from clmoe.model.vae_bank import fit_vae
 from clmoe.train import task as task_module
 from clmoe.train.lineage import read_checkpoint
 from clmoe.train.loss import TrainedModel
 from clmoe.train.trainer import TaskTrainer
 from tests.runs import Runs, contents, events, same_bits, tensors
-from tests.support import SIZES, prompt_batch, tiny_config, train_batches
+from tests.support import SIZES, prompt_batch, prompt_batches, tiny_config, train_batches
 from tests.support import TASKS as THREE
 
 FAST = (
@@ -419,6 +420,43 @@ def test_both_deciders_are_heard_and_the_chosen_one_first(runs: Runs, tiny_base:
     scores = by_name["vae"]
     assert torch.equal(scores["vae"], by_name["prototype"]["vae"])
     assert not torch.equal(scores["vae"].argmax(1), scores["prototype"].argmax(1)), "on noise the two should differ"
+
+
+def test_probes_are_measured_on_records_that_they_did_not_train_on(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
+    measured: list[dict[str, Tensor]] = []
+    real = LlavaCMoe._decide
+
+    def decide_watched(self: LlavaCMoe, context: TaskContext) -> None:
+        _, held_out = self._probe_split(context.records)
+        measured.extend(measure_activations(context, records, "frequency") for records in (held_out, context.records))
+        real(self, context)
+
+    monkeypatch.setattr(LlavaCMoe, "_decide", decide_watched)
+    output = tmp_path / TASKS[1]
+    runs.train(output, "llava_cmoe", TASKS[1], *settings(runs, "first_task"), previous=parent)
+    for block, row in plan(output)[-1]["blocks"].items():
+        held_out, all_records = (values[block].tolist() for values in measured)
+        assert row["activations"] == held_out != all_records
+
+
+def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
+    """Feature, number of records, and a seed of the task's own."""
+    samples = 10
+    made = chain(runs, "first_task", "feature=pooled", f"samples={samples}", tasks=TASKS[:2])
+    for index, checkpoint in enumerate(made):
+        folder, base = runs.benchmark.parent / TASKS[index], new_base()
+        records = sample_records(load_train(folder / "train.json", folder / "images"), samples, 0)
+        batches = prompt_batches(base, prompt_dataset(base, first_questions(records), folder / "images"), samples)
+        with torch.no_grad():
+            (features,) = (last_prompt_features(base.model, batch, "pooled") for batch in batches)
+        config = read_checkpoint(checkpoint).config
+        expected = fit_vae(features, LlavaCMoe(config).options.locator, seed=index).state_dict()
+        saved = load_file(checkpoint / "locator.safetensors")
+        for name in ("shift", "scale", "noise"):
+            torch.testing.assert_close(saved[f"vae.{index}.{name}"], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_probe_seed_changes_the_probes_alone(runs: Runs, tmp_path: Path) -> None:
