@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Dropout
 
 from clmoe.data.batches import train_dataset
 from clmoe.data.collate import collate_train
@@ -178,6 +180,21 @@ def test_a_share_of_the_batch_is_a_share_of_its_loss(tiny_base: LoadedBase) -> N
     together = model(**whole, num_items_in_batch=answers)["loss"]
     parts = [model(**train_batch(tiny_base, [row]), num_items_in_batch=answers)["loss"] for row in rows]
     torch.testing.assert_close(together, sum(parts), rtol=1e-5, atol=0)
+
+
+def test_every_step_has_a_dropout_mask_of_its_own(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    real = Dropout.forward
+
+    def forward(self: Dropout, x: Tensor) -> Tensor:
+        if self.training and self.p:
+            kept.append(real(self, torch.ones(64)))
+        return real(self, x)
+
+    monkeypatch.setattr(Dropout, "forward", forward)
+    trained(runs, tmp_path, "moelora", "adapter.dropout=0.2", "training.steps=3")
+    masks = {tuple(mask.tolist()) for mask in kept[:: len(kept) // 3]}
+    assert len(masks) == 3, "the first layer's of each step"
 
 
 def test_dropout_follows_the_seed(runs: Runs, tmp_path: Path) -> None:

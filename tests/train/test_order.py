@@ -2,12 +2,17 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainerState
 
 from clmoe.data.permutation import epoch_permutation
 from clmoe.errors import ClmoeError
 from clmoe.train.order import BatchPlan, MicroBatches, total_steps
+from clmoe.train.trainer import Snapshots
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])
@@ -53,6 +58,20 @@ def test_a_later_start_continues_the_same_order() -> None:
 def test_an_indivisible_batch_is_an_error(micro: int | None, processes: int) -> None:
     with pytest.raises(ClmoeError, match="batch_size 8 cannot be cut"):
         BatchPlan(0, 100, 8, micro, processes)
+
+
+def test_what_is_random_differs_by_seed_phase_step_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout's masks come from the generator as it stands when a step begins."""
+
+    def drawn(seed: int = 3, phase: str = "trained", step: int = 2, rank: str = "0") -> tuple[float, ...]:
+        monkeypatch.setenv("RANK", rank)
+        trainer = SimpleNamespace(plan=BatchPlan(seed, 8, 8), phase=Path(phase))
+        Snapshots(trainer).on_step_begin(None, TrainerState(global_step=step), None)  # type: ignore[arg-type]
+        return tuple(torch.rand(4).tolist())
+
+    masks = [drawn(), drawn(seed=4), drawn(phase="probe"), drawn(step=3), drawn(rank="1")]
+    assert len(set(masks)) == 5
+    assert drawn() == masks[0]
 
 
 def test_total_steps() -> None:
