@@ -1,5 +1,7 @@
 """Scoring rules against golden cases worked out by hand; official mode against CoIN's documented faults."""
 
+from fractions import Fraction
+from random import Random
 from typing import Any
 
 import pytest
@@ -139,6 +141,26 @@ def test_iou_takes_a_list_and_does_not_need_the_size() -> None:
     assert both("iou", GOLD, question(answer_bbox=[0.12, 0.3, 0.5, 0.94])) == (1, 1)
 
 
+def test_boxes_apart_on_a_diagonal_do_not_overlap() -> None:
+    """Width and height of what they share are both negative, and their product is not."""
+    assert score("iou", "[0, 0, 0.4, 0.4]", question(answer_bbox="[0.7, 0.7, 1, 1]")) == 0.0
+
+
+def test_iou_counts_the_cells_that_two_boxes_share() -> None:
+    random, seen = Random(0), set()
+
+    def cells() -> tuple[str, set[tuple[int, int]]]:
+        (x1, x2), (y1, y2) = (sorted(random.sample(range(7), 2)) for _ in range(2))
+        return f"[{x1 / 10}, {y1 / 10}, {x2 / 10}, {y2 / 10}]", {(x, y) for x in range(x1, x2) for y in range(y1, y2)}
+
+    for _ in range(2000):
+        (box, mine), (gold, theirs) = cells(), cells()
+        share = Fraction(len(mine & theirs), len(mine | theirs))
+        assert score("iou", box, question(answer_bbox=gold)) == (share > Fraction(1, 2)), (box, gold)
+        seen.add(share)
+    assert Fraction(0) in seen and Fraction(1, 2) in seen and len(seen) > 50
+
+
 @pytest.mark.parametrize("gold", [{}, {"answer_bbox": "[0.1, 0.2]"}, {"answer_bbox": [0.5, 0.2, 0.1, 0.4]}])
 def test_iou_refuses_a_malformed_gold_box(gold: dict[str, Any]) -> None:
     with pytest.raises(ClmoeError, match=r"question 7: field 'answer_bbox'"):
@@ -194,6 +216,10 @@ def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(sc
         ("contains_words", "no.", "No.", 1, 1),
         ("contains_words", "it is B.", "B", 1, 1),
         ("contains_words", "casino", "no", 1, 0),
+        ("contains_words", "casino bar", "no", 1, 0),
+        ("contains_words", "the casino.", "no", 1, 0),
+        ("contains_words", "the casino, closed", "no", 1, 0),
+        ("contains_words", "two casinos", "no", 0, 0),
         ("contains_answer", "unknown", "no", 1, 0),
         ("contains_answer", "in the liver", "Liver", 1, 1),
         ("stock", "B. rising", "B", 0, 1),  # "brising"
@@ -213,6 +239,9 @@ def test_rules_for_whole_answers(scorer: str, prediction: str, gold: str, offici
         ("images/AI2D_1.png", "Which?", "The leaf.", "leaf", 0, 0),
         ("images/AI2D_1.png", "Which?", "Leaf.", "leaf", 0, 1),
         ("images/TQA_1.png", "Which?", "leaf", "Leaf", 1, 1),
+        ("images/VQA_1.png", "Which?", "red leaf", "leaf", 0, 0),
+        ("images/SciVerse_1.png", "Which?", "red leaf", "leaf", 0, 0),
+        ("images/MapQA_7.png", "Which?", "red leaf", "leaf", 1, 1),
         ("images/MapQA_7.png", "Which states are red?", "a,c", "a,b", 0.5, 0.5),
         ("images/MapQA_7.png", "Which states are red?", "Ohio,Texas", "Texas, Ohio", 0.5, 1),  # " ohio"
         ("images/MapQA_7.png", "Which states are red?", "West Virginia", "Virginia", 1, 0),
@@ -315,6 +344,18 @@ def test_agreement_is_the_closed_form_for_every_number_of_equal_answers() -> Non
 )
 def test_normaliser(text: str, normal: str) -> None:
     assert normalise(text) == normal
+
+
+@pytest.mark.parametrize("mark", ';/[]"{}()=+\\_-><@`,?!')
+def test_the_normaliser_knows_every_mark(mark: str) -> None:
+    assert normalise(f"red{mark} dog") == "red dog"
+    assert normalise(f"red{mark}dog") == ("reddog" if mark in ",?" else "red dog")
+
+
+def test_the_normaliser_knows_every_article_and_number_word() -> None:
+    words = "none zero one two three four five six seven eight nine ten eleven"
+    assert normalise(words) == "0 0 1 2 3 4 5 6 7 8 9 10 eleven"
+    assert normalise("a red an the dog") == "red dog"
 
 
 def test_an_answer_that_normalises_to_nothing_is_not_reached_by_silence() -> None:
