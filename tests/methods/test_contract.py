@@ -20,7 +20,7 @@ import clmoe
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
 from clmoe.methods.base import Method, Phase, TaskContext, method_class, method_names
-from clmoe.model.adapter import adapter_tensors, attach_adapter, load_adapter
+from clmoe.model.adapter import adapter_tensors, attach_adapter, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
 from clmoe.train.lineage import read_checkpoint
@@ -94,6 +94,29 @@ def adapted(name: str, base: LoadedBase) -> tuple[Any, Method]:
     config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
     method = method_class(name)(config)
     return attach_adapter(base.model, method.adapter(base)), method
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("adapter.rank_is=total",), 16 / 8 / 4),
+        (("adapter.rank_is=per_expert",), 16 / 8 / 4),
+        (("adapter.rank_is=per_expert", "adapter.router_top_k=2"), 16 / 8 / 2),
+        (("adapter.router_top_k=2", "adapter.scale=0.7"), 0.7),
+    ],
+)
+def test_the_effective_scale_is_the_layers_factor_times_its_gate(
+    settings: tuple[str, ...], expected: float, tiny_base: LoadedBase
+) -> None:
+    """alpha / rank over the number of experts that share a token, four here or the router's two."""
+    config = tiny_config("moelora", Path("nowhere"), "adapter.alpha=16", *settings)
+    method = method_class("moelora")(config)
+    for layer in expert_layers(attach_adapter(tiny_base.model, method.adapter(tiny_base))).values():
+        with torch.no_grad():
+            gate = layer.routers(torch.randn(2, 3, layer.routers.instance[0].weight.shape[1]))
+        for experts in layer.experts.values():
+            assert experts.scaling * float(gate[gate > 0].mean()) == pytest.approx(expected)
+    assert method.effective_scale() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", TRAINED)

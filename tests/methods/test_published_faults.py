@@ -1,12 +1,9 @@
 """One regression test per fault of the published CL-MoE code; docs/faults.md describes each."""
 
-import inspect
-import random
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +12,7 @@ from torch import Tensor
 from clmoe.data.collate import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
-from clmoe.methods import momentum, statistics
+from clmoe.methods import momentum
 from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.clmoe import ClMoe
 from clmoe.methods.statistics import load_statistics
@@ -162,15 +159,8 @@ def test_fault_statistics_by_wall_clock(
 
     Here: the pass counts every token whatever the clock says; a run under another clock gives the same bytes.
     """
-    for module in (statistics, momentum, ClMoe):
-        source = inspect.getsource(module)
-        assert "datetime" not in source
-        assert "import time" not in source
     later = time.time() + 12_345.6
     monkeypatch.setattr(time, "time", lambda: later)
-    random.seed(99)
-    np.random.seed(99)
-    torch.manual_seed(99)
     again = runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], previous=merged[0])
     assert contents(again) == contents(merged[2])
     counted = load_statistics(again / "statistics.safetensors")
