@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class PlainOptimizer:
         self.adamw.state[parameter][key].copy_(value)
 
     def start_at(self, step: int) -> None:
-        _fill(self.adamw, step)
+        _fill(self.adamw, _shown(self.adamw), step)
 
 
 class ZeroOptimizer:
@@ -84,7 +85,9 @@ class ZeroOptimizer:
         safe_set_local_optimizer_state(parameter, flat, key)
 
     def start_at(self, step: int) -> None:
-        _fill(self.adamw, step)
+        # ZeRO-3 shows AdamW its flat tensors only while they are stepped, one after the other
+        flat = getattr(self.zero, "fp32_partitioned_groups_flat", None)
+        _fill(self.adamw, _shown(self.adamw) if flat is None else flat, step)
         self._link()
 
     def _link(self) -> None:
@@ -97,12 +100,16 @@ class ZeroOptimizer:
             self.zero._lazy_init_hp_params_optimizer_state()
 
 
-def _fill(adamw: torch.optim.Optimizer, step: int) -> None:
-    """The state that AdamW would make at its first step, with the counter set."""
-    for group in adamw.param_groups:
-        for flat in group["params"]:
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            adamw.state[flat] = {"step": torch.tensor(float(step)), **moments}
+def _shown(adamw: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors in its groups."""
+    return [tensor for group in adamw.param_groups for tensor in group["params"]]
+
+
+def _fill(adamw: torch.optim.Optimizer, tensors: Iterable[Tensor], step: int) -> None:
+    """The state that AdamW would make for these tensors at its first step, with the counter set."""
+    for tensor in tensors:
+        moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
+        adamw.state[tensor] = {"step": torch.tensor(float(step)), **moments}
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from clmoe.train.state import states
-from clmoe.train.trainer import OneDevice
+from clmoe.train.trainer import OneDevice, TaskTrainer
 from tests.launch import launch, needs_deepspeed, stop_when
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS
@@ -106,6 +107,34 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     found, expected = losses(tmp_path), losses(alone.parent)
     assert len(found) - before == 50 - made
     torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_two_processes_go_on_where_one_was_killed(
+    kind: str, alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, moments and step of a state that one process wrote, spread by DeepSpeed over two."""
+    output, made, real = tmp_path / FIRST, 30, TaskTrainer.training_step
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == made:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "training_step", step)
+        with pytest.raises(Killed):
+            runs.train(output, "clmoe", FIRST, *STEPS, f"training.save_steps={made}")
+    before, expected = len(losses(tmp_path)), losses(alone.parent)[made:]
+    launch(2, *train_line(runs, output, "clmoe", FIRST, "--deepspeed", kind, *STEPS))
+    assert engine(tmp_path) == ("DeepSpeedEngine", 2)
+    found = losses(tmp_path)[before:]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 @needs_deepspeed
