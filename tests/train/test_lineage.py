@@ -128,7 +128,7 @@ def another(value: Any, annotation: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
-        return [*value, "tensorboard"]
+        return value[:-1] or ["tensorboard"]
     if isinstance(value, str):
         return f"{value}x"
     return 3 if value is None else value / 2 + 7
@@ -141,7 +141,8 @@ def identities(settings: Config) -> dict[str, str]:
     for section in ("model", "adapter", "training", "evaluation"):
         old = getattr(settings, section)
         for name, annotation in typing.get_type_hints(type(old)).items():
-            new = dataclasses.replace(old, **{name: another(getattr(old, name), annotation)})
+            value = 0.1 if name == "dropout" else another(getattr(old, name), annotation)
+            new = dataclasses.replace(old, **{name: value})
             found[f"{section}.{name}"] = training_identity(dataclasses.replace(settings, **{section: new}))
     for name, options in one_changed(settings.options):
         found[f"options.{name}"] = training_identity(dataclasses.replace(settings, options=options))
