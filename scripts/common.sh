@@ -58,6 +58,9 @@ run_folder() {
   echo "runs/$(basename "${BENCHMARK%.y*ml}")/$(basename "${METHOD%.y*ml}")$order-seed$SEED"
 }
 
+# How many cores there are. nproc itself answers with OMP_NUM_THREADS, where that is set.
+cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
+
 # A port that nobody uses: two runs on one machine must not meet on the launcher's default.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 

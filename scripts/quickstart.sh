@@ -8,7 +8,7 @@ export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
 source "$(dirname "$0")/common.sh"
 setup ""
 export STEPS=${STEPS:-150} LIMIT=${LIMIT:-100} OUT=${OUT:-runs/quickstart}
-JOBS=${JOBS:-$(nproc)}
+JOBS=${JOBS:-$(cores)}
 echo "Quickstart: playground-coin, 8 tasks, $STEPS steps per task (reduced), a sample of $LIMIT test questions in all" \
   "rows but the last; $JOBS methods at a time"
 clmoe data prepare playground-coin

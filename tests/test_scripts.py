@@ -265,6 +265,11 @@ def test_deepspeed_is_started_on_the_devices_that_may_be_used(
         assert {"CLMOE_VISION=/cache", "HF_HUB_OFFLINE=1", "OMP_NUM_THREADS=1"} <= set(handed_over)
 
 
+def test_the_cores_are_the_machines_whatever_the_threads() -> None:
+    told = command("bash", "-c", "source scripts/common.sh; export OMP_NUM_THREADS=1; cores")
+    assert int(told.stdout) == len(os.sched_getaffinity(0))
+
+
 def test_more_processes_than_visible_devices_are_refused() -> None:
     done = shell("scripts/coin/lora.sh", GPUS="4", CUDA_VISIBLE_DEVICES="0,1", DATA="/nowhere")
     assert (done.returncode, done.stderr) == (2, "GPUS=4, but CUDA_VISIBLE_DEVICES=0,1 names 2\n")

@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1
 OUT=${OUT:-runs/grid} done=()
 for benchmark in ${BENCHMARKS:-playground-coin playground-cl4vqa}; do
   clmoe data prepare "$benchmark"
-  python scripts/grid.py "${GRID:-table1}" --benchmark "$benchmark" --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-$(nproc)}" \
+  python scripts/grid.py "${GRID:-table1}" --benchmark "$benchmark" --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-$(cores)}" \
     --out "$OUT/$benchmark" "$@"
   done+=("$OUT/$benchmark")
 done
