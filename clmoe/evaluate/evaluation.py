@@ -18,7 +18,7 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.rules.base import Mode, shown_answer
 from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers
-from clmoe.system.files import json_sha256, read_json, write_json, write_text
+from clmoe.system.files import json_sha256, read_json, read_json_lines, write_json, write_text
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import from_main
 from clmoe.system.provenance import provenance
@@ -161,10 +161,7 @@ def _kept_rows(cell: _Cell) -> list[dict[str, Any]] | None:
     """A complete cell's answers; None where the file is gone or was changed, so that they must be made again."""
     if not cell.answers_path.is_file():
         return None
-    try:
-        rows = [json.loads(line) for line in cell.answers_path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except ValueError:
-        return None
+    rows = read_json_lines(cell.answers_path)
     aligned = [row.get("question_id") for row in rows] == [question.question_id for question in cell.questions]
     return rows if aligned else None
 

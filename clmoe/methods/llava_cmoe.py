@@ -271,9 +271,8 @@ class LlavaCMoe(Method):
         from clmoe.model.vae_bank import VaeBank
         from clmoe.system.processes import device
 
-        bank = VaeBank(self.options.locator, self.options.feature)
-        if context.previous is not None:
-            bank = self._bank(context.previous)
+        old, options = context.previous, self.options
+        bank = VaeBank(options.locator, options.feature) if old is None else self._bank(old)
         bank.append(features.to(device()), self.config.seed + context.index)
         bank.save(context.work / LOCATOR)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
@@ -17,7 +15,7 @@ from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
-from clmoe.system.files import read_json, write_json, write_text
+from clmoe.system.files import write_json, write_text
 from clmoe.system.interrupt import deferred
 from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
 from clmoe.system.processes import count, device, from_main, is_main, wait_for_all
@@ -25,7 +23,7 @@ from clmoe.system.provenance import provenance
 from clmoe.system.tensors import writing
 from clmoe.system.trackers import check_trackers, tracking
 from clmoe.train.card import model_card
-from clmoe.train.checkpoint import CARD, MANIFEST, build_folder, is_complete, publish, work_folder
+from clmoe.train.checkpoint import CARD, build_folder, is_complete, publish
 from clmoe.train.lineage import (
     CONFIG,
     LINEAGE,
@@ -37,6 +35,7 @@ from clmoe.train.lineage import (
     training_identity,
 )
 from clmoe.train.order import BatchPlan, total_steps
+from clmoe.train.work import PHASES, open_work, own_folder, remove_phases
 from clmoe.train.zero import spreads_weights
 
 if TYPE_CHECKING:
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase
 
 UNION = "all"
-PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
-IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -160,9 +157,8 @@ def finished(request: TrainRequest) -> bool:
         return False
     done = read_checkpoint(request.output)
     check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
-    leftover = request.output / PHASES  # of a command that was stopped just after it had published
-    if is_main() and leftover.exists():
-        shutil.rmtree(leftover)
+    if is_main():
+        remove_phases(request.output)  # left by a command that was stopped just after it had published
     return True
 
 
@@ -195,9 +191,9 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
     base = _load_base(request)
-    building = from_main(lambda: _open_work(request))
+    building = from_main(lambda: open_work(request.output, _identity(request)))
     sealed = building / PHASES
-    with _own_folder(building) as work:
+    with own_folder(building) as work:
         context = TaskContext(
             request.learned[-1],
             len(request.learned) - 1,
@@ -223,16 +219,6 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
     return context.base
 
 
-@contextmanager
-def _own_folder(building: Path) -> Iterator[Path]:
-    """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
-    if is_main():
-        yield building
-        return
-    with TemporaryDirectory(prefix="clmoe-") as scratch:
-        yield Path(scratch)
-
-
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase]) -> None:
     """Complete the checkpoint's files, put it in its place, and then only remove what served to make them."""
     work = context.work
@@ -251,7 +237,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
     write_json(work / LINEAGE, lineage.as_json())
     write_text(work / CARD, model_card(request.config, lineage))
     publish(work, request.output)
-    shutil.rmtree(request.output / PHASES)
+    remove_phases(request.output)
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
@@ -298,30 +284,14 @@ def _load_base(request: TrainRequest) -> LoadedBase:
     return base
 
 
-def _open_work(request: TrainRequest) -> Path:
-    """The folder to build in; what an interrupted run of the same command left there is kept, all else removed."""
-    work = work_folder(request.output)
-    parent = None if request.previous is None else request.previous.identity
-    identity = {
+def _identity(request: TrainRequest) -> dict[str, Any]:
+    """What an interrupted command must have been asked for that this one goes on with its work."""
+    return {
         "benchmark": request.benchmark.name,
         "config": training_identity(request.config),
-        "parent": parent,
+        "parent": None if request.previous is None else request.previous.identity,
         "tasks": request.learned,
     }
-    phases = work / PHASES
-    marker = phases / IDENTITY
-    if work.exists() and not (marker.is_file() and read_json(marker) == identity):
-        shutil.rmtree(work)
-    write_json(marker, identity)
-    for leftover in work.iterdir():
-        if leftover.is_file():
-            leftover.unlink()
-        elif leftover != phases:
-            shutil.rmtree(leftover)
-    for leftover in phases.iterdir():
-        if leftover.is_dir() and not (leftover / MANIFEST).is_file():
-            shutil.rmtree(leftover)
-    return work
 
 
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
