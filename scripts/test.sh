@@ -5,4 +5,5 @@ setup dev
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Files are shared out to one process per core; -n 0 runs all of them in this one, as a debugger needs it.
+python -m pytest -n "$(cores)" --maxprocesses 8 --dist loadfile "$@"
