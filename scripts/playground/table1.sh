@@ -4,8 +4,8 @@
 #
 #   bash scripts/playground/table1.sh [key=value ...]
 #
-# About eight hours on two cores; run it in pieces: what is finished is skipped. One seed of one sequence takes less than
-# an hour: SEEDS=0 BENCHMARKS=playground-coin bash scripts/playground/table1.sh
+# About eight hours on two cores; run it in pieces: what is finished is skipped. One seed of the eight tasks takes 42
+# minutes: SEEDS=0 BENCHMARKS=playground-coin bash scripts/playground/table1.sh
 # Environment: SEEDS ("0 1 2"), BENCHMARKS, JOBS (runs side by side, default: one per core, each with one thread), GRID
 # (table1; clmoe and llava_cmoe are the ablations, see configs/grids.yaml), OUT (runs/grid).
 export GPUS=${GPUS:-1} # the runs are side by side, and the model is tiny
