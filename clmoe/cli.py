@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from socket import gethostname
 from typing import Any, NoReturn
@@ -157,7 +158,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "card": ("Write a checkpoint's model card with the scores that were measured on it.", _card),
     "demo": ("Ask a checkpoint about an image in the browser; shows the located task and the experts.", _demo),
 }
-"""Verb -> what it does, and what adds its arguments; ``run_<verb>`` of commands.py carries it out."""
+"""Verb -> what it does, and what adds its arguments; the module of its name in ``commands`` carries it out."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,11 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
     _silence_libraries()
-    from clmoe import commands
-
     try:
         with stopping_on_sigterm():
-            result = getattr(commands, f"run_{options.verb}")(options)
+            result = import_module(f"clmoe.commands.{options.verb}").run(options)
     except (ClmoeError, OSError) as error:  # the latter: a full disk, a lost mount; what was finished before is whole
         _leave(f"clmoe {options.verb}: {error}", USER_ERROR)
     except Interrupted as error:
