@@ -45,7 +45,8 @@ seeds. What the figures mean, and the surprises that were looked into, are in [r
 VERDICTS = """\
 **holds**: the difference is above zero with 95 % confidence, paired by seed (Student's t). **contradicted**: below
 zero. **no difference shown**: zero is inside the interval. **not verified**: fewer than three seeds. **not run**: not
-measured. With three seeds the interval is wide, 4.3 standard errors to each side.
+measured. With three seeds the interval is wide, 4.3 standard errors to each side. Each comparison stands by itself:
+among forty differences that do not exist, two would be expected outside their interval, one to each side.
 
 """
 
@@ -234,16 +235,17 @@ def section_rows(result: Measured, title: str, labels: list[str]) -> Table | Non
 
 
 def origin_rows(result: Measured) -> Table:
-    """Date, commit and (of the first seed) command of every row."""
+    """Date, commit and (of the newest run) command of every row."""
     rows = []
     for label, group in sorted(result.groups.items()):
         kept = [json.loads((run.path / "provenance.json").read_text(encoding="utf-8")) for run in group.runs]
         dates = sorted({date for entry in kept for date in entry["dates"]})
         commits = sorted({commit for entry in kept for commit in entry["commits"]})
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        command = f"`{kept[0]['command']}`" if kept[0]["command"] else "not recorded"
+        newest = max(kept, key=lambda entry: entry["dates"])["command"]
+        command = f"`{newest}`" if newest else "not recorded"
         rows.append((label, " ".join(map(str, group.seeds)), when, ", ".join(commits) or "not recorded", command))
-    return Table("Origin", ("row", "seeds", "date", "commit", "command"), tuple(rows))
+    return Table("Origin", ("row", "seeds", "date", "commit", "command of the newest run"), tuple(rows))
 
 
 def results_page() -> str:
