@@ -23,7 +23,7 @@ from clmoe.system.provenance import provenance
 from clmoe.system.tensors import writing
 from clmoe.system.trackers import check_trackers, tracking
 from clmoe.train.card import model_card
-from clmoe.train.checkpoint import CARD, build_folder, is_complete, publish
+from clmoe.train.checkpoint import CARD, MANIFEST, build_folder, is_complete, publish
 from clmoe.train.lineage import (
     CONFIG,
     LINEAGE,
@@ -149,12 +149,12 @@ def finished(request: TrainRequest) -> bool:
     Raises:
         ClmoeError: the output holds something else, or is damaged.
     """
-    if request.output.exists() and not is_complete(request.output):
+    if not request.output.exists():
+        return False
+    if not (request.output / MANIFEST).is_file():
         raise ClmoeError(
             f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
         )
-    if not request.output.exists():
-        return False
     done = read_checkpoint(request.output)
     check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
     if is_main():
