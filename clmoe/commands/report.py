@@ -12,7 +12,7 @@ def run(options: Namespace) -> Any:
     from clmoe.report.write import report_text, write_report
 
     if options.json:
-        return [{"run": str(run), "label": read_run(run).label, **read_run(run).metrics} for run in options.runs]
+        return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
     output = options.output or options.runs[0] / "report"
     written = write_report(options.runs, output, options.format, options.data)
     return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
