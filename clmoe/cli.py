@@ -15,8 +15,7 @@ from socket import gethostname
 from typing import Any, NoReturn
 
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.system.interrupt import EXIT_CODE, stopping_on_sigterm
-from clmoe.system.processes import count, is_main, leave, rank, stop
+from clmoe.utils.processes import EXIT_CODE, count, is_main, leave, rank, stop, stopping_on_sigterm
 
 USER_ERROR = 2
 OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers look after their processes at least once in one

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
-from clmoe.system.paths import find_config, known_configs
+from clmoe.utils.names import unknown
+from clmoe.utils.paths import find_config, known_configs
 
 T = TypeVar("T")
 

@@ -28,9 +28,9 @@ from clmoe.report.grid import Grid, Row, Start, default_file, read_grids, repeat
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import comparison_table, to_text
 from clmoe.report.write import write_report
-from clmoe.system.interrupt import EXIT_CODE
-from clmoe.system.names import unknown
-from clmoe.system.paths import repository_root
+from clmoe.utils.names import unknown
+from clmoe.utils.paths import repository_root
+from clmoe.utils.processes import EXIT_CODE
 
 
 @dataclass

@@ -24,7 +24,7 @@ from clmoe.report.grid import default_file, read_grids
 from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run
 from clmoe.report.tables import BLANK, Table, has_row, show_count, show_spread, to_markdown
-from clmoe.system.logging import read_events
+from clmoe.utils.logging import read_events
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, RUNS, PAPER = DOCS / "results.md", DOCS / "results" / "runs", DOCS / "results" / "paper.yaml"

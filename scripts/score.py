@@ -15,7 +15,8 @@ from pathlib import Path
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.benchmarks.questions import task_questions
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.scoring import MODES, FileScore, score_file
+from clmoe.evaluate.rules.base import MODES
+from clmoe.evaluate.scoring import FileScore, score_file
 from clmoe.report.reading import read_lines
 
 

@@ -21,7 +21,7 @@ from clmoe.config import (
 )
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
-from clmoe.system.paths import known_configs
+from clmoe.utils.paths import known_configs
 
 
 @pytest.mark.parametrize(

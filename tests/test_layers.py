@@ -22,6 +22,7 @@ ROOMS = (
     "data",
     "model",
     "config",
+    "utils",
     "system",
 )
 FROM_ANYWHERE = ("errors",)

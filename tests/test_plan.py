@@ -29,10 +29,10 @@ from clmoe.model.adapter import (
     grow_experts,
 )
 from clmoe.model.llava import LoadedBase
-from clmoe.system.paths import known_configs, repository_root
 from clmoe.train.forecast import Ask, make_forecast
 from clmoe.train.lineage import FREE_TRAINING_KEYS, Finished, Lineage, check_successor, training_identity
 from clmoe.train.zero import planned_sharding
+from clmoe.utils.paths import known_configs, repository_root
 from tests.support import tiny_config
 
 # LLaVA-1.5-7b: hidden 4096, FFN 11008, 32 blocks; one rank-r expert on an FFN projection has r * (4096 + 11008)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from clmoe.benchmarks.base import load_benchmark
-from clmoe.config import known_configs
-from clmoe.system.logging import read_events
+from clmoe.utils.logging import read_events
+from clmoe.utils.paths import known_configs
 from tests.launch import REPOSITORY, environment
 from tests.trees import TREES
 

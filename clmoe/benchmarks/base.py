@@ -39,8 +39,8 @@ from typing import Any
 from clmoe.benchmarks.gold import READERS, Gold
 from clmoe.config import read_yaml
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
-from clmoe.system.paths import checkouts, find_config
+from clmoe.utils.names import unknown
+from clmoe.utils.paths import checkouts, find_config
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clmoe.benchmarks.cl4vqa import prepare_cl4vqa
 from clmoe.benchmarks.coin import prepare_grounding
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
+from clmoe.utils.names import unknown
 
 if TYPE_CHECKING:
     from clmoe.benchmarks.base import Benchmark
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def prepare_playground(benchmark: Benchmark) -> list[str]:
     """Draw the embedded benchmark."""
-    from clmoe.benchmarks.playground import prepare
+    from clmoe.benchmarks.playground.build import prepare
 
     prepare(benchmark.name, benchmark.root)
     return []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clmoe.benchmarks.entries import entries, listed
 from clmoe.data.json_rows import json_rows
 from clmoe.errors import ClmoeError
-from clmoe.system.files import write_json
+from clmoe.utils.files import write_json
 
 if TYPE_CHECKING:
     from clmoe.benchmarks.base import Benchmark

@@ -15,7 +15,7 @@ from clmoe.benchmarks.entries import answered_one_by_one, entries, entry, listed
 from clmoe.data.json_rows import read_json_strictly
 from clmoe.data.records import Failed, Question
 from clmoe.errors import ClmoeError
-from clmoe.system.files import write_json
+from clmoe.utils.files import write_json
 
 if TYPE_CHECKING:
     from clmoe.benchmarks.base import Benchmark

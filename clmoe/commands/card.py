@@ -8,10 +8,10 @@ from argparse import Namespace
 def run(options: Namespace) -> str:
     """``clmoe card``; returns the path written."""
     from clmoe.report.card import measured_scores
-    from clmoe.system.files import write_text
     from clmoe.train.card import model_card
     from clmoe.train.checkpoint import CARD
     from clmoe.train.lineage import read_checkpoint
+    from clmoe.utils.files import write_text
 
     done = read_checkpoint(options.checkpoint)
     scores = measured_scores(done, options.run or options.checkpoint.resolve().parent)

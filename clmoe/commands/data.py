@@ -32,7 +32,7 @@ def run(options: Namespace) -> str:
         return "\n".join(lines)
     bad = checked.bad
     if options.bad is not None:
-        from clmoe.system.files import write_text
+        from clmoe.utils.files import write_text
 
         write_text(options.bad, "".join(f"{line}\n" for line in bad))
     shown = [f"bad: {line}" for line in bad[:BAD_SHOWN]]

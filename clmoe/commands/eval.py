@@ -11,8 +11,8 @@ from clmoe.commands.opening import open_benchmark
 from clmoe.config import Config, load_config
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
-from clmoe.system.lock import locked
-from clmoe.system.processes import from_main
+from clmoe.utils.files import locked
+from clmoe.utils.processes import from_main
 
 if TYPE_CHECKING:
     from clmoe.evaluate.evaluation import Checkpoint, Request
@@ -72,7 +72,7 @@ def _evaluate_base(options: Namespace, benchmark: Benchmark) -> str:
     from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks
     from clmoe.evaluate.run_info import check_run_order, write_run_info
     from clmoe.model.fingerprint import base_fingerprint
-    from clmoe.system.paths import resolve_model_path
+    from clmoe.utils.paths import resolve_model_path
 
     config = load_config(options.config or "zero_shot", benchmark.recipe, options.overrides, options.model)
     order = benchmark.order(options.order, config.seed)
@@ -139,7 +139,7 @@ def _fill(
     """Evaluate what is missing and rebuild the run's tables."""
     from clmoe.evaluate.evaluation import evaluate, unanswered
     from clmoe.evaluate.tables import write_tables
-    from clmoe.system.logging import Stage, write_timing
+    from clmoe.utils.logging import Stage, write_timing
 
     missing = from_main(lambda: unanswered(run, benchmark, checkpoint, requests))
     if missing:

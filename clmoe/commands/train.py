@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from clmoe.commands.eval import evaluate_checkpoint
 from clmoe.commands.opening import method_config, open_benchmark
-from clmoe.system.lock import locked
-from clmoe.system.processes import from_main
+from clmoe.utils.files import locked
+from clmoe.utils.processes import from_main
 
 if TYPE_CHECKING:
     from clmoe.train.task import TrainRequest
@@ -45,8 +45,8 @@ def _train_and_evaluate(request: TrainRequest, then_evaluate: bool) -> str:
     base = train_task(request)
     line = f"{request.output}: {'finished before' if base is None else 'trained'}"
     if then_evaluate:
-        from clmoe.system.logging import clock, read_events, seconds_left
         from clmoe.train.lineage import read_checkpoint
+        from clmoe.utils.logging import clock, read_events, seconds_left
 
         done = read_checkpoint(request.output)
         config, order = request.config, request.order

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
+from clmoe.utils.files import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig

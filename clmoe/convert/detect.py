@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
+from clmoe.utils.files import read_json
 
 Format = Literal["liuhaotian", "llama", "adapter"]
 KNOWN = (

@@ -28,11 +28,11 @@ from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
 from clmoe.methods.plan import adapted_meta, meta_llava, shapes_file
 from clmoe.model.fingerprint import base_fingerprint
-from clmoe.system.files import read_json, write_json
-from clmoe.system.paths import resolve_model_path
-from clmoe.system.tensors import load_tensors, save_tensors
 from clmoe.train.checkpoint import build_folder
 from clmoe.train.lineage import CONFIG, LINEAGE, Lineage, lineage_of, read_checkpoint
+from clmoe.utils.files import read_json, write_json
+from clmoe.utils.paths import resolve_model_path
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel

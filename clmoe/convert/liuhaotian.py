@@ -11,7 +11,7 @@ from clmoe.convert.clip import known_tower, open_clip
 from clmoe.convert.llava_folder import PROJECTOR, open_language, read_connection, source_names
 from clmoe.convert.shards import Copy, open_weights
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
+from clmoe.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import Size

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from clmoe.convert.clip import Clip
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
-from clmoe.system.files import flush
 from clmoe.train.checkpoint import work_folder
+from clmoe.utils.files import flush
 
 if TYPE_CHECKING:
     from torch import Size, Tensor

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from clmoe.convert.pickles import SHARD_LIMIT, unpickled
 from clmoe.errors import ClmoeError
-from clmoe.system.files import flush, read_json, write_json
-from clmoe.system.tensors import each_tensor, save_tensors, tensor_names
+from clmoe.utils.files import flush, read_json, write_json
+from clmoe.utils.tensors import each_tensor, save_tensors, tensor_names
 
 if TYPE_CHECKING:
     from torch import Size, Tensor

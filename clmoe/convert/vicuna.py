@@ -16,7 +16,7 @@ from clmoe.convert.llava_folder import Connection, open_language, read_connectio
 from clmoe.convert.pickles import PROJECTOR_LIMIT
 from clmoe.convert.shards import Copy, open_file, open_weights
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
+from clmoe.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import Size

@@ -14,7 +14,7 @@ from clmoe.data.images import read_pixels
 from clmoe.data.permutation import epoch_permutation
 from clmoe.data.records import Question, TrainRecord
 from clmoe.model.llava import LoadedBase
-from clmoe.system.processes import in_order
+from clmoe.utils.processes import in_order
 
 R = TypeVar("R")
 

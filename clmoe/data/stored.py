@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from clmoe.data.records import LookedUpRecords, TrainRecord, Turn, iterate_train
-from clmoe.system.files import file_sha256, flush, json_sha256
+from clmoe.utils.files import file_sha256, flush, json_sha256
 
 CACHE_VARIABLE = "CLMOE_CACHE"
 _FORMAT = 1

@@ -15,8 +15,8 @@ from clmoe.evaluate.generate import Answerer
 from clmoe.methods.base import method_class
 from clmoe.model.llava import LoadedBase, load_base
 from clmoe.model.routing import RouterChoice
-from clmoe.system.processes import device
 from clmoe.train.lineage import read_checkpoint
+from clmoe.utils.processes import device
 
 if TYPE_CHECKING:
     from torch import nn

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import csv_text, read_csv, write_text
+from clmoe.utils.files import csv_text, read_csv, write_text
 
 ZERO_SHOT = "zero_shot"
 METRICS = (

@@ -18,10 +18,9 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.partial import PartialAnswers
 from clmoe.evaluate.rules.base import Mode, shown_answer
 from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers
-from clmoe.system.files import json_sha256, read_json, read_json_lines, write_json, write_text
-from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.system.processes import from_main
-from clmoe.system.provenance import provenance
+from clmoe.utils.files import json_sha256, read_json, read_json_lines, write_json, write_text
+from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
+from clmoe.utils.processes import from_main
 
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer, Answerer

@@ -16,7 +16,7 @@ from clmoe.evaluate.generate import Answerer
 from clmoe.evaluate.location import known_tasks
 from clmoe.model.adapter import ExpertLinear, adapted_llava, expert_config, expert_layers
 from clmoe.model.routing import RouterChoice, RouteSelection, RouteTrace, routing
-from clmoe.system.names import unknown
+from clmoe.utils.names import unknown
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from clmoe.methods.features import FeatureStore
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import LoadedBase
 from clmoe.model.routing import NEWEST_ROUTER, RouterChoice, RouteSelection
-from clmoe.system.processes import count, in_order
+from clmoe.utils.processes import count, in_order
 
 if TYPE_CHECKING:
     from clmoe.methods.base import Method

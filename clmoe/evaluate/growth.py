@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from clmoe.methods.context import PLAN
-from clmoe.system.files import csv_text, read_csv, read_json, write_json, write_text
 from clmoe.train.lineage import Finished
+from clmoe.utils.files import csv_text, read_csv, read_json, write_json, write_text
 
 PARAMETERS = "parameters.csv"
 EXPANSION = "expansion.json"

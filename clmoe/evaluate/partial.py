@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clmoe.system.files import append_json_lines, json_sha256, read_json_lines
-from clmoe.system.processes import from_main, rank
+from clmoe.utils.files import append_json_lines, json_sha256, read_json_lines
+from clmoe.utils.processes import from_main, rank
 
 if TYPE_CHECKING:
     from clmoe.evaluate.generate import Answer

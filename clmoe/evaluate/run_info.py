@@ -8,8 +8,8 @@ from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class
-from clmoe.system.files import read_json, write_json
 from clmoe.train.lineage import Finished
+from clmoe.utils.files import read_json, write_json
 
 RUN = "run.json"
 

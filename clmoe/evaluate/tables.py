@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from clmoe.evaluate.continual import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.evaluation import cell_stem, read_score, summary_path
-from clmoe.system.files import csv_text, read_json, write_json, write_text
+from clmoe.utils.files import csv_text, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from clmoe.model.routing import RouterChoice

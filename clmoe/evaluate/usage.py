@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from clmoe.methods.context import STATISTICS
-from clmoe.system.files import csv_text, read_csv, write_text
-from clmoe.system.tensors import load_arrays
 from clmoe.train.lineage import Finished
+from clmoe.utils.files import csv_text, read_csv, write_text
+from clmoe.utils.tensors import load_tensors
 
 USAGE = "usage.csv"
 HEADER = ("task", "block", "expert", "share")
@@ -39,9 +39,9 @@ def _rows(path: Path) -> dict[str, list[list[str]]]:
 
 
 def _gate_means(path: Path, tasks: list[str]) -> dict[str, list[list[str]]]:
-    """Rows by task. Read as numpy: an evaluation that finds all cells filled does without torch."""
+    """Rows by task."""
     rows: dict[str, list[list[str]]] = {}
-    for key, values in sorted(load_arrays(path).items()):
+    for key, values in sorted(load_tensors(path).items()):
         index, _, rest = key.partition(".")
         block, _, kind = rest.rpartition(".")
         if kind == "gate_mean":

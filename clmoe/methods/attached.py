@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from clmoe.model.parameters import trainable
 from clmoe.system.memory import FLOAT32, Attached, LlavaShapes, Tensors, four_bit
+from clmoe.utils.tensors import trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

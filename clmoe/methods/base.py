@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from clmoe.config import Config, build
 from clmoe.errors import ClmoeError
 from clmoe.methods.context import Phase, TaskContext
-from clmoe.system.names import unknown
+from clmoe.utils.names import unknown
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

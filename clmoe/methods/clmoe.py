@@ -133,7 +133,7 @@ class ClMoe(MoeLora):
 
         from clmoe.methods.momentum import consolidate, mix
         from clmoe.model.adapter import expert_layers, tensor_name
-        from clmoe.system.tensors import load_tensors
+        from clmoe.utils.tensors import load_tensors
 
         assert context.previous is not None
         theta = load_tensors(context.previous / "adapter_model.safetensors")

@@ -70,7 +70,7 @@ class Der(Replay):
         from clmoe.data.batches import over_train_batches, train_dataset
         from clmoe.methods.answers import answer_logits, answer_rows
         from clmoe.model.adapter import adapted_llava
-        from clmoe.system.tensors import save_tensors
+        from clmoe.utils.tensors import save_tensors
 
         records, config, base = self.remember(context), context.config, context.base
         llava = adapted_llava(context.model.eval())
@@ -89,7 +89,7 @@ class Der(Replay):
 
 def load_logits(path: Any) -> list[Tensor]:
     """``[n, V]`` float32 of each record of the memory, in its order."""
-    from clmoe.system.tensors import load_tensors
+    from clmoe.utils.tensors import load_tensors
 
     return [logits for _, logits in sorted(load_tensors(path).items())]
 

@@ -12,9 +12,9 @@ import torch
 from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
 from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
 from clmoe.model.locator import PrototypeIndex, base_features
-from clmoe.system.files import file_sha256, json_sha256
-from clmoe.system.processes import from_main, in_order, is_main
-from clmoe.system.tensors import load_tensors, replace_tensors
+from clmoe.utils.files import file_sha256, json_sha256
+from clmoe.utils.processes import from_main, in_order, is_main
+from clmoe.utils.tensors import load_tensors, replace_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from clmoe.errors import ClmoeError
 from clmoe.methods.context import TaskContext
 from clmoe.methods.lora import Lora
-from clmoe.model.parameters import trainable
+from clmoe.utils.tensors import trainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ class HeldByImportance(Lora):
 
     def begin_task(self, context: TaskContext) -> None:
         """Read importance and anchors from the parent's file."""
-        from clmoe.system.tensors import load_tensors
+        from clmoe.utils.tensors import load_tensors
 
         state = {} if context.previous is None else load_tensors(context.previous / STATE)
         state = {name: tensor.to(context.base.device) for name, tensor in state.items()}
@@ -93,7 +93,7 @@ class HeldByImportance(Lora):
     def end_task(self, context: TaskContext) -> None:
         """Measure the importance of the trained weights and store it with them."""
         from clmoe.data.batches import sample_records
-        from clmoe.system.tensors import load_tensors, save_tensors
+        from clmoe.utils.tensors import load_tensors, save_tensors
 
         records = sample_records(context.records, self.options.samples, context.config.seed)
         newest = self.importance(context, records)
@@ -121,7 +121,7 @@ class HeldByImportance(Lora):
         from clmoe.data.collate import collate_train
         from clmoe.methods.answers import answer_logits, answer_tokens
         from clmoe.model.adapter import adapted_llava
-        from clmoe.system.processes import count, rank, summed
+        from clmoe.utils.processes import count, rank, summed
 
         llava, base = adapted_llava(context.model.eval()), context.base
         parameters = trainable(context.model)

@@ -253,8 +253,8 @@ class LlavaCMoe(Method):
         """Save the plan, fit the task's VAE, and keep its class mean for comparison."""
         from clmoe.methods.expansion import choose_blocks, plan_as_json
         from clmoe.methods.features import add_class_mean, training_features
-        from clmoe.system.files import read_json, write_json
-        from clmoe.system.processes import from_main
+        from clmoe.utils.files import read_json, write_json
+        from clmoe.utils.processes import from_main
 
         old = context.previous
         plans = [] if old is None else read_json(old / PLAN)
@@ -269,7 +269,7 @@ class LlavaCMoe(Method):
     def _add_vae(self, context: TaskContext, features: Tensor) -> None:
         """Minutes of work on a CPU and the same in every process: one of them does it, on its GPU where it has one."""
         from clmoe.model.vae_bank import VaeBank
-        from clmoe.system.processes import device
+        from clmoe.utils.processes import device
 
         old, options = context.previous, self.options
         bank = VaeBank(options.locator, options.feature) if old is None else self._bank(old)
@@ -292,7 +292,7 @@ class LlavaCMoe(Method):
     def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
         """z-scores of the VAE bank, and distances to the class means, negative; ``options.decider`` comes first."""
         from clmoe.model.locator import PrototypeIndex
-        from clmoe.system.processes import device
+        from clmoe.utils.processes import device
 
         if self._scored_by is None or self._scored_by[0] != checkpoint:  # questions come in many small batches
             self._scored_by = (checkpoint, self._bank(checkpoint), PrototypeIndex.load(checkpoint / PROTOTYPES))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clmoe.errors import ClmoeError
 from clmoe.methods.context import TaskContext
 from clmoe.methods.lora import Lora
-from clmoe.model.parameters import trainable
+from clmoe.utils.tensors import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,8 +11,8 @@ from clmoe.data.batches import sample_records
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json, write_json
-from clmoe.system.seeds import derived_seed
+from clmoe.utils.files import read_json, write_json
+from clmoe.utils.names import derived_seed
 
 
 @dataclass(frozen=True)

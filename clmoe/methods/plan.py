@@ -12,9 +12,9 @@ from clmoe.config import Config, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.methods.attached import TrainingShapes, base_tensors, llava_shapes, locator_bytes, training_shapes
 from clmoe.methods.base import Method
-from clmoe.model.parameters import trainable
-from clmoe.system.files import read_json
-from clmoe.system.paths import known_configs, repository_root, resolve_model_path
+from clmoe.utils.files import read_json
+from clmoe.utils.paths import known_configs, repository_root, resolve_model_path
+from clmoe.utils.tensors import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel

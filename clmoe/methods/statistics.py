@@ -15,7 +15,7 @@ from clmoe.data.batches import over_train_batches, sample_records, train_dataset
 from clmoe.methods.context import TaskContext
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteTrace, routing
-from clmoe.system.tensors import load_tensors, save_tensors
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from clmoe.data.records import TrainRecord

@@ -23,14 +23,13 @@ from transformers.activations import SiLUActivation
 from clmoe.config import FFN_PROJECTIONS
 from clmoe.errors import ClmoeError
 from clmoe.model.experts import Experts
-from clmoe.model.parameters import trainable
 from clmoe.model.peft_type import PEFT_NAME, register_peft_type
 from clmoe.model.projector import keep_float32, restore_float32
 from clmoe.model.routers import InstanceRouter, RouterBank
 from clmoe.model.routing import current_routing
-from clmoe.system.files import read_json
-from clmoe.system.seeds import derived_seed
-from clmoe.system.tensors import load_tensors
+from clmoe.utils.files import read_json
+from clmoe.utils.names import derived_seed
+from clmoe.utils.tensors import load_tensors, trainable
 
 PROJECTOR = "multi_modal_projector"
 

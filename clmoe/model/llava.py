@@ -23,7 +23,7 @@ from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.fingerprint import base_fingerprint
 from clmoe.model.vision_cache import VisionCache, attach_cache
-from clmoe.system.paths import resolve_model_path
+from clmoe.utils.paths import resolve_model_path
 
 FeatureKind = Literal["last", "pooled"]
 

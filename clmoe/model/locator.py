@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from clmoe.model.adapter import adapted_llava
 from clmoe.model.llava import FeatureKind, last_prompt_features
 from clmoe.model.prefill import SharedPrompts, shared_prompt_features
-from clmoe.system.tensors import load_tensors, save_tensors
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 STD_FLOOR = 1e-6
 

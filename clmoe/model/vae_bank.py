@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import FeatureKind
 from clmoe.model.vae_settings import VaeSettings
-from clmoe.system.tensors import load_tensors, save_tensors
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 # One entry of the file's metadata: safetensors writes several in no fixed order, and equal banks must be equal files.
 SETTINGS = "settings"

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import file_sha256, json_sha256
-from clmoe.system.logging import Progress
-from clmoe.system.processes import count, from_main, in_order, is_main
-from clmoe.system.tensors import load_tensors, replace_tensors
+from clmoe.utils.files import file_sha256, json_sha256
+from clmoe.utils.logging import Progress
+from clmoe.utils.processes import count, from_main, in_order, is_main
+from clmoe.utils.tensors import load_tensors, replace_tensors
 
 if TYPE_CHECKING:
     from clmoe.model.llava import LoadedBase

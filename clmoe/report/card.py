@@ -10,8 +10,8 @@ from clmoe.evaluate.continual import METRICS
 from clmoe.evaluate.evaluation import summary_path
 from clmoe.report.run import read_run
 from clmoe.report.tables import Table, show_number, to_markdown
-from clmoe.system.files import read_json
 from clmoe.train.lineage import Finished
+from clmoe.utils.files import read_json
 
 
 def measured_scores(done: Finished, run: Path) -> str:

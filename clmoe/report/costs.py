@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clmoe.report.run import Run
-from clmoe.system.logging import read_events
+from clmoe.utils.logging import read_events
 
 WORK = ("probes and warm-up", "training", "end of task", "evaluation")
 PEAKS = ("peak_rss_mib", "peak_cuda_mib")

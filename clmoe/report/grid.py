@@ -10,8 +10,8 @@ from typing import Any
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import build, dump_config, load_config, read_yaml
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
-from clmoe.system.paths import known_configs, repository_root
+from clmoe.utils.names import unknown
+from clmoe.utils.paths import known_configs, repository_root
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from clmoe.evaluate.continual import Spread, mean_spread
 from clmoe.report.records import TaskExpansion, TaskParameters
 from clmoe.report.run import Group, Run
 from clmoe.report.tables import Table, raw, show_count, show_number, show_spread
-from clmoe.system.files import csv_text
+from clmoe.utils.files import csv_text
 
 
 def trained_in(group: Group, task: str) -> Spread:

@@ -19,7 +19,7 @@ from clmoe.benchmarks.base import load_benchmark
 from clmoe.data.records import misplaced
 from clmoe.errors import ClmoeError
 from clmoe.report.run import Run
-from clmoe.system.logging import read_events
+from clmoe.utils.logging import read_events
 
 SIDE = 224  # pixels of the longer side
 _LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would smear

@@ -12,7 +12,7 @@ from clmoe.evaluate.continual import Spread, mean_spread
 from clmoe.report.records import DECIDERS
 from clmoe.report.run import Group, Run
 from clmoe.report.tables import Table, raw, show_spread
-from clmoe.system.files import csv_text
+from clmoe.utils.files import csv_text
 
 OVERALL = "overall"
 

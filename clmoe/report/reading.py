@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_csv
+from clmoe.utils.files import read_csv
 
 T = TypeVar("T", dict[str, Any], list[Any])
 

@@ -21,7 +21,7 @@ from clmoe.evaluate.continual import (
     metrics,
     read_immediate_csv,
 )
-from clmoe.evaluate.scoring import MODES
+from clmoe.evaluate.rules.base import MODES
 from clmoe.methods.base import method_class
 from clmoe.report.reading import check_field, read_json
 from clmoe.report.records import (

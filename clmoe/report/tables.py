@@ -16,7 +16,7 @@ from rich.text import Text
 
 from clmoe.evaluate.continual import METRICS, ZERO_SHOT, Spread, mean_spread
 from clmoe.report.run import Group, Run
-from clmoe.system.files import csv_text
+from clmoe.utils.files import csv_text
 
 PLUS_MINUS = " ± "
 BLANK = "–"

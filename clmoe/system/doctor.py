@@ -18,7 +18,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from clmoe.errors import ClmoeError
-from clmoe.system.paths import repository_root
+from clmoe.utils.paths import repository_root
 
 WIDTH = 100
 LEAST_PYTHON = (3, 11)

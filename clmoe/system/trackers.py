@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clmoe.errors import ClmoeError
-from clmoe.system.processes import is_main
+from clmoe.utils.processes import is_main
 
 Track = Callable[[dict[str, float], int], None]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import file_sha256, flush, json_text, write_json
+from clmoe.utils.files import file_sha256, flush, json_text, write_json
 
 FORMAT_VERSION = "1"
 MANIFEST = "manifest.json"

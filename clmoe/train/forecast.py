@@ -21,8 +21,8 @@ from clmoe.system.memory import (
     activation_peak,
     training_state,
 )
-from clmoe.system.paths import resolve_model_path
 from clmoe.train.order import BatchPlan, total_steps
+from clmoe.utils.paths import resolve_model_path
 
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 16

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from clmoe.config import Config, recorded, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.system.files import json_sha256, read_json
 from clmoe.train.checkpoint import verify
+from clmoe.utils.files import json_sha256, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clmoe.errors import ClmoeError
 from clmoe.methods.answers import answer_loss, answer_states, answer_tokens
 from clmoe.model.adapter import adapted_llava
-from clmoe.model.parameters import trainable
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
+from clmoe.utils.tensors import trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,20 +88,3 @@ def parameter_groups(model: nn.Module, projector: str, lr: float, projector_lr: 
         {"params": [p for name, p in named if projector in name], "lr": projector_lr},
     ]
     return [group for group in groups if group["params"]]
-
-
-def check_finite(values: Mapping[str, Tensor], when: str) -> None:
-    """Stop a training that has run away before its numbers are saved.
-
-    Args:
-        when: for the message: ``step 3``.
-
-    Raises:
-        ClmoeError: names the first of the values that holds an infinity or a NaN.
-    """
-    for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ClmoeError(
-                f"{name} is not finite at {when}: lower training.learning_rate or check the data; the same command "
-                "goes on from the state saved before, if there is one"
-            )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from clmoe.data.permutation import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.system.seeds import derived_seed
+from clmoe.utils.names import derived_seed
 
 
 def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from clmoe.errors import ClmoeError
-from clmoe.model.parameters import trainable
-from clmoe.system.files import read_json, write_json
-from clmoe.system.processes import from_main, is_main, rank
-from clmoe.system.tensors import load_tensors, save_tensors
 from clmoe.train.checkpoint import MANIFEST, build_folder, is_complete
-from clmoe.train.loss import check_finite
+from clmoe.utils.files import read_json, write_json
+from clmoe.utils.processes import from_main, is_main, rank
+from clmoe.utils.tensors import check_finite, load_tensors, save_tensors, trainable
 
 TENSORS = "state.safetensors"
 STEP = "state.json"

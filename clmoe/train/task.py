@@ -15,12 +15,6 @@ from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
 from clmoe.methods.base import Method, method_class
 from clmoe.methods.context import Phase, TaskContext
-from clmoe.system.files import write_json, write_text
-from clmoe.system.interrupt import deferred
-from clmoe.system.logging import EventLog, Progress, Stage, read_events, timed
-from clmoe.system.processes import count, device, from_main, is_main, wait_for_all
-from clmoe.system.provenance import provenance
-from clmoe.system.tensors import writing
 from clmoe.system.trackers import check_trackers, tracking
 from clmoe.train.card import model_card
 from clmoe.train.checkpoint import CARD, MANIFEST, build_folder, is_complete, publish
@@ -37,6 +31,10 @@ from clmoe.train.lineage import (
 from clmoe.train.order import BatchPlan, total_steps
 from clmoe.train.work import PHASES, open_work, own_folder, remove_phases
 from clmoe.train.zero import spreads_weights
+from clmoe.utils.files import write_json, write_text
+from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
+from clmoe.utils.processes import count, deferred, device, from_main, is_main, wait_for_all
+from clmoe.utils.tensors import writing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -363,9 +361,8 @@ def _seal(model: PeftModel, folder: Path) -> None:
     Raises:
         ClmoeError: a weight is not finite.
     """
-    from clmoe.model.parameters import trainable
-    from clmoe.train.loss import check_finite
     from clmoe.train.state import states
+    from clmoe.utils.tensors import check_finite, trainable
 
     check_finite(trainable(model), f"the end of phase {folder.name}")
     build_folder(folder, lambda target: save_adapter(model, target))

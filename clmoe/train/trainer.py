@@ -31,11 +31,8 @@ from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered, 
 from clmoe.data.packing import collate_packed
 from clmoe.errors import Interrupted
 from clmoe.model.adapter import PROJECTOR
-from clmoe.model.parameters import trainable
-from clmoe.system.logging import EventLog, Progress
-from clmoe.system.processes import any_of_them, rank
 from clmoe.system.trackers import Track
-from clmoe.train.loss import TrainedModel, check_finite, parameter_groups
+from clmoe.train.loss import TrainedModel, parameter_groups
 from clmoe.train.order import BatchPlan, MicroBatches, step_seed
 from clmoe.train.state import (
     PlainOptimizer,
@@ -45,6 +42,9 @@ from clmoe.train.state import (
     load_weights,
     save_state,
 )
+from clmoe.utils.logging import EventLog, Progress
+from clmoe.utils.processes import any_of_them, rank
+from clmoe.utils.tensors import check_finite, trainable
 
 
 class Report(TrainerCallback):

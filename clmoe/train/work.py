@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from clmoe.system.files import read_json, write_json
-from clmoe.system.processes import is_main
 from clmoe.train.checkpoint import MANIFEST, work_folder
+from clmoe.utils.files import read_json, write_json
+from clmoe.utils.processes import is_main
 
 PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
 IDENTITY = "identity.json"

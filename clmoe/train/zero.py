@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.system.files import read_json
 from clmoe.system.memory import Sharding
-from clmoe.system.paths import find_config
+from clmoe.utils.files import read_json
+from clmoe.utils.paths import find_config
 
 DEFAULT_BUCKET = 5e8  # DeepSpeed's own, where a settings file names none or says "auto"
 

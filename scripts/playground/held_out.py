@@ -18,7 +18,7 @@ from PIL import Image
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.benchmarks.builders import prepare_playground
-from clmoe.system.paths import find_config
+from clmoe.utils.paths import find_config
 
 
 def question(record: dict[str, Any], images: Path, scorer: str) -> dict[str, Any]:

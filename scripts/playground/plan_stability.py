@@ -19,7 +19,7 @@ from statistics import mean
 
 import yaml
 
-from clmoe.system.files import read_json
+from clmoe.utils.files import read_json
 
 Plan = dict[str, int]  # block -> experts that the probes asked for
 

@@ -15,7 +15,7 @@ from clmoe.benchmarks.base import Task, load_benchmark
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.scoring import check_scorer
-from clmoe.system import paths
+from clmoe.utils import paths
 
 
 def task(name: str, **changes: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_argument_and_environment_override_the_root(
 
 
 def test_without_a_checkout_the_current_folder_counts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "__file__", "/nowhere/site-packages/clmoe/system/paths.py")
+    monkeypatch.setattr(paths, "__file__", "/nowhere/site-packages/clmoe/utils/paths.py")
     with pytest.raises(ClmoeError, match="no folder configs/benchmarks found; run from the clmoe checkout"):
         load_benchmark("mine")
     monkeypatch.chdir(checkout)

@@ -176,7 +176,7 @@ def test_real_configurations_become_llava_hfs(name: str, width: int, ffn: int, b
 
     from clmoe.convert.clip import known_tower
     from clmoe.convert.llava_folder import Connection, Language, llava_config
-    from clmoe.system.paths import repository_root
+    from clmoe.utils.paths import repository_root
 
     heads = width // 128
     real = sources.LLAMA | {

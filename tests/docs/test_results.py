@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from clmoe.errors import ClmoeError
-from clmoe.system.logging import EventLog
+from clmoe.utils.logging import EventLog
 from tests.report.folders import make_run, row_of
 from tests.support import load_script
 

@@ -95,7 +95,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
 
 
 def _plan(loaded: LoadedCheckpoint) -> list[dict]:
-    from clmoe.system.files import read_json
+    from clmoe.utils.files import read_json
 
     assert loaded.answerer.checkpoint is not None
     return read_json(loaded.answerer.checkpoint / "plan.json")

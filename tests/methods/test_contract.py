@@ -19,7 +19,8 @@ from torch import Tensor
 import clmoe
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
-from clmoe.methods.base import Method, Phase, TaskContext, method_class, method_names
+from clmoe.methods.base import Method, method_class, method_names
+from clmoe.methods.context import Phase, TaskContext
 from clmoe.model.adapter import adapter_tensors, attach_adapter, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module

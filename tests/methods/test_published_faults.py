@@ -13,8 +13,9 @@ from clmoe.data.collate import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.methods import momentum
-from clmoe.methods.base import Method, TaskContext
+from clmoe.methods.base import Method
 from clmoe.methods.clmoe import ClMoe
+from clmoe.methods.context import TaskContext
 from clmoe.methods.statistics import load_statistics
 from clmoe.model.adapter import PROJECTOR, adapted_llava, adapter_tensors, attach_adapter, load_adapter
 from clmoe.model.llava import LoadedBase

@@ -14,11 +14,11 @@ from clmoe.data.records import load_train
 from clmoe.methods.base import method_class
 from clmoe.model.adapter import PROJECTOR, adapted_llava, adapter_tensors, attach_adapter
 from clmoe.model.llava import LoadedBase
-from clmoe.model.parameters import trainable
 from clmoe.model.routing import NEWEST_ROUTER, routing
 from clmoe.train.lineage import read_checkpoint
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.order import BatchPlan
+from clmoe.utils.tensors import trainable
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
 

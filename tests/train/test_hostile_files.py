@@ -17,9 +17,9 @@ import pytest
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import load_base
-from clmoe.system.tensors import load_tensors
 from clmoe.train.checkpoint import CARD, MANIFEST, seal, verify
 from clmoe.train.lineage import read_checkpoint
+from clmoe.utils.tensors import load_tensors
 from tests.launch import environment
 from tests.runs import Runs, contents
 from tests.support import TASKS

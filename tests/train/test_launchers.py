@@ -237,7 +237,7 @@ import sys
 from pathlib import Path
 from safetensors.torch import save_file
 from clmoe import cli
-from clmoe.system.processes import is_main
+from clmoe.utils.processes import is_main
 from clmoe.train import trainer
 from deepspeed.utils import safe_get_full_fp32_param
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from clmoe.errors import ClmoeError
 from clmoe.methods.clmoe import ClMoe
-from clmoe.model.parameters import trainable
-from clmoe.system.interrupt import EXIT_CODE
 from clmoe.train.checkpoint import MANIFEST, seal
 from clmoe.train.state import find_state, load_weights, state_folder, states
 from clmoe.train.trainer import TaskTrainer
+from clmoe.utils.processes import EXIT_CODE
+from clmoe.utils.tensors import trainable
 from tests.launch import stop_when
 from tests.runs import Runs, contents, events
 from tests.support import TASKS

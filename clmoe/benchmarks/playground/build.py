@@ -25,7 +25,7 @@ from clmoe.benchmarks.playground.sampling import draw_distinct
 from clmoe.benchmarks.playground.scenes import SIDE, Scene, render
 from clmoe.benchmarks.playground.tasks import QA, TaskSpec, choose_scene
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
+from clmoe.utils.names import unknown
 
 MARKER = "benchmark.json"
 WARMUP = "warmup"

@@ -32,7 +32,7 @@ from clmoe.benchmarks.playground.tasks import CL4VQA_TASKS, COIN_TASKS
 from clmoe.benchmarks.playground.vision_targets import VisionHeads, vision_targets
 from clmoe.data.prompts import SYSTEM
 from clmoe.model.tiny import TinySizes, build_tiny
-from clmoe.system.files import json_sha256
+from clmoe.utils.files import json_sha256
 
 
 @dataclass(frozen=True)

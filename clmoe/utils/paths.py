@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.system.names import unknown
+from clmoe.utils.names import unknown
 
 
 def checkouts() -> list[Path]:

@@ -1,10 +1,10 @@
 """What happened (``events.jsonl``), how long it took (``timing.json``), and how far along the sequence is."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from clmoe.system.files import append_json_lines, read_json_lines
-from clmoe.system.processes import is_main
+from clmoe.utils.files import append_json_lines, read_json_lines
+from clmoe.utils.processes import is_main
 
 
 class EventLog:
@@ -48,7 +49,7 @@ class Stage:
     index: int
     total: int
 
-    def next(self) -> Stage:
+    def next(self) -> "Stage":
         """The task after this one."""
         return Stage(self.index + 1, self.total)
 
@@ -96,7 +97,7 @@ class Progress:
         )
         self.row = self.bar.add_task(title, total=total, state="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         self.bar.start()
         return self
 
@@ -145,8 +146,7 @@ def peak_memory() -> dict[str, int]:
     """``peak_rss_mib`` of this process so far; where torch uses a GPU also ``peak_cuda_mib``, its tensors there."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     peaks = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
-    torch = sys.modules.get("torch")  # not imported for this: a verb that needs no torch stays fast
-    if torch is not None and torch.cuda.is_available():
+    if torch.cuda.is_available():
         peaks["peak_cuda_mib"] = torch.cuda.max_memory_allocated() // 2**20
     return peaks
 
@@ -156,3 +156,29 @@ def write_timing(run: Path) -> None:
     spent = sum(event.get("seconds", 0.0) for event in read_events(run / "events.jsonl"))
     text = json.dumps({"minutes": round(spent / 60, 2)}) + "\n"
     (run / "timing.json").write_text(text, encoding="utf-8")
+
+
+def provenance() -> dict[str, str | None]:
+    """The checkout that this package lies in, and the command line of this process.
+
+    ``commit`` ends in ``+`` where files differ from it, not counting docs/, where results are written; it is None
+    outside of a checkout or without git.
+    """
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"commit": _commit(Path(__file__).resolve().parents[2]), "command": command}
+
+
+def _commit(checkout: Path) -> str | None:
+    if not (checkout / ".git").exists():
+        return None
+    commit = _git(checkout, "rev-parse", "--short=12", "HEAD")
+    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+    return None if commit is None or changed is None else commit + ("+" if changed else "")
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from clmoe.system import processes
+from clmoe.utils import processes
 from tests.launch import command, environment, launch
 
 SCRIPT = """
 import sys, json, time
 from pathlib import Path
 from clmoe.errors import ClmoeError
-from clmoe.system import processes
+from clmoe.utils import processes
 
 folder = Path(sys.argv[1])
 calls = []
@@ -63,7 +63,7 @@ def test_one_process_needs_no_group() -> None:
 
 LEAVING = """
 import atexit
-from clmoe.system import processes
+from clmoe.utils import processes
 atexit.register(print, "teardown")
 print("work")
 processes.leave(3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clmoe.errors import ClmoeError
-from clmoe.system.lock import LOCK, locked
+from clmoe.utils.files import LOCK, locked
 from tests.launch import environment
 from tests.runs import Runs
 from tests.support import TASKS
@@ -17,7 +17,7 @@ from tests.support import TASKS
 HOLD = """
 import sys, time
 from pathlib import Path
-from clmoe.system.lock import locked
+from clmoe.utils.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -43,7 +43,7 @@ def test_a_second_command_is_refused_until_the_first_is_dead(
         runs.train(run / TASKS[0], "lora", TASKS[0])
     assert stop.value.code == 2
     assert f"{run} is in use by process {holder.pid} on " in capsys.readouterr().err
-    assert [path.name for path in run.iterdir()] == [LOCK]
+    assert [path.name for path in sorted(run.iterdir())] == [LOCK, f"{LOCK}.holder"]
     holder.kill()
     holder.wait()
     with locked(run):

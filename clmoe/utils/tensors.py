@@ -1,20 +1,16 @@
-"""Tensors on disk: safetensors and nothing else, so that no file we read can run code."""
-
-from __future__ import annotations
+"""Tensors on disk: safetensors and nothing else, so that no file that we read can run code."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from clmoe.errors import ClmoeError
-
-if TYPE_CHECKING:
-    from numpy import ndarray
-    from torch import Tensor
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -23,24 +19,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ClmoeError: no safetensors file, or a damaged one; it is named.
     """
-    from safetensors.torch import load_file
-
-    with _reading(path):
-        return load_file(path)
-
-
-def load_arrays(path: Path) -> dict[str, ndarray]:
-    """As ``load_tensors``, without torch."""
-    from safetensors.numpy import load_file
-
     with _reading(path):
         return load_file(path)
 
 
 def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a file, one tensor in memory at a time. Raises as ``load_tensors``."""
-    from safetensors import safe_open
-
     with _reading(path), safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118, it is no mapping
             yield name, file.get_tensor(name)
@@ -48,8 +32,6 @@ def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def tensor_names(path: Path) -> set[str]:
     """Names in a file's header. Raises as ``load_tensors``."""
-    from safetensors import safe_open
-
     with _reading(path), safe_open(path, "np") as file:
         return set(file.keys())
 
@@ -63,13 +45,11 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file. Of several metadata keys the order would be random: give one at most.
+    """Write a file. Give at most one metadata key: safetensors writes several in no fixed order.
 
     Raises:
         ClmoeError: it cannot be written.
     """
-    from safetensors.torch import save_file
-
     with writing(path):
         save_file(tensors, path, metadata=metadata)
 
@@ -96,3 +76,25 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error}). What was finished before is whole: make room and give the same "
             "command again"
         ) from error
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_finite(values: Mapping[str, Tensor], when: str) -> None:
+    """Stop before a number that has run away is used or saved.
+
+    Args:
+        when: for the message: ``step 3``.
+
+    Raises:
+        ClmoeError: names the first of the values that holds an infinity or a NaN.
+    """
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ClmoeError(
+                f"{name} is not finite at {when}: lower training.learning_rate or check the data; the same command "
+                "continues from the last saved state, if there is one"
+            )

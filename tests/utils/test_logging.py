@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from clmoe.system import logging
-from clmoe.system.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
+from clmoe.utils import logging
+from clmoe.utils.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
 
 EVENTS = [
     {"event": "trained", "task": "a", "phase": "probe", "seconds": 3.0},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clmoe.system import provenance
+from clmoe.utils.logging import provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -15,9 +15,9 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_commit_of_a_checkout(tmp_path: Path) -> None:
-    assert provenance._commit(tmp_path) is None
+    assert logging._commit(tmp_path) is None
     git(tmp_path, "init", "--quiet")
-    assert provenance._commit(tmp_path) is None, "no commit yet"
+    assert logging._commit(tmp_path) is None, "no commit yet"
     (tmp_path / "docs").mkdir()
     for name in ("a", "docs/results.md"):
         (tmp_path / name).write_text("1")
@@ -26,17 +26,17 @@ def test_commit_of_a_checkout(tmp_path: Path) -> None:
     commit = git(tmp_path, "rev-parse", "HEAD")[:12]
     (tmp_path / "run.log").write_text("not the checkout's")
     (tmp_path / "docs" / "results.md").write_text("the results of these runs")
-    assert provenance._commit(tmp_path) == commit
+    assert logging._commit(tmp_path) == commit
     (tmp_path / "a").write_text("2")
-    assert provenance._commit(tmp_path) == commit + "+"
+    assert logging._commit(tmp_path) == commit + "+"
 
 
 def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "")
-    assert provenance._commit(tmp_path) is None
+    assert logging._commit(tmp_path) is None
 
 
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/x/bin/clmoe", "train", "--data", "my data"])
-    assert provenance.provenance()["command"] == "clmoe train --data 'my data'"
+    assert logging.provenance()["command"] == "clmoe train --data 'my data'"

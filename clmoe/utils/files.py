@@ -1,15 +1,22 @@
-"""Small files, written whole or not at all."""
+"""Small files, written whole or not at all, and the lock of a run folder."""
 
 import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from clmoe.errors import ClmoeError
+from clmoe.utils.processes import from_main, is_main
+
+LOCK = ".lock"
 
 
 def file_sha256(path: Path) -> str:
@@ -106,3 +113,37 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for one command at a time; with several processes the main one holds it.
+
+    The system releases the lock when the process ends, however it ends. A refused or failed command that created the
+    folder removes it again if nothing was written there.
+
+    Raises:
+        ClmoeError: another command holds the folder; its process and host are named.
+    """
+    new = not run.exists()
+    lock, holder = FileLock(run / LOCK, timeout=0), run / f"{LOCK}.holder"
+
+    def acquire() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another command"
+            raise ClmoeError(f"{run} is in use by {who}: wait for it, or choose another folder") from error
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+    from_main(acquire)
+    try:
+        yield
+    finally:
+        if is_main():
+            holder.unlink(missing_ok=True)
+            (run / LOCK).unlink(missing_ok=True)
+            lock.release()
+            if new and not any(run.iterdir()):
+                run.rmdir()

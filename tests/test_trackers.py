@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clmoe.errors import ClmoeError
-from clmoe.system import trackers
+from clmoe.utils import trackers
 from tests.runs import Runs, events
 from tests.support import TASKS
 

@@ -1,19 +1,24 @@
-"""The data-parallel processes of one command: who is the main one, what they agree on, how they share work.
+"""The data-parallel processes of one command: which one is the main one, what they agree on, how they share work.
 
 A launcher (``torchrun``, ``deepspeed``) starts the same command several times and says so in the environment. All
-processes run the same code; only the main one writes files that stay. torch is imported only where there are several.
+processes run the same code; only the main one writes files that stay. SIGTERM, which schedulers send before they take a
+machine away, is handled here too: save what can be saved, then leave.
 """
 
-from __future__ import annotations
-
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clmoe.errors import Interrupted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,8 +44,6 @@ def is_main() -> bool:
 
 def device() -> str:
     """Where this process computes: its own GPU, or the CPU."""
-    import torch
-
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
@@ -48,9 +51,6 @@ def start() -> None:
     """Join the other processes; does nothing when there are none, or when it is done already."""
     if count() == 1:
         return
-    import torch
-    import torch.distributed as dist
-
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -60,10 +60,6 @@ def start() -> None:
 
 def stop() -> None:
     """Leave the other processes, at the end of a command; DeepSpeed makes a group of one, too."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
-
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -124,8 +120,6 @@ def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
 def summed(tensor: Tensor) -> Tensor:
     """The sum of all processes' tensors of one shape, the same bits in all of them; changes ``tensor``."""
     if count() > 1:
-        import torch.distributed as dist
-
         start()
         dist.all_reduce(tensor)
     return tensor
@@ -133,9 +127,54 @@ def summed(tensor: Tensor) -> Tensor:
 
 def _gather(value: Any) -> list[Any]:
     """Every process's value, by rank."""
-    import torch.distributed as dist
-
     start()
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+EXIT_CODE = 75
+"""Of a command that was told to stop and continues when it is given again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class _Asked:
+    """Whether SIGTERM has come, and whether a block defers it."""
+
+    def __init__(self) -> None:
+        self.now, self.deferred = False, False
+
+
+_asked = _Asked()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    _asked.now = True
+    if not _asked.deferred:
+        raise Interrupted("stopped by SIGTERM")
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises ``Interrupted``, or waits for the end of a ``deferred`` block."""
+    before: Any = signal.signal(signal.SIGTERM, _handle)
+    _asked.now = False
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def deferred() -> Iterator[_Asked]:
+    """Within the block SIGTERM only sets ``now``; the block checks it and raises ``Interrupted`` at a safe point.
+
+    Raises:
+        Interrupted: at the block's end, if the signal came after the last check.
+    """
+    _asked.deferred = True
+    try:
+        yield _asked
+    finally:
+        _asked.deferred = False
+    if _asked.now:
+        raise Interrupted("stopped by SIGTERM")

@@ -1,0 +1,1 @@
+"""Files, tensors on disk, processes, logs and names: what every room uses."""
