@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clmoe.utils.logging import provenance
+from clmoe.utils import logging
 
 
 def git(folder: Path, *arguments: str) -> str:
