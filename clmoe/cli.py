@@ -1,6 +1,4 @@
-"""The command line: parsing only. Every verb answers without importing torch when there is nothing to do."""
-
-from __future__ import annotations
+"""The command line. Nothing is imported before it is needed, so that ``clmoe --help`` answers at once."""
 
 import argparse
 import json
@@ -9,16 +7,188 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from socket import gethostname
 from typing import Any, NoReturn
 
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.utils.processes import EXIT_CODE, count, is_main, leave, rank, stop, stopping_on_sigterm
 
 USER_ERROR = 2
-OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers look after their processes at least once in one
+OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers check their processes at least once a second
+BAD_SHOWN = 50  # so many bad rows are printed
+OLD_OPTIONS = {
+    "--router": "write locator=oracle, locator=last, ... among the key=value settings",
+    "--then-eval": "clmoe run trains and evaluates; clmoe eval evaluates a checkpoint",
+    "--steps": "clmoe run goes through a whole sequence",
+}
+"""Options of clmoe 0.1, and what serves instead."""
+
+OLD_VERBS = {"card": "clmoe no longer writes model cards; clmoe report prints a run's scores"}
+
+
+def run(options: argparse.Namespace) -> str:
+    """``clmoe run``: the whole sequence of a benchmark."""
+    from clmoe.sequence import run
+
+    result = run(
+        options.method,
+        options.benchmark,
+        order=options.order,
+        seed=options.seed,
+        output=options.output,
+        base=options.base,
+        data=options.data,
+        deepspeed=options.deepspeed,
+        settings=options.settings,
+    )
+    shown = {name: value for name, value in result.metrics.items() if value is not None}
+    return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+
+
+def train(options: argparse.Namespace) -> str:
+    """``clmoe train``: one task, from the checkpoint before it to the next."""
+    from clmoe.benchmarks.base import load_benchmark, open_benchmark
+    from clmoe.config import load_config
+    from clmoe.train.loop import deepspeed_settings, stand_alone
+    from clmoe.train.task import prepare_request, train_task
+    from clmoe.utils.files import locked
+    from clmoe.utils.processes import from_main
+
+    deepspeed = None
+    if options.deepspeed:
+        deepspeed = deepspeed_settings(options.deepspeed)
+        stand_alone()
+    described = load_benchmark(options.benchmark, options.data, check_files=False)
+    config = load_config(options.config, described.recipe, options.settings, options.base)
+    order = described.order(options.order, config.seed)
+    needed = order if options.task == "all" else [options.task]
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
+    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    with locked(request.run):
+        done = train_task(request) is None
+    return f"{request.output}: {'finished before' if done else 'trained'}"
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
+    from clmoe.benchmarks.base import open_benchmark
+    from clmoe.config import load_config
+    from clmoe.evaluate.run import evaluate_base, evaluate_checkpoint
+    from clmoe.train.checkpoint import read_checkpoint
+    from clmoe.utils.files import locked
+    from clmoe.utils.processes import from_main
+
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, options.tasks))
+    with locked(options.output):
+        if options.checkpoint == "base":
+            config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
+            order = benchmark.order(options.order, config.seed)
+            return evaluate_base(
+                options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring
+            )
+        if options.config or options.base:
+            raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
+        for pair in options.settings:
+            if pair.split("=")[0].split(".")[0] not in ("evaluation", "locator", "options", "label"):
+                raise ClmoeError(f"{pair}: only evaluation.*, locator.*, options.* and label can change after training")
+        done = read_checkpoint(Path(options.checkpoint), options.settings)
+        if done.lineage.benchmark != benchmark.name:
+            raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
+        order = benchmark.order(options.order, done.config.seed)
+        limit = None if done.lineage.tasks[-1] == order[-1] else done.config.evaluation.limit
+        row, _ = evaluate_checkpoint(
+            options.output,
+            benchmark,
+            done,
+            done.config,
+            order,
+            limit=limit,
+            tasks=options.tasks,
+            scoring=options.scoring,
+        )
+        return row
+
+
+def report(options: argparse.Namespace) -> Any:
+    """``clmoe report``: tables and pictures of runs."""
+    from clmoe.report.page import write_report
+    from clmoe.report.runs import read_run
+    from clmoe.report.tables import report_text
+
+    if options.json:
+        return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
+    output = options.output or options.runs[0] / "report"
+    written = write_report(options.runs, output, options.format, options.data)
+    return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
+
+
+def metrics(options: argparse.Namespace) -> Any:
+    """``clmoe metrics``: of any accuracy matrix."""
+    from clmoe.evaluate.matrix import metrics_from_files
+
+    result = metrics_from_files(options.matrix, options.immediate)
+    rounded = {name: None if value is None else round(value, 2) for name, value in result.items()}
+    if options.json:
+        return rounded
+    return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
+
+
+def plan(options: argparse.Namespace) -> Any:
+    """``clmoe plan``: what a sequence trains and takes, before it is run."""
+    from clmoe.plan import plan_command
+
+    return plan_command(options)
+
+
+def data(options: argparse.Namespace) -> str:
+    """``clmoe data prepare|check``: build what can be built, or read every row and decode every image.
+
+    Raises:
+        ClmoeError: files are missing (each is named with its source), or rows are bad (they are listed).
+    """
+    from clmoe.benchmarks.base import load_benchmark, prepare_benchmark
+    from clmoe.benchmarks.check import check_benchmark
+    from clmoe.evaluate.scoring import gold_problem
+    from clmoe.utils.files import write_text
+
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    title = f"{benchmark.name} at {benchmark.root}"
+    if options.action == "prepare":
+        return "\n".join(filter(None, [title, prepare_benchmark(benchmark)]))
+    checked = check_benchmark(benchmark, gold_problem)
+    lines = [title, *checked.lines, *(f"note: {note}" for note in checked.notes)]
+    if not checked.bad:
+        return "\n".join(lines)
+    bad = checked.bad
+    if options.bad is not None:
+        write_text(options.bad, "".join(f"{line}\n" for line in bad))
+    shown = [f"bad: {line}" for line in bad[:BAD_SHOWN]]
+    rest = len(bad) - len(shown)
+    shown += [f"bad: and {rest} more; --bad FILE writes all of them"] if rest else []
+    raise ClmoeError("\n".join([f"{len(bad)} bad", *lines, *shown]))
+
+
+def doctor(options: argparse.Namespace) -> Any:
+    """``clmoe doctor``: what is installed and usable here."""
+    from clmoe.doctor import examine, report_text
+
+    findings = examine()
+    options.exit_code = int(any(finding.broken for finding in findings))
+    return [finding.as_json() for finding in findings] if options.json else report_text(findings)
+
+
+def convert(options: argparse.Namespace) -> str:
+    """``clmoe convert``: another project's model or adapter, or an older checkpoint of ours."""
+    from clmoe.convert import convert_command
+
+    return convert_command(options)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """``clmoe demo``: ask a checkpoint in the browser."""
+    from clmoe.demo import demo_command
+
+    demo_command(options)
 
 
 def _paths(text: str) -> list[str]:
@@ -31,33 +201,51 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _method_arguments(sub: argparse.ArgumentParser) -> None:
-    """What a method's configuration is resolved from."""
-    sub.add_argument("--config", required=True, help="method: a name in configs/methods or a YAML file")
-    sub.add_argument("--benchmark", required=True, help="a name in configs/benchmarks or a YAML file")
+def _benchmark_arguments(sub: argparse.ArgumentParser, *, option: bool) -> None:
+    """Which benchmark, and where its data is."""
+    text = "a name in configs/benchmarks or a YAML file"
+    if option:
+        sub.add_argument("--benchmark", required=True, help=text)
+    else:
+        sub.add_argument("benchmark", metavar="BENCHMARK", help=text)
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
-    sub.add_argument("--model", help="a name in configs/models, a model folder or a hub name")
+
+
+def _sequence_arguments(sub: argparse.ArgumentParser) -> None:
+    """Base, order and settings."""
+    sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for instance training.steps=20")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="for instance training.steps=20 locator=oracle")
 
 
-def _train(sub: argparse.ArgumentParser) -> None:
-    _method_arguments(sub)
-    sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
-    sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
-    sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
-    sub.add_argument("--then-eval", action="store_true", help="evaluate into the folder above --output")
+def _deepspeed_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload, zero3 or a JSON file")
 
 
-def _evaluate(sub: argparse.ArgumentParser) -> None:
+def _run_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("method", metavar="METHOD", help="a name in configs/methods, a YAML file or a Python file")
+    _benchmark_arguments(sub, option=False)
+    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/BENCHMARK/METHOD-seedSEED)")
+    _deepspeed_argument(sub)
+    _sequence_arguments(sub)
+
+
+def _train_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
+    _benchmark_arguments(sub, option=True)
+    sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
+    sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
+    sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
+    _deepspeed_argument(sub)
+    _sequence_arguments(sub)
+
+
+def _eval_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoint", required=True, help="checkpoint folder, or 'base' for the bare model")
     sub.add_argument("--config", help="with --checkpoint base: the method's name, zero_shot")
-    sub.add_argument("--benchmark", required=True, help="a name in configs/benchmarks or a YAML file")
-    sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
-    sub.add_argument("--model", help="with --checkpoint base: the model")
-    sub.add_argument("--order", default="norm", help="the whole sequence, as given to train")
-    sub.add_argument("--tasks", type=_paths, help="default: the tasks the checkpoint has learned")
+    _benchmark_arguments(sub, option=True)
+    sub.add_argument("--tasks", type=_paths, help="default: the tasks that the checkpoint has learned")
     sub.add_argument("--output", type=Path, required=True, help="run folder for predictions and tables")
     sub.add_argument(
         "--scoring",
@@ -65,99 +253,79 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
         default="fixed",
         help="what a metric means, or what the benchmark's published scripts print",
     )
-    sub.add_argument(
-        "--router",
-        choices=("located", "oracle", "last", "random"),
-        default="located",
-        help="how a question's task is chosen: found from the question, known, the newest, or drawn",
-    )
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="evaluation.* and options.* only")
+    _sequence_arguments(sub)
 
 
-def _report(sub: argparse.ArgumentParser) -> None:
+def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; equal labels are averaged")
     sub.add_argument("--format", type=_paths, default=["md", "csv"], help="of md, csv, tex, pdf, html")
     sub.add_argument("--output", type=Path, help="default: RUN/report of the first run")
-    sub.add_argument("--data", type=Path, help="html: the benchmark's data folder, if it moved since the runs")
+    sub.add_argument("--data", type=Path, help="html: the benchmark's data folder, if it has moved since the runs")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
 
 
-def _metrics(sub: argparse.ArgumentParser) -> None:
+def _metrics_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("matrix", type=Path, metavar="MATRIX.csv", help="rows: after training that task; columns: tasks")
-    sub.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, router known")
+    sub.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, task known")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
-def _plan(sub: argparse.ArgumentParser) -> None:
-    _method_arguments(sub)
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
+    _benchmark_arguments(sub, option=True)
     sub.add_argument("--gpus", type=_at_least_one, default=1, metavar="N", help="processes, one per GPU")
-    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload, zero3 or a JSON file")
-    sub.add_argument(
-        "--tokens", type=_at_least_one, metavar="T", help="of a sample (default: the image's and 64 of text)"
-    )
-    sub.add_argument(
-        "--answer-tokens", type=_at_least_one, default=16, metavar="A", help="of a sample: those with logits"
-    )
     sub.add_argument(
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
     )
-    form = sub.add_mutually_exclusive_group()
-    form.add_argument(
-        "--steps", action="store_true", help="only the runs, one line each: number, task, parent's task or -"
-    )
-    form.add_argument("--json", action="store_true", help="print the figures as JSON")
+    sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _deepspeed_argument(sub)
+    _sequence_arguments(sub)
 
 
-def _data(sub: argparse.ArgumentParser) -> None:
+def _data_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "action", choices=("prepare", "check"), help="build what can be built, or read every row and decode every image"
     )
-    sub.add_argument("benchmark", metavar="BENCHMARK", help="a name in configs/benchmarks or a YAML file")
-    sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
-    sub.add_argument("--bad", type=Path, metavar="FILE", help="check: write the list of all that is bad here")
+    _benchmark_arguments(sub, option=False)
+    sub.add_argument("--bad", type=Path, metavar="FILE", help="check: write the list of all bad rows here")
 
 
-def _doctor(sub: argparse.ArgumentParser) -> None:
+def _doctor_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-def _convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", type=Path, metavar="SRC", help="folder of the LLaVA, LLaMA or adapter")
+def _convert_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", type=Path, metavar="SRC", help="folder of the LLaVA, LLaMA, adapter or old checkpoint")
     sub.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
     sub.add_argument("--vision", type=Path, metavar="CLIP", help="folder of the CLIP model with the vision tower")
     sub.add_argument("--projector", type=Path, metavar="BIN", help="with a LLaMA: the first stage's mm_projector.bin")
-    sub.add_argument("--model", help="with an adapter: the model it was trained on, as for train")
+    sub.add_argument("--base", "--model", dest="model", help="with an adapter: the model that it was trained on")
     sub.add_argument("--benchmark", help="with an adapter: a name in configs/benchmarks or a YAML file")
     sub.add_argument("--tasks", type=_paths, help="with an adapter: what it has learned, oldest first")
 
 
-def _card(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
-    sub.add_argument("--run", type=Path, help="run folder with its scores (default: the folder above the checkpoint)")
-    sub.add_argument("--output", type=Path, help="file to write (default: README.md in the checkpoint)")
-
-
-def _demo(sub: argparse.ArgumentParser) -> None:
+def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
     sub.add_argument("--port", type=int, help="default: the first free one from 7860")
     sub.add_argument("--benchmark", help="whose test questions are the examples (default: the checkpoint's)")
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
-    sub.add_argument("--model", help="folder or hub name of the base, where it is not the training's")
+    sub.add_argument("--base", "--model", dest="model", help="folder or hub name of the base, if it has moved")
 
 
-VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "train": ("Train one task; does nothing when the output is finished.", _train),
-    "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _evaluate),
-    "report": ("Tables and pictures from one or several run folders.", _report),
-    "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics),
-    "plan": ("What a method trains on a model, and takes; loads no weights. Exit code 1: files are missing.", _plan),
-    "data": ("Build or verify a benchmark's files.", _data),
-    "doctor": ("Versions, devices, and what is usable here. Exit code 1: something required is broken.", _doctor),
-    "convert": ("Another project's LLaVA or adapter -> a model folder or a checkpoint of ours.", _convert),
-    "card": ("Write a checkpoint's model card with the scores that were measured on it.", _card),
-    "demo": ("Ask a checkpoint about an image in the browser; shows the located task and the experts.", _demo),
-}
-"""Verb -> what it does, and what adds its arguments; the module of its name in ``commands`` carries it out."""
+Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
+VERBS: dict[str, Verb] = {
+    "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments, run),
+    "train": ("Train one task; does nothing when the output is finished.", _train_arguments, train),
+    "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments, evaluate),
+    "report": ("Tables and pictures from one or several run folders.", _report_arguments, report),
+    "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments, metrics),
+    "plan": ("What a method trains and takes; loads no weights. Exit code 1: files are missing.", _plan_arguments, plan),
+    "data": ("Build or verify a benchmark's files.", _data_arguments, data),
+    "doctor": ("Versions, devices, what is usable. Exit code 1: something required is broken.", _doctor_arguments, doctor),
+    "convert": ("Another project's LLaVA or adapter -> a model folder or a checkpoint of ours.", _convert_arguments, convert),
+    "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments, demo),
+}  # fmt: skip
+"""Verb -> what it does, its arguments, and the function that carries it out."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,32 +334,62 @@ def _parser() -> argparse.ArgumentParser:
         description="Continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (text, add_arguments) in VERBS.items():
+    for name, (text, add_arguments, _) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
     return parser
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options, with ``key=value`` settings accepted anywhere among them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strangers = [part for part in rest if part.startswith("-") or "=" not in part]
+    if strangers or (rest and not hasattr(options, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
+    if hasattr(options, "settings"):
+        options.settings = [*options.settings, *rest]
+    return options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    _refuse_old(given)
+    options = _parse(given)
     _silence_libraries()
+    from clmoe.utils.processes import EXIT_CODE, count, is_main, leave, stop, stopping_on_sigterm
+
     try:
         with stopping_on_sigterm():
-            result = import_module(f"clmoe.commands.{options.verb}").run(options)
+            result = VERBS[options.verb][2](options)
     except (ClmoeError, OSError) as error:  # the latter: a full disk, a lost mount; what was finished before is whole
         _leave(f"clmoe {options.verb}: {error}", USER_ERROR)
     except Interrupted as error:
-        _leave(f"clmoe {options.verb}: {error}; the same command goes on from there", EXIT_CODE)
+        _leave(f"clmoe {options.verb}: {error}; the same command continues from there", EXIT_CODE)
     stop()
-    if is_main():
-        _show(result, getattr(options, "json", False))
+    if is_main() and result is not None:
+        print(json.dumps(result, indent=1) if getattr(options, "json", False) else result)
     code = getattr(options, "exit_code", 0)
     if code or count() > 1:
         leave(code)
 
 
+def _refuse_old(arguments: list[str]) -> None:
+    """Say what replaced a verb or option of clmoe 0.1."""
+    if arguments and arguments[0] in OLD_VERBS:
+        _exit(f"clmoe {arguments[0]}: {OLD_VERBS[arguments[0]]}")
+    for argument in arguments:
+        if argument.split("=")[0] in OLD_OPTIONS:
+            _exit(f"clmoe: {argument} is gone: {OLD_OPTIONS[argument.split('=')[0]]}")
+
+
+def _exit(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
 def _silence_libraries() -> None:
-    """Remarks that users can do nothing about."""
+    """Drop remarks that users can do nothing about."""
     # transformers on its own deprecated property, accelerate on DDP's, DeepSpeed on torch's
     for message in (
         "`is_gradient_checkpointing` is deprecated",
@@ -199,16 +397,18 @@ def _silence_libraries() -> None:
         "`torch.distributed",
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    # installed and on a machine without a GPU, DeepSpeed says so in every command, used or not
+    # where it is installed on a machine without a GPU, DeepSpeed says so in every command, used or not
     logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 
 
 def _leave(message: str, code: int) -> NoReturn:
     """Stop with this code and say why.
 
-    What stops all processes is the main one's to tell. After an error the launcher ends the others as soon as one has
-    left; who is still there after a moment is the only one that knows.
+    The main process reports what stops all of them. After an error the launcher ends the others as soon as one has
+    left; a process that is still there after a moment is the only one that knows.
     """
+    from clmoe.utils.processes import is_main, leave, rank
+
     if not is_main():
         if code != USER_ERROR:
             leave(code)
@@ -216,12 +416,6 @@ def _leave(message: str, code: int) -> NoReturn:
         message = f"{message} (process {rank()}, on {gethostname()})"
     print(message, file=sys.stderr)
     leave(code)
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if result is None:
-        return
-    print(json.dumps(result, indent=1) if as_json else result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
 
-Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
-``recipe``, overrides on the command line. The result is frozen into every checkpoint as ``config.yaml``.
+Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's ``recipe``,
+what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line. The result is frozen into
+every checkpoint as ``config.yaml``.
 """
 
 import dataclasses
@@ -23,6 +24,10 @@ FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
 """The linears of a LLaMA decoder block."""
 
+FeatureKind = Literal["last", "pooled"]
+"""What a locator sees of a sample, all from the frozen base: the last prompt token's hidden state after the final norm
+(``last``), or its mean over the outputs of all layers (``pooled``)."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -33,8 +38,8 @@ class ModelConfig:
         dtype: of the frozen base; adapters and the projector are always float32.
         attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
-        architecture: transformers config.json to take shapes from where the weights are not at hand; ``clmoe plan``
-            only. Relative to the current folder or the repository.
+        architecture: transformers config.json to take shapes from where the weights are not at hand; only for
+            ``clmoe plan``. Relative to the user's folder or to the folder that ships ``configs``.
     """
 
     path: str = "playground/base"
@@ -42,6 +47,33 @@ class ModelConfig:
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     load_in_4bit: bool = False
     architecture: str = ""
+
+
+@dataclass(frozen=True)
+class LocatorConfig:
+    """Who finds the task of a test sample, for methods that keep parts per task.
+
+    Attributes:
+        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``; empty for methods that need
+            none. ``locator=vae`` is short for ``locator.name=vae``.
+        feature: what it sees, see ``FeatureKind``.
+        samples: of a task's training records, at most so many are looked at.
+        options: the locator's own fields, checked by its ``Options`` dataclass.
+    """
+
+    name: str = ""
+    feature: FeatureKind = "last"
+    samples: int = 2000
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ClmoeError(f"locator.samples must be at least 1, not {self.samples}")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods and locators without options of their own."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,7 @@ class TrainingConfig:
         save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
         logging_steps: steps between two lines of ``events.jsonl``.
-        trackers: where those lines go besides: ``tensorboard``, ``wandb``.
+        trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
     learning_rate: float = 2e-4
@@ -165,10 +197,10 @@ class Config:
     """A method with everything that determines its result on a benchmark.
 
     Attributes:
-        method: name of a file in ``clmoe/methods``.
+        method: a registered name (``clmoe/methods``), or the path of a Python file that registers one method.
         label: how tables name this variant; the method's name when empty.
         seed: of initial weights, sample order and dropout.
-        model, adapter, training, evaluation: the sections below.
+        model, adapter, locator, training, evaluation: the sections above.
         options: the method's own fields, checked by its ``Options`` dataclass.
     """
 
@@ -177,6 +209,7 @@ class Config:
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    locator: LocatorConfig = field(default_factory=LocatorConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     options: dict[str, Any] = field(default_factory=dict)
@@ -226,7 +259,8 @@ def build(kind: type[T], values: Any, where: str) -> T:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ClmoeError(f"{where}: {unknown('key', str(key), hints)}")
+            new = RENAMED.get(f"{where}.{key}")
+            raise ClmoeError(f"{where}: " + (f"{key} is now {new}" if new else unknown("key", str(key), hints)))
     try:
         return kind(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
     except TypeError as error:
@@ -234,12 +268,35 @@ def build(kind: type[T], values: Any, where: str) -> T:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, mapping by mapping."""
+    """``high`` over ``low``, mapping by mapping. Another locator drops the options of the one below."""
     merged = dict(low)
     for key, value in high.items():
+        if key == "locator":
+            merged[key] = _merge_locators(merged.get(key, {}), value)
+            continue
         both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both_maps else value
     return merged
+
+
+def _merge_locators(low: Any, high: Any) -> dict[str, Any]:
+    """As ``merge``; a bare name stands for ``{name: ...}``."""
+    low, high = ({"name": part} if isinstance(part, str) else part for part in (low, high))
+    if not isinstance(high, dict):
+        raise ClmoeError(f"locator: expected a name or a mapping, got {high!r}")
+    if high.get("name", low.get("name")) != low.get("name"):
+        low = {key: value for key, value in low.items() if key != "options"}
+    return merge(low, high)
+
+
+RENAMED = {
+    "options.decider": "locator (vae, nearest_mean, prototype, ...)",
+    "options.feature": "locator.feature",
+    "options.locator": "locator.options",
+    "options.distance": "locator.options.distance",
+    "options.radius": "locator.options.radius",
+}
+"""Keys of clmoe 0.1 and what they are called now."""
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -278,16 +335,31 @@ def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model
     """Resolve a method's configuration on a benchmark.
 
     Args:
-        source: name of a file in ``configs/methods`` or a path. Its key ``extends`` names the file it changes.
+        source: name of a file in ``configs/methods``, the path of a YAML file, or of a Python file that registers a
+            method. A YAML's key ``extends`` names the file that it changes.
         recipe: the benchmark's defaults.
         overrides: ``key=value`` pairs.
         model: name of a file in ``configs/models``, a path to one, or a model folder / hub name.
     """
-    path = find_config("methods", source)
-    values = merge(_method_values(path), recipe)
-    if model is not None:
-        values = merge(values, {"model": model_values(model)})
-    return build(Config, merge(values, parse_overrides(overrides)), str(path))
+    if source.endswith(".py"):
+        path, values = Path(source), {"method": source}
+    else:
+        path = find_config("methods", source)
+        values = _method_values(path)
+    shared = {key: value for key, value in recipe.items() if key != "methods"}
+    own = _own_recipe(recipe, values)
+    for layer in (shared, own, {} if model is None else {"model": model_values(model)}, parse_overrides(overrides)):
+        values = merge(values, layer)
+    return build(Config, merge({}, values), str(path))
+
+
+def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe says of this method; its locator's settings only where the method still has that locator."""
+    own = dict(recipe.get("methods", {}).get(values.get("method"), {}))
+    chosen = merge({}, {"locator": values.get("locator", {})})["locator"]
+    if own.get("locator", {}).get("name") != chosen.get("name"):
+        own.pop("locator", None)
+    return own
 
 
 def _method_values(path: Path) -> dict[str, Any]:
@@ -303,9 +375,10 @@ def _method_values(path: Path) -> dict[str, Any]:
 
 
 def model_values(model: str) -> dict[str, Any]:
-    """A model's YAML by name or path; anything else is a model folder or hub name itself."""
-    is_config = model.endswith((".yaml", ".yml")) or model in known_configs("models")
-    return read_yaml(find_config("models", model)) if is_config else {"path": model}
+    """A model's YAML by name (in any case) or path; anything else is a model folder or hub name itself."""
+    names = {name.lower(): name for name in known_configs("models")}
+    name = model if model.endswith((".yaml", ".yml")) else names.get(model.lower())
+    return {"path": model} if name is None else read_yaml(find_config("models", name))
 
 
 def recorded(config: Config) -> dict[str, Any]:

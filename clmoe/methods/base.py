@@ -1,45 +1,117 @@
-"""The hooks of a method. One method is one file here, one YAML in configs/methods, one row in the contract test."""
+"""The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from.
 
-from __future__ import annotations
+One method is one class in a file of this folder, one YAML in configs/methods, one row in the contract test.
+"""
 
-import importlib
-import pkgutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from clmoe.config import Config, build
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor
+
+from clmoe.config import AdapterConfig, Config, NoOptions, build
+from clmoe.data.batches import over_train_batches, train_dataset
+from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.methods.context import Phase, TaskContext
-from clmoe.utils.names import unknown
+from clmoe.model.adapter import (
+    PROJECTOR,
+    ExpertConfig,
+    adapted_base,
+    detach_adapter,
+    language_model_pattern,
+    load_adapter,
+)
+from clmoe.model.llava import LoadedBase, decoder_layers
+from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
 
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
+R = TypeVar("R")
 
-    from clmoe.model.llava import FeatureKind, LoadedBase
-    from clmoe.model.routing import RouteSelection, RouteTrace
-    from clmoe.model.vae_settings import VaeSettings
+ADAPTER_FILE = "adapter_model.safetensors"
+STATISTICS = "statistics.safetensors"
+"""What the routers did on each task so far; the report shows it."""
+
+EXPANSION = "plan.json"
+"""A growing method's record of what each task added; the report shows it."""
+
+
+@dataclass
+class TaskContext:
+    """What a method sees of the task being trained.
+
+    Attributes:
+        task, index: the task's name and its position in the sequence, from 0.
+        records, image_root: its training set.
+        config: the resolved configuration.
+        model: base with adapter.
+        work: folder that becomes the checkpoint; a method's state files go here. Every process runs the method with a
+            folder of its own, and the main one's becomes the checkpoint.
+        sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it; in the
+            main process's ``work``.
+        trained: the newest of those.
+        previous: the parent checkpoint, or None.
+        data: the benchmark's folder, below which the images of every task are found.
+    """
+
+    task: str
+    index: int
+    records: Sequence[TrainRecord]
+    image_root: Path
+    config: Config
+    base: LoadedBase
+    model: PeftModel
+    work: Path
+    sealed: Path
+    trained: Path
+    previous: Path | None
+    data: Path = Path()
+
+    def load(self, folder: Path) -> None:
+        """Replace the live adapter by a saved one."""
+        detach_adapter(self.model)
+        self.model = load_adapter(self.base.model, folder, trainable=True)
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """For methods without options of their own."""
+class Phase:
+    """One training of a task; most methods have one.
+
+    Attributes:
+        name: of the phase, and of the folder its adapter is sealed in until the task ends.
+        records, image_root: what it trains on.
+        begin: called before training: grow, freeze, choose what trains.
+        end: called when the trained adapter is sealed, also when an earlier process sealed it.
+        learning_rate, steps: None for the configuration's.
+        of_task: the records are the task's, which the benchmark may ask to pass over several times.
+    """
+
+    name: str
+    records: Sequence[TrainRecord]
+    image_root: Path
+    begin: Callable[[TaskContext], None]
+    end: Callable[[TaskContext], None]
+    learning_rate: float | None = None
+    steps: int | None = None
+    of_task: bool = True
 
 
 class Method:
     """A continual-learning method; subclasses override what they need.
 
     Class attributes:
-        chain: how ``scripts/sequence.sh`` runs it: ``sequence`` (each task continues the one before), ``separate``
-            (each task starts anew), ``union`` (all tasks at once), ``none`` (nothing is trained).
-        finds_task: evaluation depends on the sample's task, so ``--router`` has a meaning.
-        reads_logits: ``extra_loss`` looks at ``batch["logits"]``; else they are computed in pieces, and not kept.
+        chain: how a sequence runs: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each
+            task trains a fresh adapter, and ``end_task`` adds it to the parent's), ``union`` (all tasks at once),
+            ``none`` (nothing is trained).
+        keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
+        reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
         reads_weights: ``extra_loss`` looks at whole weights, which ZeRO-3 spreads over the processes.
+        Options: dataclass of the method's own options.
     """
 
-    chain: ClassVar[Literal["sequence", "separate", "union", "none"]] = "sequence"
-    finds_task: ClassVar[bool] = False
+    chain: ClassVar[Literal["sequence", "fresh", "union", "none"]] = "sequence"
+    keeps_parts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
@@ -58,25 +130,15 @@ class Method:
 
     @property
     def grows(self) -> bool:
-        """Later tasks add experts; this and the next two are for ``clmoe plan``."""
+        """Later tasks add experts; ``clmoe plan`` says how many parameters they take."""
         return False
-
-    @property
-    def located_on(self) -> int:
-        """At most so many training records of a task have their feature computed for its locator."""
-        return 0
-
-    @property
-    def task_vae(self) -> VaeSettings | None:
-        """The VAE that a checkpoint holds for every task, besides the task's mean feature; None without any."""
-        return None
 
     def phases(self, context: TaskContext) -> list[Phase]:
         """The trainings of a task, in order."""
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        """Files that training will read besides the task's own exist; asked before anything is loaded.
+        """Check that the files exist that training reads besides the task's own; called before anything is loaded.
 
         Args:
             previous: the parent checkpoint, None where the task starts a sequence.
@@ -93,44 +155,119 @@ class Method:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
         ``batch``: what the model was given (``labels`` too, and with ``training.share_images`` the packed rows),
-        ``rows [B]`` int64, its places in the phase's records, and with ``reads_logits`` ``logits [N, V]`` float32, what
-        the model said, with gradient, where the answers' N tokens are predicted.
+        ``rows [B]`` int64, its places in the phase's records, and with ``reads_logits`` ``logits [N, V]`` float32 with
+        gradient, at the positions that predict the answers' N tokens.
         """
         return None
 
     def end_task(self, context: TaskContext) -> None:
         """After training, with the trained adapter saved in ``context.trained``."""
 
-    def feature_kind(self) -> FeatureKind:
-        """The frozen base's hidden state that ``task_scores`` looks at."""
-        return "last"
-
-    def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
-        """How typical each decider finds the questions of each learned task: ``[M, N]``, a question's largest wins.
-
-        The first decider's word counts; ties go to the older task. Only asked of methods with ``finds_task``.
-        ``features [M, D]`` float32 on the CPU.
-        """
-        raise NotImplementedError
-
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """How a batch of questions that belong to ``tasks [B]`` is routed; only asked with ``finds_task``."""
+        """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
 
 
-def method_names() -> list[str]:
-    """Names of all methods: the modules of this package that hold one."""
-    import clmoe.methods as package
-
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in package.SUPPORT_MODULES)
+def saved_modules(adapter: AdapterConfig) -> list[str] | None:
+    """peft's ``modules_to_save``: the projector when it is trained."""
+    return [PROJECTOR] if adapter.train_projector else None
 
 
-def method_class(name: str) -> type[Method]:
-    """The ``METHOD`` of ``clmoe/methods/<name>.py``.
+def lora_scaling(adapter: AdapterConfig) -> float:
+    """``alpha / rank``, or the effective scale itself: plain LoRA has no gate."""
+    return adapter.alpha / adapter.rank if adapter.scale is None else adapter.scale
+
+
+def lora_adapter(config: Config) -> LoraConfig:
+    """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
+    adapter = config.adapter
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=lora_scaling(adapter) * adapter.rank,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=language_model_pattern(adapter.targets),
+        modules_to_save=saved_modules(adapter),
+    )
+
+
+def mean_gate(adapter: AdapterConfig) -> float:
+    """The gate that an expert gets on average where it gets one: 1/E when all mix, 1/k when ``k < E`` are kept."""
+    return 1 / min(adapter.router_top_k or adapter.experts, adapter.experts)
+
+
+def expert_scaling(adapter: AdapterConfig) -> float:
+    """``s``: ``alpha / rank`` with ``rank`` counted as ``rank_is`` says, or what gives the wanted effective scale."""
+    return adapter.alpha / adapter.rank if adapter.scale is None else adapter.scale / mean_gate(adapter)
+
+
+def expert_rank(adapter: AdapterConfig) -> int:
+    """Rank of one expert.
 
     Raises:
-        ClmoeError: unknown name.
+        ClmoeError: a total rank that the number of experts does not divide.
     """
-    if name not in method_names():
-        raise ClmoeError(unknown("method", name, method_names()))
-    return importlib.import_module(f"clmoe.methods.{name}").METHOD
+    if adapter.rank_is == "per_expert":
+        return adapter.rank
+    if adapter.rank % adapter.experts:
+        raise ClmoeError(f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}")
+    return adapter.rank // adapter.experts
+
+
+def expert_adapter(config: Config, base: LoadedBase, owner: int = 0) -> ExpertConfig:
+    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block."""
+    adapter = config.adapter
+    return ExpertConfig(
+        rank=expert_rank(adapter),
+        scaling=expert_scaling(adapter),
+        dropout=adapter.dropout,
+        projections=list(adapter.targets),
+        router_scope=adapter.router_scope,
+        router_top_k=adapter.router_top_k,
+        layout={str(block): [owner] * adapter.experts for block in range(len(decoder_layers(base.model)))},
+        router_owners=[owner],
+        frozen_before=owner,
+        seed=config.seed,
+        modules_to_save=saved_modules(adapter),
+    )
+
+
+def lora_parts_adapter(
+    config: Config, base: LoadedBase, pick: Literal["sum", "task"], owners: list[int]
+) -> ExpertConfig:
+    """LoRAs of ``owners`` as experts without router, in every block: added up, or picked by the sample's task."""
+    adapter = config.adapter
+    return ExpertConfig(
+        rank=adapter.rank,
+        scaling=lora_scaling(adapter),
+        dropout=adapter.dropout,
+        projections=list(adapter.targets),
+        layout={str(block): list(owners) for block in range(len(decoder_layers(base.model)))},
+        router_owners=[],
+        pick=pick,
+        seed=config.seed,
+        modules_to_save=saved_modules(adapter),
+    )
+
+
+@torch.no_grad()
+def over_router_outputs(
+    context: TaskContext, records: Sequence[TrainRecord], compute: Callable[[RouterOutput, Tensor], R]
+) -> list[dict[str, R]]:
+    """``compute`` of what the newest routers answer on whole training records, dropout off, without gradient.
+
+    It is called with a router's output and the mask ``[B, T]`` of real tokens, and should return something small on the
+    CPU: the processes share the batches, and all get all results. Returns for each batch, in order, the results by
+    patched module; added up in that order they do not depend on the number of processes.
+    """
+    base, config = context.base, context.config
+    adapted = adapted_base(context.model.eval())
+    dataset = train_dataset(base, records, context.image_root, config.training.max_length)
+
+    def one(batch: dict[str, Tensor]) -> dict[str, R]:
+        del batch["labels"]
+        trace = RouteTrace()
+        with routing(NEWEST_ROUTER, trace):
+            adapted.model(**batch, use_cache=False)
+        return {name: compute(output, batch["attention_mask"]) for name, output in trace.outputs.items()}
+
+    return over_train_batches(base, dataset, config.evaluation.batch_size, one)

@@ -1,25 +1,36 @@
 """CL-MoE (CVPR 2025): dual routers over shared LoRA experts (RMoE) and momentum consolidation after each task (MMoE).
 
+In the paper's order:
+
+- eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``; training is MoELoRA's.
+- eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``gate_statistics``).
+- figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
+- eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routers.py``).
+- eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
+  for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate``).
+
 Where the paper is silent the choice is an option of ``Options``, whose docstring says so.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
-from clmoe.methods.context import STATISTICS, TaskContext
+from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, over_router_outputs
 from clmoe.methods.moelora import MoeLora
+from clmoe.model.adapter import add_task_gates, expert_layers, tensor_name
+from clmoe.model.routing import RouteSelection
+from clmoe.utils.tensors import load_tensors, save_tensors
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor
-
-    from clmoe.model.routing import RouteSelection
-
-LOCATOR = "locator.safetensors"
+Statistics = dict[str, dict[str, Tensor]]
+"""Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,7 @@ class Options:
         consolidation: ``momentum``, or ``none`` ("MMoE off").
         momentum_on: *open*: also consolidate the routers' rows.
         merge_space: *open*: mix the factors A and B (the paper's formula), or their products.
-        distance, radius: *open*: how a sample finds the nearest task centre.
-        samples: training samples behind statistics and centre.
+        samples: training samples behind the statistics.
     """
 
     beta: float = 0.5
@@ -49,8 +59,6 @@ class Options:
     consolidation: Literal["momentum", "none"] = "momentum"
     momentum_on: Literal["experts", "experts_and_routers"] = "experts"
     merge_space: Literal["factors", "delta"] = "factors"
-    distance: Literal["euclidean", "cosine"] = "euclidean"
-    radius: Literal["none", "normalised"] = "none"
     samples: int = 2000
 
     def __post_init__(self) -> None:
@@ -64,21 +72,15 @@ class Options:
 class ClMoe(MoeLora):
     """Trains like MoELoRA with the instance router; everything else happens at a task's end and at test time."""
 
-    finds_task = True
+    keeps_parts = True
     Options = Options
 
-    @property
-    def located_on(self) -> int:
-        return self.options.samples
-
     def end_task(self, context: TaskContext) -> None:
-        """Statistics -> task gates -> centre -> consolidation, all from the saved adapter of the trained task."""
-        from clmoe.methods.statistics import gate_statistics, save_statistics
-
+        """Statistics, task gates, consolidation: all from the saved adapter of the trained task."""
         statistics = gate_statistics(context, self.options.top_k, self.options.samples)
         history = save_statistics(context.previous, context.work / STATISTICS, statistics)
-        self._add_task_gates(context, history[-1])
-        self._add_centre(context)
+        gates = {name: self._score(values) for name, values in history[-1].items()}
+        add_task_gates(context.model, gates)
         if self.options.consolidation == "momentum" and context.previous is not None:
             self._consolidate(context, history)
 
@@ -89,20 +91,8 @@ class ClMoe(MoeLora):
         counts = statistics["topk_counts"].double()
         return counts / counts.sum()
 
-    def _add_task_gates(self, context: TaskContext, statistics: dict[str, dict[str, Tensor]]) -> None:
-        from clmoe.model.adapter import add_task_gates
-
-        add_task_gates(context.model, {name: self._score(values) for name, values in statistics.items()})
-
-    def _add_centre(self, context: TaskContext) -> None:
-        from clmoe.methods.features import add_class_mean, training_features
-
-        add_class_mean(context, LOCATOR, training_features(context, self.options.samples))
-
-    def salient_sets(self, history: list[dict[str, dict[str, Tensor]]]) -> list[dict[str, set[int]]]:
+    def salient_sets(self, history: list[Statistics]) -> list[dict[str, set[int]]]:
         """Salient experts of every module after each task, oldest first."""
-        from clmoe.methods.momentum import salient_experts
-
         sets = []
         for statistics in history:
             scores = {name: self._score(values) for name, values in statistics.items()}
@@ -112,10 +102,8 @@ class ClMoe(MoeLora):
             sets.append({name: salient_experts(score, self.options.top_k) for name, score in scores.items()})
         return sets
 
-    def keep_by_module(self, history: list[dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    def keep_by_module(self, history: list[Statistics]) -> dict[str, Tensor]:
         """What each expert of each module keeps of its old weights, ``[E]`` float64."""
-        from clmoe.methods.momentum import keep_weights
-
         *earlier, now = self.salient_sets(history)
         if self.options.before == "last":
             earlier = earlier[-1:]
@@ -127,17 +115,11 @@ class ClMoe(MoeLora):
             for name in now
         }
 
-    def _consolidate(self, context: TaskContext, history: list[dict[str, dict[str, Tensor]]]) -> None:
+    def _consolidate(self, context: TaskContext, history: list[Statistics]) -> None:
         """theta_t from theta_{t-1} (the parent's file) and phi_t (the trained file), never from live weights."""
-        import torch
-
-        from clmoe.methods.momentum import consolidate, mix
-        from clmoe.model.adapter import expert_layers, tensor_name
-        from clmoe.utils.tensors import load_tensors
-
         assert context.previous is not None
-        theta = load_tensors(context.previous / "adapter_model.safetensors")
-        phi = load_tensors(context.trained / "adapter_model.safetensors")
+        theta = load_tensors(context.previous / ADAPTER_FILE)
+        phi = load_tensors(context.trained / ADAPTER_FILE)
         keep = self.keep_by_module(history)
         with torch.no_grad():
             for name, layer in expert_layers(context.model).items():
@@ -151,18 +133,151 @@ class ClMoe(MoeLora):
                     key = tensor_name(name, "clmoe_routers.instance.0.weight")
                     layer.routers.instance[0].weight.copy_(mix(theta[key], phi[key], keep[name].unsqueeze(1)))  # type: ignore[operator]
 
-    def task_scores(self, checkpoint: Path, features: Tensor) -> dict[str, Tensor]:
-        """The nearest task centre wins."""
-        from clmoe.model.locator import PrototypeIndex
-
-        index = PrototypeIndex.load(checkpoint / LOCATOR)
-        return {"prototype": -index.scores(features, self.options.distance, self.options.radius)}
-
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """Mix in the gates of the samples' tasks."""
-        from clmoe.model.routing import RouteSelection
-
         return RouteSelection(task=tasks.to(model.device), beta=self.options.beta)
 
 
-METHOD: Any = ClMoe
+@dataclass
+class GateCount:
+    """Sums of one router over non-padding tokens, on the CPU.
+
+    Attributes:
+        total: ``[E]`` float64, sum of gates.
+        picks: ``[E]`` int64, how often an expert is among the ``top_k`` largest gates; ties go to the lower index.
+        tokens: int64 scalar.
+    """
+
+    total: Tensor
+    picks: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, gate: Tensor, mask: Tensor, top_k: int) -> "GateCount":
+        """Count one batch: ``gate [B, T, E]``, ``mask [B, T]`` nonzero where a token is real."""
+        real = gate[mask.bool()]
+        order = real.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        picks = torch.bincount(order.flatten(), minlength=gate.shape[-1])
+        return cls(real.double().sum(0).cpu(), picks.cpu(), mask.bool().sum().cpu())
+
+    def __add__(self, other: "GateCount") -> "GateCount":
+        return GateCount(self.total + other.total, self.picks + other.picks, self.tokens + other.tokens)
+
+    def summary(self) -> dict[str, Tensor]:
+        """``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
+        return {"gate_mean": self.total / self.tokens, "topk_counts": self.picks, "tokens": self.tokens}
+
+
+def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
+    """Instance-gate statistics of every patched module on at most ``samples`` training records."""
+    records = sample_records(context.records, samples, context.config.seed)
+    batches = over_router_outputs(context, records, lambda output, mask: GateCount.of(output.gate, mask, top_k))
+    return {name: reduce(GateCount.__add__, [counts[name] for counts in batches]).summary() for name in batches[0]}
+
+
+def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
+    """Append the task's statistics to its parent's and write all; returns all tasks' statistics, oldest first."""
+    history = [] if previous is None else load_statistics(previous / path.name)
+    history.append(newest)
+    tensors = {
+        f"{task}.{name}.{kind}": value
+        for task, statistics in enumerate(history)
+        for name, values in statistics.items()
+        for kind, value in values.items()
+    }
+    save_tensors(tensors, path)
+    return history
+
+
+def load_statistics(path: Path) -> list[Statistics]:
+    """Statistics of all tasks, oldest first."""
+    tensors = load_tensors(path)
+    history: list[Statistics] = [{} for _ in {key.split(".", 1)[0] for key in tensors}]
+    for key, value in tensors.items():
+        task, rest = key.split(".", 1)
+        name, _, kind = rest.rpartition(".")
+        history[int(task)].setdefault(name, {})[kind] = value
+    return history
+
+
+def salient_experts(score: Tensor, top_k: int) -> set[int]:
+    """The ``top_k`` experts of largest score ``[E]``; ties go to the lower index."""
+    order = sorted(range(len(score)), key=lambda i: (-float(score[i]), i))
+    return set(order[:top_k])
+
+
+def keep_weights(now: set[int], before: set[int], experts: int, gamma: float) -> Tensor:
+    """How much of the old weights each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11).
+
+    Task-specific experts (salient now, not before) keep ``1 - gamma``; shared and all others keep ``gamma``.
+    """
+    return torch.tensor([1 - gamma if i in now - before else gamma for i in range(experts)], dtype=torch.float64)
+
+
+def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
+    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side.
+
+    ``keep`` broadcasts against the tensors.
+    """
+    mixed = (keep * old.double() + (1 - keep) * new.double()).to(old.dtype)
+    keep = keep.expand_as(mixed)
+    return torch.where(keep == 1, old, torch.where(keep == 0, new, mixed))
+
+
+def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix the factors A and B on their own, the paper's rule.
+
+    The mean of the factors is not the factor of the mean: ``(a B + b B')(a A + b A')`` has cross terms that
+    ``a BA + b B'A'`` lacks; ``consolidate_delta`` mixes the products instead.
+
+    Args:
+        old, new: ``(A [E*r, din], B [dout, E*r])`` before and after training.
+        keep: ``[E]`` float64.
+    """
+    r = old[0].shape[0] // len(keep)
+    per_rank = keep.repeat_interleave(r)
+    return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
+
+
+def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-``rank`` factors of ``left @ right`` without forming it: QR of both sides, SVD of the small core.
+
+    ``left [dout, k]``, ``right [k, din]`` float64 -> ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``.
+    Signs are fixed by the largest entry of each column of U, so that the result is reproducible.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.t())
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.t())
+    U, Vh = Q_left @ U[:, :rank], Vh[:rank] @ Q_right.t()
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U)
+    root = S[:rank].sqrt()
+    return (root * sign.squeeze(0)).unsqueeze(1) * Vh, U * sign * root
+
+
+def consolidate_delta(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix each expert's product BA and return to rank r by SVD in float64. Arguments as ``consolidate_factors``."""
+    r = old[0].shape[0] // len(keep)
+    A, B = old[0].clone(), old[1].clone()
+    for i, weight in enumerate(keep.tolist()):
+        rows = slice(i * r, (i + 1) * r)
+        if weight == 1:
+            continue
+        if weight == 0:
+            A[rows], B[:, rows] = new[0][rows], new[1][:, rows]
+            continue
+        left = torch.cat([weight * old[1][:, rows].double(), (1 - weight) * new[1][:, rows].double()], dim=1)
+        right = torch.cat([old[0][rows].double(), new[0][rows].double()])
+        A_i, B_i = factorise(left, right, r)
+        A[rows], B[:, rows] = A_i.to(A), B_i.to(B)
+    return A, B
+
+
+def consolidate(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor, space: Literal["factors", "delta"]
+) -> tuple[Tensor, Tensor]:
+    """Consolidated ``(A, B)`` of one linear's experts in the chosen space."""
+    return (consolidate_factors if space == "factors" else consolidate_delta)(old, new, keep)
+
+
+METHODS = {"clmoe": ClMoe}

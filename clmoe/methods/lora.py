@@ -1,16 +1,9 @@
 """Sequential LoRA: one adapter, fine-tuned on task after task. The baseline that forgets."""
 
-from __future__ import annotations
+from peft import PeftConfig
 
-from typing import TYPE_CHECKING
-
-from clmoe.methods.adapters import lora_adapter, lora_scaling
-from clmoe.methods.base import Method
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from clmoe.model.llava import LoadedBase
+from clmoe.methods.base import Method, lora_adapter, lora_scaling
+from clmoe.model.llava import LoadedBase
 
 
 class Lora(Method):
@@ -23,4 +16,4 @@ class Lora(Method):
         return lora_scaling(self.config.adapter)
 
 
-METHOD = Lora
+METHODS = {"lora": Lora}

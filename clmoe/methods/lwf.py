@@ -1,22 +1,22 @@
-"""LwF (ECCV 2016): on the new task's data the model goes on answering as it did before the task."""
-
-from __future__ import annotations
+"""LwF (ECCV 2016): on the new task's data the model keeps answering as it did before the task."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import kl_div
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.context import TaskContext
+from clmoe.methods.answers import answer_logits, mean_over_samples
+from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
+from clmoe.model.adapter import adapted_base
+from clmoe.model.routing import RouteTrace
 from clmoe.utils.tensors import trainable
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor
-
-    from clmoe.model.routing import RouteTrace
-
-ADAPTED = "base_model.model.model."  # of the names of a PeftModel's parameters: those of the LLaVA's ``model``
+ADAPTED = "base_model.model.model."
+"""Begins the names of a PeftModel's parameters inside the base's ``model``."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Options:
 
 def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
     """``KL(before || now)`` of the softened distributions of each row of logits ``[N, V]``: ``[N]``."""
-    from torch.nn.functional import kl_div
-
     before, now = ((logits / temperature).log_softmax(-1) for logits in (before, now))
     return kl_div(now, before, reduction="none", log_target=True).sum(-1)
 
 
 class LwF(Lora):
-    """LoRA that is held by what its parent says; the parent is its few tensors, on the same frozen base."""
+    """LoRA that is held by its parent's answers; the parent is a few tensors on the same frozen base."""
 
     Options = Options
     reads_logits = True
@@ -60,20 +58,15 @@ class LwF(Lora):
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A second pass without gradient, with the parent's tensors in the place of the live ones and dropout off."""
-        import torch
-
-        from clmoe.methods.answers import answer_logits, mean_over_samples
-        from clmoe.model.adapter import adapted_llava
-
         if not self._parent:
             return None
-        llava = adapted_llava(model)
-        training = llava.training
+        adapted = adapted_base(model)
+        training = adapted.training
         with torch.no_grad():
-            before = answer_logits(llava.eval(), batch, self._parent)
-        llava.train(training)
+            before = answer_logits(adapted.eval(), batch, self._parent)
+        adapted.train(training)
         distances = divergence(before, batch["logits"], self.options.temperature)
         return self.options.weight * mean_over_samples(distances, batch["labels"])
 
 
-METHOD: Any = LwF
+METHODS = {"lwf": LwF}

@@ -1,16 +1,9 @@
 """MoELoRA (CoIN, NeurIPS 2024): LoRA experts under a dense softmax router; nothing frozen, no balance loss."""
 
-from __future__ import annotations
+from peft import PeftConfig
 
-from typing import TYPE_CHECKING
-
-from clmoe.methods.adapters import expert_adapter, expert_scaling, mean_gate
-from clmoe.methods.base import Method
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from clmoe.model.llava import LoadedBase
+from clmoe.methods.base import Method, expert_adapter, expert_scaling, mean_gate
+from clmoe.model.llava import LoadedBase
 
 
 class MoeLora(Method):
@@ -23,4 +16,4 @@ class MoeLora(Method):
         return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
 
 
-METHOD = MoeLora
+METHODS = {"moelora": MoeLora}

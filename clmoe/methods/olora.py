@@ -1,21 +1,17 @@
 """O-LoRA (EMNLP 2023 Findings): a LoRA for each task, whose input directions are orthogonal to the older tasks'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.adapters import lora_scaling, saved_modules
-from clmoe.methods.base import Method
-from clmoe.methods.context import TaskContext
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
-
-    from clmoe.model.llava import LoadedBase
-    from clmoe.model.routing import RouteTrace
+from clmoe.methods.base import Method, TaskContext, lora_parts_adapter, lora_scaling
+from clmoe.model.adapter import expert_layers, experts_by_linear, freeze_experts, grow_experts, seeded
+from clmoe.model.llava import LoadedBase
+from clmoe.model.routing import RouteTrace
 
 
 @dataclass(frozen=True)
@@ -36,34 +32,19 @@ class Options:
 
 
 class OLora(Method):
-    """Tasks' LoRAs are experts without a router: all are added up, the older ones are frozen bit for bit."""
+    """The tasks' LoRAs are experts without a router: all are added up, and the older ones stay frozen, bit for bit."""
 
     Options = Options
     reads_weights = True
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
-        from clmoe.model.adapter import ExpertConfig
-
-        adapter = self.config.adapter
-        blocks = len(base.model.model.language_model.layers)
-        return ExpertConfig(
-            rank=adapter.rank,
-            scaling=lora_scaling(adapter),
-            dropout=adapter.dropout,
-            projections=list(adapter.targets),
-            layout={str(block): [0] for block in range(blocks)},
-            router_owners=[],
-            seed=self.config.seed,
-            modules_to_save=saved_modules(adapter),
-        )
+        return lora_parts_adapter(self.config, base, "sum", owners=[0])
 
     def effective_scale(self) -> float:
         return lora_scaling(self.config.adapter)
 
     def begin_task(self, context: TaskContext) -> None:
         """Freeze what is there and add the task's LoRA, fresh: A random, B zero."""
-        from clmoe.model.adapter import expert_layers, freeze_experts, grow_experts, seeded
-
         if context.previous is None:
             return
         factors = {}
@@ -78,10 +59,6 @@ class OLora(Method):
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """``weight * sum over linears and older tasks i of sum |A_i A_t^T|``, the same for every batch."""
-        import torch
-
-        from clmoe.model.adapter import experts_by_linear
-
         overlaps = []
         for experts in experts_by_linear(model).values():
             if experts.frozen_A is not None:
@@ -90,4 +67,4 @@ class OLora(Method):
         return self.options.weight * torch.stack(overlaps).sum() if overlaps else None
 
 
-METHOD: Any = OLora
+METHODS = {"olora": OLora}

@@ -1,23 +1,102 @@
-"""Experience replay: records of past tasks are mixed into the training of the new one."""
+"""Records of past tasks are seen again: replay, and DER++ (NeurIPS 2020), which also keeps the logits of then."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from clmoe.data.batches import over_train_batches, sample_records, train_dataset
+from clmoe.data.records import TrainRecord, Turn
+from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.methods.context import Phase, TaskContext
+from clmoe.methods.answers import answer_logits, answer_rows, mean_over_samples
+from clmoe.methods.base import Phase, TaskContext
 from clmoe.methods.lora import Lora
-
-if TYPE_CHECKING:
-    from clmoe.data.records import TrainRecord
+from clmoe.model.adapter import adapted_base
+from clmoe.model.routing import RouteTrace
+from clmoe.utils.files import read_json, write_json
+from clmoe.utils.names import derived_seed
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 MEMORY = "memory.json"
+LOGITS = "memory_logits.safetensors"
 
 
 @dataclass(frozen=True)
-class Options:
+class Remembered:
+    """What is kept of one past task.
+
+    Attributes:
+        task, drawn_from, seed: where the records come from: the task's training set, its size, the run's seed.
+        records: images are relative to the benchmark's folder, ids begin with the task's name.
+    """
+
+    task: str
+    drawn_from: int
+    seed: int
+    records: list[TrainRecord]
+
+    @classmethod
+    def draw(
+        cls, task: str, records: Sequence[TrainRecord], size: int, seed: int, image_root: Path, data: Path
+    ) -> Remembered:
+        """At most ``size`` of a task's records, each subset equally likely: a reservoir after one pass over them."""
+        drawn = sample_records(records, size, derived_seed(seed, f"memory of {task}"))
+        return cls(task, len(records), seed, UnionRecords([Part.of(task, drawn, image_root, data)])[:])
+
+    def as_json(self) -> dict[str, Any]:
+        records = [
+            {"id": r.id, "image": r.image, "turns": [[turn.question, turn.answer] for turn in r.turns]}
+            for r in self.records
+        ]
+        return {"task": self.task, "drawn_from": self.drawn_from, "seed": self.seed, "records": records}
+
+
+def save_memory(memory: Sequence[Remembered], path: Path) -> None:
+    """A JSON list, one entry for each past task, oldest first."""
+    write_json(path, [remembered.as_json() for remembered in memory])
+
+
+def load_memory(path: Path) -> list[Remembered]:
+    """What ``save_memory`` wrote."""
+    return [
+        Remembered(
+            entry["task"],
+            entry["drawn_from"],
+            entry["seed"],
+            [TrainRecord(r["id"], r["image"], tuple(Turn(*turn) for turn in r["turns"])) for r in entry["records"]],
+        )
+        for entry in read_json(path)
+    ]
+
+
+def check_images(memory: Sequence[Remembered], path: Path, data: Path) -> None:
+    """Every image that the memory points to is still there.
+
+    Raises:
+        ClmoeError: naming the file, the record, and the image.
+    """
+    for remembered in memory:
+        for record in remembered.records:
+            if record.image is not None and not (data / record.image).is_file():
+                raise ClmoeError(
+                    f"{path}: record {record.id!r}: no file {data / record.image}; past tasks' images are read where "
+                    "they lay: put them back, or say with --data where the benchmark is now"
+                )
+
+
+def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecords:
+    """The task's own records, then as many of ``memory``, over and over in order, as make a share of ``ratio``."""
+    wanted = round(len(own.records) * ratio / (1 - ratio)) if memory else 0
+    return UnionRecords([own, Part("", "", [memory[i % len(memory)] for i in range(wanted)])])
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
     """Replay's own choices.
 
     Attributes:
@@ -38,19 +117,14 @@ class Options:
 class Replay(Lora):
     """LoRA; the only method here, with its kin, that sees old tasks' data again."""
 
-    Options = Options
+    Options = ReplayOptions
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        from clmoe.methods.memory import check_images, load_memory
-
         if previous is not None:
             check_images(load_memory(previous / MEMORY), previous / MEMORY, data)
 
     def phases(self, context: TaskContext) -> list[Phase]:
         """One training, on the task's records and the memory's."""
-        from clmoe.data.union import Part
-        from clmoe.methods.memory import load_memory, mixed
-
         if context.previous is None:
             return super().phases(context)
         memory = [record for past in load_memory(context.previous / MEMORY) for record in past.records]
@@ -64,8 +138,6 @@ class Replay(Lora):
 
     def remember(self, context: TaskContext) -> list[TrainRecord]:
         """Write the memory with this task's records; returns those."""
-        from clmoe.methods.memory import Remembered, load_memory, save_memory
-
         memory = [] if context.previous is None else load_memory(context.previous / MEMORY)
         size, seed = self.options.per_task, context.config.seed
         newest = Remembered.draw(context.task, context.records, size, seed, context.image_root, context.data)
@@ -73,4 +145,66 @@ class Replay(Lora):
         return newest.records
 
 
-METHOD: Any = Replay
+@dataclass(frozen=True)
+class DerOptions(ReplayOptions):
+    """DER's own choices, besides replay's.
+
+    Attributes:
+        weight: alpha, of the squared distance between logits.
+    """
+
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight < 0:
+            raise ClmoeError(f"options.weight {self.weight} must not be negative")
+
+
+class Der(Replay):
+    """The memory also holds, for every token of its answers, the logits at the end of the record's own task."""
+
+    Options = DerOptions
+    reads_logits = True
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Read the parent's logits; a memory record's place among them is its place in the memory."""
+        self._own = len(context.records)
+        self._logits = [] if context.previous is None else load_logits(context.previous / LOGITS)
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """``mean over samples and their tokens of |z - h|^2 / V``; samples of the new task count as 0."""
+        if not self._logits:
+            return None
+        now, labels = batch["logits"], batch["labels"]
+        before = now.detach().clone()
+        of = answer_rows(labels)
+        for row, place in enumerate(batch["rows"].tolist()):
+            if place >= self._own:
+                before[of == row] = self._logits[(place - self._own) % len(self._logits)].to(now)
+        distances = torch.square(now - before).mean(-1)
+        return self.options.weight * mean_over_samples(distances, labels)
+
+    def end_task(self, context: TaskContext) -> None:
+        """Draw the task's records, and store what the trained model says to them."""
+        records, config, base = self.remember(context), context.config, context.base
+        adapted = adapted_base(context.model.eval())
+
+        def one(batch: dict[str, Tensor]) -> list[Tensor]:
+            lengths = torch.bincount(answer_rows(batch["labels"]), minlength=len(batch["labels"]))
+            return list(answer_logits(adapted, batch).cpu().split(lengths.tolist()))
+
+        dataset = train_dataset(base, records, context.data, config.training.max_length)
+        with torch.no_grad():
+            batches = over_train_batches(base, dataset, config.evaluation.batch_size, one)
+        old = [] if context.previous is None else load_logits(context.previous / LOGITS)
+        every = [*old, *(logits for batch in batches for logits in batch)]
+        save_tensors({f"{i:06}": logits.clone() for i, logits in enumerate(every)}, context.work / LOGITS)
+
+
+def load_logits(path: Any) -> list[Tensor]:
+    """``[n, V]`` float32 of each record of the memory, in its order."""
+    return [logits for _, logits in sorted(load_tensors(path).items())]
+
+
+METHODS = {"replay": Replay, "der": Der}

@@ -1,31 +1,47 @@
-"""One checkpoint is one folder, written atomically and trusted only with a valid manifest.
+"""One checkpoint is one folder, written atomically, trusted only with a valid manifest, and aware of its history.
 
-Files are collected in a sibling folder, flushed to disk, hashed into ``manifest.json`` (written last), and the
-folder is renamed into place. A folder without a valid manifest does not exist for any reader. No file in it holds
-a time, host or absolute path, so equal runs give equal bytes.
+Files are collected in a sibling folder, flushed to disk, hashed into ``manifest.json`` (written last), and the folder is
+renamed into place. Without a valid manifest a folder does not exist for any reader. No file in it holds a time, host or
+absolute path, so equal runs give equal bytes. ``continual.json`` says what the checkpoint has learned, and from where.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
+
+from clmoe.config import Config, LocatorConfig, recorded, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.utils.files import file_sha256, flush, json_text, write_json
+from clmoe.methods.base import Method
+from clmoe.model.adapter import count_parameters
+from clmoe.utils.files import file_sha256, flush, json_sha256, json_text, read_json, write_json
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+OLD_FORMAT = "1"
 MANIFEST = "manifest.json"
-CARD = "README.md"
+LINEAGE = "continual.json"
+CONFIG = "config.yaml"
+# What may change while a task is trained: how global batches are computed, how often states are saved and logged.
+FREE_TRAINING_KEYS = (
+    "micro_batch_size", "gradient_checkpointing", "workers", "save_steps", "keep_states", "logging_steps", "trackers",
+)  # fmt: skip
+RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:
-    """What a manifest answers for, by relative name: all but itself, the model card, and hidden files.
+    """The files that a manifest vouches for, by relative name: all but itself, README.md, and hidden files.
 
-    The card is for readers and is written anew when scores are known; hidden files are what the hub and its downloads
-    add (``.gitattributes``, ``.cache``).
+    A README.md is for readers and may be written later; hidden files are what the hub and its downloads add
+    (``.gitattributes``, ``.cache``).
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    exempt = (MANIFEST, CARD)
+    exempt = (MANIFEST, "README.md")
     return {n: path for n, path in files.items() if n not in exempt and not any(p[0] == "." for p in Path(n).parts)}
 
 
@@ -51,18 +67,21 @@ def verify(folder: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
-        entries, version = manifest["files"], manifest["format_version"]
+        entries, found = manifest["files"], manifest["format_version"]
         if text != json_text(manifest):  # its own hash is the checkpoint's identity, so every byte counts
             raise ValueError("it is not as it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise ClmoeError(f"{path} is damaged: {error}; train this task again or restore the folder") from error
-    if version != FORMAT_VERSION:
-        raise ClmoeError(f"{path}: format {version!r} is not {FORMAT_VERSION!r}, which this version of clmoe reads")
+    if found == OLD_FORMAT:
+        raise ClmoeError(f"{folder} was sealed by clmoe 0.1: run `clmoe convert {folder} NEW_FOLDER` and use the new one")
+    if found != FORMAT_VERSION:
+        raise ClmoeError(f"{path}: format {found!r} is not {FORMAT_VERSION!r}, which this version of clmoe reads")
     present = sealed_files(folder).keys()
-    if present != entries.keys():
-        odd = sorted(present ^ entries.keys())[0]
-        state = "is not in the manifest" if odd in present else "is missing"
-        raise ClmoeError(f"{folder / odd} {state}: delete {folder} and train this task again, or restore the file")
+    missing, extra = sorted(entries.keys() - present), sorted(present - entries.keys())
+    if missing:
+        raise ClmoeError(f"{folder / missing[0]} is missing: restore the file, or train this task again")
+    if extra:
+        raise ClmoeError(f"{folder / extra[0]} does not belong to this checkpoint: move the file elsewhere")
     for name, entry in entries.items():
         if file_sha256(folder / name) != entry["sha256"]:
             raise ClmoeError(f"{folder / name} is damaged (its sha256 differs): restore it or train this task again")
@@ -103,3 +122,173 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
     work.mkdir(parents=True)
     fill(work)
     publish(work, target)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Content of ``continual.json``.
+
+    Attributes:
+        tasks: learned so far, oldest first.
+        parent: manifest sha256 of the checkpoint it continues, None for the first.
+        base: fingerprint of the frozen base.
+        config_sha256: of everything that determines the training, see ``training_identity``.
+        steps: optimizer steps of this task.
+        trainable_parameters: while training this task; ``adapter_parameters`` counts frozen ones too.
+        effective_scale: ``s`` times the mean gate, None where it has no meaning.
+    """
+
+    method: str
+    benchmark: str
+    tasks: list[str]
+    seed: int
+    parent: str | None
+    base: str
+    config_sha256: str
+    steps: int
+    trainable_parameters: int
+    adapter_parameters: int
+    effective_scale: float | None
+    versions: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A verified checkpoint.
+
+    Attributes:
+        identity: sha256 of its manifest.
+        config: its configuration, with the overrides that it was read with.
+        locator: the one that it was sealed with, whatever the overrides say.
+    """
+
+    folder: Path
+    identity: str
+    lineage: Lineage
+    config: Config
+    locator: LocatorConfig
+
+
+def lineage_of(
+    method: Method,
+    model: PeftModel,
+    *,
+    benchmark: str,
+    tasks: list[str],
+    parent: Finished | None,
+    base: str,
+    steps: int,
+) -> Lineage:
+    """That of a checkpoint of this adapted model; ``base`` is the frozen base's fingerprint."""
+    trainable, adapter = count_parameters(model)
+    return Lineage(
+        method=method.config.method,
+        benchmark=benchmark,
+        tasks=tasks,
+        seed=method.config.seed,
+        parent=None if parent is None else parent.identity,
+        base=base,
+        config_sha256=training_identity(method.config),
+        steps=steps,
+        trainable_parameters=trainable,
+        adapter_parameters=adapter,
+        effective_scale=method.effective_scale(),
+        versions=versions(),
+    )
+
+
+def training_identity(config: Config) -> str:
+    """sha256 over what determines a task's training."""
+    return json_sha256(decisive(config))
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """All settings but those of the evaluation, the label, and what changes a result by rounding at most."""
+    values = recorded(config)
+    del values["evaluation"], values["label"]
+    for key in FREE_TRAINING_KEYS:
+        del values["training"][key]
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the result."""
+    return {name: version(name) for name in RECORDED_VERSIONS}
+
+
+def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:
+    """Verify a checkpoint folder and read its lineage; ``overrides`` change its configuration for evaluation.
+
+    Raises:
+        ClmoeError: not a finished checkpoint, or damaged; the file is named.
+    """
+    identity = verify(folder)
+    try:
+        lineage = Lineage(**read_json(folder / LINEAGE))
+    except TypeError as error:
+        raise ClmoeError(f"{folder / LINEAGE}: {error}") from error
+    sealed, config = (reload_config(folder / CONFIG, pairs) for pairs in ([], overrides or []))
+    return Finished(folder, identity, lineage, config, sealed.locator)
+
+
+def check_successor(parent: Finished, config: Config, benchmark: str, task: str) -> None:
+    """``config`` may continue ``parent`` with ``task``.
+
+    Raises:
+        ClmoeError: another benchmark, method, base or adapter, or a task that was learned already.
+    """
+    if parent.lineage.benchmark != benchmark:
+        raise ClmoeError(
+            f"--previous {parent.folder} was trained on benchmark {parent.lineage.benchmark}, not {benchmark}"
+        )
+    if task in parent.lineage.tasks:
+        raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
+    for name in ("method", "model", "adapter"):
+        old, new = recorded(parent.config)[name], recorded(config)[name]
+        if old != new:
+            raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {difference(name, old, new)}")
+
+
+def check_same_run(done: Finished, config: Config, benchmark: str, parent: Finished | None, tasks: list[str]) -> None:
+    """A finished output folder is what this command would make again.
+
+    Raises:
+        ClmoeError: it was made with other settings, on another benchmark, from another parent, or has learned other
+            tasks.
+    """
+    if done.lineage.benchmark != benchmark:
+        raise ClmoeError(
+            f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark}: choose another "
+            "--output or delete it"
+        )
+    if done.lineage.config_sha256 != training_identity(config):
+        old, new = decisive(done.config), decisive(config)
+        text = differences(old, new) or "by another version of clmoe"
+        raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
+    if done.lineage.parent != (None if parent is None else parent.identity):
+        raise ClmoeError(
+            f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it"
+        )
+    if done.lineage.tasks != tasks:
+        raise ClmoeError(
+            f"{done.folder} has learned {', '.join(done.lineage.tasks)}, not {', '.join(tasks)}: choose another folder"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """``training.learning_rate 0.003 there, 0.001 here; seed 0 there, 1 here``; empty for equal settings."""
+    keys = sorted(old.keys() | new.keys())
+    return "; ".join(difference(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key))
+
+
+def difference(name: str, old: Any, new: Any) -> str:
+    """``adapter.rank 16 there, 8 here``: the first field that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            there, here = old.get(key), new.get(key)
+            if there != here:
+                return difference(f"{name}.{key}", there, here)
+    return f"{name} {old} there, {new} here"

@@ -1,21 +1,14 @@
 """The module that is trained: the adapted LLaVA with its answer loss, all inside one forward (so DDP sees it)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clmoe.methods.answers import answer_loss, answer_states, answer_tokens
-from clmoe.model.adapter import adapted_llava
+from clmoe.methods.base import Method
+from clmoe.model.adapter import adapted_base
+from clmoe.model.llava import projector_of
 from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
-from clmoe.utils.tensors import trainable
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from clmoe.methods.base import Method
 
 
 class TrainedModel(nn.Module):
@@ -48,7 +41,7 @@ class TrainedModel(nn.Module):
             rows: ``[B]`` int64, the samples' places in the phase's records, for methods that keep something by them.
             packed: with ``training.share_images`` the packed rows of ``collate_packed``; the loss is the same.
         """
-        llava = adapted_llava(self.model)
+        adapted = adapted_base(self.model)
         trace = RouteTrace()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **packed}
         batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
@@ -56,15 +49,15 @@ class TrainedModel(nn.Module):
         if pixel_values is None:
             # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
             # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
-            tuned = (p for p in llava.model.multi_modal_projector.parameters() if p.requires_grad)
+            tuned = (p for p in projector_of(adapted).parameters() if p.requires_grad)
             loss = 0.0 * sum(p.sum() for p in tuned)
         with routing(NEWEST_ROUTER, trace):
-            states = answer_states(llava, batch, trace=trace)
+            states = answer_states(adapted, batch, trace=trace)
         if self.method.reads_logits:
-            batch["logits"] = llava.lm_head(states).float()
+            batch["logits"] = adapted.lm_head(states).float()
             answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
         else:
-            answers = answer_loss(llava.lm_head, states, answer_tokens(labels))
+            answers = answer_loss(adapted.lm_head, states, answer_tokens(labels))
         loss = loss + answers / num_items_in_batch
         batch |= {} if rows is None else {"rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)
@@ -75,16 +68,6 @@ class TrainedModel(nn.Module):
 
 def enable_checkpointing(model: PeftModel) -> None:
     """Recompute activations in the backward pass, each block under the routing of its own forward."""
-    adapted_llava(model).activation_checkpointing_enable(
+    adapted_base(model).activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
     )
-
-
-def parameter_groups(model: nn.Module, projector: str, lr: float, projector_lr: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups, so that the projector keeps its own learning rate."""
-    named = trainable(model).items()
-    groups: list[dict[str, object]] = [
-        {"params": [p for name, p in named if projector not in name], "lr": lr},
-        {"params": [p for name, p in named if projector in name], "lr": projector_lr},
-    ]
-    return [group for group in groups if group["params"]]

@@ -5,8 +5,6 @@ is spread over them: moments are stored whole, by parameter name. Sample order a
 no generator's state belongs to it.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Iterable

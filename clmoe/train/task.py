@@ -1,55 +1,66 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
 
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
+from clmoe.data.batches import train_dataset
+from clmoe.data.packing import image_groups
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.data.union import Part, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import Method, method_class
-from clmoe.methods.context import Phase, TaskContext
-from clmoe.system.trackers import check_trackers, tracking
-from clmoe.train.card import model_card
-from clmoe.train.checkpoint import CARD, MANIFEST, build_folder, is_complete, publish
-from clmoe.train.lineage import (
+from clmoe.locators import make_locator
+from clmoe.locators.base import FILE as LOCATOR_FILE
+from clmoe.locators.base import FeatureStore, feature_folder
+from clmoe.methods import method_class
+from clmoe.methods.base import ADAPTER_FILE, Method, Phase, TaskContext
+from clmoe.model.adapter import attach_adapter, detach_adapter, load_adapter
+from clmoe.model.llava import LoadedBase, load_base
+from clmoe.train.checkpoint import (
     CONFIG,
     LINEAGE,
+    MANIFEST,
     Finished,
+    build_folder,
     check_same_run,
     check_successor,
+    decisive,
+    differences,
+    is_complete,
     lineage_of,
+    publish,
     read_checkpoint,
-    training_identity,
+    work_folder,
 )
-from clmoe.train.order import BatchPlan, total_steps
-from clmoe.train.work import PHASES, open_work, own_folder, remove_phases
-from clmoe.train.zero import spreads_weights
-from clmoe.utils.files import write_json, write_text
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, spreads_weights, total_steps
+from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.state import states
+from clmoe.utils.files import read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
 from clmoe.utils.processes import count, deferred, device, from_main, is_main, wait_for_all
-from clmoe.utils.tensors import writing
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from clmoe.model.llava import LoadedBase
+from clmoe.utils.tensors import check_finite, trainable, writing
 
 UNION = "all"
+PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
+IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One call of ``clmoe train``.
+    """One task to train.
 
     Attributes:
-        task: to train, ``all`` for methods that train on the union.
+        task: its name, ``all`` for methods that train on the union.
         order: the whole sequence, for progress and for the union.
         previous: parent checkpoint, verified, or None.
         output: folder that becomes the checkpoint.
@@ -96,26 +107,25 @@ def prepare_request(
     Raises:
         ClmoeError: unknown task, a parent that does not fit, or a way of chaining that the method does not use.
     """
-    chain = method_class(config.method).chain
-    if chain == "none":
+    method = method_class(config.method)(config)
+    if method.chain == "none":
         raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
-    if (task == UNION) != (chain == "union"):
+    if (task == UNION) != (method.chain == "union"):
         raise ClmoeError(
-            f"method {config.method} trains {'on --task all only' if chain == 'union' else 'one task at a time'}"
+            f"method {config.method} trains {'on --task all only' if method.chain == 'union' else 'one task at a time'}"
         )
-    check_trackers(config.training.trackers)
     check_shared_images(config)
+    if method.keeps_parts:
+        make_locator(config.locator, config.seed)
     if task != UNION:
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
-    if method_class(config.method).reads_weights and deepspeed is not None and spreads_weights(deepspeed):
+    if method.reads_weights and deepspeed is not None and spreads_weights(deepspeed):
         raise ClmoeError(
             f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
             "processes; use zero2"
         )
-    if previous is not None and chain != "sequence":
-        raise ClmoeError(f"method {config.method} starts every task anew: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
@@ -123,7 +133,7 @@ def prepare_request(
 
 
 def check_shared_images(config: Config) -> None:
-    """``training.share_images`` fits the rest of the configuration.
+    """Check that ``training.share_images`` fits the rest of the configuration.
 
     Raises:
         ClmoeError: with dropout, or an attention that takes no block mask.
@@ -142,7 +152,7 @@ def check_shared_images(config: Config) -> None:
 
 
 def finished(request: TrainRequest) -> bool:
-    """The output is there already, made by this very command.
+    """True where the output exists already, made by this very request.
 
     Raises:
         ClmoeError: the output holds something else, or is damaged.
@@ -156,12 +166,12 @@ def finished(request: TrainRequest) -> bool:
     done = read_checkpoint(request.output)
     check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
     if is_main():
-        remove_phases(request.output)  # left by a command that was stopped just after it had published
+        _remove_phases(request.output)  # left by a command that was stopped right after publishing
     return True
 
 
 def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
-    """The training records and the folder that their images are relative to."""
+    """The training records, and the folder that their images are relative to."""
     benchmark = request.benchmark
     if request.task != UNION:
         task = benchmark.task(request.task)
@@ -174,24 +184,27 @@ def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     return UnionRecords(parts), benchmark.root
 
 
-def train_task(request: TrainRequest) -> LoadedBase | None:
+def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
     """Train one task and publish its checkpoint; does nothing when it is finished.
 
-    Returns the loaded base for reuse by an evaluation, None if nothing had to be done.
+    Args:
+        base: loaded before, by the task before it; None loads it.
+
+    Returns the base, as it was, for what follows; ``base`` itself if nothing had to be done.
     """
     if finished(request):
-        return None
-    from clmoe.model.adapter import detach_adapter
-
+        return base
     method = method_class(request.config.method)(request.config)
     records, image_root = load_records(request)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
-    base = _load_base(request)
     building = from_main(lambda: open_work(request.output, _identity(request)))
+    if base is None:
+        base = load_base(request.config.model, device())
+    _check_base(request, base)
     sealed = building / PHASES
-    with own_folder(building) as work:
+    with _own_folder(building) as work:
         context = TaskContext(
             request.learned[-1],
             len(request.learned) - 1,
@@ -211,18 +224,83 @@ def train_task(request: TrainRequest) -> LoadedBase | None:
         phases = method.phases(context)
         for phase in phases:
             _run_phase(request, method, context, phase, log)
-        wait_for_all()  # until nobody reads the phases' folders any more
+        if method.keeps_parts:
+            with timed(log, "located", task=request.task):
+                _fit_locator(request, context)
+        wait_for_all()  # until no process reads the phases' folders any more
         from_main(lambda: _publish(request, method, context, phases))
     detach_adapter(context.model)
     return context.base
 
 
+def open_work(output: Path, identity: dict[str, Any]) -> Path:
+    """The folder to build ``output`` in; called by the main process.
+
+    What an interrupted command of the same ``identity`` finished there is kept; its unfinished files are removed.
+
+    Raises:
+        ClmoeError: the folder holds an interrupted training with other settings; they are named.
+    """
+    work = work_folder(output)
+    phases = work / PHASES
+    marker = phases / IDENTITY
+    if marker.is_file():
+        changed = differences(read_json(marker), identity)
+        if changed:
+            raise ClmoeError(
+                f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
+                "continue it, choose another --output, or delete the folder"
+            )
+    elif work.exists():
+        shutil.rmtree(work)  # stopped before it had begun
+    write_json(marker, identity)
+    for leftover in [path for path in work.iterdir() if path != phases]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in phases.iterdir():
+        if leftover.is_dir() and not (leftover / MANIFEST).is_file():
+            shutil.rmtree(leftover)
+    return work
+
+
+@contextmanager
+def _own_folder(building: Path) -> Iterator[Path]:
+    """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
+    if is_main():
+        yield building
+        return
+    with TemporaryDirectory(prefix="clmoe-") as scratch:
+        yield Path(scratch)
+
+
+def _remove_phases(output: Path) -> None:
+    """A published checkpoint no longer needs them."""
+    if (output / PHASES).exists():
+        shutil.rmtree(output / PHASES)
+
+
+def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
+    """Add the task to the parent's locator, on features of its training data."""
+    config = context.config
+    locator = make_locator(config.locator, config.seed)
+    if not locator.looks:
+        return
+    if context.previous is not None:
+        locator.load(context.previous / LOCATOR_FILE)
+    store = FeatureStore.of(context.base, config, feature_folder(request.run))
+    features = store.of_training(context.model, context.records, context.image_root, config)
+
+    def fit() -> None:  # up to minutes of work, the same in every process: one of them does it
+        locator.fit(features)
+        locator.save(context.work / LOCATOR_FILE)
+
+    from_main(fit)
+
+
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase]) -> None:
-    """Complete the checkpoint's files, put it in its place, and then only remove what served to make them."""
+    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them."""
     work = context.work
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
-    steps = _phase_steps(request, phases[-1])
     lineage = lineage_of(
         method,
         context.model,
@@ -230,12 +308,11 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         tasks=request.learned,
         parent=request.previous,
         base=context.base.fingerprint,
-        steps=steps,
+        steps=_phase_steps(request, phases[-1]),
     )
     write_json(work / LINEAGE, lineage.as_json())
-    write_text(work / CARD, model_card(request.config, lineage))
     publish(work, request.output)
-    remove_phases(request.output)
+    _remove_phases(request.output)
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
@@ -253,53 +330,45 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
 
 
 def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPlan:
-    """How this task's global batches are cut; refuses an indivisible choice."""
-    training = request.config.training
-    groups = None
-    if training.share_images:
-        from clmoe.data.packing import image_groups
+    """How this task's global batches are cut.
 
-        groups = image_groups(records)
+    Raises:
+        ClmoeError: they cannot be cut over the processes.
+    """
+    training = request.config.training
+    groups = image_groups(records) if training.share_images else None
     size, micro = training.batch_size, training.micro_batch_size
     return BatchPlan(request.config.seed, len(records), size, micro, count(), groups)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, readable by peft."""
-    with writing(folder / "adapter_model.safetensors"):
+    with writing(folder / ADAPTER_FILE):
         model.save_pretrained(str(folder), safe_serialization=True)
-    (folder / CARD).unlink(missing_ok=True)  # peft's own, an empty form
+    (folder / "README.md").unlink(missing_ok=True)  # peft's own, an empty form
 
 
-def _load_base(request: TrainRequest) -> LoadedBase:
-    from clmoe.model.llava import load_base
-
-    base = load_base(request.config.model, device())
+def _check_base(request: TrainRequest, base: LoadedBase) -> None:
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
         raise ClmoeError(
             f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
         )
-    return base
 
 
 def _identity(request: TrainRequest) -> dict[str, Any]:
-    """What an interrupted command must have been asked for that this one goes on with its work."""
+    """What decides the result: an interrupted command of the same identity is continued."""
     return {
+        **decisive(request.config),
         "benchmark": request.benchmark.name,
-        "config": training_identity(request.config),
         "parent": None if request.previous is None else request.previous.identity,
         "tasks": request.learned,
     }
 
 
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
-    """The adapter as the parent left it, or fresh."""
-    from clmoe.model.adapter import attach_adapter, load_adapter
-
-    if request.previous is not None:
+    """The adapter as the parent left it, or a fresh one."""
+    if request.previous is not None and method.chain == "sequence":
         return load_adapter(base.model, request.previous.folder, trainable=True)
-    import torch
-
     torch.manual_seed(request.config.seed)  # peft's own LoRA draws its weights from the global generator
     return attach_adapter(base.model, method.adapter(base))
 
@@ -321,10 +390,6 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
 
     Returns what the model was wrapped in: ``DeepSpeedEngine``, ``DistributedDataParallel``, or its own class.
     """
-    from clmoe.data.batches import train_dataset
-    from clmoe.train.loss import TrainedModel, enable_checkpointing
-    from clmoe.train.trainer import Report, TaskTrainer
-
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
@@ -336,34 +401,28 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
     title += "" if phase.name == "trained" else f" ({phase.name})"
     with deferred() as asked:
-        with (
-            Progress(title, steps, read_events(log.path), stage) as progress,
-            tracking(training.trackers, request.run, f"{request.output.name}-{phase.name}") as track,
-        ):
-            report = Report(progress, log, track, request.task, plan.batch_size)
+        with Progress(title, steps, read_events(log.path), stage) as progress:
+            report = Report(progress, log, request.task, plan.batch_size)
             trained = TrainedModel(context.model, method, plan.batch_size)
             folder, pad = context.trained, base.tokenizer.pad_token_id
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
             progress.skip(trainer.first_step)
             trainer.run(lambda: asked.now)
         with trainer.whole_weights():
-            from_main(lambda: _seal(context.model, folder))
+            from_main(partial(_seal, context.model, folder))
     engine = type(trainer.model_wrapped).__name__
     trainer.release()
     if request.deepspeed is not None and spreads_weights(request.deepspeed):
-        context.base = _load_base(request)
+        context.base = load_base(request.config.model, device())
     return engine
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
-    """Save a phase's adapter; the states of its training are needed no more.
+    """Save a phase's adapter; the states of its training are no longer needed.
 
     Raises:
         ClmoeError: a weight is not finite.
     """
-    from clmoe.train.state import states
-    from clmoe.utils.tensors import check_finite, trainable
-
     check_finite(trainable(model), f"the end of phase {folder.name}")
     build_folder(folder, lambda target: save_adapter(model, target))
     for state in states(folder):

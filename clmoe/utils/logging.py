@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from clmoe.utils.files import append_json_lines, read_json_lines
@@ -80,41 +80,79 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Progress:
-    """A bar with loss, samples per second (``/s``), peak memory and the whole sequence's time left, within 100 columns.
+class _Display:
+    """The one live display of this process: a row for the sequence and one for what is under way."""
 
-    Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
-    """
-
-    def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
-        self.total, self.events, self.stage = total, events, stage
-        self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
+    def __init__(self) -> None:
         columns = ("[bold]{task.description}", BarColumn(10), MofNCompleteColumn(), "{task.fields[state]}")
-        self.bar = RichProgress(
+        self.bars = RichProgress(
             *(TextColumn(column) if isinstance(column, str) else column for column in columns),
             console=Console(stderr=True),
             disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
         )
-        self.row = self.bar.add_task(title, total=total, state="")
+        self.sequence: TaskID | None = None
+
+
+_shown: list[_Display] = []
+
+
+@contextmanager
+def display(title: str, tasks: int) -> Iterator[None]:
+    """Show a row for a whole sequence of ``tasks``; every ``Progress`` within the block adds its own below.
+
+    Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
+    """
+    shown = _Display()
+    shown.sequence = shown.bars.add_task(title, total=tasks, state="")
+    _shown.append(shown)
+    try:
+        with shown.bars:
+            yield
+    finally:
+        _shown.pop()
+
+
+def say(line: str) -> None:
+    """Print a line for people, above the display where there is one; the sequence's row counts it as a finished task."""
+    if not is_main():
+        return
+    print(line, flush=True)
+    if _shown and _shown[-1].sequence is not None:
+        _shown[-1].bars.advance(_shown[-1].sequence)
+
+
+class Progress:
+    """A row with loss, samples per second (``/s``), peak memory and the whole sequence's time left, in 100 columns."""
+
+    def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
+        self.title, self.total, self.events, self.stage = title, total, events, stage
+        self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
+        self.own = not _shown
+        self.bars = (_Display() if self.own else _shown[-1]).bars
 
     def __enter__(self) -> "Progress":
-        self.bar.start()
+        self.row = self.bars.add_task(self.title, total=self.total, state="")
+        if self.own:
+            self.bars.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self.bar.stop()
+        if self.own:
+            self.bars.stop()
+        else:
+            self.bars.remove_task(self.row)
 
     def show(self, loss: float) -> None:
         """Set the loss that is displayed."""
         self.loss = f"loss {loss:.3f}, "
 
     def skip(self, steps: int) -> None:
-        """``steps`` units of the bar were done before, by an interrupted command."""
+        """``steps`` units of the row were done before, by an interrupted command."""
         self.skipped = steps
-        self.bar.update(self.row, advance=steps)
+        self.bars.update(self.row, advance=steps)
 
     def advance(self, samples: int, steps: int = 1) -> None:
-        """``steps`` units of the bar done, over ``samples`` samples."""
+        """``steps`` units of the row are done, over ``samples`` samples."""
         self.done, self.samples = self.done + steps, self.samples + samples
         elapsed = time.monotonic() - self.start
         memory = peak_memory()
@@ -123,10 +161,10 @@ class Progress:
         if self.stage is not None:
             here = elapsed / self.done * (self.total - self.skipped - self.done)
             state += f", all done in {clock(seconds_left(self.events, self.stage, here))}"
-        self.bar.update(self.row, advance=steps, state=state)
+        self.bars.update(self.row, advance=steps, state=state)
 
     def advance_rows(self, rows: int) -> None:
-        """``rows`` questions answered; the bar counts questions."""
+        """``rows`` questions are answered; the row counts questions."""
         self.advance(rows, steps=rows)
 
 

@@ -1,27 +1,24 @@
-"""Where the repository's configurations and files are."""
+"""Where the shipped configurations and the embedded base are. All other paths count from the user's folder."""
 
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
-
-def checkouts() -> list[Path]:
-    """Folders that hold ``configs``: the checkout that this package lies in, the current folder."""
-    folders = (Path(__file__).resolve().parents[2], Path.cwd().resolve())
-    return [folder for folder in folders if (folder / "configs" / "benchmarks").is_dir()]
+EMBEDDED_BASE = "playground/base"
+"""The one model path that is a name: the base that is shipped, unless the user's folder holds one of this path."""
 
 
 def repository_root() -> Path:
-    """The checkout that this package lies in, else the current folder.
+    """The folder that ships ``configs`` and ``playground``, wherever the command is run.
 
     Raises:
-        ClmoeError: neither holds ``configs``.
+        ClmoeError: the package was installed without them.
     """
-    found = checkouts()
-    if found:
-        return found[0]
-    raise ClmoeError("no folder configs/benchmarks found; run from the clmoe checkout, or give the path of a YAML file")
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "configs" / "benchmarks").is_dir():
+        raise ClmoeError(f"no folder {root / 'configs'}: install clmoe from its checkout (pip install -e .)")
+    return root
 
 
 def known_configs(kind: str, ending: str = ".yaml") -> list[str]:
@@ -30,7 +27,7 @@ def known_configs(kind: str, ending: str = ".yaml") -> list[str]:
 
 
 def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
-    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of such a file is taken as it is.
+    """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of such a file is returned as it is.
 
     Raises:
         ClmoeError: no such file, or no such name; the nearest known one is named.
@@ -48,14 +45,17 @@ def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
 
 
 def resolve_model_path(path: str) -> str:
-    """A model folder relative to the current folder or the repository, else the name itself (a hub name).
+    """A model folder, the embedded base, or the name itself, which the hub may know.
 
     Raises:
         ClmoeError: something that can only be a folder and does not exist.
     """
-    for candidate in (Path(path).expanduser(), repository_root() / path):
-        if candidate.is_dir():
-            return str(candidate)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if path == EMBEDDED_BASE:
+        return str(repository_root() / path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ClmoeError(f"model {path}: no such folder")
+        names = ", ".join(known_configs("models"))
+        raise ClmoeError(f"model {path}: no such folder, and no name in configs/models ({names})")
     return path

@@ -1,25 +1,64 @@
 """Probabilistic task locator (LLaVA-CMoE section 3.3, PTL): one small VAE per task names a sample's task."""
 
-from __future__ import annotations
-
-import json
 import math
 import warnings
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
-from clmoe.model.llava import FeatureKind
-from clmoe.model.vae_settings import VaeSettings
-from clmoe.utils.tensors import load_tensors, save_tensors
+from clmoe.locators.base import Asked, Locator
+from clmoe.utils.processes import device
 
-# One entry of the file's metadata: safetensors writes several in no fixed order, and equal banks must be equal files.
-SETTINGS = "settings"
 CHUNK = 256  # samples scored at a time: several [draws, samples, D] tensors are alive then
+
+
+@dataclass(frozen=True)
+class Options:
+    """All *open* in the paper but ``eta`` and ``weight_kl`` (1e-3 each, so 1 : 1 in a phase of its own).
+
+    Attributes:
+        latent, hidden: widths.
+        draws: latent draws per reconstruction probability.
+        steps, batch_size, learning_rate: of the fit.
+        eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
+        held_out: share of the features kept for the primitive, where it is computed on such.
+        primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last ``primitive_last`` of those
+            trained on, which are then all.
+        objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
+        feature_floor, sigma_floor, primitive_floor: smallest standard deviations of a feature, of decoder and latent,
+            and of the primitive.
+    """
+
+    latent: int = 64
+    hidden: int = 512
+    draws: int = 8
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    held_out: float = 0.1
+    primitive_on: Literal["held_out", "train_last"] = "held_out"
+    primitive_last: int = 1000
+    objective: Literal["log", "density"] = "log"
+    eta: float = 1e-3
+    weight_kl: float = 1e-3
+    feature_floor: float = 1e-3
+    sigma_floor: float = 1e-2
+    primitive_floor: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "hidden", "draws", "batch_size", "primitive_last"):
+            if getattr(self, name) < 1:
+                raise ClmoeError(f"locator.options.{name} must be at least 1")
+        if not 0 < self.held_out < 1:
+            raise ClmoeError("locator.options.held_out must lie between 0 and 1")
+        for name in ("feature_floor", "sigma_floor", "primitive_floor"):
+            if getattr(self, name) <= 0:
+                raise ClmoeError(f"locator.options.{name} must be positive")
 
 
 class Gaussian(nn.Module):
@@ -49,7 +88,7 @@ class TaskVae(nn.Module):
     noise: Tensor
     primitive: Tensor
 
-    def __init__(self, width: int, settings: VaeSettings) -> None:
+    def __init__(self, width: int, settings: Options) -> None:
         super().__init__()
         self.encoder = Gaussian(width, settings.hidden, settings.latent, settings.sigma_floor)
         self.decoder = Gaussian(settings.latent, settings.hidden, width, settings.sigma_floor)
@@ -79,7 +118,7 @@ class TaskVae(nn.Module):
         return (self.log_p_rec(features)[0].double() - mean) / deviation
 
 
-def fit_vae(features: Tensor, settings: VaeSettings, seed: int) -> TaskVae:
+def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
     """Fit one task's VAE on ``features [M, D]`` float32, on their device; the same result there for the same seed.
 
     Warns when a task is too small or constant for a reliable primitive; the bank stays usable.
@@ -109,7 +148,7 @@ def fit_vae(features: Tensor, settings: VaeSettings, seed: int) -> TaskVae:
 
 
 @torch.no_grad()
-def _with_primitive(vae: TaskVae, instances: Tensor, settings: VaeSettings) -> TaskVae:
+def _with_primitive(vae: TaskVae, instances: Tensor, settings: Options) -> TaskVae:
     """Store mean and deviation of log p_rec over the instances; freeze the VAE."""
     scores = vae.log_p_rec(instances)[0].double()
     deviation = scores.std(unbiased=False)
@@ -123,57 +162,41 @@ def _with_primitive(vae: TaskVae, instances: Tensor, settings: VaeSettings) -> T
     return vae.requires_grad_(False).eval()
 
 
-class VaeBank:
-    """The VAEs of all tasks, oldest first, on features of one kind; adding one changes nothing of the others."""
+class Vae(Locator):
+    """The VAEs of all tasks, oldest first. Adding one changes nothing of the others."""
 
-    def __init__(self, settings: VaeSettings, kind: FeatureKind, vaes: list[TaskVae] | None = None) -> None:
-        self.settings, self.kind, self.vaes = settings, kind, vaes or []
+    Options = Options
 
-    def append(self, features: Tensor, seed: int) -> None:
-        """Fit the next task's VAE on ``features [M, D]``, on their device, and add it."""
-        self.vaes.append(fit_vae(features.float(), self.settings, seed).cpu())
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.vaes: list[TaskVae] = []
+
+    def fit(self, features: Tensor) -> None:
+        """Fit the next task's VAE, on this process's GPU where there is one."""
+        seed = self.seed + len(self.vaes)
+        self.vaes.append(fit_vae(features.float().to(device()), self.options, seed).cpu())
 
     @torch.no_grad()
-    def z_scores(self, features: Tensor) -> Tensor:
-        """``[B, N]`` float64 on the CPU, computed on the features' device; a sample's task has the largest."""
-        vaes = [vae.to(features.device) for vae in self.vaes]
-        parts = [torch.stack([vae.z_score(part) for vae in vaes], dim=1) for part in features.float().split(CHUNK)]
+    def scores(self, asked: Asked) -> Tensor:
+        """Standard scores of log p_rec."""
+        assert asked.features is not None
+        features = asked.features.float().to(device())
+        vaes = [vae.to(features.device) for vae in self.vaes[: asked.tasks]]
+        parts = [torch.stack([vae.z_score(part) for vae in vaes], dim=1) for part in features.split(CHUNK)]
         return torch.cat(parts).cpu()
 
-    def save(self, path: Path) -> None:
-        """Write all VAEs to one safetensors file, whose metadata holds the settings that shape their decisions."""
-        tensors = {f"vae.{i}.{k}": v for i, vae in enumerate(self.vaes) for k, v in vae.state_dict().items()}
-        save_tensors(tensors, path, metadata={SETTINGS: json.dumps(_decisive(self.settings, self.kind))})
+    def state(self) -> dict[str, Tensor]:
+        return {f"vae.{i}.{name}": value for i, vae in enumerate(self.vaes) for name, value in vae.state_dict().items()}
 
-    @classmethod
-    def load(cls, path: Path, settings: VaeSettings, kind: FeatureKind) -> VaeBank:
-        """Read what ``save`` wrote.
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.vaes = []
+        for i in range(len({key.split(".", 2)[1] for key in state})):
+            tensors = {key.split(".", 2)[2]: value for key, value in state.items() if key.startswith(f"vae.{i}.")}
+            with torch.device("meta"):  # its initial weights would be drawn for nothing
+                vae = TaskVae(len(tensors["shift"]), self.options)
+            vae.load_state_dict(tensors, assign=True)
+            self.vaes.append(vae.requires_grad_(False).eval())
 
-        Raises:
-            ClmoeError: the bank was fitted on other features, or with other widths, draws or floors than ``settings``
-                say.
-        """
-        tensors = load_tensors(path)
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-        for name, value in _decisive(settings, kind).items():
-            if stored.get(name) != value:
-                raise ClmoeError(
-                    f"{path}: was fitted with options.{name}={stored.get(name)}, not {value}: "
-                    "it cannot change within a sequence"
-                )
-        count = len({key.split(".", 2)[1] for key in tensors})
-        vaes = []
-        for i in range(count):
-            state = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"vae.{i}.")}
-            with torch.device("meta"):  # its first weights would be drawn for nothing
-                vae = TaskVae(len(state["shift"]), settings)
-            vae.load_state_dict(state, assign=True)
-            vaes.append(vae.requires_grad_(False).eval())
-        return cls(settings, kind, vaes)
-
-
-def _decisive(settings: VaeSettings, kind: FeatureKind) -> dict[str, float | str]:
-    """What a fitted VAE's answers depend on besides its tensors, by the option's name."""
-    names = ("latent", "hidden", "draws", "sigma_floor")
-    return {"feature": kind, **{f"locator.{name}": getattr(settings, name) for name in names}}
+    def decisive(self) -> dict[str, Any]:
+        """What shapes the decisions of fitted VAEs besides their tensors."""
+        return {name: getattr(self.options, name) for name in ("latent", "hidden", "draws", "sigma_floor")}

@@ -1,18 +1,22 @@
-"""transformers' Trainer with our sample order, optimizer groups, log and mid-training state; alone, DDP or DeepSpeed.
+"""The training loop: transformers' Trainer with our sample order, optimizer groups, log and mid-training state.
 
-It writes no checkpoint of its own: those are pickles, and DeepSpeed's are tied to the number of processes.
+It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and DeepSpeed's
+are tied to the number of processes.
 """
 
-from __future__ import annotations
-
+import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
@@ -29,29 +33,148 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 from clmoe.config import TrainingConfig
 from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered, collate_train
 from clmoe.data.packing import collate_packed
-from clmoe.errors import Interrupted
+from clmoe.data.permutation import epoch_permutation
+from clmoe.errors import ClmoeError, Interrupted
 from clmoe.model.adapter import PROJECTOR
-from clmoe.system.trackers import Track
-from clmoe.train.loss import TrainedModel, parameter_groups
-from clmoe.train.order import BatchPlan, MicroBatches, step_seed
-from clmoe.train.state import (
-    PlainOptimizer,
-    ZeroOptimizer,
-    find_state,
-    load_moments,
-    load_weights,
-    save_state,
-)
+from clmoe.train.loss import TrainedModel
+from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
+from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
+from clmoe.utils.names import derived_seed
+from clmoe.utils.paths import find_config
 from clmoe.utils.processes import any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 
-class Report(TrainerCallback):
-    """Feeds the progress bar, ``events.jsonl`` and the trackers; stops at a non-finite loss."""
+def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
+    return steps if steps is not None else max(1, -(-round(records * epochs) // batch_size))
 
-    def __init__(self, progress: Progress, log: EventLog, track: Track, task: str, batch_size: int) -> None:
-        self.progress, self.log, self.track, self.task, self.batch_size = progress, log, track, task, batch_size
+
+def step_seed(seed: int, phase: str, step: int, rank: int) -> int:
+    """Seed of what is random within one optimizer step (dropout), so that no generator's state has to be kept."""
+    return derived_seed(seed, f"{phase}:{step}:{rank}")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How global batches are cut over accumulation steps and processes.
+
+    Attributes:
+        records: size of the training set.
+        batch_size: global batch.
+        micro_batch_size: samples per forward.
+        processes: number of data-parallel processes.
+        groups: records that stay side by side in every epoch, as far as the cuts between batches leave them together
+            (``image_groups``); None orders each record by itself.
+    """
+
+    seed: int
+    records: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    processes: int = 1
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.processes * self.micro):
+            raise ClmoeError(
+                f"training.batch_size {self.batch_size} cannot be cut into {self.processes} processes x "
+                f"micro-batches of {self.micro}: change batch_size, micro_batch_size or processes"
+            )
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch_size or max(1, self.batch_size // self.processes)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_size // (self.processes * self.micro)
+
+    def batch(self, step: int) -> list[int]:
+        """Record indices of the global batch of ``step``."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {e: self._order(e) for e in {p // self.records for p in positions}}
+        return [int(orders[p // self.records][p % self.records]) for p in positions]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """All records in the order of an epoch."""
+        if self.groups is None:
+            return epoch_permutation(self.seed, epoch, self.records)  # type: ignore[return-value]
+        groups = self.groups
+        return [record for k in epoch_permutation(self.seed, epoch, len(groups)) for record in groups[k]]
+
+
+class MicroBatches:
+    """The micro-batches of one process, from ``first_step`` on: a ``batch_sampler`` for torch's DataLoader."""
+
+    def __init__(self, plan: BatchPlan, steps: int, first_step: int = 0, rank: int = 0) -> None:
+        self.plan, self.steps, self.first_step, self.rank = plan, steps, first_step, rank
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            batch = self.plan.batch(step)
+            for k in range(self.plan.accumulation):
+                start = (k * self.plan.processes + self.rank) * self.plan.micro
+                yield batch[start : start + self.plan.micro]
+
+
+def parameter_groups(model: nn.Module, lr: float, projector_lr: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups, so that the projector keeps its own learning rate."""
+    named = trainable(model).items()
+    groups: list[dict[str, object]] = [
+        {"params": [p for name, p in named if PROJECTOR not in name], "lr": lr},
+        {"params": [p for name, p in named if PROJECTOR in name], "lr": projector_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_settings(name: str) -> Path:
+    """``zero2`` -> ``configs/deepspeed/zero2.json``; the path of a JSON file is taken as it is.
+
+    Raises:
+        ClmoeError: no such settings, DeepSpeed is not installed, it would round all parameters, or it is not ZeRO.
+    """
+    path = find_config("deepspeed", name, ".json")
+    settings = read_json(path)
+    if find_spec("deepspeed") is None:
+        raise ClmoeError("--deepspeed: DeepSpeed is not installed; pip install 'clmoe[train]'")
+    for kind in ("bf16", "fp16"):
+        if settings.get(kind, {}).get("enabled"):
+            raise ClmoeError(
+                f'{path}: {kind} would round the adapter\'s float32 weights; set "enabled": false and choose the '
+                "base's type with model.dtype"
+            )
+    if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise ClmoeError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
+    return path
+
+
+def spreads_weights(settings: Path) -> bool:
+    """ZeRO-3: also the frozen base is cut into parts, one per process."""
+    return read_json(settings)["zero_optimization"]["stage"] == 3
+
+
+def stand_alone() -> None:
+    """Without a launcher: say in the environment that this process is the only one, which DeepSpeed insists on."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+class Report(TrainerCallback):
+    """Feeds the progress bar and ``events.jsonl``; stops at a non-finite loss."""
+
+    def __init__(self, progress: Progress, log: EventLog, task: str, batch_size: int) -> None:
+        self.progress, self.log, self.task, self.batch_size = progress, log, task, batch_size
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         self.progress.advance(self.batch_size)
@@ -61,19 +184,14 @@ class Report(TrainerCallback):
             return
         check_finite({"the loss": torch.tensor(logs["loss"])}, f"step {state.global_step}")
         self.progress.show(loss=logs["loss"])
-        fields = {
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-        }
+        fields = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
         self.log.write("step", task=self.task, step=state.global_step, **fields)
-        self.track(fields, state.global_step)
 
 
 class Snapshots(TrainerCallback):
     """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step."""
 
-    def __init__(self, trainer: TaskTrainer) -> None:
+    def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
@@ -93,9 +211,9 @@ class Snapshots(TrainerCallback):
 
 
 class OneDevice(TrainingArguments):
-    """A process computes on one GPU: with several in sight transformers would split each batch over all of them.
+    """A process computes on one GPU. With several visible, transformers would split each batch over all of them.
 
-    It then takes the mean of the parts' losses, where ours are shares of one sum.
+    It would then take the mean of the parts' losses, where ours are shares of one sum.
     """
 
     @property
@@ -140,7 +258,8 @@ class TaskTrainer(Trainer):
             logging_steps=config.logging_steps,
             logging_nan_inf_filter=False,
             save_strategy="no",
-            report_to="none",
+            report_to=list(config.trackers) or "none",
+            run_name=f"{phase.parent.parent.name.strip('.').removesuffix('.partial')}-{phase.name}",
             disable_tqdm=True,
             seed=plan.seed,
             use_cpu=not torch.cuda.is_available(),
@@ -223,7 +342,7 @@ class TaskTrainer(Trainer):
         """AdamW with a group of its own for the projector."""
         config = self.config
         trained = cast(TrainedModel, self.model)
-        groups = parameter_groups(trained, PROJECTOR, config.learning_rate, config.projector_learning_rate)
+        groups = parameter_groups(trained, config.learning_rate, config.projector_learning_rate)
         self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.optimizer = self._adamw
         return self._adamw

@@ -1,0 +1,30 @@
+"""Who finds the task of a test sample: one file per locator, each works with every method that keeps parts per task."""
+
+from clmoe.config import LocatorConfig
+from clmoe.errors import ClmoeError
+from clmoe.locators.base import Locator
+from clmoe.locators.known import Last, Oracle, Random
+from clmoe.locators.nearest_mean import NearestMean
+from clmoe.locators.prototype import Prototype
+from clmoe.locators.vae import Vae
+from clmoe.utils.names import unknown
+
+LOCATORS: dict[str, type[Locator]] = {
+    "oracle": Oracle,
+    "last": Last,
+    "random": Random,
+    "nearest_mean": NearestMean,
+    "prototype": Prototype,
+    "vae": Vae,
+}
+
+
+def make_locator(config: LocatorConfig, seed: int) -> Locator:
+    """The locator that a configuration names, without any task yet.
+
+    Raises:
+        ClmoeError: no locator is named, or an unknown one.
+    """
+    if config.name not in LOCATORS:
+        raise ClmoeError(f"locator.name: {unknown('locator', config.name, LOCATORS)}")
+    return LOCATORS[config.name](config, seed)

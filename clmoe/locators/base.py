@@ -1,0 +1,185 @@
+"""What a locator is, and the frozen base's features that it looks at.
+
+A locator names the task of a test sample; the method then decides how a sample of that task is routed. The two are
+chosen independently: ``locator=vae`` works on separate LoRAs, ``locator=oracle`` on LLaVA-CMoE.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+
+from clmoe.config import Config, FeatureKind, LocatorConfig, NoOptions, build
+from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
+from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
+from clmoe.data.records import Question, TrainRecord
+from clmoe.errors import ClmoeError
+from clmoe.model.llava import LoadedBase
+from clmoe.experts.forward import base_features
+from clmoe.utils.files import file_sha256, json_sha256
+from clmoe.utils.processes import from_main, in_order, is_main
+from clmoe.utils.tensors import load_tensors, replace_tensors, save_tensors
+
+FILE = "locator.safetensors"
+"""A checkpoint's locator."""
+
+SETTINGS = "settings"
+FOLDER_VARIABLE = "CLMOE_FEATURES"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Samples whose task is wanted.
+
+    Attributes:
+        ids: of the M samples.
+        tasks: N, how many tasks have been learned.
+        features: ``[M, D]`` float32 on the CPU; None for locators that do not look.
+        task: the samples' true task, counted in training order from 0; None where it is unknown.
+    """
+
+    ids: Sequence[str]
+    tasks: int
+    features: Tensor | None = None
+    task: int | None = None
+
+
+class Locator:
+    """Finds the task of a test sample; subclasses are one file each.
+
+    Class attributes:
+        looks: it needs features of the samples, and of each task's training samples before.
+        Options: dataclass of its own options, ``locator.options`` in a configuration.
+    """
+
+    looks: ClassVar[bool] = True
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.options: Any = build(self.Options, config.options, "locator.options")
+
+    def fit(self, features: Tensor) -> None:
+        """Add the next task from features ``[M, D]`` float32 of its training samples; older tasks do not change."""
+
+    def scores(self, asked: Asked) -> Tensor:
+        """How typical each sample is of each task, ``[M, N]`` float64 on the CPU; the largest wins, ties the older."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """All that ``fit`` has learned."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state`` returned."""
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings, besides the feature, that a fitted state belongs to; they cannot change within a sequence."""
+        return {}
+
+    def save(self, path: Path) -> None:
+        """Write the state and the settings that it belongs to."""
+        settings = {"locator": self.config.name, "feature": self.config.feature, **self.decisive()}
+        save_tensors(self.state(), path, metadata={SETTINGS: json.dumps(settings)})
+
+    def load(self, path: Path) -> None:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ClmoeError: it was fitted with other settings; the setting is named.
+        """
+        with safe_open(path, "pt") as file:
+            stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+        for name, value in {"locator": self.config.name, "feature": self.config.feature, **self.decisive()}.items():
+            if stored.get(name) != value:
+                raise ClmoeError(
+                    f"{path}: was fitted with {name}={stored.get(name)}, not {value}: it cannot change within a "
+                    "sequence"
+                )
+        self.load_state(load_tensors(path))
+
+
+def feature_folder(run: Path) -> Path:
+    """Where a run keeps its features: ``CLMOE_FEATURES`` (runs on one base may share it), else in the run folder."""
+    shared = os.environ.get(FOLDER_VARIABLE)
+    return Path(shared) if shared else run / "features"
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features of lists of prompts, computed once; the base is frozen, so they hold for every method on it.
+
+    A file is named after all that decides its content: base and image processor, kind, batches, and the hash of every
+    prompt and image.
+
+    Attributes:
+        folder: of the files; None computes anew each time.
+        kind: which features, see ``FeatureKind``.
+        batch_size: prompts per forward pass.
+        share_images: prompts of one image read its tokens once.
+    """
+
+    base: LoadedBase
+    kind: FeatureKind
+    batch_size: int
+    folder: Path | None
+    share_images: bool = False
+
+    @classmethod
+    def of(cls, base: LoadedBase, config: Config, folder: Path | None) -> "FeatureStore":
+        """The store that a configuration asks for."""
+        evaluation = config.evaluation
+        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images)
+
+    def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """``[M, D]`` float32 on the CPU, one row per question, in order."""
+        path = None
+        if self.folder is not None:
+            key = from_main(lambda: self._key(questions, image_root))  # reads every image
+            path = self.folder / f"{key}.safetensors"
+        if path is not None and from_main(path.is_file):
+            return load_tensors(path)["features"]
+        features = self._compute(model, questions, image_root)
+        if path is not None and is_main():
+            replace_tensors({"features": features.contiguous()}, path)
+        return features
+
+    def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        dataset = prompt_dataset(self.base, questions, image_root)
+        if not self.share_images:
+            batches = over_prompt_batches(
+                self.base, dataset, self.batch_size, lambda batch: base_features(model, batch, self.kind)
+            )
+            return torch.cat(batches)
+
+        order = image_order([question.image for question in questions])
+
+        def one(start: int) -> Tensor:
+            items = read_prompts(dataset, order[start : start + self.batch_size])
+            return base_features(model, prompt_inputs(self.base, items, [()] * len(items)), self.kind)
+
+        found = torch.cat(in_order(range(0, len(order), self.batch_size), one))
+        return found[torch.tensor(order).argsort()]
+
+    def _key(self, questions: Sequence[Question], image_root: Path) -> str:
+        names = {question.image for question in questions}
+        images = {name: None if name is None else file_sha256(image_root / name) for name in names}
+        prompts = [(question.text, images[question.image]) for question in questions]
+        base, cut = self.base, [self.batch_size, self.share_images]
+        in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
+        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
+        return json_sha256([made_by, self.kind, cut, prompts])[:32]
+
+    def of_training(
+        self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config
+    ) -> Tensor:
+        """Features ``[M, D]`` of the first prompt of at most ``locator.samples`` training records, drawn by the seed."""
+        drawn = sample_records(records, config.locator.samples, config.seed)
+        return self.features(model, first_questions(drawn), image_root)

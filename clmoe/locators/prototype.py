@@ -1,0 +1,85 @@
+"""CL-MoE's task index (CVPR 2025, figure 2): a sample belongs to the nearest centre of standardised features."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clmoe.config import LocatorConfig
+from clmoe.locators.base import Asked, Locator
+
+STD_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """*Open* in the paper: how a sample finds the nearest centre.
+
+    Attributes:
+        distance: to the centres.
+        radius: ``normalised`` divides a task's distances by its radius, the root mean square distance of its own
+            samples to its centre.
+    """
+
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    radius: Literal["none", "normalised"] = "none"
+
+
+class Prototype(Locator):
+    """Centre and spread of every task's features.
+
+    Features are standardised per dimension with mean and deviation of all tasks together. These follow from the stored
+    moments (law of total variance), so no earlier sample is needed.
+
+    Attributes:
+        mean, variance: ``[N, D]`` float64 per task (population variance).
+        count: ``[N]`` int64 samples behind them.
+    """
+
+    Options = Options
+
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.mean = self.variance = torch.zeros(0, 0, dtype=torch.float64)
+        self.count = torch.zeros(0, dtype=torch.int64)
+
+    def fit(self, features: Tensor) -> None:
+        values = features.double().cpu()
+        mean, variance = values.mean(0, keepdim=True), values.var(0, unbiased=False, keepdim=True)
+        first = not len(self.count)
+        self.mean = mean if first else torch.cat([self.mean, mean])
+        self.variance = variance if first else torch.cat([self.variance, variance])
+        self.count = torch.cat([self.count, torch.tensor([len(values)])])
+
+    def standardisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation ``[D]`` of all tasks' samples together."""
+        weight = (self.count.double() / self.count.sum()).unsqueeze(1)
+        mean = (weight * self.mean).sum(0)
+        variance = (weight * (self.variance + (self.mean - mean) ** 2)).sum(0)
+        return mean, variance.sqrt().clamp(min=STD_FLOOR)
+
+    def scores(self, asked: Asked) -> Tensor:
+        """The negative distances."""
+        assert asked.features is not None
+        mean, std = self.standardisation()
+        z = (asked.features.double().cpu() - mean) / std
+        centres = (self.mean - mean) / std
+        if self.options.distance == "cosine":
+            distance = 1 - normalize(z, dim=1) @ normalize(centres, dim=1).t()
+        else:
+            distance = torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        if self.options.radius == "normalised":
+            distance = distance / (self.variance / std**2).sum(1).sqrt().clamp(min=STD_FLOOR)
+        return -distance
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "prototype.mean": self.mean.contiguous(),
+            "prototype.variance": self.variance.contiguous(),
+            "prototype.count": self.count,
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.mean, self.variance, self.count = (state[f"prototype.{name}"] for name in ("mean", "variance", "count"))

@@ -1,0 +1,69 @@
+"""The bounds that a method is compared with: all tasks at once, one LoRA per task, and no training at all."""
+
+from peft import PeftModel
+from torch import Tensor
+
+from clmoe.config import Config
+from clmoe.errors import ClmoeError
+from clmoe.methods.base import ADAPTER_FILE, Method, TaskContext, lora_parts_adapter
+from clmoe.methods.lora import Lora
+from clmoe.model.adapter import attach_adapter, detach_adapter, expert_layers, freeze_experts, grow_experts, tensor_name
+from clmoe.model.routing import RouteSelection
+from clmoe.utils.tensors import load_tensors
+
+
+class Multitask(Lora):
+    """LoRA on the union of all tasks, the bound that sees everything at once.
+
+    Trained once; ``training.steps`` counts per task, so the union gets the same number of samples of each.
+    """
+
+    chain = "union"
+
+
+class Separate(Lora):
+    """A LoRA of its own for every task, trained from the bare base and frozen afterwards.
+
+    With ``locator=oracle``, the default, its scores are what each task reaches alone. With another locator it is the
+    plainest method that isolates tasks: all that it can lose is the sample's task.
+    """
+
+    chain = "fresh"
+    keeps_parts = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.adapter.train_projector:
+            raise ClmoeError(
+                f"{config.method} keeps a LoRA per task, and all tasks share one projector: set "
+                "adapter.train_projector=false"
+            )
+
+    def end_task(self, context: TaskContext) -> None:
+        """Append the trained LoRA to the parent's, as the experts of an adapter that picks by task."""
+        trained = load_tensors(context.trained / ADAPTER_FILE)
+        if context.previous is None:
+            detach_adapter(context.model)
+            empty = lora_parts_adapter(self.config, context.base, "task", owners=[])
+            context.model = attach_adapter(context.base.model, empty)
+        else:
+            context.load(context.previous)
+        factors = {}
+        for name, layer in expert_layers(context.model).items():
+            A, B = (trained[tensor_name(name, f"lora_{f}.weight")].to(context.base.device) for f in "AB")
+            factors[name] = dict.fromkeys(layer.experts, (A, B))
+        grow_experts(context.model, context.index, factors)
+        freeze_experts(context.model, context.index + 1)
+
+    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
+        """Every sample is served by its task's LoRA."""
+        return RouteSelection(router=tasks.to(model.device))
+
+
+class ZeroShot(Method):
+    """The frozen base, asked the tasks' questions without any training."""
+
+    chain = "none"
+
+
+METHODS = {"multitask": Multitask, "separate": Separate, "zero_shot": ZeroShot}

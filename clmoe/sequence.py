@@ -1,0 +1,175 @@
+"""A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated.
+
+Every step leaves a finished file or none, so the same call continues after any interruption and ends in the same bytes.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark, open_benchmark
+from clmoe.config import Config, load_config, recorded
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.matrix import AccuracyMatrix
+from clmoe.evaluate.run import check_questions, check_tasks, evaluate_base, evaluate_checkpoint
+from clmoe.methods import method_class
+from clmoe.model.llava import LoadedBase
+from clmoe.train.checkpoint import FREE_TRAINING_KEYS, differences, read_checkpoint
+from clmoe.train.loop import deepspeed_settings, stand_alone
+from clmoe.train.task import UNION, prepare_request, train_task
+from clmoe.utils.files import file_sha256, locked, read_json, write_json
+from clmoe.utils.logging import display, say
+from clmoe.utils.processes import from_main
+
+SETTINGS = "sequence.json"
+"""What a run folder was started with."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished sequence.
+
+    Attributes:
+        run: its folder, with a checkpoint per task, predictions and tables.
+        checkpoints: after each task, oldest first.
+        matrix: accuracy on every task after every task, in percent.
+        metrics: by name, see ``clmoe.evaluate.matrix``; None where a needed cell was not measured.
+    """
+
+    run: Path
+    checkpoints: list[Path]
+    matrix: AccuracyMatrix
+    metrics: dict[str, float | None]
+
+
+def run(
+    method: str,
+    benchmark: str,
+    *,
+    order: str = "norm",
+    seed: int | None = None,
+    output: Path | str | None = None,
+    base: str | None = None,
+    data: Path | str | None = None,
+    deepspeed: str | None = None,
+    settings: Mapping[str, Any] | Iterable[str] = (),
+) -> Result:
+    """``clmoe run``: a method on the whole sequence of a benchmark.
+
+    Args:
+        method: a name in configs/methods, a YAML file, or a Python file that registers a method.
+        benchmark: a name in configs/benchmarks or a YAML file.
+        order: ``norm``, ``rev``, ``rand`` or task names separated by commas.
+        output: run folder; by default ``runs/<benchmark>/<method>-seed<seed>`` below the current folder.
+        base: a name in configs/models, a model folder or a hub name.
+        data: the benchmark's data folder.
+        deepspeed: ``zero2``, ``zero2_offload``, ``zero3`` or a JSON file; needs the processes that a launcher starts.
+        settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
+
+    Raises:
+        ClmoeError: whatever the user can mend.
+    """
+    if isinstance(settings, Mapping):
+        settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    pairs = [*([] if seed is None else [f"seed={seed}"]), *settings]
+    root = None if data is None else Path(data)
+    described = load_benchmark(benchmark, root, check_files=False)
+    config = load_config(method, described.recipe, pairs, base)
+    tasks = described.order(order, config.seed)
+    opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
+    folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
+    return run_sequence(config, opened, tasks, folder, deepspeed=deepspeed)
+
+
+def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
+    """``runs/<benchmark>/<method>[-<order>]-seed<seed>``; orders of the user's own get a number of their own."""
+    suffix = {"norm": ""}.get(order, f"-{order}" if order in ORDERS else f"-own{zlib.crc32(order.encode())}")
+    return Path("runs") / benchmark / f"{Path(method).stem}{suffix}-seed{seed}"
+
+
+def run_sequence(
+    config: Config, benchmark: Benchmark, order: list[str], run: Path, *, deepspeed: str | None = None
+) -> Result:
+    """Train and evaluate a method on all tasks of a benchmark, or continue where an earlier call stopped.
+
+    Args:
+        order: task names in training order.
+        run: folder of the sequence; checkpoints become ``01_<task>``, ``02_<task>``, ...
+        deepspeed: ZeRO's settings, a name in configs/deepspeed or a JSON file.
+
+    Raises:
+        ClmoeError: the folder holds a run with other settings (they are named, nothing is touched), files are missing
+            or hold rows that cannot be used, or what training and evaluation raise.
+    """
+    zero = None
+    if deepspeed is not None:
+        zero = deepspeed_settings(deepspeed)
+        stand_alone()
+    method = method_class(config.method)(config)
+    with locked(run):
+        settings = from_main(lambda: _settings(config, benchmark, order))
+        from_main(lambda: _check_settings(run, settings))
+        check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
+        if not all((run / name).exists() for name, _ in _steps(method.chain, order)):
+            from_main(lambda: check_questions(benchmark, order))
+            method.check_inputs(None, benchmark.root)
+        from_main(lambda: write_json(run / SETTINGS, settings))
+        with display(f"{config.name} on {benchmark.name}", len(order)):
+            if method.chain == "none":
+                say(evaluate_base(run, benchmark, config, order))
+            checkpoints = _train_all(config, benchmark, order, run, zero)
+    matrix = AccuracyMatrix.read_csv(run / "matrix.csv")
+    return Result(run, checkpoints, matrix, read_json(run / "metrics.json"))
+
+
+def _steps(chain: str, order: list[str]) -> list[tuple[str, str]]:
+    """Folder and task of every training."""
+    if chain == "none":
+        return []
+    return [(f"{number:02}_{task}", task) for number, task in enumerate([UNION] if chain == "union" else order, 1)]
+
+
+def _train_all(
+    config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None
+) -> list[Path]:
+    """Train and evaluate task after task on one base, which is loaded when it is first needed."""
+    base: LoadedBase | None = None
+    checkpoints: list[Path] = []
+    for name, task in _steps(method_class(config.method).chain, order):
+        previous = checkpoints[-1] if checkpoints else None
+        request = prepare_request(config, benchmark, task, order, previous, run / name, deepspeed)
+        base = train_task(request, base)
+        done = read_checkpoint(request.output)
+        limit = None if done.lineage.tasks[-1] == order[-1] else config.evaluation.limit
+        row, base = evaluate_checkpoint(run, benchmark, done, config, order, limit=limit, base=base)
+        say(f"{len(checkpoints) + 1}/{len(order)} {row}")
+        checkpoints.append(request.output)
+    return checkpoints
+
+
+def _settings(config: Config, benchmark: Benchmark, order: list[str]) -> dict[str, Any]:
+    """Everything that decides the run's files."""
+    values = recorded(config)
+    for key in FREE_TRAINING_KEYS:
+        del values["training"][key]
+    del values["evaluation"]["batch_size"]
+    train = {name: file_sha256(benchmark.task(name).train) for name in order}
+    return {**values, "benchmark": benchmark.name, "order": order, "train": train}
+
+
+def _check_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder of another run before anything is written; a sequence may be made longer."""
+    if not (run / SETTINGS).is_file():
+        return
+    there, here = read_json(run / SETTINGS), dict(settings)
+    if here["order"][: len(there["order"])] == there["order"]:
+        here["order"], here["train"] = there["order"], {name: here["train"][name] for name in there["order"]}
+    changed = differences(there, here)
+    if changed:
+        raise ClmoeError(
+            f"{run} holds a run with other settings ({changed}): give the same settings to continue it, or choose "
+            "another --output"
+        )
