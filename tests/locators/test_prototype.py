@@ -1,4 +1,4 @@
-"""The prototype index against numpy on the concatenated data, and the features it is built from."""
+"""The locators that look at means, against numpy on the concatenated data; and the features they look at."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from clmoe.model.adapter import PROJECTOR
 from clmoe.model.llava import LoadedBase, last_prompt_features
-from clmoe.model.locator import STD_FLOOR, PrototypeIndex, base_features
+from clmoe.config import LocatorConfig
+from clmoe.experts.forward import base_features
+from clmoe.locators.base import Asked
+from clmoe.locators.nearest_mean import NearestMean
+from clmoe.locators.prototype import STD_FLOOR, Prototype
 from tests import support
-from tests.model.adapters import attached, grow, logits
+from tests.experts.adapters import attached, grow, logits
 
 WIDTH = 5
 SIZES = (7, 1, 12)
@@ -27,11 +31,15 @@ def tasks() -> list[np.ndarray]:
     ]
 
 
-def index_of(data: list[np.ndarray]) -> PrototypeIndex:
-    index = PrototypeIndex.empty(WIDTH)
+def index_of(data: list[np.ndarray], distance: str = "euclidean", radius: str = "none") -> Prototype:
+    index = Prototype(LocatorConfig("prototype", options={"distance": distance, "radius": radius}), seed=0)
     for features in data:
-        index.append(torch.from_numpy(features))
+        index.fit(torch.from_numpy(features))
     return index
+
+
+def distances(index: Prototype | NearestMean, features: Tensor, tasks: int = 3) -> Tensor:
+    return -index.scores(Asked([""] * len(features), tasks, features))
 
 
 def expected_scores(data: list[np.ndarray], queries: np.ndarray, distance: str, radius: str) -> np.ndarray:
@@ -56,8 +64,7 @@ def expected_scores(data: list[np.ndarray], queries: np.ndarray, distance: str, 
 def test_scores_equal_the_closed_form(distance: str, radius: str) -> None:
     data = tasks()
     queries = np.random.default_rng(1).normal(4, 2, (9, WIDTH)).astype(np.float32)
-    index = index_of(data)
-    scores = index.scores(torch.from_numpy(queries), distance, radius)  # type: ignore[arg-type]
+    scores = distances(index_of(data, distance, radius), torch.from_numpy(queries))
     expected = expected_scores(data, queries, distance, radius)
     assert scores.dtype == torch.float64
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9)
@@ -76,32 +83,32 @@ def test_own_samples_of_separate_tasks_are_located() -> None:
     generator = np.random.default_rng(2)
     data = [generator.normal(10 * task, 1, (20, WIDTH)).astype(np.float32) for task in range(3)]
     for task, features in enumerate(data):
-        assert index_of(data).scores(torch.from_numpy(features)).argmin(1).tolist() == [task] * 20
+        assert distances(index_of(data), torch.from_numpy(features)).argmin(1).tolist() == [task] * 20
 
 
 def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:
     same = np.ones((4, WIDTH), dtype=np.float32)
-    index = index_of([same, same])
     for distance in ("euclidean", "cosine"):
         for radius in ("none", "normalised"):
-            scores = index.scores(torch.from_numpy(same), distance, radius)  # type: ignore[arg-type]
+            scores = distances(index_of([same, same], distance, radius), torch.from_numpy(same), 2)
             assert scores.isfinite().all()
             assert (-scores).argmax(1).tolist() == [0] * 4
 
 
 def test_a_decision_does_not_depend_on_the_batch() -> None:
     index, queries = index_of(tasks()), torch.randn(8, WIDTH) * 3
-    alone = torch.cat([index.scores(query.unsqueeze(0)) for query in queries])
-    assert torch.equal(index.scores(queries), alone)
+    alone = torch.cat([distances(index, query.unsqueeze(0)) for query in queries])
+    assert torch.equal(distances(index, queries), alone)
 
 
 def test_the_file_holds_every_bit(tmp_path: Path) -> None:
     index = index_of(tasks())
     index.save(tmp_path / "locator.safetensors")
-    read = PrototypeIndex.load(tmp_path / "locator.safetensors")
+    read = index_of([])
+    read.load(tmp_path / "locator.safetensors")
     for name in ("mean", "variance", "count"):
         assert torch.equal(getattr(read, name), getattr(index, name))
-    read.append(torch.randn(3, WIDTH))
+    read.fit(torch.randn(3, WIDTH))
     assert read.count.tolist() == [*SIZES, 3] and read.mean.shape == (4, WIDTH)
 
 
@@ -116,3 +123,17 @@ def test_base_features_ignore_the_adapter_and_a_tuned_projector(
     assert torch.equal(features, expected)
     assert features.dtype == torch.float32 and features.shape == (3, support.SIZES.text_hidden)
     assert torch.equal(logits(model, batch), adapted)  # adapter and projector are on again
+
+
+def test_nearest_mean_is_the_distance_to_each_plain_mean(tmp_path: Path) -> None:
+    data = tasks()
+    index = NearestMean(LocatorConfig("nearest_mean"), seed=0)
+    for features in data:
+        index.fit(torch.from_numpy(features))
+    queries = np.random.default_rng(3).normal(4, 2, (9, WIDTH)).astype(np.float32)
+    expected = [[np.linalg.norm(q.astype(np.float64) - d.astype(np.float64).mean(0)) for d in data] for q in queries]
+    np.testing.assert_allclose(distances(index, torch.from_numpy(queries)).numpy(), expected, rtol=1e-9)
+    index.save(tmp_path / "locator.safetensors")
+    read = NearestMean(LocatorConfig("nearest_mean"), seed=0)
+    read.load(tmp_path / "locator.safetensors")
+    assert torch.equal(distances(read, torch.from_numpy(queries)), distances(index, torch.from_numpy(queries)))

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from clmoe.data.batches import first_questions, prompt_dataset
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
-from clmoe.methods import features as features_module
-from clmoe.methods.features import FeatureStore, feature_folder
+from clmoe.locators import base as features_module
+from clmoe.locators.base import FeatureStore, feature_folder
 from clmoe.model.adapter import load_adapter
 from clmoe.model.llava import LoadedBase, last_prompt_features
 from tests.runs import Runs, same_bits

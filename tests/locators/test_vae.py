@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from clmoe.errors import ClmoeError
-from clmoe.model.vae_bank import CHUNK, TaskVae, VaeBank, fit_vae
-from clmoe.model.vae_settings import VaeSettings
+from clmoe.config import LocatorConfig
+from clmoe.locators.base import Asked
+from clmoe.locators.vae import CHUNK, Options, TaskVae, Vae, fit_vae
 from tests.runs import same_bits
 
 WIDTH = 24
-SMALL = VaeSettings(latent=4, hidden=32, draws=4, steps=150, batch_size=64)
-SHORT = VaeSettings(latent=4, hidden=16, draws=4, steps=10, batch_size=16)
+SMALL = Options(latent=4, hidden=32, draws=4, steps=150, batch_size=64)
+SHORT = Options(latent=4, hidden=16, draws=4, steps=10, batch_size=16)
 
 
 def cluster(task: int, count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
@@ -31,7 +32,7 @@ def cluster(task: int, count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
     return centre + torch.randn(count, 3, generator=own) @ mix + 0.5 * torch.randn(count, width, generator=own)
 
 
-def fresh(width: int, settings: VaeSettings = SMALL, seed: int = 0) -> TaskVae:
+def fresh(width: int, settings: Options = SMALL, seed: int = 0) -> TaskVae:
     """A VAE that was never fitted, with a standardisation and noise of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -42,12 +43,23 @@ def fresh(width: int, settings: VaeSettings = SMALL, seed: int = 0) -> TaskVae:
     return vae.requires_grad_(False)
 
 
+def locator(settings: Options = SMALL, vaes: list[TaskVae] | None = None, feature: str = "last") -> Vae:
+    config = LocatorConfig("vae", feature, options=dataclasses.asdict(settings))  # type: ignore[arg-type]
+    made = Vae(config, seed=0)
+    made.vaes = vaes or []
+    return made
+
+
+def z_scores(bank: Vae, features: Tensor) -> Tensor:
+    return bank.scores(Asked([""] * len(features), len(bank.vaes), features))
+
+
 @pytest.fixture(scope="module")
-def bank() -> VaeBank:
+def bank() -> Vae:
     """Three fitted tasks; never change it."""
-    made = VaeBank(SMALL, "last")
+    made = locator()
     for task in range(3):
-        made.append(cluster(task, 300), seed=task)
+        made.fit(cluster(task, 300))
     return made
 
 
@@ -119,49 +131,50 @@ def test_fit_is_deterministic_and_leaves_the_global_generator_alone() -> None:
 
 def test_fit_raises_the_density_of_the_task() -> None:
     def typical(steps: int) -> float:
-        settings = VaeSettings(latent=4, hidden=32, draws=4, steps=steps, batch_size=64)
+        settings = Options(latent=4, hidden=32, draws=4, steps=steps, batch_size=64)
         return float(fit_vae(cluster(0, 200), settings, seed=0).log_p_rec(cluster(0, 100, seed=1))[0].mean())
 
     assert typical(150) > typical(0) + 5
 
 
-def test_three_tasks_are_told_apart(bank: VaeBank) -> None:
+def test_three_tasks_are_told_apart(bank: Vae) -> None:
     for task in range(3):
-        found = bank.z_scores(cluster(task, 200, seed=1)).argmax(1)
+        found = z_scores(bank, cluster(task, 200, seed=1)).argmax(1)
         assert float((found == task).double().mean()) >= 0.95, task
 
 
-def test_z_scores_of_own_features_are_standard(bank: VaeBank) -> None:
+def test_z_scores_of_own_features_are_standard(bank: Vae) -> None:
     """Mean 0 and deviation 1 on new data of the task, as far as 30 held-out instances say."""
     for task in range(3):
-        scores = bank.z_scores(cluster(task, 400, seed=2))[:, task]
+        scores = z_scores(bank, cluster(task, 400, seed=2))[:, task]
         assert abs(float(scores.mean())) < 1
         assert 0.5 < float(scores.std()) < 2
 
 
-def test_a_tie_goes_to_the_older_task(bank: VaeBank) -> None:
-    twice = VaeBank(SMALL, "last", [bank.vaes[0], bank.vaes[0]])
-    assert not twice.z_scores(cluster(0, 20)).argmax(1).any()
+def test_a_tie_goes_to_the_older_task(bank: Vae) -> None:
+    twice = locator(vaes=[bank.vaes[0], bank.vaes[0]])
+    assert not z_scores(twice, cluster(0, 20)).argmax(1).any()
 
 
-def test_adding_a_task_changes_nothing_of_the_others(bank: VaeBank) -> None:
-    grown = VaeBank(SMALL, "last", list(bank.vaes[:2]))
+def test_adding_a_task_changes_nothing_of_the_others(bank: Vae) -> None:
+    grown = locator(vaes=list(bank.vaes[:2]))
     features = torch.cat([cluster(task, 20, seed=3) for task in range(4)])
-    before = grown.z_scores(features)
+    before = z_scores(grown, features)
     states = [{name: value.clone() for name, value in vae.state_dict().items()} for vae in grown.vaes]
-    grown.append(cluster(3, 200), seed=3)
-    assert same_bits(grown.z_scores(features)[:, :2].contiguous(), before)
+    grown.fit(cluster(3, 200))
+    assert same_bits(z_scores(grown, features)[:, :2].contiguous(), before)
     for vae, state in zip(grown.vaes, states, strict=False):
         for name, value in state.items():
             assert same_bits(vae.state_dict()[name], value), name
 
 
-def test_a_saved_bank_decides_the_same_bit_for_bit(bank: VaeBank, tmp_path: Path) -> None:
+def test_a_saved_bank_decides_the_same_bit_for_bit(bank: Vae, tmp_path: Path) -> None:
     bank.save(tmp_path / "bank.safetensors")
-    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL, "last")
+    loaded = locator()
+    loaded.load(tmp_path / "bank.safetensors")
     assert len(loaded.vaes) == 3
     features = torch.cat([cluster(task, 20, seed=4) for task in range(3)])
-    assert same_bits(loaded.z_scores(features), bank.z_scores(features))
+    assert same_bits(z_scores(loaded, features), z_scores(bank, features))
     for mine, theirs in zip(bank.vaes, loaded.vaes, strict=True):
         for name, value in mine.state_dict().items():
             assert same_bits(theirs.state_dict()[name], value), name
@@ -171,21 +184,22 @@ def test_a_saved_bank_decides_the_same_bit_for_bit(bank: VaeBank, tmp_path: Path
 
 def test_eleven_tasks_load_in_order(tmp_path: Path) -> None:
     """Names sort as 0, 1, 10, 2: the order must be the numbers'."""
-    many = VaeBank(SMALL, "last", [fresh(6, seed=task) for task in range(11)])
+    many = locator(vaes=[fresh(6, seed=task) for task in range(11)])
     many.save(tmp_path / "bank.safetensors")
     features = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
-    loaded = VaeBank.load(tmp_path / "bank.safetensors", SMALL, "last")
-    assert same_bits(loaded.z_scores(features), many.z_scores(features))
+    loaded = locator()
+    loaded.load(tmp_path / "bank.safetensors")
+    assert same_bits(z_scores(loaded, features), z_scores(many, features))
 
 
-def test_decisions_do_not_depend_on_the_batch(bank: VaeBank) -> None:
+def test_decisions_do_not_depend_on_the_batch(bank: Vae) -> None:
     features = torch.cat([cluster(task, 15, seed=5) for task in range(3)])
-    together = bank.z_scores(features)
-    alone = torch.cat([bank.z_scores(feature.unsqueeze(0)) for feature in features])
+    together = z_scores(bank, features)
+    alone = torch.cat([z_scores(bank, feature.unsqueeze(0)) for feature in features])
     torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-5)
     assert torch.equal(alone.argmax(1), together.argmax(1))
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(6))
-    assert torch.equal(bank.z_scores(features[order]).argmax(1), together.argmax(1)[order])
+    assert torch.equal(z_scores(bank, features[order]).argmax(1), together.argmax(1)[order])
 
 
 @pytest.mark.parametrize("kind", ["one", "ten", "constant", "one_constant_dimension"])
@@ -197,15 +211,15 @@ def test_degenerate_tasks_leave_a_usable_bank(kind: str) -> None:
         features = features[:1].repeat(count, 1)
     if kind == "one_constant_dimension":
         features[:, 0] = 5.0
-    bank = VaeBank(SMALL, "last")
-    bank.append(cluster(0, 200), seed=0)
+    bank = locator()
+    bank.fit(cluster(0, 200))
     if kind == "one_constant_dimension":
-        bank.append(features, seed=1)
+        bank.fit(features)
         assert float(bank.vaes[1].scale[0]) == pytest.approx(SMALL.feature_floor)
     else:
         with pytest.warns(UserWarning, match="primitive rests on"):
-            bank.append(features, seed=1)
-    scores = bank.z_scores(torch.cat([cluster(0, 40, seed=6), cluster(1, 40, seed=6), features]))
+            bank.fit(features)
+    scores = z_scores(bank, torch.cat([cluster(0, 40, seed=6), cluster(1, 40, seed=6), features]))
     assert scores.isfinite().all()
     assert float((scores[:40].argmax(1) == 0).double().mean()) >= 0.9
 
@@ -215,7 +229,7 @@ def test_a_good_task_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
     assert not [w for w in recwarn if "primitive" in str(w.message)]
 
 
-def primitive_of(settings: VaeSettings, rows: Tensor, features: Tensor) -> None:
+def primitive_of(settings: Options, rows: Tensor, features: Tensor) -> None:
     """The stored primitive is mean and population deviation of log p_rec over ``rows`` of the features."""
     vae = fit_vae(features, settings, seed=7)
     scores = vae.log_p_rec(features[rows])[0].double()
@@ -228,8 +242,8 @@ def test_primitive_on_held_out_or_on_the_last_training_instances() -> None:
     features = cluster(0, 120)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(7))
     base = {"latent": 4, "hidden": 16, "draws": 4, "steps": 5, "batch_size": 16}
-    primitive_of(VaeSettings(**base, held_out=0.25), order[:30], features)  # type: ignore[arg-type]
-    last = VaeSettings(**base, held_out=0.25, primitive_on="train_last", primitive_last=40)  # type: ignore[arg-type]
+    primitive_of(Options(**base, held_out=0.25), order[:30], features)  # type: ignore[arg-type]
+    last = Options(**base, held_out=0.25, primitive_on="train_last", primitive_last=40)  # type: ignore[arg-type]
     primitive_of(last, order[-40:], features)
     np.testing.assert_allclose(fit_vae(features, last, seed=7).shift.numpy(), features.numpy().mean(0), rtol=1e-5)
 
@@ -256,7 +270,7 @@ def test_standardisation_is_the_training_features() -> None:
 def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
     """``objective=density`` is the paper's formula; on wide features only the KL is left of it."""
     wide = 3 * torch.randn(40, 2048, generator=torch.Generator().manual_seed(8))
-    settings = VaeSettings(latent=4, hidden=16, draws=4, steps=3, batch_size=16, objective="density")
+    settings = Options(latent=4, hidden=16, draws=4, steps=3, batch_size=16, objective="density")
     with pytest.warns(UserWarning):
         vae = fit_vae(wide, settings, seed=0)
     with torch.random.fork_rng(devices=[]):
@@ -269,9 +283,9 @@ def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
 DECISIVE = ("latent", "hidden", "draws", "sigma_floor")
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(VaeSettings)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Options)])
 def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(
-    name: str, bank: VaeBank, tmp_path: Path
+    name: str, bank: Vae, tmp_path: Path
 ) -> None:
     """Each changed alone; the others matter to the next task's fit only."""
     value = getattr(SMALL, name)
@@ -282,17 +296,17 @@ def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(
     assert getattr(other, name) != value
     bank.save(tmp_path / "bank.safetensors")
     if name not in DECISIVE:
-        assert len(VaeBank.load(tmp_path / "bank.safetensors", other, "last").vaes) == 3
+        locator(other).load(tmp_path / "bank.safetensors")
         return
-    with pytest.raises(ClmoeError, match=rf"options\.locator\.{name}={value}, not {getattr(other, name)}"):
-        VaeBank.load(tmp_path / "bank.safetensors", other, "last")
+    with pytest.raises(ClmoeError, match=rf"{name}={value}, not {getattr(other, name)}"):
+        locator(other).load(tmp_path / "bank.safetensors")
 
 
 @pytest.mark.parametrize(("eta", "weight_kl"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.02), (0.02, 0.7)])
 def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: float) -> None:
     """eta * -log p_rec + lambda * KL, its gradient in float64 and Adam's first step: rate * g / (|g| + 1e-8)."""
     fields = {"latent": 3, "hidden": 5, "draws": 4, "batch_size": 8, "eta": eta, "weight_kl": weight_kl}
-    settings = VaeSettings(steps=1, **fields)  # type: ignore[arg-type]
+    settings = Options(steps=1, **fields)  # type: ignore[arg-type]
     features, generator = cluster(0, 40, width=6), torch.Generator().manual_seed(9)
     train = features[torch.randperm(40, generator=generator)[4:]]
     torch.randn(4, 3, generator=generator)  # the draws that are stored
@@ -315,25 +329,25 @@ def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: floa
     assert any(not torch.equal(fitted[name].double(), start) for name, start in vae.named_parameters())
 
 
-def test_a_bank_of_other_features_is_refused(bank: VaeBank, tmp_path: Path) -> None:
+def test_a_bank_of_other_features_is_refused(bank: Vae, tmp_path: Path) -> None:
     """Both kinds are equally wide, so nothing else would notice."""
     bank.save(tmp_path / "bank.safetensors")
-    with pytest.raises(ClmoeError, match=r"was fitted with options\.feature=last, not pooled"):
-        VaeBank.load(tmp_path / "bank.safetensors", SMALL, "pooled")
+    with pytest.raises(ClmoeError, match="feature=last, not pooled"):
+        locator(feature="pooled").load(tmp_path / "bank.safetensors")
 
 
-def test_many_samples_are_scored_in_pieces(bank: VaeBank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_scored_in_pieces(bank: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = TaskVae.z_score
     monkeypatch.setattr(TaskVae, "z_score", lambda self, part: seen.append(len(part)) or real(self, part))
     features = torch.cat([cluster(task, CHUNK // 2, seed=9) for task in range(3)])
-    scores = bank.z_scores(features)
+    scores = z_scores(bank, features)
     assert seen == 3 * [CHUNK] + 3 * [CHUNK // 2]
     rows = torch.tensor([0, CHUNK - 1, CHUNK, len(features) - 1])
-    torch.testing.assert_close(scores[rows], bank.z_scores(features[rows]), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(scores[rows], z_scores(bank, features[rows]), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"draws": 0}, {"sigma_floor": 0.0}, {"primitive_last": 0}])
 def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ClmoeError, match=next(iter(fields))):
-        VaeSettings(**fields)  # type: ignore[arg-type]
+        Options(**fields)  # type: ignore[arg-type]
