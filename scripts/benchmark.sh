@@ -3,23 +3,18 @@
 #
 #   bash scripts/benchmark.sh BENCHMARK METHOD [key=value ...]        (BENCHMARK: coin, cl4vqa, ..., or a YAML file)
 #
-# Environment: as for sequence.sh; MODEL is llava-1.5-7b unless given, DATA the benchmark's root (see docs/benchmarks.md;
-# default playground/data/BENCHMARK). The global batch is in configs/benchmarks; accumulation follows from GPUS, and a
-# number of GPUs that does not divide it is an error.
-source "$(dirname "$0")/common.sh"
+# Environment: as for sequence.sh; MODEL is llava-1.5-7b and OUT is runs/BENCHMARK/METHOD-seedSEED unless given. The global
+# batch is in configs/benchmarks; accumulation follows from GPUS, and a number of GPUs that does not divide it is an error.
+set -euo pipefail
+HERE=$(dirname "$0")
 BENCHMARK=$1 METHOD=$2
 shift 2
-export MODEL=${MODEL:-llava-1.5-7b} ORDER=${ORDER:-norm} SEED=${SEED:-0}
+export MODEL=${MODEL:-llava-1.5-7b} SEED=${SEED:-0}
 name=$(basename "${BENCHMARK%.y*ml}")
-data=${DATA:-playground/data/$name}
-if [ "$name" != "$BENCHMARK" ] && [ -z "${DATA:-}" ]; then data=.; fi # the YAML says where its data is
-if [ ! -d "$data" ]; then
-  echo "no folder $data: put the files of $BENCHMARK there, or set DATA to their folder (docs/benchmarks.md)" >&2
-  exit 2
-fi
-export OUT=${OUT:-$(run_folder)}
+export OUT=${OUT:-runs/$name/$(basename "${METHOD%.y*ml}")${ORDER:+-${ORDER//,/-}}-seed$SEED}
 { # read whole before the hours begin, so that this file may change meanwhile
-  bash scripts/sequence.sh "$BENCHMARK" "$METHOD" "$@"
+  bash "$HERE/sequence.sh" "$BENCHMARK" "$METHOD" "$@"
+  source "$HERE/common.sh"
   clmoe report "$OUT" --format md,csv,tex
   exit
 }

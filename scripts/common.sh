@@ -1,8 +1,8 @@
-# Sourced by the other scripts: repository root, Python environment, threads.
+# Sourced by the other scripts: Python environment, threads, and how processes are started. Paths that users give count
+# from the folder in which they call a script.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$ROOT"
-if [ -x .venv/bin/clmoe ]; then PATH="$ROOT/.venv/bin:$PATH"; fi
+if [ -x "$ROOT/.venv/bin/clmoe" ]; then PATH="$ROOT/.venv/bin:$PATH"; fi
 # Sums are split over threads, so equal bytes need an equal number of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export TOKENIZERS_PARALLELISM=false
@@ -24,7 +24,7 @@ fi
 if [ -z "${LAUNCHER:-}" ]; then if [ "$GPUS" -gt 1 ]; then LAUNCHER=deepspeed; else LAUNCHER=python; fi; fi
 if [ "$LAUNCHER" = deepspeed ]; then DEEPSPEED=${DEEPSPEED:-zero2}; fi
 
-# Variables that processes on other machines need; DeepSpeed hands over few besides those in DS_ENV_FILE.
+# Variables that processes on other machines need; DeepSpeed passes on few besides those in DS_ENV_FILE.
 HANDED_OVER='^(CLMOE_[A-Z_]+|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|WANDB_MODE)='
 
 # launch VERB ...: `clmoe VERB ...` in GPUS processes.
@@ -51,23 +51,17 @@ launch() {
   esac
 }
 
-# run_folder: of a METHOD on a BENCHMARK in an ORDER with a SEED; every order has one of its own.
-run_folder() {
-  local order=-$ORDER
-  case $ORDER in norm) order="" ;; rev | rand) ;; *) order=-own$(cksum <<<"$ORDER" | cut -d' ' -f1) ;; esac
-  echo "runs/$(basename "${BENCHMARK%.y*ml}")/$(basename "${METHOD%.y*ml}")$order-seed$SEED"
-}
-
 # How many cores there are. nproc itself answers with OMP_NUM_THREADS, where that is set.
 cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
 
-# A port that nobody uses: two runs on one machine must not meet on the launcher's default.
+# A free port: two runs on one machine must not meet on the launcher's default.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 # setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt.
 # PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say).
 setup() {
   local extras=$1 python="" stamp
+  cd "$ROOT"
   stamp=".venv/installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${extras:-base}"
   if [ -e "$stamp" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Evaluate every checkpoint of a finished run under other evaluation settings, into a run folder of its own.
 #
-#   RUN=runs/x OUT=runs/x-beta1 bash scripts/eval.sh BENCHMARK [--router oracle] [key=value ...]
+#   RUN=runs/x OUT=runs/x-oracle bash scripts/eval.sh BENCHMARK [key=value ...]
 #
-# For instance options.beta=1 label=clmoe_beta1, or --router last. Environment: ORDER, DATA, GPUS, LAUNCHER as for
+# For instance locator=oracle, or options.beta=1 label=clmoe_beta1. Environment: ORDER, DATA, GPUS, LAUNCHER as for
 # sequence.sh.
 source "$(dirname "$0")/common.sh"
 BENCHMARK=$1

@@ -2,6 +2,7 @@
 # Set up an environment with the development tools and run every check and test.
 source "$(dirname "$0")/common.sh"
 setup dev
+cd "$ROOT"
 ruff check .
 ruff format --check .
 mypy

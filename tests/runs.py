@@ -49,9 +49,12 @@ class Runs:
         cli.main([*arguments, *overrides])
         return output
 
-    def evaluate(self, checkpoint: Path | str, output: Path, *overrides: str, **options: str) -> Path:
-        """``clmoe eval``. Returns ``output``."""
+    def evaluate(
+        self, checkpoint: Path | str, output: Path, *overrides: str, locator: str | None = None, **options: str
+    ) -> Path:
+        """``clmoe eval``, with another locator than the checkpoint's where one is named. Returns ``output``."""
         arguments = ["eval", "--checkpoint", str(checkpoint), "--output", str(output)]
+        overrides = (*overrides, *([] if locator is None else [f"locator={locator}"]))
         for name, value in {"benchmark": str(self.benchmark), **options}.items():
             arguments += [f"--{name}", value]
         cli.main([*arguments, *overrides])

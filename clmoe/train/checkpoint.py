@@ -181,9 +181,9 @@ def lineage_of(
     parent: Finished | None,
     base: str,
     steps: int,
+    trainable: int,
 ) -> Lineage:
     """That of a checkpoint of this adapted model; ``base`` is the frozen base's fingerprint."""
-    trainable, adapter = count_parameters(model)
     return Lineage(
         method=method.config.method,
         benchmark=benchmark,
@@ -194,7 +194,7 @@ def lineage_of(
         config_sha256=training_identity(method.config),
         steps=steps,
         trainable_parameters=trainable,
-        adapter_parameters=adapter,
+        adapter_parameters=count_parameters(model)[1],
         effective_scale=method.effective_scale(),
         versions=versions(),
     )

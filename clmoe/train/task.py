@@ -24,7 +24,7 @@ from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import FeatureStore, feature_folder
 from clmoe.methods import method_class
 from clmoe.methods.base import ADAPTER_FILE, Method, Phase, TaskContext
-from clmoe.model.adapter import attach_adapter, detach_adapter, load_adapter
+from clmoe.model.adapter import attach_adapter, count_parameters, detach_adapter, load_adapter
 from clmoe.model.llava import LoadedBase, load_base
 from clmoe.train.checkpoint import (
     CONFIG,
@@ -126,6 +126,8 @@ def prepare_request(
             f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
             "processes; use zero2"
         )
+    if previous is not None and method.chain == "union":
+        raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
@@ -223,12 +225,12 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
         for phase in phases:
-            _run_phase(request, method, context, phase, log)
+            parameters = _run_phase(request, method, context, phase, log)
         if method.keeps_parts:
             with timed(log, "located", task=request.task):
                 _fit_locator(request, context)
         wait_for_all()  # until no process reads the phases' folders any more
-        from_main(lambda: _publish(request, method, context, phases))
+        from_main(lambda: _publish(request, method, context, phases, parameters))
     detach_adapter(context.model)
     return context.base
 
@@ -296,8 +298,13 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
     from_main(fit)
 
 
-def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase]) -> None:
-    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them."""
+def _publish(
+    request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int
+) -> None:
+    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them.
+
+    ``parameters``: trained in the last phase.
+    """
     work = context.work
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
@@ -309,14 +316,18 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         parent=request.previous,
         base=context.base.fingerprint,
         steps=_phase_steps(request, phases[-1]),
+        trainable=parameters,
     )
     write_json(work / LINEAGE, lineage.as_json())
     publish(work, request.output)
     _remove_phases(request.output)
 
 
-def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> None:
-    """Train and seal one phase, or take it as an interrupted run sealed it; then end it."""
+def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:
+    """Train and seal one phase, or take it as an interrupted run sealed it; then end it.
+
+    Returns the number of parameters that it trained.
+    """
     context.trained = context.sealed / phase.name
     if not from_main(lambda: is_complete(context.trained)):
         phase.begin(context)
@@ -325,8 +336,10 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
             extra["engine"] = _train(request, method, context, phase, steps, log)
     # Always from the file: what follows is the same whether this process trained it or an interrupted one.
     context.load(context.trained)
+    parameters = count_parameters(context.model)[0]
     with timed(log, "ended", task=request.task, phase=phase.name):
         phase.end(context)
+    return parameters
 
 
 def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPlan:

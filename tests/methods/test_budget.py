@@ -12,7 +12,7 @@ from clmoe.errors import ClmoeError
 from clmoe.methods.base import method_class, method_names
 from clmoe.methods.budget import within_budget
 from clmoe.methods.plan import make_plan
-from clmoe.train.lineage import read_checkpoint
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 from tests.support import TASKS
 

@@ -15,12 +15,9 @@ from torch import Tensor
 from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.location import known_tasks
-from clmoe.methods.clmoe import ClMoe
-from clmoe.methods.statistics import load_statistics
-from clmoe.model.adapter import adapted_llava, expert_layers, load_adapter
+from clmoe.methods.clmoe import ClMoe, load_statistics
+from clmoe.model.adapter import adapted_base, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
-from clmoe.model.locator import PrototypeIndex, base_features
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from tests.runs import Runs, same_bits, tensors, texts
 from tests.support import TASKS, prompt_batches, tiny_config, train_batches
@@ -198,7 +195,7 @@ def test_statistics_are_the_mean_gate_over_real_tokens(
     for batch in train_batches(tiny_base, dataset, 1):
         batch.pop("labels")
         with torch.no_grad(), routing(NEWEST_ROUTER):
-            adapted_llava(model).model(**batch)
+            adapted_base(model).model(**batch)
         for name, x in inputs.items():
             logits = x[0].double().numpy() @ layers[name].routers.instance[0].weight.double().numpy().T
             exponent = np.exp(logits - logits.max(1, keepdims=True))
@@ -263,26 +260,11 @@ def asked(runs: Runs, tiny_base: LoadedBase, mini_yaml: Path) -> tuple[Path, Pef
     return checkpoint, model, batches
 
 
-def test_the_nearest_centre_is_the_samples_task(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:
+def test_the_nearest_centre_is_the_samples_task(runs: Runs, tmp_path: Path) -> None:
     """The tasks' questions differ, so it must be right."""
-    checkpoint, model, batches = asked
-    for index, batch in enumerate(batches):
-        scores = method().task_scores(checkpoint, base_features(model, batch))
-        assert {name: found.argmax(1).tolist() for name, found in scores.items()} == {"prototype": [index] * 6}
-
-
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("radius", ["none", "normalised"])
-def test_options_of_the_distance(
-    distance: str, radius: str, asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]
-) -> None:
-    checkpoint, model, batches = asked
-    features = base_features(model, batches[0])
-    index = PrototypeIndex.load(checkpoint / "locator.safetensors")
-    found = method(f"distance={distance}", f"radius={radius}").task_scores(checkpoint, features)["prototype"]
-    assert torch.equal(found, -index.scores(features, distance, radius))  # type: ignore[arg-type]
-    others = {(d, r) for d in ("euclidean", "cosine") for r in ("none", "normalised")} - {(distance, radius)}
-    assert not any(torch.equal(found, -index.scores(features, d, r)) for d, r in others)  # type: ignore[arg-type]
+    runs.evaluate(runs.chain("clmoe")[1], tmp_path)
+    rows = [line.split(",") for line in (tmp_path / "locator.csv").read_text().splitlines()[1:]]
+    assert [row[1:] for row in rows] == [["prototype", task, task, "12"] for task in TASKS[:2]]
 
 
 def test_options_of_the_counts(runs: Runs, parent: Path, tiny_base: LoadedBase) -> None:
@@ -293,7 +275,6 @@ def test_options_of_the_counts(runs: Runs, parent: Path, tiny_base: LoadedBase) 
     tokens = sum(len(dataset[row].input_ids) for row in range(7))
     for values in load_statistics(theta / "statistics.safetensors")[1].values():
         assert (int(values["tokens"]), int(values["topk_counts"].sum())) == (tokens, 3 * tokens)
-    assert PrototypeIndex.load(theta / "locator.safetensors").count.tolist() == [24, 7]
 
 
 def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:
@@ -301,34 +282,11 @@ def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[
     assert (selection.beta, selection.task.tolist()) == (0.25, [1, 0])  # type: ignore[union-attr]
 
 
-def test_routers_that_do_not_look_at_the_question() -> None:
-    ids = ["a", "b", "c"]
-    assert known_tasks("located", ids, 4, 1, seed=0) is None
-    assert known_tasks("last", ids, 4, 1, seed=0).tolist() == [3] * 3  # type: ignore[union-attr]
-    assert known_tasks("oracle", ids, 4, 1, seed=0).tolist() == [1] * 3  # type: ignore[union-attr]
-
-
-def test_random_router_does_not_depend_on_the_batch() -> None:
-    ids = [f"q{i}" for i in range(40)]
-    together = known_tasks("random", ids, 3, None, seed=3)
-    assert together is not None
-    alone = [int(known_tasks("random", [name], 3, None, seed=3)) for name in reversed(ids)]  # type: ignore[arg-type]
-    assert together.tolist() == alone[::-1]
-    assert set(alone) == {0, 1, 2}
-    assert known_tasks("random", ids, 3, None, seed=4).tolist() != together.tolist()  # type: ignore[union-attr]
-
-
-def test_oracle_of_a_task_that_was_never_trained_is_an_error() -> None:
-    for index in (None, 2):
-        with pytest.raises(ClmoeError, match="not trained on that task"):
-            known_tasks("oracle", ["q"], 2, index, seed=0)
-
-
 def test_beta_mixes_the_instance_gate_with_the_tasks_gate(
     asked: tuple[Path, PeftModel, list[dict[str, Tensor]]],
 ) -> None:
     _, model, batches = asked
-    llava = adapted_llava(model)
+    llava = adapted_base(model)
 
     def logits(selection: RouteSelection) -> Tensor:
         with torch.no_grad(), routing(selection):
@@ -351,11 +309,11 @@ def test_beta_mixes_the_instance_gate_with_the_tasks_gate(
 def test_beta_one_answers_without_the_task_router(runs: Runs, tmp_path: Path) -> None:
     """With beta = 1 it does not matter which task is chosen."""
 
-    def answers(beta: float, router: str) -> list[str]:
-        run, option = tmp_path / f"{beta}-{router}", f"options.beta={beta}"
-        runs.evaluate(runs.chain("clmoe")[1], run, option, router=router)
-        suffix = "" if router == "located" else f".{router}"
+    def answers(beta: float, locator: str | None) -> list[str]:
+        run, option = tmp_path / f"{beta}-{locator}", f"options.beta={beta}"
+        runs.evaluate(runs.chain("clmoe")[1], run, option, locator=locator)
+        suffix = "" if locator is None else f".{locator}"
         return texts(run, TASKS[1], *(f"{task}{suffix}" for task in TASKS[:2]))
 
-    assert answers(1, "located") == answers(1, "last") == answers(1, "random")
-    assert answers(0, "located") != answers(0, "last"), "without the instance router the task is all that matters"
+    assert answers(1, None) == answers(1, "last") == answers(1, "random")
+    assert answers(0, None) != answers(0, "last"), "without the instance router the task is all that matters"

@@ -19,14 +19,14 @@ from torch import Tensor
 import clmoe
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
-from clmoe.methods.base import Method, method_class, method_names
-from clmoe.methods.context import Phase, TaskContext
+from clmoe.methods import method_class, methods
+from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.model.adapter import adapter_tensors, attach_adapter, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
-from clmoe.train.lineage import read_checkpoint
+from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.task import prepare_request, train_task
-from clmoe.train.trainer import TaskTrainer
+from clmoe.train.loop import TaskTrainer
 from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
@@ -50,13 +50,13 @@ class Row:
 ROWS = {
     "lora": Row((LORA, PROJECTOR)),
     "multitask": Row((LORA, PROJECTOR), chain="union"),
-    "separate": Row((LORA, PROJECTOR), chain="separate"),
+    "separate": Row((LORA,), chain="fresh", overrides=("adapter.train_projector=false",)),
     "moelora": Row((EXPERTS, PROJECTOR)),
     "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
     "llava_cmoe": Row(
         (BLOCKS,),
-        ("plan.json", "locator.safetensors", "prototypes.safetensors"),
-        overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
+        ("plan.json", "locator.safetensors"),
+        overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20"),
     ),
     "ewc": Row((LORA, PROJECTOR), ("importance.safetensors",)),
     "mas": Row((LORA, PROJECTOR), ("importance.safetensors",)),
@@ -68,17 +68,17 @@ ROWS = {
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
 CONTINUED = [name for name, row in ROWS.items() if row.chain == "sequence"]
+CHAINED = [*CONTINUED, "separate"]
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-COMMON_FILES = ADAPTER_FILES | {"config.yaml", "continual.json", "README.md", "manifest.json"}
+COMMON_FILES = ADAPTER_FILES | {"config.yaml", "continual.json", "manifest.json"}
 
 
 def test_every_method_has_a_row_and_a_config() -> None:
-    assert set(method_names()) == ROWS.keys()
+    assert methods().keys() == ROWS.keys()
     for name, row in ROWS.items():
         assert load_config(name, {}, []).method == name
         assert method_class(name).chain == row.chain
         assert method_class(name).__doc__
-        assert sys.modules[method_class(name).__module__].__doc__, "its first line introduces the method in model cards"
 
 
 def first(runs: Runs, method: str) -> Path:
@@ -143,7 +143,7 @@ def test_a_fresh_adapter_changes_nothing(name: str, tiny_base: LoadedBase, prist
 def using(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``train_task`` takes this very base instead of loading one."""
     with monkeypatch.context() as patch:
-        patch.setattr(task_module, "_load_base", lambda request: base)
+        patch.setattr(task_module, "load_base", lambda *arguments: base)
         yield
 
 
@@ -215,7 +215,7 @@ class Killed(BaseException):
     """Nobody may catch it, as nobody catches kill -9."""
 
 
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("name", CHAINED)
 def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,14 +248,10 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     assert contents(tmp_path / TASKS[1]) == contents(straight)
 
 
-@pytest.mark.parametrize("name", ["separate", "multitask"])
-def test_methods_that_start_anew_refuse_a_parent(
-    name: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = "all" if name == "multitask" else TASKS[1]
+def test_a_union_refuses_a_parent(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        runs.train(tmp_path / task, name, task, previous=first(runs, name))
-    assert "starts every task anew" in capsys.readouterr().err
+        runs.train(tmp_path / "all", "multitask", "all", previous=first(runs, "multitask"))
+    assert "--previous" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -274,7 +270,7 @@ def test_runs_through_the_commands(name: str, runs: Runs, tmp_path: Path) -> Non
     header, *rows = (tmp_path / "matrix.csv").read_text().splitlines()
     assert header == "after,colour,count,side"
     assert after in [line.split(",")[0] for line in rows]
-    assert (tmp_path / "immediate.csv").exists() == method_class(name).finds_task
+    assert (tmp_path / "immediate.csv").exists() == method_class(name).keeps_parts
     info = json.loads((tmp_path / "run.json").read_text())
     assert info["method"] == name
     assert (info["trainable_parameters"] > 0) == (row.chain != "none")
@@ -285,7 +281,7 @@ def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path)
     loaded = clmoe.load(first(runs, name))
     image = mini_yaml.parent / TASKS[0] / "images" / "0.png"
     answer = loaded.explain(image, "Which colour is it?", max_new_tokens=6)
-    assert answer.task == (TASKS[0] if method_class(name).finds_task else None)
+    assert answer.task == (TASKS[0] if method_class(name).keeps_parts else None)
     assert answer.text == loaded.answer(image, "Which colour is it?", max_new_tokens=6)
     assert len({answer.text, loaded.answer(None, "How many things are there?", max_new_tokens=6), ""}) == 3
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clmoe.data.batches import train_dataset
 from clmoe.data.records import TrainRecord, load_train
-from clmoe.methods.context import TaskContext
-from clmoe.methods.expansion import (
+from clmoe.methods.base import TaskContext
+from clmoe.methods.llava_cmoe import (
     BlockDecision,
     average_expert,
     balance_loss,
@@ -25,7 +25,7 @@ from clmoe.methods.expansion import (
     pick_expert,
     plan_as_json,
 )
-from clmoe.model.adapter import adapted_llava, expert_layers
+from clmoe.model.adapter import adapted_base, expert_layers
 from clmoe.model.llava import LoadedBase
 from clmoe.model.routers import gate_from_logits
 from clmoe.model.routing import NEWEST_ROUTER, routing
@@ -266,7 +266,7 @@ def test_activations_are_what_single_records_say(kind: str, measured: tuple[Task
     for batch in train_batches(context.base, train_dataset(context.base, records, context.image_root, 2048), 1):
         batch.pop("labels")
         with torch.no_grad(), routing(NEWEST_ROUTER):
-            adapted_llava(context.model).model(**batch)
+            adapted_base(context.model).model(**batch)
         for name, x in inputs.items():
             weight = layers[name].routers.instance[-1].weight.detach().double().numpy()
             seen[name].append(x[0].double().numpy() @ weight.T)

@@ -15,9 +15,9 @@ from clmoe.config import load_config
 from clmoe.data.batches import sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.methods.base import Method, method_class
-from clmoe.methods.context import TaskContext
-from clmoe.methods.importance import STATE
-from clmoe.model.adapter import adapted_llava, load_adapter
+from clmoe.methods.base import TaskContext
+from clmoe.methods.ewc import STATE
+from clmoe.model.adapter import adapted_base, load_adapter
 from clmoe.model.llava import LoadedBase
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, train_batches
@@ -44,7 +44,7 @@ def by_hand(method: str, checkpoint: Path, base: LoadedBase, folder: Path, sampl
     batches = train_batches(base, dataset, 1)
     for batch in batches:
         inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
-        logits = adapted_llava(model)(**inputs).logits[0]
+        logits = adapted_base(model)(**inputs).logits[0]
         value = torch.zeros((), dtype=torch.float64)
         for position, token in enumerate(batch["labels"][0].tolist()):
             if token != -100:

@@ -20,19 +20,17 @@ from clmoe.config import Config
 from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import Method
-from clmoe.methods.context import TaskContext
-from clmoe.methods.expansion import BlockDecision, choose_blocks, decide, measure_activations
-from clmoe.methods.llava_cmoe import LlavaCMoe
-from clmoe.model.adapter import adapted_llava, adapter_tensors, expert_layers, load_adapter
+from clmoe.locators.vae import Options as VaeOptions
+from clmoe.locators.vae import fit_vae
+from clmoe.methods.base import Method, TaskContext
+from clmoe.methods.llava_cmoe import BlockDecision, LlavaCMoe, choose_blocks, decide, measure_activations
+from clmoe.model.adapter import adapted_base, adapter_tensors, expert_layers, load_adapter
 from clmoe.model.llava import LoadedBase, last_prompt_features
-from clmoe.model.locator import PrototypeIndex
 from clmoe.model.routing import RouteSelection, routing
-from clmoe.model.vae_bank import fit_vae
 from clmoe.train import task as task_module
-from clmoe.train.lineage import read_checkpoint
+from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loss import TrainedModel
-from clmoe.train.trainer import TaskTrainer
+from clmoe.train.loop import TaskTrainer
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import SIZES, prompt_batch, prompt_batches, tiny_config, train_batches
 from tests.support import TASKS as THREE
@@ -41,10 +39,10 @@ FAST = (
     "adapter.train_projector=false",
     "options.probe_min_steps=4",
     "options.probe_share=0.5",
-    "options.locator.steps=60",
-    "options.locator.hidden=16",
-    "options.locator.latent=4",
-    "options.locator.held_out=0.5",
+    "locator.options.steps=60",
+    "locator.options.hidden=16",
+    "locator.options.latent=4",
+    "locator.options.held_out=0.5",
 )
 TASKS = (*THREE, "again")
 STARTS = ("first_task", "warmup")
@@ -203,7 +201,7 @@ def test_probes_and_new_experts_start_where_they_should(
     parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
     base = new_base()
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    monkeypatch.setattr(task_module, "_load_base", lambda request: base)
+    monkeypatch.setattr(task_module, "load_base", lambda *arguments: base)
     watched = Watched(monkeypatch)
     options = settings(runs, "first_task", f"probe_experts={probes}", "alpha=2")
     child = runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
@@ -348,9 +346,9 @@ def test_with_a_known_router_nothing_is_forgotten(start: str, runs: Runs, tmp_pa
     """The lines of every prediction are the same right after a task and at the sequence's end."""
     checkpoints = chain(runs, start)
 
-    def lines(checkpoint: Path, task: str, router: str) -> str:
-        run = runs.evaluate(checkpoint, tmp_path / checkpoint.name, tasks=task, router=router)
-        return (run / "predictions" / checkpoint.name / f"{task}.{router}.jsonl").read_text()
+    def lines(checkpoint: Path, task: str, locator: str) -> str:
+        run = runs.evaluate(checkpoint, tmp_path / checkpoint.name, tasks=task, locator=locator)
+        return (run / "predictions" / checkpoint.name / f"{task}.{locator}.jsonl").read_text()
 
     others = []
     for checkpoint, task in zip(checkpoints, TASKS, strict=True):
@@ -373,7 +371,7 @@ def test_a_tasks_logits_are_bit_identical_at_the_end(runs: Runs, new_base: Calla
 
 def answer(model: Any, batch: dict[str, Tensor], chosen: list[int]) -> Tensor:
     with torch.no_grad(), routing(RouteSelection(router=torch.tensor(chosen))):
-        return adapted_llava(model)(**batch).logits
+        return adapted_base(model)(**batch).logits
 
 
 def test_routers_mixed_in_a_batch_equal_one_by_one(runs: Runs, tiny_base: LoadedBase) -> None:
@@ -403,25 +401,6 @@ def test_a_samples_tasks_router_serves_it(start: str, runs: Runs, tiny_base: Loa
     assert chosen.router.tolist() == ([2, 3, 1] if start == "warmup" else [1, 2, 0])  # type: ignore[union-attr]
 
 
-def test_both_deciders_are_heard_and_the_chosen_one_first(runs: Runs, tiny_base: LoadedBase) -> None:
-    checkpoint = chain(runs, "first_task")[-1]
-    features = torch.randn(40, SIZES.text_hidden, generator=torch.Generator().manual_seed(0))
-    by_name = {
-        decider: method_of(*settings(runs, "first_task", f"decider={decider}")).task_scores(checkpoint, features)
-        for decider in ("vae", "prototype")
-    }
-    assert [list(found) for found in by_name.values()] == [["vae", "prototype"], ["prototype", "vae"]]
-    for found in by_name.values():
-        vae, nearest = (load_file(checkpoint / f"{name}.safetensors") for name in ("locator", "prototypes"))
-        assert {key.split(".")[1] for key in vae} == {"0", "1", "2", "3"}
-        assert nearest["prototype.count"].tolist() == [24] * 4
-        distances = PrototypeIndex.load(checkpoint / "prototypes.safetensors").scores(features)
-        assert torch.equal(found["prototype"], -distances)
-    scores = by_name["vae"]
-    assert torch.equal(scores["vae"], by_name["prototype"]["vae"])
-    assert not torch.equal(scores["vae"].argmax(1), scores["prototype"].argmax(1)), "on noise the two should differ"
-
-
 def test_probes_are_measured_on_records_that_they_did_not_train_on(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,7 +424,8 @@ def test_probes_are_measured_on_records_that_they_did_not_train_on(
 def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
     """Feature, number of records, and a seed of the task's own."""
     samples = 10
-    made = chain(runs, "first_task", "feature=pooled", f"samples={samples}", tasks=TASKS[:2])
+    key = [*settings(runs, "first_task"), "locator.feature=pooled", f"locator.samples={samples}"]
+    made = runs.chain("llava_cmoe", *key, tasks=TASKS[:2])
     for index, checkpoint in enumerate(made):
         folder, base = runs.benchmark.parent / TASKS[index], new_base()
         records = sample_records(load_train(folder / "train.json", folder / "images"), samples, 0)
@@ -453,7 +433,7 @@ def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callab
         with torch.no_grad():
             (features,) = (last_prompt_features(base.model, batch, "pooled") for batch in batches)
         config = read_checkpoint(checkpoint).config
-        expected = fit_vae(features, LlavaCMoe(config).options.locator, seed=index).state_dict()
+        expected = fit_vae(features, VaeOptions(**config.locator.options), seed=index).state_dict()
         saved = load_file(checkpoint / "locator.safetensors")
         for name in ("shift", "scale", "noise"):
             torch.testing.assert_close(saved[f"vae.{index}.{name}"], expected[name], rtol=1e-4, atol=1e-5)
@@ -476,11 +456,11 @@ def test_the_probe_seed_changes_the_probes_alone(runs: Runs, tmp_path: Path) -> 
 def test_a_missing_warm_up_file_is_named_before_the_model_is_loaded(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(task_module, "_load_base", None)
+    monkeypatch.setattr(task_module, "load_base", None)
     options = [*settings(runs, "warmup"), "options.warmup_train=nowhere/train.json"]
     with pytest.raises(SystemExit):
         runs.train(tmp_path / "run" / TASKS[0], "llava_cmoe", TASKS[0], *options)
-    assert "options.warmup_train: nowhere/train.json does not exist" in capsys.readouterr().err
+    assert "nowhere/train.json does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -612,13 +592,12 @@ def test_killed_after_the_warm_up_a_rerun_ends_in_the_same_bytes(
         (["adapter.router_top_k=null"], "activation=frequency needs adapter.router_top_k"),
         (["options.probe_experts=0"], "probe_experts"),
         (["options.probe_epochs=0"], "probe_epochs"),
-        (["options.samples=0"], "samples"),
         (["options.probe_share=0"], "probe_share"),
         (["options.probe_share=1.5"], "probe_share"),
         (["options.probe_held_out=1"], "probe_held_out"),
         (["options.extend=some"], "options.extend: 'some' is not one of"),
-        (["options.locator.held_out=0"], "options.locator.held_out"),
-        (["options.locator.steep=3"], r"options.locator: unknown key 'steep'. Did you mean 'steps'\?"),
+        (["options.decider=vae"], "decider is now locator"),
+        (["options.feature=pooled"], "feature is now locator.feature"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
@@ -628,10 +607,3 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
 
 def test_a_dense_gate_works_with_logits() -> None:
     method_of("adapter.router_top_k=null", "options.activation=logit")
-
-
-def test_a_missing_warm_up_file_is_named(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [*settings(runs, "warmup"), "options.warmup_train=nowhere.json"]
-    with pytest.raises(SystemExit):
-        runs.train(tmp_path / TASKS[0], "llava_cmoe", TASKS[0], *options)
-    assert re.search(r"nowhere\.json", capsys.readouterr().err)

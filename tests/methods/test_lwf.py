@@ -14,9 +14,9 @@ from clmoe.config import load_config
 from clmoe.data.batches import train_dataset
 from clmoe.data.records import load_train
 from clmoe.methods.base import Method, method_class
-from clmoe.methods.context import TaskContext
+from clmoe.methods.base import TaskContext
 from clmoe.methods.lwf import divergence
-from clmoe.model.adapter import adapted_llava, load_adapter
+from clmoe.model.adapter import adapted_base, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from tests.runs import Runs, same_bits, tensors
@@ -56,7 +56,7 @@ def test_the_divergence_of_three_tokens() -> None:
 def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray]:
     """transformers' own logits before each token of the answers of one record, float64."""
     with torch.no_grad():
-        logits = adapted_llava(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]  # type: ignore[arg-type]
+        logits = adapted_base(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]  # type: ignore[arg-type]
     return [
         logits[position - 1].double().numpy()
         for position, token in enumerate(batch["labels"][0].tolist())

@@ -12,16 +12,15 @@ from torch import Tensor
 from clmoe.data.collate import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
-from clmoe.methods import momentum
-from clmoe.methods.base import Method
-from clmoe.methods.clmoe import ClMoe
-from clmoe.methods.context import TaskContext
-from clmoe.methods.statistics import load_statistics
-from clmoe.model.adapter import PROJECTOR, adapted_llava, adapter_tensors, attach_adapter, load_adapter
+from clmoe.config import LocatorConfig
+from clmoe.locators.base import Asked
+from clmoe.locators.prototype import Prototype
+from clmoe.methods.base import Method, TaskContext
+from clmoe.methods.clmoe import ClMoe, keep_weights, load_statistics, mix
+from clmoe.model.adapter import PROJECTOR, adapted_base, adapter_tensors, attach_adapter, load_adapter
 from clmoe.model.llava import LoadedBase
-from clmoe.model.locator import PrototypeIndex
 from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, routing
-from clmoe.train.loss import parameter_groups
+from clmoe.train.loop import parameter_groups
 from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
@@ -55,7 +54,7 @@ def test_fault_merge_of_a_missing_tensor_is_silent(
     merged: tuple[Path, Path, Path], runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Published: names that do not match are skipped. Here they stop the run, and nothing is published."""
-    monkeypatch.setattr("clmoe.model.adapter.tensor_name", lambda module, inner: f"loraA.0.{inner}")
+    monkeypatch.setattr("clmoe.methods.clmoe.tensor_name", lambda module, inner: f"loraA.0.{inner}")
     with pytest.raises(KeyError, match=r"loraA\.0"):
         runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], previous=merged[0])
     assert not (tmp_path / TASKS[1]).exists()
@@ -85,9 +84,9 @@ def test_fault_roles_reversed() -> None:
     Here: a task-specific expert keeps 1 - gamma = 0.3 of its old weights and takes 0.7 from the new task; any other
     keeps gamma = 0.7 (paper, eq. 10-11).
     """
-    keep = momentum.keep_weights(now={0, 1}, before={1}, experts=3, gamma=0.7)
+    keep = keep_weights(now={0, 1}, before={1}, experts=3, gamma=0.7)
     old, new = torch.zeros(3), torch.ones(3)
-    torch.testing.assert_close(momentum.mix(old, new, keep), torch.tensor([0.7, 0.3, 0.3]))
+    torch.testing.assert_close(mix(old, new, keep), torch.tensor([0.7, 0.3, 0.3]))
 
 
 def test_fault_projector_not_restored_between_tasks(
@@ -102,7 +101,7 @@ def test_fault_projector_not_restored_between_tasks(
 
     def spy(self: Method, context: TaskContext) -> None:
         start.update({k: v.detach().clone() for k, v in adapter_tensors(context.model).items() if PROJECTOR in k})
-        live = adapted_llava(context.model).model.multi_modal_projector
+        live = adapted_base(context.model).model.multi_modal_projector
         start["output"] = live(torch.ones(1, 32)).detach()
 
     monkeypatch.setattr(ClMoe, "begin_task", spy)
@@ -136,7 +135,7 @@ def test_fault_projector_learning_rate_ignored(tiny_base: LoadedBase, monkeypatc
     """
     config = tiny_config("clmoe", Path("nowhere"), "adapter.train_projector=true")
     model = attach_adapter(tiny_base.model, ClMoe(config).adapter(tiny_base))
-    adapter, projector = parameter_groups(model, PROJECTOR, 2e-4, 2e-5)
+    adapter, projector = parameter_groups(model, 2e-4, 2e-5)
     assert (adapter["lr"], projector["lr"]) == (2e-4, 2e-5)
     own = {id(p) for name, p in model.named_parameters() if PROJECTOR in name and p.requires_grad}
     assert {id(p) for p in projector["params"]} == own  # type: ignore[attr-defined]
@@ -178,7 +177,7 @@ def test_fault_beta_mix_missing(merged: tuple[Path, Path, Path], tiny_base: Load
 
     def logits(selection: RouteSelection) -> Tensor:
         with torch.no_grad(), routing(selection):
-            return adapted_llava(model)(**batch).logits
+            return adapted_base(model)(**batch).logits
 
     alone = logits(NEWEST_ROUTER)
     first, second = (logits(RouteSelection(task=torch.tensor([task, task]), beta=0.5)) for task in (0, 1))
@@ -192,12 +191,13 @@ def test_fault_task_index_missing(merged: tuple[Path, Path, Path]) -> None:
 
     Here: the checkpoint holds one centre per task, and a training feature's nearest centre is its own task's.
     """
-    index = PrototypeIndex.load(merged[2] / "locator.safetensors")
+    older, index = (Prototype(LocatorConfig("prototype"), seed=0) for _ in range(2))
+    index.load(merged[2] / "locator.safetensors")
     assert index.count.tolist() == [24, 24]
-    assert index.scores(index.mean.float()).argmin(1).tolist() == [0, 1]
-    older = PrototypeIndex.load(merged[0] / "locator.safetensors")
+    assert index.scores(Asked(["", ""], 2, index.mean.float())).argmax(1).tolist() == [0, 1]
+    older.load(merged[0] / "locator.safetensors")
     assert same_bits(index.mean[:1], older.mean), "an older task's centre never moves"
-    assert ClMoe.finds_task
+    assert ClMoe.keeps_parts
 
 
 def test_fault_task_file_read_on_every_forward(
@@ -212,7 +212,7 @@ def test_fault_task_file_read_on_every_forward(
 
     monkeypatch.setattr("builtins.open", refuse)
     with torch.no_grad(), routing(RouteSelection(task=torch.tensor([0]), beta=0.5)):
-        adapted_llava(model)(**batch)
+        adapted_base(model)(**batch)
 
 
 def test_fault_evaluation_crops_what_training_padded(tiny_base: LoadedBase, tmp_path: Path) -> None:

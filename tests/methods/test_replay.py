@@ -19,11 +19,11 @@ from clmoe.data.batches import train_dataset
 from clmoe.data.records import TrainRecord, load_questions, load_train
 from clmoe.data.union import Part, UnionRecords
 from clmoe.methods.base import method_class
-from clmoe.methods.context import TaskContext
-from clmoe.methods.der import LOGITS
-from clmoe.methods.memory import Remembered, mixed
+from clmoe.methods.base import TaskContext
+from clmoe.methods.replay import LOGITS
+from clmoe.methods.replay import Remembered, mixed
 from clmoe.methods.replay import MEMORY
-from clmoe.model.adapter import adapted_llava, load_adapter
+from clmoe.model.adapter import adapted_base, load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
 from tests.runs import Runs, same_bits, tensors
@@ -112,7 +112,7 @@ def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
     record = next(record for record in memory(first)[0]["records"] if record["image"])
     (tmp_path / "data" / record["image"]).unlink()
     # its own training set is checked first, so that it must not be the task whose image is lost
-    monkeypatch.setattr(task_module, "_load_base", lambda request: pytest.fail("loaded"))
+    monkeypatch.setattr(task_module, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(SystemExit):
         runs.train(
             tmp_path / "run" / SECOND, "replay", SECOND, *FEW, previous=first, benchmark=str(tmp_path / "moved.yaml")
@@ -134,7 +134,7 @@ def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: New
         assert same_bits(stored[1][name], value)
     for position, checkpoint in enumerate(checkpoints):
         base = new_base()
-        model = adapted_llava(load_adapter(base.model, checkpoint, trainable=False).eval())
+        model = adapted_base(load_adapter(base.model, checkpoint, trainable=False).eval())
         for number, batch in enumerate(train_batches(base, remembered(base, checkpoint, position, root), 1)):
             labels = batch.pop("labels")[0]
             with torch.no_grad():
@@ -144,7 +144,7 @@ def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: New
 
 
 def remembered(base: LoadedBase, checkpoint: Path, task: int, root: Path) -> Any:
-    from clmoe.methods.memory import load_memory
+    from clmoe.methods.replay import load_memory
 
     return train_dataset(base, load_memory(checkpoint / MEMORY)[task].records, root, 2048)
 
@@ -161,7 +161,7 @@ def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: Ne
     context = TaskContext(SECOND, 1, own, root / SECOND / "images", config, base, model, here, here, here, first, root)
     method = method_class("der")(config)
     method.begin_task(context)
-    from clmoe.methods.memory import load_memory
+    from clmoe.methods.replay import load_memory
 
     old = load_memory(first / MEMORY)[0].records
     rows = [23, 24, 0, 27, 29]
@@ -171,7 +171,7 @@ def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: Ne
     labels = batch["labels"]
     answered = labels[:, 1:] != -100
     with torch.no_grad():
-        every = adapted_llava(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+        every = adapted_base(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
 
     def loss(logits: Tensor) -> Tensor | None:
         given = {**batch, "rows": torch.tensor(rows), "logits": logits}

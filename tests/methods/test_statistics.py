@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clmoe.methods.statistics import GateCount, load_statistics, save_statistics
+from clmoe.methods.clmoe import GateCount, load_statistics, save_statistics
 from tests.runs import same_bits
 
 E = 5

@@ -137,7 +137,7 @@ def test_leftovers_of_another_command_are_not_used(
 
 def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")}
-    monkeypatch.setattr(task_module, "_load_base", kill)
+    monkeypatch.setattr(task_module, "load_base", kill)
     runs.train(chain[1], "clmoe", SECOND, previous=chain[0])
     assert {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")} == before
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.methods.momentum import consolidate, factorise, keep_weights, mix, salient_experts
+from clmoe.methods.clmoe import consolidate, factorise, keep_weights, mix, salient_experts
 from tests.runs import same_bits
 
 Factors = tuple[Tensor, Tensor]
