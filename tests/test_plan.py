@@ -30,8 +30,8 @@ from clmoe.model.adapter import (
 )
 from clmoe.model.llava import LoadedBase
 from clmoe.train.forecast import Ask, make_forecast
-from clmoe.train.lineage import FREE_TRAINING_KEYS, Finished, Lineage, check_successor, training_identity
-from clmoe.train.zero import planned_sharding
+from clmoe.train.checkpoint import FREE_TRAINING_KEYS, Finished, Lineage, check_successor, training_identity
+from clmoe.train.loop import planned_sharding
 from clmoe.utils.paths import known_configs, repository_root
 from tests.support import tiny_config
 

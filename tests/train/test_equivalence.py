@@ -12,12 +12,12 @@ from clmoe.data.batches import train_dataset
 from clmoe.data.collate import collate_train
 from clmoe.data.records import load_train
 from clmoe.methods.base import method_class
-from clmoe.model.adapter import PROJECTOR, adapted_llava, adapter_tensors, attach_adapter
+from clmoe.model.adapter import PROJECTOR, adapted_base, adapter_tensors, attach_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.model.routing import NEWEST_ROUTER, routing
-from clmoe.train.lineage import read_checkpoint
+from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loss import TrainedModel, enable_checkpointing
-from clmoe.train.order import BatchPlan
+from clmoe.train.loop import BatchPlan
 from clmoe.utils.tensors import trainable
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
@@ -65,7 +65,7 @@ def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_pa
     config = read_checkpoint(checkpoint).config
     torch.manual_seed(config.seed)
     model = attach_adapter(tiny_base.model, method_class("lora")(config).adapter(tiny_base))
-    llava, folder = adapted_llava(model), runs.benchmark.parent / MIXED
+    llava, folder = adapted_base(model), runs.benchmark.parent / MIXED
     whole, dataset = (
         train_dataset(tiny_base, load_train(folder / "train.json", folder / "images"), folder / "images", length)
         for length in (2048, cut)
@@ -140,7 +140,7 @@ def test_the_loss_is_transformers_own(method: str, tiny_base: LoadedBase, mini_y
         ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         with routing(NEWEST_ROUTER):
-            oracle = adapted_llava(model.model)(**batch).loss
+            oracle = adapted_base(model.model)(**batch).loss
         oracle.backward()
         torch.testing.assert_close(loss, oracle, rtol=1e-6, atol=0)
         assert len(ours) > 10
@@ -159,7 +159,7 @@ def test_a_batch_of_text_alone(method: str, tiny_base: LoadedBase) -> None:
     loss = model.train()(**batch, num_items_in_batch=answers)["loss"]
     loss.backward()
     with routing(NEWEST_ROUTER):
-        oracle = adapted_llava(model.model.eval())(**batch).loss
+        oracle = adapted_base(model.model.eval())(**batch).loss
     torch.testing.assert_close(loss, oracle, rtol=1e-6, atol=0)
     adapter, projector = (
         [p.grad for name, p in model.named_parameters() if p.requires_grad and (PROJECTOR in name) == inside]

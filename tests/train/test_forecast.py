@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from clmoe import cli
 from clmoe.errors import ClmoeError
 from clmoe.system.memory import Sharding
-from clmoe.train.order import total_steps
-from clmoe.train.zero import planned_sharding
+from clmoe.train.loop import total_steps
+from clmoe.train.loop import planned_sharding
 from tests.runs import Runs
 from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, write_benchmark
 
@@ -142,7 +142,7 @@ def test_the_shipped_settings_are_read(tmp_path: Path) -> None:
 # ---- Disk
 
 
-FAST = ("options.extend=every", "options.probe_min_steps=1", "options.locator.steps=1", "adapter.train_projector=false")
+FAST = ("options.extend=every", "options.probe_min_steps=1", "locator.options.steps=1", "adapter.train_projector=false")
 
 
 def tensor_bytes(path: Path) -> int:

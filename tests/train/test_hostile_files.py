@@ -17,8 +17,8 @@ import pytest
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.model.llava import load_base
-from clmoe.train.checkpoint import CARD, MANIFEST, seal, verify
-from clmoe.train.lineage import read_checkpoint
+from clmoe.train.checkpoint import MANIFEST, seal, verify
+from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.tensors import load_tensors
 from tests.launch import environment
 from tests.runs import Runs, contents
@@ -28,7 +28,7 @@ FIRST, SECOND = TASKS[:2]
 LLAVA_CMOE = (
     "adapter.train_projector=false",
     "options.initial_experts_from=first_task",
-    *(f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
 )
 CHAINS = {"clmoe": (), "llava_cmoe": LLAVA_CMOE}
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -57,7 +57,7 @@ def checkpoint(request: pytest.FixtureRequest, runs: Runs, tmp_path: Path) -> Pa
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damaged_file_of_a_checkpoint_is_named(damage: str, checkpoint: Path) -> None:
-    files = [path for path in checkpoint.iterdir() if path.name not in (MANIFEST, CARD)]
+    files = [path for path in checkpoint.iterdir() if path.name != MANIFEST]
     assert len(files) >= 5
     for path in files:
         whole = path.read_bytes()
@@ -79,7 +79,7 @@ def test_a_forged_checkpoint_executes_nothing(checkpoint: Path, runs: Runs, tmp_
     assert canary.exists(), "the canary sings"
     canary.unlink()
     method = read_checkpoint(checkpoint).lineage.method
-    for path in [path for path in checkpoint.iterdir() if path.name not in (MANIFEST, CARD)]:
+    for path in [path for path in checkpoint.iterdir() if path.name != MANIFEST]:
         whole = path.read_bytes()
         path.write_bytes(forged)
         seal(checkpoint)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from clmoe.train.checkpoint import decisive, read_checkpoint, seal
 from clmoe.train.state import states
-from clmoe.train.trainer import OneDevice, TaskTrainer
+from clmoe.train.loop import OneDevice, TaskTrainer
 from tests.launch import launch, needs_deepspeed, stop_when
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS
@@ -26,7 +27,7 @@ LLAVA_CMOE = (
     "options.initial_experts_from=first_task",
     "options.probe_share=0.5",
     "options.probe_min_steps=4",
-    *(f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
 )
 
 
@@ -34,6 +35,12 @@ def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> 
     """``-m clmoe.cli train ...``, as a launcher is given it."""
     fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(output)]
     return ["-m", "clmoe.cli", "train", "--config", method, "--task", task, *fixed, *more]
+
+
+def eval_line(runs: Runs, checkpoint: Path) -> list[str]:
+    """``-m clmoe.cli eval ...`` into the checkpoint's run folder."""
+    where = ["--benchmark", str(runs.benchmark), "--output", str(checkpoint.parent)]
+    return ["-m", "clmoe.cli", "eval", "--checkpoint", str(checkpoint), *where]
 
 
 def losses(run: Path) -> list[float]:
@@ -141,8 +148,9 @@ def test_two_processes_go_on_where_one_was_killed(
 def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
     """LLaVA-CMoE's second task: probes, decision, extension, VAE, then the evaluation of all it has learned."""
     first, second = runs.chain("llava_cmoe", *LLAVA_CMOE)
-    more = ["--previous", str(first), "--deepspeed", "zero2", "--then-eval", *LLAVA_CMOE]
+    more = ["--previous", str(first), "--deepspeed", "zero2", *LLAVA_CMOE]
     launch(2, *train_line(runs, tmp_path / "two" / SECOND, "llava_cmoe", SECOND, *more))
+    launch(2, *eval_line(runs, tmp_path / "two" / SECOND))
     two = tmp_path / "two" / SECOND
     plans = [json.loads((folder / "plan.json").read_text())[-1]["blocks"] for folder in (second, two)]
     for block, decision in plans[0].items():
@@ -198,7 +206,7 @@ def test_second_tasks_of_baselines_are_those_of_one_process(
 def test_a_method_that_compares_whole_weights_refuses_zero3(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clmoe.train.zero.stand_alone", lambda: None)
+    monkeypatch.setattr("clmoe.train.loop.stand_alone", lambda: None)
     with pytest.raises(SystemExit):
         runs.train(tmp_path / FIRST, "ewc", FIRST, deepspeed="zero3")
     assert "use zero2" in capsys.readouterr().err
@@ -208,8 +216,9 @@ def test_a_method_that_compares_whole_weights_refuses_zero3(
 def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path, tmp_path: Path) -> None:
     """CL-MoE's end of a task, from one and the same trained adapter."""
     sealed = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
-    line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
-    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *STEPS, "options.samples=21", "evaluation.batch_size=4")
+    own = (*STEPS, "options.samples=21", "locator.samples=21", "evaluation.batch_size=4")
+    line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *own)
+    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *own)
     _hand_over(one, sealed, runs, tmp_path)
     launch(2, *line)
     assert events(tmp_path, "trained") == [], "it took the sealed phase"
@@ -219,16 +228,13 @@ def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path
 
 def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
     """Put the trained adapter of ``one`` where an interrupted command of ``run`` would have sealed it."""
-    from clmoe.train.checkpoint import seal
-    from clmoe.train.lineage import read_checkpoint
-
     done = read_checkpoint(one)
     sealed.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(one / name, sealed / name)
     seal(sealed)
     lineage = done.lineage
-    identity = {"benchmark": lineage.benchmark, "config": lineage.config_sha256, "parent": None, "tasks": lineage.tasks}
+    identity = {"benchmark": lineage.benchmark, "parent": None, "tasks": lineage.tasks, **decisive(done.config)}
     (sealed.parent / "identity.json").write_text(json.dumps(identity))
 
 
@@ -238,19 +244,19 @@ from pathlib import Path
 from safetensors.torch import save_file
 from clmoe import cli
 from clmoe.utils.processes import is_main
-from clmoe.train import trainer
+from clmoe.train import loop
 from deepspeed.utils import safe_get_full_fp32_param
 
-real = trainer.TaskTrainer.release
+real = loop.TaskTrainer.release
 def keep(self):
     live = {}
-    for name, parameter in trainer.trainable(self.model).items():
+    for name, parameter in loop.trainable(self.model).items():
         assert parameter.numel() == 0, "ZeRO-3 keeps no whole parameter"
         live[name] = safe_get_full_fp32_param(parameter).clone()
     if is_main():
         save_file(live, sys.argv[1])
     real(self)
-trainer.TaskTrainer.release = keep
+loop.TaskTrainer.release = keep
 cli.main(sys.argv[2:])
 """
 
@@ -262,12 +268,12 @@ def test_zero3_saves_its_live_weights(runs: Runs, alone: Path, tmp_path: Path) -
     script.write_text(ZERO3)
     run = tmp_path / "run"
     steps = ("training.steps=20", *STEPS[1:])
-    line = train_line(runs, run / FIRST, "clmoe", FIRST, "--deepspeed", "zero3", "--then-eval", *steps)
-    launch(2, str(script), str(live), *line[2:])
+    line = ["run", "clmoe", str(runs.benchmark), "--base", str(runs.model), "--order", FIRST, "--output", str(run)]
+    launch(2, str(script), str(live), *line, "--deepspeed", "zero3", *steps)
     assert engine(run) == ("DeepSpeedEngine", 2)
     one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *steps)
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(one.parent)), rtol=1e-5, atol=0)
-    saved = tensors(run / FIRST)
+    saved = tensors(run / f"01_{FIRST}")
     for name, value in load_file(live).items():
         file_name = name.removeprefix("model.").replace(".default", "").replace(".modules_to_save", "")
         assert same_bits(saved[file_name], value), name

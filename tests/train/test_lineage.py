@@ -11,9 +11,9 @@ import pytest
 
 from clmoe.config import Config, EvaluationConfig, build, dump_config, load_config
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class, method_names
+from clmoe.methods import method_class, methods
 from clmoe.train.checkpoint import seal
-from clmoe.train.lineage import (
+from clmoe.train.checkpoint import (
     Finished,
     Lineage,
     check_same_run,
@@ -127,6 +127,8 @@ def another(value: Any, annotation: Any) -> Any:
         return next(choice for choice in choices if choice != value)
     if isinstance(value, bool):
         return not value
+    if isinstance(value, dict):
+        return {"x": 1}
     if isinstance(value, list):
         return value[:-1] or ["tensorboard"]
     if isinstance(value, str):
@@ -138,7 +140,7 @@ def identities(settings: Config) -> dict[str, str]:
     """The identity after each field of the configuration was changed alone, by the field's name."""
     found = {"label": training_identity(dataclasses.replace(settings, label="x"))}
     found["seed"] = training_identity(dataclasses.replace(settings, seed=1))
-    for section in ("model", "adapter", "training", "evaluation"):
+    for section in ("model", "adapter", "locator", "training", "evaluation"):
         old = getattr(settings, section)
         for name, annotation in typing.get_type_hints(type(old)).items():
             value = 0.1 if name == "dropout" else another(getattr(old, name), annotation)
@@ -158,7 +160,7 @@ def one_changed(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
             yield name, options | {name: another(value, type(value))}
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", methods())
 def test_all_that_can_change_a_training_is_part_of_its_identity(method: str) -> None:
     own_needs = ["options.initial_experts_from=first_task"] if method == "llava_cmoe" else []
     settings = config(*own_needs, method=method)

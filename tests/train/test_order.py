@@ -11,8 +11,8 @@ from transformers import TrainerState
 
 from clmoe.data.permutation import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.train.order import BatchPlan, MicroBatches, total_steps
-from clmoe.train.trainer import Snapshots
+from clmoe.train.loop import BatchPlan, MicroBatches, total_steps
+from clmoe.train.loop import Snapshots
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])

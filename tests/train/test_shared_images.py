@@ -21,7 +21,7 @@ from clmoe.model.adapter import attach_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.model.packed import block_mask
 from clmoe.train.loss import TrainedModel, enable_checkpointing
-from clmoe.train.order import BatchPlan, MicroBatches
+from clmoe.train.loop import BatchPlan, MicroBatches
 from tests.launch import launch, needs_deepspeed
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config
@@ -208,7 +208,7 @@ def few_images(runs: Runs, tmp_path: Path) -> str:
 def test_an_interrupted_training_ends_in_the_same_bytes(
     runs: Runs, few_images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clmoe.train.trainer import Report
+    from clmoe.train.loop import Report
 
     def train(name: str, *settings: str) -> Path:
         return runs.train(tmp_path / name / TASKS[1], "moelora", TASKS[1], *settings, benchmark=few_images)

@@ -16,18 +16,18 @@ from clmoe.data.packing import collate_packed, image_groups
 from clmoe.data.records import TrainRecord, Turn, load_train
 from clmoe.data.union import Part, UnionRecords
 from clmoe.methods.base import Method, method_class, method_names
-from clmoe.methods.context import TaskContext
+from clmoe.methods.base import TaskContext
 from clmoe.methods.memory import mixed
 from clmoe.model.adapter import load_adapter
 from clmoe.model.llava import LoadedBase
 from clmoe.train.loss import TrainedModel, enable_checkpointing
-from clmoe.train.order import BatchPlan
+from clmoe.train.loop import BatchPlan
 from tests.runs import Runs
 from tests.support import TASKS, tiny_config
 
 FEW = ("options.per_task=5", "options.ratio=0.25")
 OVERRIDES = {
-    "llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20"),
+    "llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20"),
     "replay": FEW,
     "der": FEW,
 }

@@ -15,7 +15,7 @@ from clmoe.errors import ClmoeError
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train.checkpoint import MANIFEST, seal
 from clmoe.train.state import find_state, load_weights, state_folder, states
-from clmoe.train.trainer import TaskTrainer
+from clmoe.train.loop import TaskTrainer
 from clmoe.utils.processes import EXIT_CODE
 from clmoe.utils.tensors import trainable
 from tests.launch import stop_when
@@ -41,7 +41,7 @@ def terminate() -> None:
 
 def settings(method: str, *more: str) -> list[str]:
     own = ["adapter.train_projector=false", "options.initial_experts_from=first_task", "options.probe_min_steps=4"]
-    fast = [f"options.locator.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")]
+    fast = [f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")]
     return [*SETTINGS, *([*own, *fast] if method == "llava_cmoe" else []), *more]
 
 

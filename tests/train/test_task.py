@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from clmoe.methods.clmoe import ClMoe
-from clmoe.methods.context import TaskContext
+from clmoe.methods.base import TaskContext
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
-from clmoe.train.trainer import TaskTrainer
-from tests.runs import Runs, contents, events, texts
+from clmoe.train.loop import TaskTrainer
+from tests.runs import Runs, contents, events
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
@@ -114,12 +114,21 @@ def twin(benchmark: Path, folder: Path) -> Path:
     return folder / "twin.yaml"
 
 
-@pytest.mark.parametrize("other", ["config", "parent", "benchmark"])
-def test_leftovers_of_another_command_are_not_used(
-    other: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [("config", "seed 7 there, 0 here"), ("parent", "parent"), ("benchmark", "benchmark twin there, mini here")],
+)
+def test_an_interrupted_training_of_another_command_is_refused_and_kept(
+    other: str,
+    named: str,
+    runs: Runs,
+    chain: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     task = FIRST if other == "benchmark" else SECOND
-    output, previous = tmp_path / task, None if other == "benchmark" else chain[0]
+    output, previous = tmp_path / "run" / task, None if other == "benchmark" else chain[0]
     settings, parent, options = [], previous, {}
     if other == "config":
         settings = ["seed=7"]
@@ -131,8 +140,10 @@ def test_leftovers_of_another_command_are_not_used(
         patch.setattr(ClMoe, "end_task", kill)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", task, *settings, previous=parent, **options)
-    runs.train(output, "clmoe", task, previous=previous)
-    assert contents(output) == contents(chain[TASKS.index(task)])
+    assert named in refused(runs, capsys, output, "clmoe", task, previous=previous)
+    finished = runs.train(output, "clmoe", task, *settings, previous=parent, **options)
+    assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
+    verify(finished)
 
 
 def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,19 +253,3 @@ def test_union_only_methods_and_single_tasks_are_told_apart(
     assert "one task at a time" in refused(runs, capsys, output, "lora", "all")
     assert "trains nothing" in refused(runs, capsys, output, "zero_shot", FIRST)
     assert "not in --order" in refused(runs, capsys, output, "lora", FIRST, order=f"{SECOND},{TASKS[2]}")
-
-
-def test_evaluation_in_the_same_process_equals_a_separate_one(runs: Runs, tmp_path: Path) -> None:
-    """``--then-eval`` reuses the base of the training, with a tuned projector and a located router."""
-    runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, then_eval="")
-    runs.train(tmp_path / "one" / SECOND, "clmoe", SECOND, previous=tmp_path / "one" / FIRST, then_eval="")
-    for name in (FIRST, SECOND):
-        runs.evaluate(tmp_path / "one" / name, tmp_path / "two")
-    assert texts(tmp_path / "one", SECOND, FIRST, SECOND)
-    for file in ("matrix.csv", "immediate.csv", "metrics.json", "run.json", *(
-        f"predictions/{after}/{task}.{ending}"
-        for after, tasks in ((FIRST, (FIRST,)), (SECOND, (FIRST, SECOND)))
-        for task in tasks
-        for ending in ("json", "jsonl")
-    )):  # fmt: skip
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clmoe.errors import ClmoeError
-from clmoe.train import zero
+from clmoe.train import loop as zero
 from tests.launch import REPOSITORY, environment, launch, needs_deepspeed
 from tests.runs import Runs, events, tensors
 from tests.support import TASKS
@@ -60,7 +60,7 @@ def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
     own += (
         f"options.warmup_train={warm}/train.json",
         f"options.warmup_images={warm}/images",
-        "options.locator.steps=5",
+        "locator.options.steps=5",
     )
     fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(tmp_path / FIRST)]
     launch(
@@ -87,7 +87,7 @@ def test_the_sequence_script_starts_several_processes(runs: Runs, tmp_path: Path
     assert done.returncode == 0, done.stderr[-3000:]
     (event,) = events(tmp_path / "run", "trained")
     assert (event["engine"], event["processes"]) == ("DistributedDataParallel", 2)
-    assert done.stdout.count("trained; after") == 1, "one process speaks"
+    assert done.stdout.count(f"after {FIRST}: ") == 1, "one process speaks"
     assert (tmp_path / "run" / "matrix.csv").is_file()
 
 

@@ -1,0 +1,72 @@
+"""What the benches measure with: time and memory of the device, FLOPs of a piece of work, and the device's rate."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+R = TypeVar("R")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """For a report's first line."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread"
+
+
+def timed(work: Callable[[], R]) -> tuple[float, R]:
+    """Seconds, of the GPU's events or of this process on the CPU, and what ``work`` returns."""
+    if DEVICE.type == "cpu":
+        start = time.process_time()
+        result = work()
+        return time.process_time() - start, result
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    result = work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3, result
+
+
+class Peak:
+    """Peak memory in MiB since it was made: tensors on the GPU, or this process (Linux)."""
+
+    def __init__(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what an earlier form has freed is not this one's
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def mib(self) -> float:
+        """Until now."""
+        if DEVICE.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Multiplications and additions in the matrix products of one run of ``work``; torch's counter, attention apart."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _product_in_place}) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _product_in_place(out: torch.Size, a: torch.Size, b: torch.Size, *unused: object, **named: object) -> int:
+    """torch counts ``addmm`` only."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def best_rate(dtype: torch.dtype) -> float:
+    """FLOPs per second of one large matrix product, the best of five."""
+    side = 8192 if DEVICE.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(timed(lambda: a @ b)[0] for _ in range(6))
