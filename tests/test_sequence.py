@@ -1,0 +1,275 @@
+"""`clmoe run`: the whole sequence in one program, wherever it is stopped, and every method with every locator."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import clmoe
+from clmoe import cli
+from clmoe import sequence as sequence_module
+from clmoe.errors import ClmoeError
+from clmoe.evaluate import answer as answer_module
+from clmoe.evaluate import run as evaluation_module
+from clmoe.locators import LOCATORS
+from clmoe.sequence import Result, default_folder
+from clmoe.train import task as task_module
+from clmoe.train.checkpoint import verify
+from clmoe.train.loop import TaskTrainer
+from tests.methods.test_contract import ROWS
+from tests.runs import Runs, contents, same_bits, tensors, texts
+from tests.support import TASKS
+
+UNCOMPARED = ("events.jsonl", "timing.json")
+PARTS = {
+    "separate": (),
+    "clmoe": ("options.consolidation=none",),
+    "llava_cmoe": ("options.probe_min_steps=2",),
+}
+FAST = {"vae": ("locator.options.steps=20", "locator.options.hidden=8", "locator.options.latent=2")}
+
+
+def run(runs: Runs, output: Path, method: str, *settings: str, order: str = "norm", seed: int = 0) -> Result:
+    """From Python, as users call it."""
+    return clmoe.run(
+        method, str(runs.benchmark), order=order, seed=seed, output=output, base=str(runs.model), settings=settings
+    )
+
+
+def compared(folder: Path) -> dict[str, bytes]:
+    """All files but those that hold times."""
+    return {name: content for name, content in contents(folder).items() if name not in UNCOMPARED}
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """CL-MoE on three tasks; never changed."""
+    return run(runs, tmp_path_factory.mktemp("sequence") / "clmoe", "clmoe")
+
+
+def test_it_is_task_by_task_training_and_evaluation(whole: Result, runs: Runs, tmp_path: Path) -> None:
+    """`clmoe train` and `clmoe eval`, each from a checkpoint folder to the next, give the same bits."""
+    by_hand = runs.chain("clmoe", tasks=TASKS)
+    for checkpoint, other in zip(whole.checkpoints, by_hand, strict=True):
+        assert contents(checkpoint) == contents(other)
+        runs.evaluate(other, tmp_path)
+    for name, content in compared(tmp_path).items():
+        if not name.startswith("features/"):
+            assert (whole.run / name).read_bytes() == content, name
+    assert texts(tmp_path, TASKS[2], *TASKS)
+
+
+def test_the_result_is_the_runs_tables(whole: Result) -> None:
+    assert whole.matrix.tasks == TASKS
+    assert (whole.run / "matrix.csv").read_text().splitlines()[-1].startswith(f"{TASKS[2]},")
+    last = whole.matrix.row(TASKS[2])
+    assert whole.metrics["last"] == pytest.approx(sum(value or 0 for value in last) / 3)
+    assert clmoe.load(whole.checkpoints[-1]).answer(None, "How many things are there?", max_new_tokens=2)
+
+
+def test_the_base_is_loaded_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Any] = []
+    for module in (task_module, answer_module):
+        real = module.load_base
+        monkeypatch.setattr(module, "load_base", lambda *args, real=real: loads.append(args) or real(*args))
+    run(runs, tmp_path / "run", "lora")
+    assert len(loads) == 1
+
+
+def test_the_same_line_again_finds_everything_done(
+    whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")}
+    for module in (task_module, answer_module):
+        monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
+    again = run(runs, whole.run, "clmoe")
+    assert again.metrics == whole.metrics
+    assert {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")} == before
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """``real``, killed in the call of this number, from 1."""
+    calls: list[None] = []
+
+    def armed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == number:
+            raise Killed
+        return real(*args, **kwargs)
+
+    return armed
+
+
+def test_stopped_anywhere_the_same_line_ends_in_the_same_bytes(
+    whole: Result, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training the second task, publishing it, evaluating after it, and between the tasks."""
+    moments: list[tuple[Any, str, int]] = [
+        (TaskTrainer, "training_step", 6),
+        (task_module, "publish", 1),
+        (answer_module.Answerer, "generate", 1),
+        (evaluation_module, "write_tables", 1),
+        (sequence_module, "prepare_request", 3),
+    ]
+    for holder, name, number in moments:
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, at_call(number, getattr(holder, name)))
+            with pytest.raises(Killed):
+                run(runs, tmp_path / "run", "clmoe")
+    run(runs, tmp_path / "run", "clmoe")
+    assert compared(tmp_path / "run") == compared(whole.run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"settings": ["options.gamma=0.5"]}, "options.gamma 0.7 there, 0.5 here"),
+        ({"seed": 1}, "seed 0 there, 1 here"),
+        ({"settings": ["locator=oracle"]}, "locator.name prototype there, oracle here"),
+        ({"settings": ["evaluation.limit=3"]}, "evaluation.limit None there, 3 here"),
+        ({"order": "rev"}, "order"),
+    ],
+)
+def test_the_same_folder_with_another_option_is_refused_and_kept(
+    settings: dict[str, Any], named: str, whole: Result, runs: Runs
+) -> None:
+    before = contents(whole.run)
+    given = {"base": str(runs.model), "output": whole.run, **settings}
+    with pytest.raises(ClmoeError) as refused:
+        clmoe.run("clmoe", str(runs.benchmark), **given)
+    assert named in str(refused.value) and str(whole.run) in str(refused.value)
+    assert contents(whole.run) == before
+
+
+def test_what_does_not_decide_the_result_may_change(whole: Result, runs: Runs) -> None:
+    run(runs, whole.run, "clmoe", "training.micro_batch_size=4", "training.save_steps=7", "evaluation.batch_size=5")
+
+
+def test_changed_training_data_are_named(runs: Runs, mini_yaml: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(mini_yaml.read_text())
+    rows = (mini_yaml.parent / TASKS[0] / "train.json").read_text()
+    (tmp_path / "train.json").write_text(rows)
+    values["tasks"] = [values["tasks"][0] | {"train": str(tmp_path / "train.json")}]
+    benchmark = tmp_path / "mini.yaml"
+    benchmark.write_text(yaml.safe_dump(values))
+    given = {"base": str(runs.model), "output": tmp_path / "run", "settings": ["training.steps=1"]}
+    clmoe.run("lora", str(benchmark), **given)
+    (tmp_path / "train.json").write_text(rows.replace("Which", "What"))
+    with pytest.raises(ClmoeError, match=rf"train\.{TASKS[0]}"):
+        clmoe.run("lora", str(benchmark), **given)
+
+
+def test_a_sequence_can_be_made_longer(runs: Runs, whole: Result, tmp_path: Path) -> None:
+    run(runs, tmp_path / "run", "clmoe", order=TASKS[0])
+    longer = run(runs, tmp_path / "run", "clmoe", order=",".join(TASKS))
+    assert [verify(folder) for folder in longer.checkpoints] == [verify(folder) for folder in whole.checkpoints]
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "multitask", "moelora"])
+def test_every_way_of_chaining_ends_in_a_table(method: str, runs: Runs, tmp_path: Path) -> None:
+    result = run(runs, tmp_path / "run", method, "training.steps=1", *ROWS[method].overrides)
+    expected = {"zero_shot": 0, "multitask": 1, "moelora": 3}[method]
+    assert len(result.checkpoints) == expected
+    assert None not in result.matrix.row(TASKS[2])
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_every_locator_works_with_every_method_that_keeps_parts(method: str, runs: Runs, tmp_path: Path) -> None:
+    """One training, every locator on its checkpoints: nothing is trained again, and known tasks are always found."""
+    settings = ("training.steps=2", "adapter.train_projector=false", *PARTS[method])
+    trained = run(runs, tmp_path / "run", method, *settings, *FAST["vae"], "locator=vae", order=",".join(TASKS[:2]))
+    for name in LOCATORS:
+        out = tmp_path / name
+        runs.evaluate(trained.checkpoints[1], out, *FAST.get(name, ()), locator=name, order=",".join(TASKS[:2]))
+        suffix = "" if name == "vae" else f".{name}"
+        rows = [
+            yaml.safe_load(line)
+            for task in TASKS[:2]
+            for line in (out / "predictions" / TASKS[1] / f"{task}{suffix}.jsonl").read_text().splitlines()
+        ]
+        assert {row["task"] for row in rows} <= set(TASKS[:2])
+        found = [row["task"] for row in rows]
+        if name == "oracle":
+            assert found == [TASKS[0]] * 12 + [TASKS[1]] * 12
+        elif name == "last":
+            assert set(found) == {TASKS[1]}
+
+
+def test_a_locator_of_its_own_is_what_training_with_it_gives(runs: Runs, tmp_path: Path) -> None:
+    """Fitted after training from the tasks' data, it decides as the one that was sealed in."""
+    settings = ("training.steps=1", "adapter.train_projector=false")
+    order = ",".join(TASKS[:2])
+    other = run(runs, tmp_path / "oracle", "separate", *settings, order=order)
+    sealed = run(runs, tmp_path / "prototype", "separate", *settings, "locator=prototype", order=order)
+    runs.evaluate(other.checkpoints[1], tmp_path / "later", locator="prototype", order=order)
+    mine = (tmp_path / "later" / "locator.csv").read_text()
+    assert mine.splitlines()[1:] == (sealed.run / "locator.csv").read_text().splitlines()[2:]
+
+
+def test_separate_keeps_each_tasks_lora(runs: Runs, tmp_path: Path) -> None:
+    """Its part of the second checkpoint is the LoRA of the first, and what the second task gives when trained first."""
+    order = ",".join(TASKS[:2])
+    both = run(runs, tmp_path / "both", "separate", order=order)
+    alone = run(runs, tmp_path / "alone", "separate", order=TASKS[1])
+    first, second, only = (tensors(folder) for folder in (*both.checkpoints, *alone.checkpoints))
+    for name, value in second.items():
+        half = value.shape[0] // 2 if name.endswith("A") else value.shape[1] // 2
+        older, newer = (value[:half], value[half:]) if name.endswith("A") else (value[:, :half], value[:, half:])
+        assert same_bits(older.contiguous(), first[name]), name
+        assert same_bits(newer.contiguous(), only[name]), name
+    assert both.metrics["bwt_n"] == 0, "the oracle forgets nothing"
+
+
+MY_METHOD = '''
+from clmoe.methods.lora import Lora
+
+class Mine(Lora):
+    """Sequential LoRA under another name."""
+
+METHODS = {"mine": Mine}
+'''
+
+
+def test_a_method_of_the_users_own_file(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "my_method.py").write_text(MY_METHOD)
+    (tmp_path / "my_lora.yaml").write_text("extends: lora\nlabel: mine\n")
+    settings = ("training.steps=1", "adapter.targets=[gate_proj, up_proj, down_proj]")
+    mine = run(runs, tmp_path / "a", str(tmp_path / "my_method.py"), *settings, order=TASKS[0])
+    named = run(runs, tmp_path / "b", str(tmp_path / "my_lora.yaml"), *settings, "adapter.alpha=128", order=TASKS[0])
+    for name, value in tensors(named.checkpoints[0]).items():
+        assert same_bits(tensors(mine.checkpoints[0])[name], value), name
+
+
+def test_the_command_line(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From another folder, with relative paths and settings among the options."""
+    monkeypatch.chdir(tmp_path)
+    fixed = ["run", "lora", str(runs.benchmark), "--base", str(runs.model), "training.steps=1", "--order", TASKS[0]]
+    cli.main([*fixed, "--seed", "3", "adapter.rank=4"])
+    shown = capsys.readouterr().out
+    folder = Path("runs") / "mini" / next(path.name for path in (tmp_path / "runs" / "mini").iterdir())
+    assert folder == default_folder("mini", "lora", TASKS[0], 3)
+    assert f"1/1 after {TASKS[0]}: " in shown and str(folder) in shown
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*fixed, "--seed", "3", "adapter.rank=8"])
+    assert stop.value.code == 2 and "adapter.rank 4 there, 8 here" in capsys.readouterr().err
+
+
+def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(
+    runs: Runs, mini_yaml: Path, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(mini_yaml.read_text())
+    values["root"] = str(mini_yaml.parent)
+    (tmp_path / "test.json").write_text('[{"question_id": "1", "text": "What?"}]')
+    values["tasks"][2]["test"] = str(tmp_path / "test.json")
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ClmoeError, match=r"test\.json: row 0"):
+        clmoe.run("lora", str(tmp_path / "mini.yaml"), base=str(runs.model), output=tmp_path / "run")
+    assert not list((tmp_path).glob("run/0*"))
