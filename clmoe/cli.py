@@ -179,9 +179,9 @@ def doctor(options: argparse.Namespace) -> Any:
 
 def convert(options: argparse.Namespace) -> str:
     """``clmoe convert``: another project's model or adapter, or an older checkpoint of ours."""
-    from clmoe.convert import convert_command
+    from clmoe.convert.command import convert_any
 
-    return convert_command(options)
+    return convert_any(options)
 
 
 def demo(options: argparse.Namespace) -> None:

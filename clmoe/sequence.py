@@ -12,6 +12,7 @@ from typing import Any
 
 from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark, open_benchmark
 from clmoe.config import Config, load_config, recorded
+from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_base, evaluate_checkpoint
@@ -114,7 +115,7 @@ def run_sequence(
         from_main(lambda: _check_settings(run, settings))
         check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
         if not all((run / name).exists() for name, _ in _steps(method.chain, order)):
-            from_main(lambda: check_questions(benchmark, order))
+            from_main(lambda: _check_rows(benchmark, order))
             method.check_inputs(None, benchmark.root)
         from_main(lambda: write_json(run / SETTINGS, settings))
         with display(f"{config.name} on {benchmark.name}", len(order)):
@@ -148,6 +149,14 @@ def _train_all(
         say(f"{len(checkpoints) + 1}/{len(order)} {row}")
         checkpoints.append(request.output)
     return checkpoints
+
+
+def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
+    """Read every training and test row of the sequence, so that a bad one stops it before the first step."""
+    for name in order:
+        task = benchmark.task(name)
+        load_train(task.train, task.image_root)
+    check_questions(benchmark, order)
 
 
 def _settings(config: Config, benchmark: Benchmark, order: list[str]) -> dict[str, Any]:
