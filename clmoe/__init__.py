@@ -21,8 +21,8 @@ PUBLIC = {
 }
 """The public names, described in docs/api.md, and where they live."""
 
-# The command line skips the registration, which imports torch and peft and takes seconds: `clmoe --help` answers at once,
-# and its verbs import the adapter when they need it.
+# The command line skips the registration, which imports torch and peft and takes seconds: `clmoe --help` answers at
+# once, and its verbs import the adapter when they need it.
 _COMMAND_LINE = "clmoe.cli" in sys.orig_argv or (bool(sys.argv) and Path(sys.argv[0]).name == "clmoe")
 if not _COMMAND_LINE:
     importlib.import_module("clmoe.experts.model")

@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> str:
 
 def train(options: argparse.Namespace) -> str:
     """``clmoe train``: one task, from the checkpoint before it to the next."""
-    from clmoe.benchmarks.base import load_benchmark, open_benchmark
+    from clmoe.benchmarks.base import load_benchmark
+    from clmoe.benchmarks.prepare import open_benchmark
     from clmoe.config import load_config
     from clmoe.train.loop import deepspeed_settings, stand_alone
     from clmoe.train.task import prepare_request, train_task
@@ -71,7 +72,7 @@ def train(options: argparse.Namespace) -> str:
 
 def evaluate(options: argparse.Namespace) -> str:
     """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
-    from clmoe.benchmarks.base import open_benchmark
+    from clmoe.benchmarks.prepare import open_benchmark
     from clmoe.config import load_config
     from clmoe.evaluate.run import evaluate_base, evaluate_checkpoint
     from clmoe.train.checkpoint import read_checkpoint
@@ -83,9 +84,7 @@ def evaluate(options: argparse.Namespace) -> str:
         if options.checkpoint == "base":
             config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
             order = benchmark.order(options.order, config.seed)
-            return evaluate_base(
-                options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring
-            )
+            return evaluate_base(options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring)
         if options.config or options.base:
             raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
         for pair in options.settings:
@@ -111,9 +110,9 @@ def evaluate(options: argparse.Namespace) -> str:
 
 def report(options: argparse.Namespace) -> Any:
     """``clmoe report``: tables and pictures of runs."""
-    from clmoe.report.page import write_report
-    from clmoe.report.runs import read_run
+    from clmoe.report.run import read_run
     from clmoe.report.tables import report_text
+    from clmoe.report.write import write_report
 
     if options.json:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
@@ -146,9 +145,10 @@ def data(options: argparse.Namespace) -> str:
     Raises:
         ClmoeError: files are missing (each is named with its source), or rows are bad (they are listed).
     """
-    from clmoe.benchmarks.base import load_benchmark, prepare_benchmark
+    from clmoe.benchmarks.base import load_benchmark
     from clmoe.benchmarks.check import check_benchmark
-    from clmoe.evaluate.scoring import gold_problem
+    from clmoe.benchmarks.prepare import prepare_benchmark
+    from clmoe.evaluate.rules.scoring import gold_problem
     from clmoe.utils.files import write_text
 
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
@@ -170,7 +170,8 @@ def data(options: argparse.Namespace) -> str:
 
 def doctor(options: argparse.Namespace) -> Any:
     """``clmoe doctor``: what is installed and usable here."""
-    from clmoe.doctor import examine, report_text
+    from clmoe.doctor import report_text
+    from clmoe.system.doctor import examine
 
     findings = examine()
     options.exit_code = int(any(finding.broken for finding in findings))
@@ -319,10 +320,10 @@ VERBS: dict[str, Verb] = {
     "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments, evaluate),
     "report": ("Tables and pictures from one or several run folders.", _report_arguments, report),
     "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments, metrics),
-    "plan": ("What a method trains and takes; loads no weights. Exit code 1: files are missing.", _plan_arguments, plan),
+    "plan": ("What a method trains and takes. Exit code 1: files are missing.", _plan_arguments, plan),
     "data": ("Build or verify a benchmark's files.", _data_arguments, data),
-    "doctor": ("Versions, devices, what is usable. Exit code 1: something required is broken.", _doctor_arguments, doctor),
-    "convert": ("Another project's LLaVA or adapter -> a model folder or a checkpoint of ours.", _convert_arguments, convert),
+    "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments, doctor),
+    "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments, convert),
     "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments, demo),
 }  # fmt: skip
 """Verb -> what it does, its arguments, and the function that carries it out."""

@@ -1,8 +1,8 @@
 """Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
 
 Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's ``recipe``,
-what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line. The result is frozen into
-every checkpoint as ``config.yaml``.
+what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line. Every checkpoint holds
+the result as ``config.yaml``.
 """
 
 import dataclasses

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark, open_benchmark
+from clmoe.bases.llava import LoadedBase
+from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark
+from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config, recorded
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_base, evaluate_checkpoint
 from clmoe.methods import method_class
-from clmoe.model.llava import LoadedBase
 from clmoe.train.checkpoint import FREE_TRAINING_KEYS, differences, read_checkpoint
 from clmoe.train.loop import deepspeed_settings, stand_alone
 from clmoe.train.task import UNION, prepare_request, train_task
@@ -133,9 +134,7 @@ def _steps(chain: str, order: list[str]) -> list[tuple[str, str]]:
     return [(f"{number:02}_{task}", task) for number, task in enumerate([UNION] if chain == "union" else order, 1)]
 
 
-def _train_all(
-    config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None
-) -> list[Path]:
+def _train_all(config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None) -> list[Path]:
     """Train and evaluate task after task on one base, which is loaded when it is first needed."""
     base: LoadedBase | None = None
     checkpoints: list[Path] = []

@@ -17,9 +17,9 @@ from typing import Any
 import clmoe
 from clmoe.cli import _parser
 from clmoe.config import AdapterConfig, Config, EvaluationConfig, ModelConfig, TrainingConfig
-from clmoe.evaluate.answer import LoadedCheckpoint
-from clmoe.evaluate.explain import Explanation, RouterWeights
-from clmoe.methods.base import method_class, method_names
+from clmoe.evaluate.answer import Explanation, LoadedCheckpoint, RouterWeights
+from clmoe.methods import method_class
+from clmoe.methods.base import method_names
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """\

@@ -23,7 +23,7 @@ from pathlib import Path
 from time import monotonic
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
+from clmoe.methods import method_class
 from clmoe.report.grid import Grid, Row, Start, default_file, read_grids, repeats, start
 from clmoe.report.run import group_runs, read_run
 from clmoe.report.tables import comparison_table, to_text

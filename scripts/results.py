@@ -19,7 +19,7 @@ import yaml
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.continual import mean_spread
+from clmoe.evaluate.matrix import mean_spread
 from clmoe.report.grid import default_file, read_grids
 from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
 from clmoe.report.run import Group, group_runs, read_run

@@ -12,11 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from clmoe.benchmarks.base import load_benchmark
-from clmoe.benchmarks.questions import task_questions
+from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import MODES
-from clmoe.evaluate.scoring import FileScore, score_file
+from clmoe.evaluate.rules.scoring import FileScore, score_file
 from clmoe.report.reading import read_lines
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import ModelConfig
-from clmoe.model.llava import LoadedBase, load_base
 from tests import support
 from tests.runs import Runs
 

@@ -17,13 +17,13 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from clmoe.bases.inputs import over_prompt_batches, over_train_batches, train_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.bases.tiny import TinySizes, build_tiny
 from clmoe.config import Config, load_config
-from clmoe.data.batches import over_prompt_batches, over_train_batches, train_dataset
-from clmoe.data.collate import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
+from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.prompts import SYSTEM, encode_prompt
 from clmoe.data.records import TrainRecord, Turn
-from clmoe.model.llava import LoadedBase
-from clmoe.model.tiny import TinySizes, build_tiny
 
 SIZES = TinySizes(
     image_size=28,

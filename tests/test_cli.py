@@ -199,9 +199,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["card", "runs/x"], "clmoe report"),
     ],
 )
-def test_what_was_renamed_says_the_new_name(
-    arguments: list[str], new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_renamed_says_the_new_name(arguments: list[str], new: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2

@@ -20,7 +20,7 @@ from clmoe.config import (
     reload_config,
 )
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
+from clmoe.methods import method_class
 from clmoe.utils.paths import known_configs
 
 

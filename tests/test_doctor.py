@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from clmoe import cli
+from clmoe.cli import doctor
 from clmoe.system.doctor import Device, Finding, examine, report_text, requirements
-from clmoe.utils import doctor
 
 A100, V100 = Device("A100", 80 * 2**30, (8, 0)), Device("V100", 32 * 2**30, (7, 0))
 WANTED = [

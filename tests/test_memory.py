@@ -14,17 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clmoe.bases.llava import LoadedBase, _four_bit, load_base
 from clmoe.config import ModelConfig
+from clmoe.experts.model import add_routers, attach_adapter, expert_layers, freeze_experts, grow_experts
+from clmoe.methods import method_class
 from clmoe.methods.attached import attached_to, llava_shapes
-from clmoe.methods.base import Method, method_class
-from clmoe.model.adapter import (
-    add_routers,
-    attach_adapter,
-    expert_layers,
-    freeze_experts,
-    grow_experts,
-)
-from clmoe.model.llava import LoadedBase, _four_bit, load_base
+from clmoe.methods.base import Method
 from clmoe.system.memory import (
     Attached,
     LlavaShapes,

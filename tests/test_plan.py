@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from clmoe.train.forecast import Ask, make_forecast
 
 from clmoe import cli
+from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import ModelConfig, dump_config, load_config, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
-from clmoe.methods.plan import Plan, make_plan, meta_llava, plan_text, shapes_file
-from clmoe.model.adapter import (
+from clmoe.experts.model import (
     add_routers,
     attach_adapter,
     count_parameters,
@@ -28,8 +28,8 @@ from clmoe.model.adapter import (
     freeze_experts,
     grow_experts,
 )
-from clmoe.model.llava import LoadedBase
-from clmoe.train.forecast import Ask, make_forecast
+from clmoe.methods import method_class
+from clmoe.methods.plan import Plan, make_plan, meta_llava, plan_text, shapes_file
 from clmoe.train.checkpoint import FREE_TRAINING_KEYS, Finished, Lineage, check_successor, training_identity
 from clmoe.train.loop import planned_sharding
 from clmoe.utils.paths import known_configs, repository_root

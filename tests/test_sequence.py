@@ -78,9 +78,7 @@ def test_the_base_is_loaded_once(runs: Runs, tmp_path: Path, monkeypatch: pytest
     assert len(loads) == 1
 
 
-def test_the_same_line_again_finds_everything_done(
-    whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")}
     for module in (task_module, answer_module):
         monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
@@ -262,9 +260,7 @@ def test_the_command_line(
     assert stop.value.code == 2 and "adapter.rank 4 there, 8 here" in capsys.readouterr().err
 
 
-def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(
-    runs: Runs, mini_yaml: Path, tmp_path: Path
-) -> None:
+def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(runs: Runs, mini_yaml: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(mini_yaml.read_text())
     values["root"] = str(mini_yaml.parent)
     (tmp_path / "test.json").write_text('[{"question_id": "1", "text": "What?"}]')

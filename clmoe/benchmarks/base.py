@@ -1,30 +1,8 @@
 """What a benchmark is: a YAML file that lists tasks, their files and how they are scored.
 
-::
-
-    name: my-benchmark            # built-in files: the same as the file's name
-    root: playground/data/mine    # see below
-    prepare: playground           # optional: the builder that `clmoe data prepare` runs for this benchmark
-    sources:                      # optional: where files come from, said when one is missing (a file or its folder)
-      digits: https://example.org/digits.zip
-    recipe:                       # optional: defaults for every method, checked by the configuration, not here
-      training: {epochs: 1}
-    tasks:                        # in the order "norm"
-      - name: digits
-        train: digits/train.json  # relative to root, as are test and images
-        test: digits/test.json
-        images: images
-        scorer: short_answer
-        max_new_tokens: 16
-        note: what should be known about this task    # optional
-        suffix: " Answer yes or no."                  # optional: added to every test question
-        passes: 3                                     # optional: times training.epochs, 1 by default
-        gold: {reader: textvqa, files: [gold.json]}   # optional: expected answers that lie in other files
-
-The data folder is, in this order: the argument ``data_root``, the environment variable ``CLMOE_DATA_ROOT``,
-the YAML's ``root``. A relative ``root`` counts from the repository's folder for the files in
-``configs/benchmarks/``, and from the YAML's own folder for every other file. This module must stay free of
-torch: fast verbs import it.
+docs/benchmarks.md describes the file. The data folder is the argument ``data_root``, else the environment variable
+``CLMOE_DATA_ROOT``, else the file's ``root``. Relative paths count from the current folder, with one exception: the
+``root`` of a user's own YAML file counts from that file's folder.
 """
 
 from __future__ import annotations
@@ -32,26 +10,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from clmoe.benchmarks.gold import READERS, Gold
-from clmoe.config import read_yaml
+from clmoe.config import build, read_yaml
+from clmoe.data.batches import epoch_permutation
+from clmoe.data.records import Failed, Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import checkouts, find_config
+from clmoe.utils.paths import find_config, known_configs
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
 
-_RESERVED = frozenset({*ORDERS, "all", "after"})
+_RESERVED = (*ORDERS, "all", "after")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_BENCHMARK_KEYS = frozenset({"name", "root", "prepare", "recipe", "tasks", "sources"})
-_TASK_KEYS = frozenset(
-    {"name", "train", "test", "images", "scorer", "max_new_tokens", "note", "suffix", "passes", "gold"}
-)
-_DRAWN_BY_CODE = "playground"
 
 
 @dataclass(frozen=True)
@@ -59,10 +35,10 @@ class Task:
     """One task; the paths are absolute.
 
     Attributes:
-        max_new_tokens: limits an answer's length in tokens.
+        max_new_tokens: limits an answer's length.
         suffix: added to the text of every test question.
         passes: over the training records, for each of ``training.epochs``.
-        gold: files with the expected answers, None where the test file holds them.
+        gold: the files with the expected answers; None where the test file holds them.
     """
 
     name: str
@@ -71,18 +47,26 @@ class Task:
     image_root: Path
     scorer: str
     max_new_tokens: int
-    note: str = ""
     suffix: str = ""
     passes: int = 1
     gold: Gold | None = None
 
-    def half_there(self) -> tuple[Path, Path] | None:
-        """The one of training and test file that is there and the one that is not; None with both or neither.
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """(field, path) of the training, test and gold files."""
+        gold = self.gold.files if self.gold else ()
+        return [("train", self.train), ("test", self.test), *(("gold", path) for path in gold)]
 
-        A builder leaves such a task alone: with its own other half, the task would mix two selections of the data.
+    @property
+    def half_there(self) -> str:
+        """Why a builder leaves the task alone, if only one of training and test file exists; else empty.
+
+        A second half of our own would mix two selections of the data.
         """
         there, lacking = sorted((self.train, self.test), key=lambda path: not path.is_file())
-        return (there, lacking) if there.is_file() and not lacking.is_file() else None
+        if lacking.is_file() or not there.is_file():
+            return ""
+        return f"{self.name}: not built, {there} is there without {lacking.name}: delete it, or bring both"
 
 
 @dataclass(frozen=True)
@@ -90,7 +74,7 @@ class Benchmark:
     """A sequence of tasks in the order ``norm``.
 
     Attributes:
-        prepare: names the builder of its data, None if users bring them.
+        prepare: names the builder of its data; None if users bring the files.
         sources: where files come from, by file or folder relative to the root.
     """
 
@@ -103,8 +87,8 @@ class Benchmark:
 
     @property
     def built_on_first_use(self) -> bool:
-        """Its builder needs no downloads, so that its data need not be there."""
-        return self.prepare == _DRAWN_BY_CODE
+        """Whether its builder needs no downloads, so that its data need not exist yet."""
+        return self.prepare == "playground"
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
@@ -117,11 +101,9 @@ class Benchmark:
         """Task names in training order.
 
         Args:
-            spec: ``norm``, ``rev``, ``rand``, or task names separated by commas (a part of the tasks is
-            allowed).
-            seed: decides ``rand``: tasks are sorted by the SHA-256 of seed and name, so the order is the same
-            on
-                every platform and Python version.
+            spec: ``norm``, ``rev``, ``rand``, or names separated by commas, which may leave out tasks.
+            seed: decides ``rand``, which sorts by the SHA-256 of seed and name: the order is the same on every
+                platform and Python version.
         """
         names = [task.name for task in self.tasks]
         if spec == "norm":
@@ -136,146 +118,165 @@ class Benchmark:
             raise ClmoeError(f"order {spec!r}: task {repeated[0]!r} is listed more than once")
         return chosen
 
-    def missing_files(self) -> list[tuple[str, str, Path]]:
-        """(task, field, path) of every training, test and gold file that does not exist."""
-        files = [(t.name, field, path) for t in self.tasks for field, path in (("train", t.train), ("test", t.test))]
-        files += [(t.name, "gold", path) for t in self.tasks if t.gold is not None for path in t.gold.files]
-        return [entry for entry in files if not entry[2].is_file()]
+    def missing_files(self, tasks: Collection[str] | None = None) -> list[str]:
+        """A line for every file of the tasks (None: of all) that does not exist: task, field, path and source."""
+        lines = []
+        for task in (task for task in self.tasks if tasks is None or task.name in tasks):
+            for kind, path in task.files:
+                source = f", from {self.source(path)}" if self.source(path) else ""
+                lines += [] if path.is_file() else [f"task {task.name!r}, field '{kind}': no file {path}{source}"]
+        return lines
+
+    def require_files(self, tasks: Collection[str] | None = None) -> None:
+        """Check that the files of the tasks (None: of all) exist.
+
+        Raises:
+            ClmoeError: names the first missing file, its task and field, and where it comes from.
+        """
+        missing = self.missing_files(tasks)
+        if missing:
+            more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+            fix = f"run `clmoe data prepare {self.name}`" if self.prepare else "put the data there"
+            raise ClmoeError(
+                f"benchmark {self.name}: {missing[0]}{more}; {fix}, or name the data folder with --data or "
+                f"{ROOT_VARIABLE}"
+            )
 
     def source(self, path: Path) -> str | None:
-        """Where a file below the root comes from, by the longest entry of ``sources`` that it lies in."""
+        """Where a file below the root comes from: the longest entry of ``sources`` that it lies in."""
         below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
         fitting = [place for place in self.sources if below == place or below.startswith(f"{place}/")]
         return self.sources[max(fitting, key=len)] if fitting else None
 
 
-def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
-    """Read a benchmark by its name or by the path of a YAML file (a path ends in .yaml/.yml or holds a
-    slash).
+# ---- the YAML file ----
 
-    With check_files, training and test files must exist. They are not looked for if the data folder does not
-    exist and the benchmark is one that is built on first use (the playground): the caller then runs its builder.
-    Nothing is built here.
+
+@dataclass(frozen=True)
+class _GoldEntry:
+    reader: str = ""
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _TaskEntry:
+    name: str = ""
+    train: str = ""
+    test: str = ""
+    images: str = ""
+    scorer: str = ""
+    max_new_tokens: int = 0
+    note: str = ""  # for readers of the file
+    suffix: str = ""
+    passes: int = 1
+    gold: _GoldEntry | None = None
+
+
+@dataclass(frozen=True)
+class _BenchmarkEntry:
+    name: str = ""
+    root: str = ""
+    prepare: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    tasks: list[_TaskEntry] = field(default_factory=list)
+
+
+def load_benchmark(
+    name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True, tasks: Collection[str] | None = None
+) -> Benchmark:
+    """Read a benchmark by its name or by the path of a YAML file (which ends in .yaml or .yml).
+
+    Args:
+        check_files: require the training, test and gold files. Data that is built on first use may be absent
+            altogether: ``open_benchmark`` builds it.
+        tasks: require the files of these tasks only.
 
     Raises:
-        ClmoeError: unknown name (lists the known ones), broken YAML, unknown key (names the nearest), wrong
-        type,
-            repeated task, missing file.
+        ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
     """
-    path, base = _find(str(name_or_yaml))
-    data = read_yaml(path)
-    _check_keys(data, _BENCHMARK_KEYS, str(path))
-    name = _text(data, "name", str(path))
-    if base != path.parent and name != path.stem:
-        raise ClmoeError(f"{path}: field 'name': expected {path.stem!r}, as the file is called, found {name!r}")
-    recipe = data.get("recipe") or {}
-    if not isinstance(recipe, dict):
-        raise ClmoeError(f"{path}: field 'recipe': expected a mapping, found {recipe!r}")
-    prepare = _text(data, "prepare", str(path)) if "prepare" in data else None
-    root = _data_root(_text(data, "root", str(path)), base, data_root)
-    sources = data.get("sources") or {}
-    if not isinstance(sources, dict) or not all(isinstance(part, str) for pair in sources.items() for part in pair):
-        raise ClmoeError(f"{path}: field 'sources': expected a mapping from files to text, found {sources!r}")
-    benchmark = Benchmark(name, _tasks(data.get("tasks"), root, path), root, recipe, prepare, sources)
+    path = find_config("benchmarks", name_or_yaml).resolve()
+    built_in = path.stem in known_configs("benchmarks") and find_config("benchmarks", path.stem).resolve() == path
+    where = f"{path}: benchmark"
+    entry = build(_BenchmarkEntry, read_yaml(path), where)
+    _require(entry, ("name", "root", "tasks"), where)
+    if built_in and entry.name != path.stem:
+        raise ClmoeError(f"{where}.name: expected {path.stem!r}, as the file is called, found {entry.name!r}")
+    given = data_root or os.environ.get(ROOT_VARIABLE)
+    folder = Path.cwd() if given or built_in else path.parent
+    root = Path(os.path.abspath(folder / Path(given or entry.root).expanduser()))  # noqa: PTH100 (keeps users' links)
+    listed = tuple(_task(task, root, f"{where}.tasks[{index}]") for index, task in enumerate(entry.tasks))
+    names = [task.name for task in listed]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ClmoeError(f"{where}.tasks[{index}].name: {name!r} is used twice")
+    benchmark = Benchmark(entry.name, listed, root, entry.recipe, entry.prepare, entry.sources)
     if check_files and (root.exists() or not benchmark.built_on_first_use):
-        _require_files(benchmark, path)
+        benchmark.require_files(tasks)
     return benchmark
 
 
-def _find(name_or_yaml: str) -> tuple[Path, Path]:
-    """The YAML file and the folder from which its relative root counts."""
-    if "/" in name_or_yaml and not name_or_yaml.endswith((".yaml", ".yml")):
-        raise ClmoeError(f"{name_or_yaml}: a benchmark file's name ends in .yaml")
-    path = find_config("benchmarks", name_or_yaml).resolve()
-    # A built-in file means the same whether it is named or given by its path.
-    homes = [folder for folder in checkouts() if path.parent == folder / "configs" / "benchmarks"]
-    return path, homes[0] if homes else path.parent
+def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
+    _require(entry, ("name", "train", "test", "images", "scorer", "max_new_tokens", "passes"), where)
+    if not _NAME.fullmatch(entry.name) or entry.name in _RESERVED:
+        raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
+    if min(entry.max_new_tokens, entry.passes) < 1:
+        raise ClmoeError(f"{where}: max_new_tokens {entry.max_new_tokens} and passes {entry.passes} must be at least 1")
+    gold = _gold(entry.gold, root, f"{where}.gold") if entry.gold else None
+    train, test, images = root / entry.train, root / entry.test, root / entry.images
+    return Task(entry.name, train, test, images, entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes, gold)
 
 
-def _data_root(root: str, base: Path, argument: Path | None) -> Path:
-    """The argument or the environment variable (relative ones count from the current folder), else the YAML's
-    root."""
-    override = argument or os.environ.get(ROOT_VARIABLE)
-    folder = Path(override).expanduser() if override else base / Path(root).expanduser()
-    return Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would replace users' links to data disks)
+def _gold(entry: _GoldEntry, root: Path, where: str) -> Gold:
+    if entry.reader not in READERS:
+        raise ClmoeError(f"{where}: {unknown('reader', entry.reader, READERS)}")
+    files = READERS[entry.reader].files
+    if len(entry.files) != len(files):
+        raise ClmoeError(f"{where}.files: reader {entry.reader!r} takes {', '.join(files)}, found {entry.files!r}")
+    return Gold(entry.reader, tuple(root / name for name in entry.files))
 
 
-def _tasks(entries: Any, root: Path, path: Path) -> tuple[Task, ...]:
-    if not isinstance(entries, list) or not entries:
-        raise ClmoeError(f"{path}: field 'tasks': expected a list of tasks, found {entries!r}")
-    tasks: list[Task] = []
-    for index, entry in enumerate(entries):
-        where = f"{path}: tasks[{index}]"
-        if not isinstance(entry, dict):
-            raise ClmoeError(f"{where}: expected a mapping with {', '.join(sorted(_TASK_KEYS))}, found {entry!r}")
-        _check_keys(entry, _TASK_KEYS, where)
-        name = _text(entry, "name", where)
-        if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ClmoeError(f"{where}: field 'name': {name!r} is reserved or not made of letters, digits and . _ -")
-        if any(task.name == name for task in tasks):
-            raise ClmoeError(f"{where}: field 'name': {name!r} is used twice")
-        files = {field: root / _text(entry, field, where) for field in ("train", "test", "images")}
-        tasks.append(
-            Task(
-                name,
-                files["train"],
-                files["test"],
-                files["images"],
-                _text(entry, "scorer", where),
-                _count(entry, "max_new_tokens", where),
-                _text(entry, "note", where) if "note" in entry else "",
-                _text(entry, "suffix", where) if "suffix" in entry else "",
-                _count(entry, "passes", where) if "passes" in entry else 1,
-                _gold(entry["gold"], root, where) if "gold" in entry else None,
-            )
-        )
-    return tuple(tasks)
+def _require(entry: _BenchmarkEntry | _TaskEntry, fields: Sequence[str], where: str) -> None:
+    for name in fields:
+        if not getattr(entry, name):
+            raise ClmoeError(f"{where}.{name}: missing or empty")
 
 
-def _gold(value: Any, root: Path, where: str) -> Gold:
-    where = f"{where}: field 'gold'"
-    if not isinstance(value, dict):
-        raise ClmoeError(f"{where}: expected a mapping with reader and files, found {value!r}")
-    _check_keys(value, frozenset({"reader", "files"}), where)
-    reader = _text(value, "reader", where)
-    if reader not in READERS:
-        raise ClmoeError(f"{where}: {unknown('reader', reader, READERS)}")
-    files, wanted = value.get("files"), READERS[reader].files
-    if not isinstance(files, list) or len(files) != len(wanted) or not all(isinstance(name, str) for name in files):
-        raise ClmoeError(f"{where}: reader {reader!r} takes a list of files ({', '.join(wanted)}), found {files!r}")
-    return Gold(reader, tuple(root / name for name in files))
+# ---- the rows ----
 
 
-def _count(data: dict[str, Any], field: str, where: str) -> int:
-    value = data.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ClmoeError(f"{where}: field '{field}': expected a whole number >= 1, found {value!r}")
-    return value
+def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The row of a training file that asks what a test file's row asks."""
+    turns = [{"from": "human", "value": f"<image>\n{row['text']}"}, {"from": "gpt", "value": answer}]
+    return {"id": str(row["question_id"]), "image": row["image"], "conversations": turns}
 
 
-def _require_files(benchmark: Benchmark, path: Path) -> None:
-    missing = benchmark.missing_files()
-    if not missing:
-        return
-    task, field, file = missing[0]
-    more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-    fix = f"run `clmoe data prepare {benchmark.name}`" if benchmark.prepare else "put the data there"
-    source = benchmark.source(file)
-    raise ClmoeError(
-        f"{path}: task {task!r}, field '{field}': no file {file}{more}; "
-        f"{fix}, or name the data folder in {ROOT_VARIABLE}" + (f". It comes from {source}" if source else "")
-    )
+def task_questions(task: Task, *, images: bool = True) -> list[Question]:
+    """Read and validate the task's test and gold files, and add the task's suffix to the questions.
+
+    Args:
+        images: False where only the rows matter: images need not exist.
+
+    Raises:
+        ClmoeError: naming file and row, or gold file and id.
+    """
+    return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
 
 
-def _check_keys(data: dict[Any, Any], allowed: frozenset[str], where: str) -> None:
-    for key in data:
-        if key not in allowed:
-            raise ClmoeError(f"{where}: {unknown('key', str(key), allowed)}")
+def complete(task: Task, questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:
+    """The questions of a test file with the answers of the task's gold files and the task's suffix.
+
+    Errors about questions without an answer go to ``failed``, and those questions are left out; None raises the first.
+    """
+    if task.gold is not None:
+        questions = READERS[task.gold.reader].read(task.gold.files, questions, failed)
+    return [replace(question, text=question.text + task.suffix) for question in questions]
 
 
-def _text(data: dict[str, Any], field: str, where: str) -> str:
-    value = data.get(field)
-    if not isinstance(value, str) or not value.strip():
-        found = f"found {value!r}" if field in data else "the field is missing"
-        raise ClmoeError(f"{where}: field '{field}': expected some text, {found}")
-    return value
+def sampled(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """``limit`` of the questions, in their order; all of them with None.
+
+    Which ones depends on the number of questions alone: every stage of every run asks the same, and a smaller sample is
+    part of a larger one. They come from the whole file, because files are often sorted by kind or difficulty.
+    """
+    return [questions[row] for row in sorted(epoch_permutation(0, 0, len(questions))[:limit].tolist())]

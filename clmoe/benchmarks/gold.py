@@ -1,22 +1,21 @@
-"""Expected answers that lie in other files than the questions: the readers by name.
+"""Expected answers that are in other files than the questions, and how to read other people's JSON.
 
-A reader takes the gold files of a task and its questions, and returns the questions with what the task's scorer needs
-in ``answer`` or ``extra``. A question without an entry in the files is an error that names file and id; given a
-function for such errors, the reader tells them to it, goes on, and leaves the questions out.
+A reader takes a task's gold files and its questions, and returns the questions with what the task's scorer needs in
+``answer`` or ``extra``. Faults (a question without an entry, say) are errors that name file and id; each goes to
+``failed``, and the question is left out; where ``failed`` is None, the first one is raised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from clmoe.benchmarks import coin, ucit
+from clmoe.data.records import Failed, Question, read_json_strictly, shown
+from clmoe.errors import ClmoeError
 
-if TYPE_CHECKING:
-    from clmoe.data.records import Failed, Question
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -29,24 +28,155 @@ class Gold:
 
 @dataclass(frozen=True)
 class Reader:
-    """How gold files are read.
-
-    Attributes:
-        read: ``(files, questions, failed)``.
-        files: what they are.
-        whole: it compares the files with the test file as a whole, so that it needs all of its questions.
-    """
+    """How gold files are read, what they are, and whether this needs every question of the test file (``whole``)."""
 
     read: Callable[[Sequence[Path], Sequence[Question], Failed | None], list[Question]]
     files: tuple[str, ...]
     whole: bool = False
 
 
-READERS: Mapping[str, Reader] = MappingProxyType(
-    {
-        "scienceqa": Reader(coin.scienceqa_answers, ("problems.json", "pid_splits.json"), whole=True),
-        "textvqa": Reader(coin.textvqa_answers, ("TextVQA_0.5.1_val.json",)),
-        "gqa": Reader(coin.gqa_answers, ("testdev_balanced_questions.json",)),
-        "coco_captions": Reader(ucit.coco_captions, ("captions in COCO's format",), whole=True),
-    }
-)
+def entries(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ClmoeError if it holds something else."""
+    data = read_json_strictly(file)
+    if not isinstance(data, dict):
+        raise ClmoeError(f"{file}: expected a JSON object at the top level, found {shown(data)}")
+    return data
+
+
+def listed(file: Path, field: str, row: Mapping[str, Any] | None = None, name: str | None = None) -> list[Any]:
+    """A list that is not empty, in a row, else at the file's top. Raises ClmoeError naming file, id and field."""
+    value = (entries(file) if row is None else row).get(field)
+    if not isinstance(value, list) or not value:
+        where = f"{file}" + (f": id {name!r}" if name is not None else "")
+        raise ClmoeError(f"{where}: field '{field}': expected a list with something in it, found {shown(value)}")
+    return value
+
+
+def _entry(file: Path, rows: Mapping[str, Any], name: str) -> dict[str, Any]:
+    row = rows.get(name)
+    if not isinstance(row, dict):
+        raise ClmoeError(f"{file}: no entry for question_id {name!r}; take questions and gold file of the same release")
+    return row
+
+
+def _each(
+    questions: Sequence[Question], answered: Callable[[Question], Question], failed: Failed | None
+) -> list[Question]:
+    """Each question as ``answered`` returns it, without those that fail."""
+    result = []
+    for question in questions:
+        try:
+            result.append(answered(question))
+        except ClmoeError as error:
+            _report(error, failed)
+    return result
+
+
+def _report(error: ClmoeError, failed: Failed | None) -> None:
+    if failed is None:
+        raise error
+    failed(error)
+
+
+def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+    """ScienceQA: the right choice's letter, and the choices.
+
+    The test file must hold the whole test split, because published scores count the whole split.
+    """
+    problems_file, splits_file = files
+    problems = entries(problems_file)
+    split = [str(name) for name in listed(splits_file, "test")]
+    asked = {question.question_id for question in questions}
+    lacking = [name for name in split if name not in asked]
+    if lacking:
+        error = ClmoeError(
+            f"{splits_file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
+            f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
+        )
+        _report(error, failed)
+
+    def answered(question: Question) -> Question:
+        problem = _entry(problems_file, problems, question.question_id)
+        choices = listed(problems_file, "choices", problem, question.question_id)
+        number = problem.get("answer")
+        if not isinstance(number, int) or not 0 <= number < len(choices):
+            raise ClmoeError(f"{problems_file}: id {question.question_id!r}: answer {number!r} is none of its choices")
+        return replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices})
+
+    return _each(questions, answered, failed)
+
+
+def _textvqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+    """TextVQA: the ten annotators' answers."""
+    (file,) = files
+    rows = {str(row.get("question_id")): row for row in listed(file, "data") if isinstance(row, dict)}
+
+    def answered(question: Question) -> Question:
+        row = _entry(file, rows, question.question_id)
+        answers = listed(file, "answers", row, question.question_id)
+        return replace(question, extra={**question.extra, "answers": answers})
+
+    return _each(questions, answered, failed)
+
+
+def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+    """GQA: the answer of each question, which must be a balanced one: the published score counts only those."""
+    (file,) = files
+    rows = entries(file)
+
+    def answered(question: Question) -> Question:
+        row = _entry(file, rows, question.question_id)
+        answer, where = row.get("answer"), f"{file}: id {question.question_id!r}"
+        if row.get("isBalanced") is not True:
+            raise ClmoeError(
+                f"{where}: isBalanced is {row.get('isBalanced')!r}; GQA's score counts balanced questions, so take "
+                "only those into the test file"
+            )
+        if not isinstance(answer, str) or not answer:
+            raise ClmoeError(f"{where}: no 'answer'")
+        return replace(question, answer=answer)
+
+    return _each(questions, answered, failed)
+
+
+def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+    """UCIT: the reference captions of each question's image, in ``extra["captions"]``.
+
+    The published files number their images by the test file: image n belongs to the n-th question, from 1. Where the
+    images' ids are the question ids themselves, those decide. A ``file_name`` of an image must be the question's.
+    """
+    (file,) = files
+    data = entries(file)
+    images = {str(image.get("id")): image for image in listed(file, "images", data)}
+    if len(images) != len(questions):
+        raise ClmoeError(
+            f"{file}: {len(images)} images for {len(questions)} questions; take both files of the same release"
+        )
+    captions: dict[str, list[str]] = {}
+    for row in listed(file, "annotations", data):
+        captions.setdefault(str(row.get("image_id")), []).append(str(row.get("caption", "")))
+    by_id = images.keys() == {question.question_id for question in questions}
+    numbers = {question.question_id: str(number) for number, question in enumerate(questions, 1)}
+
+    def answered(question: Question) -> Question:
+        name = question.question_id if by_id else numbers[question.question_id]
+        texts = [text for text in captions.get(name, []) if text.strip()]
+        if name not in images or not texts:
+            raise ClmoeError(f"{file}: no captions of image {name!r} for question_id {question.question_id!r}")
+        of_image = images[name].get("file_name")
+        if of_image and PurePosixPath(str(of_image)).name != PurePosixPath(question.image or "").name:
+            raise ClmoeError(
+                f"{file}: image {name!r} is {of_image!r}, but question_id {question.question_id!r} is about "
+                f"{question.image!r}; take both files of the same release"
+            )
+        return replace(question, extra={**question.extra, "captions": texts})
+
+    return _each(questions, answered, failed)
+
+
+READERS = {
+    "scienceqa": Reader(_scienceqa, ("problems.json", "pid_splits.json"), whole=True),
+    "textvqa": Reader(_textvqa, ("TextVQA_0.5.1_val.json",)),
+    "gqa": Reader(_gqa, ("testdev_balanced_questions.json",)),
+    "coco_captions": Reader(_coco_captions, ("captions in COCO's format",), whole=True),
+}

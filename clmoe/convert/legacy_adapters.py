@@ -20,16 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from clmoe.bases.llava import base_fingerprint
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config, load_config, merge
 from clmoe.convert.pickles import ADAPTER_LIMIT, PROJECTOR_LIMIT
 from clmoe.convert.shards import check_names, open_file, tensors_of
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
+from clmoe.methods import method_class
 from clmoe.methods.plan import adapted_meta, meta_llava, shapes_file
-from clmoe.model.fingerprint import base_fingerprint
-from clmoe.train.checkpoint import build_folder
-from clmoe.train.lineage import CONFIG, LINEAGE, Lineage, lineage_of, read_checkpoint
+from clmoe.train.checkpoint import CONFIG, LINEAGE, Lineage, build_folder, lineage_of, read_checkpoint
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.tensors import load_tensors, save_tensors
@@ -219,7 +218,7 @@ def _packed(legacy: Legacy, place: str, name: str, found: dict[str, Tensor]) -> 
     """One linear's tensors as ours: ``A [E*r, din]``, ``B [dout, E*r]``, router ``[E, din]``."""
     import torch
 
-    from clmoe.model.adapter import tensor_name
+    from clmoe.experts.model import tensor_name
 
     module = f"model.language_model.{place}"
     parts = [found[key] for key in _legacy_names(legacy, place)]
@@ -238,7 +237,8 @@ def _packed(legacy: Legacy, place: str, name: str, found: dict[str, Tensor]) -> 
 
 def _projector(path: Path, scratch: Path, stack: ExitStack) -> dict[str, Tensor]:
     """``base_model.model.model.mm_projector.{0,2}.{weight,bias}`` under our names."""
-    from clmoe.model.adapter import PROJECTOR, tensor_name
+    from clmoe.experts.config import PROJECTOR
+    from clmoe.experts.model import tensor_name
 
     names = {
         f"base_model.model.model.mm_projector.{theirs}.{kind}": tensor_name(f"model.{PROJECTOR}", f"{ours}.{kind}")
@@ -251,7 +251,7 @@ def _projector(path: Path, scratch: Path, stack: ExitStack) -> dict[str, Tensor]
 
 
 def _check_shapes(tensors: dict[str, Tensor], adapted: PeftModel, where: Path) -> None:
-    from clmoe.model.adapter import adapter_tensors
+    from clmoe.experts.model import adapter_tensors
 
     wanted = adapter_tensors(adapted)
     check_names(set(tensors), set(wanted), None, where)
@@ -270,9 +270,9 @@ def _same(written: dict[str, Tensor], tensors: dict[str, Tensor], target: Path) 
 
 def _write(work: Path, adapted: PeftModel, tensors: dict[str, Tensor], config: Config, lineage: Lineage) -> None:
     """The files of a checkpoint, as ``save_adapter`` and a training's end write them."""
-    from clmoe.model.adapter import adapted_llava
+    from clmoe.experts.model import adapted_base
 
-    llava = type(adapted_llava(adapted))
+    llava = type(adapted_base(adapted))
     shape = adapted.peft_config[adapted.active_adapter]
     shape.inference_mode, shape.base_model_name_or_path = True, config.model.path
     origin = {"base_model_class": llava.__name__, "parent_library": llava.__module__}

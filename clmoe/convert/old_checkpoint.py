@@ -1,4 +1,4 @@
-"""A checkpoint that clmoe 0.1 sealed (format 1) -> one of today's. Tensors stay as they are; settings get their new names."""
+"""A checkpoint that clmoe 0.1 sealed (format 1) -> one of today's: the same tensors, settings under their new names."""
 
 import shutil
 from pathlib import Path

@@ -1,86 +1,270 @@
-"""Batches for a loaded base: of training records, and of prompts."""
+"""From records to batches: datasets that make one item at a time, collation, packing by image, and sampling.
+
+Items hold tensors only and nothing random is drawn here, so a batch does not depend on the number of loader workers.
+Letters: B records, T tokens of the longest record, I images of H x W pixels, G packed rows, L tokens of the longest
+    row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from clmoe.data.collate import PromptDataset, TrainDataset, collate_prompts, collate_train
-from clmoe.data.images import read_pixels
-from clmoe.data.permutation import epoch_permutation
+from clmoe.data.prompts import IGNORE, Encoded
 from clmoe.data.records import Question, TrainRecord
-from clmoe.model.llava import LoadedBase
-from clmoe.utils.processes import in_order
+from clmoe.errors import ClmoeError
 
-R = TypeVar("R")
+PREFIX, PADDING = 0, -1
+"""Segments of packed rows, see ``collate_packed``."""
+
+
+class Encoder(Protocol):
+    """What turns records into a base's inputs."""
+
+    def encode_training(self, record: TrainRecord, max_length: int) -> Encoded:
+        """Token ids and labels of a record, at most ``max_length`` of them."""
+
+    def encode_prompt(self, question: str, has_image: bool) -> list[int]:
+        """Token ids of a prompt."""
+
+    def read_image(self, path: Path) -> Tensor:
+        """An image file as pixels ``[3, H, W]`` float32 or, if the base keeps them, features ``[P, D]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainItem:
+    """input_ids and labels: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """input_ids: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
+
+    input_ids: Tensor
+    pixel_values: Tensor | None
+
+
+# ---- Datasets
+
+
+class TrainDataset(Dataset[TrainItem]):
+    """Training records as items. Images are decoded and text is tokenised on access.
+
+    Raises:
+        ClmoeError: at once if there are no records or the tokenizer does not fit the template (the first record is
+            encoded as a trial); on access for a bad image or a record whose answer lies beyond ``max_length``.
+    """
+
+    def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
+        if not records:
+            raise ClmoeError("there are no training records; expected at least one")
+        self.records, self.image_root = records, Path(image_root)
+        self.encoder, self.max_length = encoder, max_length
+        encoder.encode_training(records[0], max_length)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> TrainItem:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
+        """A batch's items, as the loader asks for them. Items of one image, which is read once, share its tensor."""
+        pixels: dict[str | None, Tensor | None] = {None: None}
+        items = []
+        for record in (self.records[index] for index in indices):
+            if record.image is not None and record.image not in pixels:
+                pixels[record.image] = self.encoder.read_image(self.image_root / record.image)
+            encoded = self.encoder.encode_training(record, self.max_length)
+            ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
+            items.append(TrainItem(ids, labels, pixels[record.image]))
+        return items
+
+
+class NumberedDataset(Dataset[tuple[int, TrainItem]]):
+    """A dataset's items with their places in it."""
+
+    def __init__(self, dataset: TrainDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, TrainItem]:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]]:
+        """A batch; items of one image share its tensor, see ``TrainDataset``."""
+        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+
+
+class PromptDataset(Dataset[PromptItem]):
+    """Questions as prompts; images are preprocessed exactly as in training."""
+
+    def __init__(self, questions: Sequence[Question], image_root: Path, encoder: Encoder) -> None:
+        self.questions, self.image_root, self.encoder = questions, Path(image_root), encoder
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        return PromptItem(self.input_ids(index), self.pixel_values(index))
+
+    def input_ids(self, index: int) -> Tensor:
+        """The prompt's tokens ``[T]`` int64."""
+        question = self.questions[index]
+        return torch.tensor(self.encoder.encode_prompt(question.text, question.image is not None))
+
+    def pixel_values(self, index: int) -> Tensor | None:
+        """The prompt's image, as in ``PromptItem``."""
+        image = self.questions[index].image
+        return None if image is None else self.encoder.read_image(self.image_root / image)
+
+
+# ---- Collation
+
+
+def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
+    """A training batch, padded on the right.
+
+    Returns ``input_ids``, ``attention_mask`` (1 = token, 0 = padding) and ``labels`` (padding is -100), all ``[B, T]``
+    int64, and ``pixel_values [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image,
+    in order; the key is absent if none has.
+    """
+    batch = _padded([item.input_ids for item in items], pad_id)
+    return batch | {"labels": _pad([item.labels for item in items], IGNORE)} | _stacked(items)
+
+
+def collate_numbered(
+    items: Sequence[tuple[int, TrainItem]],
+    pad_id: int,
+    collate: Callable[[Sequence[TrainItem], int], dict[str, Tensor]] = collate_train,
+) -> dict[str, Tensor]:
+    """As ``collate``, with the items' places in their dataset as ``rows [B]`` int64."""
+    return collate([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
+
+
+def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
+    """A batch to generate from, padded on the left; keys and shapes as in ``collate_train``, without labels."""
+    return _padded([item.input_ids for item in items], pad_id, left=True) | _stacked(items)
+
+
+def _padded(rows: Sequence[Tensor], pad_id: int, left: bool = False) -> dict[str, Tensor]:
+    mask = _pad([torch.ones_like(row) for row in rows], 0, left)
+    return {"input_ids": _pad(rows, pad_id, left), "attention_mask": mask}
+
+
+def _pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right"
+    )
+
+
+def _stacked(items: Sequence[TrainItem] | Sequence[PromptItem]) -> dict[str, Tensor]:
+    present = [item.pixel_values for item in items if item.pixel_values is not None]
+    return {"pixel_values": torch.stack(present)} if present else {}
+
+
+# ---- Packing: training records of one image as one row, which holds their common prefix once
+#
+# LLaVA's prompt puts system sentence and image first, so under causal attention the states of these tokens are the same
+# in all records of an image (Prefix Grouper, arXiv 2506.05433).
+
+
+def image_groups(records: Sequence[TrainRecord]) -> tuple[tuple[int, ...], ...]:
+    """Indices of records, grouped by image in order of first appearance; a record without image is alone.
+
+    Where a record occurs several times (a replayed memory, a union's passes), its n-th occurrence goes to its image's
+    n-th group: otherwise whole batches would repeat one record.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    seen: Counter[bytes] = Counter()
+    for row, record in enumerate(records):
+        if record.image is None:
+            groups[row] = [row]
+            continue
+        content = hashlib.blake2b(repr(record).encode(), digest_size=16).digest()
+        groups.setdefault((record.image, seen[content]), []).append(row)
+        seen[content] += 1
+    return tuple(map(tuple, groups.values()))
+
+
+def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
+    """A training batch as of ``collate_train``, and the packed rows that the model computes.
+
+    Items that hold the same ``pixel_values`` tensor share a row. Besides ``input_ids``, ``attention_mask`` and ``labels
+    [B, T]`` the batch holds, all int64,
+
+    - ``packed_ids [G, L]``: a prefix and the rests of a row's records, one after another, padded on the right;
+    - ``packed_positions [G, L]``: each token's position in its own record;
+    - ``packed_segments [G, L]``: 0 in the prefix, n in the n-th rest, -1 in the padding;
+    - ``places [B, T]``: where each record's token lies, ``row * L + column``; 0 for padding;
+
+    and ``pixel_values [I, 3, H, W]`` once for each row that has an image.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for number, item in enumerate(items):
+        members.setdefault(number if item.pixel_values is None else ("image", id(item.pixel_values)), []).append(number)
+    rows = [_packed_row([items[n].input_ids for n in numbers]) for numbers in members.values()]
+    ids, positions, segments, columns = zip(*rows, strict=True)
+    packed_ids = _pad(ids, pad_id)
+    batch = collate_train([TrainItem(item.input_ids, item.labels, None) for item in items], pad_id)
+    places = torch.zeros_like(batch["input_ids"])
+    for row, numbers in enumerate(members.values()):
+        for number, column in zip(numbers, columns[row], strict=True):
+            places[number, : len(column)] = row * packed_ids.shape[1] + column
+    packed = {
+        "packed_ids": packed_ids,
+        "packed_positions": _pad(positions, 0),
+        "packed_segments": _pad(segments, PADDING),
+        "places": places,
+    }
+    return batch | packed | _stacked([items[numbers[0]] for numbers in members.values()])
+
+
+def _packed_row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Ids, positions and segments ``[l]`` of one row, and for each record the columns of its tokens."""
+    prefix = common_prefix(ids)
+    rests = [torch.arange(prefix, len(whole)) for whole in ids]
+    segments = [torch.full_like(rest, number) for number, rest in enumerate(rests, 1)]
+    starts = np.cumsum([prefix, *map(len, rests)]).tolist()
+    shared = torch.arange(prefix)
+    columns = [torch.cat([shared, rest - prefix + start]) for rest, start in zip(rests, starts, strict=False)]
+    tokens = torch.cat([ids[0][:prefix], *(whole[prefix:] for whole in ids)])
+    return tokens, torch.cat([shared, *rests]), torch.cat([torch.full_like(shared, PREFIX), *segments]), columns
+
+
+def common_prefix(ids: Sequence[Tensor]) -> int:
+    """Number of leading tokens that all rows ``[T]`` int64 share; the length of a row that is alone."""
+    shortest = min(map(len, ids))
+    same = torch.stack([row[:shortest] == ids[0][:shortest] for row in ids]).all(0)
+    return int(same.cumprod(0).sum())
+
+
+# ---- Sampling
+
+
+def epoch_permutation(seed: int, epoch: int, records: int) -> np.ndarray:
+    """The order of one epoch, ``[records]`` int64: a pure function of its arguments, the one source of sample order."""
+    return np.random.default_rng([seed, epoch]).permutation(records)
 
 
 def sample_records(records: Sequence[TrainRecord], samples: int, seed: int) -> list[TrainRecord]:
     """At most ``samples`` records, drawn without replacement."""
     return [records[i] for i in epoch_permutation(seed, 0, len(records))[:samples]]
-
-
-def train_dataset(base: LoadedBase, records: Sequence[TrainRecord], image_root: Path, max_length: int) -> TrainDataset:
-    """Records as training items for this base; of several processes all must call it."""
-    read = _kept_features(base, (record.image for record in records), image_root)
-    return TrainDataset(
-        records, image_root, base.tokenizer, base.image_processor, base.image_token_count, max_length, read
-    )
-
-
-def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: Path) -> PromptDataset:
-    """Questions as prompts for this base; of several processes all must call it."""
-    read = _kept_features(base, (question.image for question in questions), image_root)
-    return PromptDataset(questions, image_root, base.tokenizer, base.image_processor, base.image_token_count, read)
-
-
-def _kept_features(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> Callable[[Path], Tensor] | None:
-    """What reads an image's features instead of its pixels, where the base keeps them; all of ``images`` have some."""
-    if base.vision is None:
-        return None
-    paths = (image_root / image for image in images if image is not None)
-    base.vision.fill(base.model.model.vision_tower, paths, partial(read_pixels, image_processor=base.image_processor))
-    return base.vision.read
-
-
-def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
-    """Move a batch; pixels take the base's dtype."""
-    return {
-        key: value.to(base.device, base.model.dtype if value.is_floating_point() else value.dtype)
-        for key, value in batch.items()
-    }
-
-
-def over_train_batches(
-    base: LoadedBase, dataset: TrainDataset, size: int, compute: Callable[[dict[str, Tensor]], R]
-) -> list[R]:
-    """``compute`` of right-padded batches of whole records on the model's device, in order, shared by the processes."""
-    return _over_batches(base, dataset, size, collate_train, compute)
-
-
-def over_prompt_batches(
-    base: LoadedBase, dataset: PromptDataset, size: int, compute: Callable[[dict[str, Tensor]], R]
-) -> list[R]:
-    """``compute`` of left-padded batches of prompts on the model's device, in order, shared by the processes."""
-    return _over_batches(base, dataset, size, collate_prompts, compute)
-
-
-def _over_batches(
-    base: LoadedBase,
-    dataset: Any,
-    size: int,
-    collate: Callable[[list[Any], int], dict[str, Tensor]],
-    compute: Callable[[dict[str, Tensor]], R],
-) -> list[R]:
-    def one(start: int) -> R:
-        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        return compute(to_device(collate(items, base.tokenizer.pad_token_id), base))
-
-    return in_order(range(0, len(dataset), size), one)
 
 
 def first_questions(records: Sequence[TrainRecord]) -> list[Question]:

@@ -1,36 +1,27 @@
-"""From an image file to the vision tower's input: one path, used in training and in evaluation.
+"""From an image file to the vision tower's input: one path for training and evaluation.
 
-Decode policy, the same as LLaVA-1.5's where LLaVA has one:
+The decoding policy is LLaVA-1.5's where LLaVA has one:
 
-* Every image becomes RGB. Transparency is dropped, not blended; palettes and CMYK are converted; of an
-  animation the first frame counts.
-* The stored orientation is kept: an EXIF rotation tag is **not** applied. LLaVA does not apply it either, and
-  boxes of the benchmarks refer to the stored pixels.
-* Images with more than 8 bits per channel (16-bit, 32-bit, float) are refused: converting them would clip
-  everything above 255 to white.
-* A file that is missing, empty, truncated, not an image, or larger than ``MAX_PIXELS`` is an error that names
-  it; nothing is skipped or replaced.
+* Every image becomes RGB. Transparency is dropped, not blended; palettes and CMYK are converted; an animation gives its
+  first frame.
+* An EXIF rotation is **not** applied: LLaVA does not apply it, and boxes of the benchmarks refer to the stored pixels.
+* More than 8 bits per channel (16-bit, 32-bit, float) is an error: converting would clip all values above 255 to white.
+* A file that is missing, empty, truncated, not an image, or larger than ``MAX_PIXELS`` is an error that names it.
 
-A non-square image is padded to a square, never cropped. Published evaluation scripts crop what training
-padded, which moves the target boxes of grounding tasks; here both sides call ``preprocess``.
-
-This module imports torch only to preprocess: `clmoe data check` decodes in many processes.
+A non-square image is padded to a square and never cropped. Published evaluation scripts crop what training padded,
+which moves the target boxes of grounding tasks; here both call ``preprocess``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from PIL import Image
 
 from clmoe.errors import ClmoeError
 
-if TYPE_CHECKING:
-    import torch
-
 MAX_PIXELS = 178_956_970
-"""Largest accepted width x height. It is the size at which Pillow itself speaks of a decompression bomb."""
+"""Largest accepted width x height: where Pillow itself reports a decompression bomb."""
 
 _DEEP_MODES = ("I", "F")
 
@@ -38,8 +29,8 @@ _DEEP_MODES = ("I", "F")
 def load_image(path: Path) -> Image.Image:
     """Decode an image file completely, as RGB.
 
-    Raises ClmoeError naming the file if it cannot be decoded, is larger than MAX_PIXELS, or has more than 8
-    bits per channel.
+    Raises:
+        ClmoeError: the file cannot be decoded, is larger than MAX_PIXELS, or has more than 8 bits per channel.
     """
     try:
         with Image.open(path) as image:
@@ -55,7 +46,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """The image as 8-bit RGB. Raises ClmoeError naming the image if it has more than 8 bits per channel."""
+    """The image as 8-bit RGB. Raises ClmoeError with its name if it has more than 8 bits per channel."""
     if image.mode.split(";")[0] in _DEEP_MODES:
         raise ClmoeError(f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
     return image.convert("RGB")
@@ -64,8 +55,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Centre an RGB image on a square of the background colour whose side is the longer side.
 
-    The same as ``expand2square`` of LLaVA-1.5: with an odd remainder the extra line lies right or below. A
-    square image is returned as it is.
+    As ``expand2square`` of LLaVA-1.5: an odd remainder puts the extra line on the right or at the bottom.
     """
     width, height = image.size
     if width == height:
@@ -77,22 +67,14 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
-    """Pad with the processor's mean colour, then let the processor resize and normalise.
+    """Pad with the processor's mean colour, then let the processor resize and normalise: ``[3, H, W]`` float32.
 
     Args:
-        image: of any size and any mode that ``to_rgb`` takes.
-        image_processor: a transformers image processor with ``image_mean`` (CLIPImageProcessor,
-        CLIPImageProcessorPil, ...).
-
-    Returns:
-        Tensor [3, H, W], float32, contiguous.
+        image_processor: a transformers image processor with ``image_mean`` (CLIPImageProcessor or alike).
 
     Raises:
-        ClmoeError: the processor would crop the padded square (its crop size is not its resize size), or the
-            image has more than 8 bits per channel.
+        ClmoeError: the processor would crop the padded square, or the image has more than 8 bits per channel.
     """
-    import torch
-
     _refuse_cropping(image_processor)
     red, green, blue = (int(value * 255) for value in image_processor.image_mean)
     square = pad_to_square(to_rgb(image), (red, green, blue))

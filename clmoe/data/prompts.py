@@ -1,31 +1,26 @@
 """LLaVA-1.5's conversation template (``vicuna_v1``) and the answer mask.
 
-The conversation is one string with at most one ``<image>``. As in LLaVA, the text before the mark and the text
-after it are tokenised separately, as two strings of their own, and ``image_token_count`` copies of the image token
-come between. For LLaMA's tokenizer that matters: the second text opens with the mark of a beginning, so the tokens
-after an image are ``▁``, ``<0x0A>``, where one string would give ``<0x0A>`` alone. Byte-level tokenizers give the same
-both ways. Whether a ``<s>`` comes first is the tokenizer's own setting, the same for training and prompts; the
-second text gets none.
+A conversation is one string with at most one ``<image>``. As in LLaVA, the texts before and after the mark are
+tokenised separately, and ``image_token_count`` copies of the image token come between them. This matters for LLaMA's
+tokenizer: it marks the beginning of the second text, so the tokens after an image are ``▁``, ``<0x0A>``, where a
+single string gives ``<0x0A>`` alone. Byte-level tokenizers give the same either way. The tokenizer's own setting
+decides whether the first text gets a ``<s>``, in training and in prompts alike; the second text never does.
 
-The mask follows from the character offsets of the tokens. So the labels are exactly the tokens of `` answer</s>``
-of every turn, whatever the tokenizer does with spaces: the same tokens as LLaVA's ``preprocess_v1`` leaves
-unmasked. Where that function would lose count and mask a whole conversation with a warning (an answer or question
-that holds ``ASSISTANT: ``, a tokenizer it does not know), the labels here are still those. Two checks turn a
-template that does not fit the tokenizer into an error instead of a silent zero loss: no token may reach across an
-answer's borders, and the tokens of the first prompt (what evaluation sends) must be a prefix of the training
-tokens.
+The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn,
+whatever the tokenizer does with spaces, and equal what LLaVA's ``preprocess_v1`` leaves unmasked. Where that function
+loses count and masks a whole conversation with a warning (text that holds ``ASSISTANT: ``, a tokenizer that it does not
+know), they are still these tokens. Two checks turn a tokenizer that does not fit the template into an error instead of
+a silent zero loss: no token may reach across the border of an answer, and the tokens of the first prompt (what
+evaluation sends) must be a prefix of the training tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
 
 from clmoe.data.records import IMAGE_MARK, TrainRecord, Turn
 from clmoe.errors import ClmoeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -34,6 +29,8 @@ SYSTEM = (
 END = "</s>"
 IGNORE = -100
 """Label of tokens that do not count in the loss."""
+
+Spans = list[tuple[int, int]]
 
 
 class Encoded(NamedTuple):
@@ -49,25 +46,18 @@ def prompt_text(question: str, has_image: bool) -> str:
     return f"{SYSTEM} USER: {mark}{question} ASSISTANT:"
 
 
-def render_turns(turns: Sequence[Turn], has_image: bool) -> str:
-    """The whole conversation; every answer ends in ``</s>`` and the next ``USER:`` follows it directly."""
-    return _render(turns, has_image)[0]
-
-
 def encode_training(
     record: TrainRecord, tokenizer: PreTrainedTokenizerFast, image_token_count: int, max_length: int
 ) -> Encoded:
-    """Token ids and labels of a record, cut at the right to max_length tokens (the image's tokens counted),
-    as LLaVA does.
+    """Token ids and labels of a record, truncated on the right to ``max_length`` tokens, the image's included.
 
     Raises:
-        ClmoeError: the tokenizer does not fit the template, the record's text holds a special token
-        (``</s>``, ``<image>``),
-            or no answer token is left after the cut. The message names the record.
+        ClmoeError: the tokenizer does not fit the template, the text holds a special token (``</s>``, ``<image>``), or
+            truncation leaves no answer token. The message names the record.
     """
     where = f"record {record.id!r}"
     has_image = record.image is not None
-    text, spans = _render(record.turns, has_image)
+    text, spans = render(record.turns, has_image)
     ids, offsets = _tokenise(text, tokenizer, has_image, len(record.turns), where)
     labels = _answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
     prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, has_image, 0, where)
@@ -79,7 +69,7 @@ def encode_training(
     if has_image:
         position = ids.index(tokenizer.image_token_id)
         ids = _expand(ids, position, image_token_count)
-        labels = labels[:position] + [IGNORE] * image_token_count + labels[position + 1 :]
+        labels = _expand(labels, position, image_token_count)
     total = len(ids)
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORE for label in labels):
@@ -93,15 +83,14 @@ def encode_training(
 def encode_prompt(
     question: str, has_image: bool, tokenizer: PreTrainedTokenizerFast, image_token_count: int
 ) -> list[int]:
-    """Token ids of the prompt up to ``ASSISTANT:``, never cut. Raises ClmoeError as encode_training does."""
+    """Token ids of the prompt up to ``ASSISTANT:``, never truncated. Raises ClmoeError as ``encode_training``."""
     where = f"question {question[:60]!r}"
     ids, _ = _tokenise(prompt_text(question, has_image), tokenizer, has_image, 0, where)
     return _expand(ids, ids.index(tokenizer.image_token_id), image_token_count) if has_image else ids
 
 
-def _render(turns: Sequence[Turn], has_image: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation and, per turn, the character span of `` answer</s>`` (from the space to after the end
-    mark)."""
+def render(turns: Sequence[Turn], has_image: bool) -> tuple[str, Spans]:
+    """The conversation, and the characters of each `` answer</s>``. The next ``USER:`` follows ``</s>`` directly."""
     text, spans = "", []
     for number, turn in enumerate(turns):
         text += f"USER: {turn.question} ASSISTANT:" if number else prompt_text(turn.question, has_image)
@@ -113,7 +102,7 @@ def _render(turns: Sequence[Turn], has_image: bool) -> tuple[str, list[tuple[int
 
 def _tokenise(
     text: str, tokenizer: PreTrainedTokenizerFast, has_image: bool, ends: int, where: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+) -> tuple[list[int], Spans]:
     """Ids and character offsets; checks that the special tokens are those of the template and no others."""
     if tokenizer.eos_token != END:
         raise ClmoeError(f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}")
@@ -132,28 +121,22 @@ def _tokenise(
     for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, has_image)):
         if ids.count(token_id) != wanted:
             raise ClmoeError(
-                f"{where}: {ids.count(token_id)} tokens {token}, the template has {int(wanted)}; remove it "
-                "from the text or, if it is not there, mend the tokenizer: one special token, never appended"
+                f"{where}: {ids.count(token_id)} tokens {token}, the template has {int(wanted)}; remove it from the "
+                "text or, if it is not there, fix the tokenizer: one special token, never appended"
             )
     return ids, offsets
 
 
-def _tokens(
-    text: str, start: int, tokenizer: PreTrainedTokenizerFast, with_special: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _tokens(text: str, start: int, tokenizer: PreTrainedTokenizerFast, with_special: bool) -> tuple[list[int], Spans]:
     """Ids of one text and their character offsets, shifted by ``start``; ``<s>`` in front only ``with_special``."""
     encoded = tokenizer(text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), [(left + start, right + start) for left, right in encoded["offset_mapping"]]
 
 
-def _answer_labels(
-    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], end_id: int, where: str
-) -> list[int]:
-    """Labels: the ids of the tokens inside a span, IGNORE elsewhere. Every span must hold some answer and
-    close with end_id.
+def _answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:
+    """The ids of the tokens inside a span, IGNORE elsewhere. Each span must hold some answer and end in ``end_id``.
 
-    A token of no width (``<s>``, or white space in tokenizers that trim offsets) belongs to the span in which
-    it begins.
+    A token of no width (``<s>``, or white space in tokenizers that trim offsets) belongs to the span that it begins in.
     """
     labels = [IGNORE] * len(ids)
     position = 0
@@ -171,5 +154,6 @@ def _answer_labels(
     return labels
 
 
-def _expand(ids: list[int], position: int, count: int) -> list[int]:
-    return ids[:position] + [ids[position]] * count + ids[position + 1 :]
+def _expand(values: list[int], position: int, count: int) -> list[int]:
+    """``count`` copies of the value at ``position`` in place of one."""
+    return values[:position] + [values[position]] * count + values[position + 1 :]

@@ -1,44 +1,115 @@
-"""Training and question files: their schema, and errors that name file, row and field.
+"""Training and question files: reading, checking, and the records of several tasks as one sequence.
 
-Both are JSON lists in the layout of LLaVA and of the benchmarks built on it:
+Both kinds of file are JSON lists in the layout of LLaVA and of the benchmarks built on it:
 
 * training: ``{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt",
   "value": ...}, ...]}``
-* questions: ``{"question_id", "image"?, "text", "answer", ...}``; every further key is kept in
-  ``Question.extra``.
+* questions: ``{"question_id", "image"?, "text", "answer", ...}``; all other keys end up in ``Question.extra``.
 
-What reading changes, and nothing else: ids become strings; white space around questions and training answers
-is removed (the prompt puts exactly one space before an answer); the ``<image>`` mark is taken out of the
-text, because the prompt always puts the image first; image paths are normalised (``./a/../b.jpg`` becomes
-``b.jpg``). The expected answers of question files are kept as they are. Rows are counted from 0. This module
-must stay free of torch: fast verbs import it.
+Reading changes only this: ids become strings; white space around questions and training answers is stripped (the
+prompt puts exactly one space before an answer); the ``<image>`` mark is removed from the text, because the prompt
+always puts the image first; image paths are normalised (``./a/../b.jpg`` becomes ``b.jpg``). The expected answers of
+question files stay as they are. Every error names the file, the row (counted from 0) and the field.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import posixpath
 import re
+import sys
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, overload
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, TypeVar
 
-from clmoe.data.json_rows import json_rows, shown
+from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+from pyarrow import ArrowException
+
 from clmoe.errors import ClmoeError
+from clmoe.utils.files import file_sha256, flush, json_sha256
+from clmoe.utils.tensors import writing
 
 IMAGE_MARK = "<image>"
 GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
-"""Fields of which a question must have at least one: what a scorer compares a prediction with."""
+"""A question must have at least one of these: what a scorer compares a prediction with."""
 
 LARGE_FILE = 16 * 2**20
-"""Training files of this many bytes are not held in memory as records."""
+"""Training files of at least this many bytes are not held in memory."""
+CACHE_VARIABLE = "CLMOE_CACHE"
 
 Failed = Callable[[ClmoeError], None]
 R = TypeVar("R")
 
 _QUESTION_FIELDS = frozenset({"question_id", "image", "text", "answer"})
-_SPEAKERS = ("human", "gpt")
+_TEXT = Value("string")
+_COLUMNS = Features({"id": _TEXT, "image": _TEXT, "turns": [{"question": _TEXT, "answer": _TEXT}]})
+_CACHE_FORMAT = 2
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+# ---- JSON
+
+
+def read_json_strictly(path: Path) -> Any:
+    """Parse strict JSON: UTF-8 without a byte-order mark, no NaN and no Infinity.
+
+    Raises:
+        ClmoeError: the file cannot be read or parsed; the message names the file and, for broken JSON, the line and
+            column.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ClmoeError(f"{path}: {where}: broken JSON: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise ClmoeError(f"{path}: cannot be parsed as JSON: {error}") from error
+
+
+def json_rows(path: Path) -> list[Any]:
+    """The elements of a JSON list. Raises ClmoeError as ``read_json_strictly``, and for no list or an empty one."""
+    data = read_json_strictly(path)
+    if not isinstance(data, list):
+        raise ClmoeError(f"{path}: expected a JSON list of records at the top level, found {shown(data)}")
+    if not data:
+        raise ClmoeError(f"{path}: the list of records is empty; expected at least one")
+    return data
+
+
+def count_records(path: Path) -> int:
+    """Number of objects in a training or question file; their fields are not checked. Raises as ``json_rows``."""
+    return len([_Row(path, index, data) for index, data in enumerate(json_rows(path))])
+
+
+def shown(value: Any) -> str:
+    """The JSON type and the value, short enough for one line."""
+    if value is None:
+        return "null"
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    text = repr(value)
+    return f"{kinds.get(type(value), 'a number')} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; write a number or null")
+
+
+# ---- Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +129,6 @@ class TrainRecord:
     turns: tuple[Turn, ...]
 
 
-class LookedUpRecords(Sequence[TrainRecord]):
-    """Records that are made when they are asked for; subclasses say how many there are and make one."""
-
-    @abstractmethod
-    def record(self, position: int) -> TrainRecord:
-        """The record at ``position``, from 0 to below the length."""
-
-    @overload
-    def __getitem__(self, index: int) -> TrainRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainRecord]: ...
-    def __getitem__(self, index: int | slice) -> TrainRecord | list[TrainRecord]:
-        if isinstance(index, slice):
-            return [self.record(i) for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self.record(position)
-
-
 @dataclass(frozen=True, slots=True)
 class Question:
     """One test question. ``answer`` is empty only if ``extra`` holds another field of GOLD_FIELDS."""
@@ -90,26 +141,23 @@ class Question:
 
 
 def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
-    """Read and validate a training file, its images included (they must exist; they are not decoded).
+    """Read and check a training file. The images must exist; they are not decoded.
 
-    Published LLaVA files repeat ids (several conversations about one image), so a repeated id is not an error
-    here: its later rows get ``#2``, ``#3``, ... in file order, and ids are unique in the result.
+    Published LLaVA files repeat ids (several conversations about one image). So a repeated id is not an error: the
+    second and later rows get ``#2``, ``#3``, ... in file order, and all ids in the result are unique. The records of a
+    file of LARGE_FILE bytes or more stay on disk, see ``StoredRecords``.
 
-    The records of a file of LARGE_FILE bytes or more are not objects in memory: they are written to a cache on disk
-    once, and read from there on access (see ``clmoe.data.stored``).
-
-    Raises ClmoeError at the first bad row.
+    Raises:
+        ClmoeError: at the first bad row.
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size >= LARGE_FILE:
-        from clmoe.data.stored import stored_train
-
-        return stored_train(path, image_root)
+        return _stored_train(path, image_root)
     return list(iterate_train(path, image_root))
 
 
 def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) -> Iterator[TrainRecord]:
-    """The records of ``load_train``, one at a time. With ``failed``, bad rows are told to it and left out."""
+    """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
     images = _Images(image_root)
     seen: set[str] = set()
 
@@ -127,15 +175,16 @@ def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) ->
 
 
 def load_questions(path: Path, image_root: Path, *, answered: bool = True, images: bool = True) -> list[Question]:
-    """Read and validate a question file, its images included (they must exist; they are not decoded).
+    """Read and check a question file. The images must exist; they are not decoded.
 
     A list of strings in ``answer`` (several accepted answers) is moved to ``extra["answers"]``.
 
     Args:
-        answered: every row must hold one of GOLD_FIELDS; False where the expected answers lie in another file.
-        images: False where only the rows matter: images need not exist.
+        answered: every row must have one of GOLD_FIELDS; False if another file holds the expected answers.
+        images: False if the images need not exist.
 
-    Raises ClmoeError at the first bad row; a repeated question id is one.
+    Raises:
+        ClmoeError: at the first bad row; a repeated question id makes a row bad.
     """
     return list(iterate_questions(path, image_root, answered=answered, images=images))
 
@@ -143,7 +192,7 @@ def load_questions(path: Path, image_root: Path, *, answered: bool = True, image
 def iterate_questions(
     path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
 ) -> Iterator[Question]:
-    """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are told to it and left out."""
+    """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
     checked_images = _Images(image_root, images)
     first_row: dict[str, int] = {}
 
@@ -161,7 +210,7 @@ def iterate_questions(
 
 
 def _each_row(path: Path, make: Callable[[_Row], R], failed: Failed | None) -> Iterator[R]:
-    for index, data in enumerate(json_rows(Path(path))):
+    for index, data in enumerate(json_rows(path)):
         try:
             yield make(_Row(path, index, data))
         except ClmoeError as error:
@@ -193,8 +242,7 @@ class _Row:
     def text(self, field: str, value: Any) -> str:
         """A non-empty string that can be written as UTF-8."""
         if not isinstance(value, str):
-            found = self._found(field) if "[" not in field else shown(value)
-            self.fail(field, f"expected a string, found {found}")
+            self.fail(field, f"expected a string, found {shown(value) if '[' in field else self._found(field)}")
         if not value.strip():
             self.fail(field, "expected some text, found an empty string")
         try:
@@ -208,7 +256,7 @@ class _Row:
 
 
 def misplaced(image: str) -> str | None:
-    """How an image path, with either kind of slash, does not stay below its image root; None where it does."""
+    """Why an image path, with either kind of slash, does not stay below its image root; None if it does."""
     path = posixpath.normpath(image.replace("\\", "/"))
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
         return "is absolute; write it relative to"
@@ -216,7 +264,7 @@ def misplaced(image: str) -> str | None:
 
 
 class _Images:
-    """Checks that image paths stay under one root and, with ``look``, exist; each distinct path is looked up once."""
+    """Checks that image paths stay below one root and, with ``look``, exist; each path is looked up once."""
 
     def __init__(self, root: Path, look: bool = True) -> None:
         self.root, self.look = Path(root), look
@@ -229,8 +277,7 @@ class _Images:
             return None
         raw = row.text("image", value)
         image = posixpath.normpath(raw.replace("\\", "/"))
-        wrong = misplaced(image)
-        if wrong:
+        if wrong := misplaced(image):
             row.fail("image", f"{raw!r} {wrong} the image root {self.root}")
         if self.look and image not in self._known:
             if not self.root.is_dir():
@@ -245,38 +292,25 @@ def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
     turns = row.data.get("conversations")
     if not isinstance(turns, list) or not turns:
         row.fail("conversations", f"expected a list human, gpt, human, gpt, ..., found {shown(turns)}")
-    values = []
+    texts = []
     for number, turn in enumerate(turns):
-        field = f"conversations[{number}]"
-        if not isinstance(turn, dict):
-            row.fail(field, f"expected an object with 'from' and 'value', found {shown(turn)}")
-        speaker = _SPEAKERS[number % 2]
-        if turn.get("from") != speaker:
-            row.fail(
-                f"{field}.from",
-                f"expected {speaker!r} (human and gpt alternate), found {shown(turn.get('from'))}",
-            )
-        values.append(row.text(f"{field}.value", turn.get("value")))
-    if len(values) % 2:
+        field, speaker = f"conversations[{number}]", ("human", "gpt")[number % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            row.fail(f"{field}.from", f"expected {speaker!r} (human and gpt alternate), found {shown(turn)}")
+        field += ".value"
+        text = row.text(field, turn.get("value"))
+        if number and IMAGE_MARK in text:
+            row.fail(field, f"{IMAGE_MARK} may occur in the first human turn only")
+        if not number and image is not None and IMAGE_MARK not in text:
+            row.fail(field, f"'image' is set, but {IMAGE_MARK} is missing; write it before the question")
+        texts.append(text.strip() if number % 2 else _question_text(row, field, text, image))
+    if len(texts) % 2:
         row.fail("conversations", "the last question has no answer; add a gpt turn or remove the question")
-    if image is not None and IMAGE_MARK not in values[0]:
-        row.fail(
-            "conversations[0].value",
-            f"'image' is set, but {IMAGE_MARK} is missing; write it before the question",
-        )
-    result = []
-    for number in range(0, len(values), 2):
-        field = f"conversations[{number}].value"
-        if number and IMAGE_MARK in values[number]:
-            row.fail(field, f"{IMAGE_MARK} may stand in the first human turn only")
-        if IMAGE_MARK in values[number + 1]:
-            row.fail(f"conversations[{number + 1}].value", f"{IMAGE_MARK} may not stand in an answer")
-        result.append(Turn(_question_text(row, field, values[number], image), values[number + 1].strip()))
-    return tuple(result)
+    return tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
 
 
 def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
-    """The text without its image mark; there may be one mark, and only if the row has an image."""
+    """The text without its image mark; one mark is allowed, and only if the row has an image."""
     count = value.count(IMAGE_MARK)
     if count > 1:
         row.fail(field, f"expected one {IMAGE_MARK}, found {count}; one image per record is supported")
@@ -289,7 +323,7 @@ def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
 
 
 def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
-    """The expected answer as a string ('' if it lies elsewhere) and the row's further fields."""
+    """The expected answer ("" if another field or file holds it) and the row's other fields."""
     extra = {key: value for key, value in row.data.items() if key not in _QUESTION_FIELDS}
     answer = row.data.get("answer", "")
     if isinstance(answer, list):
@@ -302,3 +336,114 @@ def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
     if "answer" not in row.data:
         row.fail("answer", f"the question has no expected answer: give one of {', '.join(GOLD_FIELDS)}")
     return row.text("answer", answer), extra
+
+
+# ---- Records that are made on access
+
+
+class LookedUpRecords(Sequence[TrainRecord]):
+    """Records that are made on access; subclasses give the length and make one record."""
+
+    @abstractmethod
+    def record(self, position: int) -> TrainRecord:
+        """The record at ``position``, which is in ``range(len(self))``."""
+
+    def __getitem__(self, index: Any) -> Any:
+        positions = range(len(self))[index]
+        return self.record(positions) if isinstance(positions, int) else [self.record(p) for p in positions]
+
+
+class StoredRecords(LookedUpRecords):
+    """The records of an Arrow file, memory-mapped through ``datasets``.
+
+    Raises:
+        ValueError, OSError, ArrowException: the file is truncated or cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as stream:
+            stream.seek(-len(_STREAM_END), os.SEEK_END)
+            if stream.read() != _STREAM_END:
+                raise ValueError("truncated")
+        self._rows = Dataset.from_file(str(file))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, position: int) -> TrainRecord:
+        return _record(self._rows[position])
+
+    def __iter__(self) -> Iterator[TrainRecord]:
+        return map(_record, self._rows)
+
+
+def _stored_train(path: Path, image_root: Path) -> StoredRecords:
+    """The records of a training file, which the first process that asks for them checks and stores.
+
+    They are stored in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) under a hash of the file's content and of the image
+    root, so a changed file is checked again. Images are not: one that has gone is an error when it is read.
+    """
+    key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
+    file = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if file.is_file():
+            try:
+                return StoredRecords(file)
+            except (ArrowException, OSError, ValueError) as error:
+                print(f"{file}: damaged ({error}); making it again from {path}", file=sys.stderr)
+        _store(iterate_train(path, image_root), file)
+        return StoredRecords(file)
+
+
+def _store(records: Iterator[TrainRecord], file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    with writing(file), ArrowWriter(features=_COLUMNS, path=str(partial)) as writer:
+        for record in records:
+            writer.write(asdict(record))
+        writer.finalize()
+        flush(partial)
+        partial.replace(file)
+
+
+def _record(row: dict[str, Any]) -> TrainRecord:
+    return TrainRecord(row["id"], row["image"], tuple(Turn(**turn) for turn in row["turns"]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task's records in a union.
+
+    Attributes:
+        name: prefix of the records' ids; none if empty.
+        folder: the task's image folder, relative to the union's image root.
+        passes: how often the records occur in the union.
+    """
+
+    name: str
+    folder: str
+    records: Sequence[TrainRecord]
+    passes: int = 1
+
+    @classmethod
+    def of(cls, name: str, records: Sequence[TrainRecord], image_root: Path, root: Path, passes: int = 1) -> Part:
+        """A task's records for a union whose images are relative to ``root``."""
+        return cls(name, os.path.relpath(image_root, root), records, passes)
+
+
+class UnionRecords(LookedUpRecords):
+    """The parts one after another."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self._ends = list(accumulate(len(part.records) * part.passes for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def record(self, position: int) -> TrainRecord:
+        number = bisect_right(self._ends, position)
+        part = self.parts[number]
+        record = part.records[(position - (self._ends[number - 1] if number else 0)) % len(part.records)]
+        image = None if record.image is None else str(PurePosixPath(part.folder) / record.image)
+        return replace(record, id=f"{part.name}/{record.id}" if part.name else record.id, image=image)

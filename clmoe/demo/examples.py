@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clmoe.benchmarks.base import Benchmark
-from clmoe.benchmarks.questions import task_questions
+from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import shown_answer
 

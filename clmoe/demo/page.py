@@ -10,9 +10,8 @@ from clmoe.demo.examples import Example
 from clmoe.demo.panels import Asked, asked_panel, experts_panel, scores_panel
 from clmoe.demo.stream import stream
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import LoadedCheckpoint
-from clmoe.evaluate.explain import Explanation
-from clmoe.model.routing import RouterChoice
+from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
+from clmoe.experts.routing import RouterChoice
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine
 

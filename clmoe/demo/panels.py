@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from clmoe.evaluate.explain import Explanation, RouterWeights
+from clmoe.evaluate.answer import Explanation, RouterWeights
 
 EARLIEST = "before task 1"
 Column = tuple[int, int]

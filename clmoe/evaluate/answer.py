@@ -1,47 +1,63 @@
-"""A checkpoint that answers questions: find the task, route, generate."""
-
-from __future__ import annotations
+"""A checkpoint that answers questions from Python, on request with its reasons."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
 
+import torch
+from PIL import Image
+
+from clmoe.bases.inputs import prompt_dataset, to_device
+from clmoe.data.batches import PromptItem, collate_prompts
+from clmoe.data.images import to_rgb
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.evaluation import Checkpoint
-from clmoe.evaluate.explain import Explanation, explain, oracle_index
-from clmoe.evaluate.generate import Answerer
-from clmoe.methods.base import method_class
-from clmoe.model.llava import LoadedBase, load_base
-from clmoe.model.routing import RouterChoice
-from clmoe.train.lineage import read_checkpoint
-from clmoe.utils.processes import device
+from clmoe.evaluate.generate import Answerer, open_answerer
+from clmoe.experts.layer import ExpertLinear
+from clmoe.experts.model import adapted_base, expert_config, expert_layers
+from clmoe.experts.routing import RouteSelection, RouteTrace, routing
+from clmoe.train.checkpoint import read_checkpoint
+from clmoe.utils.names import unknown
 
-if TYPE_CHECKING:
-    from torch import nn
+ImageSource = Path | str | Image.Image | None
 
 
-def open_answerer(checkpoint: Checkpoint, base: LoadedBase | None = None, features: Path | None = None) -> Answerer:
-    """Load a checkpoint (onto ``base`` if it is loaded already) for answering; ``features`` as for ``Answerer``.
+@dataclass(frozen=True)
+class RouterWeights:
+    """What one router mixed its experts with, on the mean over the prompt's tokens.
 
-    Raises:
-        ClmoeError: the model in the configuration is not the base that the adapter was trained on.
+    Attributes:
+        block: decoder block.
+        linear: the linear that the router serves; empty if it serves the whole FFN.
+        owners: position in training order of the task that each expert of the block belongs to, oldest first;
+            negative for experts from before the first task.
+        weights: of the oldest experts, as many as the router reaches; they sum to 1.
     """
-    config = checkpoint.config
-    if base is None:
-        base = load_base(config.model, device())
-    model: nn.Module = base.model
-    if checkpoint.folder is not None:
-        from clmoe.model.adapter import experts_by_linear, load_adapter
 
-        if checkpoint.base != base.fingerprint:
-            raise ClmoeError(f"{checkpoint.folder} was trained on another base than {config.model.path}")
-        model = load_adapter(base.model, checkpoint.folder, trainable=False)
-        for experts in experts_by_linear(model).values():
-            experts.freeze_as(base.model.dtype)
-    method = method_class(config.method)(config)
-    return Answerer(base, model, method, checkpoint.folder, len(checkpoint.learned), config.evaluation, features)
+    block: int
+    linear: str
+    owners: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An answer and what led to it.
+
+    Attributes:
+        text: the answer, or its beginning while it is being generated.
+        task: the one that the question was taken for; None for methods without parts.
+        scores: task -> how typical the question is of it, the largest wins. Empty for methods without parts.
+        routers: in model order; empty for methods without experts.
+    """
+
+    text: str
+    task: str | None
+    scores: dict[str, float]
+    routers: list[RouterWeights]
 
 
 class LoadedCheckpoint:
@@ -55,68 +71,124 @@ class LoadedCheckpoint:
         self.answerer, self.learned = answerer, learned
 
     @property
-    def finds_task(self) -> bool:
-        """Answers depend on the question's task, so ``router`` has a meaning."""
-        return self.answerer.method.finds_task
+    def keeps_parts(self) -> bool:
+        """Answers depend on the question's task, so that a locator has a meaning."""
+        return self.answerer.method.keeps_parts
 
     def answer(
         self,
-        image: Path | str | None,
+        image: ImageSource,
         question: str,
         max_new_tokens: int = 64,
-        router: RouterChoice = "located",
+        locator: str = "",
         task: str | None = None,
     ) -> str:
-        """Answer one question about one image (None: text only); the task is found from the question itself.
+        """Answer one question about one image (a path, a PIL image, or None for text only).
 
-        Args:
-            router: ``oracle`` takes ``task``, ``last`` the newest task, ``random`` one drawn from the question.
+        The checkpoint's own locator finds the task; ``locator="oracle"`` takes ``task``, ``"last"`` the newest task,
+        and ``"random"`` one drawn from the question.
 
         Raises:
-            ClmoeError: the oracle without a task that was learned, or a task without the oracle.
+            ClmoeError: another kind of image, the oracle without a learned task, or a task without the oracle.
         """
-        asked, root = _asked(image, question)
-        index = oracle_index(router, task, self.learned)
-        (answer,) = self.answerer.answer([asked], root, max_new_tokens, router, index)
+        with _asked(image, question) as (asked, root):
+            (answer,) = self.answerer.answer([asked], root, max_new_tokens, locator, self._oracle(locator, task))
         return answer.text
 
     def explain(
         self,
-        image: Path | str | None,
+        image: ImageSource,
         question: str,
         max_new_tokens: int = 64,
-        router: RouterChoice = "located",
+        locator: str = "",
         task: str | None = None,
         watch: Callable[[Explanation], None] = lambda partial: None,
     ) -> Explanation:
         """As ``answer``, with the reasons: the task, every task's score, and the experts' weights.
 
         Args:
-            watch: called with the reasons before the first token and with the text so far before every further one.
+            watch: called with the reasons before the first token, and with the text so far before every further one.
         """
-        asked, root = _asked(image, question)
-        return explain(self.answerer, self.learned, asked, root, max_new_tokens, router, task, watch)
+        oracle, answerer = self._oracle(locator, task), self.answerer
+        with _asked(image, question) as (asked, root):
+            scores = answerer.task_scores([asked], root, locator, oracle)
+            prompt = prompt_dataset(answerer.base, [asked], root)[0]
+        index = None if scores is None else int(scores[0].argmax())
+        selection = answerer.selection([index])
+        reasons = Explanation(
+            "",
+            None if index is None else self.learned[index],
+            {} if scores is None else dict(zip(self.learned, scores[0].tolist(), strict=True)),
+            _router_weights(answerer, prompt, selection),
+        )
+        watch(reasons)
+        (text,), _ = answerer.generate(
+            [prompt], selection, max_new_tokens, lambda texts: watch(replace(reasons, text=texts[0].strip()))
+        )
+        return replace(reasons, text=text.strip())
+
+    def _oracle(self, locator: str, task: str | None) -> int | None:
+        """Position of the task that the caller names for the oracle."""
+        oracle = (locator or self.answerer.method.config.locator.name) == "oracle"
+        if not oracle and task is not None:
+            raise ClmoeError(f"task {task!r} is only used with locator='oracle', not {locator!r}")
+        if oracle and self.keeps_parts and task not in self.learned:
+            raise ClmoeError(f"locator 'oracle' needs the question's task: {unknown('task', str(task), self.learned)}")
+        return None if task is None else self.learned.index(task)
 
 
-def _asked(image: Path | str | None, question: str) -> tuple[Question, Path]:
-    """A question of its own, and the folder of its image; its id, which the random router looks at, is its text."""
-    path = None if image is None else Path(image).resolve()
-    if path is None:
-        return Question(question, None, question, "", {}), Path()
-    return Question(question, path.name, question, "", {}), path.parent
+@contextmanager
+def _asked(image: ImageSource, question: str) -> Iterator[tuple[Question, Path]]:
+    """A question whose id, which the random locator reads, is its text; and the folder of its image, while it lasts.
+
+    A PIL image is written to a file, so that all images go one way.
+    """
+    if isinstance(image, Image.Image):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "image.png"
+            to_rgb(image).save(path)
+            with _asked(path, question) as asked:
+                yield asked
+    elif image is None:
+        yield Question(question, None, question, "", {}), Path()
+    elif isinstance(image, Path | str):
+        path = Path(image).resolve()
+        yield Question(question, path.name, question, "", {}), path.parent
+    else:
+        raise ClmoeError(f"image: expected a path, a PIL image or None (text only), found {type(image).__name__}")
+
+
+@torch.no_grad()
+def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSelection) -> list[RouterWeights]:
+    """Mean weights of the experts over the prompt's tokens, by router."""
+    model, trace = answerer.model, RouteTrace()
+    layers = expert_layers(model)
+    if not layers:
+        return []
+    inputs = to_device(collate_prompts([prompt], answerer.base.tokenizer.pad_token_id), answerer.base)
+    with routing(selection, trace):
+        adapted_base(model).base_model(**inputs, use_cache=False)
+    layout = expert_config(model).layout
+    return [
+        RouterWeights(
+            int(layer.block),
+            name.rpartition(".")[2] if isinstance(layer, ExpertLinear) else "",
+            layout[layer.block],
+            trace.outputs[name].weights[0].mean(0).tolist(),
+        )
+        for name, layer in layers.items()
+        if name in trace.outputs  # experts that are all added up have no router
+    ]
 
 
 def load(folder: Path | str, model: str | None = None) -> LoadedCheckpoint:
     """Open a checkpoint folder: ``clmoe.load("runs/x/08_digits").answer("photo.png", "What is this?")``.
 
     Args:
-        model: folder or hub name of the checkpoint's base, where it is no longer where the training found it.
+        model: folder or hub name of the checkpoint's base, if it is no longer where the training found it.
 
     Raises:
         ClmoeError: not a finished checkpoint, damaged, or its base cannot be loaded or is another one.
     """
     done = read_checkpoint(Path(folder), [] if model is None else [f"model.path={json.dumps(model)}"])
-    tasks = done.lineage.tasks
-    return LoadedCheckpoint(
-        open_answerer(Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config, done.lineage.base)), tasks
-    )
+    return LoadedCheckpoint(open_answerer(done.config, done), done.lineage.tasks)

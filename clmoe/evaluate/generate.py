@@ -1,35 +1,33 @@
-"""Batched greedy answers: sorted by image and length, close calls answered again alone."""
+"""Answer questions in batches: find each question's task, route, generate greedily, repeat close calls alone."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from clmoe.config import EvaluationConfig
-from clmoe.data.batches import prompt_dataset, to_device
-from clmoe.data.collate import PromptItem, collate_prompts
-from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
-from clmoe.data.records import Question
-from clmoe.evaluate.greedy import greedy
-from clmoe.evaluate.location import known_tasks
-from clmoe.evaluate.partial import PartialAnswers
-from clmoe.methods.features import FeatureStore
-from clmoe.model.adapter import adapted_llava
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, RouterChoice, RouteSelection
-from clmoe.utils.processes import count, in_order
+from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs, read_prompts, to_device
+from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config, LocatorConfig
+from clmoe.data.batches import PromptItem, collate_prompts
+from clmoe.data.records import Question, load_train
+from clmoe.errors import ClmoeError
+from clmoe.experts.forward import prefill
+from clmoe.experts.model import adapted_base, experts_by_linear, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
+from clmoe.locators import make_locator
+from clmoe.locators.base import FILE as LOCATOR_FILE
+from clmoe.locators.base import Asked, FeatureStore, Locator
+from clmoe.methods import method_class
+from clmoe.methods.base import Method
+from clmoe.train.checkpoint import Finished
+from clmoe.utils.processes import device, from_main, in_order
 
-if TYPE_CHECKING:
-    from clmoe.methods.base import Method
-
-
-SCORED_AT_ONCE = 1024  # questions: so many that a process of several has its share, so few that memory does not matter
+SCORED_AT_ONCE = 1024  # questions: enough to give each of several processes a share, few enough for their memory
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,15 @@ class Answer:
 
     Attributes:
         text: what was generated.
-        margin: the smallest distance of the two best logits on the way.
+        margin: the smallest gap between the two best logits on the way.
         redone: it was answered again alone.
-        task: whose routers served it, in training order; None for methods that do not choose.
-        deciders: the task that each decider took the question for, where it was located.
+        task: the one that it was taken for, in training order; None for methods without parts.
     """
 
     text: str
     margin: float
     redone: bool
     task: int | None
-    deciders: dict[str, int]
 
 
 class Answerer:
@@ -57,116 +53,124 @@ class Answerer:
     def __init__(
         self,
         base: LoadedBase,
-        model: nn.Module,
+        model: PeftModel | PreTrainedModel,
         method: Method,
-        checkpoint: Path | None,
-        learned: int,
-        config: EvaluationConfig,
+        learned: int = 0,
+        locator: Locator | None = None,
         features: Path | None = None,
     ) -> None:
-        """`features`: folder that keeps the locator's features; None computes them for every call."""
-        self.base, self.method, self.config = base, method, config
-        self.model, self.checkpoint, self.learned = model.eval(), checkpoint, learned
-        self.features = features
+        """An answerer.
+
+        Args:
+            learned: number of tasks that the model has learned.
+            locator: finds a question's task; None for methods that keep no parts.
+            features: folder that keeps the locator's features; None computes them for every call.
+        """
+        self.base, self.method, self.config = base, method, method.config.evaluation
+        self.model, self.learned, self.own = model.eval(), learned, locator
+        self.store = FeatureStore.of(base, method.config, features)
 
     def answer(
         self,
         questions: Sequence[Question],
         image_root: Path,
         max_new_tokens: int,
-        router: RouterChoice = "located",
-        task_index: int | None = None,
-        advance: Callable[[int], None] = lambda rows: None,
-        partial: PartialAnswers | None = None,
+        locator: str = "",
+        task: int | None = None,
+        known: Mapping[str, Answer] | None = None,
+        finish: Callable[[list[tuple[str, Answer]]], None] = lambda batch: None,
     ) -> list[Answer]:
         """One answer per question, in order.
 
-        With ``exact``, a row whose two best logits came closer than ``margin`` is answered again in a batch of its
-        own, so that the batch's rounding cannot decide. Several processes share the batches, and all get all answers.
+        With ``exact``, a row whose two best logits came closer than ``margin`` is answered again in a batch of its own,
+        so that the batch's rounding cannot decide. Several processes share the batches, and all get all answers.
 
         Args:
             max_new_tokens: longest answer in tokens.
-            router: how the task is chosen, for methods that choose one.
-            task_index: the questions' true task, for the oracle.
-            advance: called with the number of rows done.
-            partial: keeps finished batches; those of an interrupted call are not computed again.
+            locator: ``oracle``, ``last`` or ``random`` instead of the answerer's own.
+            task: the questions' true task, for the oracle.
+            known: answers by question id; batches that it holds completely are not computed.
+            finish: called with each batch that this process computed, as question ids and answers.
         """
-        found = self._find_tasks(questions, image_root, router, task_index)
+        scores = self.task_scores(questions, image_root, locator, task)
+        found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
         dataset = prompt_dataset(self.base, questions, image_root)
-        # Characters stand in for tokens here, so that images are read one batch at a time: a whole test set's may not
-        # fit into memory.
-        order = self._order(questions)
-        size = self.config.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        ids = [question.question_id for question in questions]
-        done = {} if partial is None else partial.read()
+        ids, known = [question.question_id for question in questions], known or {}
+        order, size = self._order(questions), self.config.batch_size
 
-        def run(rows: list[int], redone: bool) -> list[Answer]:
-            chosen = [next(iter(found[i].values()), None) for i in rows]
-            texts, margins = self.generate(read_prompts(dataset, rows), self.selection(chosen), max_new_tokens)
+        def generated(rows: list[int], redone: bool) -> list[Answer]:
+            tasks = [found[row] for row in rows]
+            texts, margins = self.generate(read_prompts(dataset, rows), self.selection(tasks), max_new_tokens)
             return [
-                Answer(text.strip(), margin, redone, task, found[row] if router == "located" else {})
-                for row, task, text, margin in zip(rows, chosen, texts, margins, strict=True)
+                Answer(text.strip(), margin, redone, task)
+                for task, text, margin in zip(tasks, texts, margins, strict=True)
             ]
 
-        def finish(rows: list[int]) -> list[Answer]:
-            if all(ids[row] in done for row in rows):
-                return [done[ids[row]] for row in rows]
-            answers = run(rows, redone=False)
+        def answered(rows: list[int]) -> list[Answer]:
+            if all(ids[row] in known for row in rows):
+                return [known[ids[row]] for row in rows]
+            answers = generated(rows, redone=False)
             if self.config.exact:
-                close = [k for k, answer in enumerate(answers) if answer.margin < self.config.margin]
-                for k in close:
-                    (answers[k],) = run([rows[k]], redone=True)
-            if partial is not None:
-                partial.append(zip([ids[row] for row in rows], answers, strict=True))
-            advance(len(rows) * count())
+                for k, answer in enumerate(answers):
+                    if answer.margin < self.config.margin:
+                        (answers[k],) = generated([rows[k]], redone=True)
+            finish([(ids[row], answer) for row, answer in zip(rows, answers, strict=True)])
             return answers
 
-        finished = in_order(batches, finish)
-        answers = dict(zip(order, [a for batch in finished for a in batch], strict=True))
-        return [answers[i] for i in range(len(dataset))]
+        batches = in_order([order[start : start + size] for start in range(0, len(order), size)], answered)
+        answers = dict(zip(order, [answer for batch in batches for answer in batch], strict=True))
+        return [answers[row] for row in range(len(questions))]
 
     def _order(self, questions: Sequence[Question]) -> list[int]:
-        """The order of answering, a pure function of the questions: by length, those of one image together."""
+        """The order of answering, a pure function of the questions: by length, those of one image together.
+
+        Characters stand in for tokens, so that nothing needs to be read before its batch.
+        """
         lengths = [len(question.text) for question in questions]
         if self.config.share_images:
             return image_order([question.image for question in questions], lengths)
         return sorted(range(len(questions)), key=lambda i: (questions[i].image is None, lengths[i], i))
 
-    def _find_tasks(
-        self, questions: Sequence[Question], image_root: Path, router: RouterChoice, task_index: int | None
-    ) -> list[dict[str, int]]:
-        """For each question the task by each decider, the one that counts first; empty where no task is chosen."""
-        if self.checkpoint is None or not self.method.finds_task:
-            return [{} for _ in questions]
-        ids = [question.question_id for question in questions]
-        known = known_tasks(router, ids, self.learned, task_index, self.method.config.seed)
-        if known is not None:
-            return [{router: task} for task in known.tolist()]
-        located = {name: scores.argmax(1).tolist() for name, scores in self.task_scores(questions, image_root).items()}
-        return [{name: tasks[row] for name, tasks in located.items()} for row in range(len(questions))]
+    def locator(self, name: str = "") -> Locator | None:
+        """The answerer's own locator, or by name one that does not look at questions; None without parts.
 
-    def task_scores(self, questions: Sequence[Question], image_root: Path) -> dict[str, Tensor]:
-        """How typical each decider finds each question of each learned task, ``[M, N]`` on the CPU, larger is likelier.
-
-        The decider whose word counts comes first; empty where no task is chosen.
+        Raises:
+            ClmoeError: a locator of that name would have to be fitted first.
         """
-        if self.checkpoint is None or not self.method.finds_task:
-            return {}
-        config = self.config
-        kind = self.method.feature_kind()
-        store = FeatureStore(self.base, kind, config.batch_size, self.features, config.share_images)
-        features = store.features(self.model, questions, image_root)  # type: ignore[arg-type]
-        checkpoint = self.checkpoint
-        parts = in_order(features.split(SCORED_AT_ONCE), lambda some: self.method.task_scores(checkpoint, some))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.own is None or not name or name == self.own.config.name:
+            return self.own
+        locator = make_locator(LocatorConfig(name), self.method.config.seed)
+        if locator.looks:
+            raise ClmoeError(
+                f"locator {name!r} is not the one that this checkpoint was opened with: evaluate it with "
+                f"`clmoe eval ... locator={name}`, which fits it"
+            )
+        return locator
+
+    def task_scores(
+        self, questions: Sequence[Question], image_root: Path, locator: str = "", task: int | None = None
+    ) -> Tensor | None:
+        """How typical each question is of each learned task, ``[M, N]`` on the CPU, larger is likelier.
+
+        None for methods that keep no parts. Arguments as for ``answer``.
+        """
+        finder = self.locator(locator)
+        if finder is None:
+            return None
+        ids = [question.question_id for question in questions]
+        if not finder.looks:
+            return finder.scores(Asked(ids, self.learned, task=task))
+        features = self.store.features(self.model, questions, image_root)
+        starts = range(0, len(ids), SCORED_AT_ONCE)
+        parts = [(ids[start : start + SCORED_AT_ONCE], features[start : start + SCORED_AT_ONCE]) for start in starts]
+        return torch.cat(in_order(parts, lambda part: finder.scores(Asked(part[0], self.learned, part[1], task))))
 
     def selection(self, tasks: Sequence[int | None]) -> RouteSelection:
-        """How a batch of questions of these tasks is routed; None where no task is chosen."""
+        """The routing of a batch of questions that belong to these tasks, None for methods without parts."""
         chosen = [task for task in tasks if task is not None]
         if not chosen:
             return NEWEST_ROUTER
-        return self.method.selection(self.model, torch.tensor(chosen))  # type: ignore[arg-type]
+        return self.method.selection(self.model, torch.tensor(chosen))
 
     def generate(
         self,
@@ -175,7 +179,7 @@ class Answerer:
         max_new_tokens: int,
         watch: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], list[float]]:
-        """Texts and margins of one batch; ``watch`` is called with the texts so far before every further token.
+        """Texts and margins of one batch; calls ``watch`` with the texts so far before every further token.
 
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
         """
@@ -189,13 +193,106 @@ class Answerer:
             inputs = prompt_inputs(self.base, items, selection.keys(len(items)))
         else:
             inputs = to_device(collate_prompts(items, pad), self.base)
-        tokens, margins = greedy(
-            _llava(self.model), inputs, selection, max_new_tokens, end, pad,
-            (lambda tokens: None) if watch is None else lambda tokens: watch(texts(tokens)),
-        )  # fmt: skip
+        llava = adapted_base(self.model) if isinstance(self.model, PeftModel) else self.model
+        show = None if watch is None else lambda tokens: watch(texts(tokens))
+        tokens, margins = greedy(llava, inputs, selection, max_new_tokens, end, pad, show)
         return texts(tokens), margins.tolist()
 
 
-def _llava(model: nn.Module) -> LlavaForConditionalGeneration:
-    """The LLaVA itself, with its projections patched if it is adapted."""
-    return model if isinstance(model, LlavaForConditionalGeneration) else adapted_llava(model)  # type: ignore[arg-type]
+def open_answerer(
+    config: Config,
+    done: Finished | None = None,
+    base: LoadedBase | None = None,
+    features: Path | None = None,
+    benchmark: Benchmark | None = None,
+) -> Answerer:
+    """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already; see ``Answerer``.
+
+    Args:
+        benchmark: its training data fit a locator that is not the one sealed in the checkpoint.
+
+    Raises:
+        ClmoeError: the checkpoint was trained on another base than the configuration's, or its locator was sealed with
+            other settings and there is no benchmark.
+    """
+    base = load_base(config.model, device()) if base is None else base
+    method = method_class(config.method)(config)
+    if done is None:
+        return Answerer(base, base.model, method)
+    if done.lineage.base != base.fingerprint:
+        raise ClmoeError(f"{done.folder} was trained on another base than {config.model.path}")
+    model = load_adapter(base.model, done.folder, trainable=False)
+    for experts in experts_by_linear(model).values():
+        experts.freeze_as(base.model.dtype)
+    answerer = Answerer(base, model, method, len(done.lineage.tasks), features=features)
+    if method.keeps_parts:
+        answerer.own = _open_locator(config, done, answerer, benchmark)
+    return answerer
+
+
+def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> Locator:
+    """The checkpoint's own locator, or another one, fitted on the training data of all learned tasks."""
+    locator = make_locator(config.locator, config.seed)
+    if not locator.looks:
+        return locator
+    if config.locator == done.locator:
+        locator.load(done.folder / LOCATOR_FILE)
+        return locator
+    if benchmark is None:
+        raise ClmoeError(f"{done.folder} was sealed with locator={done.locator.name}: another one needs training data")
+    features = []
+    for name in done.lineage.tasks:
+        task = benchmark.task(name)
+        records = load_train(task.train, task.image_root)
+        features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
+
+    def fit() -> dict[str, Tensor]:
+        for of_task in features:
+            locator.fit(of_task)
+        return locator.state()
+
+    locator.load_state(from_main(fit))
+    return locator
+
+
+@torch.no_grad()
+def greedy(
+    llava: PreTrainedModel,
+    prompts: dict[str, Tensor] | SharedPrompts,
+    selection: RouteSelection,
+    max_new_tokens: int,
+    end: int,
+    pad: int,
+    watch: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Say the likeliest token again and again, until every row has said ``end`` or ``max_new_tokens`` are said.
+
+    Args:
+        prompts: left-padded.
+        watch: called with the tokens so far ``[B, t]`` before every further one.
+
+    Returns:
+        tokens ``[B, t]`` int64, ``pad`` after a row's ``end``; and ``[B]`` float32 on the CPU, for each row the
+        smallest gap between the two best logits up to its ``end``.
+    """
+    read = prefill(llava, prompts, selection, max_new_tokens)
+    hidden, mask, position = read.hidden, read.attention_mask, read.next_position
+    tokens = mask.new_empty(len(hidden), 0)
+    finished = torch.zeros(len(hidden), dtype=torch.bool, device=mask.device)
+    margins = torch.full((len(hidden),), float("inf"), device=mask.device)
+    while True:
+        logits = llava.get_output_embeddings()(hidden.unsqueeze(1))[:, -1].float()
+        best = logits.topk(2, dim=-1).values
+        margins = torch.where(finished, margins, torch.minimum(margins, best[:, 0] - best[:, 1]))
+        said = torch.where(finished, pad, logits.argmax(-1)).unsqueeze(1)
+        tokens = torch.cat([tokens, said], dim=1)
+        finished = finished | (said[:, 0] == end)
+        if tokens.shape[1] == max_new_tokens or bool(finished.all()):
+            return tokens, margins.cpu()
+        if watch is not None:
+            watch(tokens)
+        mask = torch.cat([mask, torch.ones_like(said)], dim=1)
+        inputs = {"input_ids": said, "attention_mask": mask, "position_ids": position.unsqueeze(1)}
+        with routing(selection):
+            output = llava.base_model(**inputs, past_key_values=read.cache, use_cache=True)
+        hidden, position = output.last_hidden_state[:, -1], position + 1

@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
+from clmoe.bases.inputs import image_order, over_prompt_batches, prompt_dataset, prompt_inputs, read_prompts
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config, FeatureKind, LocatorConfig, NoOptions, build
-from clmoe.data.batches import first_questions, over_prompt_batches, prompt_dataset, sample_records
-from clmoe.data.prefix import image_order, prompt_inputs, read_prompts
+from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.model.llava import LoadedBase
 from clmoe.experts.forward import base_features
 from clmoe.utils.files import file_sha256, json_sha256
 from clmoe.utils.processes import from_main, in_order, is_main
@@ -177,9 +177,7 @@ class FeatureStore:
         made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
         return json_sha256([made_by, self.kind, cut, prompts])[:32]
 
-    def of_training(
-        self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config
-    ) -> Tensor:
-        """Features ``[M, D]`` of the first prompt of at most ``locator.samples`` training records, drawn by the seed."""
+    def of_training(self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config) -> Tensor:
+        """Features ``[M, D]`` of the first prompt of at most ``locator.samples`` training records."""
         drawn = sample_records(records, config.locator.samples, config.seed)
         return self.features(model, first_questions(drawn), image_root)

@@ -31,7 +31,7 @@ class TrainingShapes:
 
 def llava_shapes(model: LlavaForConditionalGeneration) -> LlavaShapes:
     """Sizes of a LLaVA, with or without weights."""
-    from clmoe.model.llava import count_image_tokens
+    from clmoe.bases.llava import count_image_tokens
 
     text, vision = cast(Any, model.config.text_config), cast(Any, model.config.vision_config)
     return LlavaShapes(
@@ -51,7 +51,8 @@ def llava_shapes(model: LlavaForConditionalGeneration) -> LlavaShapes:
 
 def attached_to(model: PeftModel, method: Method) -> Attached:
     """What every block of an adapted model carries."""
-    from clmoe.model.adapter import ExpertConfig, expert_config, expert_layers
+    from clmoe.experts.config import ExpertConfig
+    from clmoe.experts.model import expert_config, expert_layers
 
     adapter, projector = method.config.adapter, any("modules_to_save" in n for n, _ in model.named_parameters())
     targets, dropout = tuple(adapter.targets), adapter.dropout > 0
@@ -93,7 +94,7 @@ def training_shapes(
     model: PeftModel, method: Method, base: tuple[int, int], llava: LlavaShapes, dtype_bytes: int
 ) -> TrainingShapes:
     """Read an adapted model; ``base`` is what ``base_tensors`` found before the adapter came."""
-    from clmoe.model.adapter import adapter_tensors
+    from clmoe.experts.model import adapter_tensors
 
     trained = trainable(model).values()
     stored = _bytes(adapter_tensors(model).values())
@@ -115,7 +116,7 @@ def locator_bytes(method: Method, width: int) -> int:
         return centre
     import torch
 
-    from clmoe.model.vae_bank import TaskVae
+    from clmoe.locators.vae import TaskVae
 
     with torch.device("meta"):
         return centre + _bytes(TaskVae(width, method.task_vae).state_dict().values())

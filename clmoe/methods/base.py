@@ -12,20 +12,14 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 
+from clmoe.bases.inputs import over_train_batches, train_dataset
+from clmoe.bases.llava import PROJECTOR, LoadedBase, decoder_layers, language_model_pattern
 from clmoe.config import AdapterConfig, Config, NoOptions, build
-from clmoe.data.batches import over_train_batches, train_dataset
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.model.adapter import (
-    PROJECTOR,
-    ExpertConfig,
-    adapted_base,
-    detach_adapter,
-    language_model_pattern,
-    load_adapter,
-)
-from clmoe.model.llava import LoadedBase, decoder_layers
-from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
+from clmoe.experts.config import ExpertConfig
+from clmoe.experts.model import adapted_base, detach_adapter, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
 
 R = TypeVar("R")
 

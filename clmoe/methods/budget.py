@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class
+from clmoe.methods import method_class
 from clmoe.methods.plan import Plan, make_plan
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
+from clmoe.experts.model import add_task_gates, expert_layers, tensor_name
+from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, over_router_outputs
 from clmoe.methods.moelora import MoeLora
-from clmoe.model.adapter import add_task_gates, expert_layers, tensor_name
-from clmoe.model.routing import RouteSelection
 from clmoe.utils.tensors import load_tensors, save_tensors
 
 Statistics = dict[str, dict[str, Tensor]]

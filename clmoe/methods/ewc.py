@@ -13,15 +13,15 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clmoe.data.batches import sample_records, to_device, train_dataset
-from clmoe.data.collate import collate_train
+from clmoe.bases.inputs import to_device, train_dataset
+from clmoe.data.batches import collate_train, sample_records
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.methods.answers import answer_logits, answer_tokens
+from clmoe.experts.forward import answer_logits, answer_tokens
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
-from clmoe.model.adapter import adapted_base
-from clmoe.model.routing import RouteTrace
 from clmoe.utils.processes import count, rank, summed
 from clmoe.utils.tensors import load_tensors, save_tensors, trainable
 
@@ -108,7 +108,6 @@ class HeldByImportance(Lora):
         One record at a time, because the square of a mean gradient is not the mean square. Dropout is off. The
         processes share the records; sums are float64, so that their number changes a result by rounding at most.
         """
-
 
         adapted, base = adapted_base(context.model.eval()), context.base
         parameters = trainable(context.model)

@@ -22,10 +22,14 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config
 from clmoe.data.batches import sample_records
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
+from clmoe.experts.layer import seeded
+from clmoe.experts.model import add_routers, expert_config, expert_layers, freeze_experts, grow_experts
+from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace
 from clmoe.methods.base import (
     EXPANSION,
     Method,
@@ -36,9 +40,6 @@ from clmoe.methods.base import (
     mean_gate,
     over_router_outputs,
 )
-from clmoe.model.adapter import add_routers, expert_config, expert_layers, freeze_experts, grow_experts, seeded
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace
 from clmoe.utils.files import read_json, write_json
 
 WARM_UP_OWNER = -1
@@ -52,8 +53,8 @@ class Options:
     Attributes:
         initial_experts_from: *open*: the first experts learn from data disjoint from the sequence (``warmup``, the file
             in ``warmup_train``), and every task is probed; or from the first task, which then is not.
-        warmup_train, warmup_images: LLaVA-format JSON and its image folder, for ``warmup``; absolute, or relative to the
-            benchmark's data folder.
+        warmup_train, warmup_images: LLaVA-format JSON and its image folder, for ``warmup``; absolute, or relative to
+            the benchmark's data folder.
         extend: where experts are added: ``probed``; ablations ``random`` blocks (the probes' numbers), ``every`` block
             (one each), ``none`` (nothing is added or frozen, one shared router).
         probe_share: share of a task's records behind the probes, 0.1.
@@ -64,7 +65,8 @@ class Options:
         alpha: of the threshold mean - alpha * std, 0.8.
         activation: *open*: share of tokens whose top-k holds the expert, or the mean logit.
         balance_weight, probe_balance_weight: of the Switch balance loss, 1e-3.
-        probe_seed: of the probes' records, order and router rows, added to the run's seed: how stable are the decisions?
+        probe_seed: added to the run's seed for the probes' records, order and router rows, to see how stable the
+            decisions are.
     """
 
     initial_experts_from: Literal["warmup", "first_task"] = "warmup"

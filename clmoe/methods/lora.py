@@ -2,8 +2,8 @@
 
 from peft import PeftConfig
 
+from clmoe.bases.llava import LoadedBase
 from clmoe.methods.base import Method, lora_adapter, lora_scaling
-from clmoe.model.llava import LoadedBase
 
 
 class Lora(Method):

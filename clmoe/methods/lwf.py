@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from clmoe.errors import ClmoeError
-from clmoe.methods.answers import answer_logits, mean_over_samples
+from clmoe.experts.forward import answer_logits, mean_over_samples
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
-from clmoe.model.adapter import adapted_base
-from clmoe.model.routing import RouteTrace
 from clmoe.utils.tensors import trainable
 
 ADAPTED = "base_model.model.model."

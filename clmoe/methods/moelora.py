@@ -2,8 +2,8 @@
 
 from peft import PeftConfig
 
+from clmoe.bases.llava import LoadedBase
 from clmoe.methods.base import Method, expert_adapter, expert_scaling, mean_gate
-from clmoe.model.llava import LoadedBase
 
 
 class MoeLora(Method):

@@ -7,11 +7,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 
+from clmoe.bases.llava import LoadedBase
 from clmoe.errors import ClmoeError
+from clmoe.experts.layer import seeded
+from clmoe.experts.model import expert_layers, experts_by_linear, freeze_experts, grow_experts
+from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import Method, TaskContext, lora_parts_adapter, lora_scaling
-from clmoe.model.adapter import expert_layers, experts_by_linear, freeze_experts, grow_experts, seeded
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import RouteTrace
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import LlavaForConditionalGeneration
 
-    from clmoe.model.adapter import ExpertLayer
+    from clmoe.experts.layer import ExpertLayer
 
 SHAPES = "config.json"
 
@@ -158,7 +158,7 @@ def make_plan(method: Method, extended_blocks: float | None = None) -> Plan:
         return _nothing(config)
     import torch
 
-    from clmoe.model.adapter import count_parameters
+    from clmoe.experts.model import count_parameters
 
     file = shapes_file(config.model)
     dtype = getattr(torch, config.model.dtype)
@@ -240,8 +240,8 @@ def adapted_meta(method: Method, base: LlavaForConditionalGeneration) -> PeftMod
     """A meta model with the adapter of the method's first task."""
     import torch
 
-    from clmoe.model.adapter import attach_adapter
-    from clmoe.model.llava import LoadedBase, count_image_tokens
+    from clmoe.bases.llava import LoadedBase, count_image_tokens
+    from clmoe.experts.model import attach_adapter
 
     # a method's ``adapter`` reads shapes only; there is no tokenizer to give it
     loaded = LoadedBase(base, cast(Any, None), cast(Any, None), count_image_tokens(base), fingerprint="")
@@ -253,7 +253,7 @@ def _linears(model: PeftModel) -> Iterator[PlannedLinear]:
     """Every adapted linear, in model order."""
     from peft.tuners.lora import LoraLayer
 
-    from clmoe.model.adapter import experts_by_linear
+    from clmoe.experts.model import experts_by_linear
 
     for name, experts in experts_by_linear(model).items():
         yield PlannedLinear(_last(name), experts.din, experts.dout, experts.count, experts.rank, experts.scaling)
@@ -280,7 +280,7 @@ def _trainable(model: PeftModel, *marks: str) -> int:
 
 def _growth(model: PeftModel, extended_blocks: float | None) -> Growth:
     """All blocks start alike, so one stands for all; growing needs one router per block, so it is one module."""
-    from clmoe.model.adapter import expert_layers
+    from clmoe.experts.model import expert_layers
 
     layers: list[ExpertLayer] = list(expert_layers(model).values())
     if extended_blocks is not None and not 0 <= extended_blocks <= len(layers):

@@ -3,21 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.data.batches import over_train_batches, sample_records, train_dataset
-from clmoe.data.records import TrainRecord, Turn
-from clmoe.data.union import Part, UnionRecords
+from clmoe.bases.inputs import over_train_batches, train_dataset
+from clmoe.data.batches import sample_records
+from clmoe.data.records import Part, TrainRecord, Turn, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.methods.answers import answer_logits, answer_rows, mean_over_samples
+from clmoe.experts.forward import answer_logits, answer_rows, mean_over_samples
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import Phase, TaskContext
 from clmoe.methods.lora import Lora
-from clmoe.model.adapter import adapted_base
-from clmoe.model.routing import RouteTrace
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.names import derived_seed
 from clmoe.utils.tensors import load_tensors, save_tensors
@@ -43,7 +43,7 @@ class Remembered:
     @classmethod
     def draw(
         cls, task: str, records: Sequence[TrainRecord], size: int, seed: int, image_root: Path, data: Path
-    ) -> Remembered:
+    ) -> Self:
         """At most ``size`` of a task's records, each subset equally likely: a reservoir after one pass over them."""
         drawn = sample_records(records, size, derived_seed(seed, f"memory of {task}"))
         return cls(task, len(records), seed, UnionRecords([Part.of(task, drawn, image_root, data)])[:])

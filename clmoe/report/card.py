@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.continual import METRICS
-from clmoe.evaluate.evaluation import summary_path
+from clmoe.evaluate.matrix import METRICS
+from clmoe.evaluate.run import summary_path
 from clmoe.report.run import read_run
 from clmoe.report.tables import Table, show_number, to_markdown
-from clmoe.train.lineage import Finished
+from clmoe.train.checkpoint import Finished
 from clmoe.utils.files import read_json
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clmoe.evaluate.continual import METRICS, ZERO_SHOT, Spread, mean_spread
+from clmoe.evaluate.matrix import METRICS, ZERO_SHOT, Spread, mean_spread
 from clmoe.report.costs import PEAKS, read_costs
 from clmoe.report.location import OVERALL, confusion_percent, decided_right, deciders, runs_with
 from clmoe.report.names import block_names

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from clmoe.evaluate.continual import Spread, mean_spread
+from clmoe.evaluate.matrix import Spread, mean_spread
 from clmoe.report.records import TaskExpansion, TaskParameters
 from clmoe.report.run import Group, Run
 from clmoe.report.tables import Table, raw, show_count, show_number, show_spread

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from clmoe.evaluate.continual import Spread, mean_spread
+from clmoe.evaluate.matrix import Spread, mean_spread
 from clmoe.report.records import DECIDERS
 from clmoe.report.run import Group, Run
 from clmoe.report.tables import Table, raw, show_spread

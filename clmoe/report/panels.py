@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clmoe.evaluate.continual import AccuracyMatrix, mean_spread
+from clmoe.evaluate.matrix import AccuracyMatrix, mean_spread
 from clmoe.report.run import Group, Run
 
 

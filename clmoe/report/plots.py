@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from clmoe.evaluate.continual import ZERO_SHOT, mean_spread
+from clmoe.evaluate.matrix import ZERO_SHOT, mean_spread
 from clmoe.report.panels import Panel, mean_panels
 from clmoe.report.run import Group, Run
 

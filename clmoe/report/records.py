@@ -172,7 +172,7 @@ def _read_block(where: str, block: Any) -> BlockExpansion:
         raise ClmoeError(f"{where}: field 'probes' is {probes}; expected 1 to {len(activations)}, one per activation")
     if block["added"] < 0:
         raise ClmoeError(f"{where}: field 'added' is {block['added']}; expected at least 0")
-    # A negative threshold is raised to 0 by the rule itself, see clmoe.methods.expansion.decide.
+    # A negative threshold is raised to 0 by the rule itself, see clmoe.methods.llava_cmoe.decide.
     return BlockExpansion(
         max(activations[-probes:]),
         max(block["threshold"], 0.0),

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.continual import (
-    AccuracyMatrix,
-    Scores,
-    Spread,
-    mean_spread,
-    metrics,
-    read_immediate_csv,
-)
+from clmoe.evaluate.matrix import AccuracyMatrix, Scores, Spread, mean_spread, metrics, read_immediate_csv
 from clmoe.evaluate.rules.base import MODES
-from clmoe.methods.base import method_class
+from clmoe.methods import method_class
 from clmoe.report.reading import check_field, read_json
 from clmoe.report.records import (
     BlockUsage,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from clmoe.evaluate.continual import METRICS, ZERO_SHOT, Spread, mean_spread
+from clmoe.evaluate.matrix import METRICS, ZERO_SHOT, Spread, mean_spread
 from clmoe.report.run import Group, Run
 from clmoe.utils.files import csv_text
 

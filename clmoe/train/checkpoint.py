@@ -1,8 +1,8 @@
 """One checkpoint is one folder, written atomically, trusted only with a valid manifest, and aware of its history.
 
-Files are collected in a sibling folder, flushed to disk, hashed into ``manifest.json`` (written last), and the folder is
-renamed into place. Without a valid manifest a folder does not exist for any reader. No file in it holds a time, host or
-absolute path, so equal runs give equal bytes. ``continual.json`` says what the checkpoint has learned, and from where.
+Files are collected in a sibling folder, flushed to disk, hashed into ``manifest.json`` (written last), and the folder
+is renamed into place. Without a valid manifest a folder does not exist for any reader. No file in it holds a time, host
+or absolute path, so equal runs give equal bytes. ``continual.json`` says what the checkpoint has learned, from where.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from peft import PeftModel
 
 from clmoe.config import Config, LocatorConfig, recorded, reload_config
 from clmoe.errors import ClmoeError
+from clmoe.experts.model import count_parameters
 from clmoe.methods.base import Method
-from clmoe.model.adapter import count_parameters
 from clmoe.utils.files import file_sha256, flush, json_sha256, json_text, read_json, write_json
 
 FORMAT_VERSION = "2"
@@ -73,7 +73,9 @@ def verify(folder: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ClmoeError(f"{path} is damaged: {error}; train this task again or restore the folder") from error
     if found == OLD_FORMAT:
-        raise ClmoeError(f"{folder} was sealed by clmoe 0.1: run `clmoe convert {folder} NEW_FOLDER` and use the new one")
+        raise ClmoeError(
+            f"{folder} was sealed by clmoe 0.1: run `clmoe convert {folder} NEW_FOLDER` and use the new one"
+        )
     if found != FORMAT_VERSION:
         raise ClmoeError(f"{path}: format {found!r} is not {FORMAT_VERSION!r}, which this version of clmoe reads")
     present = sealed_files(folder).keys()

@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer with our sample order, optimizer groups, log and mid-training state.
 
-It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and DeepSpeed's
-are tied to the number of processes.
+It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and
+DeepSpeed's are tied to the number of processes.
 """
 
 import os
@@ -30,12 +30,17 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.optimization import get_cosine_schedule_with_warmup
 
+from clmoe.bases.llava import PROJECTOR
 from clmoe.config import TrainingConfig
-from clmoe.data.collate import NumberedDataset, TrainDataset, collate_numbered, collate_train
-from clmoe.data.packing import collate_packed
-from clmoe.data.permutation import epoch_permutation
+from clmoe.data.batches import (
+    NumberedDataset,
+    TrainDataset,
+    collate_numbered,
+    collate_packed,
+    collate_train,
+    epoch_permutation,
+)
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.model.adapter import PROJECTOR
 from clmoe.train.loss import TrainedModel
 from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
 from clmoe.utils.files import read_json

@@ -4,11 +4,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clmoe.methods.answers import answer_loss, answer_states, answer_tokens
+from clmoe.bases.llava import projector_of
+from clmoe.experts.forward import answer_loss, answer_states, answer_tokens
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 from clmoe.methods.base import Method
-from clmoe.model.adapter import adapted_base
-from clmoe.model.llava import projector_of
-from clmoe.model.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 
 
 class TrainedModel(nn.Module):

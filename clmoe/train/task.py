@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
-from clmoe.data.batches import train_dataset
-from clmoe.data.packing import image_groups
-from clmoe.data.records import TrainRecord, load_train
-from clmoe.data.union import Part, UnionRecords
+from clmoe.data.batches import image_groups
+from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
 from clmoe.errors import ClmoeError
+from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import FeatureStore, feature_folder
 from clmoe.methods import method_class
 from clmoe.methods.base import ADAPTER_FILE, Method, Phase, TaskContext
-from clmoe.model.adapter import attach_adapter, count_parameters, detach_adapter, load_adapter
-from clmoe.model.llava import LoadedBase, load_base
 from clmoe.train.checkpoint import (
     CONFIG,
     LINEAGE,
@@ -298,9 +297,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
     from_main(fit)
 
 
-def _publish(
-    request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int
-) -> None:
+def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int) -> None:
     """Complete the checkpoint's files, put it in its place, and only then remove what served to make them.
 
     ``parameters``: trained in the last phase.

@@ -113,7 +113,7 @@ def display(title: str, tasks: int) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line for people, above the display where there is one; the sequence's row counts it as a finished task."""
+    """Print a line for people, above the display where there is one; a sequence's row counts it as a finished task."""
     if not is_main():
         return
     print(line, flush=True)

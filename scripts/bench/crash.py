@@ -2,7 +2,7 @@
 
     python scripts/bench/crash.py OUT [--methods clmoe llava_cmoe] [--kills 20] [--seed 0] [key=value ...]
 
-For each method a sequence of three tasks of the embedded benchmark (a few steps each) runs once without interruption and
+For each method a sequence of three tasks of the embedded benchmark (a few steps each) runs once unbroken and
 once while it is killed `--kills` times in all, the methods in turn. Every file but those that hold times must then have
 the same bytes.
 """

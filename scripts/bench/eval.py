@@ -22,12 +22,12 @@ from clock import Peak, best_rate, device_name, flops, timed
 from five_questions import BASES, adapted, figures, open_base, questions, write_images
 from transformers import GenerationConfig
 
+from clmoe.bases.inputs import prompt_dataset, to_device
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import prompt_dataset, to_device
-from clmoe.data.collate import collate_prompts
+from clmoe.data.batches import collate_prompts
 from clmoe.data.records import Question
 from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.model.adapter import adapted_llava
+from clmoe.experts.model import adapted_base
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def one_by_one(answerer: Answerer, asked: list[Question], root: Path, new_tokens
         eos_token_id=tokenizer.eos_token_id,
     )
     dataset, texts = prompt_dataset(answerer.base, asked, root), []
-    llava = adapted_llava(answerer.model)  # type: ignore[arg-type]
+    llava = adapted_base(answerer.model)  # type: ignore[arg-type]
     for row in range(len(asked)):
         inputs = to_device(collate_prompts([dataset[row]], tokenizer.pad_token_id), answerer.base)
         said = llava.generate(**inputs, generation_config=plan)

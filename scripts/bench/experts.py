@@ -1,16 +1,13 @@
 """Time and memory of the packed LoRA experts on one SwiGLU FFN, against the loop over experts that papers publish.
 
-All forms add the same experts to the same frozen FFN, in one process, forward and backward (gradients of input,
-gate and experts). `again` is the packed form that makes the FFN's product a second time instead of keeping it, as
-routers per block allow. Repeats of all are interleaved and medians compared, so that other load on the machine hits
-them alike. On a CPU times are CPU seconds of this process, which preemption does not lengthen, of one thread. A GPU is
-used where there is one: times are then those of its events, and each form's peak memory is printed. The roofline's
-fraction is the rate at which the adapter's own products are computed over the rate of the frozen FFN's.
+All forms add the same experts to the same frozen FFN, in one process, forward and backward (gradients of input, gate
+and experts). `again` is the packed form that recomputes the FFN's product instead of keeping it, as routers per block
+allow. Repeats are interleaved and medians compared, so that other load on the machine affects all forms alike. On a
+CPU the times are CPU seconds of this process, on one thread; preemption does not lengthen them. A GPU is used if there
+is one: the times are then those of its events, and each form's peak memory is printed. The roofline fraction is the
+rate at which the adapter's own products are computed, over the rate of the frozen FFN's.
 
     OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
-
-`--sparse` compares packed and sparse instead: one linear, top-2 gates, growing banks of experts of which all but the
-newest are frozen.
 """
 
 from __future__ import annotations
@@ -28,10 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
-from clmoe.model.experts import Experts
-from clmoe.model.kernels import loop_experts, packed_experts
-from clmoe.model.routers import gate_from_logits
-from clmoe.model.sparse import AddPicked, sparse_pays
+from clmoe.experts.layer import Experts, loop_experts
 
 Factors = tuple[Tensor, Tensor] | None
 Project = Callable[[str, Tensor, Factors], Tensor]
@@ -51,10 +45,10 @@ class Problem:
         return self.linears[name](value)
 
     def packed(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
-        return self.experts[name].around(self.linears[name], value, self.gate)
+        return self.experts[name](value, self.gate, self.linears[name])
 
     def again(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
-        return self.experts[name].around(self.linears[name], value, self.gate, factors)
+        return self.experts[name](value, self.gate, self.linears[name], factors)
 
     def loop(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
         experts = self.experts[name]
@@ -168,38 +162,6 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
     }
 
 
-def sparse_table(tokens: int, hidden: int, ffn: int, repeats: int, dtype: torch.dtype) -> None:
-    """Packed against sparse on one linear, for banks of several sizes; ``taken`` is what the layer would choose."""
-    print(f"D={hidden} F={ffn} T={tokens} {dtype}, {repeats} repeats, 2 experts per token, all but one frozen")
-    print(
-        f"{'experts':>8} {'rank each':>9} {'rank':>6} {'packed ms':>10} {'sparse ms':>10} {'packed:sparse':>13}  taken"
-    )
-    for rank in (8, 16, 64):
-        for experts in (8, 16, 32, 64):
-            torch.manual_seed(0)
-            x, out, upstream = (torch.randn(tokens, n, dtype=dtype, device=DEVICE) for n in (hidden, ffn, ffn))
-            gate = gate_from_logits(torch.randn(tokens, experts, device=DEVICE), 2).requires_grad_()
-            A = (torch.randn(experts * rank, hidden, device=DEVICE) / hidden**0.5).requires_grad_()
-            B = torch.randn(ffn, experts * rank, device=DEVICE, requires_grad=True)
-            first = rank * (experts - 1)
-
-            def packed() -> object:
-                answer = packed_experts(x, gate, A, B, 1.0, out.clone(), first)  # noqa: B023
-                return torch.autograd.grad(answer, (x, gate, A, B), upstream)  # noqa: B023
-
-            def sparse() -> object:
-                cast = (gate.to(dtype), A.to(dtype), B.to(dtype))  # noqa: B023
-                answer = AddPicked.apply(x, *cast, out.clone(), None, first, None, None)  # noqa: B023
-                return torch.autograd.grad(answer, (x, gate, A, B), upstream)  # noqa: B023
-
-            x.requires_grad_()
-            times = seconds({"packed": packed, "sparse": sparse}, repeats)
-            taken = "sparse" if sparse_pays(x, A, B, experts, 2) else "packed"
-            spent = f"{1e3 * times['packed']:10.1f} {1e3 * times['sparse']:10.1f}"
-            ratio = times["packed"] / times["sparse"]
-            print(f"{experts:8d} {rank:9d} {experts * rank:6d} {spent} {ratio:13.2f}  {taken}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -209,14 +171,10 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=2752)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the base")
-    parser.add_argument("--sparse", action="store_true", help="packed against sparse, for growing banks")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype)
-    if args.sparse:
-        sparse_table(args.tokens, args.hidden, args.ffn, args.repeats, dtype)
-        return
     problem = build(args.tokens, args.rank, args.experts, args.hidden, args.ffn, dtype)
     figures = measure(problem, args.repeats)
     if args.json:

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from clmoe.evaluate.evaluation import Checkpoint
 from clock import Peak, device_name, timed
 from five_questions import QUESTIONS, figures, open_base, questions, records, write_images
 
 from clmoe import cli
 from clmoe.data.records import Question
-from clmoe.evaluate.answer import open_answerer
-from clmoe.evaluate.evaluation import Checkpoint
-from clmoe.evaluate.generate import Answerer
-from clmoe.methods.features import FeatureStore
-from clmoe.train.lineage import read_checkpoint
+from clmoe.evaluate.generate import Answerer, open_answerer
+from clmoe.locators.base import FeatureStore
+from clmoe.train.checkpoint import read_checkpoint
 
 STYLES = ("", "\nAnswer with one word.", "\nGive the answer as a letter.", "\nSay it in a whole sentence.")
 NEW_TOKENS = 8

@@ -28,7 +28,7 @@ import yaml
 
 from clmoe import cli
 from clmoe.benchmarks.base import load_benchmark
-from clmoe.train.trainer import TaskTrainer
+from clmoe.train.loop import TaskTrainer
 
 GROUPS = 5
 OPTIONS = {

@@ -19,18 +19,17 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+from clmoe.model import experts
 from clock import Peak, best_rate, device_name, flops, timed
 from five_questions import BASES, QUESTIONS, adapted, figures, open_base, records, write_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clmoe.data.batches import to_device, train_dataset
-from clmoe.data.collate import collate_train
-from clmoe.data.packing import collate_packed
+from clmoe.bases.inputs import to_device, train_dataset
+from clmoe.data.batches import collate_packed, collate_train
 from clmoe.data.prompts import IGNORE
-from clmoe.model import experts
-from clmoe.model.adapter import adapted_llava
-from clmoe.model.kernels import loop_experts
+from clmoe.experts.layer import loop_experts
+from clmoe.experts.model import adapted_base
 from clmoe.train.loss import TrainedModel
 
 
@@ -50,7 +49,7 @@ def plain_loss(model: TrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy from the logits of all tokens."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with looped():
-        logits = adapted_llava(model.model)(**inputs, use_cache=False).logits.float()
+        logits = adapted_base(model.model)(**inputs, use_cache=False).logits.float()
     return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
 
 

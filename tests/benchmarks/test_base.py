@@ -14,7 +14,7 @@ from clmoe.benchmarks import base
 from clmoe.benchmarks.base import Task, load_benchmark
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.scoring import check_scorer
+from clmoe.evaluate.rules.scoring import check_scorer
 from clmoe.utils import paths
 
 

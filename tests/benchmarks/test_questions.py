@@ -1,6 +1,6 @@
 """Which questions a limit asks."""
 
-from clmoe.benchmarks.questions import sampled
+from clmoe.benchmarks.base import sampled
 from clmoe.data.records import Question
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from clmoe import cli
-from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.benchmarks.coin import padded_box
-from clmoe.benchmarks.questions import task_questions
 from clmoe.config import load_config
 from clmoe.data.records import load_questions, load_train
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.scoring import check_scorer, gold_problem, score_answers
-from clmoe.methods.context import Phase
+from clmoe.evaluate.rules.scoring import check_scorer, gold_problem, score_answers
+from clmoe.methods.base import Phase
 from clmoe.train.task import _phase_steps, load_records, prepare_request
 from tests.support import load_script
 from tests.trees import ROWS, TREES, draw, train_row, write

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.cli import main
 from clmoe.config import ModelConfig
 from clmoe.evaluate.answer import load
-from clmoe.model.adapter import load_adapter
-from clmoe.model.llava import LoadedBase, load_base
-from clmoe.train.lineage import read_checkpoint
+from clmoe.experts.model import load_adapter
+from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.task import save_adapter
 from tests.convert.test_pickles import Canary
 from tests.support import SIZES, copy_base, prompt_batch

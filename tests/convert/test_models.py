@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from clmoe.bases.llava import load_base
 from clmoe.cli import main
 from clmoe.config import ModelConfig
 from clmoe.data.images import preprocess
 from clmoe.data.prompts import encode_prompt
-from clmoe.model.llava import load_base
 from tests.convert import sources
 
 OWN_TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 from transformers import LlamaTokenizer
 
+from clmoe.bases.llava import load_base
 from clmoe.data.prompts import IGNORE, encode_prompt, encode_training
 from clmoe.data.records import TrainRecord, Turn
-from clmoe.model.llava import load_base
 from tests.llama_vocabulary import train_vocabulary
 
 IMAGE_TOKENS = 5

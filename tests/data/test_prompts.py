@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from clmoe.data.prompts import encode_prompt, encode_training, prompt_text, render_turns
+from clmoe.data.prompts import encode_prompt, encode_training, prompt_text, render
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
 
@@ -67,8 +67,8 @@ def oracle(turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokeni
 
 def test_rendered_text_is_vicuna_v1() -> None:
     two = (Turn("q1", "a1"), Turn("q2", "a2"))
-    assert render_turns(two, True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
-    assert render_turns(two[:1], False) == f"{SYSTEM} USER: q1 ASSISTANT: a1</s>"
+    assert render(two, True)[0] == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
+    assert render(two[:1], False)[0] == f"{SYSTEM} USER: q1 ASSISTANT: a1</s>"
     assert prompt_text("q1", True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"
     assert prompt_text("q1", False) == f"{SYSTEM} USER: q1 ASSISTANT:"
 
@@ -151,7 +151,7 @@ def test_a_prompt_that_is_no_prefix_of_training_is_an_error(monkeypatch: pytest.
     good = prompt_text(RECORD.turns[0].question, True) + " dog</s>"
     drifted = good.replace("helpful, detailed", "helpful detailed")
     spans = [(len(drifted) - len(" dog</s>"), len(drifted))]
-    monkeypatch.setattr("clmoe.data.prompts._render", lambda turns, has_image: (drifted, spans))
+    monkeypatch.setattr("clmoe.data.prompts.render", lambda turns, has_image: (drifted, spans))
     with pytest.raises(ClmoeError, match="record 'k': the prompt's tokens are not the beginning"):
         encode_training(RECORD, make.byte_level(), IMAGE_TOKENS, 4096)
 

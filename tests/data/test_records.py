@@ -1,16 +1,30 @@
-"""Reading record files: what is accepted, and that every kind of fault is named with file, row and field."""
+"""Record files: what is accepted, every fault named by file, row and field, and records that stay on disk."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clmoe.data.records import Question, TrainRecord, Turn, load_questions, load_train
+from clmoe.data import records
+from clmoe.data.records import (
+    Part,
+    Question,
+    StoredRecords,
+    TrainRecord,
+    Turn,
+    UnionRecords,
+    count_records,
+    iterate_questions,
+    iterate_train,
+    load_questions,
+    load_train,
+)
 from clmoe.errors import ClmoeError
 
 
@@ -28,7 +42,7 @@ def write(root: Path, data: Any) -> Path:
     return path
 
 
-def talk(*values: str) -> list[dict[str, str]]:
+def talk(*values: Any) -> list[dict[str, Any]]:
     return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
 
 
@@ -42,6 +56,9 @@ def question_row(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (row | changes).items() if value is not ...}
 
 
+# ---- What is accepted
+
+
 def test_training_records(root: Path) -> None:
     rows = [
         train_row(id=7, conversations=talk("<image>\nWhat is it?\nOne word.", "Dog \n", " Where?", "Left")),
@@ -49,12 +66,14 @@ def test_training_records(root: Path) -> None:
         train_row(id="null", image=None, conversations=talk("Say hi.", "hi")),
         train_row(id="end", image="./sub/../sub//a.png", conversations=talk("What is it?\n<image>", "Dog")),
     ]
-    assert load_train(write(root, rows), root) == [
+    path = write(root, rows)
+    assert load_train(path, root) == [
         TrainRecord("7", "sub/a.png", (Turn("What is it?\nOne word.", "Dog"), Turn("Where?", "Left"))),
         TrainRecord("text", None, (Turn("Say hi.", "hi"),)),
         TrainRecord("null", None, (Turn("Say hi.", "hi"),)),
         TrainRecord("end", "sub/a.png", (Turn("What is it?", "Dog"),)),
     ]
+    assert count_records(path) == 4
 
 
 def test_repeated_training_ids_are_numbered(root: Path) -> None:
@@ -77,184 +96,224 @@ def test_questions(root: Path) -> None:
         Question("t", None, "What is it?", "", {"answer_bbox": "[0.12, 0.30, 0.50, 0.94]", "size": [640, 480]}),
         Question("l", "sub/a.png", "What is it?", "", {"answer_type": "Doc", "answers": ["cola", "coke"]}),
     ]
+    unanswered = write(root, [question_row(answer=..., image="gone.png")])
+    assert load_questions(unanswered, root, answered=False, images=False)[0].answer == ""
 
+
+# ---- Faults
 
 TWO = "<image>\nWhat?"
-BAD_TRAIN = {
-    "not an object": ("a string", "row 1 (from 0): expected an object {...}, found a string 'a string'"),
-    "no id": (
-        train_row(id=...),
-        "row 1 (from 0), field 'id': expected a string or an integer, found nothing",
-    ),
-    "boolean id": (
-        train_row(id=True),
-        "id True, field 'id': expected a string or an integer, found a boolean",
-    ),
-    "float id": (train_row(id=1.5), "field 'id': expected a string or an integer, found a number 1.5"),
-    "image type": (train_row(image=3), "id 'k1', field 'image': expected a string, found a number 3"),
-    "empty image": (train_row(image=""), "field 'image': expected some text, found an empty string"),
-    "missing image": (train_row(image="sub/b.png"), "field 'image': no file {root}/sub/b.png; add the image"),
-    "folder as image": (train_row(image="sub"), "field 'image': no file {root}/sub;"),
-    "absolute": (train_row(image="/etc/passwd"), "field 'image': '/etc/passwd' is absolute"),
-    "drive": (train_row(image="C:\\a.png"), "field 'image': 'C:\\\\a.png' is absolute"),
-    "escape": (train_row(image="../outside.png"), "field 'image': '../outside.png' leaves the image root"),
-    "hidden escape": (
-        train_row(image="sub/../../outside.png"),
-        "field 'image': 'sub/../../outside.png' leaves",
-    ),
-    "no talk": (
-        train_row(conversations=...),
-        "field 'conversations': expected a list human, gpt, human, gpt",
-    ),
-    "empty talk": (train_row(conversations=[]), "field 'conversations': expected a list human, gpt"),
-    "turn type": (
-        train_row(conversations=["hi"]),
-        "field 'conversations[0]': expected an object with 'from'",
-    ),
-    "no answer": (
-        train_row(conversations=talk(TWO)),
-        "field 'conversations': the last question has no answer",
-    ),
-    "empty answer": (
-        train_row(conversations=talk(TWO, " ")),
-        "field 'conversations[1].value': expected some text",
-    ),
-    "answer type": (
-        train_row(conversations=[*talk(TWO), {"from": "gpt", "value": 3}]),
-        "field 'conversations[1].value': expected a string, found a number 3",
-    ),
-    "order": (
-        train_row(conversations=talk(TWO, "a")[::-1]),
-        "field 'conversations[0].from': expected 'human' (human and gpt alternate), found a string 'gpt'",
-    ),
-    "twice human": (
-        train_row(conversations=[talk(TWO)[0], talk("What?")[0]]),
-        "field 'conversations[1].from': expected 'gpt'",
-    ),
-    "mark missing": (
-        train_row(conversations=talk("What?", "a")),
-        "field 'conversations[0].value': 'image' is set, but <image> is missing",
-    ),
-    "mark late": (
-        train_row(conversations=talk(TWO, "a", TWO, "b")),
-        "field 'conversations[2].value': <image> may stand in the first human turn only",
-    ),
-    "mark only late": (
-        train_row(conversations=talk("What?", "a", TWO, "b")),
-        "field 'conversations[0].value': 'image' is set, but <image> is missing",
-    ),
-    "mark twice": (
-        train_row(conversations=talk("<image><image>What?", "a")),
-        "field 'conversations[0].value': expected one <image>, found 2",
-    ),
-    "mark in answer": (
-        train_row(conversations=talk(TWO, "<image>")),
-        "field 'conversations[1].value': <image> may not stand in an answer",
-    ),
-    "mark without image": (
-        train_row(image=...),
-        "field 'conversations[0].value': <image> is used, but the row has no field 'image'",
-    ),
-    "no question": (
-        train_row(conversations=talk("<image>\n", "a")),
-        "field 'conversations[0].value': expected a question besides <image>",
-    ),
-    "surrogate": (
-        train_row(conversations=talk(TWO + "\ud83d", "a")),
-        "field 'conversations[0].value': half of a surrogate pair at character 13",
-    ),
+BAD_TRAIN: dict[str, tuple[Any, str | None]] = {
+    "not an object": ("a string", None),
+    "no id": (train_row(id=...), "id"),
+    "boolean id": (train_row(id=True), "id"),
+    "float id": (train_row(id=1.5), "id"),
+    "image type": (train_row(image=3), "image"),
+    "empty image": (train_row(image=""), "image"),
+    "missing image": (train_row(image="sub/b.png"), "image"),
+    "folder as image": (train_row(image="sub"), "image"),
+    "absolute": (train_row(image="/etc/passwd"), "image"),
+    "drive": (train_row(image="C:\\a.png"), "image"),
+    "escape": (train_row(image="../outside.png"), "image"),
+    "hidden escape": (train_row(image="sub/../../outside.png"), "image"),
+    "no talk": (train_row(conversations=...), "conversations"),
+    "empty talk": (train_row(conversations=[]), "conversations"),
+    "turn type": (train_row(conversations=["hi"]), "conversations[0].from"),
+    "no answer": (train_row(conversations=talk(TWO)), "conversations"),
+    "empty answer": (train_row(conversations=talk(TWO, " ")), "conversations[1].value"),
+    "answer type": (train_row(conversations=talk(TWO, 3)), "conversations[1].value"),
+    "order": (train_row(conversations=talk(TWO, "a")[::-1]), "conversations[0].from"),
+    "twice human": (train_row(conversations=[talk(TWO)[0], talk("What?")[0]]), "conversations[1].from"),
+    "mark missing": (train_row(conversations=talk("What?", "a")), "conversations[0].value"),
+    "mark late": (train_row(conversations=talk(TWO, "a", TWO, "b")), "conversations[2].value"),
+    "mark only late": (train_row(conversations=talk("What?", "a", TWO, "b")), "conversations[0].value"),
+    "mark twice": (train_row(conversations=talk("<image><image>What?", "a")), "conversations[0].value"),
+    "mark in answer": (train_row(conversations=talk(TWO, "<image>")), "conversations[1].value"),
+    "mark without image": (train_row(image=...), "conversations[0].value"),
+    "no question": (train_row(conversations=talk("<image>\n", "a")), "conversations[0].value"),
+    "surrogate": (train_row(conversations=talk(TWO + "\ud83d", "a")), "conversations[0].value"),
 }
-BAD_QUESTIONS = {
-    "no id": (
-        question_row(question_id=...),
-        "field 'question_id': expected a string or an integer, found nothing",
-    ),
-    "same id": (question_row(question_id="1"), "id '1', field 'question_id': already used by row 0"),
-    "no text": (
-        question_row(text=...),
-        "id 17, field 'text': expected a string, found nothing: the field is missing",
-    ),
-    "no answer": (
-        question_row(answer=...),
-        "field 'answer': the question has no expected answer: give one of",
-    ),
-    "empty answer": (question_row(answer=""), "field 'answer': expected some text, found an empty string"),
-    "answer type": (question_row(answer=3), "field 'answer': expected a string, found a number 3"),
-    "null answer": (question_row(answer=None), "field 'answer': expected a string, found null"),
-    "answer list": (question_row(answer=["a", 3]), "field 'answer[1]': expected a string, found a number 3"),
-    "two lists": (question_row(answer=["a"], answers=["b"]), "field 'answer': expected a string, or a list"),
-    "empty list": (question_row(answer=[]), "field 'answer': expected a string, or a list"),
-    "mark twice": (question_row(text="<image> or <image>?"), "field 'text': expected one <image>, found 2"),
-    "mark without image": (
-        question_row(image=..., text="<image>\nWhat?"),
-        "field 'text': <image> is used, but",
-    ),
-    "missing image": (question_row(image="b.png"), "field 'image': no file {root}/b.png"),
-    "escape": (question_row(image="../outside.png"), "field 'image': '../outside.png' leaves the image root"),
+BAD_QUESTIONS: dict[str, tuple[Any, str | None]] = {
+    "no id": (question_row(question_id=...), "question_id"),
+    "same id": (question_row(question_id="1"), "question_id"),
+    "no text": (question_row(text=...), "text"),
+    "no answer": (question_row(answer=...), "answer"),
+    "empty answer": (question_row(answer=""), "answer"),
+    "answer type": (question_row(answer=3), "answer"),
+    "null answer": (question_row(answer=None), "answer"),
+    "answer list": (question_row(answer=["a", 3]), "answer[1]"),
+    "two lists": (question_row(answer=["a"], answers=["b"]), "answer"),
+    "empty list": (question_row(answer=[]), "answer"),
+    "mark twice": (question_row(text="<image> or <image>?"), "text"),
+    "mark without image": (question_row(image=..., text="<image>\nWhat?"), "text"),
+    "missing image": (question_row(image="b.png"), "image"),
+    "escape": (question_row(image="../outside.png"), "image"),
 }
+BAD_ROWS = [("train", name) for name in BAD_TRAIN] + [("questions", name) for name in BAD_QUESTIONS]
 
 
-@pytest.mark.parametrize("case", BAD_TRAIN)
-def test_bad_training_rows_are_named(case: str, root: Path) -> None:
-    row, message = BAD_TRAIN[case]
-    path = write(root, [train_row(id="good"), row])
+@pytest.mark.parametrize(("kind", "case"), BAD_ROWS)
+def test_a_bad_row_is_named_and_can_be_skipped(kind: str, case: str, root: Path) -> None:
+    good, (row, field), load, iterate = {
+        "train": (train_row(id="good"), BAD_TRAIN.get(case, (None, None)), load_train, iterate_train),
+        "questions": (
+            question_row(question_id=1),
+            BAD_QUESTIONS.get(case, (None, None)),
+            load_questions,
+            iterate_questions,
+        ),
+    }[kind]
+    path = write(root, [good, row])
     with pytest.raises(ClmoeError) as caught:
-        load_train(path, root)
-    assert str(caught.value).startswith(f"{path}: row 1 (from 0)")
-    assert message.replace("{root}", str(root)) in str(caught.value)
+        load(path, root)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: row 1 (from 0)")
+    assert field is None or f"field '{field}': " in message
+    failed: list[ClmoeError] = []
+    assert len(list(iterate(path, root, failed.append))) == 1
+    assert [str(error) for error in failed] == [message]
 
 
-@pytest.mark.parametrize("case", BAD_QUESTIONS)
-def test_bad_questions_are_named(case: str, root: Path) -> None:
-    row, message = BAD_QUESTIONS[case]
-    path = write(root, [question_row(question_id=1), row])
-    with pytest.raises(ClmoeError) as caught:
-        load_questions(path, root)
-    assert str(caught.value).startswith(f"{path}: row 1 (from 0)")
-    assert message.replace("{root}", str(root)) in str(caught.value)
-
-
-BAD_FILES = {
-    "empty list": (b"[]", "the list of records is empty"),
-    "object": (b'{"id": 1}', "expected a JSON list of records at the top level, found an object"),
-    "empty file": (b"", "line 1, column 1: broken JSON"),
-    "broken": (b'[\n {"id": 1,,}\n]', "line 2, column 11: broken JSON"),
-    "lines": (b'{"id": 1}\n{"id": 2}\n', "line 2, column 1: broken JSON: Extra data (one object per line?"),
-    "byte-order mark": (b"\xef\xbb\xbf[]", "begins with a byte-order mark; save it as UTF-8 without one"),
-    "utf-16": ("[]".encode("utf-16"), "begins with a byte-order mark"),
-    "latin-1": (b'[\n"\xe9"]', "line 2: byte 3 is not UTF-8"),
-    "nan": (b'[{"id": "NaN \\" NaN",\n "size": NaN}]', "line 2, column 10: NaN is not JSON"),
-    "infinity": (b"[1, -Infinity]", "line 1, column 5: -Infinity is not JSON"),
-    "too deep": (b"[" * 100_000, "cannot be parsed as JSON"),
-    "long number": (b"[" + b"1" * 5000 + b"]", "cannot be parsed as JSON"),
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty list": (b"[]", "empty"),
+    "object": (b'{"id": 1}', "list"),
+    "empty file": (b"", "line 1, column 1"),
+    "broken": (b'[\n {"id": 1,,}\n]', "line 2, column 11"),
+    "lines": (b'{"id": 1}\n{"id": 2}\n', "line 2, column 1"),
+    "byte-order mark": (b"\xef\xbb\xbf[]", "line 1"),
+    "utf-16": ("[]".encode("utf-16"), "line 1"),
+    "latin-1": (b'[\n"\xe9"]', "line 2"),
+    "nan": (b'[{"size": NaN}]', "NaN"),
+    "infinity": (b"[1, -Infinity]", "-Infinity"),
+    "too deep": (b"[" * 100_000, "JSON"),
+    "long number": (b"[" + b"1" * 5000 + b"]", "JSON"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-@pytest.mark.parametrize("load", [load_train, load_questions])
-def test_bad_files_are_named(load: Any, case: str, root: Path) -> None:
-    raw, message = BAD_FILES[case]
+def test_a_bad_file_is_named(case: str, root: Path) -> None:
+    raw, place = BAD_FILES[case]
     path = write(root, raw)
-    with pytest.raises(ClmoeError) as caught:
-        load(path, root)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
+    for load in (lambda: load_train(path, root), lambda: load_questions(path, root), lambda: count_records(path)):
+        with pytest.raises(ClmoeError) as caught:
+            load()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert place in str(caught.value)
 
 
 def test_missing_file_folder_and_image_root(root: Path) -> None:
-    with pytest.raises(ClmoeError, match=r"nothing\.json: cannot be read"):
-        load_train(root / "nothing.json", root)
-    with pytest.raises(ClmoeError, match="cannot be read"):
-        load_train(root, root)
-    with pytest.raises(ClmoeError, match=r"field 'image': the image root .*nowhere is not a folder"):
+    for path in (root / "nothing.json", root):
+        with pytest.raises(ClmoeError, match=str(path)):
+            load_train(path, root)
+    with pytest.raises(ClmoeError, match=r"row 0 \(from 0\), id 'k1', field 'image': .*nowhere"):
         load_train(write(root, [train_row()]), root / "nowhere")
+    with pytest.raises(ClmoeError, match=r"file\.json: row 1 \(from 0\)"):
+        count_records(write(root, [train_row(), 3]))
 
 
-def test_fast_modules_do_not_import_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['clmoe']; "  # as the command line starts
-        "import clmoe.data.records, clmoe.benchmarks.base; "
-        "print([name for name in ('torch', 'transformers', 'PIL', 'numpy') if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+# ---- Records on disk
+
+
+@pytest.fixture
+def large(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that counts as large: repeated ids, text-only rows, two turns, umlauts; more rows than one Arrow batch."""
+    monkeypatch.setattr(records, "LARGE_FILE", 1)
+    monkeypatch.setenv("CLMOE_CACHE", str(root.parent / "cache"))
+    rows = []
+    for n in range(2500):
+        values = [f"{'<image>' if n % 3 else ''}Wofür? {n}", f"ß {n} \u2028", *(["Sure?", "yes"] if n % 5 == 0 else [])]
+        rows.append(train_row(id=f"k{n % 4}", image="sub/a.png" if n % 3 else ..., conversations=talk(*values)))
+    return write(root, rows)
+
+
+def cached(large: Path) -> Path:
+    (file,) = (large.parent / "cache").rglob("*.arrow")
+    return file
+
+
+def test_stored_records_are_the_records(large: Path, root: Path) -> None:
+    expected = list(iterate_train(large, root))
+    loaded = load_train(large, root)
+    assert isinstance(loaded, StoredRecords)
+    assert list(loaded) == [loaded[i] for i in range(len(loaded))] == expected
+    assert [r.id for r in loaded][:9] == ["k0", "k1", "k2", "k3", "k0#2", "k1#2", "k2#2", "k3#2", "k0#3"]
+    assert loaded[-1] == expected[-1]
+    assert loaded[3:9:2] == expected[3:9:2]
+    for index in (2500, -2501):
+        with pytest.raises(IndexError):
+            loaded[index]
+    pickled = pickle.dumps(loaded)  # for loader workers: the file's name, not its content
+    assert len(pickled) < 5000 < cached(large).stat().st_size
+    assert list(pickle.loads(pickled)) == expected
+
+
+def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_train(large, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "iterate_train", lambda *_: pytest.fail("read again"))
+        large.touch()
+        assert list(load_train(large, root)) == list(first)
+    large.write_text(large.read_text().replace("\\u00df 3 ", "ss 3 "))
+    assert load_train(large, root)[3].turns[0].answer == "ss 3"
+    assert first[3].turns[0].answer == "ß 3"
+
+
+@pytest.mark.parametrize("size", [0, 5, 3000, 100_000, -8, -1])
+def test_a_truncated_cache_is_found_and_made_again(
+    size: int, large: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = list(load_train(large, root))
+    file = cached(large)
+    whole = file.read_bytes()
+    os.truncate(file, size % len(whole))
+    assert list(load_train(large, root)) == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line and str(large) in line
+    assert file.read_bytes() == whole
+
+
+def test_an_unreadable_cache_is_made_again(large: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = list(load_train(large, root))
+    cached(large).write_bytes(b"no Arrow file" + bytes(100) + b"\xff\xff\xff\xff\0\0\0\0")
+    assert list(load_train(large, root)) == expected
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_processes_that_start_together_make_one_file(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = iterate_train, []
+    monkeypatch.setattr(records, "iterate_train", lambda *given: made.append(given) or real(*given))
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: list(load_train(large, root)), range(4)))
+    assert len(made) == 1
+    assert all(found == loaded[0] for found in loaded) and len(loaded[0]) == 2500
+
+
+def test_a_bad_row_of_a_large_file_is_named_and_nothing_is_kept(large: Path, root: Path) -> None:
+    rows = json.loads(large.read_text())
+    rows[2000]["image"] = "b.png"
+    write(root, rows)
+    for _ in range(2):
+        with pytest.raises(ClmoeError, match=r"file\.json: row 2000 \(from 0\), id 'k0', field 'image'"):
+            load_train(large, root)
+    assert not list((root.parent / "cache").rglob("*.arrow"))
+
+
+def test_small_files_are_lists(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLMOE_CACHE", str(root.parent / "cache"))
+    assert isinstance(load_train(write(root, [train_row()]), root), list)
+    assert not (root.parent / "cache").exists()
+
+
+def test_a_union_looks_records_up_in_their_part(tmp_path: Path) -> None:
+    def part(name: str, count: int, passes: int = 1) -> Part:
+        rows = [TrainRecord(str(n), None if n == 1 else f"{n}.png", ()) for n in range(count)]
+        return Part.of(name, rows, tmp_path / name / "images", tmp_path, passes)
+
+    union = UnionRecords([part("a", 3), part("b", 2, passes=2)])
+    assert [record.id for record in union] == ["a/0", "a/1", "a/2", "b/0", "b/1", "b/0", "b/1"]
+    assert [record.image for record in union][:4] == ["a/images/0.png", None, "a/images/2.png", "b/images/0.png"]
+    assert len(union) == 7
+    assert union[-1] == union[6] == union[4]
+    assert union[1:3] == [union[1], union[2]]
+    with pytest.raises(IndexError):
+        union[7]

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from clmoe.demo.panels import Asked, asked_panel, experts_panel, scores_panel
-from clmoe.evaluate.explain import Explanation, RouterWeights
+from clmoe.evaluate.answer import Explanation, RouterWeights
 
 LEARNED = ["sqa", "te<xt", "box"]
 SCORES = {

@@ -12,7 +12,7 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate import scoring
 from clmoe.evaluate.rules import captions as rules
 from clmoe.evaluate.rules.base import CorpusScore
-from clmoe.evaluate.scoring import score_answers
+from clmoe.evaluate.rules.scoring import score_answers
 
 needs_captions = pytest.mark.skipif(
     find_spec("pycocoevalcap") is None or shutil.which("java") is None,

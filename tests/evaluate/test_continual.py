@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.continual import (
+from clmoe.evaluate.matrix import (
     METRICS,
     AccuracyMatrix,
     mean_spread,

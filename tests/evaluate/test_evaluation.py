@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
+from clmoe.evaluate.evaluation import Checkpoint, Request, unanswered
+from clmoe.evaluate.partial import PartialAnswers
 
 import clmoe
-from clmoe.benchmarks.base import Benchmark
-from clmoe.benchmarks.questions import sampled, task_questions
+from clmoe.benchmarks.base import Benchmark, sampled, task_questions
+from clmoe.cli import evaluate
 from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.evaluation import Checkpoint, Request, check_tasks, evaluate, summary_path, unanswered
 from clmoe.evaluate.generate import Answer
-from clmoe.evaluate.partial import PartialAnswers
-from clmoe.evaluate.tables import write_tables
+from clmoe.evaluate.run import check_tasks, summary_path, write_tables
 from tests.runs import Runs, contents, events
 from tests.support import TASKS, save_tiny
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clmoe.evaluate.evaluation import Checkpoint
 from safetensors.torch import load_file
 
-from clmoe.data.batches import prompt_dataset
+from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import LoadedCheckpoint, open_answerer
-from clmoe.evaluate.evaluation import Checkpoint
-from clmoe.evaluate.explain import Explanation
-from clmoe.model.adapter import adapted_llava, expert_layers
-from clmoe.model.llava import LoadedBase
-from clmoe.model.locator import base_features
-from clmoe.model.routing import RouteSelection, routing
-from clmoe.model.vae_bank import VaeBank
-from clmoe.train.lineage import read_checkpoint
+from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
+from clmoe.evaluate.generate import open_answerer
+from clmoe.experts.forward import base_features
+from clmoe.experts.model import adapted_base, expert_layers
+from clmoe.experts.routing import RouteSelection, routing
+from clmoe.locators.vae import VaeBank
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches
 
@@ -79,7 +79,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
         "llava_cmoe": RouteSelection(router=torch.tensor([1])),
     }
     with torch.no_grad(), routing(chosen[method]):
-        adapted_llava(model)(**inputs(loaded, image))  # type: ignore[arg-type]
+        adapted_base(model)(**inputs(loaded, image))  # type: ignore[arg-type]
     assert len(given) == len(explained.routers) == (2 if method == "llava_cmoe" else 6)
     for router, (name, weights) in zip(explained.routers, given.items(), strict=True):
         assert f"layers.{router.block}.mlp" in name

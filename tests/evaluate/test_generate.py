@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from clmoe.evaluate.evaluation import Checkpoint
 from torch import Tensor, nn
 
+from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import prompt_dataset
-from clmoe.data.collate import PromptDataset
+from clmoe.data.batches import PromptDataset
 from clmoe.data.records import Question, load_questions
-from clmoe.evaluate.answer import open_answerer
-from clmoe.evaluate.evaluation import Checkpoint
-from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.methods.base import method_class
-from clmoe.model import locator
-from clmoe.model.adapter import adapted_llava
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import routing
-from clmoe.train.lineage import read_checkpoint
+from clmoe.evaluate.generate import Answer, Answerer, open_answerer
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import routing
+from clmoe.methods import method_class
+from clmoe.report.figures import locator
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches, tiny_config
 
@@ -120,7 +119,7 @@ def test_margin_is_the_smallest_gap_of_the_greedy_path(
     """Oracle: one question at a time, token by token, whole forward passes without a cache."""
     answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
     given = ask(slice(0, 6), exact=False)
-    llava = adapted_llava(answerer.model)  # type: ignore[arg-type]
+    llava = adapted_base(answerer.model)  # type: ignore[arg-type]
     dataset = prompt_dataset(tiny_base, questions[0][:6], questions[1])
     for answer, inputs in zip(given, prompt_batches(tiny_base, dataset, 1), strict=True):
         selection = answerer.method.selection(answerer.model, torch.tensor([answer.task]))  # type: ignore[arg-type]

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from clmoe.evaluate.growth import record_growth
-from clmoe.train.lineage import read_checkpoint
+
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs, contents
 from tests.support import TASKS
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clmoe.evaluate.partial import PartialAnswers
 
 from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.evaluate.partial import PartialAnswers
 from tests.runs import Runs, contents, texts
 from tests.support import TASKS
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clmoe.evaluate.run_info import check_run_order
+from clmoe.evaluate.run import check_run_order
 from tests.runs import Runs, contents
 
 

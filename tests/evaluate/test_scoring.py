@@ -5,18 +5,17 @@ from random import Random
 from typing import Any
 
 import pytest
+from clmoe.evaluate.scoring import CORPUS_SCORERS, find_scorer
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import shown_answer
 from clmoe.evaluate.rules.boxes import official_box, parse_box
 from clmoe.evaluate.rules.consensus import agreement, normalise
-from clmoe.evaluate.scoring import (
-    CORPUS_SCORERS,
+from clmoe.evaluate.rules.scoring import (
     SCORERS,
     check_gold,
     check_scorer,
-    find_scorer,
     gold_problem,
     score,
     score_answers,

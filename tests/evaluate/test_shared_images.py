@@ -9,24 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from clmoe.evaluate.evaluation import Checkpoint
 from torch import Tensor
 from transformers import GenerationConfig
 
+from clmoe.bases.inputs import SharedPrompts, prompt_dataset, prompt_inputs, read_prompts
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import prompt_dataset
-from clmoe.data.collate import PromptItem, collate_prompts
-from clmoe.data.prefix import prompt_inputs, read_prompts
+from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.records import Question, load_questions
-from clmoe.evaluate import greedy as greedy_module
-from clmoe.evaluate.answer import open_answerer
-from clmoe.evaluate.evaluation import Checkpoint
-from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.methods.features import FeatureStore
-from clmoe.model.adapter import adapted_llava
-from clmoe.model.llava import LoadedBase, last_prompt_features
-from clmoe.model.prefill import SharedPrompts
-from clmoe.model.routing import routing
-from clmoe.train.lineage import read_checkpoint
+from clmoe.evaluate.generate import Answer, Answerer, open_answerer
+from clmoe.evaluate.generate import greedy as greedy_module
+from clmoe.experts.forward import last_prompt_features
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import routing
+from clmoe.locators.base import FeatureStore
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches
 
@@ -118,7 +116,7 @@ def test_generation_is_transformers_own(
     answerer: Answerer, questions: tuple[list[Question], Path], attention: str
 ) -> None:
     """Oracle: ``generate`` of one prompt at a time."""
-    llava = adapted_llava(answerer.model)  # type: ignore[arg-type]
+    llava = adapted_base(answerer.model)  # type: ignore[arg-type]
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
     items = read_prompts(prompt_dataset(base, questions[0][:10], questions[1]), range(10))

@@ -4,10 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
-
 from clmoe.evaluate.usage import record_usage
-from clmoe.methods.statistics import load_statistics
-from clmoe.train.lineage import read_checkpoint
+
+from clmoe.methods.clmoe import load_statistics
+from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs, contents
 from tests.support import TASKS
 

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clmoe.data.batches import first_questions, prompt_dataset
+from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.data.batches import first_questions
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
+from clmoe.experts.forward import last_prompt_features
+from clmoe.experts.model import load_adapter
 from clmoe.locators import base as features_module
 from clmoe.locators.base import FeatureStore, feature_folder
-from clmoe.model.adapter import load_adapter
-from clmoe.model.llava import LoadedBase, last_prompt_features
 from tests.runs import Runs, same_bits
 from tests.support import TASKS, copy_base, prompt_batches
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.model.adapter import PROJECTOR
-from clmoe.model.llava import LoadedBase, last_prompt_features
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import LocatorConfig
-from clmoe.experts.forward import base_features
+from clmoe.experts.config import PROJECTOR
+from clmoe.experts.forward import base_features, last_prompt_features
 from clmoe.locators.base import Asked
 from clmoe.locators.nearest_mean import NearestMean
 from clmoe.locators.prototype import STD_FLOOR, Prototype

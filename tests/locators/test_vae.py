@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from clmoe.errors import ClmoeError
 from clmoe.config import LocatorConfig
+from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked
 from clmoe.locators.vae import CHUNK, Options, TaskVae, Vae, fit_vae
 from tests.runs import same_bits
@@ -284,9 +284,7 @@ DECISIVE = ("latent", "hidden", "draws", "sigma_floor")
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Options)])
-def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(
-    name: str, bank: Vae, tmp_path: Path
-) -> None:
+def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(name: str, bank: Vae, tmp_path: Path) -> None:
     """Each changed alone; the others matter to the next task's fit only."""
     value = getattr(SMALL, name)
     words = {"objective": "density", "primitive_on": "train_last"}

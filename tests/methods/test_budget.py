@@ -9,7 +9,8 @@ import pytest
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, load_config
 from clmoe.errors import ClmoeError
-from clmoe.methods.base import method_class, method_names
+from clmoe.methods import method_class
+from clmoe.methods.base import method_names
 from clmoe.methods.budget import within_budget
 from clmoe.methods.plan import make_plan
 from clmoe.train.checkpoint import read_checkpoint

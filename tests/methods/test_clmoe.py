@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
+from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
+from clmoe.experts.model import adapted_base, expert_layers, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.methods.clmoe import ClMoe, load_statistics
-from clmoe.model.adapter import adapted_base, expert_layers, load_adapter
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from tests.runs import Runs, same_bits, tensors, texts
 from tests.support import TASKS, prompt_batches, tiny_config, train_batches
 

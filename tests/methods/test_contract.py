@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import clmoe
+from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
+from clmoe.experts.model import adapter_tensors, attach_adapter, expert_layers, load_adapter
 from clmoe.methods import method_class, methods
 from clmoe.methods.base import Method, Phase, TaskContext
-from clmoe.model.adapter import adapter_tensors, attach_adapter, expert_layers, load_adapter
-from clmoe.model.llava import LoadedBase
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.task import prepare_request, train_task
 from clmoe.train.loop import TaskTrainer
+from clmoe.train.task import prepare_request, train_task
 from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 

@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.data.batches import train_dataset
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import TrainRecord, load_train
+from clmoe.experts.model import adapted_base, expert_layers
+from clmoe.experts.routers import gate_from_logits
+from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods.base import TaskContext
 from clmoe.methods.llava_cmoe import (
     BlockDecision,
@@ -20,15 +24,11 @@ from clmoe.methods.llava_cmoe import (
     balance_loss,
     choose_blocks,
     decide,
+    decisions_as_json,
     extend_router,
     measure_activations,
     pick_expert,
-    plan_as_json,
 )
-from clmoe.model.adapter import adapted_base, expert_layers
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routers import gate_from_logits
-from clmoe.model.routing import NEWEST_ROUTER, routing
 from tests.model.adapters import attached, grow
 from tests.runs import same_bits
 from tests.support import TASKS, tiny_config, train_batches
@@ -116,7 +116,7 @@ def test_choose_blocks() -> None:
 
 def test_plan_says_what_was_probed_and_what_was_added() -> None:
     given = {"a": decide(torch.tensor([0.1, 0.4, 0.6, 0.9]), 2, 0.8)}
-    (row,) = plan_as_json(given, {"a": 1}).values()
+    (row,) = decisions_as_json(given, {"a": 1}).values()
     assert row.keys() == {"activations", "probes", "threshold", "margin", "probed", "added"}
     assert (row["probes"], row["probed"], row["added"]) == (2, given["a"].extend, 1)
     assert given["a"].extend == 2

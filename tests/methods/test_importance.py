@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
-from clmoe.data.batches import sample_records, train_dataset
+from clmoe.data.batches import sample_records
 from clmoe.data.records import load_train
-from clmoe.methods.base import Method, method_class
-from clmoe.methods.base import TaskContext
+from clmoe.experts.model import adapted_base, load_adapter
+from clmoe.methods import method_class
+from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.ewc import STATE
-from clmoe.model.adapter import adapted_base, load_adapter
-from clmoe.model.llava import LoadedBase
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, train_batches
 

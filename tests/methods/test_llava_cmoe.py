@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,24 +15,26 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config
-from clmoe.data.batches import first_questions, prompt_dataset, sample_records, train_dataset
+from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
+from clmoe.experts.forward import last_prompt_features
+from clmoe.experts.model import adapted_base, adapter_tensors, expert_layers, load_adapter
+from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators.vae import Options as VaeOptions
 from clmoe.locators.vae import fit_vae
 from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.llava_cmoe import BlockDecision, LlavaCMoe, choose_blocks, decide, measure_activations
-from clmoe.model.adapter import adapted_base, adapter_tensors, expert_layers, load_adapter
-from clmoe.model.llava import LoadedBase, last_prompt_features
-from clmoe.model.routing import RouteSelection, routing
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loss import TrainedModel
 from clmoe.train.loop import TaskTrainer
+from clmoe.train.loss import TrainedModel
 from tests.runs import Runs, contents, events, same_bits, tensors
-from tests.support import SIZES, prompt_batch, prompt_batches, tiny_config, train_batches
 from tests.support import TASKS as THREE
+from tests.support import prompt_batch, prompt_batches, tiny_config, train_batches
 
 FAST = (
     "adapter.train_projector=false",

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
-from clmoe.data.batches import train_dataset
 from clmoe.data.records import load_train
-from clmoe.methods.base import Method, method_class
-from clmoe.methods.base import TaskContext
+from clmoe.experts.model import adapted_base, load_adapter
+from clmoe.methods import method_class
+from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.lwf import divergence
-from clmoe.model.adapter import adapted_base, load_adapter
-from clmoe.model.llava import LoadedBase
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batches

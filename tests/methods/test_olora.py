@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from clmoe.methods.base import method_class
-from clmoe.model.adapter import load_adapter
-from clmoe.model.llava import LoadedBase
+from clmoe.bases.llava import LoadedBase
+from clmoe.experts.model import load_adapter
+from clmoe.methods import method_class
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 

@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clmoe.data.collate import PromptDataset, TrainDataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.config import LocatorConfig
+from clmoe.data.batches import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
-from clmoe.config import LocatorConfig
+from clmoe.experts.config import PROJECTOR
+from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.locators.base import Asked
 from clmoe.locators.prototype import Prototype
 from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.clmoe import ClMoe, keep_weights, load_statistics, mix
-from clmoe.model.adapter import PROJECTOR, adapted_base, adapter_tensors, attach_adapter, load_adapter
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.train.loop import parameter_groups
 from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config

@@ -14,17 +14,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
-from clmoe.data.batches import train_dataset
-from clmoe.data.records import TrainRecord, load_questions, load_train
-from clmoe.data.union import Part, UnionRecords
-from clmoe.methods.base import method_class
+from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
+from clmoe.experts.model import adapted_base, load_adapter
+from clmoe.methods import method_class
 from clmoe.methods.base import TaskContext
-from clmoe.methods.replay import LOGITS
-from clmoe.methods.replay import Remembered, mixed
-from clmoe.methods.replay import MEMORY
-from clmoe.model.adapter import adapted_base, load_adapter
-from clmoe.model.llava import LoadedBase
+from clmoe.methods.replay import LOGITS, MEMORY, Remembered, mixed
 from clmoe.train import task as task_module
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS, train_batches

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import Dropout
 
-from clmoe.data.batches import train_dataset
-from clmoe.data.collate import collate_train
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.data.batches import collate_train
 from clmoe.data.records import load_train
-from clmoe.methods.base import method_class
-from clmoe.model.adapter import PROJECTOR, adapted_base, adapter_tensors, attach_adapter
-from clmoe.model.llava import LoadedBase
-from clmoe.model.routing import NEWEST_ROUTER, routing
+from clmoe.experts.config import PROJECTOR
+from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, routing
+from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.loop import BatchPlan
+from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import trainable
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches

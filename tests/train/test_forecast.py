@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from clmoe import cli
 from clmoe.errors import ClmoeError
 from clmoe.system.memory import Sharding
-from clmoe.train.loop import total_steps
-from clmoe.train.loop import planned_sharding
+from clmoe.train.loop import planned_sharding, total_steps
 from tests.runs import Runs
 from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, write_benchmark
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
+from clmoe.bases.llava import load_base
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
-from clmoe.model.llava import load_base
-from clmoe.train.checkpoint import MANIFEST, seal, verify
-from clmoe.train.checkpoint import read_checkpoint
+from clmoe.train.checkpoint import MANIFEST, read_checkpoint, seal, verify
 from clmoe.utils.tensors import load_tensors
 from tests.launch import environment
 from tests.runs import Runs, contents

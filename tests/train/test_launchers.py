@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from clmoe.train.checkpoint import decisive, read_checkpoint, seal
-from clmoe.train.state import states
 from clmoe.train.loop import OneDevice, TaskTrainer
+from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS

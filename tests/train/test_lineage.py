@@ -12,13 +12,13 @@ import pytest
 from clmoe.config import Config, EvaluationConfig, build, dump_config, load_config
 from clmoe.errors import ClmoeError
 from clmoe.methods import method_class, methods
-from clmoe.train.checkpoint import seal
 from clmoe.train.checkpoint import (
     Finished,
     Lineage,
     check_same_run,
     check_successor,
     read_checkpoint,
+    seal,
     training_identity,
     versions,
 )

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from clmoe.data.permutation import epoch_permutation
+from clmoe.data.batches import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.train.loop import BatchPlan, MicroBatches, total_steps
-from clmoe.train.loop import Snapshots
+from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, total_steps
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])

@@ -13,15 +13,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from clmoe.data.collate import TrainDataset, collate_train
-from clmoe.data.packing import collate_packed, image_groups
+from clmoe.bases.llava import LoadedBase
+from clmoe.data.batches import TrainDataset, collate_packed, collate_train, image_groups
 from clmoe.data.records import TrainRecord, Turn
-from clmoe.methods.base import method_class
-from clmoe.model.adapter import attach_adapter
-from clmoe.model.llava import LoadedBase
-from clmoe.model.packed import block_mask
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.experts.forward import block_mask
+from clmoe.experts.model import attach_adapter
+from clmoe.methods import method_class
 from clmoe.train.loop import BatchPlan, MicroBatches
+from clmoe.train.loss import TrainedModel, enable_checkpointing
 from tests.launch import launch, needs_deepspeed
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS, tiny_config

@@ -9,19 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
-from clmoe.data.batches import train_dataset
-from clmoe.data.collate import NumberedDataset, collate_numbered
-from clmoe.data.packing import collate_packed, image_groups
-from clmoe.data.records import TrainRecord, Turn, load_train
-from clmoe.data.union import Part, UnionRecords
-from clmoe.methods.base import Method, method_class, method_names
-from clmoe.methods.base import TaskContext
-from clmoe.methods.memory import mixed
-from clmoe.model.adapter import load_adapter
-from clmoe.model.llava import LoadedBase
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.data.batches import NumberedDataset, collate_numbered, collate_packed, image_groups
+from clmoe.data.records import Part, TrainRecord, Turn, UnionRecords, load_train
+from clmoe.experts.model import load_adapter
+from clmoe.methods import method_class
+from clmoe.methods.base import Method, TaskContext, method_names
+from clmoe.methods.replay import mixed
 from clmoe.train.loop import BatchPlan
+from clmoe.train.loss import TrainedModel, enable_checkpointing
 from tests.runs import Runs
 from tests.support import TASKS, tiny_config
 

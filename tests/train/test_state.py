@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from clmoe.errors import ClmoeError
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train.checkpoint import MANIFEST, seal
-from clmoe.train.state import find_state, load_weights, state_folder, states
 from clmoe.train.loop import TaskTrainer
+from clmoe.train.state import find_state, load_weights, state_folder, states
 from clmoe.utils.processes import EXIT_CODE
 from clmoe.utils.tensors import trainable
 from tests.launch import stop_when

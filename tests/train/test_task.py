@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from clmoe.methods.clmoe import ClMoe
 from clmoe.methods.base import TaskContext
+from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer

@@ -1,1 +1,1 @@
-"""The scoring rules by kind; `clmoe/evaluate/scoring.py` names them."""
+"""The scoring rules by kind; ``scoring.py`` names them."""

@@ -1,17 +1,11 @@
-"""Rules for boxes."""
-
-from __future__ import annotations
+"""The rule for visual grounding, which compares boxes."""
 
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.base import Mode
-
-if TYPE_CHECKING:
-    from clmoe.data.records import Question
+from clmoe.data.records import Question
+from clmoe.evaluate.rules.base import Mode, unfit
 
 Box = tuple[Fraction, Fraction, Fraction, Fraction]
 
@@ -24,29 +18,23 @@ _BRACKETED_BOX = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS}\s*\]\s*\.?\s*", re.ASCII)
 def iou(prediction: str, question: Question, mode: Mode) -> float:
     """Visual grounding: 1 if the boxes' intersection over union is strictly above 0.5, else 0.
 
-    Boxes are `[x1, y1, x2, y2]` in fractions of the image padded to a square. The gold box is
-    `question.extra["answer_bbox"]`, a string or a list. The side of the padded image, max of
-    `question.extra["size"]` where given, scales both boxes alike and so cannot change the ratio.
-    `fixed` computes in exact fractions of the printed decimals; a malformed or inverted box is wrong.
-    `official` keeps CoIN's parser, which cuts off the first and the last character of the coordinates.
-
-    Raises:
-        ClmoeError: `answer_bbox` is missing or malformed, or so is a `size` that `official` uses.
+    Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; the gold box is
+    ``question.extra["answer_bbox"]``, a string or a list. ``fixed`` computes with exact fractions of the printed
+    decimals; a malformed or inverted box is wrong. ``official`` keeps CoIN's parser, which cuts a character off either
+    end of the coordinates, and its pixels: both boxes times the larger number of ``question.extra["size"]``, if given.
     """
     gold = _gold_box(question)
     if mode == "fixed":
         box = parse_box(prediction)
         return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
-    side = _side(question)
-    cut = official_box(prediction)
+    side, cut = _side(question), official_box(prediction)
     if cut is None:
         return 0.0
-    scaled = tuple(value * side for value in cut)
-    return float(_overlap(scaled, tuple(float(value) * side for value in gold)) > 0.5)
+    return float(_overlap([value * side for value in cut], [float(value) * side for value in gold]) > 0.5)
 
 
 def parse_box(text: str) -> Box | None:
-    """Read `[x1, y1, x2, y2]` (brackets optional, nothing else around it), exactly; None if malformed.
+    """Read ``[x1, y1, x2, y2]`` (brackets optional, nothing else around it), exactly; None if malformed.
 
     A box without area (x2 <= x1 or y2 <= y1) is malformed.
     """
@@ -58,9 +46,9 @@ def parse_box(text: str) -> Box | None:
 
 
 def official_box(text: str) -> tuple[float, float, float, float] | None:
-    """Read a box as CoIN's grounding script does: brackets removed, then one more character cut at each end.
+    """Read a box as CoIN's grounding script does: it removes the brackets, then cuts one more character at each end.
 
-    "[0.12, 0.30, 0.50, 0.94]" becomes (.12, .30, .50, .9); a leading "1.00" becomes 0.0.
+    "[0.12, 0.30, 0.50, 0.94]" becomes (.12, .30, .50, .9), and a leading "1.00" becomes 0.0.
     """
     inner = text.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
     try:
@@ -75,25 +63,22 @@ def _gold_box(question: Question) -> Box:
     text = gold if isinstance(gold, str) else ", ".join(map(str, gold)) if isinstance(gold, list) else ""
     box = parse_box(text)
     if box is None:
-        raise ClmoeError(
-            f"question {question.question_id}: field 'answer_bbox' is {gold!r}, but scorer 'iou' needs "
-            '"[x1, y1, x2, y2]" with x1 < x2 and y1 < y2, in fractions of the square-padded image'
-        )
+        raise unfit(question, "answer_bbox", "[x1, y1, x2, y2] with x1 < x2 and y1 < y2, in fractions of the image")
     return box
 
 
 def _side(question: Question) -> float:
-    """Of the padded image; 1 where its size is not given."""
+    """Side of the padded image; 1 if its size is not given."""
     size = question.extra.get("size")
     if size is None:
         return 1
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int | float) and n > 0 for n in size):
-        raise ClmoeError(f"question {question.question_id}: field 'size' is {size!r}; write [width, height] in pixels")
+        raise unfit(question, "size", "[width, height] in pixels")
     return float(max(size))
 
 
 def _overlap(a: Sequence[Fraction | float], b: Sequence[Fraction | float]) -> Fraction | float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where the union has no area."""
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 if the union has no area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = width * height if width > 0 and height > 0 else 0

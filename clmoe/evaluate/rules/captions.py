@@ -1,36 +1,25 @@
-"""Captions (UCIT's VizWiz and Flickr30k): BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, by the package pycocoevalcap.
+"""Captions (UCIT's VizWiz and Flickr30k): BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, computed by pycocoevalcap.
 
-The package's tokenizer and METEOR are Java programs. Where the package or Java is missing nothing is scored: the mean
-of fewer figures would be another metric under the same name.
+Its tokenizer and METEOR are Java programs. Without the package or Java nothing is scored: the mean of fewer figures
+would be another metric under the same name.
 """
-
-from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
+from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.base import CorpusScore
+from clmoe.evaluate.rules.base import CorpusScore, unfit
 
-if TYPE_CHECKING:
-    from clmoe.data.records import Question
-
-_WITHOUT = "; a sequence without such tasks (ORDER=...) needs neither"
+_WITHOUT = "; a sequence without caption tasks (ORDER=...) needs neither"
 
 
 def captions(predictions: Sequence[str], questions: Sequence[Question]) -> CorpusScore:
-    """The mean of seven figures over the whole list: BLEU-1, -2, -3, -4, METEOR, ROUGE-L, CIDEr (UCIT's score).
+    """UCIT's score: the mean of seven figures over the whole list, BLEU-1, -2, -3, -4, METEOR, ROUGE-L and CIDEr.
 
-    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` are the means of the seven figures of each caption alone.
-    An empty prediction counts as a caption without words.
-
-    Args:
-        questions: with reference captions in ``extra["captions"]``.
-
-    Raises:
-        ClmoeError: the package or Java is missing, or a question has no reference captions.
+    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures. An empty
+    prediction counts as a caption without words. Reference captions are in ``question.extra["captions"]``.
     """
     require_captions()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -51,32 +40,27 @@ def captions(predictions: Sequence[str], questions: Sequence[Question]) -> Corpu
 
 
 def require_captions() -> None:
-    """Raises ClmoeError, saying what to install, where captions cannot be scored."""
+    """Raise ClmoeError, saying what to install, if captions cannot be scored here."""
     if find_spec("pycocoevalcap") is None:
         raise ClmoeError(f"scorer 'captions' needs the package pycocoevalcap: pip install 'clmoe[captions]'{_WITHOUT}")
     if shutil.which("java") is None:
-        raise ClmoeError(
-            "scorer 'captions' needs Java 8 or newer for the tokenizer and METEOR (apt-get install "
-            f"default-jre-headless, or conda install openjdk), with `java` on the PATH{_WITHOUT}"
-        )
+        install = "apt-get install default-jre-headless, or conda install openjdk"
+        raise ClmoeError(f"scorer 'captions' needs Java 8 or newer, with `java` on the PATH ({install}){_WITHOUT}")
 
 
 def references(question: Question) -> list[str]:
-    """The question's reference captions; ClmoeError names the question that has none."""
+    """The question's reference captions; ClmoeError names a question without any."""
     texts = question.extra.get("captions")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ClmoeError(
-            f"question {question.question_id}: no reference captions in field 'captions', which scorer 'captions' "
-            "needs; name the task's 'gold' file or mend the test file"
-        )
+        raise unfit(question, "captions", "a list of reference captions; the task's 'gold' file may hold them")
     return texts
 
 
 def _tokenized(texts: list[list[str]]) -> list[list[str]]:
-    """What the package's tokenizer makes of each text.
+    """Every text through the package's tokenizer.
 
-    The tokenizer works on lines and METEOR on fields between bars, so neither may be in a text; lines without words
-    do not reach the tokenizer, which loses some of them.
+    The tokenizer reads lines and METEOR reads fields between bars, so texts must hold neither. The tokenizer loses some
+    lines without words, so it does not get them.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

@@ -1,21 +1,11 @@
-"""Rules for questions that ten people answered: VQA accuracy, with the answer normaliser of VQA's evaluation server."""
-
-from __future__ import annotations
+"""VQA accuracy for questions that ten people answered, with the normaliser of VQA's evaluation server."""
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.base import Mode
+from clmoe.data.records import Question
+from clmoe.evaluate.rules.base import Mode, unfit
 from clmoe.evaluate.rules.words import short_answer
-
-if TYPE_CHECKING:
-    from clmoe.data.records import Question
-
-ANNOTATORS = 10
-_ENOUGH = 3
-"""This many other annotators with the same answer make it fully right."""
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
@@ -32,7 +22,7 @@ _CONTRACTIONS = (
     "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've "
     "you'll you're you've"
 )
-# A contraction is recognised when one of its apostrophes was forgotten; the last entry is the original's own.
+# Recognises a contraction that lacks one of its apostrophes. The original has the last entry, too.
 _FULL_FORMS = {
     form[:at] + form[at + 1 :]: form
     for form in _CONTRACTIONS.split()
@@ -42,28 +32,24 @@ _FULL_FORMS = {
 
 
 def textvqa(prediction: str, question: Question, mode: Mode) -> float:
-    """TextVQA: VQA accuracy over the ten answers in `question.extra["answers"]`.
+    """TextVQA: VQA accuracy over the ten answers in ``question.extra["answers"]``.
 
-    The modes differ in one point: `fixed` never accepts a prediction without text, `official` does where an annotator's
-    answer is empty after normalising ("the").
-
-    Raises:
-        ClmoeError: there are not exactly ten answers.
+    The modes differ in one point: ``fixed`` never accepts a prediction without text; ``official`` does if an
+    annotator's answer is empty after normalising ("the").
     """
     if mode == "fixed" and not prediction.strip():
         return 0.0
-    return agreement(prediction, _ten_answers(question))
+    answers = question.extra.get("answers")
+    if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
+        raise unfit(question, "answers", "the texts of ten annotators; 'short_answer' takes fewer")
+    return agreement(prediction, answers)
 
 
 def vqa(prediction: str, question: Question, mode: Mode) -> float:
     """VQAv2 and CL4VQA.
 
-    `official` is CoIN's and CL-MoE's rule: exact match with the one answer of the test file, case ignored. `fixed` is
-    VQA accuracy where the ten annotators' answers are at hand (`question.extra["answers"]`), and `short_answer` where
-    they are not.
-
-    Raises:
-        ClmoeError: there are annotators' answers, but not ten.
+    ``official`` is CoIN's and CL-MoE's rule: exact match with the test file's one answer, ignoring case. ``fixed`` is
+    VQA accuracy if ``question.extra["answers"]`` holds the annotators' answers, else ``short_answer``.
     """
     if mode == "official" or "answers" not in question.extra:
         return short_answer(prediction, question, mode)
@@ -75,15 +61,15 @@ def agreement(prediction: str, answers: list[str]) -> float:
     said = normalise(prediction)
     equal = [normalise(answer) == said for answer in answers]
     others = [sum(equal) - own for own in equal]
-    return sum(min(1.0, count / _ENOUGH) for count in others) / len(others) if any(equal) else 0.0
+    return sum(min(1.0, count / 3) for count in others) / len(others) if any(equal) else 0.0
 
 
 @lru_cache(maxsize=2**16)  # annotators use few different answers
 def normalise(text: str) -> str:
-    """As VQA's evaluation server does it: lower case, no articles, digits for number words, no punctuation.
+    """Normalise as VQA's evaluation server does: lower case, no articles or punctuation, digits for number words.
 
-    A punctuation mark next to a blank vanishes, one between letters becomes a blank; full stops vanish except before
-    a digit; forgotten apostrophes of contractions are put back, and the genitive's 's becomes a word. (The original
+    A punctuation mark next to a blank disappears, one between letters becomes a blank. Full stops disappear unless a
+    digit follows. Contractions get their missing apostrophes back, and the genitive's 's becomes a word. (The original
     stops after the 32nd full stop; this does not.)
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -93,14 +79,3 @@ def normalise(text: str) -> str:
         text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
     words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text).split()]
     return " ".join(_FULL_FORMS.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _ten_answers(question: Question) -> list[str]:
-    answers = question.extra.get("answers")
-    texts = [answer for answer in answers if isinstance(answer, str)] if isinstance(answers, list) else []
-    if not isinstance(answers, list) or len(texts) != len(answers) or len(texts) != ANNOTATORS:
-        raise ClmoeError(
-            f"question {question.question_id}: field 'answers' holds {len(texts)} answers, but VQA accuracy needs "
-            f"{ANNOTATORS}; give all annotators' answers or choose scorer 'short_answer'"
-        )
-    return texts

@@ -1,65 +1,123 @@
-"""Rules that compare a short answer with the gold answer as a whole."""
+"""Rules that compare short answers as text: as a whole, or as words within the prediction.
 
-from __future__ import annotations
+MLLM-DCL's published rules (``contains_...``, ``science``) look for the gold answer anywhere in the prediction and find
+"no" in "none" and in "it is not". Their ``fixed`` versions look for whole words.
+"""
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
 
-from clmoe.evaluate.rules.base import Mode, accepted
+from clmoe.data.records import Question
+from clmoe.evaluate.rules.base import Mode, Scorer, accepted
+from clmoe.evaluate.rules.letters import parse_letter
 
-if TYPE_CHECKING:
-    from clmoe.data.records import Question
+Match = Callable[[str, str], bool]
+"""``(prediction, gold answer)``"""
+
+_EXACT_SOURCES = ("AI2D", "TQA", "VQA", "SciVerse")
 
 
-def short_answer(prediction: str, question: Question, mode: Mode) -> float:
-    """Exact match with an accepted answer, case ignored.
+def any_matches(fixed: Match, official: Match) -> Scorer:
+    """The rule that the prediction matches one of the accepted answers."""
 
-    `fixed` also ignores surrounding blanks and trailing full stops ("Mug." equals "mug") and never accepts an empty
-    prediction. `official` is the rule of the VizWiz and VQAv2 scripts of CoIN, and of UCIT's: nothing is removed.
+    def rule(prediction: str, question: Question, mode: Mode) -> float:
+        matches = official if mode == "official" else fixed
+        return float(any(matches(prediction, gold) for gold in accepted(question)))
+
+    return rule
+
+
+def same_words(text: str, gold: str) -> bool:
+    """Equal, ignoring case, surrounding blanks and trailing full stops ("Mug." is "mug"); nothing equals silence."""
+    return bool(_plain(text)) and _plain(text) == _plain(gold)
+
+
+def has_words(text: str, gold: str) -> bool:
+    """``gold`` occurs with no letter or digit next to it, ignoring case and trailing full stops."""
+    wanted = _plain(gold)
+    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text.lower()) is not None
+
+
+def official_words(text: str, gold: str) -> bool:
+    """eval_ai2d.py: "Unanswerable" is never right, and an answer with a blank in it may be any piece of text.
+
+    Another answer loses its full stops; in a prediction with a blank it needs a blank before it, or a blank, full stop
+    or comma after it.
     """
-    if mode == "official":
-        return float(prediction.upper() in [answer.upper() for answer in accepted(question)])
-    return float(same_words(prediction, accepted(question)))
+    if "Unanswerable" in text:
+        return False
+    text, gold = text.lower(), gold.lower()
+    if " " not in gold:
+        gold = gold.replace(".", "")
+        if " " in text:
+            return any(form in text for form in (f" {gold}", f"{gold} ", f"{gold}.", f"{gold},"))
+    return gold in text
 
 
-def class_name(prediction: str, question: Question, mode: Mode) -> float:
-    """Name of the object in the image (CoIN's ImageNet).
+short_answer = any_matches(same_words, lambda text, gold: text.upper() == gold.upper())
+"""Exact match. ``official`` is the rule of CoIN's VizWiz and VQAv2 scripts and of UCIT's: it strips nothing."""
 
-    `fixed` is `short_answer`. `official` accepts, case-sensitively, a prediction that contains the class name or is
-    contained in it: "cat" for "catamaran", and an empty prediction for everything.
+class_name = any_matches(same_words, lambda text, gold: text in gold or gold in text)
+"""Name of the object in the image (CoIN's ImageNet). ``official`` takes "cat" for "catamaran", and "" for anything."""
+
+gqa = any_matches(same_words, lambda text, gold: text.rstrip(".").lower() == gold)
+"""GQA. ``official`` lower-cases the prediction only, so that nothing matches a gold answer with a capital."""
+
+ocr_vqa = any_matches(same_words, lambda text, gold: "Unanswerable" not in text and text.lower() == gold.lower())
+"""OCR-VQA. ``official`` strips nothing, and takes no "Unanswerable"."""
+
+contains_words = any_matches(has_words, official_words)
+"""Remote sensing and driving: the prediction contains the answer."""
+
+contains_answer = any_matches(has_words, lambda text, gold: gold.lower() in text.lower())
+"""Medicine (PathVQA): the prediction contains the answer; for ``official``, as any piece of text."""
+
+_exact_source = any_matches(same_words, lambda text, gold: text.lower() == gold.lower())
+
+
+def science(prediction: str, question: Question, mode: Mode) -> float:
+    """Science: exact match for images of AI2D, TQA, VQA and SciVerse; MapQA's "Which states" gives partial credit.
+
+    A question's source is the beginning of its image's file name. For "Which states" the score is the share of the gold
+    answer's comma-separated states that the prediction names, the largest share of several accepted answers. MapQA's
+    other questions follow ``contains_answer``. ``official`` looks for each state, blanks included, anywhere in the
+    prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the members of the two lists.
     """
-    if mode == "official":
-        return float(any(prediction in answer or answer in prediction for answer in accepted(question)))
-    return short_answer(prediction, question, mode)
+    if PurePosixPath(question.image or "").name.startswith(_EXACT_SOURCES):
+        return _exact_source(prediction, question, mode)
+    if "Which states" not in question.text:
+        return contains_answer(prediction, question, mode)
+    share = _named_states if mode == "fixed" else _official_states
+    return max(share(prediction, gold) for gold in accepted(question))
 
 
-def gqa(prediction: str, question: Question, mode: Mode) -> float:
-    """GQA: exact match. `fixed` is `short_answer`.
+def stock(prediction: str, question: Question, mode: Mode) -> float:
+    """Finance (StockQA): an option's letter, or yes or no.
 
-    `official` strips trailing full stops and lower-cases the prediction, and compares with the answer as it is
-    written, so that a gold answer with a capital is never reached.
+    ``official`` removes blanks and full stops from the prediction and compares: "B. rising" becomes "brising", which is
+    not "b". ``fixed`` reads letters as ``option_letter`` does.
     """
+    golden = accepted(question)
     if mode == "official":
-        return float(prediction.rstrip(".").lower() in accepted(question))
-    return short_answer(prediction, question, mode)
+        return float(prediction.lower().replace(" ", "").replace(".", "") in [gold.lower() for gold in golden])
+    letters = [gold.strip().upper() for gold in golden if re.fullmatch("[A-Za-z]", gold.strip())]
+    words = [gold for gold in golden if gold.strip().upper() not in letters]
+    return float(parse_letter(prediction) in letters or any(same_words(prediction, gold) for gold in words))
 
 
-def ocr_vqa(prediction: str, question: Question, mode: Mode) -> float:
-    """OCR-VQA: exact match. `fixed` is `short_answer`.
-
-    `official` lower-cases both and strips nothing; a prediction that contains "Unanswerable" is passed over, and
-    still counts in the divisor.
-    """
-    if mode == "official":
-        unanswerable = "Unanswerable" in prediction
-        return float(not unanswerable and prediction.lower() in [answer.lower() for answer in accepted(question)])
-    return short_answer(prediction, question, mode)
-
-
-def same_words(prediction: str, answers: list[str]) -> bool:
-    """A prediction of more than full stops equals an answer, but for blanks around, case and trailing full stops."""
-    return bool(plain(prediction)) and plain(prediction) in [plain(answer) for answer in answers]
-
-
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """Lower case, without surrounding blanks and trailing full stops."""
     return text.strip().lower().rstrip(".").rstrip()
+
+
+def _named_states(prediction: str, gold: str) -> float:
+    named, wanted = (
+        {_plain(re.sub(r"^\s*and\s+", "", part)) for part in t.split(",")} - {""} for t in (prediction, gold)
+    )
+    return len(wanted & named) / len(wanted) if wanted else 0.0
+
+
+def _official_states(prediction: str, gold: str) -> float:
+    parts = gold.lower().split(",")
+    return sum(part in prediction.lower() for part in parts) / len(parts)

@@ -1,0 +1,284 @@
+"""LLaVA-1.5, transformers' own class: loading, identity, inputs, and the names of its parts.
+
+Everything else takes a base as a ``PreTrainedModel`` and finds its parts through the functions here.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+
+from clmoe.bases.vision_cache import VisionCache, attach_cache
+from clmoe.config import ModelConfig
+from clmoe.data import images, prompts
+from clmoe.data.records import TrainRecord
+from clmoe.errors import ClmoeError
+from clmoe.utils.files import read_json
+from clmoe.utils.paths import resolve_model_path
+
+# ---- Parts
+
+PROJECTOR = "multi_modal_projector"
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The language model's decoder blocks."""
+    return model.get_decoder().layers
+
+
+def projector_of(model: PreTrainedModel) -> nn.Module:
+    """What maps the vision tower's features to token embeddings."""
+    return cast(LlavaForConditionalGeneration, model).model.multi_modal_projector
+
+
+def vision_tower_of(model: PreTrainedModel) -> nn.Module:
+    """The image encoder."""
+    return cast(LlavaForConditionalGeneration, model).model.vision_tower
+
+
+def language_model_pattern(names: list[str]) -> str:
+    """Regular expression for modules of the decoder blocks; the vision tower's own ``mlp`` never matches.
+
+    ``names``: module names inside a block, such as ``gate_proj``, or ``mlp`` for whole FFNs.
+    """
+    return rf".*language_model\.layers\.\d+\.(mlp|self_attn|mlp\..+)?\.?({'|'.join(names)})"
+
+
+def block_of(module_name: str) -> str:
+    """``...language_model.layers.7.mlp`` -> ``"7"``: the block's key in the expert layout."""
+    match = re.search(r"layers\.(\d+)\.", module_name)
+    if match is None:
+        raise ValueError(f"{module_name} is not inside a decoder block")
+    return match.group(1)
+
+
+def count_image_tokens(model: PreTrainedModel) -> int:
+    """Number of tokens of one image: its patches, plus the class token with the ``full`` feature strategy."""
+    patches = int(cast(Any, vision_tower_of(model)).embeddings.num_patches)
+    return patches + (model.config.vision_feature_select_strategy == "full")
+
+
+# ---- A loaded base
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaEncoder:
+    """Makes inputs from records (a ``clmoe.data.batches.Encoder``). It holds no model: loader workers get a copy.
+
+    Attributes:
+        image_token_count: number of tokens of one image.
+        vision: image features on disk, if the environment asks for them.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: BaseImageProcessor
+    image_token_count: int
+    vision: VisionCache | None = None
+
+    def encode_training(self, record: TrainRecord, max_length: int) -> prompts.Encoded:
+        """Token ids and labels of a record, at most ``max_length``."""
+        return prompts.encode_training(record, self.tokenizer, self.image_token_count, max_length)
+
+    def encode_prompt(self, question: str, has_image: bool) -> list[int]:
+        """Token ids of a prompt."""
+        return prompts.encode_prompt(question, has_image, self.tokenizer, self.image_token_count)
+
+    def read_pixels(self, path: Path) -> Tensor:
+        """An image file as the tower's input ``[3, H, W]`` float32."""
+        return images.read_pixels(path, self.image_processor)
+
+    def read_image(self, path: Path) -> Tensor:
+        """Pixels of an image file or, with ``vision``, its features ``[P, D]``, which must have been computed."""
+        return self.read_pixels(path) if self.vision is None else self.vision.read(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBase(LlavaEncoder):
+    """The frozen base and what turns records into its inputs.
+
+    Attributes:
+        fingerprint: identity of config and weights, see ``base_fingerprint``.
+    """
+
+    model: LlavaForConditionalGeneration
+    fingerprint: str
+
+    @property
+    def encoder(self) -> LlavaEncoder:
+        return LlavaEncoder(**{field.name: getattr(self, field.name) for field in fields(LlavaEncoder)})
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(decoder_layers(self.model))
+
+
+def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
+    """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
+
+    Raises:
+        ClmoeError: the folder is not a LLaVA in transformers' format, its files and its config.json disagree about the
+            tensors, attention or 4-bit weights need something that is missing, or ``CLMOE_VISION`` does not fit the
+            model.
+    """
+    check_means(config, torch.device(device))
+    disable_progress_bar()
+    folder = resolve_model_path(config.path)
+    fingerprint = base_fingerprint(folder)
+    try:
+        # Given another model's folder, from_pretrained below would build a random LLaVA of 7B parameters.
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "llava":
+            raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
+        loaded = LlavaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,  # a pickle could run code
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **(_four_bit(config, device) if config.load_in_4bit else {}),
+        )
+        model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
+        _check_report(report)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+    model.requires_grad_(False).eval()
+    if not config.load_in_4bit:  # quantised weights were placed while loading
+        cast(nn.Module, model).to(device)
+    model.name_or_path = config.path  # goes into adapter files, which must not depend on where the checkout is
+    return LoadedBase(
+        model=model,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_token_count=count_image_tokens(model),
+        fingerprint=fingerprint,
+        vision=attach_cache(model, processor.image_processor, fingerprint),
+    )
+
+
+def meta_base(file: Path) -> LoadedBase:
+    """A base with the shapes of a transformers config.json: on the meta device, without weights and tokenizer.
+
+    Raises:
+        ClmoeError: the file is not the configuration of a LLaVA.
+    """
+    values = read_json(file)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "llava":
+        raise ClmoeError(f"{file}: field 'model_type': expected 'llava', found {kind!r}")
+    try:
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).requires_grad_(False)
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ClmoeError(f"{file}: not a LLaVA that transformers can build: {' '.join(str(error).split())}") from error
+    absent = cast(Any, None)
+    return LoadedBase(
+        model=model,
+        tokenizer=absent,
+        image_processor=absent,
+        image_token_count=count_image_tokens(model),
+        fingerprint="",
+    )
+
+
+def check_means(config: ModelConfig, device: torch.device) -> None:
+    """Check that what ``attention`` and ``load_in_4bit`` need is installed and fits, without loading anything.
+
+    Raises:
+        ClmoeError: it is not; the message names the package to install or the setting to change.
+    """
+    if config.attention == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise ClmoeError(
+                "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
+                "pip install 'clmoe[flash]', or model.attention=sdpa"
+            )
+        if config.dtype == "float32":
+            raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+    if config.load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ClmoeError("model.load_in_4bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
+        if device.type != "cuda":
+            raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
+
+
+def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314).
+
+    Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides the
+    margins of answers. The quantised linears keep ``in_features`` and ``out_features``, from which experts take their
+    sizes.
+    """
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=["model.vision_tower", f"model.{PROJECTOR}", "lm_head"],
+    )
+    return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def _check_report(report: dict[str, set[Any]]) -> None:
+    """Raise ValueError with the first tensor that only the files or only the model have, or whose shapes differ."""
+    for problem, keys in (("lack", "missing_keys"), ("hold, beyond the model's,", "unexpected_keys")):
+        if names := sorted(report[keys]):
+            raise ValueError(f"its files {problem} {len(names)} tensors, {names[0]} first")
+    for name, found, needed in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{name} has shape {list(found)} in its files, config.json makes it {list(needed)}")
+
+
+# ---- Identity
+
+
+def base_fingerprint(folder: str) -> str:
+    """sha256 over ``config.json`` and every weight file's name, size and sixteen evenly spaced MiB.
+
+    Bases that differ in training differ everywhere, so the sample tells them apart without reading 14 GB; files of up
+    to 16 MiB are covered whole. A hub name gives the hash of the name.
+    """
+    root, sample, samples = Path(folder), 1 << 20, 16
+    if not root.is_dir():
+        return hashlib.sha256(folder.encode()).hexdigest()
+    weights = sorted(root.glob("*.safetensors"))
+    if not weights or not (root / "config.json").is_file():
+        raise ClmoeError(f"model {folder}: expected config.json and *.safetensors in it (transformers' format)")
+    digest = hashlib.sha256((root / "config.json").read_bytes())
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for k in range(samples):
+                file.seek(max(0, size - sample) * k // (samples - 1))
+                digest.update(file.read(sample))
+    return digest.hexdigest()

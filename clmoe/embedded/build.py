@@ -1,0 +1,188 @@
+"""Draw an embedded benchmark to disk, in the files a real benchmark has: JSON lists and PNG images.
+
+    <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png
+    <root>/playground-cl4vqa/<task>/train.json, test.json and one images/ for all tasks
+    <root>/<either>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
+
+The marker `benchmark.json` is written last, and the finished folder appears by one rename. A folder whose marker is of
+another version or size is drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from clmoe.data.records import Turn
+from clmoe.embedded.mixture import sample_scene, sample_turns
+from clmoe.embedded.scenes import SIDE, Scene, draw_distinct, render
+from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec
+from clmoe.errors import ClmoeError
+from clmoe.utils.names import unknown
+
+VERSION = 1
+"""Of everything that decides the files; raise it with any change to scenes, tasks or mixture that shows in them."""
+
+MARKER = "benchmark.json"
+WARMUP = "warmup"
+WARMUP_TURNS = 4
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """A benchmark's tasks in order and its sizes. `shared_images`: one pool of images for all tasks."""
+
+    name: str
+    tasks: tuple[TaskSpec, ...]
+    shared_images: bool
+    train_rows: int = 2_000
+    test_rows: int = 300
+
+    @property
+    def marker(self) -> dict[str, Any]:
+        """What a finished folder's marker holds."""
+        return {"name": self.name, "version": VERSION, "rows": {"train": self.train_rows, "test": self.test_rows}}
+
+    def rows(self, split: str) -> int:
+        """Rows of a task's training or test file."""
+        return self.train_rows if split == "train" else self.test_rows
+
+
+SPECS = {
+    "playground-coin": BenchmarkSpec("playground-coin", COIN_TASKS, shared_images=False),
+    "playground-cl4vqa": BenchmarkSpec("playground-cl4vqa", CL4VQA_TASKS, shared_images=True),
+}
+
+
+def prepare(benchmark_name: str, target: Path) -> Path:
+    """Make sure that the folder `target` holds the whole benchmark, and return it.
+
+    Takes seconds where the files must be drawn. Replaces a folder that another version of the generator wrote.
+
+    Raises:
+        ClmoeError: there is no embedded benchmark of that name, or the folder holds something else.
+    """
+    if benchmark_name not in SPECS:
+        raise ClmoeError(unknown("embedded benchmark", benchmark_name, SPECS))
+    spec = SPECS[benchmark_name]
+    if is_complete(target, spec):
+        return target
+    if target.exists() and not (target / MARKER).is_file():
+        raise ClmoeError(f"{target} exists, and `clmoe data prepare` did not write it: choose another data folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
+    try:
+        _write(work, spec)
+        work.chmod(0o755)
+        if target.exists() and not is_complete(target, spec):
+            shutil.rmtree(target)
+        try:
+            work.rename(target)
+        except OSError:  # another process may have been faster
+            if not is_complete(target, spec):
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def is_complete(target: Path, spec: BenchmarkSpec) -> bool:
+    """Whether the folder was written to the end, by this version of the generator and in these sizes."""
+    try:
+        return bool(json.loads((target / MARKER).read_text()) == spec.marker)
+    except (OSError, ValueError):
+        return False
+
+
+def _write(folder: Path, spec: BenchmarkSpec) -> None:
+    """All files of a benchmark, the marker last."""
+    pools = {split: _scene_pool(spec, split, folder) for split in ("train", "test")} if spec.shared_images else {}
+    for task in spec.tasks:
+        for split in ("train", "test"):
+            rng, count = Random(f"0/{spec.name}/{task.name}/{split}"), spec.rows(split)
+            if pools:
+                pairs = _from_pool(task, pools[split], rng, count)
+            else:
+                pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
+            make = _train_row if split == "train" else _test_row
+            rows = [make(task, f"{task.name}-{i}", image, turns) for i, (image, turns) in enumerate(pairs)]
+            _write_json(folder / task.name / f"{split}.json", rows)
+    _write_warmup(folder / WARMUP, spec.train_rows)
+    _write_json(folder / MARKER, spec.marker)
+
+
+def _write_warmup(folder: Path, count: int) -> None:
+    """The mixture that the base was pre-trained on: its scenes are in no task's training or test set."""
+    rng = Random(f"0/{WARMUP}")
+    records = []
+    for i in range(count):
+        scene = sample_scene(rng)
+        turns = sample_turns(scene, rng, WARMUP_TURNS)
+        records.append(_record(f"{WARMUP}-{i}", _save(scene, folder / "images", f"{i:05d}.png"), turns))
+    _write_json(folder / "train.json", records)
+
+
+def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, images: Path) -> Iterator[tuple[str, list[Turn]]]:
+    """(image path, turns) of a task that has its own images; each kind of image has an equal share."""
+    each, rest = divmod(count, len(task.samplers))
+    found = [
+        scene
+        for number, sampler in enumerate(task.samplers)
+        for scene in draw_distinct(sampler, split, rng, each + (number < rest), task.backgrounds)
+    ]
+    rng.shuffle(found)
+    for i, sharp in enumerate(found):
+        scene = sharp.blurred(rng) if rng.random() < task.blur else sharp
+        yield _save(scene, images, f"{split}/{i:05d}.png"), task.turns(scene, rng)
+
+
+def _scene_pool(spec: BenchmarkSpec, split: str, folder: Path) -> list[tuple[str, Scene]]:
+    """The images all tasks share: as many of each kind as a task has rows, so that each finds enough to ask about."""
+    rng = Random(f"0/pool/{split}")
+    pool = [scene for sampler in POOL_SAMPLERS for scene in draw_distinct(sampler, split, rng, spec.rows(split))]
+    rng.shuffle(pool)
+    return [(_save(scene, folder / "images", f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
+
+
+def _from_pool(
+    task: TaskSpec, pool: list[tuple[str, Scene]], rng: Random, count: int
+) -> Iterable[tuple[str, list[Turn]]]:
+    """(image path, turns) of the pool's images that the task can ask about."""
+    asked = [(image, task.turns(scene, rng)) for image, scene in rng.sample(pool, len(pool))]
+    return [(image, turns) for image, turns in asked if turns][:count]
+
+
+def _save(scene: Scene, images: Path, name: str) -> str:
+    path = images / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render(scene).save(path, compress_level=1)
+    return name
+
+
+def _train_row(task: TaskSpec, name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
+    return _record(name, image, turns[: task.max_turns])
+
+
+def _record(name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
+    conversation = []
+    for i, turn in enumerate(turns):
+        mark = "" if i else "<image>\n"
+        conversation += [{"from": "human", "value": mark + turn.question}, {"from": "gpt", "value": turn.answer}]
+    return {"id": name, "image": image, "conversations": conversation}
+
+
+def _test_row(task: TaskSpec, name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
+    turn = turns[0]
+    row: dict[str, Any] = {"question_id": name, "image": image, "text": turn.question, "answer": turn.answer}
+    return row | {"answer_bbox": turn.answer, "size": [SIDE, SIDE]} if task.boxes else row
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")

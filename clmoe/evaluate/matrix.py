@@ -1,0 +1,210 @@
+"""The accuracy matrix of a task sequence and the metrics computed from it, all in percent.
+
+``A[t][i]`` is the score on task i after training task t (tasks numbered 1..N in training order, row 0 is the untrained
+model). Papers divide the same sum by different numbers, so a name here says its divisor:
+
+    last              mean_i A[N][i]                                   also printed as Mean, MFN, AP
+    immediate         mean_i A[i][i]                                   MFT
+    maa               mean_t mean_{i<=t} A[t][i]                       CoIN's mean average accuracy
+    bwt_n             sum_{i<N} (A[N][i] - A[i][i]) / N                CoIN's BWT
+    bwt_n_minus_1     the same sum / (N - 1)                           Lopez-Paz and Ranzato 2017, MCITlib
+    forgetting_max    mean_{i<N} (max_{i<=t<N} A[t][i] - A[N][i])      VQACL's AF
+    fwt_n_minus_1     mean_{i>=2} (A[i-1][i] - A[0][i])                Lopez-Paz and Ranzato 2017
+    immediate_known   mean_i K[i]
+    bwt_known         mean_i (A[N][i] - K[i]), over all N              LLaVA-CMoE
+
+``K[i]`` is the score on task i right after its training, with the right router given. A metric is None if a cell that
+it needs was not measured.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from clmoe.errors import ClmoeError
+from clmoe.utils.files import csv_text, read_csv, write_text
+
+ZERO_SHOT = "zero_shot"
+METRICS = (
+    "last", "immediate", "maa", "bwt_n", "bwt_n_minus_1", "forgetting_max", "fwt_n_minus_1", "immediate_known",
+    "bwt_known",
+)  # fmt: skip
+Scores = tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyMatrix:
+    """Scores in percent: ``rows[after][i]`` on ``tasks[i]`` after training task ``after``; None is not measured.
+
+    Attributes:
+        tasks: names in training order.
+        rows: by the name of the task just trained, or ``zero_shot`` for the untrained model. Rows may be missing. A
+            method without stages (multitask) has one row under the last task's name.
+    """
+
+    tasks: tuple[str, ...]
+    rows: Mapping[str, Scores]
+
+    def __post_init__(self) -> None:
+        _check_tasks(self.tasks, "accuracy matrix")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """All row labels in order: ``zero_shot``, then the tasks."""
+        return (ZERO_SHOT, *self.tasks)
+
+    def row(self, after: str) -> Scores:
+        """The scores after that stage, [N]; all None if the row was not measured."""
+        return self.rows.get(after, (None,) * len(self.tasks))
+
+    def cell(self, t: int, i: int) -> float | None:
+        """``A[t][i]`` with the tasks numbered from 1; t = 0 is the zero-shot row."""
+        return self.row(self.stages[t])[i - 1]
+
+    @classmethod
+    def read_csv(cls, path: Path) -> Self:
+        """Read a matrix file: first column ``after``, then one column per task in training order.
+
+        A blank cell was not measured. The file may hold any of the rows, for instance only the last one.
+
+        Raises:
+            ClmoeError: names the file, the row (line number) and the column that is wrong.
+        """
+        tasks, lines = _read_table(path)
+        order = [ZERO_SHOT, *tasks]
+        rows: dict[str, Scores] = {}
+        for line, after, scores in lines:
+            where = f"{path}, row {line}, column 'after': {after!r}"
+            if after not in order:
+                raise ClmoeError(f"{where} is neither a column of this file nor {ZERO_SHOT!r}")
+            if any(order.index(after) <= order.index(earlier) for earlier in rows):
+                raise ClmoeError(f"{where} comes twice or too late; rows and columns must be in training order")
+            rows[after] = scores
+        return cls(tasks, rows)
+
+    def write_csv(self, path: Path) -> None:
+        """Write the matrix so that ``read_csv`` returns it exactly; replaces an old file in one step."""
+        _write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and sample standard deviation (divisor n - 1; None for n < 2) of the n values measured."""
+
+    mean: float | None
+    std: float | None
+    n: int
+
+
+def mean_spread(values: Sequence[float | None]) -> Spread:
+    """Mean and spread over seeds. Leaves out blank values; ``n`` says how many were counted."""
+    measured = [value for value in values if value is not None]
+    return Spread(_mean(measured), statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
+
+
+def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
+    """All metrics of this module by name; ``immediate_known`` is K, [N] in the order of ``matrix.tasks``."""
+    n, cell = len(matrix.tasks), matrix.cell
+    known = (None,) * n if immediate_known is None else tuple(immediate_known)
+    if len(known) != n:
+        raise ClmoeError(f"the immediate row has {len(known)} scores for {n} tasks")
+    last = matrix.row(matrix.tasks[-1])
+    backward = [_minus(cell(n, i), cell(i, i)) for i in range(1, n)]
+    return {
+        "last": _mean(last),
+        "immediate": _mean([cell(i, i) for i in range(1, n + 1)]),
+        "maa": _mean([_mean(matrix.row(task)[: t + 1]) for t, task in enumerate(matrix.tasks)]),
+        "bwt_n": _mean([*backward, 0.0]),
+        "bwt_n_minus_1": _mean(backward),
+        "forgetting_max": _mean([_minus(_max([cell(t, i) for t in range(i, n)]), cell(n, i)) for i in range(1, n)]),
+        "fwt_n_minus_1": _mean([_minus(cell(i - 1, i), cell(0, i)) for i in range(2, n + 1)]),
+        "immediate_known": _mean(known),
+        "bwt_known": _mean([_minus(a, k) for a, k in zip(last, known, strict=True)]),
+    }
+
+
+def metrics_from_files(matrix: Path, immediate: Path | None = None) -> dict[str, float | None]:
+    """The metrics of a matrix file and, if given, its one-row file of K."""
+    loaded = AccuracyMatrix.read_csv(matrix)
+    return metrics(loaded, None if immediate is None else read_immediate_csv(immediate, loaded.tasks))
+
+
+def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
+    """Read K, the scores with the router known, [N] in the order of ``tasks``: a matrix file with one row of any label.
+
+    Raises:
+        ClmoeError: other tasks than ``tasks``, not exactly one row, or a malformed cell.
+    """
+    columns, lines = _read_table(path)
+    odd = sorted(set(columns) ^ set(tasks))
+    if odd:
+        raise ClmoeError(f"{path}, header: task {odd[0]!r} is only in one of this file and the matrix")
+    if len(lines) != 1:
+        raise ClmoeError(f"{path}: expected one row of scores below the header, found {len(lines)}")
+    by_task = dict(zip(columns, lines[0][2], strict=True))
+    return tuple(by_task[task] for task in tasks)
+
+
+def write_immediate_csv(path: Path, tasks: Sequence[str], scores: Sequence[float | None]) -> None:
+    """Write the one-row file that ``read_immediate_csv`` reads; scores [N] in the order of ``tasks``."""
+    _write_table(path, tasks, [("immediate", scores)])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of all values; None if there are none or one of them is blank."""
+    measured = [value for value in values if value is not None]
+    return math.fsum(measured) / len(measured) if measured and len(measured) == len(values) else None
+
+
+def _max(values: Sequence[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return max(measured) if len(measured) == len(values) else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _check_tasks(tasks: Sequence[str], where: str) -> None:
+    if not tasks:
+        raise ClmoeError(f"{where}: no task")
+    for position, task in enumerate(tasks):
+        if not task or task == ZERO_SHOT or task in tasks[:position]:
+            raise ClmoeError(f"{where}: task {position + 1} is {task!r}, which is empty, used twice or a row's label")
+
+
+def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Scores]]]:
+    """Read a CSV with first column ``after``: task names, then (line number, label, scores) per row."""
+    table = read_csv(path)
+    if not table or table[0][1][0] != "after":
+        raise ClmoeError(f"{path}, header: expected 'after,<task>,...', found {table[0][1] if table else 'nothing'}")
+    tasks = tuple(table[0][1][1:])
+    _check_tasks(tasks, f"{path}, header")
+    rows = []
+    for line, (after, *cells) in table[1:]:
+        if len(cells) != len(tasks):
+            raise ClmoeError(f"{path}, row {line}: {len(cells)} scores for {len(tasks)} tasks; leave a blank one empty")
+        scores = [_score(text, f"{path}, row {line}, column {task!r}") for task, text in zip(tasks, cells, strict=True)]
+        rows.append((line, after, tuple(scores)))
+    return tasks, rows
+
+
+def _score(text: str, where: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise ClmoeError(f"{where}: {text!r} is not a score in percent; leave the cell empty if not measured")
+    return value
+
+
+def _write_table(path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> None:
+    """Write a table whose scores read back exactly; blank if not measured."""
+    rows = [[after, *("" if value is None else repr(float(value)) for value in scores)] for after, scores in lines]
+    write_text(path, csv_text([["after", *tasks], *rows]))

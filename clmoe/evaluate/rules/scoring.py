@@ -1,0 +1,159 @@
+"""The scoring rules by name, and the score of a task's answers.
+
+Every rule has two modes. ``fixed``, the default, scores what the metric means. ``official`` computes what the
+benchmark's published evaluation script computes, faults included, for comparison with published tables.
+
+Some faults of those scripts lie in how they read a file of answers: they pair answers with questions by position, or
+divide by the number of lines. An evaluation by this package cannot have them, as it writes one answer per question, in
+order. ``score_file`` reproduces them for answers that were written elsewhere.
+
+To add a rule, write ``def my_rule(prediction, question, mode) -> float`` and add it to ``SCORERS``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.rules import words
+from clmoe.evaluate.rules.base import MODES, CorpusScore, Mode, Scorer
+from clmoe.evaluate.rules.boxes import iou
+from clmoe.evaluate.rules.captions import captions, references, require_captions
+from clmoe.evaluate.rules.consensus import textvqa, vqa
+from clmoe.evaluate.rules.letters import option_letter
+from clmoe.utils.names import unknown
+
+SCORERS: Mapping[str, Scorer] = {
+    "short_answer": words.short_answer,
+    "option_letter": option_letter,
+    "iou": iou,
+    "vqa": vqa,
+    "textvqa": textvqa,
+    "class_name": words.class_name,
+    "gqa": words.gqa,
+    "ocr_vqa": words.ocr_vqa,
+    "contains_words": words.contains_words,
+    "contains_answer": words.contains_answer,
+    "science": words.science,
+    "stock": words.stock,
+}
+CAPTIONS = "captions"
+"""The one rule that needs all answers of a task at once; the same in both modes."""
+
+# Published scripts find a line's question by its id and divide by the number of lines, except these.
+PAIRED_BY_POSITION = ("class_name", CAPTIONS)
+DIVIDED_BY_QUESTIONS = ("option_letter", "gqa")
+
+
+class FileScore(NamedTuple):
+    """Score in percent, and the number of samples that it claims to cover."""
+
+    percent: float
+    samples: int
+
+
+def score(scorer: str, prediction: str, question: Question, mode: Mode = "fixed") -> float:
+    """Score one prediction, in [0, 1].
+
+    Raises:
+        ClmoeError: unknown scorer or mode, a scorer of whole lists, or a gold answer that does not fit the rule.
+    """
+    _check_names(scorer, mode)
+    if scorer == CAPTIONS:
+        raise ClmoeError(f"scorer {scorer!r} judges all answers of a task at once, not one")
+    return SCORERS[scorer](prediction, question, mode)
+
+
+def check_scorer(name: str, mode: Mode = "fixed") -> None:
+    """Raise ClmoeError if there is no such scorer or mode, or if the scorer needs something that is not installed."""
+    _check_names(name, mode)
+    if name == CAPTIONS:
+        require_captions()
+
+
+def gold_problem(scorer: str, question: Question) -> str | None:
+    """Why no answer to the question, not even its gold answer, can be right under this rule; None if one can."""
+    _check_names(scorer)
+    several = question.extra.get("answers")
+    golden = [question.answer, *(several if isinstance(several, list) else []), question.extra.get("answer_bbox")]
+    try:
+        if scorer == CAPTIONS:
+            references(question)
+            return None
+        if any(score(scorer, str(answer), question) > 0 for answer in golden):
+            return None
+    except ClmoeError as error:
+        return str(error)
+    shown = question.answer or several
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+
+
+def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
+    """Raise ClmoeError, naming the question, unless all can be scored, whatever the answers.
+
+    A question that no answer gets right (see ``gold_problem``) passes: published test files hold some, and published
+    scores count them.
+    """
+    check_scorer(scorer, mode)
+    for question in questions:
+        if scorer == CAPTIONS:
+            references(question)
+        else:
+            score(scorer, "?", question, mode)  # not "": for that, a rule may not read the gold answer
+
+
+def score_answers(
+    scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
+) -> CorpusScore:
+    """Score a task's answers, one for each question, aligned.
+
+    Raises:
+        ClmoeError: no questions, unequal lengths, or as ``check_gold``.
+    """
+    check_scorer(scorer, mode)
+    if not questions:
+        raise ClmoeError("there are no questions to score; check the task's test file")
+    if len(predictions) != len(questions):
+        raise ClmoeError(f"{len(predictions)} answers for {len(questions)} questions: an answer was lost")
+    if scorer == CAPTIONS:
+        return captions(predictions, questions)
+    rows = [SCORERS[scorer](text, question, mode) for text, question in zip(predictions, questions, strict=True)]
+    return CorpusScore(sum(rows) / len(rows), rows, {})
+
+
+def score_file(
+    scorer: str, lines: Sequence[tuple[str | int, str]], questions: Sequence[Question], mode: Mode = "fixed"
+) -> FileScore:
+    """Score a file of answers (question id and text, in file order) that may lack lines or have another order.
+
+    ``fixed`` finds each line's question by its id, compared as text, and counts every question; one without a line is
+    wrong. ``official`` does what the scorer's published script does. (Some of those stop at ids that are numbers in one
+    file and text in the other. This does not: no figure would come of it.)
+
+    Raises:
+        ClmoeError: a line for an unknown question, two lines for one, or as ``score_answers``.
+    """
+    asked = {str(question.question_id): question for question in questions}
+    answers: dict[str, str] = {}
+    for number, (name, text) in enumerate(lines, 1):
+        if str(name) in answers or str(name) not in asked:
+            why = "has a second line; keep one" if str(name) in answers else "is not in the test file; take its answers"
+            raise ClmoeError(f"line {number}: question_id {name!r} {why}")
+        answers[str(name)] = text
+    if mode == "fixed" or scorer in DIVIDED_BY_QUESTIONS:
+        texts = [answers.get(name, "") for name in asked]  # under these rules "" is never right
+        return FileScore(100 * score_answers(scorer, texts, questions, mode).score, len(questions))
+    if not lines:
+        raise ClmoeError("the file of answers is empty; published scripts divide by its length")
+    in_order = scorer in PAIRED_BY_POSITION
+    paired = list(questions[: len(lines)]) if in_order else [asked[name] for name in answers]
+    result = score_answers(scorer, list(answers.values()), paired, mode)
+    samples = 0 if scorer == "ocr_vqa" else len(lines)  # its script prints the length of a list that it never fills
+    return FileScore(100 * result.score, samples)
+
+
+def _check_names(scorer: str, mode: str = "fixed") -> None:
+    if scorer not in (*SCORERS, CAPTIONS):
+        raise ClmoeError(unknown("scorer", scorer, (*SCORERS, CAPTIONS)))
+    if mode not in MODES:
+        raise ClmoeError(unknown("scoring mode", mode, MODES))

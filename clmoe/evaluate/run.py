@@ -1,0 +1,445 @@
+"""Evaluate a model on tasks: predictions, scores and tables of a run folder, each file complete or absent.
+
+After training task ``after``, ``predictions/<after>/<task>.jsonl`` holds the answers, and ``<task>.json`` their score
+and what it depends on: a cell of the accuracy matrix. A cell is answered or scored again only if that has changed.
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from clmoe.bases.llava import LoadedBase, base_fingerprint
+from clmoe.benchmarks.base import Benchmark, Task, sampled, task_questions
+from clmoe.config import Config
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.generate import Answer, Answerer, open_answerer
+from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
+from clmoe.evaluate.rules.base import Mode, shown_answer
+from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers
+from clmoe.experts.model import detach_adapter
+from clmoe.locators.base import feature_folder
+from clmoe.methods import method_class
+from clmoe.methods.base import EXPANSION, STATISTICS
+from clmoe.train.checkpoint import Finished
+from clmoe.utils import files
+from clmoe.utils.files import csv_text, json_sha256, read_json, write_json, write_text
+from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed, write_timing
+from clmoe.utils.paths import resolve_model_path
+from clmoe.utils.processes import count, from_main, rank
+from clmoe.utils.tensors import load_tensors
+
+Rows = dict[str, list[list[Any]]]  # a table's rows by task, their first column
+
+
+def evaluate_checkpoint(
+    run: Path,
+    benchmark: Benchmark,
+    done: Finished | None,
+    config: Config,
+    order: list[str],
+    *,
+    limit: int | None = None,
+    tasks: list[str] | None = None,
+    scoring: Mode = "fixed",
+    base: LoadedBase | None = None,
+) -> tuple[str, LoadedBase | None]:
+    """Fill a checkpoint's row of the accuracy matrix and write the run's files; loads no model if the row is filled.
+
+    Without ``tasks``, asks all that were learned, and the newest also with its task known if the method keeps parts.
+    Every process calls this; the main one writes. Returns the scores as one line, ``after text: sqa 40.0, text 91.3``,
+    and the base without adapter, if it is loaded now.
+
+    Args:
+        done: None for the bare base, which is asked all tasks and fills row ``zero_shot``.
+        config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
+        order: all tasks of the run, in training order.
+        limit: questions of each task, see ``sampled``; None asks all.
+        base: the base, if it is loaded already.
+
+    Raises:
+        ClmoeError: the checkpoint belongs to another benchmark or base, the run folder has another order, or a question
+            cannot be read or scored. All of this comes before the first answer.
+    """
+    if done is not None and done.lineage.benchmark != benchmark.name:
+        raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
+    learned = [] if done is None else done.lineage.tasks
+    names = tasks or learned or order
+    check_tasks(benchmark, names)
+    from_main(lambda: check_run_order(run, order))
+    method = method_class(config.method)
+    other = config.locator.name if done is not None and config.locator.name != done.locator.name else ""
+    wanted = [(name, other) for name in names]
+    if method.keeps_parts and learned and not tasks and not other and config.locator.name != "oracle":
+        wanted.append((learned[-1], "oracle"))
+    identity = base_fingerprint(resolve_model_path(config.model.path)) if done is None else done.identity
+    cells = [Cell(run, benchmark.task(n), by, scoring, limit, config, identity, learned) for n, by in wanted]
+    missing = from_main(lambda: [cell for cell in cells if not cell.settled()])
+    if missing:
+        answerer = open_answerer(config, done, base, feature_folder(run), benchmark)
+        fill_cells(missing, benchmark, order, answerer)
+        base = answerer.base
+        if isinstance(answerer.model, PeftModel):
+            detach_adapter(answerer.model)
+
+    def record() -> str:
+        always_known = method.keeps_parts and config.locator.name == "oracle"
+        write_tables(run, order, other, scoring=scoring, untrained=method.chain == "none", always_known=always_known)
+        write_timing(run)
+        write_run_info(run, benchmark, config, order, scoring, done)
+        if done is not None:
+            record_checkpoint(run, done, order)
+        return f"after {cells[0].after}: " + ", ".join(f"{cell.path.stem} {cell.score:.1f}" for cell in cells)
+
+    return from_main(record), base
+
+
+def evaluate_base(run: Path, benchmark: Benchmark, config: Config, order: list[str], **settings: Any) -> str:
+    """``evaluate_checkpoint`` of the bare base; returns the scores as one line."""
+    return evaluate_checkpoint(run, benchmark, None, config, order, **settings)[0]
+
+
+def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
+    """Raise ClmoeError unless every name is a task of the benchmark whose scorer is known and can run here."""
+    if not names:
+        raise ClmoeError("no task to evaluate: name them with --tasks a,b")
+    for name in names:
+        check_scorer(benchmark.task(name).scorer)
+
+
+def check_questions(benchmark: Benchmark, names: Sequence[str], mode: Mode = "fixed") -> None:
+    """Raise ClmoeError, naming file and row or question, unless all questions can be read and scored, images aside."""
+    for name in names:
+        _check_gold(benchmark.task(name), task_questions(benchmark.task(name), images=False), mode)
+
+
+def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:
+    try:
+        check_gold(task.scorer, questions, mode)
+    except ClmoeError as error:
+        raise ClmoeError(f"{task.test}: {error}") from error
+
+
+def check_run_order(run: Path, order: list[str]) -> None:
+    """Raise ClmoeError if the run folder holds another order. One may continue the other: a sequence can grow."""
+    recorded = read_json(run / "run.json")["order"] if (run / "run.json").is_file() else []
+    if any(ours != theirs for ours, theirs in zip(order, recorded, strict=False)):
+        raise ClmoeError(
+            f"{run} holds a run in the order {', '.join(recorded)}, but --order here is {', '.join(order)}: "
+            "give the same --order or choose another --output"
+        )
+
+
+def summary_path(run: Path, after: str, task: str, locator: str = "") -> Path:
+    """A cell's score and settings; the checkpoint's own locator has no suffix."""
+    return run / "predictions" / after / (f"{task}.{locator}.json" if locator else f"{task}.json")
+
+
+def read_score(run: Path, after: str, task: str, locator: str, scoring: str) -> float | None:
+    """A cell's score in percent; None if it was not measured, or in another scoring mode."""
+    path = summary_path(run, after, task, locator)
+    summary = read_json(path) if path.is_file() else None
+    return summary["score"] if summary and summary["settings"]["scoring"] == scoring else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of a run: a model asked a task's questions under one locator.
+
+    Attributes:
+        run: the folder of its files.
+        locator: name of another locator than the checkpoint's own; empty for that one.
+        limit: questions asked; None asks all.
+        config: the model's.
+        identity: sha256 of the checkpoint's manifest, or the bare base's fingerprint.
+        learned: the model's tasks, oldest first; none for the bare base.
+    """
+
+    run: Path
+    task: Task
+    locator: str
+    scoring: Mode
+    limit: int | None
+    config: Config
+    identity: str
+    learned: list[str]
+
+    @property
+    def after(self) -> str:
+        """The model's row in the matrix."""
+        return self.learned[-1] if self.learned else ZERO_SHOT
+
+    @property
+    def path(self) -> Path:
+        """Of the score and its settings. The answers lie beside it as ``.jsonl``."""
+        return summary_path(self.run, self.after, self.task.name, self.locator)
+
+    @property
+    def score(self) -> float | None:
+        return read_score(self.run, self.after, self.task.name, self.locator, self.scoring)
+
+    def questions(self, *, images: bool) -> list[Question]:
+        return sampled(task_questions(self.task, images=images), self.limit)
+
+    def answer_settings(self, questions: list[Question]) -> dict[str, Any]:
+        """All that the answers depend on."""
+        model, evaluation = self.config.model, self.config.evaluation
+        # exact answers depend on the margin but not on how batches are cut; others the other way round
+        cut = {"batch_size": evaluation.batch_size, "share_images": evaluation.share_images}
+        return {
+            "checkpoint": self.identity,
+            "questions": json_sha256([[question.question_id, question.image, question.text] for question in questions]),
+            "max_new_tokens": self.task.max_new_tokens,
+            "dtype": model.dtype,
+            "load_in_4bit": model.load_in_4bit,
+            "exact": evaluation.exact,
+            "margin": evaluation.margin if evaluation.exact else None,
+            **({"batch_size": None} if evaluation.exact else cut),
+            "options": self.config.options,
+            "locator": self.locator or dataclasses.asdict(self.config.locator),
+        }
+
+    def score_settings(self, questions: list[Question]) -> dict[str, Any]:
+        """All that the scores of given answers depend on."""
+        gold = json_sha256([[question.answer, question.extra] for question in questions])
+        return {"scoring": self.scoring, "scorer": self.task.scorer, "gold": gold}
+
+    def settled(self) -> bool:
+        """The cell is filled with these settings. If only the scoring or gold answers differ, scores its answers again.
+
+        Does not look at images. Removes the hidden files that a crash left.
+        """
+        if not self.path.is_file():
+            return False
+        summary, questions = read_json(self.path), self.questions(images=False)
+        settings = summary.pop("settings").items()
+        if not self.answer_settings(questions).items() <= settings:
+            return False
+        if not self.score_settings(questions).items() <= settings:
+            answers = self.path.with_suffix(".jsonl")
+            rows = files.read_json_lines(answers) if answers.is_file() else []
+            if [row.get("question_id") for row in rows] != [question.question_id for question in questions]:
+                return False  # lost, cut or changed
+            self._write(questions, rows, summary)
+        self._remove_hidden_files()
+        return True
+
+    def fill(self, questions: list[Question], answerer: Answerer, advance: Callable[[int], None]) -> float:
+        """Answer the questions and score the answers. Returns the score in percent.
+
+        Until then every process appends its batches to a hidden file, from which an interrupted evaluation continues.
+        """
+        evaluation = self.config.evaluation
+        key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
+        mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
+
+        def keep(batch: list[tuple[str, Answer]]) -> None:
+            rows = [{"question_id": name, **dataclasses.asdict(answer)} for name, answer in batch]
+            files.append_json_lines(mine, rows)
+            advance(len(batch) * count())
+
+        task, known = self.task, from_main(lambda: self._kept(key))
+        index = self.learned.index(task.name) if task.name in self.learned else None
+        answers = answerer.answer(questions, task.image_root, task.max_new_tokens, self.locator, index, known, keep)
+        finder = answerer.locator(self.locator)
+        looked = "" if finder is None or not finder.looks else finder.config.name
+        return from_main(lambda: self._complete(questions, answers, looked))
+
+    def _complete(self, questions: list[Question], answers: list[Answer], looked: str) -> float:
+        """Write the answers and their score; ``looked``: the locator that looked at them. Returns the percentage."""
+        if len(answers) != len(questions):
+            raise ClmoeError(f"{len(answers)} answers for {len(questions)} questions: an answer was lost")
+        rows = [
+            {
+                "question_id": question.question_id,
+                "image": question.image,
+                "prompt": question.text,
+                "text": answer.text,
+                "task": None if answer.task is None else self.learned[answer.task],
+                "redone": answer.redone,
+            }
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        right = [row["task"] == self.task.name for row in rows if row["task"] is not None]
+        summary = {
+            "questions": len(rows),
+            "redone": sum(answer.redone for answer in answers),
+            "located": 100 * sum(right) / len(right) if right else None,
+            "deciders": {looked: Counter(row["task"] for row in rows)} if looked else {},
+        }
+        self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
+        percent = self._write(questions, rows, summary)
+        self._remove_hidden_files()
+        return percent
+
+    def _write(self, questions: list[Question], rows: list[dict[str, Any]], summary: dict[str, Any]) -> float:
+        """Score the answers and write them, then the summary that makes them count."""
+        scored = score_answers(self.task.scorer, [row["text"] for row in rows], questions, self.scoring)
+        lines = [
+            json.dumps({**row, "answer": shown_answer(question), "score": score}, ensure_ascii=False, sort_keys=True)
+            for row, question, score in zip(rows, questions, scored.rows, strict=True)
+        ]
+        write_text(self.path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+        settings = self.answer_settings(questions) | self.score_settings(questions)
+        percent = 100 * scored.score
+        write_json(self.path, {**summary, "score": percent, "parts": dict(scored.parts), "settings": settings})
+        return percent
+
+    def _kept(self, key: str) -> dict[str, Answer]:
+        """Answers by question id in all processes' hidden files; a line that was cut is missing."""
+        rows = [row for path in self._hidden_files(key) for row in files.read_json_lines(path)]
+        return {row.pop("question_id"): Answer(**row) for row in rows}
+
+    def _hidden_files(self, key: str = "*") -> list[Path]:
+        return sorted(self.path.parent.glob(f".{self.path.stem}.partial-{key}-*.jsonl"))
+
+    def _remove_hidden_files(self) -> None:
+        for path in self._hidden_files():
+            path.unlink()
+
+
+def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answerer: Answerer) -> None:
+    """Fill these cells of one model; every process calls this. Arguments and errors as for ``evaluate_checkpoint``."""
+    questions = [cell.questions(images=True) for cell in cells]
+    for cell, asked in zip(cells, questions, strict=True):
+        _check_gold(cell.task, asked, cell.scoring)
+    after = cells[0].after
+    stage = Stage(order.index(after), len(order)) if after in order else None
+    log = EventLog(cells[0].run / "events.jsonl")
+    log.write("started", after=after, **provenance())
+    for cell, asked in zip(cells, questions, strict=True):
+        title, name = f"{after} > {cell.path.stem}", cell.path.stem
+        bar = Progress(title, len(asked), read_events(log.path), stage)
+        # the report finds the images of the predictions by these two
+        places = {"data": str(benchmark.root), "images": os.path.relpath(cell.task.image_root, benchmark.root)}
+        with timed(log, "evaluated", after=after, task=name, **places) as extra, bar as display:
+            extra["score"] = cell.fill(asked, answerer, display.advance_rows)
+
+
+def write_run_info(
+    run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
+) -> None:
+    """Write ``run.json``, which tells the report about the run; the bare base (None) keeps a trained run's."""
+    path = run / "run.json"
+    if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
+        return
+    lineage = None if done is None else done.lineage
+    trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
+    info = {
+        "method": config.method,
+        "label": config.name,
+        "benchmark": benchmark.name,
+        "order": order,
+        "seed": config.seed,
+        "scoring": scoring,
+        "limit": None if done is None else config.evaluation.limit,
+        "trainable_parameters": lineage.trainable_parameters if lineage else 0,
+        "adapter_parameters": lineage.adapter_parameters if lineage else 0,
+        "projector_trained": lineage is not None and config.adapter.train_projector,
+        "effective_scale": lineage.effective_scale if lineage else None,
+        "steps_per_task": lineage.steps // trained_at_once if lineage else 0,
+    }
+    write_json(path, info)
+
+
+def write_tables(
+    run: Path,
+    order: list[str],
+    locator: str = "",
+    *,
+    scoring: Mode = "fixed",
+    untrained: bool = False,
+    always_known: bool = False,
+) -> dict[str, float | None]:
+    """Rebuild the run's tables from its cells and return the metrics.
+
+    Writes ``matrix.csv``, ``immediate.csv`` (if measured with the task known), ``locator.csv`` (if tasks were located)
+    and ``metrics.json``.
+
+    Args:
+        locator: whose cells the matrix shows in a folder without any of the checkpoints' own.
+        scoring: cells in the other mode are blank, so that a table never mixes two.
+        untrained: the method trains nothing, so its sequence ends as it began.
+        always_known: the matrix itself is measured with the task known.
+    """
+    stages = (ZERO_SHOT, *order)
+    if any(summary_path(run, after, task).is_file() for after in stages for task in order):
+        locator = ""
+    rows = {after: tuple(read_score(run, after, task, locator, scoring) for task in order) for after in stages}
+    rows = {after: scores for after, scores in rows.items() if any(score is not None for score in scores)}
+    if untrained and list(rows) == [ZERO_SHOT]:
+        rows[order[-1]] = rows[ZERO_SHOT]
+    known = [read_score(run, task, task, locator if always_known else "oracle", scoring) for task in order]
+    if any(score is not None for score in known):
+        write_immediate_csv(run / "immediate.csv", order, known)
+    else:
+        (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
+    _write_located(run, order)
+    matrix = AccuracyMatrix(tuple(order), rows)
+    matrix.write_csv(run / "matrix.csv")
+    result = metrics(matrix, known)
+    write_json(run / "metrics.json", result)
+    return result
+
+
+def _write_located(run: Path, order: list[str]) -> None:
+    """Write ``locator.csv``: after each task, the tasks that each decider took each task's questions for."""
+    rows = []
+    for after in order:
+        for task in order:
+            path = summary_path(run, after, task)
+            counts = read_json(path)["deciders"] if path.is_file() else {}
+            for decider, located in sorted(counts.items()):
+                rows += [(after, decider, task, name, located[name]) for name in order if name in located]
+    if rows:
+        write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
+
+
+def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
+    """Copy what a report needs of a checkpoint into the run folder; doing it again changes nothing.
+
+    ``parameters.csv``: trained in a task, and stored after it. ``expansion.json``: the plan of a method that grows.
+    ``usage.csv``: the share of a block's router weight that each expert (from 0) got on a task's training data right
+    after its training.
+    """
+    lineage, newest = done.lineage, done.lineage.tasks[-1]
+    trained: Rows = {newest: [[newest, lineage.trainable_parameters, lineage.adapter_parameters]]}
+    _merge_rows(run / "parameters.csv", ["task", "trainable", "stored"], trained, order)
+    if (done.folder / STATISTICS).is_file():
+        usage = _gate_means(done.folder / STATISTICS, lineage.tasks)
+        _merge_rows(run / "usage.csv", ["task", "block", "expert", "share"], usage, order)
+    if (done.folder / EXPANSION).is_file():
+        path = run / "expansion.json"
+        # the plan ends with the checkpoint's own task; that of an older one must not shorten the run's
+        plan = [*(read_json(path) if path.is_file() else []), *read_json(done.folder / EXPANSION)]
+        entries = {entry["task"]: entry for entry in plan}
+        write_json(path, [entries[task] for task in order if task in entries])
+
+
+def _merge_rows(path: Path, header: list[str], rows: Rows, order: list[str]) -> None:
+    """Replace these tasks' rows in a table, and write it in the order of the run."""
+    merged: Rows = {}
+    for _, cells in files.read_csv(path)[1:] if path.is_file() else []:
+        merged.setdefault(cells[0], []).append(cells)
+    merged |= rows
+    write_text(path, csv_text([header, *(row for task in order for row in merged.get(task, []))]))
+
+
+def _gate_means(path: Path, tasks: list[str]) -> Rows:
+    """Rows of ``usage.csv``."""
+    rows: Rows = {}
+    for key, values in sorted(load_tensors(path).items()):
+        index, _, rest = key.partition(".")
+        block, _, kind = rest.rpartition(".")
+        if kind == "gate_mean":
+            task = tasks[int(index)]
+            shares = [[task, block, expert, f"{share:.6f}"] for expert, share in enumerate(values.tolist())]
+            rows.setdefault(task, []).extend(shares)
+    return rows

@@ -1,0 +1,85 @@
+"""The configuration of the LoRA-expert adapter, and its member of peft's enum of methods."""
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from clmoe.bases.llava import language_model_pattern
+from clmoe.config import FFN_PROJECTIONS
+
+PEFT_NAME = "clmoe"
+
+
+def register_peft_type() -> None:
+    """Add ``PeftType.CLMOE``, once. peft offers no public way to do this (tests/experts/test_peft.py guards it)."""
+    name = PEFT_NAME.upper()
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+
+
+register_peft_type()
+
+
+@dataclass
+class ExpertConfig(PeftConfig):
+    """Shape of a LoRA-expert adapter; enough to rebuild it exactly, however much it has grown.
+
+    Attributes:
+        rank: of **one** expert.
+        scaling: the factor ``s`` of the mixture.
+        dropout: one mask per linear, shared by its experts.
+        projections: the linears that carry experts.
+        router_scope: ``per_linear`` (each linear has its own router) or ``per_block`` (one router per FFN).
+        router_top_k: experts kept per token; None keeps all.
+        layout: block -> owner task of each expert, oldest first.
+        router_owners: owner task of each instance router, oldest first. A router spans the experts whose owner is
+            not younger than its own. Without any router, ``pick`` decides.
+        pick: without routers, ``sum`` adds all experts up; ``task`` uses, with weight 1, the experts whose owner is
+            the task that ``RouteSelection.router`` names for the sample (None: the newest owner).
+        frozen_before: experts and routers of owners below this are frozen.
+        task_gates: number of rows of the task routers.
+        seed: of the initial weights.
+        modules_to_save: ``[PROJECTOR]`` when the projector is tuned.
+    """
+
+    rank: int = 8
+    scaling: float = 1.0
+    dropout: float = 0.0
+    projections: list[str] = field(default_factory=lambda: list(FFN_PROJECTIONS))
+    router_scope: str = "per_linear"
+    router_top_k: int | None = None
+    layout: dict[str, list[int]] = field(default_factory=dict)
+    router_owners: list[int] = field(default_factory=lambda: [0])
+    pick: str = "sum"
+    frozen_before: int = 0
+    task_gates: int = 0
+    seed: int = 0
+    modules_to_save: list[str] | None = None
+    target_modules: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_NAME.upper())
+        if self.router_scope not in ("per_linear", "per_block"):
+            raise ValueError(f"router_scope: {self.router_scope!r} is neither 'per_linear' nor 'per_block'")
+        if self.router_scope == "per_block" and not set(self.projections) <= set(FFN_PROJECTIONS):
+            raise ValueError(f"projections: per_block routers serve {FFN_PROJECTIONS} only, not {self.projections}")
+        if self.pick not in ("sum", "task"):
+            raise ValueError(f"pick: {self.pick!r} is neither 'sum' nor 'task'")
+        if self.pick == "task" and (self.router_owners or len({frozenset(o) for o in self.layout.values()}) > 1):
+            raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block")
+        names = ["mlp"] if self.router_scope == "per_block" else self.projections
+        self.target_modules = language_model_pattern(names)
+
+    @property
+    def needs_routing(self) -> bool:
+        """True when several tasks share the checkpoint and each sample needs its task chosen."""
+        owners = {owner for block in self.layout.values() for owner in block}
+        return len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1)

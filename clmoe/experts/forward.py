@@ -1,0 +1,289 @@
+"""Forward passes of an adapted model: at the answers' tokens, on packed rows, and on prompts, with and without a cache.
+
+Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary; packed, G
+rows of L tokens; with shared prefixes, G groups of prompts, P and S tokens of the longest prefix and the longest rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from clmoe.bases.inputs import SharedPrompts
+from clmoe.bases.llava import decoder_layers
+from clmoe.config import FeatureKind
+from clmoe.data.prompts import IGNORE
+from clmoe.experts.model import adapted_base
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+
+CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 MB
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
+
+
+# ---- At the answers' tokens
+
+
+def answered(labels: Tensor) -> Tensor:
+    """``labels [B, T]`` -> ``[B, T-1]`` bool: the positions that predict an answer token. N of them are true."""
+    return labels[:, 1:] != IGNORE
+
+
+def answer_tokens(labels: Tensor) -> Tensor:
+    """The right tokens, ``[N]`` int64, row by row."""
+    return labels[:, 1:][answered(labels)]
+
+
+def answer_rows(labels: Tensor) -> Tensor:
+    """``[N]`` int64: the row of the batch that each answer token belongs to."""
+    return answered(labels).nonzero()[:, 0]
+
+
+def answer_states(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    weights: dict[str, Tensor] | None = None,
+    trace: RouteTrace | None = None,
+) -> Tensor:
+    """States ``[N, D]`` after the final norm that predict the answer tokens of a right-padded batch of records.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``. If it also
+            holds the keys of ``collate_packed``, the packed rows are computed; the states are the same.
+        weights: replace the parameters of ``model.base_model`` with these names, in this pass alone.
+        trace: of the routing in force; its ``outputs`` get the shape of the records, packed or not.
+    """
+    rows = PackedRows.of(batch)
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
+    if rows is not None:
+        inputs |= rows.inputs(model.dtype)
+    body = model.base_model
+    output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
+    wanted = answered(batch["labels"])
+    if rows is None:
+        return output.last_hidden_state[:, :-1][wanted]
+    if trace is not None:
+        trace.layout = rows.unpacked
+    return output.last_hidden_state.flatten(0, 1)[rows.places[:, :-1][wanted]]
+
+
+def answer_logits(model: PreTrainedModel, batch: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> Tensor:
+    """Logits ``[N, V]`` float32 for the answer tokens; arguments as for ``answer_states``."""
+    return model.get_output_embeddings()(answer_states(model, batch, weights)).float()
+
+
+def answer_loss(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of the cross-entropies of ``tokens [N]`` under the head's logits of ``states [N, D]``, in float32.
+
+    More than ``CHUNK`` tokens are taken in pieces whose logits are recomputed in the backward pass, so that at most
+    ``[CHUNK, V]`` logits exist at a time.
+    """
+
+    def piece(states: Tensor, tokens: Tensor) -> Tensor:
+        return cross_entropy(head(states).float(), tokens, reduction="sum")
+
+    if len(states) <= CHUNK:
+        return piece(states, tokens)
+    pieces = zip(states.split(CHUNK), tokens.split(CHUNK), strict=True)
+    return torch.stack([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces]).sum()
+
+
+def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
+    """``values [N]``, one per answer token: averaged over every sample's tokens, then over the samples.
+
+    A batch cut in parts gives the same, if the parts are weighted by their numbers of samples.
+    """
+    rows, samples = answer_rows(labels), len(labels)
+    tokens = torch.bincount(rows, minlength=samples)
+    return (values / tokens[rows]).sum() / samples
+
+
+# ---- Packed rows: records of one image share its tokens and do not see one another
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The keys that ``collate_packed`` adds to a batch, described there."""
+
+    packed_ids: Tensor
+    packed_positions: Tensor
+    packed_segments: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> PackedRows | None:
+        """Those of a batch; None if its records are not packed."""
+        return cls(**{field.name: batch[field.name] for field in fields(cls)}) if "places" in batch else None
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the model takes instead of the records; ``dtype`` is the model's. Flash attention takes no such mask."""
+        seen = block_mask(self.packed_segments)
+        # additive, which both sdpa and eager attention take
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return {"input_ids": self.packed_ids, "attention_mask": mask, "position_ids": self.packed_positions}
+
+    def unpacked(self, values: Tensor) -> Tensor:
+        """``[G, L, ...]`` -> ``[B, T, ...]``: a shared token's value for each of its records."""
+        return values.flatten(0, 1)[self.places]
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """Which token sees which: ``[G, L]`` segments -> ``[G, 1, L, L]`` bool (query, key).
+
+    A token sees the prefix and its own rest, up to itself; padding sees itself, so that its softmax exists.
+    """
+    length = segments.shape[1]
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
+    return (causal & ((key == 0) | (key == query)) & (key >= 0) | itself).unsqueeze(1)
+
+
+# ---- A key-value cache with room for the tokens to come
+
+
+class _RoomyLayer(DynamicLayer):
+    """One layer's keys and values as views of longer buffers, into which new tokens are written.
+
+    transformers' own dynamic layer copies all earlier keys and values for every token. With its fixed-size one,
+    attention reads the whole buffer.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, room: int) -> None:
+        """Empty; the buffers will hold what comes first and ``room`` more tokens."""
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, heads, t, d]``; returns all keys and all values so far."""
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            *outer, _, width = key_states.shape
+            self._buffers = [states.new_empty(*outer, end + self.room, width) for states in (key_states, value_states)]
+        if end > self._buffers[0].shape[-2]:
+            raise ValueError(f"a cache with room for {self._buffers[0].shape[-2]} tokens was given {end}")
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def empty_cache(layers: int, room: int) -> Cache:
+    """For a prompt, read at once, and ``room`` more tokens."""
+    return Cache(layers=[_RoomyLayer(room) for _ in range(layers)])
+
+
+def copied_rows(cache: Cache, rows: Tensor, room: int) -> Cache:
+    """A cache that starts with ``rows [B]`` int64 of another one, for ``room`` more tokens."""
+    copy = empty_cache(len(cache.layers), room)
+    for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, _RoomyLayer)
+        copy.update(layer.keys[rows], layer.values[rows], index)
+    return copy
+
+
+# ---- Prompts
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompts that have been read.
+
+    Attributes:
+        hidden: ``[B, D]``, the last token's state after the final norm.
+        cache: keys and values of all rows.
+        attention_mask: ``[B, T]`` int64: which of the cache's positions are tokens.
+        next_position: ``[B]`` int64 of each row's next token.
+    """
+
+    hidden: Tensor
+    cache: Cache
+    attention_mask: Tensor
+    next_position: Tensor
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions ``[B, T]`` int64 that skip left padding, so that a padded row is computed like a lone one."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel, prompts: dict[str, Tensor] | SharedPrompts, selection: RouteSelection, room: int
+) -> Prefill:
+    """Read left-padded prompts; ``selection`` has a row for each of them, ``room`` is for the tokens to come."""
+    if isinstance(prompts, SharedPrompts):
+        output, mask = _read_shared(model, prompts, selection, room), prompts.attention_mask
+    else:
+        output, mask = _read(model, prompts, selection, room), prompts["attention_mask"]
+    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, mask.sum(1))
+
+
+def _read(model: PreTrainedModel, prompts: dict[str, Tensor], selection: RouteSelection, room: int) -> Any:
+    """The model's output for whole prompts, with its cache."""
+    cache, positions = empty_cache(len(decoder_layers(model)), room), position_ids(prompts["attention_mask"])
+    with routing(selection):
+        return model.base_model(**prompts, position_ids=positions, past_key_values=cache, use_cache=True)
+
+
+def _read_shared(
+    model: PreTrainedModel, prompts: SharedPrompts, selection: RouteSelection, room: int, **wanted: Any
+) -> Any:
+    """The model's output for the rests, each after a copy of its prefix's keys and values."""
+    prefixes, rests, mask = prompts.prefixes, prompts.rests, prompts.attention_mask
+    read = _read(model, prefixes, selection.rows(prompts.first), 0)
+    cache = copied_rows(read.past_key_values, prompts.group, rests["input_ids"].shape[1] + room)
+    with routing(selection):
+        return model.base_model(
+            input_ids=rests["input_ids"],
+            attention_mask=mask,
+            position_ids=position_ids(mask)[:, prefixes["input_ids"].shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            **wanted,
+        )
+
+
+@torch.no_grad()
+def last_prompt_features(
+    model: PreTrainedModel, batch: dict[str, Tensor] | SharedPrompts, kind: FeatureKind = "last"
+) -> Tensor:
+    """Hidden state of the last prompt token, ``[B, D]`` float32, of left-padded prompts.
+
+    The locator's feature (LLaVA-CMoE section 3.3, F_end). Call it with the adapter disabled, or use ``base_features``.
+
+    Args:
+        kind: ``last`` is the state after the last layer and the final norm; ``pooled`` is the mean over the outputs of
+            all decoder layers (the ablation of the paper's Table 5).
+    """
+    wanted = {"output_hidden_states": kind == "pooled"}
+    if isinstance(batch, SharedPrompts):
+        return prompt_feature(_read_shared(model, batch, NEWEST_ROUTER, 0, **wanted), kind)
+    positions = position_ids(batch["attention_mask"])
+    return prompt_feature(model.base_model(**batch, position_ids=positions, use_cache=False, **wanted), kind)
+
+
+def prompt_feature(output: Any, kind: FeatureKind) -> Tensor:
+    """The feature of each row's last token, ``[B, D]`` float32; ``pooled`` needs all hidden states in ``output``."""
+    if kind == "last":
+        return output.last_hidden_state[:, -1].float()
+    # the first entry is the embedding, not a layer's output
+    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)
+
+
+def base_features(model: PeftModel, batch: dict[str, Tensor] | SharedPrompts, kind: FeatureKind = "last") -> Tensor:
+    """``last_prompt_features`` on the CPU, with the adapter and a tuned projector off."""
+    with model.disable_adapter():
+        return last_prompt_features(adapted_base(model), batch, kind).cpu()

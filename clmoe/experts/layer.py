@@ -1,0 +1,305 @@
+"""A mixture of LoRA experts on frozen linears: the packed product, the loop that defines it, and the peft layers."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, cat, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
+
+from clmoe.bases.llava import block_of
+from clmoe.experts.config import ExpertConfig
+from clmoe.experts.routers import InstanceRouter, RouterBank, rows_of
+from clmoe.utils.names import derived_seed
+
+INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096 as in CL-MoE's released code
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator that depends only on the seed and a name, not on the order in which modules are visited."""
+    return torch.Generator().manual_seed(derived_seed(seed, name))
+
+
+def packed_experts(
+    x: Tensor,
+    gate: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    out: Tensor,
+    frozen_rank: int = 0,
+    product: tuple[Tensor, Tensor] | None = None,
+    frozen: Tensor | None = None,
+) -> Tensor:
+    """Add the gated sum of all experts to ``out``, in place, with two matrix products.
+
+    ``out + scaling * sum_i gate_i * B_i A_i x`` (CL-MoE eq. 3, LLaVA-CMoE eq. 2). The gate scales the rank-sized
+    product ``A x``, so no expert needs a ``[..., dout]`` tensor of its own.
+
+    Args:
+        x: ``[..., din]``, the linear's input, after dropout.
+        gate: ``[..., E]`` float32, cast to ``x``'s dtype here.
+        A: ``[E*r, din]`` packed down-projections.
+        B: ``[dout, E*r]`` packed up-projections.
+        scaling: the factor ``s``.
+        out: ``[..., dout]``, the frozen linear's output; overwritten and returned.
+        frozen_rank: the first ``frozen_rank`` ranks belong to frozen experts and get no gradient.
+        product: ``(g, u)`` with ``x = silu(g) * u``; the backward pass recomputes ``x`` instead of keeping it.
+        frozen: ``W0 [dout, din]`` if ``out`` came from ``x`` without a graph; the backward pass then adds the frozen
+            linear's part of ``x``'s gradient. None if ``out`` has a graph of its own.
+    """
+    weights = (gate * scaling).to(x.dtype)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen, frozen_rank, *(product or (None, None)))
+
+
+class _AddExperts(torch.autograd.Function):
+    """Keeps ``x`` (or its factors), ``A x`` and the gate; torch's own graph would also keep the gated ``A x``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, out: Tensor,
+        frozen: Tensor | None, frozen_rank: int, g: Tensor | None, u: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        S = rows_of(x) @ A.t()
+        gated = (S.view(*rows_of(weights).shape, -1) * rows_of(weights).unsqueeze(-1)).view_as(S)
+        rows_of(out).addmm_(gated, B.t())
+        ctx.frozen_rank = frozen_rank
+        ctx.save_for_backward(x if g is None else None, S, weights, A, B, frozen, g, u)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, weights, A, B, frozen, g, u = ctx.saved_tensors
+        d_rows, first, gate = rows_of(d_out), ctx.frozen_rank, rows_of(weights).unsqueeze(-1)  # gate [N, E, 1]
+        d_S, gated = d_rows @ B, torch.empty_like(S)
+        d_S_by, S_by, gated_by = (tensor.view(*gate.shape[:2], -1) for tensor in (d_S, S, gated))  # [N, E, r]
+        d_weights = torch.mul(d_S_by, S_by, out=gated_by).sum(-1)  # borrows the memory of `gated`
+        torch.mul(S_by, gate, out=gated_by)
+        d_S_by.mul_(gate)
+        d_x = d_A = d_B = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_S @ A if frozen is None else (d_rows @ frozen).addmm_(d_S, A)
+            d_x = d_x.view(*d_out.shape[:-1], A.shape[1])
+        if ctx.needs_input_grad[2]:
+            d_new = d_S[:, first:].t() @ rows_of(silu(g) * u if x is None else x)
+            d_A = cat([A.new_zeros(first, A.shape[1]), d_new]) if first else d_new
+        if ctx.needs_input_grad[3]:
+            d_new = d_rows.t() @ gated[:, first:]
+            d_B = cat([B.new_zeros(B.shape[0], first), d_new], dim=1) if first else d_new
+        return d_x, d_weights.view_as(weights), d_A, d_B, d_out, None, None, None, None
+
+
+def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
+    """The same sum, one expert at a time: the definition that tests and benchmarks compare with."""
+    E = gate.shape[-1]
+    r = A.shape[0] // E
+    for i in range(E):
+        A_i, B_i = A[i * r : (i + 1) * r].to(x.dtype), B[:, i * r : (i + 1) * r].to(x.dtype)
+        out = out + scaling * gate[..., i : i + 1].to(x.dtype) * (x @ A_i.t() @ B_i.t())
+    return out
+
+
+class Experts(nn.Module):
+    """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in two packed float32 tensors.
+
+    Experts are ordered by age. The oldest ones are frozen and are persistent buffers, the others are parameters: a
+    buffer cannot be trained, re-enabled by peft's ``set_adapter``, or rounded by an optimizer's casts.
+
+    Attributes:
+        frozen_A, A: ``[n*r, din]``, or None when there are none.
+        frozen_B, B: ``[dout, n*r]``, or None.
+    """
+
+    frozen_A: Tensor | None
+    frozen_B: Tensor | None
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+
+    def __init__(self, din: int, dout: int, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.din, self.dout, self.rank, self.scaling = din, dout, rank, scaling
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        for name in ("frozen_A", "frozen_B"):
+            self.register_buffer(name, None)
+        for name in ("A", "B"):
+            self.register_parameter(name, None)
+
+    @property
+    def count(self) -> int:
+        """Number of experts, frozen ones included."""
+        return sum(0 if part is None else part.shape[0] // self.rank for part in (self.frozen_A, self.A))
+
+    def fresh(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """New experts: ``A [count*r, din]`` Gaussian, ``B [dout, count*r]`` zero, so that they change nothing."""
+        A = torch.randn(count * self.rank, self.din, generator=generator) * (INIT_STD / self.din**0.5)
+        return A, torch.zeros(self.dout, count * self.rank)
+
+    def append(self, A: Tensor, B: Tensor) -> None:
+        """Add trainable experts after the existing ones. ``A [n*r, din]``, ``B [dout, n*r]``."""
+        self.A = nn.Parameter(A if self.A is None else cat([self.A.data, A.to(self.A)]))
+        self.B = nn.Parameter(B if self.B is None else cat([self.B.data, B.to(self.B)], dim=1))
+
+    def freeze(self) -> None:
+        """Freeze all experts, bit for bit."""
+        if self.A is None:
+            return
+        A, B = self.packed()
+        self.frozen_A, self.frozen_B = A.detach().clone(), B.detach().clone()
+        self.A = self.B = None
+
+    def freeze_as(self, dtype: torch.dtype) -> None:
+        """Freeze in the dtype that the forward pass computes in: the same outputs, but not fit for saving.
+
+        Otherwise every pass (in generation, every token) joins frozen and new experts and casts them again.
+        """
+        self.freeze()
+        assert self.frozen_A is not None and self.frozen_B is not None
+        self.frozen_A, self.frozen_B = self.frozen_A.to(dtype), self.frozen_B.to(dtype)
+
+    def packed(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first ``count`` (default: all) experts as ``A [count*r, din]`` and ``B [dout, count*r]``."""
+        A_parts = [part for part in (self.frozen_A, self.A) if part is not None]
+        B_parts = [part for part in (self.frozen_B, self.B) if part is not None]
+        A = A_parts[0] if len(A_parts) == 1 else cat(A_parts)
+        B = B_parts[0] if len(B_parts) == 1 else cat(B_parts, dim=1)
+        if count is None or count == self.count:
+            return A, B
+        return A[: count * self.rank], B[:, : count * self.rank]
+
+    def forward(self, x: Tensor, gate: Tensor, base: nn.Linear, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The frozen linear's output plus the experts' mixture, ``[..., dout]``.
+
+        Args:
+            x: ``[..., din]``.
+            gate: ``[..., e]``; fewer than all experts means the ``e`` oldest, the span of an older router.
+            base: the linear ``din -> dout``.
+            product: as in ``packed_experts``; unused under dropout.
+        """
+        A, B = self.packed(gate.shape[-1])
+        frozen_rank = 0 if self.frozen_A is None else min(self.frozen_A.shape[0], A.shape[0])
+        takes_over = self._takes_over(base, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not takes_over):
+            out = base(x)
+        if base.bias is not None:
+            out = out.clone()  # a view, which a custom function cannot change in place
+        dropped = self.dropout(x)
+        product, frozen = product if dropped is x else None, base.weight if takes_over else None
+        return packed_experts(dropped, gate, A, B, self.scaling, out, frozen_rank, product, frozen)
+
+    def _takes_over(self, base: nn.Linear, x: Tensor) -> bool:
+        """Whether the experts' backward pass can include the frozen linear's part.
+
+        Not if the linear is of another kind (4-bit), trained, sharded (ZeRO-3), has a bias, or sees another input than
+        the experts (dropout).
+        """
+        return (
+            type(base) is nn.Linear
+            and base.bias is None
+            and not base.weight.requires_grad
+            and not hasattr(base.weight, "ds_id")
+            and base.weight.dtype == x.dtype
+            and not (self.training and isinstance(self.dropout, nn.Dropout))
+        )
+
+
+class ExpertLayer(nn.Module, BaseTunerLayer):
+    """A patched module: its frozen original, and per adapter the experts of its linears and their routers."""
+
+    adapter_layer_names = ("clmoe_experts", "clmoe_routers")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer, self.name, self.block = base_layer, name, block_of(name)
+        self.clmoe_experts = nn.ModuleDict()
+        self.clmoe_routers = nn.ModuleDict()
+
+    @abstractmethod
+    def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
+        """The frozen linears that carry experts, by their names in the block."""
+
+    @property
+    def experts(self) -> dict[str, Experts]:
+        """The active adapter's experts, by linear."""
+        (adapter,) = self.active_adapters
+        return dict(self.clmoe_experts[adapter].items())  # type: ignore[operator]
+
+    @property
+    def routers(self) -> RouterBank:
+        """The active adapter's routers."""
+        (adapter,) = self.active_adapters
+        return self.clmoe_routers[adapter]  # type: ignore[return-value]
+
+    def attach(self, adapter: str, config: ExpertConfig) -> None:
+        """Build experts and routers of the shape that ``config`` describes, with fresh weights."""
+        owners = config.layout[self.block]
+        frozen = sum(owner < config.frozen_before for owner in owners)
+        linears = self.linears(config)
+        experts = nn.ModuleDict()
+        for linear_name, linear in linears.items():
+            layer = Experts(linear.in_features, linear.out_features, config.rank, config.scaling, config.dropout)
+            generator = seeded(config.seed, f"{self.name}.{linear_name}")
+            for count, freeze in ((frozen, True), (len(owners) - frozen, False)):
+                if count:
+                    layer.append(*layer.fresh(count, generator))
+                if freeze:
+                    layer.freeze()
+            experts[linear_name] = layer
+        bank = RouterBank(self.name, config.router_top_k, owners, config.pick)
+        din = next(iter(linears.values())).in_features
+        generator = seeded(config.seed, f"{self.name}.router")
+        for owner in config.router_owners:
+            span = sum(expert_owner <= owner for expert_owner in owners)
+            bank.append(InstanceRouter.fresh(din, span, generator), frozen=owner < config.frozen_before)
+        if config.task_gates:
+            bank.task.gates = torch.zeros(config.task_gates, len(owners))
+        self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Device only: peft's own also casts to the base's dtype, and adapters stay float32 on a bfloat16 base."""
+        device = device or next(self.base_layer.parameters()).device
+        for container in (self.clmoe_experts, self.clmoe_routers):
+            if adapter_name in container and not any(t.is_meta for t in container[adapter_name].state_dict().values()):
+                container[adapter_name].to(device)
+
+
+class ExpertLinear(ExpertLayer):
+    """One frozen linear with experts and a router of its own (scope ``per_linear``)."""
+
+    def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
+        return {self.name.rpartition(".")[2]: self.base_layer}  # type: ignore[dict-item]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, T, din]`` -> ``[B, T, dout]``."""
+        if self.disable_adapters:
+            return self.base_layer(x)
+        (experts,) = self.experts.values()
+        return experts(x, self.routers(x), self.base_layer)
+
+
+class ExpertMLP(ExpertLayer):
+    """A frozen SwiGLU FFN whose projections share one router on the FFN's input (scope ``per_block``)."""
+
+    def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
+        return {name: getattr(self.base_layer, name) for name in config.projections}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once, and the FFN's product is not kept."""
+        mlp = self.base_layer
+        if self.disable_adapters:
+            return mlp(x)
+        gate, experts = self.routers(x), self.experts
+
+        def project(name: str, value: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            linear = getattr(mlp, name)
+            return experts[name](value, gate, linear, product) if name in experts else linear(value)
+
+        g, u = project("gate_proj", x), project("up_proj", x)
+        product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None
+        return project("down_proj", mlp.act_fn(g) * u, product)  # type: ignore[operator]

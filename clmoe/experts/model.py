@@ -1,0 +1,255 @@
+"""The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load.
+
+peft finds it after ``import clmoe``, so ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``
+work as they do for LoRA. Adapter weights stay float32 on a base of any dtype.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from clmoe.errors import ClmoeError
+from clmoe.experts.config import PEFT_NAME, ExpertConfig
+from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Experts
+from clmoe.experts.routing import current_routing
+from clmoe.utils.files import read_json
+from clmoe.utils.tensors import load_tensors, trainable
+
+
+class ExpertModel(BaseTuner):
+    """peft's view of the adapter: replaces the targeted modules by ``ExpertLinear`` or ``ExpertMLP``."""
+
+    prefix = f"{PEFT_NAME}_"
+    tuner_layer_cls = ExpertLayer
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast(ExpertConfig, peft_config)
+        if isinstance(target, ExpertLayer):
+            target.attach(adapter_name, config)
+            return
+        layer = (ExpertMLP if config.router_scope == "per_block" else ExpertLinear)(target, current_key)
+        layer.attach(adapter_name, config)
+        for container in (layer.clmoe_experts, layer.clmoe_routers):  # 4-bit base weights take no such flag
+            container.requires_grad_(adapter_name in self.active_adapters)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``clmoe_experts.default.up_proj.A -> clmoe_experts.up_proj.A``: our containers nest deeper than peft's."""
+        for container in ExpertLayer.adapter_layer_names:
+            key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """A plain swap, also on unload: peft's own copies a ``weight``, which an FFN does not have."""
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """peft enters this around every forward and generate: the place to refuse to guess the task."""
+        (name,) = self.active_adapters
+        config = cast(ExpertConfig, self.peft_config[name])
+        if config.needs_routing and not self.training and current_routing() is None:
+            raise ClmoeError(
+                "this checkpoint holds several tasks and no routing was chosen: use clmoe.load(folder).answer(image, "
+                "question), which finds the task, or wrap the call in clmoe.routing(...)"
+            )
+        yield
+
+
+register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertModel)
+
+
+# ---- Attach, save and load
+
+
+def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap ``base`` with a fresh adapter, the LoRA-expert one or any of peft's own.
+
+    Raises:
+        ClmoeError: no module of the language model matches the adapter's targets.
+    """
+    model = get_peft_model(base, config)
+    if isinstance(config, ExpertConfig) and not expert_layers(model):
+        raise ClmoeError(
+            f"no module of the language model matches {config.target_modules}: check the adapter's targets"
+        )
+    _keep_float32(model)
+    return model
+
+
+def detach_adapter(model: PeftModel) -> None:
+    """Restore the base as it was. peft's ``unload`` alone would leave a tuned projector in it."""
+    base = adapted_base(model)
+    tuned = {name: part for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    model.unload()
+    for name, wrapper in tuned.items():
+        base.set_submodule(name, wrapper.original_module)
+
+
+def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
+    """Load an adapter folder onto ``base`` and verify that every tensor of the file arrived, bit for bit.
+
+    Raises:
+        ClmoeError: a file cannot be read, or a tensor is missing, unexpected, or differs after loading.
+    """
+    read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
+    file = folder / "adapter_model.safetensors"
+    saved = load_tensors(file)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    _keep_float32(model, saved)
+    live = adapter_tensors(model)
+    if odd := sorted(saved.keys() ^ live.keys()):
+        raise ClmoeError(f"{file} does not fit its adapter_config.json: {odd[:3]} unmatched")
+    for name, tensor in saved.items():
+        if not torch.equal(live[name].cpu().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)):
+            raise ClmoeError(f"{file}: {name} differs after loading")
+    return model
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Everything the adapter file holds, under its names there: trainable and frozen tensors, a tuned projector too."""
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+
+
+def tensor_name(module: str, inner: str) -> str:
+    """Name in the adapter file of a patched module's tensor; ``inner`` is such as ``clmoe_experts.up_proj.A``."""
+    return f"base_model.model.{module}.{inner}"
+
+
+class _Float32Linear(nn.Linear):
+    """Takes over a linear's weights in float32; computes in its input's dtype, as the experts do."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source.in_features, source.out_features, source.bias is not None, device="meta")
+        self.weight, self.bias = source.float().weight, source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+@torch.no_grad()
+def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> None:
+    """Turn the linears of the adapter's copy of the projector into float32 ones.
+
+    peft copies the base's dtype. In bfloat16 a learning rate of 2e-5 would round most updates away. An untrained copy
+    still gives the base's own output, bit for bit.
+
+    Args:
+        saved: the adapter file's tensors, which peft has just rounded to the base's dtype.
+    """
+    for path, wrapper in list(model.named_modules()):
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for part in wrapper.modules_to_save.values():
+            for name, module in list(part.named_modules()):
+                if type(module) is nn.Linear:
+                    part.set_submodule(name, _Float32Linear(module))
+            for name, parameter in part.named_parameters():
+                if saved is not None:
+                    parameter.copy_(saved[f"{path}.{name}"])
+
+
+# ---- Look inside
+
+
+def adapted_base(model: PeftModel) -> PreTrainedModel:
+    """The base inside, with its projections patched."""
+    return cast(PreTrainedModel, model.base_model.model)
+
+
+def expert_config(model: PeftModel) -> ExpertConfig:
+    """The live configuration of the model's LoRA-expert adapter."""
+    return model.peft_config[model.active_adapter]  # type: ignore[return-value]
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """All patched modules by name, in model order."""
+    return {module.name: module for module in model.modules() if isinstance(module, ExpertLayer)}
+
+
+def experts_by_linear(model: nn.Module) -> dict[str, Experts]:
+    """The active adapter's experts of every linear, by the linear's full name."""
+    return {
+        layer.name if isinstance(layer, ExpertLinear) else f"{layer.name}.{name}": experts
+        for layer in expert_layers(model).values()
+        for name, experts in layer.experts.items()
+    }
+
+
+def count_parameters(model: PeftModel) -> tuple[int, int]:
+    """(trainable now, all of the adapter): the second counts frozen experts and routers, which are buffers."""
+    stored = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    return sum(p.numel() for p in trainable(model).values()), stored
+
+
+# ---- Grow
+
+
+def freeze_experts(model: PeftModel, before: int) -> None:
+    """Freeze all experts and routers, whose owners must be tasks below ``before``: they become buffers."""
+    for layer in expert_layers(model).values():
+        for experts in layer.experts.values():
+            experts.freeze()
+        layer.routers.freeze()
+    expert_config(model).frozen_before = before
+
+
+def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
+    """Append trainable experts of task ``owner``. Rebuild the optimizer afterwards.
+
+    Args:
+        factors: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
+
+    Raises:
+        ValueError: the linears of a block would differ in number of experts, or with ``pick`` ``task`` a block would
+            lack the owner.
+    """
+    config, layers = expert_config(model), expert_layers(model)
+    for name, by_linear in factors.items():
+        for projection, (A, B) in by_linear.items():
+            layers[name].experts[projection].append(A, B)
+    for block, owners in config.layout.items():
+        counts = {e.count for layer in layers.values() if layer.block == block for e in layer.experts.values()}
+        if len(counts) != 1:
+            raise ValueError(f"the linears of block {block} would have different numbers of experts: {sorted(counts)}")
+        owners += [owner] * (counts.pop() - len(owners))
+        if config.pick == "task" and owners[-1] != owner:
+            raise ValueError(f"pick 'task': block {block} would have no expert of task {owner}")
+    for layer in layers.values():
+        layer.routers.owners = list(config.layout[layer.block])
+
+
+def add_routers(model: PeftModel, owner: int, weights: dict[str, Tensor]) -> None:
+    """Append a trainable instance router of task ``owner`` to every bank: patched module -> ``[E, din]``."""
+    for name, layer in expert_layers(model).items():
+        layer.routers.append(weights[name])
+    expert_config(model).router_owners.append(owner)
+
+
+def add_task_gates(model: PeftModel, gates: dict[str, Tensor]) -> None:
+    """Append the finished task's gate ``[E]`` to every task router: patched module -> gate."""
+    for name, layer in expert_layers(model).items():
+        layer.routers.task.append(gates[name])
+    expert_config(model).task_gates += 1

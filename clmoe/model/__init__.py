@@ -1,1 +1,0 @@
-"""LLaVA-1.5, the LoRA-expert layers that patch it, and the routers that steer them."""

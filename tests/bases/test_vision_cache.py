@@ -1,0 +1,201 @@
+"""The vision tower's output kept on disk: what it stands for, when it is computed, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.llava import LoadedBase, load_base, vision_tower_of
+from clmoe.bases.vision_cache import VisionCache, attach_cache
+from clmoe.config import ModelConfig
+from clmoe.data import images as images_module
+from clmoe.data.batches import TrainDataset, collate_prompts, collate_train
+from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.errors import ClmoeError
+from tests.runs import Runs, contents, events, tensors, texts
+from tests.support import SIZES, TASKS
+
+NAMES = ("0.png", "1.png", "2.png")
+
+
+@pytest.fixture
+def images(mini_yaml: Path, tmp_path: Path) -> Path:
+    """Images of the test's own, free to be changed."""
+    return Path(shutil.copytree(mini_yaml.parent / "colour" / "images", tmp_path / "images"))
+
+
+@pytest.fixture
+def base(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedBase:
+    monkeypatch.setenv("CLMOE_VISION", str(tmp_path / "vision"))
+    return load_base(ModelConfig(path=str(tiny_folder)))
+
+
+def records() -> list[TrainRecord]:
+    """Two of one image, one of another, one without."""
+    turns = (Turn("What is it?", "red"),)
+    return [TrainRecord(str(i), image, turns) for i, image in enumerate(("0.png", "1.png", "0.png", None))]
+
+
+def files(base: LoadedBase) -> dict[str, bytes]:
+    assert base.vision is not None
+    return contents(base.vision.folder)
+
+
+def fill(base: LoadedBase, images: list[Path]) -> None:
+    assert base.vision is not None
+    base.vision.fill(vision_tower_of(base.model), images, base.read_pixels)
+
+
+def attached(base: LoadedBase) -> VisionCache | None:
+    return attach_cache(base.model, base.image_processor, base.fingerprint)
+
+
+def no_tower(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on neither an image is decoded nor the tower asked."""
+
+    def refuse(*unused: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(images_module, "load_image", refuse)
+    monkeypatch.setattr(vision_tower_of(base.model).tower, "forward", refuse)
+
+
+def test_records_give_the_same_states(
+    base: LoadedBase, tiny_base: LoadedBase, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = train_dataset(base, records(), images, 256)
+    no_tower(base, monkeypatch)
+    items = kept.__getitems__(range(4))
+    assert items[0].pixel_values is items[2].pixel_values, "read once"
+    assert items[0].pixel_values is not None and items[3].pixel_values is None
+    assert items[0].pixel_values.shape == (1 + (SIZES.image_size // SIZES.patch_size) ** 2, SIZES.vision_hidden)
+    monkeypatch.undo()
+    pixels = train_dataset(tiny_base, records(), images, 256).__getitems__(range(4))
+    states = []
+    for model, batch in ((base.model, items), (tiny_base.model, pixels)):
+        inputs = collate_train(batch, 0)
+        inputs.pop("labels")
+        with torch.no_grad():
+            states.append(model.model(**inputs).last_hidden_state)
+    torch.testing.assert_close(*states, rtol=0, atol=1e-5)
+    with torch.no_grad():  # not because all images look alike
+        other = base.model.model(**inputs | {"pixel_values": inputs["pixel_values"].roll(1, 0)}).last_hidden_state
+    assert (other - states[1]).abs().max() > 1e-3
+
+
+def test_pixels_are_still_encoded(base: LoadedBase, tiny_base: LoadedBase, images: Path) -> None:
+    """A picture that is handed over, as the demo's, lies in no file."""
+    question = [Question("1", "0.png", "What is it?", "", {})]
+    item = prompt_dataset(tiny_base, question, images)[0]
+    inputs = collate_prompts([item], 0)
+    with torch.no_grad():
+        found, expected = (model.model(**inputs).last_hidden_state for model in (base.model, tiny_base.model))
+    assert torch.equal(found, expected)
+
+
+def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, images: Path, tmp_path: Path) -> None:
+    assert base.vision is not None
+    fill(base, [images / NAMES[1]])
+    fill(base, [images / name for name in NAMES])
+    in_pieces = files(base)
+    assert len(in_pieces) == 3
+    shutil.rmtree(base.vision.folder)
+    fill(base, [images / name for name in reversed(NAMES)])
+    assert files(base) == in_pieces
+    tower, pixels = vision_tower_of(base.model).tower, base.read_pixels(images / NAMES[1])
+    with torch.no_grad():
+        states = tower(pixels[None], output_hidden_states=True).hidden_states[base.model.config.vision_feature_layer]
+    assert torch.equal(base.vision.read(images / NAMES[1]), states[0])
+
+
+def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, images: Path) -> None:
+    assert base.vision is not None
+    shutil.copy(images / NAMES[0], images / "again.png")
+    fill(base, [images / NAMES[0], images / "again.png"])
+    assert len(files(base)) == 1
+    before = base.vision.read(images / "again.png")
+    Image.new("RGB", (20, 20), (0, 250, 0)).save(images / "again.png")
+    os.utime(images / "again.png", ns=(1, 1))  # an edit within the clock's resolution is still an edit
+    fill(base, [images / "again.png"])
+    assert len(files(base)) == 2
+    assert not torch.equal(base.vision.read(images / "again.png"), before)
+    assert torch.equal(base.vision.read(images / NAMES[0]), before)
+
+
+def test_every_cause_of_other_features_is_another_folder(
+    base: LoadedBase, new_base: Callable[[], LoadedBase], tmp_path: Path
+) -> None:
+    weights = dataclasses.replace(new_base(), fingerprint="other")
+    layer, half, processor = new_base(), new_base(), new_base()
+    layer.model.config.vision_feature_layer = -1
+    half.model.bfloat16()
+    processor = dataclasses.replace(processor, image_processor=copy.deepcopy(processor.image_processor))
+    processor.image_processor.image_mean = [0.4] * 3
+    caches = [attached(changed) for changed in (weights, layer, half, processor)]
+    assert attached(new_base()) == base.vision
+    folders = {cache.folder for cache in (base.vision, *caches) if cache is not None}
+    assert len(folders) == 5
+    assert {folder.parent for folder in folders} == {tmp_path / "vision"}
+
+
+def test_bad_files_are_named(base: LoadedBase, images: Path) -> None:
+    assert base.vision is not None
+    with pytest.raises(ClmoeError, match=r"nowhere\.png"):
+        train_dataset(base, [TrainRecord("1", "nowhere.png", (Turn("What?", "red"),))], images, 256)
+    (images / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ClmoeError, match=r"broken\.png"):
+        fill(base, [images / "broken.png"])
+    fill(base, [images / NAMES[0]])
+    file = base.vision.path(images / NAMES[0])
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ClmoeError, match=f"{file}"):
+        base.vision.read(images / NAMES[0])
+
+
+def test_several_layers_are_refused(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_feature_layer": [-2, -1]}))
+    monkeypatch.setenv("CLMOE_VISION", str(tmp_path / "vision"))
+    with pytest.raises(ClmoeError, match="layers"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_a_task_is_learned_and_tested_as_without(
+    shared: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, settings = TASKS[0], (f"training.share_images={shared}", "training.workers=1")
+    without = runs.train(tmp_path / "without" / task, "clmoe", task, *settings)
+    runs.evaluate(without, tmp_path / "without")
+    monkeypatch.setenv("CLMOE_VISION", str(tmp_path / "vision"))
+    kept = runs.train(tmp_path / "kept" / task, "clmoe", task, *settings)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("CLMOE_VISION")]
+    rows = json.loads((runs.benchmark.parent / task / "train.json").read_text())
+    seen = {(runs.benchmark.parent / task / "images" / row["image"]).read_bytes() for row in rows if "image" in row}
+    assert len(contents(tmp_path / "vision")) == len(seen) > 1
+    (line,) = told
+    assert f"vision features of {len(seen)} images" in line and str(tmp_path / "vision") in line
+    losses = [[event["loss"] for event in events(run, "step")] for run in (tmp_path / "without", tmp_path / "kept")]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
+    for name, value in tensors(kept).items():
+        torch.testing.assert_close(value, tensors(without)[name], rtol=1e-3, atol=1e-5, msg=name)
+    runs.evaluate(kept, tmp_path / "kept")
+    assert texts(tmp_path / "kept", task, task) == texts(tmp_path / "without", task, task)
+
+
+def test_datasets_without_it_decode(tiny_base: LoadedBase, images: Path) -> None:
+    dataset = train_dataset(tiny_base, records(), images, 256)
+    assert isinstance(dataset, TrainDataset) and tiny_base.vision is None
+    pixels = dataset[0].pixel_values
+    assert pixels is not None and pixels.shape == (3, SIZES.image_size, SIZES.image_size)

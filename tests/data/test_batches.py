@@ -1,0 +1,213 @@
+"""Batches: padding, masks, images of some rows only, packed rows, and independence of the number of workers."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from clmoe.bases.llava import LlavaEncoder
+from clmoe.data.batches import (
+    NumberedDataset,
+    PromptDataset,
+    PromptItem,
+    TrainDataset,
+    TrainItem,
+    collate_numbered,
+    collate_packed,
+    collate_prompts,
+    collate_train,
+    image_groups,
+)
+from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.errors import ClmoeError
+
+from . import tokenizers_for_tests as make
+
+PAD = 3
+TOKENS = 16
+PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaEncoder:
+    tokenizer = tokenizer or make.byte_level()
+    return LlavaEncoder(tokenizer=tokenizer, image_processor=PROCESSOR, image_token_count=TOKENS)
+
+
+def train_item(ids: list[int], labels: list[int], pixels: float | None) -> TrainItem:
+    return TrainItem(torch.tensor(ids), torch.tensor(labels), None if pixels is None else torch.full((3, 2, 2), pixels))
+
+
+# ---- Collation
+
+
+def test_training_batch() -> None:
+    items = [
+        train_item([5, 6], [-100, 6], 1.0),
+        train_item([7, 8, 9, 3], [-100, -100, 9, 3], None),
+        train_item([4], [4], 2.0),
+    ]
+    batch = collate_train(items, PAD)
+    assert batch["input_ids"].tolist() == [[5, 6, 3, 3], [7, 8, 9, 3], [4, 3, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 9, 3], [4, -100, -100, -100]]
+    assert batch["pixel_values"].shape == (2, 3, 2, 2)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 2.0]
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "input_ids": torch.int64,
+        "attention_mask": torch.int64,
+        "labels": torch.int64,
+        "pixel_values": torch.float32,
+    }
+    numbered = collate_numbered(list(zip((4, 0, 9), items, strict=True)), PAD)
+    assert numbered.pop("rows").tolist() == [4, 0, 9]
+    assert all(torch.equal(numbered[key], batch[key]) for key in batch) and numbered.keys() == batch.keys()
+
+
+def test_prompt_batch() -> None:
+    items = [PromptItem(torch.tensor([5, 6]), None), PromptItem(torch.tensor([7, 8, 9]), torch.ones(3, 2, 2))]
+    batch = collate_prompts(items, PAD)
+    assert batch["input_ids"].tolist() == [[3, 5, 6], [7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch["pixel_values"].shape == (1, 3, 2, 2)
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+def test_text_only_batches_have_no_pictures() -> None:
+    items = [train_item([5], [5], None)] * 2
+    for batch in (collate_train(items, PAD), collate_packed(items, PAD), collate_prompts(items, PAD)):
+        assert "pixel_values" not in batch
+
+
+# ---- Packing
+
+
+def test_packed_rows_by_hand() -> None:
+    """Two records of one image with three tokens in common, one of another image, one without."""
+    shared = torch.ones(3, 2, 2)
+    pictures = [shared, None, torch.zeros(3, 2, 2), shared]
+    rows = [[1, 2, 9, 5, 6], [1, 4], [1, 2, 9, 7], [1, 2, 9, 8]]
+    items = [TrainItem(torch.tensor(ids), torch.tensor(ids), p) for ids, p in zip(rows, pictures, strict=True)]
+    batch = collate_packed(items, PAD)
+    assert batch["packed_ids"].tolist() == [[1, 2, 9, 5, 6, 8], [1, 4, 3, 3, 3, 3], [1, 2, 9, 7, 3, 3]]
+    assert batch["packed_positions"].tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 0, 0]]
+    assert batch["packed_segments"].tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, -1, -1, -1, -1], [0, 0, 0, 0, -1, -1]]
+    assert batch["places"].tolist() == [[0, 1, 2, 3, 4], [6, 7, 0, 0, 0], [12, 13, 14, 15, 0], [0, 1, 2, 5, 0]]
+    assert torch.equal(batch["pixel_values"], torch.stack([shared, pictures[2]]))
+    plain = collate_train(items, PAD)
+    assert all(torch.equal(batch[key], plain[key]) for key in ("input_ids", "attention_mask", "labels"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_rows_hold_every_record(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pictures = [torch.full((1,), float(n)) for n in range(3)]
+    items = []
+    for which in torch.randint(0, 3, (9,), generator=generator).tolist():
+        ids = torch.randint(0, 2, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+        items.append(TrainItem(ids, ids, pictures[which]))
+    batch = collate_packed(items, PAD)
+    for row, item in enumerate(items):
+        places = batch["places"][row, : len(item.input_ids)]
+        assert torch.equal(batch["packed_ids"].flatten()[places], item.input_ids)
+        assert batch["packed_positions"].flatten()[places].tolist() == list(range(len(item.input_ids)))
+        assert len({place // batch["packed_ids"].shape[1] for place in places.tolist()}) == 1
+
+
+def test_image_groups_keep_the_occurrences_of_a_record_apart() -> None:
+    def record(name: str, image: str | None) -> TrainRecord:
+        return TrainRecord(name, image, (Turn("q", "a"),))
+
+    a, b, text, c = record("a", "0.png"), record("b", "0.png"), record("t", None), record("c", "1.png")
+    assert image_groups([a, c, b, text, a, text, b]) == ((0, 2), (1,), (3,), (4, 6), (5,))
+
+
+# ---- Datasets
+
+
+@pytest.fixture
+def image_root(tmp_path: Path) -> Path:
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40 + 10 * number, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def records() -> list[TrainRecord]:
+    words = ["dog", "cat", "red", "blue", "left"]
+    return [
+        TrainRecord(f"r{n}", None if n % 4 == 3 else f"{n % 3}.png", (Turn(f"What is {word}?" * (n + 1), word),))
+        for n, word in enumerate(words)
+    ]
+
+
+def prompt_dataset(image_root: Path) -> PromptDataset:
+    questions = [Question(r.id, r.image, r.turns[0].question, r.turns[0].answer, {}) for r in records()]
+    return PromptDataset(questions, image_root, encoder())
+
+
+@pytest.mark.parametrize("kind", ["train", "prompts"])
+def test_batches_do_not_depend_on_workers(kind: str, image_root: Path) -> None:
+    train = kind == "train"
+    dataset = TrainDataset(records(), image_root, encoder(), 512) if train else prompt_dataset(image_root)
+    collate = partial(collate_train if train else collate_prompts, pad_id=PAD)
+    batches = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # a pickled dataset is what workers get where they are not forked
+        for source, workers in ((dataset, 0), (dataset, 2), (pickle.loads(pickle.dumps(dataset)), 0)):
+            batches.append(list(DataLoader(source, batch_size=2, collate_fn=collate, num_workers=workers)))
+    assert len(batches[0]) == 3
+    for others in batches[1:]:
+        for left, right in zip(batches[0], others, strict=True):
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_items_of_one_image_share_its_tensor(image_root: Path) -> None:
+    dataset = NumberedDataset(TrainDataset(records(), image_root, encoder(), 512))
+    (first, a), (second, b), (_, c) = dataset.__getitems__([4, 1, 2])
+    assert (first, second, len(dataset)) == (4, 1, 5)
+    assert a.pixel_values is b.pixel_values and a.pixel_values is not c.pixel_values
+    number, alone = dataset[4]
+    assert number == 4 and torch.equal(alone.input_ids, a.input_ids) and torch.equal(alone.pixel_values, a.pixel_values)
+
+
+def test_training_and_evaluation_see_the_same_prompt_and_picture(image_root: Path) -> None:
+    train, prompts = TrainDataset(records(), image_root, encoder(), 512), prompt_dataset(image_root)
+    assert len(train) == len(prompts) == 5
+    for index in range(5):
+        item, prompt = train[index], prompts[index]
+        assert torch.equal(item.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+        assert item.labels[len(prompt.input_ids)] != -100
+        if records()[index].image is None:
+            assert item.pixel_values is None
+            assert prompt.pixel_values is None
+        else:
+            assert torch.equal(item.pixel_values, prompt.pixel_values)
+            assert (item.input_ids == make.byte_level().image_token_id).sum() == TOKENS
+
+
+def test_errors_of_a_dataset(image_root: Path) -> None:
+    with pytest.raises(ClmoeError):
+        TrainDataset([], image_root, encoder(), 512)
+    with pytest.raises(ClmoeError, match="record 'r0'"):
+        TrainDataset(records(), image_root, encoder(make.merging_across_answers()), 512)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_from_workers_too(workers: int, image_root: Path) -> None:
+    (image_root / "1.png").write_bytes(b"")
+    dataset = TrainDataset(records(), image_root, encoder(), 512)
+    loader = DataLoader(dataset, collate_fn=partial(collate_train, pad_id=PAD), num_workers=workers)
+    with pytest.raises(ClmoeError, match=r"1\.png"):
+        list(loader)

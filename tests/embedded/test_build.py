@@ -1,0 +1,145 @@
+"""The embedded benchmarks on disk: their files, their version, and builds that are repeated, interrupted or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.data.images import load_image
+from clmoe.data.records import load_questions, load_train
+from clmoe.embedded import build, scenes
+from clmoe.embedded.tasks import COIN_TASKS
+from clmoe.errors import ClmoeError
+from tests.embedded.support import BASE
+
+DRAWN = {("playground-coin", 1): "d1daeb78fb0224ab", ("playground-cl4vqa", 1): "7149fd966a0ec555"}
+"""Hash of the small files by name and ``build.VERSION``. Where it differs, raise the version."""
+
+
+@pytest.fixture(autouse=True)
+def small_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: replace(spec, train_rows=24, test_rows=12) for name, spec in build.SPECS.items()}
+    monkeypatch.setattr(build, "SPECS", small)
+
+
+@pytest.fixture
+def small_coin(tmp_path: Path) -> Path:
+    return build.prepare("playground-coin", tmp_path / "playground-coin")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("name", build.SPECS)
+def test_files_load_and_fit_the_yaml(name: str, tmp_path: Path) -> None:
+    benchmark = load_benchmark(name, build.prepare(name, tmp_path / name))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    assert [task.name for task in benchmark.tasks] == [task.name for task in build.SPECS[name].tasks]
+    for task in benchmark.tasks:
+        assert len(load_train(task.train, task.image_root)) == 24
+        questions = load_questions(task.test, task.image_root)
+        assert len(questions) == 12
+        longest = max(len(tokenizer.tokenize(f" {question.answer}")) for question in questions)
+        assert longest + 1 <= task.max_new_tokens <= longest + 4, task.name
+        assert load_image(task.image_root / str(questions[0].image)).size == (56, 56)
+
+
+@pytest.mark.parametrize("name", build.SPECS)
+def test_another_drawing_is_another_version(name: str, tmp_path: Path) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(build.prepare(name, tmp_path / name).rglob("*.*")):
+        if path.name != build.MARKER:
+            digest.update(load_image(path).tobytes() if path.suffix == ".png" else path.read_bytes())
+    assert digest.hexdigest()[:16] == DRAWN[name, build.VERSION]
+
+
+def test_images_differ_between_train_and_test(small_coin: Path) -> None:
+    for task in COIN_TASKS:
+        images = {split: set(hashes(small_coin / task.name / "images" / split).values()) for split in ("train", "test")}
+        assert images["train"] and images["test"]
+        if task.blur == 0:  # two blurred scenes may look alike
+            assert not images["train"] & images["test"], task.name
+
+
+def test_one_image_has_several_turns_and_several_questions(tmp_path: Path) -> None:
+    folder = build.prepare("playground-cl4vqa", tmp_path / "playground-cl4vqa")
+    judge = load_train(folder / "judge" / "train.json", folder / "images")
+    assert all(len(record.turns) == 2 for record in judge)
+    color = load_train(folder / "color" / "train.json", folder / "images")
+    assert {record.image for record in judge} & {record.image for record in color}
+
+
+def test_same_question_other_format(small_coin: Path) -> None:
+    answers: dict[tuple[str, str], set[str]] = {}
+    for task in COIN_TASKS:
+        for record in load_train(small_coin / task.name / "train.json", small_coin / task.name / "images"):
+            for turn in record.turns:
+                answers.setdefault((turn.question.split("\n")[0], task.name), set()).add(turn.answer)
+    count = "How many shapes are there?"
+    assert answers[count, "gqa"] <= set(scenes.COUNT_WORDS) and answers[count, "vqa"] <= set("12345")
+    colour = "What colour is the shape?"
+    assert answers[colour, "sqa"] <= set("ABCDEF") and "unanswerable" in answers[colour, "viz"]
+    written = "What is written in the image?"
+    assert answers[written, "text"] <= set(scenes.WORDS) and answers[written, "digits"] <= set("0123456789")
+
+
+def test_the_warm_up_data_is_the_mixture_and_no_tasks(small_coin: Path) -> None:
+    records = load_train(small_coin / build.WARMUP / "train.json", small_coin / build.WARMUP / "images")
+    assert len(records) == 24
+    assert max(len(record.turns) for record in records) > 1
+    asked = {turn.question for record in records for turn in record.turns}
+    for task in COIN_TASKS:
+        rows = load_train(small_coin / task.name / "train.json", small_coin / task.name / "images")
+        assert not asked & {turn.question for record in rows for turn in record.turns}, task.name
+
+
+@pytest.mark.parametrize("change", ["version", "size"])
+def test_prepare_is_idempotent_and_replaces_other_versions_and_sizes(
+    change: str, small_coin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {path: path.stat().st_mtime_ns for path in small_coin.rglob("*")}
+    before = hashes(small_coin)
+    build.prepare("playground-coin", small_coin)
+    assert {path: path.stat().st_mtime_ns for path in small_coin.rglob("*")} == times
+    (small_coin / "sqa" / "test.json").unlink()
+    (small_coin / "stray").write_text("left over")
+    if change == "version":
+        monkeypatch.setattr(build, "VERSION", 0)
+    else:
+        smaller = replace(build.SPECS["playground-coin"], test_rows=5)
+        monkeypatch.setattr(build, "SPECS", {"playground-coin": smaller})
+    build.prepare("playground-coin", small_coin)
+    after = hashes(small_coin)
+    assert (after == {**before, build.MARKER: after[build.MARKER]}) == (change == "version")
+    assert after[build.MARKER] != before[build.MARKER]
+    assert len(json.loads((small_coin / "sqa" / "test.json").read_text())) == (12 if change == "version" else 5)
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ClmoeError, match=str(tmp_path)):
+        build.prepare("playground-coin", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_test_row", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build.prepare("playground-coin", tmp_path / "playground-coin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_benchmark_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ClmoeError, match="playground-coin"):
+        build.prepare("playground-coim", tmp_path)
