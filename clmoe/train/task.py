@@ -354,7 +354,8 @@ def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPl
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, readable by peft."""
     with writing(folder / ADAPTER_FILE):
-        model.save_pretrained(str(folder), safe_serialization=True)
+        # embeddings never train; "auto" would look for the base's files to find that out
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's own, an empty form
 
 
