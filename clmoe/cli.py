@@ -110,9 +110,9 @@ def evaluate(options: argparse.Namespace) -> str:
 
 def report(options: argparse.Namespace) -> Any:
     """``clmoe report``: tables and pictures of runs."""
-    from clmoe.report.run import read_run
+    from clmoe.report.page import write_report
+    from clmoe.report.runs import read_run
     from clmoe.report.tables import report_text
-    from clmoe.report.write import write_report
 
     if options.json:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]

@@ -19,7 +19,7 @@ from clmoe.cli import _parser
 from clmoe.config import AdapterConfig, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint, RouterWeights
 from clmoe.methods import method_class
-from clmoe.methods.base import method_names
+from clmoe.methods import methods
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """\
@@ -143,7 +143,7 @@ def config_section() -> str:
         title = section or "Top level"
         rows = list(keys(kind, f"{section}." if section else ""))
         text += f"\n### {title}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}"
-    for name in method_names():
+    for name in methods():
         rows = list(keys(method_class(name).Options, "options."))
         if rows:
             text += f"\n### options of `{name}`\n\n{table(('key', 'type', 'default', 'meaning'), rows)}"

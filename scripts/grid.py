@@ -1,109 +1,118 @@
-"""Run a grid of configs/grids.yaml on a benchmark: every row with every seed, several side by side.
+"""Run a grid of configs/grids.yaml on a benchmark: every row with every seed, several side by side, cheapest first.
 
-    python scripts/grid.py GRID [--benchmark playground-coin] [--seeds 0 1 2] [--jobs N] [--only LABEL ...]
-        [key=value ...]
+    python scripts/grid.py GRID [--benchmark B] [--seeds 0 1 2] [--jobs N] [--only LABEL ...] [--list] [key=value ...]
 
-What is finished is skipped, and what was interrupted goes on: give the same line again, in pieces as you like. A row
-that would be the same run as an earlier one on this benchmark is left out. A run is a folder OUT/LABEL-seedK, shared by
-all grids that have the row. The methods' scripts do the work, so their environment counts (MODEL, DATA, GPUS, ...; with
-several --jobs set GPUS=1 and OMP_NUM_THREADS). At the end the rows that are complete go into the table OUT/tables/GRID.
+A run is the folder OUT/LABEL-seedK, shared by all grids with that row; its output goes to OUT/logs. Give the same line
+again after any stop: finished runs are skipped, unfinished ones go on. After a failure nothing new starts.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 
+import yaml
+
+from clmoe.config import build
 from clmoe.errors import ClmoeError
-from clmoe.methods import method_class
-from clmoe.report.grid import Grid, Row, Start, default_file, read_grids, repeats, start
-from clmoe.report.run import group_runs, read_run
-from clmoe.report.tables import comparison_table, to_text
-from clmoe.report.write import write_report
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import repository_root
 from clmoe.utils.processes import EXIT_CODE
 
+CLMOE = [sys.executable, "-m", "clmoe.cli"]
 
-@dataclass
-class Runner:
-    """Starts runs, keeps their output in OUT/logs, and remembers which failed."""
 
-    out: Path
-    failed: list[str] = field(default_factory=list)
-    children: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    stopping: threading.Event = field(default_factory=threading.Event)
+@dataclass(frozen=True)
+class Row:
+    """One variant; configs/grids.yaml explains the fields."""
 
-    def run(self, name: str, started: Start) -> None:
-        if self.stopping.is_set():
-            return
+    label: str
+    method: str = ""
+    order: str = ""
+    set: list[str] = field(default_factory=list)
+    locators: list[str] = field(default_factory=list)
+    of: str = ""
+    once: bool = False
+    benchmark: str = ""
+
+
+class Grid:
+    """The rows of a grid on one benchmark, and their runs. `stopped` says why nothing new starts."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        content, name = yaml.safe_load(args.file.read_text(encoding="utf-8")), Path(args.benchmark).stem
+        self.args, self.stopped, self.code, self.rows = args, "", 0, dict[str, Row]()
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.out = args.out or Path("runs/grid") / name
+        self.data = args.data or f"playground/data/{name}"
+        settings = [methods for start, methods in content.get("settings", {}).items() if name.startswith(start)]
+        self.settings: dict[str, list[str]] = dict(pair for methods in settings for pair in methods.items())
+        for label, values in content["rows"].items():
+            self.rows[label] = build(Row, {"label": label, **values}, f"{args.file}: rows.{label}")
+            for locator in self.rows[label].locators:
+                self.rows[f"{label}_{locator}"] = Row(f"{label}_{locator}", of=label, set=[f"locator={locator}"])
+        if args.grid not in content["grids"]:
+            raise ClmoeError(f"{args.file}: {unknown('grid', args.grid, content['grids'])}")
+        wanted = args.only or [row for rows in content["grids"][args.grid]["sections"].values() for row in rows]
+        for label in [*wanted, *(row.of for row in self.rows.values() if row.of)]:
+            if label not in self.rows:
+                raise ClmoeError(f"{args.file}: {unknown('row', label, self.rows)}")
+        wanted = {*wanted, *(self.rows[label].of for label in wanted)}
+        self.chosen = [row for row in self.rows.values() if row.label in wanted and name.startswith(row.benchmark)]
+
+    def commands(self, row: Row, seed: int) -> list[list[str]]:
+        """One `clmoe run`; or a `clmoe eval` for each checkpoint of the row whose checkpoints are evaluated again."""
+        args, source, label = self.args, self.rows[row.of or row.label], f"label={row.label}"
+        where = ["--order", source.order or args.order, "--output", str(self.out / f"{row.label}-seed{seed}")]
+        where += ["--data", args.data] if args.data else []
+        if row.of:
+            overrides = [text for text in args.overrides if text.startswith("evaluation.")]
+            evaluate = [*CLMOE, "eval", "--benchmark", args.benchmark, *where, "--checkpoint"]
+            checkpoints = sorted((self.out / f"{row.of}-seed{seed}").glob("[0-9]*_*/"))
+            return [[*evaluate, str(checkpoint), label, *row.set, *overrides] for checkpoint in checkpoints]
+        method = row.method or row.label
+        where += ["--seed", str(seed), *(["--base", args.base] if args.base else [])]
+        settings = [text.format(data=self.data) for text in self.settings.get(method, [])]
+        return [[*CLMOE, "run", method, args.benchmark, *where, label, *settings, *row.set, *args.overrides]]
+
+    def todo(self, row: Row, seed: int) -> tuple[list[list[str]], Path]:
+        """The commands that have not ended well yet, all of them where the run folder is gone; and the run's log."""
+        name = f"{row.label}-seed{seed}"
         log = self.out / "logs" / f"{name}.log"
+        ended = log.read_text(errors="replace").splitlines() if log.exists() and (self.out / name).exists() else []
+        todo = [command for command in self.commands(row, seed) if f"finished: {shlex.join(command)}" not in ended]
+        return todo, log
+
+    def run(self, row: Row, seed: int, source: Future[None] | None) -> None:
+        """Run what is left of a row, once the run whose checkpoints it needs has ended."""
+        if source:
+            source.result()
+        commands, log = self.todo(row, seed)
         log.parent.mkdir(parents=True, exist_ok=True)
-        began = monotonic()
-        with log.open("ab") as file:
-            environment = {**os.environ, "CLMOE_PROGRESS": "0", **started.environment}
-            child = subprocess.Popen(
-                started.command, cwd=repository_root(), env=environment, stdout=file, stderr=file, process_group=0
-            )
-            self.children.add(child)
-            code = child.wait()
-            self.children.discard(child)
-        if self.stopping.is_set():
-            return
-        if code:
-            self.failed.append(name)
-            last = log.read_text(errors="replace").splitlines()[-1:]
-            print(f"{name}: failed with {code}: {''.join(last)} ({log})", file=sys.stderr, flush=True)
-        else:
-            print(f"{name}: done, {(monotonic() - began) / 60:.1f} min", flush=True)
+        for command in commands:
+            if self.stopped:
+                return
+            with log.open("ab", buffering=0) as file:
+                child = subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
+                self.children.add(child)
+                code = child.wait()
+                self.children.discard(child)
+                file.write(b"" if code else f"finished: {shlex.join(command)}\n".encode())
+            if code and not self.stopped:
+                last = log.read_text(errors="replace").splitlines()[-1:]
+                self.stopped, self.code = f"{log.stem} failed with {code}: {''.join(last)} ({log})", 1
+        if not self.stopped:
+            print(f"{log.stem}: finished", flush=True)
 
     def stop(self, *unused: object) -> None:
-        """Pass SIGTERM on: every task saves its state and stops."""
-        self.stopping.set()
+        """Pass SIGTERM on: every run saves its state and stops."""
+        self.stopped, self.code = "interrupted; the same line goes on from there", EXIT_CODE
         for child in list(self.children):
             os.killpg(child.pid, signal.SIGTERM)
-
-
-def seeds_of(row: Row, seeds: list[int]) -> list[int]:
-    """A method that trains nothing gives the same figures with every seed."""
-    trains = row.of or method_class(row.script).chain != "none"
-    return seeds if trains else seeds[:1]
-
-
-def choose(grid: Grid, only: list[str]) -> list[Row]:
-    """The rows asked for, and those whose checkpoints they evaluate."""
-    rows = {row.label: row for row in grid.rows}
-    for label in only:
-        if label not in rows:
-            raise ClmoeError(f"--only: {unknown('row', label, rows)}")
-    wanted = set(only or rows)
-    wanted |= {rows[label].of for label in wanted if rows[label].of}
-    return [row for row in grid.rows if row.label in wanted]
-
-
-def complete(folder: Path) -> bool:
-    """The run is there and at its end."""
-    return (folder / "run.json").is_file() and read_run(folder).complete
-
-
-def table(grid: Grid, rows: list[Row], seeds: list[int], out: Path) -> str:
-    """Write the report of all complete runs; returns its first table."""
-    folders = [row.folder(out, seed) for row in rows for seed in seeds_of(row, seeds)]
-    done = [folder for folder in folders if complete(folder)]
-    if not done:
-        return "no run is complete"
-    target = out / "tables" / grid.name
-    write_report(done, target, ("md", "csv", "tex"))
-    text = to_text(comparison_table(group_runs(done)))
-    return f"{text}\n{len(done)} of {len(folders)} runs are complete; all tables and pictures: {target}/report.md"
 
 
 def main() -> int:
@@ -113,50 +122,33 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="these rows of the grid")
+    parser.add_argument("--order", default="norm", help="of the tasks, for rows that name none")
     parser.add_argument("--out", type=Path, help="default: runs/grid/BENCHMARK")
-    parser.add_argument("--file", type=Path, help="default: configs/grids.yaml")
-    parser.add_argument("--list", action="store_true", help="print what would be started, and which of it is complete")
+    for name in ("--base", "--data"):
+        parser.add_argument(name, help="as for clmoe run")
+    parser.add_argument("--file", type=Path, default=Path(__file__).resolve().parents[1] / "configs" / "grids.yaml")
+    parser.add_argument("--list", action="store_true", help="print what would run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-
-    grids = read_grids(args.file or default_file())
-    if args.grid not in grids:
-        raise ClmoeError(unknown("grid", args.grid, grids))
-    grid = grids[args.grid]
-    rows, by_label = choose(grid, args.only), {row.label: row for row in grid.rows}
-    again = repeats(rows, args.benchmark, args.overrides, os.environ)
-    for label, first in again.items():
-        print(f"{label}: would be the same run as {first} here, and is left out", file=sys.stderr)
-    rows = [row for row in rows if row.label not in again]
-    out = (args.out or Path("runs/grid") / Path(args.benchmark).stem).resolve()
-    os.environ.setdefault("CLMOE_FEATURES", str(out / "features"))  # one base: its features are computed once
-
-    waves: list[list[tuple[str, Start]]] = [[], []]
-    for seed in args.seeds:
-        for row in rows:
-            if seed in seeds_of(row, args.seeds):
-                started = start(row, by_label, args.benchmark, seed, out, args.overrides)
-                waves[bool(row.of)].append((row.folder(out, seed).name, started))
+    grid = Grid(args := parser.parse_intermixed_args())
+    # seed by seed; within a seed cheapest first, and last what waits for another row
+    jobs = [(row, seed) for seed in args.seeds for row in sorted(grid.chosen, key=lambda row: bool(row.of))
+            if not row.once or seed == args.seeds[0]]  # fmt: skip
     if args.list:
-        for name, started in [*waves[0], *waves[1]]:
-            state = "complete" if complete(out / name) else "to do"
-            print(f"{name:32s} {state:9s} {' '.join(started.command[1:])}")
+        for row, seed in jobs:
+            lines = [shlex.join(command) for command in grid.todo(row, seed)[0]]
+            state = "finished" if grid.commands(row, seed) else f"waits for the checkpoints of {row.of}"
+            print(f"{row.label}-seed{seed}:", *(lines or [state]), sep="\n  ")
         return 0
-
-    runner = Runner(out)
-    signal.signal(signal.SIGTERM, runner.stop)
-    signal.signal(signal.SIGINT, runner.stop)
-    for wave in waves:  # the second one evaluates checkpoints of the first
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for name, started in wave:
-                pool.submit(runner.run, name, started)
-    if runner.stopping.is_set():
-        print("stopped; the same line goes on from there", file=sys.stderr)
-        return EXIT_CODE
-    print(table(grid, rows, args.seeds, out))
-    if runner.failed:
-        print(f"failed: {', '.join(runner.failed)}", file=sys.stderr)
-    return 1 if runner.failed else 0
+    signal.signal(signal.SIGTERM, grid.stop)
+    signal.signal(signal.SIGINT, grid.stop)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        started: dict[tuple[str, int], Future[None]] = {}
+        for row, seed in jobs:
+            started[row.label, seed] = pool.submit(grid.run, row, seed, started.get((row.of, seed)))
+    for run in started.values():
+        run.result()
+    print(grid.stopped or f"all finished; clmoe report {grid.out}/*-seed*", file=sys.stderr)
+    return grid.code
 
 
 if __name__ == "__main__":

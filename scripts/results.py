@@ -1,338 +1,351 @@
-"""Makes docs/results.md from run folders: ``python scripts/results.py [FOLDER ...]``.
+"""Build docs/results.md from the tables in docs/results.
 
-FOLDER holds run folders of scripts/grid.py (runs/grid/BENCHMARK). The small files of every complete run there are
-copied to docs/results/runs/BENCHMARK, with the dates, commit and command of its events; the page is made from that
-copy, so that anybody can make it again. A test compares the page with what this makes.
+    python scripts/results.py                 write the page and its pictures
+    python scripts/results.py --check         exit with 1 if the page is out of date
+    python scripts/results.py --add RUN ...   first put finished run folders into the tables, over their older rows
+
+The page's numbers come from `runs.csv` (a row for each run), `STUDY.csv` (a row for each cell of a run's accuracy
+matrix; `locator` says who chose the task), `growth.csv` (a row for each task of a run) and `located.csv` (questions of
+`task` at the end of a run that a locator took for `chosen`); its prose from `page.template.md`; the papers' figures and
+claims from `paper.yaml`; the rows of its tables from `configs/grids.yaml`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import math
+import statistics
+import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import pandas as pd
 import yaml
+from matplotlib.figure import Figure
+from scipy.stats import t as student
 
-from clmoe.benchmarks.base import load_benchmark
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.matrix import mean_spread
-from clmoe.report.grid import default_file, read_grids
-from clmoe.report.paired import ENOUGH_SEEDS, Difference, difference, verdict
-from clmoe.report.run import Group, group_runs, read_run
-from clmoe.report.tables import BLANK, Table, has_row, show_count, show_spread, to_markdown
+from clmoe.evaluate.matrix import AccuracyMatrix, mean_spread, metrics
 from clmoe.utils.logging import read_events
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, RUNS, PAPER = DOCS / "results.md", DOCS / "results" / "runs", DOCS / "results" / "paper.yaml"
-BENCHMARKS = ("playground-coin", "playground-cl4vqa")
-VERDICT_NAMES = ("holds", "contradicted", "no difference shown", "not verified", "not run")
-SMALL = ("run.json", "matrix.csv", "immediate.csv", "parameters.csv", "locator.csv", "timing.json")
-HEAD = """\
-# Results
-
-Made by `python scripts/results.py`: what was measured from the run folders in [results/runs](results/runs), what the
-papers print and claim from [results/paper.yaml](results/paper.yaml). Everything was measured on the embedded benchmark:
-56-pixel images, a LLaVA of 1.6 million parameters, 200 steps per task; batch, learning rate and scale are the same for
-every method, what they train and store is not, and LLaVA-CMoE's experts have learned before the first task. It shows
-which effects exist at that scale, not what a 7B model would score. Percent; mean ± sample standard deviation over
-seeds. What the figures mean, and the surprises that were looked into, are in [results/README](results/README.md).
-
-"""
-VERDICTS = """\
-**holds**: the difference is above zero with 95 % confidence, paired by seed (Student's t). **contradicted**: below
-zero. **no difference shown**: zero is inside the interval. **not verified**: fewer than three seeds. **not run**: not
-measured. With three seeds the interval is wide, 4.3 standard errors to each side. Each comparison stands by itself:
-among forty differences that do not exist, two would be expected outside their interval, one to each side.
-
-"""
+ROOT = Path(__file__).resolve().parents[1]
+TABLES, PAGE, GRIDS = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "configs" / "grids.yaml"
+STUDIES = ("playground-coin", "playground-cl4vqa")
+TYPES: Any = dict.fromkeys(  # of the columns that pandas would guess wrong in a table with few rows or blank cells
+    ("study", "label", "method", "locator", "order", "commit", "date", "command", "after", "task", "chosen"), "str"
+) | dict.fromkeys(("seed", "questions", "stored", "blocks", "extended", "added", "limit"), "Int64")
+VERDICTS = ("holds", "contradicted", "no difference shown", "not verified", "not run")
+ENOUGH_SEEDS = 3
+BLANK = "–"
+SCORES = {  # heading -> column of Study.runs
+    "last (AP)": "last", "right after training": "immediate", "the same, task known": "immediate_known",
+    "AF": "forgetting_max", "bwt_n_minus_1": "bwt_n_minus_1", "bwt_known": "bwt_known",
+    "task found (%)": "located_percent", "blocks extended (%)": "extended_percent", "experts added": "added",
+}  # fmt: skip
+PARAMETERS = {
+    "parameters trained in the last task": "trainable_parameters", "trained per task, mean": "trained_per_task",
+    "stored at the end": "adapter_parameters",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One benchmark's groups by label, and where and when each was run."""
+class Study:
+    """Everything measured on one benchmark; `runs` has its facts, metrics and scores by task, by label and seed."""
 
-    benchmark: str
-    groups: dict[str, Group]
+    name: str
+    tasks: list[str]
+    labels: list[str]
+    runs: pd.DataFrame
+    located: pd.DataFrame
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return next((run.order for group in self.groups.values() for run in group.runs), ())
-
-
-def collect(folder: Path) -> int:
-    """Copy the small files of the complete runs in ``folder``; returns how many runs.
-
-    Raises:
-        ClmoeError: a run with another number of steps than the benchmark's recipe says.
-    """
-    copied = 0
-    for path in sorted(folder.glob("*-seed*")):
-        if not (path / "run.json").is_file():
-            continue
-        run = read_run(path)
-        if not run.complete:
-            continue
-        steps = load_benchmark(run.benchmark, check_files=False).recipe["training"]["steps"]
-        if run.steps_per_task not in (0, steps):
-            raise ClmoeError(f"{path}: {run.steps_per_task} steps per task; the page compares runs of {steps}")
-        target = RUNS / run.benchmark / path.name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for name in SMALL:
-            if (path / name).is_file():
-                shutil.copy(path / name, target / name)
-        (target / "provenance.json").write_text(json.dumps(_provenance(path), indent=1) + "\n", encoding="utf-8")
-        copied += 1
-    return copied
+    def spread(self, label: str, column: str, show: str = ".2f") -> str:
+        return spread(self.runs.loc[label, column], show) if label in self.labels else BLANK
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    """Dates, commits and first command of a run, from its events; the command says RUN and, for its runs, OUT."""
-    events = read_events(path / "events.jsonl")
-    started = [event for event in events if event["event"] == "started"]
-    command = started[0]["command"] if started else None
-    for folder, name in ((path.resolve(), "RUN"), (path.resolve().parent, "OUT")):
-        command = command and command.replace(str(folder), name)
+def read_table(name: str) -> pd.DataFrame:
+    table = pd.read_csv(TABLES / f"{name}.csv", dtype=TYPES, keep_default_na=False, na_values=[""])
+    return table.fillna(dict.fromkeys(table.select_dtypes("str"), ""))
+
+
+def read_study(name: str) -> Study:
+    runs, growth, located = (table[table.study == name] for table in map(read_table, ("runs", "growth", "located")))
+    cells = dict(iter(read_table(name).groupby(["label", "seed"])))
+    figures = pd.DataFrame([run_figures(run, cells[run.label, run.seed]) for run in runs.itertuples()], runs.index)
+    by_run = growth.groupby(["label", "seed"])
+    totals = by_run[["blocks", "extended", "added"]].sum(min_count=1)
+    totals["extended_percent"] = 100 * totals.extended / totals.blocks.where(totals.blocks > 0)
+    totals["trained_per_task"] = by_run.trainable.mean()
+    totals["head_start"] = by_run.stored.first() - by_run.trainable.first()
+    runs = runs.join(figures).set_index(["label", "seed"]).join(totals).sort_index()
+    return Study(name, runs.order.iloc[0].split(), list(runs.index.unique("label")), runs, located)
+
+
+def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
+    """A run's metrics, its scores by task, and how often its locator found the task at the end."""
+    order = run.order.split()
+    own, known = cells[cells.locator == run.locator], cells[(cells.locator == "oracle") & (cells.after == cells.task)]
+    score = {(cell.after, cell.task): cell.score for cell in own.itertuples()}
+    rows = {after: tuple(score.get((after, task)) for task in order) for after in own.after.unique()}
+    by_task = dict(zip(known.task, known.score, strict=True))
+    kinds: dict[str, list[float | None]] = {
+        "last": [score.get((order[-1], task)) for task in order],
+        "immediate": [score.get((task, task)) for task in order],
+        "immediate_known": [by_task.get(task) for task in order],
+        "so far": [mean_spread(rows.get(after, ())[: t + 1]).mean for t, after in enumerate(order)],
+    }
+    end = own[own.after == order[-1]]
     return {
-        "dates": sorted({event["time"][:10] for event in events}),
-        "commits": sorted({event["commit"] for event in started if event["commit"]}),
-        "command": command,
+        **metrics(AccuracyMatrix(tuple(order), rows), kinds["immediate_known"] if by_task else None),
+        **{f"{kind}:{task}": value for kind in kinds for task, value in zip(order, kinds[kind], strict=True)},
+        "located_percent": 100 * (end.located * end.questions).sum(skipna=False) / end.questions.sum(),
     }
 
 
-def measured(benchmark: str) -> Measured:
-    """All runs of a benchmark that are kept here."""
-    folders = sorted((RUNS / benchmark).glob("*-seed*"))
-    return Measured(benchmark, {group.label: group for group in group_runs(folders)} if folders else {})
+def spread(values: Iterable[float], show: str = ".2f") -> str:
+    """Mean ± sample standard deviation over seeds; n is added where a seed lacks the value."""
+    given = [None if pd.isna(value) else float(value) for value in values]
+    found = mean_spread(given)
+    if found.mean is None:
+        return BLANK
+    text = f"{found.mean:{show}}"
+    if found.std is not None and (found.std or show == ".2f"):
+        text += f" ± {found.std:{show}}"
+    return text if found.n == len(given) else f"{text} (n={found.n})"
 
 
-def claims_table(paper: dict[str, Any], results: list[Measured]) -> Table:
-    """Every claim against every benchmark."""
-    rows = []
-    for claim in paper["claims"]:
-        for other in claim["than"]:
-            cells = [_claim_cell(claim, other, result) for result in results]
-            rows.append((claim["paper"], claim["where"], claim["claim"].format(other), *cells))
-    return Table("Claims", ("paper", "where", "claim", *(r.benchmark for r in results)), tuple(rows), keys=3)
+def difference(study: Study, better: str, worse: str, metric: str) -> tuple[str, str]:
+    """Verdict on "`better` has more of `metric` than `worse`", and the difference as text.
+
+    Differences are paired by seed; the interval is Student's t with n - 1 degrees of freedom, 95 % confidence.
+    """
+    if not {better, worse} <= set(study.labels):
+        return "not run", ""
+    values = (study.runs.loc[better, metric].astype(float) - study.runs.loc[worse, metric].astype(float)).dropna()
+    n = len(values)
+    if n < ENOUGH_SEEDS:
+        seeds = f"{n} {'seed' if n == 1 else 'seeds'}"
+        return (f"not verified ({seeds})", f"{values.mean():+.1f}") if n else ("not run", "")
+    mean = math.fsum(values) / n
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    low, high = mean - half, mean + half
+    verdict = "holds" if low > 0 else "contradicted" if high < 0 else "no difference shown"
+    return verdict, f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _claim_cell(claim: dict[str, Any], other: str, result: Measured) -> str:
-    first, second = (result.groups.get(label) for label in (claim["better"], other))
-    if first is None or second is None:
-        return "not run"
-    if claim.get("less"):
-        first, second = second, first
-    found = difference(first, second, claim["metric"])
-    return f"{verdict(found)}{_interval(found)}"
+def markdown(header: Iterable[str], rows: Iterable[Sequence[str]], keys: int = 1) -> str:
+    """A GitHub table whose first `keys` columns are set flush left."""
+    names = list(header)
+    lines = [names, ["---"] * keys + ["---:"] * (len(names) - keys), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _tally(claims: Table) -> str:
-    """How many comparisons ended how, a line per benchmark."""
-    lines = []
-    for column in range(claims.keys, len(claims.header)):
-        counts = Counter(row[column].split(",")[0].split(" (")[0] for row in claims.rows)
-        told = ", ".join(f"{name} {counts[name]}" for name in VERDICT_NAMES if counts[name])
-        lines.append(f"- {claims.header[column]}: {len(claims.rows)} comparisons: {told}.\n")
-    return "".join(lines) + "\n"
+def claims(paper: dict[str, Any], studies: list[Study]) -> str:
+    rows: list[tuple[str, ...]] = []
+    tally = {study.name: Counter[str]() for study in studies}
+    for claim, other in [(row, other) for row in paper["claims"] for other in row["than"]]:
+        pair = (other, claim["better"]) if claim.get("less") else (claim["better"], other)
+        found = [difference(study, *pair, claim["metric"]) for study in studies]
+        cells = [", ".join(filter(None, cell)) for cell in found]
+        rows.append((claim["paper"], claim["where"], claim["claim"].format(other), *cells))
+        for name, (verdict, _) in zip(tally, found, strict=True):
+            tally[name][verdict.split(" (")[0]] += 1
+    lines = ""
+    for name, counts in tally.items():
+        ended = ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if counts[verdict])
+        lines += f"- {name}: {len(rows)} comparisons: {ended}.\n"
+    return lines + "\n" + markdown(("paper", "where", "claim", *tally), rows, keys=3)
 
 
-def _interval(found: Difference | None) -> str:
-    if found is None:
-        return ""
-    if found.n < ENOUGH_SEEDS or found.low is None or found.high is None:
-        return f", {found.mean:+.1f}"
-    return f", {found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+def compare(study: Study, labels: list[str], with_difference: bool = True) -> str:
+    """A row for each variant, the first being what the others are compared with. Blank columns are left out."""
+    columns = {"seeds": [str(len(study.runs.loc[label])) for label in labels]}
+    columns |= {name: [study.spread(label, column) for label in labels] for name, column in SCORES.items()}
+    if with_difference:
+        others = [difference(study, label, labels[0], "last")[1] for label in labels[1:]]
+        columns["last: difference from the first (95 %)"] = ["", *others]
+    for name, column in PARAMETERS.items():
+        columns[name] = [study.spread(label, column, ",.0f") for label in labels]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {BLANK}}
+    return markdown(("method", *columns), zip(labels, *columns.values(), strict=True))
 
 
-def task_rows(result: Measured, labels: list[str]) -> Table:
-    """LLaVA-CMoE's Table 1: each task right after its training and at the end. The task is known in the first
-    row, where a method finds tasks."""
-    rows = []
-    for group in (result.groups[label] for label in labels if label in result.groups):
-        known = group.metric("immediate_known").mean is not None
-        immediate, bwt = ("immediate_known", "bwt_known") if known else ("immediate", "bwt_n")
-        for kind, name in ((immediate, "Immediate"), ("last", "Last")):
-            if not has_row(group, kind):
-                continue
-            cells = [show_spread(group.task_score(kind, task), len(group.seeds)) for task in result.tasks]
-            transfer = show_spread(group.metric(bwt), len(group.seeds)) if name == "Last" else ""
-            mean = show_spread(group.metric(kind), len(group.seeds))
-            rows.append((group.label, name, *cells, mean, transfer))
-    header = ("method", "", *result.tasks, "Mean", "BWT")
-    return Table(f"{result.benchmark}: Immediate and Last", header, tuple(rows), keys=2)
-
-
-def summary_rows(result: Measured, labels: list[str], paper: dict[str, Any]) -> Table:
-    """CL-MoE's Table 1: AP and AF, with what they cost; and the papers' figures where they are at hand."""
+def by_task(study: Study, labels: list[str]) -> str:
+    """LLaVA-CMoE's Table 1: each task right after training (task known where a locator exists) and at the end."""
     rows = []
     for label in labels:
-        group = result.groups.get(label)
-        figures = paper["figures"].get(label, {})
-        printed = f"{figures['last']:.2f} / {figures['bwt_known']:.2f}" if figures else "not at hand"
-        if group is None:
-            rows.append((label, "0", *[BLANK] * 6, printed))
-            continue
-        n = len(group.seeds)
-        metrics = [
-            show_spread(group.metric(name), n) for name in ("last", "forgetting_max", "bwt_n_minus_1", "immediate")
-        ]
-        counts = [
-            show_spread(group.field(name), n, show_count) for name in ("trainable_parameters", "adapter_parameters")
-        ]
-        rows.append((label, str(n), *metrics, *counts, printed))
-    header = (
-        "method",
-        "seeds",
-        "AP",
-        "AF",
-        "bwt_n_minus_1",
-        "right after training",
-        "parameters trained in the last task",
-        "in the adapter at the end",
-    )
-    return Table(f"{result.benchmark}: AP and AF", (*header, "paper: Last / BWT, 7B"), tuple(rows))
+        known = study.runs.loc[label, "immediate_known"].notna().any()
+        first, transfer = ("immediate_known", "bwt_known") if known else ("immediate", "bwt_n")
+        for kind, name, bwt in ((first, "Immediate", ""), ("last", "Last", study.spread(label, transfer))):
+            if study.runs.loc[label, kind].notna().any():
+                cells = [study.spread(label, column) for column in (*(f"{kind}:{t}" for t in study.tasks), kind)]
+                rows.append((label, name, *cells, bwt))
+    return markdown(("method", "", *study.tasks, "Mean", "BWT"), rows, keys=2)
 
 
-def head_start(result: Measured) -> str:
-    """What LLaVA-CMoE had learned before the first task: what was stored after it and not trained in it."""
-    runs = result.groups["llava_cmoe"].runs if "llava_cmoe" in result.groups else ()
-    first = [run.parameters[0] for run in runs if run.parameters]
-    if not first:
-        return ""
-    before = show_spread(mean_spread([task.stored - task.trainable for task in first]), len(first), show_count)
-    return (
-        f"llava_cmoe has a start that no other method here has: {before} parameters, its initial experts and their "
-        "routers, learned from warm-up data (the base's neutral mixture) before the first task.\n\n"
-    )
-
-
-def section_rows(result: Measured, title: str, labels: list[str]) -> Table | None:
-    """One ablation: each variant beside the first, and its difference from it in the end."""
-    groups = [result.groups[label] for label in labels if label in result.groups]
-    if len(groups) < 2 or groups[0].label != labels[0]:
-        return None
+def by_locator(study: Study, labels: list[str]) -> str:
+    """Percent of the questions at the end whose task each locator finds."""
     rows = []
-    for group in groups:
-        n = len(group.seeds)
-        metrics = [show_spread(group.metric(name), n) for name in ("last", "immediate", "forgetting_max")]
-        found = None if group is groups[0] else difference(group, groups[0], "last")
-        parameters = show_spread(group.field("trainable_parameters"), n, show_count)
-        rows.append((group.label, str(n), *metrics, _interval(found).removeprefix(", "), parameters))
-    header = (
-        "variant",
-        "seeds",
-        "last",
-        "immediate",
-        "AF",
-        "last: difference from the first (95 %)",
-        "trained in the last task",
-    )
-    return Table(title, header, tuple(rows))
+    table = study.located[study.located.label.isin(labels)]
+    for (label, locator), counts in table.groupby(["label", "locator"]):
+        right = counts["count"].where(counts.task == counts.chosen, 0).groupby([counts.seed, counts.task]).sum()
+        shares = (100 * right / counts.groupby(["seed", "task"])["count"].sum()).unstack()
+        cells = [spread(column) for column in (*(shares[task] for task in study.tasks), shares.mean(axis=1))]
+        rows.append((label, locator, str(len(shares)), *cells))
+    return markdown(("method", "locator", "seeds", *study.tasks, "Mean"), rows, keys=2)
 
 
-def origin_rows(result: Measured) -> Table:
-    """Date, commit and (of the newest run) command of every row."""
+def ablations(study: Study, sections: dict[str, list[str]]) -> str:
+    """A table for each section of a grid of which anything but the first row was run."""
+    present = {title: [label for label in labels if label in study.labels] for title, labels in sections.items()}
+    missing = dict.fromkeys(label for labels in sections.values() for label in labels if label not in study.labels)
+    parts = [f"Not run on {study.name}: {', '.join(missing)}."] if missing else []
+    for title, labels in present.items():
+        if len(labels) > 1 and labels[0] == sections[title][0]:
+            parts.append(f"### {title}: {study.name}\n\n{compare(study, labels)}")
+    return "\n\n".join(parts)
+
+
+def origins(study: Study) -> str:
     rows = []
-    for label, group in sorted(result.groups.items()):
-        kept = [json.loads((run.path / "provenance.json").read_text(encoding="utf-8")) for run in group.runs]
-        dates = sorted({date for entry in kept for date in entry["dates"]})
-        commits = sorted({commit for entry in kept for commit in entry["commits"]})
-        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        newest = max(kept, key=lambda entry: entry["dates"])["command"]
-        command = f"`{newest}`" if newest else "not recorded"
-        rows.append((label, " ".join(map(str, group.seeds)), when, ", ".join(commits) or "not recorded", command))
-    return Table("Origin", ("row", "seeds", "date", "commit", "command of the newest run"), tuple(rows))
+    for label in study.labels:
+        runs = study.runs.loc[label]
+        dates, commits = (sorted({part for cell in runs[name] for part in cell.split()}) for name in ("date", "commit"))
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        command = max(zip(runs.date, runs.command, strict=True), key=lambda pair: pair[0])[1]
+        rows.append((label, " ".join(map(str, runs.index)), when, ", ".join(commits) or "not recorded", f"`{command}`"))
+    return markdown(("row", "seeds", "date", "commit", "command of the newest run"), rows, keys=5)
 
 
-def results_page() -> str:
-    """The whole page; the same bytes from the same files."""
-    paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
-    grids = read_grids(default_file())
-    results = [measured(benchmark) for benchmark in BENCHMARKS]
-    methods = [row.label for row in grids["table1"].rows]
-    claims = claims_table(paper, results)
-    parts = [HEAD, "## Which claims hold at this scale\n\n", _tally(claims), VERDICTS, to_markdown(claims), "\n"]
-    parts += ["Cannot be checked here:\n\n", *(f"- {line}\n" for line in paper["unchecked"]), "\n"]
-    counts = tuple((entry["what"], entry["paper"], entry["ours"]) for entry in paper["counts"])
-    parts += [
-        "Checked on the shapes of the 7B model alone:\n\n",
-        to_markdown(Table("", ("count", "paper", "ours"), counts)),
-        "\n",
-    ]
-    for result in results:
-        parts.append(f"## All methods on {result.benchmark}\n\n")
-        parts.append("As in CL-MoE's table (AP is `last`, AF `forgetting_max`):\n\n")
-        parts += [to_markdown(summary_rows(result, methods, paper)), "\n", head_start(result)]
-        parts.append("As in LLaVA-CMoE's Table 1 (Immediate with the task known, where a method finds tasks):\n\n")
-        parts += [to_markdown(task_rows(result, methods)), "\n"]
-        if len(set(methods) & set(result.groups)) > 1:
-            parts.append(f"![Accuracy after each task](results/{result.benchmark}/forgetting.png)\n\n")
-            parts.append(f"![Accuracy matrices](results/{result.benchmark}/comparison.png)\n\n")
-        parts.append(_run_line(result, methods))
-    for name in ("clmoe", "llava_cmoe"):
-        parts += _ablations(
-            grids[name].title, name, {t: [r.label for r in rs] for t, rs in grids[name].sections.items()}, results
-        )
-    parts.append("## Where every row comes from\n\n")
-    for result in results:
-        if result.groups:
-            parts += [f"{result.benchmark}:\n\n", to_markdown(origin_rows(result)), "\n"]
-    return "".join(parts).rstrip("\n") + "\n"
+def results_page(studies: list[Study]) -> str:
+    """The whole page; the same bytes from the same tables."""
+    paper, grids = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (TABLES / "paper.yaml", GRIDS))
+    counts = [(row["what"], row["paper"], row["ours"]) for row in paper["counts"]]
+    parts: dict[str, Any] = {"claims": claims(paper, studies), "counts": markdown(("count", "paper", "ours"), counts)}
+    parts["unchecked"] = "\n".join(f"- {line}" for line in paper["unchecked"])
+    for study in studies:
+        methods = compared(study)
+        blocks = {"methods": compare(study, methods, with_difference=False), "by_task": by_task(study, methods)}
+        blocks |= {"by_locator": by_locator(study, methods), "origins": origins(study)}
+        blocks |= {name: ablations(study, grid["sections"]) for name, grid in grids["grids"].items()}
+        blocks["head_start"] = study.spread("llava_cmoe", "head_start", ",.0f")
+        for name, text in blocks.items():
+            parts.setdefault(name, {})[study.name] = text
+    return (TABLES / "page.template.md").read_text(encoding="utf-8").format(**parts)
 
 
-def pictures(result: Measured, labels: list[str]) -> list[Path]:
-    """Matrices side by side, and accuracy on the tasks so far after each task, beside the page."""
-    from clmoe.report import plots
-
-    groups = [result.groups[label] for label in labels if label in result.groups]
-    if len(groups) < 2:
-        return []
-    folder = DOCS / "results" / result.benchmark
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        plots.comparison_heat_maps(groups, folder / "comparison.png"),
-        plots.forgetting_curves(groups, folder / "forgetting.png"),
-    ]
+def compared(study: Study) -> list[str]:
+    """The methods of the main table that were run."""
+    sections = yaml.safe_load(GRIDS.read_text(encoding="utf-8"))["grids"]["table1"]["sections"]
+    return [label for labels in sections.values() for label in labels if label in study.labels]
 
 
-def _run_line(result: Measured, labels: list[str]) -> str:
-    """How many of the table's runs were made, and the command."""
-    missing = [label for label in labels if label not in result.groups]
-    text = f"`python scripts/grid.py table1 --benchmark {result.benchmark}`"
-    return f"{text}; not run: {', '.join(missing)}.\n\n" if missing else f"{text}.\n\n"
+def draw(study: Study) -> Path:
+    """A line for each method that learns the tasks in turn: its mean score on those learned so far, after each."""
+    mpl.rcParams.update({"svg.hashsalt": study.name, "svg.fonttype": "none"})
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for label in compared(study):
+        if study.spread(label, "forgetting_max") != BLANK:
+            means = study.runs.loc[label, [f"so far:{task}" for task in study.tasks]].astype(float).mean()
+            axes.plot(study.tasks, list(means), marker="o", markersize=3, label=label)
+    axes.set(ylabel="mean score on the tasks so far (%)", xlabel="after training", ylim=(0, 100))
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(TABLES / f"{study.name}.svg", metadata={"Date": None})
+    return TABLES / f"{study.name}.svg"
 
 
-def _ablations(title: str, name: str, sections: dict[str, list[str]], results: list[Measured]) -> list[str]:
-    parts = [f"## {title}\n\n"]
-    for result in results:
-        labels = list(dict.fromkeys(label for group in sections.values() for label in group))
-        missing = [label for label in labels if label not in result.groups]
-        parts.append(f"`python scripts/grid.py {name} --benchmark {result.benchmark}`")
-        parts.append(f"; not run: {', '.join(missing)}.\n\n" if missing else ".\n\n")
-        for section, rows in sections.items():
-            found = section_rows(result, section, rows)
-            if found is not None:
-                parts += [f"### {section}: {result.benchmark}\n\n", to_markdown(found), "\n"]
-    return parts
+def add(folder: Path) -> None:
+    """Replace a run's rows in every table by those of its folder.
+
+    Raises:
+        ClmoeError: the run is unfinished, of another benchmark, or of another number of steps than the study's runs.
+    """
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    study, order, runs = info["benchmark"], info["order"], read_table("runs")
+    steps = set(runs[runs.study == study].steps_per_task) - {0}
+    if study not in STUDIES:
+        raise ClmoeError(f"{folder / 'run.json'}: benchmark {study!r} is none of {', '.join(STUDIES)}")
+    if AccuracyMatrix.read_csv(folder / "matrix.csv").cell(len(order), len(order)) is None:
+        raise ClmoeError(f"{folder / 'matrix.csv'}: the last task has no score; finish the run first")
+    if steps and info["steps_per_task"] not in {0, *steps}:
+        raise ClmoeError(f"{folder / 'run.json'}: steps_per_task is {info['steps_per_task']}; {study} has {steps}")
+    cells, located = read_cells(folder, info.get("locator") or "")
+    rows = {"runs": read_facts(folder, info), study: cells, "growth": read_growth(folder)}
+    rows["located"] = located[located.after == order[-1]]
+    for name, new in rows.items():
+        table = read_table(name)
+        new = new.assign(study=study, label=info["label"], seed=info["seed"]).reindex(columns=table.columns)
+        old = (table.label == info["label"]) & (table.seed == info["seed"]) & (table.get("study", study) == study)
+        keys = ["label", "seed"] if name == study else ["study", "label", "seed"]
+        table = pd.concat([table[~old], new.astype(table.dtypes)]).sort_values(keys, kind="stable")
+        table.to_csv(TABLES / f"{name}.csv", index=False, lineterminator="\n")
 
 
-def main() -> None:
+def read_facts(folder: Path, info: dict[str, Any]) -> pd.DataFrame:
+    events, timing = read_events(folder / "events.jsonl"), folder / "timing.json"
+    started = [event for event in events if event["event"] == "started"]
+    command = started[0]["command"] if started else ""
+    facts = info | {"order": " ".join(info["order"]), "locator": info.get("locator") or ""}
+    facts["command"] = command.replace(str(folder.resolve()), "RUN").replace(str(folder.resolve().parent), "OUT")
+    facts["commit"] = " ".join(sorted({event["commit"] for event in started if event["commit"]}))
+    facts["date"] = " ".join(sorted({event["time"][:10] for event in events}))
+    facts["minutes"] = json.loads(timing.read_text(encoding="utf-8"))["minutes"] if timing.exists() else None
+    return pd.DataFrame([facts])
+
+
+def read_cells(folder: Path, locator: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of the matrix and of the row with the task known; and what every locator chose after each task."""
+    cells = pd.read_csv(folder / "matrix.csv").melt("after", var_name="task", value_name="score")
+    cells["locator"] = locator
+    if (folder / "immediate.csv").exists() and locator != "oracle":
+        known = pd.read_csv(folder / "immediate.csv").melt("after", var_name="task", value_name="score")
+        cells = pd.concat([cells, known.assign(after=known.task, locator="oracle")])
+    cells = cells.dropna(subset="score")
+    if not (folder / "locator.csv").exists():
+        return cells, pd.DataFrame(columns=["after"])
+    located = pd.read_csv(folder / "locator.csv", header=0, names=["after", "locator", "task", "chosen", "count"])
+    keys = ["after", "task", "locator"]
+    asked = located.groupby(keys)["count"].sum()
+    right = located[located.task == located.chosen].groupby(keys)["count"].sum().reindex(asked.index, fill_value=0)
+    return cells.join(pd.DataFrame({"questions": asked, "located": right / asked}), on=keys), located
+
+
+def read_growth(folder: Path) -> pd.DataFrame:
+    if not (folder / "parameters.csv").exists():
+        return pd.DataFrame()
+    growth, expansion = pd.read_csv(folder / "parameters.csv"), folder / "expansion.json"
+    for entry in json.loads(expansion.read_text(encoding="utf-8")) if expansion.exists() else []:
+        added = [block["added"] for block in entry["blocks"].values()]
+        columns = ["blocks", "extended", "added"]
+        growth.loc[growth.task == entry["task"], columns] = len(added), sum(n > 0 for n in added), sum(added)
+    return growth
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path)
-    try:
-        for folder in parser.parse_args().folders:
-            print(f"{folder}: {collect(folder)} complete runs copied")
-    except ClmoeError as error:
-        parser.exit(2, f"results: {error}\n")
-    PAGE.write_text(results_page(), encoding="utf-8")
-    labels = [row.label for row in read_grids(default_file())["table1"].rows]
-    drawn = [path for benchmark in BENCHMARKS for path in pictures(measured(benchmark), labels)]
-    print(*(PAGE, *drawn), sep="\n")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="finished run folders")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    for folder in args.add:
+        add(folder)
+    studies = [read_study(name) for name in STUDIES]
+    page = results_page(studies)
+    if args.check:
+        current = PAGE.read_text(encoding="utf-8") == page
+        print(f"{PAGE} is {'up to date' if current else 'out of date: run python scripts/results.py'}")
+        return 0 if current else 1
+    PAGE.write_text(page, encoding="utf-8")
+    print(PAGE, *map(draw, studies), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except ClmoeError as error:
+        sys.exit(f"results: {error}")

@@ -126,13 +126,14 @@ def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = No
 
 def read_prompts(dataset: PromptDataset, rows: Sequence[int]) -> list[PromptItem]:
     """Prompts of ``rows``; those of one image, which is read once, hold the same tensor."""
-    pixels: dict[str | None, Tensor | None] = {None: None}
+    pixels: dict[str, Tensor | None] = {}
     items = []
     for row in rows:
         image = dataset.questions[row].image
-        if image not in pixels:
-            pixels[image] = dataset.pixel_values(row)
-        items.append(PromptItem(dataset.input_ids(row), pixels[image]))
+        item = PromptItem(dataset.input_ids(row), pixels[image]) if image in pixels else dataset[row]
+        if image is not None:
+            pixels[image] = item.pixel_values
+        items.append(item)
     return items
 
 

@@ -95,11 +95,9 @@ class LlavaEncoder:
     vision: VisionCache | None = None
 
     def encode_training(self, record: TrainRecord, max_length: int) -> prompts.Encoded:
-        """Token ids and labels of a record, at most ``max_length``."""
         return prompts.encode_training(record, self.tokenizer, self.image_token_count, max_length)
 
     def encode_prompt(self, question: str, has_image: bool) -> list[int]:
-        """Token ids of a prompt."""
         return prompts.encode_prompt(question, has_image, self.tokenizer, self.image_token_count)
 
     def read_pixels(self, path: Path) -> Tensor:

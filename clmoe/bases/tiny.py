@@ -1,6 +1,4 @@
-"""A LLaVA-1.5 of about a million parameters from transformers' own classes, for playground and tests."""
-
-from __future__ import annotations
+"""A LLaVA-1.5 of about a million parameters from transformers' own classes, for the playground and the tests."""
 
 import math
 from collections.abc import Iterable
@@ -27,7 +25,7 @@ EMBEDDING_STD = 0.05
 class TinySizes:
     """Sizes of the model; the defaults are the playground's (1.5 M parameters with its tokenizer).
 
-    The tower has one layer more than it uses: like LLaVA-1.5, features are taken before the last layer.
+    The tower has one layer more than it uses: as in LLaVA-1.5, features are taken before the last layer.
     """
 
     image_size: int = 56
@@ -44,7 +42,7 @@ class TinySizes:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens an image takes in the language model: one per patch."""
+        """Tokens of an image in the language model: one per patch."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -54,23 +52,32 @@ def build_tiny(
     """A freshly initialised model in fp32 and its processor.
 
     Args:
-        texts: what the tokenizer is trained on; every word that occurs in it becomes one token, as long as
-            `vocabulary` suffices.
-        seed: seeds the weights (the global torch generator is left as it was).
+        texts: train the tokenizer; each of their words becomes one token as long as `vocabulary` suffices.
+        seed: of the weights; the global torch generator is left alone.
     """
-    processor = build_processor(train_tokenizer(texts, vocabulary), sizes)
-    config = _config(processor.tokenizer, sizes)
+    tokenizer = _tokenizer(texts, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).float()
+        model = LlavaForConditionalGeneration(_config(tokenizer, sizes)).float()
         _initialise(model, sizes)
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.bos_token_id = processor.tokenizer.bos_token_id
-    return model.eval(), processor
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": sizes.image_size},
+        crop_size={"height": sizes.image_size, "width": sizes.image_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return model.eval(), LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=sizes.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> PreTrainedTokenizerFast:
+def _tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that splits digits, puts <s> first, and knows <image> and </s>."""
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -97,24 +104,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> PreTrainedT
         extra_special_tokens={"image_token": IMAGE},
         clean_up_tokenization_spaces=False,
         padding_side="left",
-    )
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> LlavaProcessor:
-    """The processor of the tiny model: images resized to its side, scaled to -1..1."""
-    side = sizes.image_size
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=sizes.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
     )
 
 

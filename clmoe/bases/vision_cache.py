@@ -45,7 +45,7 @@ class CachedTower(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """``[3, H, W]`` float32 -> ``layer``'s states ``[P, D]``, class token too, on the CPU in the tower's type."""
+        """``[3, H, W]`` float32 -> states of ``layer`` ``[P, D]``, class token included, on the CPU, dtype kept."""
         weight = next(self.parameters())
         output = self.tower(pixels[None].to(weight.device, weight.dtype), output_hidden_states=True)
         return output.hidden_states[self.layer][0].cpu().contiguous()

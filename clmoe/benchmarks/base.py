@@ -217,7 +217,7 @@ def load_benchmark(
 
 
 def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
-    _require(entry, ("name", "train", "test", "images", "scorer", "max_new_tokens", "passes"), where)
+    _require(entry, ("name", "train", "test", "images", "scorer"), where)
     if not _NAME.fullmatch(entry.name) or entry.name in _RESERVED:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
     if min(entry.max_new_tokens, entry.passes) < 1:

@@ -1,1 +1,1 @@
-"""From other projects' checkpoints to ours. The only room that meets a pickle, and it lets another process read it."""
+"""Other projects' checkpoints, converted to ours. Only this room reads pickles, and it never runs one."""

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from clmoe.data.prompts import IGNORE, Encoded
@@ -28,16 +29,15 @@ PREFIX, PADDING = 0, -1
 
 
 class Encoder(Protocol):
-    """What turns records into a base's inputs."""
+    """What turns records into a base's inputs.
 
-    def encode_training(self, record: TrainRecord, max_length: int) -> Encoded:
-        """Token ids and labels of a record, at most ``max_length`` of them."""
+    ``encode_training`` gives at most ``max_length`` token ids and labels; ``read_image`` gives pixels ``[3, H, W]``
+    float32 or, if the base keeps them, features ``[P, D]``.
+    """
 
-    def encode_prompt(self, question: str, has_image: bool) -> list[int]:
-        """Token ids of a prompt."""
-
-    def read_image(self, path: Path) -> Tensor:
-        """An image file as pixels ``[3, H, W]`` float32 or, if the base keeps them, features ``[P, D]``."""
+    def encode_training(self, record: TrainRecord, max_length: int) -> Encoded: ...
+    def encode_prompt(self, question: str, has_image: bool) -> list[int]: ...
+    def read_image(self, path: Path) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +121,14 @@ class PromptDataset(Dataset[PromptItem]):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> PromptItem:
-        return PromptItem(self.input_ids(index), self.pixel_values(index))
+        image = self.questions[index].image
+        pixels = None if image is None else self.encoder.read_image(self.image_root / image)
+        return PromptItem(self.input_ids(index), pixels)
 
     def input_ids(self, index: int) -> Tensor:
-        """The prompt's tokens ``[T]`` int64."""
+        """The prompt's tokens ``[T]`` int64, without reading its image."""
         question = self.questions[index]
         return torch.tensor(self.encoder.encode_prompt(question.text, question.image is not None))
-
-    def pixel_values(self, index: int) -> Tensor | None:
-        """The prompt's image, as in ``PromptItem``."""
-        image = self.questions[index].image
-        return None if image is None else self.encoder.read_image(self.image_root / image)
 
 
 # ---- Collation
@@ -168,9 +165,7 @@ def _padded(rows: Sequence[Tensor], pad_id: int, left: bool = False) -> dict[str
 
 
 def _pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right"
-    )
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right")
 
 
 def _stacked(items: Sequence[TrainItem] | Sequence[PromptItem]) -> dict[str, Tensor]:

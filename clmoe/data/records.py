@@ -42,12 +42,10 @@ GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
 
 LARGE_FILE = 16 * 2**20
 """Training files of at least this many bytes are not held in memory."""
-CACHE_VARIABLE = "CLMOE_CACHE"
 
 Failed = Callable[[ClmoeError], None]
 R = TypeVar("R")
 
-_QUESTION_FIELDS = frozenset({"question_id", "image", "text", "answer"})
 _TEXT = Value("string")
 _COLUMNS = Features({"id": _TEXT, "image": _TEXT, "turns": [{"question": _TEXT, "answer": _TEXT}]})
 _CACHE_FORMAT = 2
@@ -99,7 +97,7 @@ def count_records(path: Path) -> int:
 def shown(value: Any) -> str:
     """The JSON type and the value, short enough for one line."""
     if value is None:
-        return "null"
+        return "nothing (null, or the field is missing)"
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     text = repr(value)
     return f"{kinds.get(type(value), 'a number')} {text if len(text) <= 60 else text[:57] + '...'}"
@@ -236,23 +234,18 @@ class _Row:
     def identifier(self, field: str) -> str:
         value = self.data.get(field)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            self.fail(field, f"expected a string or an integer, found {self._found(field)}")
+            self.fail(field, f"expected a string or an integer, found {shown(value)}")
         return str(value)
 
     def text(self, field: str, value: Any) -> str:
         """A non-empty string that can be written as UTF-8."""
-        if not isinstance(value, str):
-            self.fail(field, f"expected a string, found {shown(value) if '[' in field else self._found(field)}")
-        if not value.strip():
-            self.fail(field, "expected some text, found an empty string")
+        if not isinstance(value, str) or not value.strip():
+            self.fail(field, f"expected some text, found {shown(value)}")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             self.fail(field, f"half of a surrogate pair at character {error.start}; write the whole character")
         return value
-
-    def _found(self, field: str) -> str:
-        return shown(self.data[field]) if field in self.data else "nothing: the field is missing"
 
 
 def misplaced(image: str) -> str | None:
@@ -324,7 +317,7 @@ def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
 
 def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
     """The expected answer ("" if another field or file holds it) and the row's other fields."""
-    extra = {key: value for key, value in row.data.items() if key not in _QUESTION_FIELDS}
+    extra = {key: value for key, value in row.data.items() if key not in ("question_id", "image", "text", "answer")}
     answer = row.data.get("answer", "")
     if isinstance(answer, list):
         if not answer or "answers" in extra:
@@ -384,7 +377,7 @@ def _stored_train(path: Path, image_root: Path) -> StoredRecords:
     root, so a changed file is checked again. Images are not: one that has gone is an error when it is read.
     """
     key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
-    file = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
+    file = Path(os.environ.get("CLMOE_CACHE") or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():

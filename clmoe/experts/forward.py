@@ -6,7 +6,7 @@ rows of L tokens; with shared prefixes, G groups of prompts, P and S tokens of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,18 +61,18 @@ def answer_states(
         weights: replace the parameters of ``model.base_model`` with these names, in this pass alone.
         trace: of the routing in force; its ``outputs`` get the shape of the records, packed or not.
     """
-    rows = PackedRows.of(batch)
+    places = batch.get("places")  # [B, T]: where in the packed rows each record's tokens are
     inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch} | {"use_cache": False}
-    if rows is not None:
-        inputs |= rows.inputs(model.dtype)
+    if places is not None:
+        inputs |= packed_inputs(batch, model.dtype)
     body = model.base_model
     output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
     wanted = answered(batch["labels"])
-    if rows is None:
+    if places is None:
         return output.last_hidden_state[:, :-1][wanted]
     if trace is not None:
-        trace.layout = rows.unpacked
-    return output.last_hidden_state.flatten(0, 1)[rows.places[:, :-1][wanted]]
+        trace.layout = lambda values: values.flatten(0, 1)[places]  # [G, L, ...] -> [B, T, ...]
+    return output.last_hidden_state.flatten(0, 1)[places[:, :-1][wanted]]
 
 
 def answer_logits(model: PreTrainedModel, batch: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -109,30 +109,14 @@ def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
 # ---- Packed rows: records of one image share its tokens and do not see one another
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """The keys that ``collate_packed`` adds to a batch, described there."""
+def packed_inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model takes instead of the records, from the keys that ``collate_packed`` added to the batch.
 
-    packed_ids: Tensor
-    packed_positions: Tensor
-    packed_segments: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, batch: dict[str, Tensor]) -> PackedRows | None:
-        """Those of a batch; None if its records are not packed."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls)}) if "places" in batch else None
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the model takes instead of the records; ``dtype`` is the model's. Flash attention takes no such mask."""
-        seen = block_mask(self.packed_segments)
-        # additive, which both sdpa and eager attention take
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        return {"input_ids": self.packed_ids, "attention_mask": mask, "position_ids": self.packed_positions}
-
-    def unpacked(self, values: Tensor) -> Tensor:
-        """``[G, L, ...]`` -> ``[B, T, ...]``: a shared token's value for each of its records."""
-        return values.flatten(0, 1)[self.places]
+    ``dtype`` is the model's: the mask is additive, which sdpa and eager attention take, and flash attention does not.
+    """
+    seen = block_mask(batch["packed_segments"])
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"input_ids": batch["packed_ids"], "attention_mask": mask, "position_ids": batch["packed_positions"]}
 
 
 def block_mask(segments: Tensor) -> Tensor:
@@ -270,13 +254,11 @@ def last_prompt_features(
     """
     wanted = {"output_hidden_states": kind == "pooled"}
     if isinstance(batch, SharedPrompts):
-        return prompt_feature(_read_shared(model, batch, NEWEST_ROUTER, 0, **wanted), kind)
-    positions = position_ids(batch["attention_mask"])
-    return prompt_feature(model.base_model(**batch, position_ids=positions, use_cache=False, **wanted), kind)
-
-
-def prompt_feature(output: Any, kind: FeatureKind) -> Tensor:
-    """The feature of each row's last token, ``[B, D]`` float32; ``pooled`` needs all hidden states in ``output``."""
+        output = _read_shared(model, batch, NEWEST_ROUTER, 0, **wanted)
+    else:
+        output = model.base_model(
+            **batch, position_ids=position_ids(batch["attention_mask"]), use_cache=False, **wanted
+        )
     if kind == "last":
         return output.last_hidden_state[:, -1].float()
     # the first entry is the embedding, not a layer's output

@@ -244,11 +244,10 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         for linear_name, linear in linears.items():
             layer = Experts(linear.in_features, linear.out_features, config.rank, config.scaling, config.dropout)
             generator = seeded(config.seed, f"{self.name}.{linear_name}")
-            for count, freeze in ((frozen, True), (len(owners) - frozen, False)):
+            for count in (frozen, len(owners) - frozen):
+                layer.freeze()
                 if count:
                     layer.append(*layer.fresh(count, generator))
-                if freeze:
-                    layer.freeze()
             experts[linear_name] = layer
         bank = RouterBank(self.name, config.router_top_k, owners, config.pick)
         din = next(iter(linears.values())).in_features

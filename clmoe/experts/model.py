@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -30,9 +31,6 @@ class ExpertModel(BaseTuner):
 
     prefix = f"{PEFT_NAME}_"
     tuner_layer_cls = ExpertLayer
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config
 
     def _create_and_replace(
         self,
@@ -90,11 +88,11 @@ def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
     Raises:
         ClmoeError: no module of the language model matches the adapter's targets.
     """
-    model = get_peft_model(base, config)
-    if isinstance(config, ExpertConfig) and not expert_layers(model):
-        raise ClmoeError(
-            f"no module of the language model matches {config.target_modules}: check the adapter's targets"
-        )
+    try:
+        model = get_peft_model(base, config)
+    except NoMatchingPeftModuleError as error:
+        targets = config.to_dict()["target_modules"]
+        raise ClmoeError(f"no module of the base matches {targets}: check adapter.targets") from error
     _keep_float32(model)
     return model
 
@@ -130,7 +128,7 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """Everything the adapter file holds, under its names there: trainable and frozen tensors, a tuned projector too."""
-    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
 
 
 def tensor_name(module: str, inner: str) -> str:

@@ -1,7 +1,7 @@
 """Routers over LoRA experts: per-token instance routers in a bank, and fixed per-task gates."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,11 @@ class InstanceRouter(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, frozen: bool) -> None:
+    def __init__(self, weight: Tensor, frozen: bool = False) -> None:
         super().__init__()
+        self.weight = nn.Parameter(weight)
         if frozen:
-            self.register_buffer("weight", weight)
-        else:
-            self.weight = nn.Parameter(weight)
+            self.freeze()
 
     @staticmethod
     def fresh(din: int, experts: int, generator: torch.Generator) -> Tensor:
@@ -140,17 +139,14 @@ class RouterBank(nn.Module):
         self.instance.append(InstanceRouter(weight, frozen))
 
     def freeze(self) -> None:
-        for router in self._routers():
-            router.freeze()
-
-    def _routers(self) -> list[InstanceRouter]:
-        return list(self.instance)  # type: ignore[arg-type]
+        for router in self.instance:
+            cast(InstanceRouter, router).freeze()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span; ``x [B, T, din]``.
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
 
         Raises:
-            ClmoeError: a sample's task owns none of the experts (``pick`` ``task``).
+            ClmoeError: a sample's task owns no experts (``pick`` ``task``).
         """
         active = current_routing()
         selection = NEWEST_ROUTER if active is None else active.selection
@@ -184,32 +180,22 @@ class RouterBank(nn.Module):
 
     def _mixed(self, x: Tensor, selection: RouteSelection) -> tuple[Tensor, Tensor]:
         """Route each sample with its own router; narrower gates are padded with zeros."""
-        if torch.compiler.is_compiling():
-            assert selection.router is not None
-            return self._mixed_by_mask(x, selection.router)
-        routers, used = self._routers(), selection.by_router
+        routers = cast(list[InstanceRouter], list(self.instance))
+        graph = torch.compiler.is_compiling()  # its shapes cannot depend on the routing: every router on every sample
+        used = range(len(routers)) if graph else list(selection.by_router)
         if len(used) == 1:
-            (only,) = used
-            logits = routers[only](x)
+            logits = routers[used[0]](x)
             return logits, gate_from_logits(logits, self.top_k)
         width = max(routers[i].span for i in used)
         logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
         gate = torch.zeros_like(logits)
-        for i, rows in used.items():
-            answer = routers[i](x[rows])
-            logits[rows, ..., : answer.shape[-1]] = answer
-            gate[rows, ..., : answer.shape[-1]] = gate_from_logits(answer, self.top_k)
-        return logits, gate
-
-    def _mixed_by_mask(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with every router on every sample, as wide as the widest: a graph's shapes know no routing."""
-        routers = self._routers()
-        width = max(router.span for router in routers)
-        logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
-        gate = torch.zeros_like(logits)
-        for i, router in enumerate(routers):
-            answer, mine = router(x), (index == i).view(-1, 1, 1)
-            missing = (0, width - answer.shape[-1])
-            logits = torch.where(mine, pad(answer, missing, value=float("-inf")), logits)
-            gate = torch.where(mine, pad(gate_from_logits(answer, self.top_k), missing), gate)
+        for i in used:
+            rows = slice(None) if graph else selection.by_router[i]
+            answer, missing = routers[i](x[rows]), (0, width - routers[i].span)
+            mine = (pad(answer, missing, value=float("-inf")), pad(gate_from_logits(answer, self.top_k), missing))
+            if graph:
+                here = (selection.router == i).view(-1, 1, 1)  # type: ignore[union-attr]
+                logits, gate = torch.where(here, mine[0], logits), torch.where(here, mine[1], gate)
+            else:
+                logits[rows], gate[rows] = mine
         return logits, gate

@@ -1,200 +1,300 @@
-"""Pictures of a report: heat-maps of the accuracy matrix and forgetting curves, as PNG or PDF by the file's ending.
+"""Figures of a report, in one style for the page (SVG) and for papers (PDF, PNG).
 
-Drawn with matplotlib's Agg canvas and its bundled font, without pyplot's global state; the files carry no
-date, so that the same runs give the same bytes.
+A figure is a list of small panels: side by side on the page, where a phone shows one below the other, and on one grid
+in a file. Drawn without pyplot's global state; the files carry no date, so that the same runs give the same bytes.
 """
 
-from __future__ import annotations
-
+import html
+import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from clmoe.evaluate.matrix import ZERO_SHOT, mean_spread
-from clmoe.report.panels import Panel, mean_panels
-from clmoe.report.run import Group, Run
+from clmoe.evaluate.matrix import ZERO_SHOT
+from clmoe.report.answers import OUTCOMES
+from clmoe.report.runs import Group
+from clmoe.report.tables import (
+    located_frame,
+    matrices_frame,
+    mean_matrices,
+    metrics_frame,
+    over_seeds,
+    run_frame,
+    show_count,
+)
 
-DPI = 150
-INK = "#222222"
-BLANK_GREY = "#d9d9d9"
-CELL = 0.62  # inches
-SCALE = Normalize(0.0, 100.0)
-COLOURS = colormaps["YlGnBu"]
 # Okabe and Ito's palette (readable with colour-blindness), yellow left out as too pale on white.
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222")
-DASHES = ("-", "--", ":")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555559")
+INK, SOFT, GRID, BLANK, PAPER = "#1c2128", "#6b7581", "#dfe3e8", "#e9ebee", "#fefefe"
+# On the page these colours are variables, which the style sheet sets for light and dark.
+VARIABLES = {INK: "currentColor", SOFT: "var(--soft)", GRID: "var(--edge)", BLANK: "var(--blank)", PAPER: "var(--card)"}
+VARIABLES |= {colour: f"var(--line-{i})" for i, colour in enumerate(PALETTE)}
+OUTCOME_COLOURS = dict(zip(OUTCOMES.values(), (PALETTE[2], PALETTE[1], PALETTE[4], GRID), strict=True))
+HEAT = colormaps["YlGnBu"]
+WIDTH = 3.4  # inches: a panel fits a phone
+Styles = dict[str, tuple[str, str]]  # label -> colour, dash
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 
 
-def heat_map(run: Run, path: Path) -> Path:
-    """Draw the accuracy matrix of one run: rows = after training, columns = tasks, blank cells grey."""
-    last = run.metrics["last"]
-    title = run.name if last is None else f"{run.name}: last {last:.1f}"
-    return _heat_maps([Panel(title, (run.seed,), run.matrix)], path)
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes: `draw` shows the numbers of `cells` on them; `size` is in inches."""
+
+    title: str
+    cells: pd.DataFrame
+    size: tuple[float, float]
+    draw: Callable[[Axes, pd.DataFrame], None]
+
+    @property
+    def alt(self) -> str:
+        """The numbers in words, for who cannot see them."""
+        rows = []
+        for name, row in self.cells.iterrows():
+            rows.append(f"{name}: " + ", ".join(f"{column} {value:.0f}" for column, value in row.dropna().items()))
+        return f"{self.title}. {'; '.join(rows)}"
 
 
-def comparison_heat_maps(groups: Sequence[Group], path: Path) -> Path:
-    """Draw the matrices of all labels side by side, each the mean over its seeds."""
-    return _heat_maps([panel for group in groups for panel in mean_panels(group)], path)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Panels that belong together, and their legend: text -> (colour, dash); without a dash it is a filled square."""
+
+    name: str
+    panels: list[Panel]
+    legend: Styles = field(default_factory=dict)
 
 
-def forgetting_curves(groups: Sequence[Group], path: Path) -> Path:
-    """Draw one panel per task: its score against the training stage, one line per label (mean over seeds).
-
-    A dashed vertical line marks the stage that trained the task. Seeds whose task order is not the first
-    run's are left out, since their stages are others; the legend counts the seeds drawn.
-    """
-    order = groups[0].runs[0].order
-    start = 0 if any(ZERO_SHOT in run.matrix.rows for group in groups for run in group.runs) else 1
-    columns = min(4, len(order))
-    rows = math.ceil(len(order) / columns)
-    size = (2.6 * columns + 0.5, 2.1 * rows + 1.0 + 0.22 * math.ceil(len(groups) / 4))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for position, ax in enumerate(axes.flat):
-        if position >= len(order):
+def save(picture: Picture, paths: Sequence[Path]) -> None:
+    """Write all panels on one grid, as PNG or PDF by the ending of each path."""
+    count = len(picture.panels)
+    columns = 2 if count == 4 else min(3, count)
+    rows = math.ceil(count / columns)
+    width, height = (max(panel.size[side] for panel in picture.panels) for side in (0, 1))
+    size = (width * columns, (height + 0.2) * rows + 0.3 * bool(picture.legend))
+    with rc_context(fname=STYLE):
+        figure = Figure(size, dpi=200, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax, panel in zip(axes, picture.panels, strict=False):
+            panel.draw(ax, panel.cells)
+            ax.set_title(panel.title)
+        for ax in axes[count:]:
             ax.remove()
-            continue
-        _curve_panel(ax, groups, order, position, start)
-        if position + columns >= len(order):
-            ax.tick_params(labelbottom=True)
-            ax.set_xlabel("after training task", fontsize=8, color=INK)
-        if position % columns == 0:
-            ax.set_ylabel("score (%)", fontsize=8, color=INK)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
-    return save(figure, path)
+        if picture.legend:
+            lines = [Line2D([], [], color=c, ls=d or "none", marker="so"[bool(d)]) for c, d in picture.legend.values()]
+            figure.legend(lines, list(picture.legend), loc="outside lower center", ncols=2 * columns, frameon=False)
+        for path in paths:
+            none = dict.fromkeys(("Creator", "Producer", "CreationDate") if path.suffix == ".pdf" else ("Software",))
+            figure.savefig(path, metadata=none)
+            figure.set_layout_engine("none")  # laid out by now
 
 
-def file_stem(text: str) -> str:
-    """A label as part of a file name: lower case, anything but letters, digits and dots becomes "-"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "run"
+def to_svg(picture: Picture, panel: Panel) -> str:
+    """A panel as an `svg` element for HTML: without title, in the page's font and colours."""
+    content = io.StringIO()
+    with rc_context({"svg.hashsalt": f"{picture.name} {panel.title}"}, STYLE):  # ids differ between panels
+        figure = Figure(panel.size, layout="constrained")
+        panel.draw(figure.subplots(), panel.cells)
+        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(content, format="svg", facecolor="none", metadata=none)
+    text = content.getvalue()[content.getvalue().index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</defs>| font-family: [^;]*;", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(panel.alt)}" ', 1)
 
 
-def legend_label(group: Group, drawn: int) -> str:
-    """The label, and the seeds drawn where it has several."""
-    total = len(group.runs)
-    if total == 1:
-        return group.label
-    return f"{group.label} ({total if drawn == total else f'{drawn} of {total}'} seeds)"
+def styles(groups: Sequence[Group], labels: pd.Series) -> Styles:
+    """Colour and dash of those labels that occur, the same in all figures."""
+    size = len(PALETTE)
+    found = {g.label: (PALETTE[i % size], ("-", "--", ":")[i // size % 3]) for i, g in enumerate(groups)}
+    return {label: style for label, style in found.items() if label in set(labels)}
 
 
-def draw_cell(ax: Axes, x: int, y: int, colour: object) -> None:
-    """The background of one cell of a map."""
-    ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=1.2))
+def comparison(groups: Sequence[Group]) -> Picture:
+    """One row per label: the mean score right after training, and at the end; the line between them was forgotten."""
+    legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
+    seeds = metrics_frame(groups).groupby("label", sort=False)[list(legend)]
+    draw = partial(_dumbbells, stds=seeds.std().fillna(0.0), drawn=legend)
+    return Picture(
+        "comparison", [Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), draw)], legend
+    )
 
 
-def percent_cell(ax: Axes, x: int, y: int, value: float | None, text: str) -> None:
-    """A cell coloured by a percentage, grey if there is none, with `text` in an ink that can be read on it."""
-    draw_cell(ax, x, y, BLANK_GREY if value is None else COLOURS(SCALE(value)))
-    if value is not None:
-        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if value > 55 else INK)
+def matrices(groups: Sequence[Group]) -> Picture:
+    """The accuracy matrix of each label, mean over its seeds."""
+    return Picture("matrices", [_heat_panel(title, cells) for title, cells in mean_matrices(groups).items()])
 
 
-def name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Limits and names of the columns and rows of a map, the first row on top."""
-    ax.set_xlim(-0.5, len(columns) - 0.5)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(rows)), rows)
-    ax.tick_params(length=0, labelsize=7.5, colors=INK)
+def curves_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, task, after, mean, std, n: score of a task after each stage, of the seeds in the first run's order."""
+    order = groups[0].runs[0].order
+    same = [Group(group.label, tuple(run for run in group.runs if run.order == order)) for group in groups]
+    return over_seeds(matrices_frame(same), ["label", "task", "after"])
+
+
+def forgetting(groups: Sequence[Group]) -> Picture:
+    """One panel per task: its score after each stage, a line per label, the deviation as a band."""
+    frame, order, panels = curves_frame(groups), groups[0].runs[0].order, []
+    drawn, stages = (
+        styles(groups, frame["label"]),
+        [stage for stage in (ZERO_SHOT, *order) if stage in set(frame["after"])],
+    )
+    for task in order:
+        own = frame[frame["task"] == task].pivot(index="label", columns="after")
+        means, stds = (own[name].reindex(index=list(drawn), columns=stages) for name in ("mean", "std"))
+        panels.append(Panel(task, means, (2.65, 1.95), partial(_lines, drawn=drawn, stds=stds.fillna(0.0), mark=task)))
+    return Picture("forgetting", panels, drawn)
+
+
+def answers(counts: pd.DataFrame) -> Picture:
+    """One panel per label: what became of the answers to each task's questions, in percent."""
+    panels = []
+    for label, own in counts.groupby("label", sort=False):
+        shares = own.set_index("task")[list(OUTCOME_COLOURS)]
+        shares = shares.mul(100).div(shares.sum(axis=1), axis=0)
+        panels.append(Panel(str(label), shares, (2.65, 0.55 + 0.22 * len(own)), _stacks))
+    return Picture("answers", panels, {name: (colour, "") for name, colour in OUTCOME_COLOURS.items()})
+
+
+def locator(groups: Sequence[Group]) -> Picture:
+    """A confusion matrix for each label and locator, mean over the seeds, percent of the row."""
+    order, panels = list(groups[0].runs[0].order), []
+    for (label, name), own in located_frame(groups).groupby(["label", "locator"], sort=False):
+        seeds, cells = own["seed"].nunique(), over_seeds(own, ["task", "located"])
+        cells = cells[cells["n"] == seeds].pivot(index="task", columns="located", values="mean")
+        title = f"{label}: {name}" + (f" (mean of {seeds} seeds)" if seeds > 1 else "")
+        panels.append(_heat_panel(title, cells.reindex(index=order, columns=order)))
+    return Picture("locator", panels)
+
+
+def experts(groups: Sequence[Group]) -> Picture:
+    """Experts added to each block by each task; the first seed of each label. A blank task was not probed."""
+    panels = []
+    for title, own in _first_seeds(run_frame(groups, "expansion")):
+        wide = own.pivot(index="block", columns="task", values="added").astype(float)
+        wide = wide.reindex(index=own["block"].unique(), columns=list(groups[0].runs[0].order))
+        panels.append(_heat_panel(title, wide, top=2 * max(wide.max(axis=None), 1)))
+    return Picture("experts", panels)
+
+
+def usage(groups: Sequence[Group]) -> Picture:
+    """One panel per label and task: the share of each expert (column) of each block (row), probes last."""
+    panels = []
+    for title, frame in _first_seeds(run_frame(groups, "usage")):
+        for task, own in frame.groupby("task", sort=False):
+            probe = "p" + (own.groupby(["block", "kind"]).cumcount() + 1).astype(str)
+            own = own.assign(expert=own["expert"].astype(object).where(own["kind"] == "expert", probe))
+            wide = 100 * own.pivot(index="block", columns="expert", values="share")
+            columns = sorted(wide, key=lambda name: (isinstance(name, str), name))
+            panels.append(_heat_panel(f"{title}: {task}", wide.reindex(index=own["block"].unique(), columns=columns)))
+    return Picture("usage", panels)
+
+
+def parameters(groups: Sequence[Group]) -> Picture:
+    """Parameters trained in each task, and stored after it, a line per label."""
+    frame, order, panels = run_frame(groups, "parameters"), list(groups[0].runs[0].order), []
+    drawn = styles(groups, frame["label"])
+    for title, column in (("trained in each task", "trainable"), ("stored after each task", "stored")):
+        means = over_seeds(frame, ["label", "task"], column).pivot(index="label", columns="task", values="mean")
+        panels.append(
+            Panel(title, means.reindex(index=list(drawn), columns=order), (WIDTH, 2.3), partial(_lines, drawn=drawn))
+        )
+    return Picture("parameters", panels, drawn)
+
+
+def _heat_panel(title: str, cells: pd.DataFrame, top: float = 100) -> Panel:
+    """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them."""
+    longest, widest = (max(map(len, map(str, names))) for names in (cells.index, cells.columns))
+    row = 0.28 if len(cells) <= 40 else 0.09
+    size = (min(WIDTH, 0.4 + 0.065 * longest + 0.44 * len(cells.columns)), 0.5 + 0.045 * widest + row * len(cells))
+    return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1))
+
+
+def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
+    """The first row on top, blank where NaN; cells whose row and column have one name are framed."""
+    ax.set_facecolor(BLANK)
+    ax.pcolormesh(cells.to_numpy(float), cmap=HEAT, vmin=0, vmax=top, edgecolors=PAPER, linewidth=0.8 * numbers)
+    for (y, row), (x, column) in product(enumerate(cells.index), enumerate(cells)):
+        value = cells.iat[y, x]
+        if numbers and not math.isnan(value):
+            ink = "white" if value > 0.55 * top else "black"
+            ax.text(x + 0.5, y + 0.5, f"{value:.0f}", ha="center", va="center_baseline", fontsize=7.5, color=ink)
+        if row == column:
+            ax.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, edgecolor=PALETTE[1], lw=1.3))
+    step = 1 if numbers else math.ceil(len(cells) / 32)
+    ax.set_yticks([y + 0.5 for y in range(0, len(cells), step)], list(cells.index[::step]))
+    _name_columns(ax, cells, 0.5)
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    ax.set(xlabel=cells.columns.name or "", ylabel=cells.index.name or "")
 
 
-def percent_bar(figure: Figure, axes: Sequence[Axes], label: str, shrink: float) -> None:
-    """The colour bar of percentages, right of `axes`."""
-    bar = figure.colorbar(ScalarMappable(SCALE, COLOURS), ax=axes, aspect=25, shrink=shrink, pad=0.02)
-    bar.set_label(label, fontsize=8, color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, length=2, color=INK)
+def _dumbbells(ax: Axes, means: pd.DataFrame, stds: pd.DataFrame, drawn: Styles) -> None:
+    rows = range(len(means))
+    ax.hlines(rows, means.min(axis=1), means.max(axis=1), color=SOFT, lw=1.5, zorder=1)
+    for column, (colour, _) in drawn.items():
+        ax.errorbar(means[column], rows, xerr=stds[column], fmt="o", color=colour, ms=6, lw=1.2)
+    ax.set_yticks(rows, list(means.index))
+    ax.set(ylim=(len(means) - 0.5, -0.5), xlim=(-4, 104), xticks=range(0, 101, 25))
+    ax.grid(axis="x")
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG or a PDF without the metadata that changes between machines and days."""
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pdf":
-        with rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse matplotlib's default Type 3
-            figure.savefig(path, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+def _lines(ax: Axes, means: pd.DataFrame, drawn: Styles, stds: pd.DataFrame | None = None, mark: str = "") -> None:
+    """A line per row, a gap where NaN: scores with their deviations, or else counts. `mark` names a column."""
+    if mark in means:
+        ax.axvline(list(means).index(mark), color=SOFT, lw=0.8, ls=(0, (3, 3)), zorder=0)
+    for i, (label, values) in enumerate(means.iterrows()):
+        hidden = sum(
+            values.equals(means.iloc[later]) for later in range(i + 1, len(means))
+        )  # wider, to show around them
+        colour, dash = drawn[str(label)]
+        ax.plot(list(values), color=colour, ls=dash, lw=1.4 + 2.2 * hidden, marker="o", ms=3 + 3 * hidden)
+        if stds is not None:
+            low, high = ((values + sign * stds.loc[label]).clip(0, 100) for sign in (-1, 1))
+            ax.fill_between(range(len(values)), low, high, color=colour, alpha=0.15, lw=0)
+    _name_columns(ax, means, 0)
+    ax.grid(axis="y")
+    if stds is not None:
+        ax.set(xlim=(-0.3, means.shape[1] - 0.7), ylabel="score (%)", ylim=(-4, 104), yticks=range(0, 101, 25))
     else:
-        figure.savefig(path, format="png", metadata={"Software": None})
-    return path
+        ax.set_ylim(0, 1.1 * max(means.max(axis=None), 1))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_count(value)))
 
 
-def _heat_maps(panels: Sequence[Panel], path: Path) -> Path:
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    tasks = max(len(panel.matrix.tasks) for panel in panels)
-    stages = _stages_drawn(panels)
-    names = max(len(stage) for panel in panels for stage in panel.matrix.stages)
-    margin = 0.35 + 0.075 * names
-    width = columns * (tasks * CELL + margin) + 0.9
-    height = rows * (len(stages) * CELL * 0.75 + 0.75 * margin + 0.55)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        _heat_panel(ax, panel, stages)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    percent_bar(figure, list(axes.flat[: len(panels)]), "score (%)", shrink=0.9 / rows)
-    return save(figure, path)
+def _stacks(ax: Axes, shares: pd.DataFrame) -> None:
+    ends = shares.cumsum(axis=1)
+    for outcome, colour in OUTCOME_COLOURS.items():
+        ax.barh(range(len(shares)), shares[outcome], 0.72, ends[outcome] - shares[outcome], color=colour)
+    ax.set_yticks(range(len(shares)), list(shares.index))
+    ax.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xticks=range(0, 101, 25), xlabel="questions (%)")
 
 
-def _stages_drawn(panels: Sequence[Panel]) -> list[int]:
-    """Numbers of the stages that any panel has measured, so that all panels have the same rows; else 1..N."""
-    total = len(panels[0].matrix.stages)
-    measured = [t for t in range(total) if any(p.matrix.stages[t] in p.matrix.rows for p in panels)]
-    return measured or list(range(1, total))
+def _name_columns(ax: Axes, cells: pd.DataFrame, shift: float) -> None:
+    names = [str(name) for name in cells]
+    turned = max(map(len, names)) > 4
+    ax.set_xticks(
+        [x + shift for x in range(len(names))], names, rotation=40 * turned, ha="right" if turned else "center"
+    )
+    ax.tick_params("x", rotation_mode="anchor")
 
 
-def _heat_panel(ax: Axes, panel: Panel, drawn: Sequence[int]) -> None:
-    matrix = panel.matrix
-    stages = [matrix.stages[t] for t in drawn]
-    for y, stage in enumerate(stages):
-        for x, value in enumerate(matrix.row(stage)):
-            percent_cell(ax, x, y, value, "" if value is None else f"{value:.1f}")
-            if value is not None and matrix.tasks[x] == stage:  # the task just trained
-                frame = Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, lw=1.1)
-                ax.add_patch(frame)
-    name_cells(ax, matrix.tasks, stages)
-    ax.set_ylabel("after training", fontsize=8, color=INK)
-    ax.set_title(panel.title, fontsize=9, color=INK, loc="left")
-
-
-def _curve_panel(ax: Axes, groups: Sequence[Group], order: tuple[str, ...], position: int, start: int) -> None:
-    """One task's panel; the stages drawn run from `start` (0 is the untrained model) to the last task."""
-    task = order[position]
-    ax.axvline(position + 1, color="#999999", lw=0.8, ls=(0, (3, 3)), zorder=0)
-    for g, group in enumerate(groups):
-        runs = [run for run in group.runs if run.order == order]
-        if not runs:
-            continue
-        # A stage that was not measured is NaN, at which matplotlib interrupts the line.
-        stages = range(start, len(order) + 1)
-        spreads = [mean_spread([run.matrix.cell(t, position + 1) for run in runs]) for t in stages]
-        mean = [math.nan if spread.mean is None else spread.mean for spread in spreads]
-        std = [spread.std or 0.0 for spread in spreads]
-        colour, dash = LINES[g % len(LINES)], DASHES[g // len(LINES) % len(DASHES)]
-        label = legend_label(group, len(runs))
-        ax.plot(stages, mean, color=colour, ls=dash, lw=1.4, marker="o", ms=3, label=label)
-        low = [max(m - s, 0.0) for m, s in zip(mean, std, strict=True)]
-        high = [m + s for m, s in zip(mean, std, strict=True)]
-        ax.fill_between(stages, low, high, color=colour, alpha=0.15, lw=0)
-    ax.set_title(task, fontsize=9, color=INK, loc="left")
-    ax.set_xlim(start - 0.4, len(order) + 0.4)
-    ax.set_ylim(-4, 104)
-    ax.set_xticks(range(start, len(order) + 1))
-    ax.set_yticks(range(0, 101, 25))
-    ax.grid(axis="y", color="#e6e6e6", lw=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(length=2, labelsize=7, colors=INK)
-    ax.spines[["top", "right"]].set_visible(False)
+def _first_seeds(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Title and rows of each label's first seed: experts of several seeds are not the same experts."""
+    firsts = frame.groupby("label", sort=False)["seed"].first()
+    return [
+        (f"{label}, seed {seed}", frame.query("label == @label and seed == @seed")) for label, seed in firsts.items()
+    ]

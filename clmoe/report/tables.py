@@ -1,313 +1,268 @@
-"""Tables of a report, and their renderings: Markdown, CSV, LaTeX (booktabs) and the terminal.
+"""Tables of a report, from tidy frames with one row per run and quantity, and their renderings.
 
-A table for people holds formatted cells ("59.23 ± 0.31"); the CSV files hold raw numbers, mean and standard
-deviation in columns of their own.
+A table for people holds formatted cells ("59.23 ± 0.31": mean and sample standard deviation over seeds); the frames
+behind it hold raw numbers.
 """
 
-from __future__ import annotations
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import fill
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import pandas as pd
 
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from clmoe.evaluate.matrix import METRICS, ZERO_SHOT
+from clmoe.report.runs import Group, Run, group_runs
 
-from clmoe.evaluate.matrix import METRICS, ZERO_SHOT, Spread, mean_spread
-from clmoe.report.run import Group, Run
-from clmoe.utils.files import csv_text
-
-PLUS_MINUS = " ± "
 BLANK = "–"
-# fwt_n_minus_1 needs a zero-shot row, which few runs have; it stands in the CSV and in `clmoe metrics`.
-COMPARED = tuple(name for name in METRICS if name != "fwt_n_minus_1")
+# fwt_n_minus_1 needs a zero-shot row, which few runs have; it stands in report.csv and in `clmoe metrics`.
+COMPARED = [name for name in METRICS if name != "fwt_n_minus_1"]
+COSTS = ["trainable_parameters", "adapter_parameters", "experts_added", "minutes", "peak_memory_mib"]
+LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
-_TASK_ROWS = (ZERO_SHOT, "immediate", "immediate_known", "last")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Formatted cells; the first `keys` columns name the row and are set flush left.
-
-    `best` holds the (row, column) pairs to be set in bold.
-    """
+    """Formatted cells; the first `keys` columns name the row. `best` holds the (row, column) pairs to set in bold."""
 
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    cells: pd.DataFrame
     keys: int = 1
-    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    best: frozenset[tuple[int, int]] = frozenset()
 
 
-def matrix_table(run: Run) -> Table:
-    """Accuracy matrix of one run: row = after training that task, column = task, percent."""
-    rows = tuple(
-        (stage, *(show_number(value) for value in run.matrix.rows[stage]))
-        for stage in run.matrix.stages
-        if stage in run.matrix.rows
-    )
-    return Table(f"Accuracy matrix: {run.name}", ("after", *run.order), rows)
+def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """One row per run: label, method, seed, all metrics in percent, then `COSTS`."""
+    rows = []
+    for run in all_runs(groups):
+        counts = {name: getattr(run, name, None) for name in COSTS}
+        counts["experts_added"] = run.expansion["added"].sum() if len(run.expansion) and run.complete else None
+        rows.append({"label": run.label, "method": run.method, "seed": run.seed, **run.metrics, **counts})
+    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS), float))
+
+
+def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, seed, row, task, value: the scores of each task, and their mean where none is missing, by kind of row.
+
+    Rows: zero_shot, immediate (right after the task; not of a run without a stage before the last), immediate_known
+    (the same, router given), last (not where each task had an adapter of its own, of which the last knows no other).
+    """
+    rows = []
+    for run in all_runs(groups):
+        matrix = matrix_frame(run)
+        kinds = {ZERO_SHOT: matrix.loc[ZERO_SHOT], "last": matrix.iloc[-1] if run.chain != "separate" else None}
+        diagonal = pd.Series({task: matrix.loc[task, task] for task in run.order})
+        known = None if run.immediate is None else pd.Series(run.immediate, run.order, dtype=float)
+        kinds |= {"immediate": diagonal if run.staged else None, "immediate_known": known}
+        for kind in (ZERO_SHOT, "immediate", "immediate_known", "last"):
+            scores = kinds[kind]
+            if scores is not None and (kind == "last" or scores.notna().any()):
+                values = {**scores, "mean": scores.mean(skipna=False)}
+                rows += [(run.label, run.seed, kind, task, value) for task, value in values.items()]
+    return pd.DataFrame(rows, columns=["label", "seed", "row", "task", "value"])
+
+
+def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the run's end.
+
+    No row for a task of which nothing was asked; the task "overall" counts all questions, if there are some of each.
+    """
+    frames = [pd.DataFrame(columns=["label", "seed", "locator", "task", "located", "value"])]
+    for run in all_runs(groups):
+        ends = run.located[run.located["after"] == run.order[-1]]
+        for decider, counts in ends.groupby("decider", sort=False):
+            wide = counts.pivot(index="task", columns="located", values="count").fillna(0)
+            wide = wide.reindex(index=run.order, columns=run.order, fill_value=0)
+            percent = 100 * wide.div(wide.sum(axis=1), axis=0).dropna()  # 0 / 0 where nothing was asked
+            if len(percent) == len(wide):
+                right = sum(wide.loc[task, task] for task in run.order)
+                percent.loc["overall", "overall"] = 100 * right / wide.sum(axis=None)
+            long = percent.rename_axis(index="task", columns="located").stack().dropna().rename("value").reset_index()
+            frames.append(long.assign(label=run.label, seed=run.seed, locator=LOCATORS.get(str(decider), decider)))
+    return pd.concat(frames[1:] or frames)[list(frames[0])]
+
+
+def matrices_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, seed, after, task, value: every measured cell of the accuracy matrices."""
+    frames = {(run.label, run.seed): matrix_frame(run).rename_axis(columns="task").stack() for run in all_runs(groups)}
+    return pd.concat(frames, names=["label", "seed"]).dropna().rename("value").reset_index()
+
+
+def run_frame(groups: Sequence[Group], name: str) -> pd.DataFrame:
+    """The table `name` of every run (`Run.usage` and so on) after its label and seed."""
+    found = {(run.label, run.seed): getattr(run, name) for run in all_runs(groups)}
+    filled = {key: frame for key, frame in found.items() if len(frame)} or found
+    return pd.concat(filled, names=["label", "seed"]).reset_index(["label", "seed"]).reset_index(drop=True)
+
+
+def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
+    """Title -> score after training (row) on a task (column): mean over the seeds of a label, one for each task order.
+
+    A cell is NaN unless all seeds have it; a stage that none has is left out.
+    """
+    found = {}
+    for group in groups:
+        orders = dict.fromkeys(run.order for run in group.runs)
+        for order in orders:
+            runs = [run for run in group.runs if run.order == order]
+            title = group.label if len(runs) == 1 else f"{group.label} (mean of {len(runs)} seeds)"
+            if len(orders) > 1:
+                title = f"{group.label}, seed {', '.join(str(run.seed) for run in runs)}"
+            total = sum((matrix_frame(run) for run in runs[1:]), matrix_frame(runs[0]))
+            found[title] = (total / len(runs)).dropna(how="all")
+    return {title: matrix for title, matrix in found.items() if len(matrix)}
+
+
+def matrix_frame(run: Run) -> pd.DataFrame:
+    """The accuracy matrix with all stages as rows, NaN where not measured."""
+    rows = {stage: run.matrix.row(stage) for stage in run.matrix.stages}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(run.order)).astype(float).rename_axis("after")
+
+
+def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """`keys`, then mean, sample standard deviation (NaN for one seed) and number of the values that are not NaN."""
+    grouped = frame.dropna(subset=value).groupby(list(keys), sort=False)[value]
+    return grouped.agg(mean="mean", std="std", n="count").reset_index()
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
-    """One row per label: metrics over seeds in percent, parameters, scale, projector, minutes."""
-    header = ("label", "seeds", *COMPARED, "trainable parameters", "scale", "projector", "minutes")
-    rows = []
-    for group in groups:
-        seeds = len(group.seeds)
-        rows.append(
-            (
-                group.label,
-                str(seeds),
-                *(show_spread(group.metric(name), seeds) for name in COMPARED),
-                show_spread(group.field("trainable_parameters"), seeds, show_count),
-                _distinct([BLANK if run.effective_scale is None else f"{run.effective_scale:g}" for run in group.runs]),
-                _distinct(["trained" if run.projector_trained else "frozen" for run in group.runs]),
-                show_spread(group.field("minutes"), seeds, lambda value: f"{value:.1f}"),
-            )
-        )
-    return Table("Comparison", header, tuple(rows), best=_best(groups))
+    """One row per label: all metrics in percent."""
+    frame = metrics_frame(groups)
+    table = _spread_table(
+        "Comparison", groups, frame.melt(["label"], COMPARED, "metric"), ["label"], "metric", COMPARED
+    )
+    table.cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
+    # Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared.
+    compared = [group.runs[0].chain == "sequence" for group in groups]
+    best = set()
+    for name in set(COMPARED) & set(table.cells):
+        means = frame.groupby("label", sort=False)[name].mean().round(2).reset_index(drop=True)[compared].dropna()
+        target = means.min() if name in _LOWER_IS_BETTER else means.max()
+        best |= {(row, list(table.cells).index(name)) for row in means.index[means == target] if len(means) > 1}
+    return replace(table, best=frozenset(best))
 
 
-def task_table(groups: Sequence[Group]) -> Table:
+def costs_table(groups: Sequence[Group]) -> Table:
+    """One row per label: parameters, experts, minutes, memory, and what else decides them."""
+    long = metrics_frame(groups).melt(["label"], COSTS, "cost")
+    shown = dict.fromkeys(COSTS, show_count) | {"minutes": "{:.1f}".format}
+    table = _spread_table("Parameters, time and memory", groups, long, ["label"], "cost", COSTS, shown)
+    for name in ("effective_scale", "projector_trained"):
+        texts = [dict.fromkeys(json.dumps(getattr(run, name)) for run in group.runs) for group in groups]
+        table.cells[name] = [", ".join(text).replace("null", BLANK) for text in texts]
+    return table
+
+
+def scores_table(groups: Sequence[Group]) -> Table:
     """Per label: each task right after its training and after the last one (and zero-shot), percent."""
-    tasks = groups[0].runs[0].order
-    rows = []
-    for group in groups:
-        for kind in _TASK_ROWS:
-            cells = [group.task_score(kind, task) for task in tasks]
-            if not has_row(group, kind):
-                continue
-            mean = mean_spread([_row_mean(run, kind) for run in group.runs])
-            rows.append((group.label, kind, *(show_spread(cell, len(group.runs)) for cell in (*cells, mean))))
-    return Table("Scores by task", ("label", "row", *tasks, "mean"), tuple(rows), keys=2)
+    tasks = [*groups[0].runs[0].order, "mean"]
+    return _spread_table("Scores by task", groups, scores_frame(groups), ["label", "row"], "task", tasks)
+
+
+def locator_table(groups: Sequence[Group]) -> Table:
+    """Per label and locator: percent of the questions taken for their own task, by task and overall."""
+    right = located_frame(groups).query("task == located")
+    tasks = [*groups[0].runs[0].order, "overall"]
+    return _spread_table("Questions located right (%)", groups, right, ["label", "locator"], "task", tasks)
+
+
+def report_tables(groups: Sequence[Group]) -> list[Table]:
+    """Comparison, costs, scores, locator (perhaps without rows), and the matrices that `mean_matrices` gives."""
+    matrices = [
+        Table(f"Accuracy after each task: {title}", cells.map(show_number).reset_index())
+        for title, cells in mean_matrices(groups).items()
+    ]
+    return [*(make(groups) for make in (comparison_table, costs_table, scores_table, locator_table)), *matrices]
 
 
 def limit_note(groups: Sequence[Group]) -> str:
     """Which runs asked only some of the questions before the last row; empty where none is known to."""
-    labels: dict[int, list[str]] = {}
-    for group in groups:
-        for limit in dict.fromkeys(run.limit for run in group.runs):
-            if limit is not None and has_row(group, "immediate"):
-                labels.setdefault(limit, []).append(group.label)
-    return " ".join(
-        f"{', '.join(names)}: rows before the last are over a sample of {limit} test questions per task, the last row "
-        "is over all."
-        for limit, names in sorted(labels.items())
-    )
+    limits: dict[int, dict[str, None]] = {}
+    for run in all_runs(groups):
+        if run.limit is not None and run.staged:
+            limits.setdefault(run.limit, {})[run.label] = None
+    rule = "rows before the last are over a sample of {} test questions per task, the last row is over all."
+    return " ".join(f"{', '.join(names)}: {rule.format(limit)}" for limit, names in sorted(limits.items()))
+
+
+def report_text(runs: Sequence[Path], width: int = 100) -> str:
+    """All tables for a terminal of `width` columns, and below them what `limit_note` says."""
+    groups = group_runs(runs)
+    found = [to_text(table, width) for table in report_tables(groups) if len(table.cells)]
+    note = fill(limit_note(groups), width, break_on_hyphens=False)
+    return "\n".join([*found, note]).rstrip() + "\n"
+
+
+def to_text(table: Table, width: int = 100) -> str:
+    """Fixed-width text; columns that do not fit continue in further blocks, each beginning with the key columns."""
+    cells = table.cells.set_index(list(table.cells.columns[: table.keys])).rename_axis([None] * table.keys)
+    text = cells.to_string(line_width=width, sparsify=False)
+    return table.title + "\n" + re.sub(r" *\\?$", "", text, flags=re.MULTILINE) + "\n"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table, without its title; the best cells in bold."""
-    marks = ["---" if column < table.keys else "---:" for column in range(len(table.header))]
-    lines = [table.header, marks]
-    for r, row in enumerate(table.rows):
-        cells = [cell.replace("|", "\\|") for cell in row]
-        lines.append([f"**{cell}**" if (r, c) in table.best else cell for c, cell in enumerate(cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    columns = range(len(table.cells.columns))
+    lines = [list(table.cells), ["---" if c < table.keys else "---:" for c in columns]]
+    for r, row in enumerate(table.cells.itertuples(index=False)):
+        lines.append([f"**{row[c]}**" if (r, c) in table.best else row[c].replace("|", "\\|") for c in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_latex(table: Table) -> str:
     """A booktabs `table` environment, at most one line wide (needs booktabs and graphicx)."""
-    columns = "l" * table.keys + "r" * (len(table.header) - table.keys)
-    body = []
-    for r, row in enumerate(table.rows):
-        cells = [_latex(cell) for cell in row]
-        cells = [rf"\textbf{{{cell}}}" if (r, c) in table.best else cell for c, cell in enumerate(cells)]
-        body.append(" & ".join(cells) + r" \\")
-    lines = [
-        r"\begin{table}[t]",
-        r"\centering",
-        rf"\caption{{{_latex(table.title)}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(_latex(name) for name in table.header) + r" \\",
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def to_text(table: Table, width: int = 100, colour: bool = False) -> str:
-    """The table for a terminal of `width` columns.
-
-    Long headers and "mean ± spread" cells take two lines. What still does not fit continues in further
-    blocks below, each beginning with the key columns again.
-    """
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
-        highlight=False,
-        legacy_windows=False,
+    bold = pd.DataFrame("", table.cells.index, table.cells.columns)
+    for row, column in table.best:
+        bold.iloc[row, column] = "textbf:--rwrap;"
+    style = table.cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    form = "l" * table.keys + "r" * (len(bold.columns) - table.keys)
+    title = re.sub(r"([%_#&$])", r"\\\1", table.title)
+    text = style.apply(lambda _: bold, axis=None).to_latex(
+        caption=title, hrules=True, column_format=form, position="t", position_float="centering"
     )
-    console.print(Text(table.title, style="bold"))
-    for columns in _blocks(table, width):
-        grid = RichTable(box=None, padding=(0, 1, 0, 0), header_style="bold" if colour else "", pad_edge=False)
-        for column in columns:
-            key = column < table.keys
-            grid.add_column(
-                _fold_header(table.header[column]),
-                justify="left" if key else "right",
-                no_wrap=not key,
-                overflow="fold",
-            )
-        for r, row in enumerate(table.rows):
-            grid.add_row(*(Text(_fold_cell(row[c]), style="bold" if (r, c) in table.best else "") for c in columns))
-        console.print(grid)
-        console.print()
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    fit = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n\\begin{tabular}"
+    text = text.replace(r"\begin{tabular}", fit).replace(r"\end{tabular}", r"\end{tabular}}")
+    return text.replace("±", r"$\pm$").replace(BLANK, "--")
 
 
-def comparison_csv(groups: Sequence[Group]) -> str:
-    """Raw numbers, one row per label: every metric and its `_std` over seeds, parameters, steps, minutes."""
-    numbers = (*METRICS, "trainable_parameters", "adapter_parameters", "minutes")
-    fixed = ("scoring", "effective_scale", "projector_trained", "steps_per_task", "limit")
-    header = ["label", "method", "seeds", *(name + end for name in numbers for end in ("", "_std")), *fixed]
-    rows: list[list[str]] = []
-    for group in groups:
-        row = [group.label, _distinct([run.method for run in group.runs]), " ".join(map(str, group.seeds))]
-        for name in numbers:
-            spread = group.metric(name) if name in METRICS else group.field(name)
-            row += [raw(spread.mean), raw(spread.std)]
-        row += [_distinct([raw(getattr(run, name)) for run in group.runs]) for name in fixed]
-        rows.append(row)
-    return csv_text([header, *rows])
-
-
-def task_csv(groups: Sequence[Group]) -> str:
-    """Raw numbers, one line per label, kind of row and task: mean, deviation and count over seeds."""
-    rows = [["label", "row", "task", "mean", "std", "n"]]
-    for group in groups:
-        for kind in _TASK_ROWS:
-            for task in groups[0].runs[0].order:
-                spread = group.task_score(kind, task)
-                if spread.n:
-                    rows.append([group.label, kind, task, raw(spread.mean), raw(spread.std), str(spread.n)])
-    return csv_text(rows)
-
-
-def _best(groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
-    """Cells with the best mean of their metric, as printed, among at least two labels; ties share it.
-
-    Bounds (`multitask`, `separate`, `zero_shot`) do not learn the tasks one after another and are not compared.
-    """
-    best = set()
-    compared = {r: group for r, group in enumerate(groups) if group.runs[0].chain == "sequence"}
-    for column, name in enumerate(COMPARED, start=2):
-        means = {r: group.metric(name).mean for r, group in compared.items()}
-        shown = {r: round(mean, 2) for r, mean in means.items() if mean is not None}
-        if len(shown) > 1:
-            target = min(shown.values()) if name in _LOWER_IS_BETTER else max(shown.values())
-            best |= {(r, column) for r, mean in shown.items() if mean == target}
-    return frozenset(best)
-
-
-def has_row(group: Group, kind: str) -> bool:
-    """Whether any run has such a row.
-
-    `immediate` needs a stage before the last one; `last` stands unless each task had an adapter of its own, of which
-    the last one knows no other task.
-    """
-    if kind == "immediate":
-        return any(task in run.matrix.rows for run in group.runs for task in run.order[:-1])
-    if kind == "last":
-        return group.runs[0].chain != "separate"
-    return any(score is not None for run in group.runs for score in run.scores(kind).values())
-
-
-def _row_mean(run: Run, kind: str) -> float | None:
-    values = list(run.scores(kind).values())
-    return mean_spread(values).mean if None not in values else None
-
-
-def _blocks(table: Table, width: int) -> list[list[int]]:
-    """Split the columns into blocks that fit; the key columns, at most half the width, begin each block."""
-    widths = [
-        max(
-            len(line)
-            for text in (_fold_header(table.header[c]), *(_fold_cell(row[c]) for row in table.rows))
-            for line in text.split("\n")
-        )
-        + 1
-        for c in range(len(table.header))
-    ]
-    keys = list(range(table.keys))
-    room = max(width - sum(widths[c] for c in keys), width // 2)
-    blocks: list[list[int]] = []
-    used = room + 1
-    for c in range(table.keys, len(table.header)):
-        if used + widths[c] > room:
-            blocks.append(list(keys))
-            used = 0
-        blocks[-1].append(c)
-        used += widths[c]
-    return blocks
-
-
-def _fold_header(name: str) -> str:
-    """Break a long heading at its first underscore or blank."""
-    if len(name) <= 9:
-        return name
-    for mark, kept in (("_", "_"), (" ", "")):
-        if mark in name:
-            head, tail = name.split(mark, 1)
-            return f"{head}{kept}\n{tail}"
-    return name
-
-
-def _fold_cell(text: str) -> str:
-    return text.replace(PLUS_MINUS, "\n" + PLUS_MINUS.strip())
-
-
-def show_number(value: float | None) -> str:
+def show_number(value: float) -> str:
     """Two decimals, or the mark of a value that was not measured."""
-    return BLANK if value is None else f"{value:.2f}"
+    return BLANK if pd.isna(value) else f"{value:.2f}"
 
 
 def show_count(value: float) -> str:
-    """A parameter count: 90,624 or 61.9 M."""
+    """A count: 90,624 or 61.9 M."""
     return f"{value / 1e6:.1f} M" if value >= 1e7 else f"{round(value):,}"
 
 
-def show_spread(value: Spread, seeds: int, show: Callable[[float], str] = show_number) -> str:
-    """ "mean ± std"; the std is left out for one value, and n is added if some seeds lack the value."""
-    if value.mean is None:
-        return BLANK
-    text = show(value.mean)
-    if value.std is not None and not (value.std == 0 and show is show_count):
-        text += PLUS_MINUS + show(value.std)
-    return text if value.n == seeds else f"{text} (n={value.n})"
+def all_runs(groups: Sequence[Group]) -> list[Run]:
+    """The runs of all groups, in order."""
+    return [run for group in groups for run in group.runs]
 
 
-def _distinct(values: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
+def _spread_table(
+    title: str,
+    groups: Sequence[Group],
+    frame: pd.DataFrame,
+    keys: list[str],
+    column: str,
+    names: Sequence[str],
+    shown: Mapping[str, Callable[[float], str]] | None = None,
+) -> Table:
+    """A row for each value of `keys`, a column for each of `names` that any run has: mean ± deviation over the seeds.
 
-
-def raw(value: float | bool | str | None) -> str:
-    """A value in a CSV file: ten digits, and nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def _latex(text: str) -> str:
-    for plain, escaped in (
-        ("\\", r"\textbackslash "),
-        *((mark, "\\" + mark) for mark in "&%$#_{}"),
-        ("~", r"\textasciitilde "),
-        ("^", r"\textasciicircum "),
-        ("±", r"$\pm$"),
-        (BLANK, "--"),
-    ):
-        text = text.replace(plain, escaped)
-    return text
+    The deviation is left out for one value and for equal counts; "(n=1)" says that some seeds lack the value.
+    """
+    seeds = {group.label: len(group.runs) for group in groups}
+    found = over_seeds(frame, [*keys, column])
+    texts = []
+    for name, label, mean, std, n in zip(*(found[c] for c in (column, "label", "mean", "std", "n")), strict=True):
+        show = (shown or {}).get(name, show_number)
+        spread = "" if pd.isna(std) or (std == 0 and show is show_count) else f" ± {show(std)}"
+        texts.append(show(mean) + spread + ("" if n == seeds[label] else f" (n={n})"))
+    wide = found.assign(text=texts).set_index([*keys, column])["text"].unstack(column)
+    wide = wide.reindex(columns=[name for name in names if name in wide]).rename_axis(columns=None).reset_index()
+    return Table(title, frame[keys].drop_duplicates().merge(wide, how="left", on=keys).fillna(BLANK), keys=len(keys))

@@ -125,13 +125,13 @@ class Progress:
     """A row with loss, samples per second (``/s``), peak memory and the whole sequence's time left, in 100 columns."""
 
     def __init__(self, title: str, total: int, events: list[dict[str, Any]], stage: Stage | None = None) -> None:
-        self.title, self.total, self.events, self.stage = title, total, events, stage
+        self.total, self.events, self.stage = total, events, stage
         self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
         self.own = not _shown
         self.bars = (_Display() if self.own else _shown[-1]).bars
+        self.row = self.bars.add_task(title, total=total, state="")
 
     def __enter__(self) -> "Progress":
-        self.row = self.bars.add_task(self.title, total=self.total, state="")
         if self.own:
             self.bars.start()
         return self

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from clmoe.model import experts
 from clock import Peak, best_rate, device_name, flops, timed
 from five_questions import BASES, QUESTIONS, adapted, figures, open_base, records, write_images
 from torch import Tensor
@@ -30,6 +29,7 @@ from clmoe.data.batches import collate_packed, collate_train
 from clmoe.data.prompts import IGNORE
 from clmoe.experts.layer import loop_experts
 from clmoe.experts.model import adapted_base
+from clmoe.report.plots import experts
 from clmoe.train.loss import TrainedModel
 
 

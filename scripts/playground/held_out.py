@@ -1,12 +1,11 @@
-"""A benchmark for choosing strengths without a look at the test questions: the last training records become questions.
+"""Hold out training records as test questions, so that strengths can be chosen without a look at the test set.
 
     python scripts/playground/held_out.py [playground-coin] [--last 200] [--output runs/held-out]
-    bash scripts/sequence.sh runs/held-out/playground-coin-held-out.yaml ewc options.samples=200 options.weight=1000
+    clmoe run ewc runs/held-out/playground-coin-held-out.yaml options.samples=200 options.weight=1000
 
-Images stay where they are. The embedded benchmark's records have one turn each; boxes get the fields their rule needs.
+Images stay where they are. Records of the embedded benchmark have one turn each; boxes get the fields that their
+scoring rule reads.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from clmoe.benchmarks.builders import prepare_playground
 from PIL import Image
 
 from clmoe.benchmarks.base import load_benchmark
-from clmoe.benchmarks.builders import prepare_playground
 from clmoe.utils.paths import find_config
 
 
 def question(record: dict[str, Any], images: Path, scorer: str) -> dict[str, Any]:
-    """A training record as a test question."""
+    """Turn a training record into a test question."""
     asked, answered = (turn["value"] for turn in record["conversations"])
     row = {"question_id": record["id"], "text": asked.removeprefix("<image>\n"), "answer": answered}
     if "image" in record:

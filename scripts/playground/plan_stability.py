@@ -1,14 +1,12 @@
-"""How stable is LLaVA-CMoE's extension plan? Probe every task of a finished run again under other probe seeds.
+"""How stable are LLaVA-CMoE's decisions where to add experts? Probe the tasks of a run again under other probe seeds.
 
     python scripts/playground/plan_stability.py RUN OUT [--seeds 0 1 2] [--benchmark playground-coin]
 
-RUN is a run folder of `llava_cmoe`. Each task but the first is probed from the checkpoint before it, with the run's own
-settings but one step of training and of fitting the locator after the decision, into OUT. Prints a Markdown table:
-experts asked for in each block under each probe seed, the share of block decisions on which all seeds agree, on which
-two seeds agree on average, and on which two would agree if the same numbers lay in random blocks.
+RUN is a run folder of `llava_cmoe`. Each task but the first is probed again from the checkpoint before it, with
+the run's own settings, into OUT; after the decision one step of training and of fitting the locator is enough. Prints a
+Markdown table: the experts asked for in each block under each probe seed, the share of blocks on which all seeds agree,
+on which two seeds agree on average, and on which two would agree if their numbers were shuffled over the blocks.
 """
-
-from __future__ import annotations
 
 import argparse
 import subprocess
@@ -17,47 +15,38 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import mean
 
-import yaml
-
 from clmoe.utils.files import read_json
 
-Plan = dict[str, int]  # block -> experts that the probes asked for
+ONE_STEP = ("training.steps=1", "locator.options.steps=1")
+Decisions = dict[str, int]  # block -> experts that the probes asked for
 
 
-def probe(previous: Path, checkpoint: Path, output: Path, seed: int, benchmark: str, order: str) -> Plan:
-    """Probe the task of `checkpoint` again; returns its plan."""
-    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    config["options"]["probe_seed"] = seed
-    config["training"]["steps"] = config["options"]["locator"]["steps"] = 1  # neither bears on the plan
-    settings = output.parent / f"{output.name}.yaml"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(yaml.safe_dump(config))
+def probe(previous: Path, checkpoint: Path, output: Path, seed: int, where: list[str]) -> Decisions:
+    """Probe the task of `checkpoint` again and return the decisions."""
     task = read_json(checkpoint / "continual.json")["tasks"][-1]
-    command = ["clmoe", "train", "--config", str(settings), "--benchmark", benchmark, "--order", order, "--task", task]
-    command += ["--output", str(output), "--previous", str(previous)]
-    # the benchmark's recipe goes over the file, so what it sets is repeated here
-    subprocess.run([*command, "training.steps=1"], check=True, stdout=sys.stderr)
+    command = ["clmoe", "train", "--config", str(checkpoint / "config.yaml"), *where, "--task", task]
+    command += ["--previous", str(previous), "--output", str(output), f"options.probe_seed={seed}", *ONE_STEP]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     return {block: row["probed"] for block, row in read_json(output / "plan.json")[-1]["blocks"].items()}
 
 
-def agreement(plans: list[Plan]) -> float:
-    """Share of blocks with the same number in all plans."""
-    return mean(len({plan[block] for plan in plans}) == 1 for block in plans[0])
+def agreement(all_decisions: list[Decisions]) -> float:
+    """Share of blocks with the same number in all decisions."""
+    return mean(len({decisions[block] for decisions in all_decisions}) == 1 for block in all_decisions[0])
 
 
-def chance(plans: list[Plan]) -> float:
-    """Mean over pairs of plans of the expected share of equal blocks if each plan's numbers were shuffled."""
-    pairs = []
-    for a, b in combinations(plans, 2):
-        numbers = set(a.values()) | set(b.values())
-        shares = [mean(n == number for n in plan.values()) for number in numbers for plan in (a, b)]
-        pairs.append(sum(x * y for x, y in zip(shares[::2], shares[1::2], strict=True)))
-    return mean(pairs)
+def agreement_of_pairs(all_decisions: list[Decisions]) -> float:
+    """Mean over pairs of the share of blocks with the same number."""
+    return mean(agreement([a, b]) for a, b in combinations(all_decisions, 2))
 
 
-def agreement_of_pairs(plans: list[Plan]) -> float:
-    """Mean over pairs of plans of the share of equal blocks."""
-    return mean(agreement([a, b]) for a, b in combinations(plans, 2))
+def chance(all_decisions: list[Decisions]) -> float:
+    """Mean over pairs of the expected share of equal blocks if each one's numbers were shuffled over the blocks."""
+
+    def share(decisions: Decisions, number: int) -> float:
+        return mean(value == number for value in decisions.values())
+
+    return mean(sum(share(a, n) * share(b, n) for n in set(a.values())) for a, b in combinations(all_decisions, 2))
 
 
 def main() -> None:
@@ -67,19 +56,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--benchmark", default="playground-coin")
     args = parser.parse_args()
-    order = ",".join(read_json(args.run / "run.json")["order"])
+    where = ["--benchmark", args.benchmark, "--order", ",".join(read_json(args.run / "run.json")["order"])]
     checkpoints = sorted(folder for folder in args.run.iterdir() if (folder / "plan.json").is_file())
     print("| task | experts asked for, by probe seed | all agree | pairs agree | by chance |\n|---|---|---:|---:|---:|")
-    every: list[tuple[float, float, float]] = []
+    shares = []
     for previous, checkpoint in pairwise(checkpoints):
-        plans = [
-            probe(previous, checkpoint, args.output / f"probe{seed}" / checkpoint.name, seed, args.benchmark, order)
-            for seed in args.seeds
-        ]
-        every.append((agreement(plans), agreement_of_pairs(plans), chance(plans)))
-        counts = "; ".join(" ".join(str(n) for n in plan.values()) for plan in plans)
-        print(f"| {checkpoint.name} | {counts} | {' | '.join(f'{100 * x:.0f} %' for x in every[-1])} |", flush=True)
-    print(f"| mean | | {' | '.join(f'{100 * mean(column):.0f} %' for column in zip(*every, strict=True))} |")
+        outputs = [(seed, args.output / f"probe{seed}" / checkpoint.name) for seed in args.seeds]
+        found = [probe(previous, checkpoint, output, seed, where) for seed, output in outputs]
+        shares.append((agreement(found), agreement_of_pairs(found), chance(found)))
+        numbers = "; ".join(" ".join(map(str, decisions.values())) for decisions in found)
+        print(f"| {checkpoint.name} | {numbers} | {' | '.join(f'{100 * x:.0f} %' for x in shares[-1])} |", flush=True)
+    print(f"| mean | | {' | '.join(f'{100 * mean(column):.0f} %' for column in zip(*shares, strict=True))} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from clmoe.bases.llava import LoadedBase, load_base, vision_tower_of
 from clmoe.bases.vision_cache import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data import images as images_module
-from clmoe.data.batches import TrainDataset, collate_prompts, collate_train
+from clmoe.data.batches import collate_prompts, collate_train
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from tests.runs import Runs, contents, events, tensors, texts
@@ -192,10 +192,3 @@ def test_a_task_is_learned_and_tested_as_without(
         torch.testing.assert_close(value, tensors(without)[name], rtol=1e-3, atol=1e-5, msg=name)
     runs.evaluate(kept, tmp_path / "kept")
     assert texts(tmp_path / "kept", task, task) == texts(tmp_path / "without", task, task)
-
-
-def test_datasets_without_it_decode(tiny_base: LoadedBase, images: Path) -> None:
-    dataset = train_dataset(tiny_base, records(), images, 256)
-    assert isinstance(dataset, TrainDataset) and tiny_base.vision is None
-    pixels = dataset[0].pixel_values
-    assert pixels is not None and pixels.shape == (3, SIZES.image_size, SIZES.image_size)

@@ -1,8 +1,8 @@
-"""Benchmark files: where data is looked for, task orders, and errors that name the nearest valid choice."""
+"""Benchmark files: where data is looked for, task orders, errors that name the nearest valid choice, and limits."""
 
 from __future__ import annotations
 
-import textwrap
+import re
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,28 @@ import pytest
 import yaml
 
 from clmoe.benchmarks import base
-from clmoe.benchmarks.base import Task, load_benchmark
+from clmoe.benchmarks.base import Task, load_benchmark, sampled
+from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import load_config
+from clmoe.data.records import Question
+from clmoe.embedded import build
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.scoring import check_scorer
 from clmoe.utils import paths
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+
 
 def task(name: str, **changes: Any) -> dict[str, Any]:
-    entry = {
-        "name": name,
-        "train": f"{name}/train.json",
-        "test": f"{name}/test.json",
-        "images": "images",
-        "scorer": "exact",
-        "max_new_tokens": 16,
-    }
-    return {key: value for key, value in (entry | changes).items() if value is not ...}
+    files = {"train": f"{name}/train.json", "test": f"{name}/test.json", "images": "images"}
+    entry = {"name": name, **files, "scorer": "exact", "max_new_tokens": 16, **changes}
+    return {key: value for key, value in entry.items() if value is not ...}
 
 
 def benchmark(**changes: Any) -> dict[str, Any]:
-    data = {
-        "name": "mine",
-        "root": "data",
-        "recipe": {"epochs": 1},
-        "tasks": [task("one"), task("two"), task("three")],
-    }
-    return {key: value for key, value in (data | changes).items() if value is not ...}
+    tasks = [task("one"), task("two"), task("three")]
+    data = {"name": "mine", "root": "data", "recipe": {"epochs": 1}, "tasks": tasks, **changes}
+    return {key: value for key, value in data.items() if value is not ...}
 
 
 def write(path: Path, data: Any) -> str:
@@ -46,54 +41,54 @@ def write(path: Path, data: Any) -> str:
     return str(path)
 
 
-def fill(root: Path) -> None:
-    for name in ("one", "two", "three"):
-        (root / name).mkdir(parents=True)
-        (root / name / "train.json").write_text("[]")
-        (root / name / "test.json").write_text("[]")
+def fill(root: Path, *names: str) -> None:
+    for name in names or ("one", "two", "three"):
+        for part in ("train", "test"):
+            write(root / name / f"{part}.json", "[]")
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the built-in benchmarks 'mine' and 'other'; the current folder is another one."""
-    root = tmp_path / "checkout"
-    write(root / "configs" / "benchmarks" / "mine.yaml", benchmark())
-    write(
-        root / "configs" / "benchmarks" / "other.yaml",
-        benchmark(name="other", root="more", prepare="playground"),
-    )
-    monkeypatch.setattr(paths, "__file__", str(root / "clmoe" / "system" / "paths.py"))
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the built-in benchmarks 'mine' and 'other'; the current folder is another one, 'elsewhere'."""
+    folder = tmp_path / "checkout" / "configs" / "benchmarks"
+    write(folder / "mine.yaml", benchmark())
+    write(folder / "other.yaml", benchmark(name="other", root="more", prepare="playground"))
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "checkout" / "clmoe" / "utils" / "paths.py"))
     monkeypatch.delenv(base.ROOT_VARIABLE, raising=False)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    return root
+    return folder
 
 
-def test_a_built_in_benchmark(checkout: Path) -> None:
-    fill(checkout / "data")
+@pytest.fixture
+def data(shipped: Path) -> Path:
+    """The data folder of 'mine', empty yet."""
+    return Path.cwd() / "data"
+
+
+def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data: Path) -> None:
+    fill(data)
     loaded = load_benchmark("mine")
-    assert (loaded.name, loaded.root, loaded.recipe) == ("mine", checkout / "data", {"epochs": 1})
-    assert loaded.prepare is None
+    assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, {"epochs": 1}, None)
     assert [task.name for task in loaded.tasks] == ["one", "two", "three"]
     assert loaded.task("two") == Task(
         name="two",
-        train=checkout / "data/two/train.json",
-        test=checkout / "data/two/test.json",
-        image_root=checkout / "data/images",
+        train=data / "two/train.json",
+        test=data / "two/test.json",
+        image_root=data / "images",
         scorer="exact",
         max_new_tokens=16,
     )
-    assert load_benchmark(str(checkout / "configs" / "benchmarks" / "mine.yaml")) == loaded
+    assert load_benchmark(str(shipped / "mine.yaml")) == loaded
 
 
-def test_known_names_and_the_nearest_one(checkout: Path) -> None:
-    with pytest.raises(ClmoeError, match=r"unknown benchmark 'othr'. Did you mean 'other'\? Known: mine, other"):
-        load_benchmark("othr")
-    with pytest.raises(ClmoeError, match=r"none\.yaml: no such file"):
-        load_benchmark("none.yaml")
+@pytest.mark.parametrize(("name", "named"), [("othr", "'other'"), ("none.yaml", "none.yaml"), ("a/b", "a/b")])
+def test_unknown_benchmarks(name: str, named: str, shipped: Path) -> None:
+    with pytest.raises(ClmoeError, match=re.escape(named)):
+        load_benchmark(name)
 
 
-def test_a_users_own_file_counts_from_its_own_folder(checkout: Path, tmp_path: Path) -> None:
+def test_a_users_own_file_counts_from_its_own_folder(shipped: Path, tmp_path: Path) -> None:
     fill(tmp_path / "project" / "data")
     path = write(tmp_path / "project" / "any-name.yaml", benchmark())
     assert load_benchmark(path).root == tmp_path / "project" / "data"
@@ -103,167 +98,175 @@ def test_a_users_own_file_counts_from_its_own_folder(checkout: Path, tmp_path: P
 
 
 def test_argument_and_environment_override_the_root(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "by-variable")
     fill(tmp_path / "elsewhere" / "by-argument")
+    own = write(tmp_path / "project" / "any-name.yaml", benchmark())
     monkeypatch.setenv(base.ROOT_VARIABLE, str(tmp_path / "by-variable"))
-    assert load_benchmark("mine").root == tmp_path / "by-variable"
-    given = load_benchmark("mine", Path("by-argument"))
-    assert given.root == tmp_path / "elsewhere" / "by-argument"
-    assert given.task("one").image_root == tmp_path / "elsewhere" / "by-argument" / "images"
+    for name in ("mine", own):
+        assert load_benchmark(name).root == tmp_path / "by-variable"
+        given = load_benchmark(name, Path("by-argument"))
+        assert given.root == tmp_path / "elsewhere" / "by-argument"
+        assert given.task("one").image_root == given.root / "images"
     monkeypatch.setenv(base.ROOT_VARIABLE, "")
-    assert load_benchmark("mine", check_files=False).root == checkout / "data"
+    assert load_benchmark("mine", check_files=False).root == data
 
 
-def test_without_a_checkout_the_current_folder_counts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "__file__", "/nowhere/site-packages/clmoe/utils/paths.py")
-    with pytest.raises(ClmoeError, match="no folder configs/benchmarks found; run from the clmoe checkout"):
+def test_missing_files_name_task_field_and_path(data: Path) -> None:
+    with pytest.raises(ClmoeError, match=rf"mine.* 'one'.* 'train'.*{data}/one/train\.json.*\(5 "):
         load_benchmark("mine")
-    monkeypatch.chdir(checkout)
-    assert paths.repository_root() == checkout
-
-
-def test_missing_files_name_task_field_and_path(checkout: Path) -> None:
-    with pytest.raises(ClmoeError, match=r"task 'one', field 'train': no file .*data/one/train\.json \(5 more"):
+    fill(data)
+    (data / "two" / "test.json").unlink()
+    with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
         load_benchmark("mine")
-    fill(checkout / "data")
-    (checkout / "data" / "two" / "test.json").unlink()
-    with pytest.raises(ClmoeError, match=r"mine\.yaml: task 'two', field 'test': no file .*two/test\.json; put"):
-        load_benchmark("mine")
-    unchecked = load_benchmark("mine", check_files=False)
-    assert unchecked.missing_files() == [("two", "test", checkout / "data" / "two" / "test.json")]
+    (line,) = load_benchmark("mine", check_files=False).missing_files()
+    assert str(data / "two" / "test.json") in line
 
 
-def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(checkout: Path) -> None:
+def test_only_the_files_of_the_tasks_asked_for_are_required(data: Path) -> None:
+    fill(data, "three", "one")
+    assert load_benchmark("mine", tasks=["three", "one"]) == open_benchmark("mine", tasks=["one"])
+    for tasks in (None, ["one", "two"], ["two"]):
+        with pytest.raises(ClmoeError, match=r"two/train\.json"):
+            load_benchmark("mine", tasks=tasks)
+        with pytest.raises(ClmoeError, match=r"two/train\.json"):
+            open_benchmark("mine", tasks=tasks)
+
+
+def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Path) -> None:
     loaded = load_benchmark("other")
-    assert loaded.prepare == "playground"
-    assert not loaded.root.exists()
+    assert loaded.built_on_first_use and not loaded.root.exists()
     fill(loaded.root)
     (loaded.root / "one" / "train.json").unlink()
-    with pytest.raises(ClmoeError, match=r"field 'train': no file .*; run `clmoe data prepare other`"):
+    with pytest.raises(ClmoeError, match=r"'train'.*`clmoe data prepare other`"):
         load_benchmark("other")
 
 
-def test_orders(checkout: Path) -> None:
+def test_opening_draws_the_embedded_benchmark_into_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = build.BenchmarkSpec("playground-coin", build.SPECS["playground-coin"].tasks, False, 4, 4)
+    monkeypatch.setattr(build, "SPECS", {"playground-coin": spec})
+    monkeypatch.chdir(tmp_path)
+    opened = open_benchmark("playground-coin")
+    assert opened.root == tmp_path / "playground" / "data" / "playground-coin"
+    assert opened == load_benchmark("playground-coin")
+    assert [path.name for path in tmp_path.iterdir()] == ["playground"]
+    (opened.root / build.MARKER).write_text("{}")  # of another version, with other files
+    (opened.root / "sqa" / "train.json").unlink()
+    assert open_benchmark("playground-coin").missing_files() == []
+
+
+def test_orders(shipped: Path) -> None:
     loaded = load_benchmark("mine", check_files=False)
     assert loaded.order("norm", 0) == ["one", "two", "three"]
     assert loaded.order("rev", 0) == ["three", "two", "one"]
     assert loaded.order("three, one", 0) == ["three", "one"]
     assert loaded.order("two", 0) == ["two"]
-    # The fixed list guards runs already made: an order must not change with a version of Python or clmoe.
-    assert [loaded.order("rand", seed) for seed in range(3)] == RANDOM_ORDERS
+    # An order must not change with a version of Python or clmoe: `printf "SEED:NAME" | sha256sum`, sorted.
+    expected = [["two", "three", "one"], ["three", "one", "two"], ["three", "one", "two"]]
+    assert [loaded.order("rand", seed) for seed in range(3)] == expected
     drawn = {tuple(loaded.order("rand", seed)) for seed in range(100)}
     assert drawn == set(permutations(["one", "two", "three"]))
 
 
-# From `printf "SEED:NAME" | sha256sum`, sorted.
-RANDOM_ORDERS = [["two", "three", "one"], ["three", "one", "two"], ["three", "one", "two"]]
-
-
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "named"),
     [
-        ("one,thre", r"benchmark mine: unknown task 'thre'. Did you mean 'three'\? Known: one, three, two"),
-        ("reverse", "unknown task 'reverse'"),
-        ("one,two,one", "task 'one' is listed more than once"),
-        ("one,,two", "unknown task ''"),
-        ("", "unknown task ''"),
+        ("one,thre", "'thre'.*'three'"),
+        ("reverse", "'reverse'"),
+        ("one,two,one", "'one'"),
+        ("one,,two", "''"),
+        ("", "''"),
     ],
 )
-def test_bad_orders(spec: str, message: str, checkout: Path) -> None:
-    with pytest.raises(ClmoeError, match=message):
+def test_bad_orders(spec: str, named: str, shipped: Path) -> None:
+    with pytest.raises(ClmoeError, match=named):
         load_benchmark("mine", check_files=False).order(spec, 0)
 
 
-BAD = {
-    "broken": ("name: [", r"mine\.yaml: cannot be read as YAML: .*line 1"),
-    "list": ("- a", r"mine\.yaml: expected a mapping"),
-    "key": (benchmark(taskz=[]), r"unknown key 'taskz'. Did you mean 'tasks'\?"),
-    "task key": (
-        benchmark(tasks=[task("one", image="x")]),
-        r"tasks\[0\]: unknown key 'image'. Did you mean 'images'",
-    ),
-    "no name": (benchmark(name=...), "field 'name': expected some text, the field is missing"),
-    "other name": (
-        benchmark(name="yours"),
-        "field 'name': expected 'mine', as the file is called, found 'yours'",
-    ),
-    "root": (benchmark(root=3), "field 'root': expected some text, found 3"),
-    "recipe": (benchmark(recipe=[1]), r"field 'recipe': expected a mapping, found \[1\]"),
-    "prepare": (benchmark(prepare=None), "field 'prepare': expected some text, found None"),
-    "no tasks": (benchmark(tasks=...), "field 'tasks': expected a list of tasks, found None"),
-    "empty tasks": (benchmark(tasks=[]), "field 'tasks': expected a list of tasks"),
-    "task type": (benchmark(tasks=["one"]), r"tasks\[0\]: expected a mapping"),
-    "same task": (benchmark(tasks=[task("a"), task("a")]), r"tasks\[1\]: field 'name': 'a' is used twice"),
-    "reserved": (benchmark(tasks=[task("rand")]), "field 'name': 'rand' is reserved"),
-    "comma": (benchmark(tasks=[task("a,b")]), "field 'name': 'a,b' is reserved or not made of letters"),
-    "climbing": (benchmark(tasks=[task("../a")]), "field 'name': '../a' is reserved or not made of letters"),
-    "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]: field 'train': expected some text"),
-    "limit": (
-        benchmark(tasks=[task("a", max_new_tokens=0)]),
-        "field 'max_new_tokens': expected a whole number >= 1",
-    ),
-    "limit type": (
-        benchmark(tasks=[task("a", max_new_tokens=True)]),
-        "expected a whole number >= 1, found True",
-    ),
-    "sources": (benchmark(sources={"a": 3}), "field 'sources': expected a mapping from files to text"),
-    "passes": (benchmark(tasks=[task("a", passes=0)]), "field 'passes': expected a whole number >= 1, found 0"),
-    "suffix": (benchmark(tasks=[task("a", suffix=" ")]), "field 'suffix': expected some text, found ' '"),
-    "gold": (benchmark(tasks=[task("a", gold="x")]), "field 'gold': expected a mapping with reader and files"),
-    "reader": (
-        benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]),
-        r"field 'gold': unknown reader 'gqaa'. Did you mean 'gqa'\?",
-    ),
-    "gold files": (
-        benchmark(tasks=[task("a", gold={"reader": "scienceqa", "files": ["x"]})]),
-        r"reader 'scienceqa' takes a list of files \(problems.json, pid_splits.json\), found \['x'\]",
-    ),
-    "scorer": (
-        benchmark(tasks=[task("a", scorer=["x"])]),
-        r"field 'scorer': expected some text, found \['x'\]",
-    ),
+TWO_FILES = {"reader": "scienceqa", "files": ["x"]}
+BAD = {  # what the message must name besides the file
+    "broken": ("name: [", "line 1"),
+    "list": ("- a", "mapping"),
+    "key": (benchmark(taskz=[]), "'taskz'.*'tasks'"),
+    "task key": (benchmark(tasks=[task("one", image="x")]), r"tasks\[0\].*'image'.*'images'"),
+    "no name": (benchmark(name=...), r"\.name"),
+    "other name": (benchmark(name="yours"), r"\.name.*'mine'.*'yours'"),
+    "root": (benchmark(root=3), r"\.root.*3"),
+    "recipe": (benchmark(recipe=[1]), r"\.recipe.*\[1\]"),
+    "prepare": (benchmark(prepare=3), r"\.prepare.*3"),
+    "no tasks": (benchmark(tasks=...), r"\.tasks"),
+    "empty tasks": (benchmark(tasks=[]), r"\.tasks"),
+    "task type": (benchmark(tasks=["one"]), r"tasks\[0\].*'one'"),
+    "same task": (benchmark(tasks=[task("a"), task("a")]), r"tasks\[1\]\.name.*'a'"),
+    "reserved": (benchmark(tasks=[task("rand")]), r"tasks\[0\]\.name.*'rand'"),
+    "comma": (benchmark(tasks=[task("a,b")]), r"tasks\[0\]\.name.*'a,b'"),
+    "climbing": (benchmark(tasks=[task("../a")]), r"tasks\[0\]\.name.*'\.\./a'"),
+    "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]\.train"),
+    "limit": (benchmark(tasks=[task("a", max_new_tokens=0)]), r"tasks\[0\].*max_new_tokens"),
+    "limit type": (benchmark(tasks=[task("a", max_new_tokens=True)]), r"tasks\[0\]\.max_new_tokens.*True"),
+    "passes": (benchmark(tasks=[task("a", passes=0)]), r"tasks\[0\].*passes 0"),
+    "suffix": (benchmark(tasks=[task("a", suffix=1)]), r"tasks\[0\]\.suffix.*1"),
+    "scorer": (benchmark(tasks=[task("a", scorer=["x"])]), r"tasks\[0\]\.scorer.*\['x'\]"),
+    "gold": (benchmark(tasks=[task("a", gold="x")]), r"tasks\[0\]\.gold.*'x'"),
+    "reader": (benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]), r"\.gold.*'gqaa'.*'gqa'"),
+    "gold files": (benchmark(tasks=[task("a", gold=TWO_FILES)]), r"\.gold\.files.*'scienceqa'.*pid_splits.*\['x'\]"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files(case: str, checkout: Path) -> None:
-    data, message = BAD[case]
-    write(checkout / "configs" / "benchmarks" / "mine.yaml", data)
-    with pytest.raises(ClmoeError, match=message):
+def test_bad_files(case: str, shipped: Path) -> None:
+    content, named = BAD[case]
+    path = write(shipped / "mine.yaml", content)
+    with pytest.raises(ClmoeError, match=rf"{path}.*{named}"):
         load_benchmark("mine")
 
 
-def test_a_note_is_kept(checkout: Path) -> None:
-    write(
-        checkout / "configs" / "benchmarks" / "mine.yaml",
-        benchmark(tasks=[task("one", note="no images needed")]),
-    )
-    assert load_benchmark("mine", check_files=False).task("one").note == "no images needed"
-
-
-def test_gold_files_are_required_and_sources_are_found_by_the_longest_folder(checkout: Path) -> None:
+def test_gold_files_are_required_and_sources_are_found_by_the_longest_folder(shipped: Path, data: Path) -> None:
     gold = {"reader": "gqa", "files": ["more/gold.json"]}
     places = {"more": "https://a", "more/gold.json": "https://b", "one": "https://c"}
-    write(checkout / "configs" / "benchmarks" / "mine.yaml", benchmark(tasks=[task("one", gold=gold)], sources=places))
-    fill(checkout / "data")
-    with pytest.raises(
-        ClmoeError, match=r"task 'one', field 'gold': no file .*more/gold\.json; .*It comes from https://b"
-    ):
+    write(shipped / "mine.yaml", benchmark(tasks=[task("one", gold=gold)], sources=places))
+    fill(data)
+    with pytest.raises(ClmoeError, match=rf"'one'.*'gold'.*{data}/more/gold\.json.*https://b"):
         load_benchmark("mine")
     loaded = load_benchmark("mine", check_files=False)
-    assert loaded.missing_files() == [("one", "gold", checkout / "data/more/gold.json")]
-    found = [loaded.source(checkout / "data" / name) for name in ("more/x", "more/gold.json", "moreover/x", "one")]
+    found = [loaded.source(data / name) for name in ("more/x", "more/gold.json", "moreover/x", "one")]
     assert found == ["https://a", "https://b", None, "https://c"]
     assert loaded.source(Path("/elsewhere")) is None
 
 
-def test_the_example_of_the_docstring_loads(tmp_path: Path) -> None:
-    example = str(base.__doc__).partition("::\n")[2].partition("\nThe data folder")[0]
-    path = write(tmp_path / "my-benchmark.yaml", textwrap.dedent(example))
-    loaded = load_benchmark(path, check_files=False)
+def test_the_example_of_the_documentation_loads(tmp_path: Path) -> None:
+    example = DOCS.read_text().partition("## The YAML")[2].partition("```yaml\n")[2].partition("```")[0]
+    loaded = load_benchmark(write(tmp_path / "my-benchmark.yaml", example), check_files=False)
     assert load_config("lora", loaded.recipe, []).training.epochs == 1
-    (digits,) = loaded.tasks
-    check_scorer(digits.scorer)
-    assert digits.gold is not None and digits.passes == 3
+    (colours,) = loaded.tasks
+    check_scorer(colours.scorer)
+    assert colours.gold is not None and colours.passes == 2 and colours.suffix
+    assert loaded.source(colours.train) == "https://example.org/colours.zip"
+
+
+# ---- which questions a limit asks ----
+
+
+def sorted_file(count: int) -> list[Question]:
+    """Questions ordered by kind: the first half is of one, the second of another."""
+    return [Question(f"{row:04}", None, "easy" if row < count / 2 else "hard", "x", {}) for row in range(count)]
+
+
+def test_a_sample_stands_for_a_file_that_is_ordered_by_kind() -> None:
+    questions = sorted_file(1000)
+    few, more = sampled(questions, 100), sampled(questions, 200)
+    assert (len(few), len(more)) == (100, 200)
+    # a frozen model that knows the easy half must not seem to forget it: 4 standard errors of 5 points around a half
+    assert 30 < sum(question.text == "easy" for question in few) < 70
+    assert {question.question_id for question in few} < {question.question_id for question in more}
+    assert [question.question_id for question in few] == sorted(question.question_id for question in few)
+
+
+def test_a_sample_depends_on_the_number_of_questions_alone() -> None:
+    rows = [int(question.question_id) for question in sampled(sorted_file(50), 7)]
+    others = [Question(f"other {row}", "a.jpg", "text", "y", {}) for row in range(50)]
+    assert sampled(others, 7) == [others[row] for row in rows]
+    assert sampled(others, None) == sampled(others, 50) == sampled(others, 60) == others

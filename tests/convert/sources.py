@@ -4,8 +4,6 @@ Everything is taken module by module from one model of transformers' own class, 
 converter takes part in writing what it reads.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -32,52 +30,29 @@ BLOCKS, WIDTH, FFN = 2, 48, 64
 TOWER_LAYERS, TOWER_WIDTH, SIDE, PATCH = 3, 32, 28, 14
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 LLAMA = {
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": WIDTH,
-    "initializer_range": 0.02,
-    "intermediate_size": FFN,
-    "max_position_embeddings": 512,
-    "num_attention_heads": 4,
-    "num_hidden_layers": BLOCKS,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.31.0",
-    "use_cache": True,
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": WIDTH, "initializer_range": 0.02,
+    "intermediate_size": FFN, "max_position_embeddings": 512, "num_attention_heads": 4, "num_hidden_layers": BLOCKS,
+    "num_key_value_heads": 4, "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0", "use_cache": True,
     "vocab_size": VOCABULARY,
-}
+}  # fmt: skip
 LLAVA = {
-    "architectures": ["LlavaLlamaForCausalLM"],
-    "freeze_mm_mlp_adapter": False,
-    "image_aspect_ratio": "pad",
-    "mm_hidden_size": TOWER_WIDTH,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_resampler_type": None,
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-    "tune_mm_mlp_adapter": False,
-    "use_mm_proj": True,
-}
+    "architectures": ["LlavaLlamaForCausalLM"], "freeze_mm_mlp_adapter": False, "image_aspect_ratio": "pad",
+    "mm_hidden_size": TOWER_WIDTH, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+    "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "tune_mm_mlp_adapter": False, "use_mm_proj": True,
+}  # fmt: skip
 VISION = {
-    "hidden_act": "quick_gelu",
-    "hidden_size": TOWER_WIDTH,
-    "image_size": SIDE,
-    "intermediate_size": 40,
-    "layer_norm_eps": 1e-05,
-    "num_attention_heads": 2,
-    "num_hidden_layers": TOWER_LAYERS,
-    "patch_size": PATCH,
+    "hidden_act": "quick_gelu", "hidden_size": TOWER_WIDTH, "image_size": SIDE, "intermediate_size": 40,
+    "layer_norm_eps": 1e-05, "num_attention_heads": 2, "num_hidden_layers": TOWER_LAYERS, "patch_size": PATCH,
     "projection_dim": 24,
-}
+}  # fmt: skip
+VIT_L_336 = {
+    "hidden_act": "quick_gelu", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+"""As openai/clip-vit-large-patch14-336."""
 
 
 def reference() -> LlavaForConditionalGeneration:
@@ -196,7 +171,7 @@ def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **ch
     return train_vocabulary(folder)
 
 
-def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
+def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False) -> Path:
     """As openai/clip-vit-large-patch14-336: a whole CLIP in one file, its text side included."""
     folder.mkdir(parents=True)
     whole = tower | {
@@ -211,11 +186,18 @@ def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False, **change
         torch.save(whole, folder / "pytorch_model.bin")
     else:
         save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-    vision = VISION | {"model_type": "clip_vision_model", "num_beams": 1, "torch_dtype": None} | changes
+    return clip_configuration(folder, VISION)
+
+
+def clip_configuration(folder: Path, vision: dict[str, Any]) -> Path:
+    """All of a CLIP folder but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = vision | {"model_type": "clip_vision_model", "num_beams": 1, "torch_dtype": None}
     write_json(folder / "config.json", {"model_type": "clip", "text_config": {}, "vision_config": vision})
     images = {
-        "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True, "image_mean": MEAN,
-        "image_std": STD, "resample": 3, "size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor",
+        "crop_size": vision["image_size"], "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "image_mean": MEAN, "image_std": STD, "resample": 3, "size": vision["image_size"],
+        "feature_extractor_type": "CLIPFeatureExtractor",
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", images)
     return folder

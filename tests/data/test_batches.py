@@ -107,22 +107,6 @@ def test_packed_rows_by_hand() -> None:
     assert all(torch.equal(batch[key], plain[key]) for key in ("input_ids", "attention_mask", "labels"))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_packed_rows_hold_every_record(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    pictures = [torch.full((1,), float(n)) for n in range(3)]
-    items = []
-    for which in torch.randint(0, 3, (9,), generator=generator).tolist():
-        ids = torch.randint(0, 2, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
-        items.append(TrainItem(ids, ids, pictures[which]))
-    batch = collate_packed(items, PAD)
-    for row, item in enumerate(items):
-        places = batch["places"][row, : len(item.input_ids)]
-        assert torch.equal(batch["packed_ids"].flatten()[places], item.input_ids)
-        assert batch["packed_positions"].flatten()[places].tolist() == list(range(len(item.input_ids)))
-        assert len({place // batch["packed_ids"].shape[1] for place in places.tolist()}) == 1
-
-
 def test_image_groups_keep_the_occurrences_of_a_record_apart() -> None:
     def record(name: str, image: str | None) -> TrainRecord:
         return TrainRecord(name, image, (Turn("q", "a"),))

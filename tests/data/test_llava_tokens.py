@@ -151,14 +151,6 @@ def test_prompts_are_llavas(name: str, has_image: bool, llava: Llava, tokenizer:
     assert encode_prompt(question, has_image, tokenizer, IMAGE_TOKENS) == llava.expand(ids, ids, llava.image_id)
 
 
-def test_what_surrounds_an_image(tokenizer: LlamaTokenizer) -> None:
-    """The tokens known from LLaVA-1.5's own prompts: ``▁`` before the image, ``▁`` and a line feed after it."""
-    tokens = tokenizer.convert_ids_to_tokens(encode_prompt("Why?", True, tokenizer, 2))
-    position = tokens.index(MARK)
-    assert tokens[position - 4 : position + 4] == ["▁", "USER", ":", "▁", MARK, MARK, "▁", "<0x0A>"]
-    assert tokens[0] == "<s>" and tokens.count("<s>") == 1
-
-
 def test_a_question_that_holds_the_separator_is_still_learned(llava: Llava, tokenizer: LlamaTokenizer) -> None:
     """LLaVA masks such a conversation as a whole; the documented difference."""
     turn = Turn("What does ASSISTANT: mean?", "it is two")

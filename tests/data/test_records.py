@@ -154,16 +154,10 @@ BAD_ROWS = [("train", name) for name in BAD_TRAIN] + [("questions", name) for na
 
 @pytest.mark.parametrize(("kind", "case"), BAD_ROWS)
 def test_a_bad_row_is_named_and_can_be_skipped(kind: str, case: str, root: Path) -> None:
-    good, (row, field), load, iterate = {
-        "train": (train_row(id="good"), BAD_TRAIN.get(case, (None, None)), load_train, iterate_train),
-        "questions": (
-            question_row(question_id=1),
-            BAD_QUESTIONS.get(case, (None, None)),
-            load_questions,
-            iterate_questions,
-        ),
-    }[kind]
-    path = write(root, [good, row])
+    train = kind == "train"
+    row, field = (BAD_TRAIN if train else BAD_QUESTIONS)[case]
+    path = write(root, [train_row(id="good") if train else question_row(question_id=1), row])
+    load, iterate = (load_train, iterate_train) if train else (load_questions, iterate_questions)
     with pytest.raises(ClmoeError) as caught:
         load(path, root)
     message = str(caught.value)

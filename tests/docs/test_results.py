@@ -1,18 +1,23 @@
-"""docs/results.md is what scripts/results.py makes of the kept run folders, and says what was not run."""
+"""docs/results.md is what scripts/results.py makes of the tables, and the tables take finished runs in."""
 
+import csv
 import json
-import shutil
+import statistics
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pandas as pd
 import pytest
+import yaml
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.logging import EventLog
-from tests.report.folders import make_run, row_of
 from tests.support import load_script
 
-ROOT = Path(__file__).resolve().parents[2]
+TASKS = ("a", "b", "c")
+STUDY = "playground-coin"
+BLOCKS = ("methods", "by_task", "by_locator", "clmoe", "llava_cmoe", "origins", "head_start")
 
 
 @pytest.fixture
@@ -20,64 +25,181 @@ def results() -> ModuleType:
     return load_script("results")
 
 
-def test_the_page_is_what_the_kept_runs_say(results: ModuleType) -> None:
-    assert results.PAGE.read_text(encoding="utf-8") == results.results_page(), "run `python scripts/results.py`"
+@pytest.fixture
+def empty(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script on tables without rows and a short template."""
+    for path in results.TABLES.glob("*.csv"):
+        (tmp_path / path.name).write_text(path.read_text().split("\n", 1)[0] + "\n")
+    (tmp_path / "paper.yaml").write_text((results.TABLES / "paper.yaml").read_text())
+    (tmp_path / "page.template.md").write_text(
+        "\n".join(["{claims}", *(f"{{{name}[{STUDY}]}}" for name in BLOCKS), ""])
+    )
+    for name, value in (("TABLES", tmp_path), ("PAGE", tmp_path / "page.md"), ("STUDIES", (STUDY,))):
+        monkeypatch.setattr(results, name, value)
+    return results
+
+
+def make_run(folder: Path, label: str, seed: int, last: float = 50.0, known: bool = False, **info: Any) -> Path:
+    """A run whose tasks score 80 when trained; `a` scores 70 after `b`; `a` and `b` score `last` at the end."""
+    run = folder / f"{label}-seed{seed}"
+    run.mkdir(parents=True)
+    matrix = f"after,a,b,c\na,80,,\nb,70,80,\nc,{last},{last},80\n"
+    (run / "matrix.csv").write_text(matrix)
+    if known:
+        (run / "immediate.csv").write_text("after,a,b,c\nimmediate,81,82,83\n")
+    facts = {
+        "label": label, "method": label, "seed": seed, "benchmark": STUDY, "order": TASKS, "scoring": "fixed",
+        "trainable_parameters": 90_624, "adapter_parameters": 120_000, "projector_trained": False,
+        "effective_scale": 2.0, "steps_per_task": 200, "limit": None,
+    }  # fmt: skip
+    (run / "run.json").write_text(json.dumps(facts | info))
+    EventLog(run / "events.jsonl").write("started", commit="abc", command=f"clmoe run x --output {run.resolve()}")
+    return run
+
+
+def build(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run the script on these arguments; returns the page."""
+    monkeypatch.setattr("sys.argv", ["results.py", *map(str, arguments)])
+    assert results.main() == 0
+    return str(results.PAGE.read_text())
+
+
+def line_of(page: str, start: str) -> list[str]:
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+    return line[2:-2].split(" | ")
+
+
+def test_the_page_is_what_the_tables_say(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["results.py", "--check"])
+    assert results.main() == 0, "run `python scripts/results.py`"
+    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    results.PAGE.write_text("26.39\n")
+    assert (results.main(), results.PAGE.read_text()) == (1, "26.39\n")
+
+
+def test_a_printed_mean_is_that_of_the_cells(results: ModuleType) -> None:
+    """Row `lora` of the first table, computed with nothing but the standard library."""
+    by_seed: dict[str, list[float]] = {}
+    for row in csv.DictReader((results.TABLES / f"{STUDY}.csv").open()):
+        if row["label"] == "lora" and row["after"] == "digits":
+            by_seed.setdefault(row["seed"], []).append(float(row["score"]))
+    ends = [statistics.mean(scores) for scores in by_seed.values()]
+    shown = f"{statistics.mean(ends):.2f} ± {statistics.stdev(ends):.2f}"
+    page = results.PAGE.read_text()
+    assert f"| lora | 3 | {shown} |" in page[page.index(f"All methods on {STUDY}") :]
+
+
+def test_the_tables_agree_with_each_other(results: ModuleType) -> None:
+    runs = results.read_table("runs")
+    assert not runs.duplicated(["study", "label", "seed"]).any()
+    for study in results.STUDIES:
+        cells = results.read_table(study)
+        assert not cells.duplicated(["label", "seed", "after", "task", "locator"]).any()
+        of_study = runs[runs.study == study]
+        assert set(zip(cells.label, cells.seed, strict=True)) == set(zip(of_study.label, of_study.seed, strict=True))
+        right = cells.score * cells.questions / 100
+        assert (abs(right - right.round()) < 1e-6).all(), "a score is a share of whole questions"
+        located = results.read_table("located").query("study == @study")
+        assert (located.groupby(["label", "seed", "locator", "task"])["count"].sum() == 300).all()
+    growth = results.read_table("growth")
+    last = growth.groupby(["study", "label", "seed"]).trainable.last()
+    said = runs.set_index(["study", "label", "seed"]).trainable_parameters
+    assert (last == said[last.index]).all()
 
 
 def test_every_label_of_the_papers_file_is_a_row_of_a_grid(results: ModuleType) -> None:
-    import yaml
-
-    paper = yaml.safe_load(results.PAPER.read_text(encoding="utf-8"))
-    rows = {row.label for grid in results.read_grids(results.default_file()).values() for row in grid.rows}
+    paper, grids = (yaml.safe_load(path.read_text()) for path in (results.TABLES / "paper.yaml", results.GRIDS))
+    sections = [labels for grid in grids["grids"].values() for labels in grid["sections"].values()]
+    rows = {label for labels in sections for label in labels}
     assert set(paper["figures"]) <= rows
     assert {label for claim in paper["claims"] for label in (claim["better"], *claim["than"])} <= rows
 
 
-def test_what_had_learned_before_the_first_task_is_said(
-    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "RUNS", tmp_path)
-    for label, stored in (("lora", 90_624), ("llava_cmoe", 552_448)):
-        run = make_run(tmp_path / "playground-coin", label, 0, adapter_parameters=943_488)
-        trained = "90624" if label == "lora" else "65024"
-        (run / "parameters.csv").write_text(f"task,trainable,stored\ncolour_letter,{trained},{stored}\n")
-        run.rename(run.with_name(f"{label}-seed0"))
-    found = results.measured("playground-coin")
-    # stored after the first task and not trained in it: 552,448 - 65,024
-    assert "a start that no other method here has: 487,424 parameters" in results.head_start(found)
-    row = row_of(results.summary_rows(found, ["lora", "llava_cmoe"], {"figures": {}}), "llava_cmoe")
-    assert row["in the adapter at the end"] == "943,488"
-    assert results.head_start(results.Measured("playground-cl4vqa", {})) == ""
-
-
-def test_complete_runs_are_kept_with_their_origin(
-    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "RUNS", tmp_path / "kept")
+def test_added_runs_are_compared(empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     for seed in (0, 1, 2):
         for label, last in (("clmoe", 50.0 + seed), ("lora", 20.0), ("clmoe_rmoe_off", 51.0)):
-            run = make_run(out, label, seed, last, steps_per_task=200)
-            folder = run.rename(out / f"{label}-seed{seed}")
-            command = f"clmoe train --output {folder.resolve()}/01_a"
-            EventLog(folder / "events.jsonl").write("started", commit="abc", command=command)
-    shutil.copytree(out / "lora-seed0", out / "moelora-seed0")
-    matrix = out / "moelora-seed0" / "matrix.csv"
-    matrix.write_text("\n".join(matrix.read_text().splitlines()[:-1]) + "\n")  # not at its end yet
+            make_run(out, label, seed, last)
+    make_run(out, "ewc", 0, 20.0)
+    page = build(empty, monkeypatch, "--add", *out.iterdir())
+    # (2 (50 + s) + 80) / 3 - 40 for s = 0, 1, 2: 20, 20.67, 21.33; times t_2(0.975) = 4.303: 4.303 * 0.667 / sqrt 3
+    assert "| CL-MoE ends higher (AP) than lora | holds, +20.7 (+19.0 to +22.3) |" in page
+    assert "ends higher than clmoe_rmoe_off | no difference shown, +0.0 (-1.7 to +1.7) |" in page
+    assert "| CL-MoE ends higher (AP) than ewc | not verified (1 seed), +20.0 |" in page
+    assert "| CL-MoE ends higher (AP) than mas | not run |" in page
+    # per task the best score before the end minus the last: 80 - 20 for a and b; 80 - (50 + s)
+    assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (+28.5 to +33.5) |" in page
+    assert f"- {STUDY}: 38 comparisons: holds 2, no difference shown 1, not verified 2, not run 33." in page
+    assert line_of(page, "lora | Last")[2:] == [
+        "20.00 ± 0.00",
+        "20.00 ± 0.00",
+        "80.00 ± 0.00",
+        "40.00 ± 0.00",
+        "-40.00 ± 0.00",
+    ]
+    assert line_of(page, "lora | 0 1 2")[3:] == ["abc", "`clmoe run x --output RUN`"]
+    assert "Not run on playground-coin: clmoe_mmoe_off, clmoe_both_off, clmoe_beta0," in page
+    assert "<svg" in (empty.TABLES / f"{STUDY}.svg").read_text()
 
-    assert results.collect(out) == 9
-    kept = tmp_path / "kept" / "playground-coin" / "clmoe-seed0"
-    origin = json.loads((kept / "provenance.json").read_text())
-    assert (origin["commits"], origin["command"], len(origin["dates"])) == (["abc"], "clmoe train --output RUN/01_a", 1)
-    page = results.results_page()
-    # (2 (50 + s) + 80) / 3 - 40 for s = 0, 1, 2: 20, 20.67, 21.33
-    assert "| CL-MoE ends higher (AP) than lora | holds, +20.7 (+19.0 to +22.3) | not run |" in page
-    assert "ends higher than clmoe_rmoe_off | no difference shown, +0.0 (-1.7 to +1.7) | not run |" in page
-    assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (" in page
-    assert "not run: zero_shot, multitask, separate, moelora, ewc" in page
-    assert f"| lora | 0 1 2 | {origin['dates'][0]} | abc | `clmoe train --output RUN/01_a` |" in page
-    assert "- playground-coin: " in page
 
-    make_run(out, "short", 0, steps_per_task=20).rename(out / "short-seed0")
-    with pytest.raises(ClmoeError, match=r"short-seed0: 20 steps per task; the page compares runs of 200"):
-        results.collect(out)
+def test_an_added_run_replaces_its_older_rows(
+    empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(
+        empty,
+        monkeypatch,
+        "--add",
+        make_run(tmp_path / "x", "lora", 0, 20.0),
+        make_run(tmp_path / "x", "lora", 1, 20.0),
+    )
+    before = {path.name: path.read_text() for path in empty.TABLES.glob("*.csv")}
+    build(empty, monkeypatch, "--add", make_run(tmp_path / "y", "lora", 0, 20.0))
+    assert {path.name: path.read_text() for path in empty.TABLES.glob("*.csv")} == before
+    build(empty, monkeypatch, "--add", make_run(tmp_path / "z", "lora", 1, 26.0))
+    cells = empty.read_table(STUDY).set_index(["seed", "after", "task"]).score
+    assert (len(cells), cells[0, "c", "a"], cells[1, "c", "a"]) == (12, 20.0, 26.0)
+
+
+def test_locator_and_growth_are_kept(empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "out", "llava_cmoe", 0, known=True, locator="vae")
+    (run / "locator.csv").write_text(
+        "after,decider,task,located,count\na,vae,a,a,4\nc,vae,a,a,3\nc,vae,a,b,1\nc,vae,b,c,4\nc,vae,c,c,4\n"
+        "c,nearest_mean,a,a,4\nc,nearest_mean,b,b,4\nc,nearest_mean,c,c,4\n"
+    )  # fmt: skip
+    (run / "parameters.csv").write_text("task,trainable,stored\na,100,400\nb,150,550\nc,110,660\n")
+    blocks = [("b", (1, 0)), ("c", (2, 1))]
+    expansion = [{"task": t, "blocks": {str(i): {"added": n} for i, n in enumerate(added)}} for t, added in blocks]
+    (run / "expansion.json").write_text(json.dumps(expansion))
+    page = build(empty, monkeypatch, "--add", run)
+    assert line_of(page, "llava_cmoe | vae") == ["llava_cmoe", "vae", "1", "75.00", "0.00", "100.00", "58.33"]
+    assert line_of(page, "llava_cmoe | nearest_mean")[3:] == ["100.00"] * 4
+    # known 81, 82, 83; at the end 50, 50, 80
+    assert line_of(page, "llava_cmoe | Immediate")[2:] == ["81.00", "82.00", "83.00", "82.00", ""]
+    assert line_of(page, "llava_cmoe | Last")[-1] == "-22.00"
+    header = next(line for line in page.splitlines() if line.startswith("| method | seeds |"))[2:-2].split(" | ")
+    row = dict(zip(header, line_of(page, "llava_cmoe | 1"), strict=True))
+    assert (row["task found (%)"], row["blocks extended (%)"], row["experts added"]) == ("58.33", "75.00", "4.00")
+    assert (row["trained per task, mean"], row["bwt_known"]) == ("120", "-22.00")
+    assert page.endswith("\n300\n"), "stored after the first task, and not trained in it"
+    assert list(empty.read_table("growth").added) == [pd.NA, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("info", "matrix", "message"),
+    [
+        ({"steps_per_task": 20}, None, r"run\.json: steps_per_task is 20"),
+        ({"benchmark": "coin"}, None, r"run\.json: benchmark 'coin'"),
+        ({}, "after,a,b,c\na,80,,\n", r"matrix\.csv: the last task"),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_refused(
+    empty: ModuleType, tmp_path: Path, info: dict[str, Any], matrix: str | None, message: str
+) -> None:
+    empty.add(make_run(tmp_path / "x", "lora", 0))
+    run = make_run(tmp_path / "y", "lora", 1, **info)
+    if matrix:
+        (run / "matrix.csv").write_text(matrix)
+    before = {path.name: path.read_text() for path in empty.TABLES.glob("*.csv")}
+    with pytest.raises(ClmoeError, match=message):
+        empty.add(run)
+    assert {path.name: path.read_text() for path in empty.TABLES.glob("*.csv")} == before

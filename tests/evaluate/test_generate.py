@@ -1,4 +1,4 @@
-"""Batched greedy answers: the same as one by one, none lost, margins true, stops at the end token."""
+"""Batched greedy answers: the same as one by one, with and without shared prefixes; none lost, margins true."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,29 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-from clmoe.evaluate.evaluation import Checkpoint
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.inputs import SharedPrompts, prompt_dataset, prompt_inputs, read_prompts
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
-from clmoe.data.batches import PromptDataset
+from clmoe.data.batches import PromptDataset, PromptItem, collate_prompts
 from clmoe.data.records import Question, load_questions
+from clmoe.evaluate import generate
 from clmoe.evaluate.generate import Answer, Answerer, open_answerer
 from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import routing
 from clmoe.methods import method_class
-from clmoe.report.figures import locator
+from clmoe.report.plots import locator
 from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches, tiny_config
 
-Ask = Callable[..., list[Answer]]
+METHODS = ("lora", "clmoe", "llava_cmoe")
+SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20")}
+FIVE = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
+Asked = tuple[list[Question], Path]
 
 
 @pytest.fixture
-def questions(mini_yaml: Path) -> tuple[list[Question], Path]:
-    """Of two tasks, so prompts have different lengths; some have no image."""
+def mixed(mini_yaml: Path) -> Asked:
+    """Of two tasks, so that prompts have different lengths; some have no image."""
     root = mini_yaml.parent
     mixed = []
     for task in TASKS[:2]:
@@ -40,47 +44,100 @@ def questions(mini_yaml: Path) -> tuple[list[Question], Path]:
 
 
 @pytest.fixture
-def ask(runs: Runs, tiny_base: LoadedBase, questions: tuple[list[Question], Path]) -> Ask:
-    """Ask a CL-MoE checkpoint of two tasks, whose router depends on the sample."""
-    done = read_checkpoint(runs.chain("clmoe")[1])
-    checkpoint = Checkpoint(done.folder, done.identity, TASKS[1], done.lineage.tasks, done.config, done.lineage.base)
-    answerer = open_answerer(checkpoint, tiny_base)
-
-    def run(rows: slice = slice(None), **settings: object) -> list[Answer]:
-        answerer.config = dataclasses.replace(EvaluationConfig(), **settings)  # type: ignore[arg-type]
-        return answerer.answer(questions[0][rows], questions[1], 4)
-
-    run.answerer = answerer  # type: ignore[attr-defined]
-    return run
+def shared(mini_yaml: Path) -> Asked:
+    """Four images with five questions each, scattered; one with a single question; three questions without image."""
+    folder = mini_yaml.parent / "colour"
+    rows = load_questions(folder / "test.json", folder / "images")
+    asked = [dataclasses.replace(rows[k], text=text, question_id=f"{k}-{text}") for text in FIVE for k in range(4)]
+    asked += [rows[5], *(Question(f"text-{text}", None, text, "", {}) for text in FIVE[:3])]
+    return asked, folder / "images"
 
 
-def test_batched_answers_are_those_given_one_by_one(ask: Ask, questions: tuple[list[Question], Path]) -> None:
-    alone = [ask(slice(i, i + 1), batch_size=1)[0] for i in range(len(questions[0]))]
+def opened(runs: Runs, base: LoadedBase, method: str) -> Answerer:
+    """After two tasks."""
+    done = read_checkpoint(runs.chain(method, *SETTINGS.get(method, ()))[1])
+    return open_answerer(done.config, done, base)
+
+
+@pytest.fixture(params=METHODS)
+def answerer(request: pytest.FixtureRequest, runs: Runs, tiny_base: LoadedBase) -> Answerer:
+    return opened(runs, tiny_base, request.param)
+
+
+@pytest.fixture
+def locating(runs: Runs, tiny_base: LoadedBase) -> Answerer:
+    """CL-MoE, whose router depends on the sample."""
+    return opened(runs, tiny_base, "clmoe")
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that is read to generate from."""
+    seen: list[Any] = []
+    real = generate.prefill
+    monkeypatch.setattr(
+        generate, "prefill", lambda model, prompts, *rest: seen.append(prompts) or real(model, prompts, *rest)
+    )
+    return seen
+
+
+def ask(answerer: Answerer, asked: Asked, router: Any = "located", **settings: Any) -> list[Answer]:
+    answerer.config = dataclasses.replace(EvaluationConfig(), **settings)
+    return answerer.answer(*asked, 4, router)
+
+
+def drawn(answerer: Answerer) -> str:
+    """A router that sends questions to different tasks."""
+    return "random" if answerer.method.finds_task else "located"
+
+
+def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
+    alone = ask(answerer, shared, drawn(answerer), batch_size=1)
+    assert not any(isinstance(batch, SharedPrompts) for batch in batches)
+    for size, share in ((7, True), (64, True), (7, False)):
+        batches.clear()
+        together = ask(answerer, shared, drawn(answerer), batch_size=size, share_images=share)
+        assert any(isinstance(batch, SharedPrompts) for batch in batches) == share
+        assert [(a.text, a.task) for a in together] == [(a.text, a.task) for a in alone]
+        for a, b in zip(together, alone, strict=True):
+            assert a.margin == pytest.approx(b.margin, abs=1e-4)
+    assert len({a.text for a in alone}) > 2, "all answers are equal: the order of answers would not be tested"
+    if answerer.method.finds_task:
+        assert {a.task for a in alone} == {0, 1}
+
+
+def test_located_answers_are_those_given_one_by_one(locating: Answerer, mixed: Asked) -> None:
+    questions, root = mixed
+    alone = [ask(locating, ([question], root), batch_size=1)[0] for question in questions]
     for size in (1, 5, 64):
-        together = ask(batch_size=size)
-        assert [a.text for a in together] == [a.text for a in alone], size
-        assert [a.task for a in together] == [a.task for a in alone], size
+        together = ask(locating, mixed, batch_size=size)
+        assert [(a.text, a.task) for a in together] == [(a.text, a.task) for a in alone], size
         for a, b in zip(together, alone, strict=True):
             assert a.margin == pytest.approx(b.margin, abs=1e-3)
-    assert len({a.text for a in alone}) > 2, "all answers are equal: the order of answers would not be tested"
+    assert len({a.text for a in alone}) > 2
+    assert [a.task for a in alone] == [TASKS.index(q.question_id.split("-")[0]) for q in questions]
 
 
-def test_every_question_gets_its_answer_in_order(ask: Ask, questions: tuple[list[Question], Path]) -> None:
-    advanced: list[int] = []
-    answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
-    answerer.config = EvaluationConfig(batch_size=5)
-    twice = [*questions[0], *questions[0][:3]]
-    answers = answerer.answer(twice, questions[1], 4, advance=advanced.append)
-    assert len(answers) == len(twice)
-    assert advanced == [5, 5, 5, 5, 5, 2]
+def test_every_question_gets_its_answer_in_order(locating: Answerer, mixed: Asked) -> None:
+    """Also where a question comes twice; what is known already is not computed."""
+    finished: list[list[tuple[str, Answer]]] = []
+    locating.config = EvaluationConfig(batch_size=5)
+    twice = [*mixed[0], *mixed[0][:3]]
+    answers = locating.answer(twice, mixed[1], 4, finish=finished.append)
+    assert [len(batch) for batch in finished] == [5, 5, 5, 5, 5, 2]
     assert [a.text for a in answers[:3]] == [a.text for a in answers[-3:]]
-    tasks = [a.task for a in answers[: len(questions[0])]]
-    assert tasks == [TASKS.index(q.question_id.split("-")[0]) for q in questions[0]]
+    by_id = {name: answer for batch in finished for name, answer in batch}
+    assert answers == [by_id[question.question_id] for question in twice]
+    lacking = {name: answer for batch in finished[1:] for name, answer in batch}
+    again: list[list[tuple[str, Answer]]] = []
+    assert locating.answer(mixed[0], mixed[1], 4, known=by_id, finish=again.append) == answers[:-3]
+    assert again == []
+    assert locating.answer(twice, mixed[1], 4, known=lacking, finish=again.append) == answers
+    assert again == finished[:1]
 
 
-def test_images_are_read_one_batch_at_a_time(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_one_batch_at_a_time(locating: Answerer, mixed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images of a test set together may not fit into memory; once for the features, once for the answers."""
-    answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
     read: list[int] = []
     pending: list[int] = []
     get = PromptDataset.__getitem__
@@ -95,34 +152,79 @@ def test_images_are_read_one_batch_at_a_time(ask: Ask, monkeypatch: pytest.Monke
         return call
 
     monkeypatch.setattr(locator, "last_prompt_features", counted(locator.last_prompt_features))
-    monkeypatch.setattr(answerer, "generate", counted(answerer.generate))
-    ask(batch_size=5, exact=False)
+    monkeypatch.setattr(locating, "generate", counted(locating.generate))
+    ask(locating, mixed, batch_size=5, exact=False)
     assert read == 2 * [5, 5, 5, 5, 4]
 
 
-def test_close_calls_are_answered_again_alone(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    margins = [a.margin for a in ask(exact=False)]
-    assert not any(a.redone for a in ask(exact=False))
+def test_close_calls_are_answered_again_alone(locating: Answerer, mixed: Asked, batches: list[Any]) -> None:
+    first = ask(locating, mixed, exact=False)
+    assert not any(a.redone for a in first)
+    margins = [a.margin for a in first]
     threshold = sorted(margins)[len(margins) // 2]
-    sizes: list[int] = []
-    answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
-    real = answerer.generate
-    monkeypatch.setattr(answerer, "generate", lambda b, *rest: sizes.append(len(b)) or real(b, *rest))
-    redone = [a.redone for a in ask(exact=True, margin=threshold)]
+    batches.clear()
+    redone = [a.redone for a in ask(locating, mixed, exact=True, margin=threshold)]
     assert redone == [margin < threshold for margin in margins]
-    assert sizes == [len(margins), *[1] * sum(redone)]
+    assert [len(batch["input_ids"]) for batch in batches] == [len(margins), *[1] * sum(redone)]
 
 
-def test_margin_is_the_smallest_gap_of_the_greedy_path(
-    ask: Ask, questions: tuple[list[Question], Path], tiny_base: LoadedBase
-) -> None:
-    """Oracle: one question at a time, token by token, whole forward passes without a cache."""
-    answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
-    given = ask(slice(0, 6), exact=False)
+def test_an_image_of_a_redone_row_is_read_alone(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
+    """The computation for a lone question decides a close call."""
+    answers = ask(answerer, shared, drawn(answerer), margin=1e9)
+    assert all(a.redone for a in answers)
+    first, *lone = batches
+    assert isinstance(first, SharedPrompts)
+    assert [len(batch["input_ids"]) for batch in lone] == [1] * 24
+
+
+def test_a_prefix_is_shared_within_image_and_router(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
+    answers = ask(answerer, shared, drawn(answerer), exact=False)
+    (batch,) = batches
+    pairs = {(q.image, a.task) for q, a in zip(shared[0], answers, strict=True)}
+    assert len(batch.first) == len(pairs)
+    images = len(batch.prefixes["pixel_values"])
+    assert images == len({pair for pair in pairs if pair[0] is not None})
+    assert 5 <= images < 21
+
+
+def test_prompts_of_equal_pixels_in_other_tensors_are_not_taken_for_one_image(tiny_base: LoadedBase) -> None:
+    """Identity is the tensor's: what it holds is never compared."""
+    picture, image = torch.zeros(3, 28, 28), tiny_base.tokenizer.image_token_id
+    ids = [torch.tensor([1, image, image, image, image, 5, k]) for k in range(4)]
+    same = prompt_inputs(tiny_base, [PromptItem(row, picture) for row in ids], [()] * 4)
+    other = prompt_inputs(tiny_base, [PromptItem(row, picture.clone()) for row in ids], [()] * 4)
+    assert isinstance(same, SharedPrompts)
+    assert isinstance(other, dict)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_is_transformers_own(answerer: Answerer, shared: Asked, attention: str) -> None:
+    """Oracle: ``generate`` of one prompt at a time. What is watched are the beginnings of the texts."""
     llava = adapted_base(answerer.model)  # type: ignore[arg-type]
-    dataset = prompt_dataset(tiny_base, questions[0][:6], questions[1])
-    for answer, inputs in zip(given, prompt_batches(tiny_base, dataset, 1), strict=True):
-        selection = answerer.method.selection(answerer.model, torch.tensor([answer.task]))  # type: ignore[arg-type]
+    llava.set_attn_implementation(attention)
+    base, tokenizer = answerer.base, answerer.base.tokenizer
+    items = read_prompts(prompt_dataset(base, shared[0][:10], shared[1]), range(10))
+    routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.finds_task else [None] * 10
+    seen: list[list[str]] = []
+    texts, _ = answerer.generate(items, answerer.selection(routes), 4, seen.append)
+    assert len(seen) == 3
+    plan = GenerationConfig(
+        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    for row, item in enumerate(items):
+        with torch.no_grad(), routing(answerer.selection([routes[row]])):
+            said = llava.generate(**collate_prompts([item], tokenizer.pad_token_id), generation_config=plan)
+        assert texts[row] == tokenizer.decode(said[0, len(item.input_ids) :], skip_special_tokens=True)
+        assert all(texts[row].startswith(so_far[row]) for so_far in seen)
+
+
+def test_margin_is_the_smallest_gap_of_the_greedy_path(locating: Answerer, mixed: Asked, tiny_base: LoadedBase) -> None:
+    """Oracle: one question at a time, token by token, whole forward passes without a cache."""
+    asked = (mixed[0][:6], mixed[1])
+    given = ask(locating, asked, exact=False)
+    llava = adapted_base(locating.model)  # type: ignore[arg-type]
+    for answer, inputs in zip(given, prompt_batches(tiny_base, prompt_dataset(tiny_base, *asked), 1), strict=True):
+        selection = locating.method.selection(locating.model, torch.tensor([answer.task]))  # type: ignore[arg-type]
         ids, gap, tokens = inputs["input_ids"], float("inf"), []
         for _ in range(4):
             with torch.no_grad(), routing(selection):
@@ -173,9 +275,20 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     assert head.step == 3, "20 tokens were allowed, all rows had ended after 3"
 
 
-def test_the_longest_answer_is_limited(ask: Ask, questions: tuple[list[Question], Path]) -> None:
-    answerer: Answerer = ask.answerer  # type: ignore[attr-defined]
-    answerer.config = EvaluationConfig()
-    tokenizer = answerer.base.tokenizer
-    for answer in answerer.answer(questions[0][:4], questions[1], 1):
-        assert len(tokenizer(answer.text, add_special_tokens=False).input_ids) <= 1
+@pytest.mark.parametrize("method", ["clmoe", "llava_cmoe"])
+def test_many_questions_are_scored_in_pieces(
+    method: str, runs: Runs, tiny_base: LoadedBase, shared: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = opened(runs, tiny_base, method)
+    whole = answerer.task_scores(*shared)
+    seen: list[int] = []
+    real = type(answerer.method).task_scores
+    monkeypatch.setattr(
+        type(answerer.method), "task_scores", lambda self, c, some: seen.append(len(some)) or real(self, c, some)
+    )
+    monkeypatch.setattr(generate, "SCORED_AT_ONCE", 10)
+    pieces = answerer.task_scores(*shared)
+    assert seen == [10, 10, 4]
+    assert list(pieces) == list(whole)
+    for name, scores in whole.items():
+        torch.testing.assert_close(pieces[name], scores, rtol=1e-6, atol=1e-5)

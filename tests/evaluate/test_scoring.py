@@ -1,11 +1,10 @@
-"""Scoring rules against golden cases worked out by hand; official mode against CoIN's documented faults."""
+"""Scoring rules against golden cases worked out by hand; official mode against the published scripts' known faults."""
 
 from fractions import Fraction
 from random import Random
 from typing import Any
 
 import pytest
-from clmoe.evaluate.scoring import CORPUS_SCORERS, find_scorer
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
@@ -22,6 +21,8 @@ from clmoe.evaluate.rules.scoring import (
     score_file,
 )
 
+GOLD = "[0.12, 0.30, 0.50, 0.94]"
+
 
 def question(answer: str = "", **extra: Any) -> Question:
     return Question(question_id="7", image=None, text="?", answer=answer, extra=extra)
@@ -32,70 +33,86 @@ def both(scorer: str, prediction: str, gold: Question) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold", "official", "fixed"),
+    ("scorer", "prediction", "gold", "official", "fixed"),
     [
-        ("mug", "mug", 1, 1),
-        ("MUG", "Mug", 1, 1),
-        ("  MUG \n", "Mug", 0, 1),
-        ("mug", "mug ", 0, 1),
-        ("Mug.", "mug", 0, 1),
-        ("Left.", "left", 0, 1),
-        ("mug", "mug.", 0, 1),
-        ("a mug", "mug", 0, 0),
-        ("cat", "catamaran", 0, 0),
-        ("", "catamaran", 0, 0),
-        ("", ".", 0, 0),
-        ("3.5", "35", 0, 0),
-        (".5", "5", 0, 0),
+        ("short_answer", "mug", "mug", 1, 1),
+        ("short_answer", "MUG", "Mug", 1, 1),
+        ("short_answer", "  MUG \n", "Mug", 0, 1),
+        ("short_answer", "mug", "mug ", 0, 1),
+        ("short_answer", "Mug.", "mug", 0, 1),
+        ("short_answer", "Left.", "left", 0, 1),
+        ("short_answer", "mug", "mug.", 0, 1),
+        ("short_answer", "a mug", "mug", 0, 0),
+        ("short_answer", "cat", "catamaran", 0, 0),
+        ("short_answer", "", "catamaran", 0, 0),
+        ("short_answer", "", ".", 0, 0),
+        ("short_answer", "3.5", "35", 0, 0),
+        ("short_answer", ".5", "5", 0, 0),
+        ("option_letter", "B", "B", 1, 1),
+        ("option_letter", "b", "B", 1, 1),
+        ("option_letter", "B.", "B", 1, 1),
+        ("option_letter", "(B)", "B", 1, 1),
+        ("option_letter", " B\n", "B", 1, 1),
+        ("option_letter", "B. steam", "B", 1, 1),
+        ("option_letter", "B: steam", "B", 1, 1),
+        ("option_letter", "B) steam", "B", 1, 1),
+        ("option_letter", "(b) steam", "B", 1, 1),
+        ("option_letter", "The answer is B.", "B", 1, 1),
+        ("option_letter", "The answer is (B) steam", "B", 1, 1),
+        ("option_letter", "The answer is B because steam is a gas", "B", 1, 1),
+        ("option_letter", "Answer: B", "B", 1, 1),
+        ("option_letter", "The correct option is B", "B", 1, 1),
+        ("option_letter", "A dog", "A", 1, 0),  # the stray article
+        ("option_letter", "It is a dog", "A", 1, 0),
+        ("option_letter", "A dog", "B", 0, 0),
+        ("option_letter", "The answer is a dog.", "A", 1, 0),
+        ("option_letter", "The answer is A dog", "A", 1, 0),
+        ("option_letter", "The answer is A.", "A", 1, 1),
+        ("option_letter", "It's option B.", "B", 0, 1),  # official reads the s of "It's"
+        ("option_letter", "A. a bee", "A", 1, 1),
+        ("option_letter", "steam", "B", 0, 0),
+        ("option_letter", "", "A", 0, 0),
+        ("option_letter", "AB", "A", 0, 0),
+        ("option_letter", "Apple", "A", 0, 0),
+        ("option_letter", "C", "B", 0, 0),
+        ("option_letter", "F", "F", 0, 1),  # official knows A to E only
+        ("class_name", "", "Goldfish", 1, 0),
+        ("class_name", "cat", "catamaran", 1, 0),
+        ("class_name", "a large catamaran", "catamaran", 1, 0),
+        ("class_name", "goldfish.", "Goldfish", 0, 1),  # case-sensitive
+        ("class_name", "Goldfish", "Goldfish", 1, 1),
+        ("gqa", "Left.", "left", 1, 1),
+        ("gqa", "left!", "left", 0, 0),
+        ("gqa", "left", "Left", 0, 1),
+        ("ocr_vqa", "Unanswerable", "unanswerable", 0, 1),
+        ("ocr_vqa", "Jane AUSTEN", "jane austen", 1, 1),
+        ("ocr_vqa", "Jane Austen.", "Jane Austen", 0, 1),
+        ("vqa", "Yes", "yes", 1, 1),
+        ("vqa", "Yes.", "yes", 0, 1),
+        ("contains_words", "none", "no", 1, 0),
+        ("contains_words", "it is not", "no", 1, 0),
+        ("contains_words", "not visible", "no", 0, 0),
+        ("contains_words", "No, it is dark", "no", 1, 1),
+        ("contains_words", "Unanswerable, no", "no", 0, 1),
+        ("contains_words", "a dense forest.", "dense forest", 1, 1),
+        ("contains_words", "no.", "No.", 1, 1),
+        ("contains_words", "it is B.", "B", 1, 1),
+        ("contains_words", "casino", "no", 1, 0),
+        ("contains_words", "casino bar", "no", 1, 0),
+        ("contains_words", "the casino.", "no", 1, 0),
+        ("contains_words", "the casino, closed", "no", 1, 0),
+        ("contains_words", "two casinos", "no", 0, 0),
+        ("contains_answer", "unknown", "no", 1, 0),
+        ("contains_answer", "in the liver", "Liver", 1, 1),
+        ("stock", "B. rising", "B", 0, 1),  # "brising"
+        ("stock", "B.", "B", 1, 1),
+        ("stock", " b ", "B", 1, 1),
+        ("stock", "Yes.", "Yes", 1, 1),
+        ("stock", "A rise", "A", 0, 0),
     ],
 )
-def test_short_answer(prediction: str, gold: str, official: int, fixed: int) -> None:
-    assert both("short_answer", prediction, question(gold)) == (official, fixed)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "gold", "official", "fixed"),
-    [
-        ("B", "B", 1, 1),
-        ("b", "B", 1, 1),
-        ("B.", "B", 1, 1),
-        ("(B)", "B", 1, 1),
-        (" B\n", "B", 1, 1),
-        ("B. steam", "B", 1, 1),
-        ("B: steam", "B", 1, 1),
-        ("B) steam", "B", 1, 1),
-        ("(b) steam", "B", 1, 1),
-        ("The answer is B.", "B", 1, 1),
-        ("The answer is (B) steam", "B", 1, 1),
-        ("The answer is B because steam is a gas", "B", 1, 1),
-        ("Answer: B", "B", 1, 1),
-        ("The correct option is B", "B", 1, 1),
-        ("A dog", "A", 1, 0),  # the stray article
-        ("It is a dog", "A", 1, 0),
-        ("A dog", "B", 0, 0),
-        ("The answer is a dog.", "A", 1, 0),
-        ("The answer is A dog", "A", 1, 0),
-        ("The answer is A.", "A", 1, 1),
-        ("It's option B.", "B", 0, 1),  # official reads the s of "It's"
-        ("A. a bee", "A", 1, 1),
-        ("steam", "B", 0, 0),
-        ("", "A", 0, 0),
-        ("AB", "A", 0, 0),
-        ("Apple", "A", 0, 0),
-        ("C", "B", 0, 0),
-        ("F", "F", 0, 1),  # official knows A to E only
-    ],
-)
-def test_option_letter(prediction: str, gold: str, official: int, fixed: int) -> None:
-    assert both("option_letter", prediction, question(gold)) == (official, fixed)
-
-
-def test_option_letter_refuses_a_gold_answer_that_is_no_letter() -> None:
-    with pytest.raises(ClmoeError, match=r"question 7: field 'answer' is 'steam'"):
-        score("option_letter", "A", question("steam"))
-
-
-GOLD = "[0.12, 0.30, 0.50, 0.94]"
+def test_rules_for_whole_answers(scorer: str, prediction: str, gold: str, official: int, fixed: int) -> None:
+    assert both(scorer, prediction, question(gold)) == (official, fixed)
 
 
 @pytest.mark.parametrize(
@@ -160,17 +177,33 @@ def test_iou_counts_the_cells_that_two_boxes_share() -> None:
     assert Fraction(0) in seen and Fraction(1, 2) in seen and len(seen) > 50
 
 
-@pytest.mark.parametrize("gold", [{}, {"answer_bbox": "[0.1, 0.2]"}, {"answer_bbox": [0.5, 0.2, 0.1, 0.4]}])
-def test_iou_refuses_a_malformed_gold_box(gold: dict[str, Any]) -> None:
-    with pytest.raises(ClmoeError, match=r"question 7: field 'answer_bbox'"):
-        score("iou", GOLD, question(**gold))
+@pytest.mark.parametrize(
+    ("scorer", "gold", "field"),
+    [
+        ("option_letter", question("steam"), "answer"),
+        ("iou", question(), "answer_bbox"),
+        ("iou", question(answer_bbox="[0.1, 0.2]"), "answer_bbox"),
+        ("iou", question(answer_bbox=[0.5, 0.2, 0.1, 0.4]), "answer_bbox"),
+        ("vqa", question("2", answers=["2"] * 9), "answers"),
+        ("textvqa", question("2", answers=["2"] * 9), "answers"),
+    ],
+)
+def test_a_gold_answer_that_does_not_fit_its_rule_names_question_and_field(
+    scorer: str, gold: Question, field: str
+) -> None:
+    with pytest.raises(ClmoeError, match=f"question 7: field '{field}'"):
+        score(scorer, "2", gold)
 
 
-def test_unknown_scorer_and_mode_name_the_way_out() -> None:
-    with pytest.raises(ClmoeError, match="did you mean 'short_answer'"):
-        score("shortanswer", "a", question("a"))
-    with pytest.raises(ClmoeError, match="fixed, official"):
-        score("iou", "a", question("a"), "offical")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("scorer", "mode", "named"),
+    [("shortanswer", "fixed", "'short_answer'"), ("caption", "fixed", "'captions'"), ("iou", "offical", "'official'")],
+)
+def test_an_unknown_scorer_or_mode_names_the_nearest(scorer: str, mode: Any, named: str) -> None:
+    with pytest.raises(ClmoeError, match=f"mean {named}"):
+        check_scorer(scorer, mode)
+    with pytest.raises(ClmoeError, match="captions"):
+        score("captions", "a mug", question(captions=["A mug."]))
 
 
 def test_every_scorer_returns_zero_or_one_for_nonsense() -> None:
@@ -188,48 +221,6 @@ def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(sc
     assert score(scorer, "mug", question("mug", **extra)) == 1.0
     with pytest.raises(ClmoeError, match="question 7: "):
         score(scorer, "mug", question(""))
-
-
-@pytest.mark.parametrize(
-    ("scorer", "prediction", "gold", "official", "fixed"),
-    [
-        ("class_name", "", "Goldfish", 1, 0),
-        ("class_name", "cat", "catamaran", 1, 0),
-        ("class_name", "a large catamaran", "catamaran", 1, 0),
-        ("class_name", "goldfish.", "Goldfish", 0, 1),  # case-sensitive
-        ("class_name", "Goldfish", "Goldfish", 1, 1),
-        ("gqa", "Left.", "left", 1, 1),
-        ("gqa", "left!", "left", 0, 0),
-        ("gqa", "left", "Left", 0, 1),
-        ("ocr_vqa", "Unanswerable", "unanswerable", 0, 1),
-        ("ocr_vqa", "Jane AUSTEN", "jane austen", 1, 1),
-        ("ocr_vqa", "Jane Austen.", "Jane Austen", 0, 1),
-        ("vqa", "Yes", "yes", 1, 1),
-        ("vqa", "Yes.", "yes", 0, 1),
-        ("contains_words", "none", "no", 1, 0),
-        ("contains_words", "it is not", "no", 1, 0),
-        ("contains_words", "not visible", "no", 0, 0),
-        ("contains_words", "No, it is dark", "no", 1, 1),
-        ("contains_words", "Unanswerable, no", "no", 0, 1),
-        ("contains_words", "a dense forest.", "dense forest", 1, 1),
-        ("contains_words", "no.", "No.", 1, 1),
-        ("contains_words", "it is B.", "B", 1, 1),
-        ("contains_words", "casino", "no", 1, 0),
-        ("contains_words", "casino bar", "no", 1, 0),
-        ("contains_words", "the casino.", "no", 1, 0),
-        ("contains_words", "the casino, closed", "no", 1, 0),
-        ("contains_words", "two casinos", "no", 0, 0),
-        ("contains_answer", "unknown", "no", 1, 0),
-        ("contains_answer", "in the liver", "Liver", 1, 1),
-        ("stock", "B. rising", "B", 0, 1),  # "brising"
-        ("stock", "B.", "B", 1, 1),
-        ("stock", " b ", "B", 1, 1),
-        ("stock", "Yes.", "Yes", 1, 1),
-        ("stock", "A rise", "A", 0, 0),
-    ],
-)
-def test_rules_for_whole_answers(scorer: str, prediction: str, gold: str, official: int, fixed: int) -> None:
-    assert both(scorer, prediction, question(gold)) == (official, fixed)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +275,7 @@ def test_a_malformed_gold_answer_names_the_question(scorer: str, extra: dict[str
 @pytest.mark.parametrize("size", ["640", 640, [640], ["640", "480"], [0, 480]])
 def test_a_malformed_image_size_names_the_question(size: Any) -> None:
     gold = question(answer_bbox="[0.1, 0.2, 0.5, 0.4]", size=size)
-    with pytest.raises(ClmoeError, match=r"question 7: field 'size' is .*write \[width, height\]"):
+    with pytest.raises(ClmoeError, match="question 7: field 'size'"):
         check_gold("iou", [gold], "official")
     check_gold("iou", [gold])
 
@@ -365,9 +356,6 @@ def test_vqa_takes_the_ten_annotators_where_they_are_at_hand() -> None:
     gold = question("several", answers=TEN)
     assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9))
     assert both("vqa", "SEVERAL", gold) == (1.0, 1.0)
-    for scorer in ("vqa", "textvqa"):
-        with pytest.raises(ClmoeError, match=r"question 7: field 'answers' holds 9 answers"):
-            score(scorer, "two", question("several", answers=TEN[1:]))
 
 
 def questions_of(*answers: str) -> list[Question]:
@@ -379,8 +367,9 @@ def test_score_file_counts_unanswered_questions_and_ignores_order_and_id_type() 
     for scorer in ("short_answer", "vqa", "class_name", "gqa", "ocr_vqa", "contains_words", "contains_answer"):
         result = score_file(scorer, lines, questions_of(*"abcd"))
         assert (result.percent, result.samples) == (50.0, 4)
-    letters = score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"))
-    assert (letters.percent, letters.samples) == (50.0, 4)
+    for mode in ("fixed", "official"):  # ScienceQA's script counts a lost question, too
+        letters = score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"), mode)  # type: ignore[arg-type]
+        assert (letters.percent, letters.samples) == (50.0, 4)
 
 
 @pytest.mark.parametrize(
@@ -398,11 +387,6 @@ def test_score_file_as_published(scorer: str, percent: float, samples: int) -> N
     assert (result.percent, result.samples) == (pytest.approx(percent), samples)
 
 
-def test_scienceqa_counts_a_lost_question_in_both_modes() -> None:
-    for mode in ("official", "fixed"):
-        assert score_file("option_letter", [("0", "A")], questions_of("A", "B"), mode).percent == 50.0  # type: ignore[arg-type]
-
-
 def test_imagenet_lines_in_another_order_are_mismatched_as_published_only() -> None:
     pairs = questions_of("Goldfish", "Catamaran", "Owl")
     lines: list[tuple[str | int, str]] = [("2", "Owl"), ("0", "Goldfish"), ("1", "Catamaran")]
@@ -410,29 +394,24 @@ def test_imagenet_lines_in_another_order_are_mismatched_as_published_only() -> N
     assert score_file("class_name", lines, pairs, "official").percent == 0.0
 
 
-def test_score_file_refuses_what_cannot_be_meant() -> None:
-    with pytest.raises(ClmoeError, match="question_id '9'"):
-        score_file("short_answer", [("9", "a")], questions_of("a"))
-    with pytest.raises(ClmoeError, match="line 2: question_id 0 was answered before"):
-        score_file("short_answer", [("0", "a"), (0, "b")], questions_of("a"))
-    with pytest.raises(ClmoeError, match="no questions"):
-        score_file("short_answer", [], [])
-    with pytest.raises(ClmoeError, match="file of answers is empty"):
-        score_file("short_answer", [], questions_of("a"), "official")
+@pytest.mark.parametrize(
+    ("lines", "answers", "mode", "named"),
+    [
+        ([("9", "a")], "a", "fixed", "line 1: question_id '9'"),
+        ([("0", "a"), (0, "b")], "a", "fixed", "line 2: question_id 0"),
+        ([], "", "fixed", "no questions"),
+        ([], "a", "official", "empty"),
+    ],
+)
+def test_score_file_refuses_what_cannot_be_meant(lines: Any, answers: str, mode: Any, named: str) -> None:
+    with pytest.raises(ClmoeError, match=named):
+        score_file("short_answer", lines, questions_of(*answers), mode)
 
 
 def test_score_answers_wants_one_answer_for_each_question() -> None:
     assert score_answers("short_answer", ["a", "x"], questions_of("a", "b")).rows == [1.0, 0.0]
     with pytest.raises(ClmoeError, match="1 answers for 2 questions"):
         score_answers("short_answer", ["a"], questions_of("a", "b"))
-
-
-def test_a_corpus_rule_is_known_and_judges_no_single_answer() -> None:
-    assert set(CORPUS_SCORERS) == {"captions"}
-    with pytest.raises(ClmoeError, match="judges all answers of a task at once"):
-        find_scorer("captions")
-    with pytest.raises(ClmoeError, match="did you mean 'captions'"):
-        check_scorer("caption")
 
 
 def test_shown_answers() -> None:

@@ -87,7 +87,7 @@ def test_a_model_with_compiled_blocks_trains_alike(scope: str, new_base: NewBase
         model = grown(new_base(), scope)
         llava = adapted_base(model).train()
         if compiled:
-            for block in llava.model.language_model.layers:
+            for block in llava.get_decoder().layers:
                 block.mlp.compile(backend="aot_eager", fullgraph=True)
         with routing(SELECTIONS[1]):
             loss = llava(**batch).loss

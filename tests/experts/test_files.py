@@ -12,10 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
-from clmoe.experts.config import PROJECTOR
 from clmoe.experts.routing import RouteSelection, routing
 from tests.experts.adapters import SCOPES, attached, grow, logits, old_router, randomise
 

@@ -12,11 +12,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
 from clmoe.bases.inputs import SharedPrompts
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.prompts import encode_prompt
 from clmoe.experts import forward
-from clmoe.experts.config import PROJECTOR
 from clmoe.experts.forward import answer_loss, copied_rows, empty_cache
 from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import RouteSelection, routing

@@ -75,29 +75,18 @@ def test_the_frozen_output_is_used_up() -> None:
     assert not torch.equal(given, out)
 
 
-def product_case() -> tuple[list[Tensor], Tensor, Tensor]:
-    """As ``case``, and the factors of a product in the place of ``x``."""
-    _, *others = case((2, 5, 3, 4))
-    return others, *(torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-
-
-def test_a_product_made_again_changes_no_bit_of_a_gradient() -> None:
-    (gate, A, B, out), g, u = product_case()
+def test_a_recomputed_product_is_not_kept_and_changes_no_bit_of_a_gradient() -> None:
+    _, gate, A, B, out = case((2, 5, 3, 4))
+    g, u = (torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     answers = []
-    for factors in (None, (g, u)):
-        answer = packed_experts(silu(g) * u, gate, A, B, SCALING, out.clone(), product=factors)
-        answers.append(torch.autograd.grad(answer.square().sum(), (g, u, gate, A, B, out)))
-    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
-
-
-def test_a_product_is_not_kept() -> None:
-    (gate, A, B, out), g, u = product_case()
     for factors, keeps in ((None, True), ((g, u), False)):
         kept: list[int] = []
         x = silu(g) * u
-        with saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda none: none):  # noqa: B023
-            packed_experts(x, gate, A, B, SCALING, out.clone(), product=factors)
+        with saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):  # noqa: B023
+            answer = packed_experts(x, gate, A, B, SCALING, out.clone(), product=factors)
         assert (x.data_ptr() in kept) is keeps
+        answers.append(torch.autograd.grad(answer.square().sum(), (g, u, gate, A, B, out)))
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("frozen", [0, 4, 8, 12])

@@ -18,9 +18,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.experts import model as ours
-from clmoe.experts.config import PROJECTOR, register_peft_type
+from clmoe.experts.config import register_peft_type
 from tests.experts.adapters import attached, config, grow, logits, old_router
 
 NewBase = Callable[[], LoadedBase]

@@ -1,4 +1,4 @@
-"""Gates in closed form, and banks that route the samples of one batch differently."""
+"""Gates in closed form, banks that route the samples of one batch differently, and routing as data."""
 
 import math
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from clmoe.experts.routers import InstanceRouter, RouterBank, TaskRouter, gate_from_logits, router_logits
-from clmoe.experts.routing import RouteSelection, RouteTrace, routing
+from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, current_routing, routing
 
 DIN = 6
 
@@ -37,6 +38,8 @@ def test_logits_are_a_float32_product_that_keeps_no_copy(dtype: torch.dtype) -> 
     assert sorted(kept) == sorted([x.data_ptr(), weight.data_ptr()])
     expected = linear(x.float(), weight)
     assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(InstanceRouter(weight.detach())(x), expected)
     found, wanted = (torch.autograd.grad(answer, (x, weight), upstream) for answer in (logits, expected))
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == theirs.dtype
@@ -52,12 +55,8 @@ def test_top_k_renormalises_over_the_kept_logits() -> None:
     gate = gate_from_logits(torch.tensor([[math.log(3), -9.0, math.log(7), math.log(2)]]), 2)
     torch.testing.assert_close(gate, torch.tensor([[0.3, 0.0, 0.7, 0.0]]))
     assert gate[0, 1] == 0 and gate[0, 3] == 0
-
-
-@pytest.mark.parametrize("top_k", [3, 4])
-def test_top_k_of_all_experts_is_the_dense_gate(top_k: int) -> None:
     logits = torch.randn(4, 3)
-    assert torch.equal(gate_from_logits(logits, top_k), logits.softmax(-1))
+    assert all(torch.equal(gate_from_logits(logits, top_k), logits.softmax(-1)) for top_k in (3, 4))
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -71,16 +70,6 @@ def test_top_k_gradient_is_that_of_the_kept_softmax_and_finite() -> None:
     gate_from_logits(logits, 2)[2].backward()
     p = math.exp(0.9) / (math.exp(0.9) + math.exp(0.3))
     torch.testing.assert_close(logits.grad, torch.tensor([-p * (1 - p), 0.0, p * (1 - p), 0.0]))
-
-
-def test_instance_router_works_in_float32_whatever_the_input() -> None:
-    router = InstanceRouter(torch.randn(3, DIN), frozen=False)
-    x = tokens(2).bfloat16()
-    expected = x.float() @ router.weight.T
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = router(x)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, expected)
 
 
 def test_fresh_router_is_within_its_bound_and_seeded() -> None:
@@ -103,6 +92,10 @@ def test_freezing_turns_the_weight_into_a_saved_buffer_bit_for_bit() -> None:
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_a_mixed_batch_equals_its_samples_one_by_one(top_k: int | None) -> None:
     routers, x = bank([2, 5, 3], top_k), tokens(6)
+    newest = gate_from_logits(x @ routers.instance[2].weight.T, top_k)
+    torch.testing.assert_close(routers(x), newest)
+    with routing(RouteSelection()):
+        torch.testing.assert_close(routers(x), newest)
     index = torch.tensor([0, 2, 1, 0, 2, 1])
     with routing(RouteSelection(router=index), trace := RouteTrace()):
         gate = routers(x)
@@ -117,20 +110,6 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(top_k: int | None) -> None:
         torch.testing.assert_close(gate[row, :, :span], gate_from_logits(logits, top_k), rtol=0, atol=1e-6)
         assert not gate[row, :, span:].any()
         assert torch.isneginf(trace.outputs["block"].logits[row, :, span:]).all()
-
-
-def test_samples_of_one_old_router_see_its_span_only() -> None:
-    routers = bank([2, 5])
-    with routing(RouteSelection(router=torch.zeros(3, dtype=torch.int64))):
-        assert routers(tokens(3)).shape == (3, 5, 2)
-
-
-def test_without_a_selection_the_newest_router_answers() -> None:
-    routers, x = bank([2, 4]), tokens(2)
-    expected = (x @ routers.instance[1].weight.T).softmax(-1)
-    torch.testing.assert_close(routers(x), expected)
-    with routing(RouteSelection()):
-        torch.testing.assert_close(routers(x), expected)
 
 
 def test_the_gradient_of_a_mixed_batch_reaches_the_trainable_router_from_its_rows_only() -> None:
@@ -159,10 +138,6 @@ def test_task_gates_are_mixed_in_with_weight_one_minus_beta(beta: float) -> None
         expected = beta * instance[row] + (1 - beta) * torch.tensor(task_gate)
         torch.testing.assert_close(gate[row], expected)
     torch.testing.assert_close(trace.outputs["block"].gate, instance)
-
-
-def test_beta_one_is_the_instance_router_alone_bit_for_bit() -> None:
-    routers, x = bank([3]), tokens(2)
     plain = routers(x)
     with routing(RouteSelection(task=torch.tensor([0, 0]), beta=1.0)):
         assert torch.equal(routers(x), plain)
@@ -176,3 +151,49 @@ def test_task_router_keeps_rows_in_order_and_refuses_when_empty() -> None:
         router.append(torch.full((4,), value))
     assert router(torch.tensor([1, 0, 1])).tolist() == [[[2.0] * 4], [[1.0] * 4], [[2.0] * 4]]
     assert router.state_dict().keys() == {"gates"}
+
+
+# ---- Routing as data: installed around a forward, restored afterwards
+
+
+def every(router: int) -> RouteSelection:
+    return RouteSelection(router=torch.full((2,), router))
+
+
+def test_blocks_nest_and_restore_even_after_an_error() -> None:
+    assert current_routing() is None
+    outer, inner = every(0), every(1)
+    with routing(outer):
+        with pytest.raises(ValueError), routing(inner):
+            assert current_routing().selection is inner
+            raise ValueError
+        assert current_routing().selection is outer
+    assert current_routing() is None
+
+
+def test_rows_picks_samples_and_keeps_the_rest() -> None:
+    selection = RouteSelection(router=torch.tensor([0, 1, 2]), task=torch.tensor([5, 6, 7]), beta=0.5)
+    part = selection.rows(torch.tensor([2, 0]))
+    assert part.router.tolist() == [2, 0] and part.task.tolist() == [7, 5] and part.beta == 0.5
+    assert RouteSelection().rows(torch.tensor([0])) == RouteSelection()
+
+
+def test_a_trace_holds_the_last_forward_only() -> None:
+    routers, x = bank([3, 3]), tokens(2)
+    trace = RouteTrace()
+    with routing(every(0), trace):
+        routers(x)
+    with routing(every(1), trace):
+        gate = routers(x)
+    assert list(trace.outputs) == ["block"]
+    assert torch.equal(trace.outputs["block"].gate, gate)
+
+
+def test_recomputation_leaves_the_trace_of_the_forward_alone() -> None:
+    routers, x = bank([3, 3]), tokens(2)
+    with routing(every(1), trace := RouteTrace()):
+        # The square is computed after the bank has answered: a recomputation stops at the last tensor it needs.
+        output = checkpoint(lambda x: routers(x).square(), x, use_reentrant=False, context_fn=checkpoint_contexts)
+        recorded = trace.outputs["block"]
+        output.sum().backward()
+    assert trace.outputs["block"] is recorded

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.config import LocatorConfig
-from clmoe.experts.config import PROJECTOR
 from clmoe.experts.forward import base_features, last_prompt_features
 from clmoe.locators.base import Asked
 from clmoe.locators.nearest_mean import NearestMean

@@ -29,7 +29,7 @@ from clmoe.methods.llava_cmoe import (
     measure_activations,
     pick_expert,
 )
-from tests.model.adapters import attached, grow
+from tests.experts.adapters import attached, grow
 from tests.runs import same_bits
 from tests.support import TASKS, tiny_config, train_batches
 

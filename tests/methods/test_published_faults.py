@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.config import LocatorConfig
 from clmoe.data.batches import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
-from clmoe.experts.config import PROJECTOR
 from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.locators.base import Asked

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import Dropout
 
 from clmoe.bases.inputs import train_dataset
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.data.batches import collate_train
 from clmoe.data.records import load_train
-from clmoe.experts.config import PROJECTOR
 from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class

@@ -30,7 +30,7 @@ OVERRIDES = {
     "der": FEW,
 }
 ADDS_A_LOSS = ("ewc", "mas", "lwf", "der", "olora", "llava_cmoe")
-CONTINUED = [name for name in method_names() if method_class(name).chain == "sequence"]
+CONTINUED = [name for name in methods() if method_class(name).chain == "sequence"]
 NewBase = Callable[[], LoadedBase]
 
 
@@ -117,7 +117,7 @@ def test_a_record_that_is_replayed_is_not_beside_itself() -> None:
     assert orders[0] == orders[1] == orders[2]
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if method_class(name).chain != "none"])
+@pytest.mark.parametrize("method", [name for name in methods() if method_class(name).chain != "none"])
 def test_no_method_trains_with_dropout_on_shared_tokens(
     method: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,382 @@
+"""Foreign weights, and the LLaVA folder that they become.
+
+Weight files are mapped, not read into memory: names, shapes and dtypes are checked before anything is written, and
+writing goes from map to file. Of 14 GB, the process itself holds no more than the widened embeddings and head.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from torch import Size, Tensor
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.tokenization_utils_base import generate_merges
+
+from clmoe.data.prompts import SYSTEM
+from clmoe.data.records import IMAGE_MARK
+from clmoe.errors import ClmoeError
+from clmoe.utils.files import flush, read_json
+from clmoe.utils.tensors import load_tensors, writing
+
+# How each format names its tensors: beginning of the name in our folder (which is llava-hf's) -> beginning there.
+LLAMA = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
+PROJECTOR = {
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+}
+CLIP = {"vision_tower.vision_model.": "vision_model."}
+LIUHAOTIAN = LLAMA | PROJECTOR
+LIUHAOTIAN_TOWER = {"vision_tower.vision_model.": "model.vision_tower.vision_tower.vision_model."}
+IN_MEMORY = {  # in transformers' LlavaForConditionalGeneration
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+}
+LEFT_OUT = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|position_ids)$|^(text_model|text_projection|visual_projection)\.|^logit_scale$"
+)
+"""Buffers that follow from the configuration, and the text side of a whole CLIP."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHARD_SIZE = "5GB"
+
+
+def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
+    """Their name -> our name, for those of our ``names`` that the layout covers."""
+    pairs = [(name, ours) for name in names for ours in layout if name.startswith(ours)]
+    return {layout[ours] + name.removeprefix(ours): name for name, ours in pairs}
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a pickle, mapped; a pickle in torch's format before 1.6 is read whole.
+
+    Raises:
+        ClmoeError: the file is missing or damaged, or it asks for anything but dense tensors; nothing of it is run.
+    """
+    if not path.is_file():
+        raise ClmoeError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except Exception as error:  # a strange file makes torch raise almost anything
+        raise ClmoeError(f"{path}: refused: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ClmoeError(f"{path}: refused: it holds a {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ClmoeError(f"{path}: refused: {name!r} is not the name of a dense tensor")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether this is torch's zip format. torch maps its members as they are, so none may be compressed."""
+    if not is_zipfile(path):
+        return False
+    with ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != ZIP_STORED:
+                raise ValueError(f"its member {member.filename} is compressed, which torch never does")
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """One line. torch's own message explains at length how to switch the protection off."""
+    text = str(error).strip() or type(error).__name__
+    if refused := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it asks for {refused[1]}, which is not a tensor; nothing of it was run"
+    return "torch does not recognise it as weights" if "weights_only" in text else text.splitlines()[0][:300]
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The weight files of a model folder; safetensors are preferred where both kinds are there.
+
+    Raises:
+        ClmoeError: there are none, or their index is broken.
+    """
+    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = file.with_name(f"{file.name}.index.json")
+        if file.is_file():
+            return [file]
+        if index.is_file():
+            try:
+                return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ClmoeError(f"{index}: not an index of weights: {error!r}") from error
+    raise ClmoeError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, whole or in shards")
+
+
+def read_weights(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of several files. Raises ClmoeError as ``open_tensors``, and where two files hold the same name."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        found = open_tensors(path)
+        for name in found.keys() & tensors.keys():
+            raise ClmoeError(f"{path}: {name} is in another file as well")
+        tensors |= found
+    return tensors
+
+
+def check_tensors(found: dict[str, Tensor], shapes: dict[str, Size], where: Path) -> None:
+    """The tensors are exactly those in ``shapes``, apart from what is left out on purpose.
+
+    Raises:
+        ClmoeError: one is missing, unknown, of another shape, or not of 16- or 32-bit floating point.
+    """
+    unknown = [name for name in found.keys() - shapes.keys() if not LEFT_OUT.search(name)]
+    for problem, names in (("lacks", shapes.keys() - found.keys()), ("should not hold", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+            raise ClmoeError(f"{where}: {problem} {', '.join(sorted(names)[:3])}{more}")
+    for name, needed in shapes.items():
+        shape, dtype = found[name].shape, found[name].dtype
+        if shape != needed:
+            raise ClmoeError(f"{where}: {name} has shape {list(shape)}, the configuration makes it {list(needed)}")
+        if dtype not in DTYPES:
+            raise ClmoeError(f"{where}: {name} is {dtype}; expected 16- or 32-bit floating point")
+
+
+# ---- A LLaVA without its weights
+
+PAD = "<pad>"
+ROWS_MULTIPLE = 64  # llava-hf: 32000 rows become 32064
+TEXT_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_scaling", "rope_theta", "rope_parameters",  # transformers 5 has the third in place of the other two
+    "attention_bias", "mlp_bias", "pretraining_tp", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+PROBES = (
+    SYSTEM + " USER: What is it?\nAnswer the question using a single word or phrase. ASSISTANT:",
+    "Hi  Hello   three    four                 many blanks  ",
+    "[0.12, 0.30, 0.50, 0.94] 1 + 234,567 = 2024-11-28",
+    "\nlines\n\n\n  and\ttabs\r\n\n",
+    "naïve “café” Ωμέγα 狗 한국 עברית \u00a0🐕👩‍🚀 e\u0301",
+)
+"""Texts on which the written tokenizer is compared. None begins with a blank, nor does any prompt: there transformers'
+Llama tokenizer does not put a second one before it, as SentencePiece does."""
+
+
+def read_tower(folder: Path) -> tuple[Any, Any]:
+    """``CLIPVisionConfig`` and image processor of a CLIP folder, a whole CLIP or its vision model alone.
+
+    Raises:
+        ClmoeError: it is not a CLIP, or its image processor is missing or crops to another size.
+    """
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise ClmoeError(f"--vision: {folder / 'config.json'}: model_type is {kind!r}, expected 'clip'")
+    read_json(folder / "preprocessor_config.json")  # transformers' own reader would make one up
+    tower: Any = CLIPVisionConfig.from_pretrained(folder)
+    images: Any = CLIPImageProcessorPil.from_pretrained(folder)
+    side, crop = tower.image_size, dict(images.crop_size)
+    if crop != {"height": side, "width": side}:
+        raise ClmoeError(f"--vision {folder}: images are cropped to {crop}, but the tower takes {side} pixels")
+    return tower, images
+
+
+def check_connection(values: dict[str, Any], where: Path) -> None:
+    """The ``mm_*`` fields of LLaVA's config.json join tower and language model as LLaVA-1.5 does.
+
+    Raises:
+        ClmoeError: another projector, tokens around images, or images in tiles.
+    """
+    allowed = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch", "cls_patch", None),
+        "mm_use_im_start_end": (False, None),
+        "mm_use_im_patch_token": (False, None),
+        "image_aspect_ratio": ("pad", "square", None),
+    }
+    for name, choices in allowed.items():
+        if values.get(name) not in choices:
+            raise ClmoeError(f"{where}: {name} is {values.get(name)!r}; LLaVA-1.5 has {choices[0]!r}")
+
+
+def llava_config(
+    language: dict[str, Any], tower: Any, connection: dict[str, Any], added: tuple[int, int]
+) -> LlavaConfig:
+    """The configuration of the written model.
+
+    Args:
+        language: the language model's config.json.
+        connection: a config.json with LLaVA's ``mm_*`` fields; the defaults are LLaVA-1.5's.
+        added: ids of ``<image>`` and ``<pad>``.
+    """
+    with_class = connection.get("mm_vision_select_feature") == "cls_patch"
+    text = LlamaConfig(
+        **{name: language[name] for name in TEXT_FIELDS if name in language},
+        vocab_size=-(-(language["vocab_size"] + 2) // ROWS_MULTIPLE) * ROWS_MULTIPLE,
+        pad_token_id=added[1],
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=language.get("dtype") or language.get("torch_dtype") or "float16",
+        vision_config=tower,
+        text_config=text,
+        image_token_index=added[0],
+        image_seq_length=(tower.image_size // tower.patch_size) ** 2 + with_class,
+        projector_hidden_act="gelu",
+        vision_feature_layer=connection.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if with_class else "default",
+        tie_word_embeddings=False,
+    )
+
+
+def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
+    """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
+
+    A ``tokenizer.model`` counts before a ``tokenizer.json``. SentencePiece merges by score; transformers 5.23, given
+    such a file, orders the merges by piece number and splits runs of blanks differently.
+
+    Raises:
+        ClmoeError: there is no tokenizer, or it cannot be read.
+    """
+    settings: dict[str, Any] = {"extra_special_tokens": {"image_token": IMAGE_MARK}, "padding_side": "left"}
+    try:
+        if (folder / "tokenizer.model").is_file():
+            if (folder / "tokenizer_config.json").is_file():
+                settings |= {"model_max_length": read_json(folder / "tokenizer_config.json").get("model_max_length")}
+            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+            merges = generate_merges(vocabulary, {piece: pieces.get_score(i) for piece, i in vocabulary.items()})
+            tokenizer = LlamaTokenizer(vocabulary, merges, add_bos_token=True, **settings)
+            ids = pieces.encode(list(PROBES))
+        else:
+            raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
+            ids = [raw.encode(text, add_special_tokens=False).ids for text in PROBES]
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ClmoeError(f"{folder}: no readable tokenizer.model or tokenizer.json: {error}") from error
+    return tokenizer, ids
+
+
+# ---- Writing
+
+
+def assemble(
+    source: Path, target: Path, vision: Path, connection: dict[str, Any], parts: list[tuple[list[Path], dict[str, str]]]
+) -> int:
+    """Write a LLaVA folder, whole or not at all; return its number of tensors.
+
+    Args:
+        source: folder with the language model's config.json and tokenizer.
+        connection: a config.json with LLaVA's ``mm_*`` fields.
+        parts: weight files and their layout; together they cover the model.
+
+    Raises:
+        ClmoeError: config.json lacks a size or disagrees with the tokenizer; a tensor is missing, unknown, there twice,
+            or of another shape or kind than needed; or the disk does not hold what was written.
+    """
+    language, (tokenizer, ids) = read_json(source / "config.json"), read_tokenizer(source)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(language.get(name), int):
+            raise ClmoeError(f"{source / 'config.json'}: {name} is {language.get(name)!r}, expected a number")
+    vocabulary, added = language["vocab_size"], (tokenizer.image_token_id, tokenizer.pad_token_id)
+    if added != (vocabulary, vocabulary + 1):
+        raise ClmoeError(
+            f"{source}: the tokenizer puts {IMAGE_MARK} and {PAD} at {added}, but config.json says vocab_size "
+            f"{vocabulary}: they do not belong together"
+        )
+    tower, images = read_tower(vision)
+    config = llava_config(language, tower, connection, added)
+    with torch.device("meta"):
+        state = LlavaForConditionalGeneration(config).state_dict()
+    ours = renamed(state, {there: here for here, there in IN_MEMORY.items()})
+    shapes = {name: state[there].shape for name, there in ours.items()}
+    widened = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    before = shapes | {name: Size([vocabulary, *shapes[name][1:]]) for name in widened}
+    tensors: dict[str, Tensor] = {}
+    for files, layout in parts:
+        found, names = read_weights(files), renamed(shapes, layout)
+        where = files[0] if len(files) == 1 else files[0].parent
+        check_tensors(found, {there: before[name] for there, name in names.items()}, where)
+        tensors |= {name: found[there] for there, name in names.items()}
+    tensors |= {name: _widen(tensors[name], shapes[name][0]) for name in widened}
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+    )
+    work = target.parent / f".{target.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        _save_all_but_weights(work, config, processor, ids)
+        write_weights(tensors, work)
+        work.rename(target)
+        flush(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return len(tensors)
+
+
+def _widen(tensor: Tensor, rows: int) -> Tensor:
+    """``[V, D]`` -> ``[rows, D]``: ``<image>``, ``<pad>`` and the filling get the mean of all rows.
+
+    llava-hf draws them around that mean. No prompt holds a filling row, the picture's features replace the image's, and
+    as an output the mean row's logit is the mean logit, which no greedy answer picks.
+    """
+    mean = tensor.mean(0, dtype=torch.float64).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
+
+
+def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaProcessor, ids: list[list[int]]) -> None:
+    """The tokenizer is read back and must give the original's ids."""
+    config.save_pretrained(folder)
+    special = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**special).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    written = AutoProcessor.from_pretrained(folder, backend="pil").tokenizer
+    for text, wanted in zip(PROBES, ids, strict=True):
+        found = written(text)["input_ids"]
+        if found != [processor.tokenizer.bos_token_id, *wanted]:
+            raise ClmoeError(f"the converted tokenizer turns {text!r} into {found}, the original into <s> and {wanted}")
+
+
+def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors, bit for bit, as transformers does, and read them back.
+
+    Raises:
+        ClmoeError: they cannot be written, or the files do not hold them.
+    """
+    with writing(folder):
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
+    for path in folder.iterdir():
+        flush(path)
+    check_written(folder, tensors)
+
+
+def check_written(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """The safetensors files of a folder hold exactly these tensors, bit for bit.
+
+    Raises:
+        ClmoeError: they do not; the tensor is named.
+    """
+    written = read_weights(sorted(folder.glob("*.safetensors")))
+    for name in written.keys() | tensors.keys():
+        pair = [held[name].contiguous().view(torch.uint8) for held in (written, tensors) if name in held]
+        if len(pair) < 2 or not torch.equal(*pair):
+            raise ClmoeError(f"{folder}: {name} is not on disk as it was written: check the disk and convert again")

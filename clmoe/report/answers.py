@@ -1,0 +1,164 @@
+"""The answers of a run to the test questions of each task: right after its training, and at the end of the sequence.
+
+Also which questions a page shows (the same for all runs, forgotten ones first), and small copies of their images.
+"""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from clmoe.data.records import misplaced
+from clmoe.errors import ClmoeError
+from clmoe.report.runs import Group, Run, check_field
+from clmoe.utils.files import read_json
+from clmoe.utils.logging import read_events
+
+# A score of at least this counts as right. Most rules give 0 or 1; VQA's consensus gives parts of it (0.3 where one
+# annotator in ten agrees, 0.6 where two do), science the share of several answers that was found.
+RIGHT = 0.5
+OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outcome
+    (True, True): "kept",
+    (True, False): "forgotten",
+    (False, True): "learned later",
+    (False, False): "never right",
+}
+PER_TASK = 24
+FORGOTTEN_SHARE = 0.75  # of the questions of a task, as far as there are any
+LONGEST = 1000  # characters of a question or answer
+SIDE = 224  # pixels of an image's longer side
+_LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would smear
+_ROUTERS = ("", ".oracle", ".last", ".random")  # endings of the cells' names; "" is the method's own locator
+
+
+def read_answers(run: Run, task: str) -> pd.DataFrame:
+    """All questions of a task that were asked then or at the end, one row each.
+
+    Columns: label, seed, task, question, image, prompt, reference, located (the task whose router answered at the end),
+    then, now (texts), then_right, now_right (None where not asked, or where a rule judges all answers at once, as
+    captions), outcome (one of `OUTCOMES`, None if not judged both times).
+    """
+    folder = run.path / "predictions"
+    cells = [(after, name) for after in run.order for name in run.order]
+    router = next((r for r in _ROUTERS if any((folder / a / f"{t}{r}.jsonl").is_file() for a, t in cells)), "")
+    then, now = (_read(folder / after / f"{task}{router}.jsonl") for after in (task, run.order[-1]))
+    rows = []
+    for name in now | then:
+        first, last = then.get(name, {}), now.get(name, {})
+        asked = last or first
+        row = {"label": run.label, "seed": run.seed, "task": task, "question": name, "image": asked["image"]}
+        row |= {"prompt": _clip(asked["prompt"]), "reference": _clip(asked["answer"]), "located": last.get("task")}
+        for when, given in (("then", first), ("now", last)):
+            row |= {when: _clip(given["text"]) if given else None, f"{when}_right": given.get("right")}
+        rows.append(row | {"outcome": OUTCOMES.get((first.get("right"), last.get("right")))})
+    return pd.DataFrame(rows, dtype=object)
+
+
+def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
+
+    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one, and tasks
+    whose questions were not judged twice. The answers have the columns of `read_answers` and `asked`, the number of
+    questions of the task; tasks take turns. One task is in memory at a time.
+    """
+    counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
+    runs = [run for group in groups for run in group.runs]
+    for task in runs[0].order:
+        frames = {run: read_answers(run, task) for run in runs}
+        if not any(map(len, frames.values())):
+            continue
+        answers = pd.concat(frame for frame in frames.values() if len(frame))
+        twice = pd.concat([answers[:0], *(frame for run, frame in frames.items() if run.order[-1] != task)])
+        found = twice.groupby(["label", "task"], sort=False)["outcome"].value_counts().unstack()
+        counts.append(found.reindex(columns=list(OUTCOMES.values())).fillna(0).astype(int).reset_index())
+        places = {name: place for place, name in enumerate(choose(answers, number))}
+        answers = answers.assign(place=answers["question"].map(places), asked=answers["question"].nunique())
+        chosen.append(answers.dropna(subset="place"))
+    filled = [frame for frame in counts if len(frame)] or counts
+    return pd.concat(filled), pd.concat(chosen).sort_values("place", kind="stable") if chosen else pd.DataFrame()
+
+
+def choose(answers: pd.DataFrame, number: int) -> list[str]:
+    """Questions of a task to show, in a fixed pseudo-random order that only their names decide.
+
+    The labels take turns to choose a question that they forgot, up to `FORGOTTEN_SHARE` of the number; the others are
+    drawn from all questions, those asked twice before those asked once.
+    """
+    ranks = answers.assign(rank=[_hash(f"{row.task}:{row.question}") for row in answers.itertuples()])
+    ranks = ranks.assign(once=~ranks["question"].isin(ranks["question"][ranks["outcome"].notna()])).sort_values("rank")
+    forgotten = ranks[ranks["outcome"] == "forgotten"].drop_duplicates(["label", "question"])
+    turns = forgotten.assign(turn=forgotten.groupby("label").cumcount()).sort_values("turn", kind="stable")
+    chosen = list(turns["question"].drop_duplicates()[: int(FORGOTTEN_SHARE * number)])
+    rest = ranks.sort_values("once", kind="stable")["question"].drop_duplicates()
+    chosen += list(rest[~rest.isin(chosen)][: number - len(chosen)])
+    return [name for name in rest if name in chosen]
+
+
+def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
+    """A small copy of an image as data URI, or None and the reason why there is none."""
+    # A path that leaves the folder is not followed: a page that is passed on holds no other picture of this machine.
+    path = None if misplaced(image) else next((f / image for f in folders if (f / image).is_file()), None)
+    if path is None:
+        return None, "image file not found"
+    try:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+    except Exception:  # Pillow's decoders raise many types; the page says which image is broken
+        return None, "image file cannot be read"
+    small.thumbnail((SIDE, SIDE))
+    content = io.BytesIO()
+    small.save(content, "WEBP", lossless=max(small.size) <= _LOSSLESS_UP_TO, quality=75, method=4)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode("ascii"), ""
+
+
+def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[Path]]:
+    """Folders that may hold the images of each task, best first, as `events.jsonl` recorded them at the evaluation.
+
+    `data`, the benchmark's data folder, takes the place of the recorded one if given and the images are there.
+    """
+    folders: dict[str, dict[Path, None]] = {task: {} for task in groups[0].runs[0].order}
+    events = [event for group in groups for run in group.runs for event in read_events(run.path / "events.jsonl")]
+    for root in (data, None):
+        for event in events:
+            task = event.get("task", "").removesuffix(".oracle").removesuffix(".last").removesuffix(".random")
+            if event["event"] == "evaluated" and "data" in event and task in folders:
+                folders[task][(root or Path(event["data"])) / event["images"]] = None
+    return {task: list(found) for task, found in folders.items()}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The predictions of one cell by question id; none without its summary, which is written last."""
+    summary = path.with_suffix(".json")
+    if not path.is_file() or not summary.is_file():
+        return {}
+    corpus = bool(read_json(summary).get("parts"))  # scored as a whole: a row's figure is neither right nor wrong
+    rows = {}
+    # Only "\n" ends a line: answers may hold other line breaks of Unicode, at which splitlines would cut.
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+    for number, line in lines:
+        where = f"{path}, row {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ClmoeError(f"{where}: no JSON ({error})") from error
+        for field in ("question_id", "prompt", "text", "answer"):
+            check_field(where, row, field, (str,))
+        for field in ("image", "task"):
+            check_field(where, row, field, (str, type(None)))
+        check_field(where, row, "score", (int, float))
+        rows[row["question_id"]] = row | {"right": None if corpus else row["score"] >= RIGHT}
+    return rows
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()

@@ -1,0 +1,170 @@
+"""A report folder from run folders: tables, pictures, and one page that needs nothing else, no network and no file.
+
+A section has tables, a picture, and the numbers behind them. A content security policy lets no script but the page's
+own run, and loads nothing: no answer of a model can become active.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from clmoe.errors import ClmoeError
+from clmoe.report import plots, tables
+from clmoe.report.answers import OUTCOMES, explore, image_folders, thumbnail
+from clmoe.report.runs import Group, group_runs
+from clmoe.report.tables import Table
+from clmoe.utils.names import unknown
+
+FORMATS = ("md", "csv", "tex", "pdf", "html")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One subject of the report; `data` holds the raw numbers, and `name` names their file."""
+
+    name: str
+    title: str
+    data: pd.DataFrame
+    picture: plots.Picture | None = None
+    tables: Sequence[Table] = ()
+
+
+def write_report(
+    runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv"), data: Path | None = None
+) -> list[Path]:
+    """Write a report of run folders into the folder `output`.
+
+    md: `report.md`; tex: `report.tex`; csv: `report.csv` (one line per run) and the numbers behind each other section;
+    pdf: each picture as PDF; html: `report.html`, which needs no other file. Pictures are also written as PNG unless
+    html is the only format.
+
+    Args:
+        data: the benchmark's data folder, for the images on the page; see `clmoe.report.answers.image_folders`.
+
+    Returns:
+        The paths written. The same runs give the same bytes.
+
+    Raises:
+        ClmoeError: an unknown format, or what `clmoe.report.runs.group_runs` raises.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ClmoeError(unknown("report format", name, FORMATS))
+    groups = group_runs(runs)
+    counts, shown = explore(groups)
+    found = sections(groups, counts)
+    output.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, str] = {}
+    if "md" in formats:
+        texts["report.md"] = _render("report.md", groups, sections=found)
+    if "tex" in formats:
+        texts["report.tex"] = "\n".join(tables.to_latex(table) for section in found for table in section.tables)
+    if "csv" in formats:
+        texts |= {f"{section.name}.csv": _csv(section.data) for section in found}
+    if "html" in formats:
+        texts["report.html"] = page(groups, found, shown, data)
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8", errors="replace")  # an answer may hold half a character
+    written = [output / name for name in texts]
+    endings = [ending for ending, wanted in ((".png", set(formats) != {"html"}), (".pdf", "pdf" in formats)) if wanted]
+    for picture in [section.picture for section in found if section.picture is not None and endings]:
+        paths = [output / f"{picture.name}{ending}" for ending in endings]
+        plots.save(picture, paths)
+        written += paths
+    return written
+
+
+def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
+    """All sections that have something to show; `counts` are the outcomes from `clmoe.report.answers.explore`."""
+    comparison, costs, scores, located, *matrices = tables.report_tables(groups)
+    found = [
+        Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
+        Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
+        Section("matrices", "Accuracy matrices", tables.matrices_frame(groups), plots.matrices(groups), matrices),
+        Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
+        Section("answers", "Answers then and now", counts, plots.answers(counts)),
+        Section("locator", "Task locator", tables.located_frame(groups), plots.locator(groups), [located]),
+        Section("experts", "Expert growth", tables.run_frame(groups, "expansion"), plots.experts(groups)),
+        Section("usage", "Router usage", tables.run_frame(groups, "usage"), plots.usage(groups)),
+        Section("parameters", "Parameters", tables.run_frame(groups, "parameters"), plots.parameters(groups)),
+    ]
+    return [section for section in found if len(section.data)]
+
+
+def page(groups: Sequence[Group], found: Sequence[Section], shown: pd.DataFrame, data: Path | None = None) -> str:
+    """The whole page; `shown` are the answers from `clmoe.report.answers.explore`."""
+    script = (files("clmoe.report") / "templates" / "answers.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    columns = ["label", "seed", "task", "question", "prompt", "reference", "then", "then_right", "now", "now_right"]
+    return _render(
+        "page.html",
+        groups,
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        script=Markup(script),
+        version=version("clmoe"),
+        sections=[(section, _data_uri(section.data), *_drawn(section.picture)) for section in found],
+        questions=_questions(groups, shown, data),
+        answers_csv=_data_uri(shown.reindex(columns=[*columns, "located", "outcome"])),
+        asked=int(shown.groupby("task")["asked"].first().sum()) if len(shown) else 0,
+        outcomes=list(OUTCOMES.values()),
+    )
+
+
+def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("clmoe.report"),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["markdown"] = tables.to_markdown
+    environment.filters["breakable"] = lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name)
+    runs = tables.all_runs(groups)
+    return environment.get_template(template).render(
+        groups=groups,
+        first=runs[0],
+        orders=list(dict.fromkeys(run.order for run in runs)),
+        steps=sorted({run.steps_per_task for run in runs}),
+        seeds=sorted({run.seed for run in runs}),
+        limit=tables.limit_note(groups),
+        **values,
+    )
+
+
+def _questions(groups: Sequence[Group], shown: pd.DataFrame, data: Path | None) -> list[dict[str, Any]]:
+    """The questions with their image, and the answers of all runs."""
+    folders = image_folders(groups, data)
+    found = []
+    for (task, _), rows in shown.groupby(["task", "question"], sort=False) if len(shown) else ():
+        answers = rows.to_dict("records")
+        image = answers[0]["image"]
+        uri, problem = (None, "no image") if image is None else thumbnail(image, folders[task])
+        found.append(answers[0] | {"uri": uri, "problem": problem, "answers": answers})
+    return found
+
+
+def _drawn(picture: plots.Picture | None) -> tuple[list[tuple[str, Markup]], Any]:
+    """Title and SVG of each panel, and the legend, with the colours as the page's variables."""
+    if picture is None:
+        return [], {}
+    legend = {name: (plots.VARIABLES[colour], dash) for name, (colour, dash) in picture.legend.items()}
+    return [(panel.title, Markup(plots.to_svg(picture, panel))) for panel in picture.panels], legend
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def _data_uri(frame: pd.DataFrame) -> str:
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(_csv(frame).encode("utf-8", "replace")).decode()

@@ -1,0 +1,132 @@
+"""Weight files hand over their tensors or are refused, nothing in them ever runs, and what is written is read back."""
+
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clmoe
+from clmoe.convert import weights
+from clmoe.convert.weights import open_tensors, write_weights
+from clmoe.errors import ClmoeError
+
+
+class Canary:
+    """Unpickling it creates a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tensors_arrive_bit_for_bit(zipped: bool, tmp_path: Path) -> None:
+    shared = torch.randn(3, 4)
+    content = OrderedDict(
+        half=torch.randn(4, 2).half(),
+        brain=torch.randn(4).bfloat16(),
+        full=torch.tensor([float("nan"), float("inf"), -0.0]),
+        turned=torch.randn(3, 5).t(),
+        again=shared,
+        twice=shared,
+        parameter=torch.nn.Parameter(torch.ones(2)),
+        positions=torch.arange(5)[None],
+    )
+    torch.save(content, tmp_path / "weights.bin", _use_new_zipfile_serialization=zipped)
+    found = open_tensors(tmp_path / "weights.bin")
+    assert found.keys() == content.keys()
+    for name, tensor in content.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert not found[name].requires_grad
+        same = found[name].contiguous().view(torch.uint8) == tensor.detach().contiguous().view(torch.uint8)
+        assert same.all(), name
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
+def test_a_malicious_pickle_is_refused_and_never_runs(form: str, tmp_path: Path) -> None:
+    canary, path = tmp_path / "sang", tmp_path / "adapter_model.bin"
+    evil = Canary(canary)
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps({"x": evil}, protocol=2))
+    else:
+        content = {"lora_A.weight": torch.ones(2), "x": [{"deep": (evil,)}]}
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(ClmoeError, match=r"adapter_model\.bin: .*mkdir"):
+        open_tensors(path)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(evil))  # the test's own check: unprotected, the canary does sing
+    assert canary.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"a": torch.ones(2, 2).to_sparse()}, "'a'"),
+        ({"a": {"b": torch.ones(2)}}, "'a'"),
+        ({3: torch.ones(2)}, "3"),
+        ([torch.ones(2)], "list"),
+        (torch.ones(2), "Tensor"),
+    ],
+)
+def test_anything_but_named_dense_tensors_is_refused(content: Any, named: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "odd.bin")
+    with pytest.raises(ClmoeError, match=rf"odd\.bin: .*{named}"):
+        open_tensors(tmp_path / "odd.bin")
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "compressed", "missing"])
+@pytest.mark.parametrize("name", ["damaged.bin", "damaged.safetensors"])
+def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    path, tensors = tmp_path / name, {str(i): torch.ones(1000) for i in range(3)}
+    torch.save(tensors, path) if path.suffix == ".bin" else save_file(tensors, path)
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "compressed" and path.suffix == ".bin":  # mapped, its members would be read as they are
+        torch.save(tensors, tmp_path / "stored")
+        with zipfile.ZipFile(tmp_path / "stored") as source, zipfile.ZipFile(path, "w") as target:
+            for member in source.infolist():  # the first tensor alone, so that the map has room for all of them
+                method = zipfile.ZIP_DEFLATED if member.filename.endswith("data/0") else zipfile.ZIP_STORED
+                target.writestr(member.filename, source.read(member), method)
+    elif damage != "missing":
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1" if damage == "text" else whole[:700])
+    with pytest.raises(ClmoeError, match=re.escape(name)) as refusal:
+        open_tensors(path)
+    assert "weights_only" not in str(refusal.value), "no advice to switch the protection off"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
+def test_a_file_is_mapped_not_read(name: str, tmp_path: Path) -> None:
+    path, tensors = tmp_path / name, {str(i): torch.rand(1000) for i in range(12)}
+    torch.save(tensors, path) if name.endswith(".bin") else save_file(tensors, path)
+    opened = open_tensors(path)
+    maps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(end, 16) for end in found.split("-")] for found in maps]
+    assert all(any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in opened.values())
+
+
+def test_a_tensor_that_is_not_on_disk_as_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, tensors = weights.save_torch_state_dict, {"a": torch.ones(2), "b": torch.tensor([float("nan"), 0.0])}
+    write_weights(tensors, tmp_path)
+    negated = tensors | {"b": tensors["b"].neg()}
+    for wrong in (negated, {"a": tensors["a"]}, tensors | {"c": torch.ones(2)}):
+        monkeypatch.setattr(weights, "save_torch_state_dict", lambda _, *a, wrong=wrong, **k: write(wrong, *a, **k))
+        with pytest.raises(ClmoeError, match=r": [bc] "):
+            write_weights(tensors, tmp_path)
+
+
+def test_no_other_file_of_the_package_reads_pickles() -> None:
+    package = Path(clmoe.__file__).parent
+    words = ("torch.load", "pickle.load", "import pickle", "import dill", "import joblib", "np.load(", "cloudpickle")
+    found = {f.name: f.read_text() for f in package.rglob("*.py") if any(word in f.read_text() for word in words)}
+    assert found.keys() == {"weights.py"}
+    assert found["weights.py"].count("torch.load(") == found["weights.py"].count("weights_only=True") == 1

@@ -1,0 +1,185 @@
+"""Metrics against numbers worked out by hand and against published tables; the CSV's errors."""
+
+from pathlib import Path
+
+import pytest
+
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.matrix import (
+    METRICS,
+    AccuracyMatrix,
+    mean_spread,
+    metrics,
+    metrics_from_files,
+    read_immediate_csv,
+    write_immediate_csv,
+)
+
+TASKS = ("a", "b", "c")
+#            a    b    c
+ROWS = {
+    "zero_shot": (10.0, 20.0, 30.0),
+    "a": (80.0, 26.0, None),
+    "b": (90.0, 70.0, 34.0),
+    "c": (50.0, 60.0, 100.0),
+}
+
+
+def test_all_metrics_by_hand() -> None:
+    result = metrics(AccuracyMatrix(TASKS, ROWS), (84.0, 72.0, 99.0))
+    assert tuple(result) == METRICS
+    expected = {
+        "last": 70.0,  # (50 + 60 + 100) / 3
+        "immediate": 250 / 3,  # (80 + 70 + 100) / 3
+        "maa": (80 + 80 + 70) / 3,  # 80; (90 + 70) / 2; 70
+        "bwt_n": -40 / 3,  # (50 - 80 + 60 - 70) / 3
+        "bwt_n_minus_1": -20.0,  # the same sum / 2
+        "forgetting_max": 25.0,  # (90 - 50 + 70 - 60) / 2
+        "fwt_n_minus_1": 5.0,  # (26 - 20 + 34 - 30) / 2
+        "immediate_known": 85.0,
+        "bwt_known": -15.0,  # (50 - 84 + 60 - 72 + 100 - 99) / 3
+    }
+    assert result == pytest.approx(expected, abs=1e-12)
+
+
+def test_single_task() -> None:
+    result = metrics(AccuracyMatrix(("a",), {"zero_shot": (5.0,), "a": (40.0,)}))
+    assert (result["last"], result["immediate"], result["maa"], result["bwt_n"]) == (40.0, 40.0, 40.0, 0.0)
+    for name in ("bwt_n_minus_1", "forgetting_max", "fwt_n_minus_1", "immediate_known", "bwt_known"):
+        assert result[name] is None
+
+
+def blank(after: str, task: str) -> dict[str, float | None]:
+    """All metrics of the matrix above with one more cell not measured."""
+    row = tuple(None if name == task else value for name, value in zip(TASKS, ROWS[after], strict=True))
+    return metrics(AccuracyMatrix(TASKS, {**ROWS, after: row}))
+
+
+ALWAYS_BLANK = {"immediate_known", "bwt_known"}
+
+
+@pytest.mark.parametrize(
+    ("after", "task", "lost"),
+    [
+        ("a", "c", set()),  # above the diagonal and off it: no metric reads it
+        ("zero_shot", "a", set()),
+        ("zero_shot", "b", {"fwt_n_minus_1"}),
+        ("a", "b", {"fwt_n_minus_1"}),
+        ("b", "a", {"maa", "forgetting_max"}),
+        ("b", "b", {"immediate", "maa", "bwt_n", "bwt_n_minus_1", "forgetting_max"}),
+        ("c", "a", {"last", "maa", "bwt_n", "bwt_n_minus_1", "forgetting_max"}),
+        ("c", "c", {"last", "immediate", "maa"}),
+    ],
+)
+def test_a_blank_cell_blanks_exactly_the_metrics_that_need_it(after: str, task: str, lost: set[str]) -> None:
+    result = blank(after, task)
+    assert {name for name, value in result.items() if value is None} == lost | ALWAYS_BLANK
+
+
+def test_published_llava_cmoe_from_last_row_and_immediate_row(tmp_path: Path) -> None:
+    """LLaVA-CMoE (arXiv 2503.21227), Table 1, "Ours": 59.23, 62.81 and -3.58."""
+    header = "after,sqa,text,imagenet,gqa,vizwiz,rec,vqav2,ocr\n"
+    (tmp_path / "m.csv").write_text(header + "ocr,77.55,58.17,94.50,48.91,55.45,23.40,56.40,59.44\n")
+    (tmp_path / "i.csv").write_text(header + "ours,79.01,59.94,96.85,56.43,57.44,25.63,65.15,62.01\n")
+    result = metrics_from_files(tmp_path / "m.csv", tmp_path / "i.csv")
+    measured = {name: f"{value:.2f}" for name, value in result.items() if value is not None}
+    assert measured == {"last": "59.23", "immediate_known": "62.81", "bwt_known": "-3.58"}
+
+
+def test_published_coin_divides_by_n() -> None:
+    """CoIN prints BWT -32.62 for eight tasks whose drops sum to -261.0; N - 1 would give -37.3."""
+    drops = (61.5, 21.0, 86.0, 20.0, 23.0, 30.0, 19.5, 0.0)  # invented shares of the published sum
+    tasks = tuple("stigvrqo")
+    rows = {task: tuple(90.0 if i == t else None for i in range(8)) for t, task in enumerate(tasks)}
+    rows["o"] = tuple(90.0 - drop for drop in drops)
+    result = metrics(AccuracyMatrix(tasks, rows))
+    assert result["bwt_n"] == pytest.approx(-32.625)
+    assert result["bwt_n_minus_1"] == pytest.approx(-37.3, abs=0.05)
+
+
+def test_published_disco_divides_by_n_minus_1() -> None:
+    """MCITlib prints -7.45 for DISCO on six tasks with mean last 69.66 and mean immediate 75.87."""
+    tasks = tuple("abcdef")
+    rows = {task: tuple(75.87 if i == t else None for i in range(6)) for t, task in enumerate(tasks)}
+    last = (69.66 * 6 - 75.87) / 5
+    rows["f"] = (last,) * 5 + (75.87,)
+    result = metrics(AccuracyMatrix(tasks, rows))
+    assert result["last"] == pytest.approx(69.66)
+    assert f"{result['bwt_n_minus_1']:.2f}" == "-7.45"
+
+
+def test_csv_round_trip_is_exact(tmp_path: Path) -> None:
+    matrix = AccuracyMatrix(TASKS, {**ROWS, "b": (100 / 3, None, 0.1 + 0.2)})
+    matrix.write_csv(tmp_path / "m.csv")
+    assert AccuracyMatrix.read_csv(tmp_path / "m.csv") == matrix
+    assert (tmp_path / "m.csv").read_text().splitlines()[2] == "a,80.0,26.0,"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+    write_immediate_csv(tmp_path / "i.csv", TASKS, (1.5, None, 3.0))
+    assert read_immediate_csv(tmp_path / "i.csv", TASKS) == (1.5, None, 3.0)
+
+
+def test_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_bytes(b"\xef\xbb\xbfafter, a ,b\r\n\r\nb, 1 ,\r\n,,\r\n")
+    assert AccuracyMatrix.read_csv(path) == AccuracyMatrix(("a", "b"), {"b": (1.0, None)})
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "header"),
+        ("task,a,b\na,1,2\n", "header"),
+        ("after\n", "header"),
+        ("after,a,a\n", "header: task 2 is 'a'"),
+        ("after,a,\n", "header: task 2 is ''"),
+        ("after,zero_shot\n", "header: task 1 is 'zero_shot'"),
+        ("after,a,b\na,1\n", "row 2"),
+        ("after,a,b\na,1,\nc,1,2\n", "row 3, column 'after': 'c'"),
+        ("after,a,b\na,1,\na,1,2\n", "row 3, column 'after': 'a'"),
+        ("after,a,b\nb,1,2\na,1,2\n", "row 3, column 'after': 'a'"),
+        ("after,a,b\na,1,\nb,1,x\n", "row 3, column 'b': 'x'"),
+        ("after,a,b\na,nan,\n", "row 2, column 'a': 'nan'"),
+        ("after,a,b\na,-1,\n", "row 2, column 'a': '-1'"),
+    ],
+)
+def test_malformed_matrix_names_file_row_and_column(tmp_path: Path, text: str, where: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(ClmoeError) as error:
+        AccuracyMatrix.read_csv(path)
+    assert f"{path}, {where}" in str(error.value)
+
+
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing.csv", "binary.csv"):
+        with pytest.raises(ClmoeError, match=name):
+            metrics_from_files(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("after,b\nx,1\n", "header: task 'a'"),
+        ("after,a,b,c\nx,1,2,3\n", "header: task 'c'"),
+        ("after,a,b\n", "one row"),
+        ("after,a,b\nx,1,2\ny,1,2\n", "one row"),
+    ],
+)
+def test_malformed_immediate_row(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "i.csv").write_text(text)
+    with pytest.raises(ClmoeError, match=f"i.csv.*{named}"):
+        read_immediate_csv(tmp_path / "i.csv", ("a", "b"))
+
+
+def test_immediate_row_is_matched_by_column_name(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("after,b,a\nx,2,1\n")
+    assert read_immediate_csv(tmp_path / "i.csv", ("a", "b")) == (1.0, 2.0)
+
+
+def test_mean_spread() -> None:
+    spread = mean_spread([1.0, None, 2.0, 6.0])
+    assert (spread.mean, spread.n) == (3.0, 3)
+    assert spread.std == pytest.approx(7**0.5)  # ((-2)^2 + (-1)^2 + 3^2) / 2
+    assert mean_spread([4.0]).std is None
+    assert mean_spread([None]).mean is None

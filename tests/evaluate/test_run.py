@@ -1,0 +1,590 @@
+"""A run folder: cells filled once, again when anything that decides them changes, after a crash; files from cells."""
+
+import csv
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clmoe
+from clmoe.benchmarks.base import Benchmark, sampled, task_questions
+from clmoe.config import Config, load_config
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate import run as module
+from clmoe.evaluate.generate import Answer, Answerer
+from clmoe.evaluate.run import (
+    Cell,
+    check_questions,
+    check_run_order,
+    check_tasks,
+    fill_cells,
+    record_checkpoint,
+    summary_path,
+    write_tables,
+)
+from clmoe.methods.clmoe import load_statistics
+from clmoe.train.checkpoint import read_checkpoint
+from tests.runs import Runs, contents, events, texts
+from tests.support import TASKS, save_tiny
+
+ORDER = list(TASKS)
+CONFIG = load_config("clmoe", {}, [])
+TIMES = ("events.jsonl", "timing.json")
+
+
+class Answers:
+    """Answers the first ``right`` questions of every task correctly, and remembers what it was asked."""
+
+    def __init__(self, right: int = 3, task: int | None = 0) -> None:
+        self.right, self.task = right, task
+        self.asked: list[tuple[str, str, int | None, int]] = []
+
+    def answer(
+        self, questions: Sequence[Question], root: Path, limit: int, router: str, index: int | None,
+        known: dict[str, Answer], finish: Callable[[list[tuple[str, Answer]]], None],
+    ) -> list[Answer]:  # fmt: skip
+        self.asked.append((questions[0].question_id.split("-")[0], router, index, len(questions)))
+        texts = [q.answer if i < self.right else "?" for i, q in enumerate(questions)]
+        answers = [Answer(text, 0.5, i == 0, self.task, self.found(i)) for i, text in enumerate(texts)]
+        finish([(q.question_id, answer) for q, answer in zip(questions, answers, strict=True)])
+        return answers
+
+    def found(self, row: int) -> dict[str, int]:
+        """The second decider says the second task for every fourth question."""
+        return {} if self.task is None else {"vae": self.task, "prototype": int(row % 4 == 0)}
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+def die(*unused: Any, **named: Any) -> None:
+    raise Killed
+
+
+def cell(run: Path, benchmark: Benchmark, task: str = "colour", **changed: Any) -> Cell:
+    """Of a checkpoint that has learned two tasks."""
+    values = {"router": "located", "scoring": "fixed", "limit": None, "config": CONFIG, "identity": "identity"}
+    return Cell(run, benchmark.task(task), **{**values, "learned": ORDER[:2], **changed})
+
+
+def fill(benchmark: Benchmark, stub: Any, *cells: Cell) -> dict[str, Any]:
+    """Fill them; returns the summary of the last one."""
+    fill_cells(list(cells), benchmark, ORDER, stub)
+    return summary(cells[-1])
+
+
+def summary(cell: Cell) -> dict[str, Any]:
+    return dict(json.loads(cell.path.read_text()))
+
+
+def rows_of(cell: Cell) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in cell.path.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def changed(config: Config, section: str, **fields: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+
+
+def changed_file(mini: Benchmark, folder: Path, fields: dict[str, Any]) -> Benchmark:
+    """The benchmark with a test file of ``colour`` in which one row differs, and whose images are nowhere."""
+    rows = json.loads(mini.task("colour").test.read_text())
+    rows[5].update(fields)
+    (folder / "changed.json").write_text(json.dumps(rows))
+    return changed_task(mini, test=folder / "changed.json", image_root=folder / "nowhere")
+
+
+def changed_task(mini: Benchmark, **fields: Any) -> Benchmark:
+    """The benchmark with other fields of task ``colour``."""
+    tasks = [dataclasses.replace(t, **fields) if t.name == "colour" else t for t in mini.tasks]
+    return dataclasses.replace(mini, tasks=tuple(tasks))
+
+
+def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Benchmark) -> None:
+    stub = Answers(right=3)
+    colour, count = (cell(tmp_path, mini, task) for task in ORDER[:2])
+    assert fill(mini, stub, colour, count)["located"] == 0.0
+    assert stub.asked == [("colour", "located", 0, 12), ("count", "located", 1, 12)]
+    rows = rows_of(colour)
+    assert [row["question_id"] for row in rows] == [f"colour-{i}" for i in range(24, 36)]
+    assert [row["score"] for row in rows] == [1.0] * 3 + [0.0] * 9
+    assert rows[0]["text"] == rows[0]["answer"] == "A"
+    assert {row["task"] for row in rows} == {"colour"}
+    found = summary(colour)
+    assert (found["score"], found["questions"], found["redone"], found["located"]) == (25.0, 12, 1, 100.0)
+    assert [event["task"] for event in events(tmp_path, "evaluated")] == ["colour", "count"]
+    assert [one.settled() for one in (colour, count, cell(tmp_path, mini, router="last"))] == [True, True, False]
+
+
+def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes(
+    tmp_path: Path, mini: Benchmark
+) -> None:
+    first = cell(tmp_path, mini)
+    fill(mini, Answers(), first)
+    for config in (
+        changed(CONFIG, "evaluation", exact=False),
+        changed(CONFIG, "model", dtype="bfloat16"),
+        changed(CONFIG, "model", load_in_4bit=True),
+        dataclasses.replace(CONFIG, options={**CONFIG.options, "beta": 1.0}),
+    ):
+        assert not dataclasses.replace(first, config=config).settled()
+    for fields in ({"suffix": " Answer in one word."}, {"max_new_tokens": 99}):
+        assert not cell(tmp_path, changed_task(mini, **fields)).settled()
+    for row in ({"text": "What colour?"}, {"image": "0.png"}, {"question_id": "new"}):
+        assert not cell(tmp_path, changed_file(mini, tmp_path, row)).settled()
+    assert not cell(tmp_path, mini, limit=4).settled()
+    assert cell(tmp_path, mini, config=dataclasses.replace(CONFIG, label="a nicer name")).settled()
+    assert cell(tmp_path, changed_file(mini, tmp_path, {})).settled(), "the same questions elsewhere, without images"
+    other = cell(tmp_path, mini, identity="other")
+    assert not other.settled()
+    assert fill(mini, Answers(right=6), other)["score"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("exact", "field", "value", "kept"),
+    [
+        (True, "margin", 0.5, False),
+        (True, "batch_size", 3, True),
+        (True, "share_images", False, True),
+        (False, "margin", 0.5, True),
+        (False, "batch_size", 3, False),
+        (False, "share_images", False, False),
+    ],
+)
+def test_exact_answers_depend_on_the_margin_and_others_on_the_batches(
+    exact: bool, field: str, value: Any, kept: bool, tmp_path: Path, mini: Benchmark
+) -> None:
+    config = changed(CONFIG, "evaluation", exact=exact)
+    fill(mini, Answers(), cell(tmp_path, mini, config=config))
+    assert cell(tmp_path, mini, config=config).settled()
+    assert cell(tmp_path, mini, config=changed(config, "evaluation", **{field: value})).settled() == kept
+
+
+def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Benchmark) -> None:
+    run = tmp_path / "run"
+    fill(mini, Answers(right=3), cell(run, mini))
+    before = contents(run)
+    words = changed_task(mini, scorer="short_answer")
+    corrected = changed_file(words, tmp_path, {"answer": "?"})  # what the stub said to this one
+    for benchmark, mode, scorer, right in (
+        (mini, "official", "option_letter", 3),
+        (words, "fixed", "short_answer", 3),
+        (corrected, "fixed", "short_answer", 4),
+    ):
+        again = cell(run, benchmark, scoring=mode)
+        assert again.settled()
+        assert (summary(again)["settings"]["scoring"], summary(again)["settings"]["scorer"]) == (mode, scorer)
+        assert summary(again)["score"] == pytest.approx(100 * right / 12)
+    assert cell(run, mini).settled()
+    assert contents(run) == before, "scored as before, the same bytes"
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.partition("\n")[2], lambda text: text[5:]])
+def test_answers_that_are_not_those_of_the_questions_are_made_again(
+    damage: Callable[[str], str], tmp_path: Path, mini: Benchmark
+) -> None:
+    fill(mini, Answers(), cell(tmp_path, mini))
+    path = cell(tmp_path, mini).path.with_suffix(".jsonl")
+    path.write_text(damage(path.read_text()))
+    assert not cell(tmp_path, mini, scoring="official").settled()
+
+
+def test_a_crash_between_new_answers_and_their_summary_leaves_the_cell_empty(
+    tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(mini, Answers(right=3), cell(tmp_path, mini))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", die)
+        with pytest.raises(Killed):
+            fill(mini, Answers(right=9), cell(tmp_path, mini, identity="other"))
+    assert not cell(tmp_path, mini, scoring="official").settled(), "the other checkpoint's answers lie there"
+
+
+def test_a_crash_leaves_the_cell_empty(tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answers, "answer", die)
+    with pytest.raises(Killed):
+        fill(mini, Answers(), cell(tmp_path, mini))
+    assert not cell(tmp_path, mini).path.exists()
+    assert events(tmp_path, "evaluated") == []
+
+
+def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(tmp_path: Path, mini: Benchmark) -> None:
+    class Loses(Answers):
+        def answer(self, *args: Any) -> list[Answer]:  # type: ignore[override]
+            return super().answer(*args)[:-1]
+
+    with pytest.raises(ClmoeError, match="11 answers for 12 questions"):
+        fill(mini, Loses(), cell(tmp_path, mini))
+    assert not cell(tmp_path, mini).path.exists()
+
+
+def test_what_cannot_be_scored_is_found_before_the_first_question_is_asked(tmp_path: Path, mini: Benchmark) -> None:
+    def bad(answer: str) -> Benchmark:
+        benchmark = changed_file(mini, tmp_path, {"answer": answer})
+        return changed_task(benchmark, image_root=mini.task("colour").image_root)
+
+    stub, named = Answers(), r"changed\.json: question colour-29: field 'answer' is 'AB'"
+    with pytest.raises(ClmoeError, match=named):
+        fill(bad("AB"), stub, cell(tmp_path, mini, "count"), cell(tmp_path, bad("AB")))
+    with pytest.raises(ClmoeError, match=named):
+        check_questions(changed_task(bad("AB"), image_root=tmp_path), ["count", "colour"])
+    assert stub.asked == []
+    # a question that no answer gets right is asked and counted: published test files hold some
+    full_stop = changed_task(bad("."), scorer="short_answer")
+    check_questions(full_stop, ORDER)
+    assert fill(full_stop, stub, cell(tmp_path, full_stop))["score"] == 25.0
+
+
+def test_unknown_tasks_are_named_before_anything_is_loaded(mini: Benchmark) -> None:
+    check_tasks(mini, ORDER)
+    with pytest.raises(ClmoeError, match="'colour'"):
+        check_tasks(mini, ["color"])
+    with pytest.raises(ClmoeError, match="--tasks"):
+        check_tasks(mini, [])
+
+
+def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark) -> None:
+    """Samples are nested, and the same for every run: a pure function of the number of questions."""
+    questions = task_questions(mini.task("colour"))
+    ids = [{q.question_id for q in sampled(questions, limit)} for limit in range(13)]
+    assert [len(some) for some in ids] == list(range(13))
+    assert all(some <= more for some, more in itertools.pairwise(ids))
+    limited = cell(tmp_path, mini, limit=4)
+    fill(mini, Answers(right=1), limited)
+    assert [row["question_id"] for row in rows_of(limited)] == [q.question_id for q in sampled(questions, 4)]
+    assert write_tables(tmp_path, ORDER)["last"] is None
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,25.0,,\n"
+
+
+def test_what_each_decider_said_is_counted(tmp_path: Path, mini: Benchmark) -> None:
+    fill(mini, Answers(task=None), cell(tmp_path, mini, "side"))
+    write_tables(tmp_path, ORDER)
+    assert not (tmp_path / "locator.csv").exists()
+    fill(mini, Answers(), cell(tmp_path, mini, "count"), cell(tmp_path, mini))
+    write_tables(tmp_path, ORDER)
+    assert (tmp_path / "locator.csv").read_text().splitlines() == [
+        "after,decider,task,located,count",
+        "count,prototype,colour,colour,9",
+        "count,prototype,colour,count,3",
+        "count,vae,colour,colour,12",
+        "count,prototype,count,colour,9",
+        "count,prototype,count,count,3",
+        "count,vae,count,colour,12",
+    ]
+
+
+def test_the_matrix_is_the_default_routers_or_the_only_ones(tmp_path: Path, mini: Benchmark) -> None:
+    fill(mini, Answers(right=6), *(cell(tmp_path, mini, task, router="last") for task in ORDER[:2]))
+    write_tables(tmp_path, ORDER, "last")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,50.0,50.0,\n"
+    fill(mini, Answers(right=3), cell(tmp_path, mini, "count"))
+    write_tables(tmp_path, ORDER, "last")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,,25.0,\n"
+
+
+def fill_rows(run: Path, mini: Benchmark, right: dict[str, dict[str, int]]) -> None:
+    """``{"after": {"task or task.oracle": number of right answers of 12}}``."""
+    for after, cells in right.items():
+        learned = [] if after == "zero_shot" else ORDER[: ORDER.index(after) + 1]
+        for stem, number in cells.items():
+            task, _, router = stem.partition(".")
+            one = cell(run, mini, task, router=router or "located", learned=learned, identity=after)
+            fill(mini, Answers(number, task=None), one)
+
+
+def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
+    fill_rows(tmp_path, mini, {
+        "zero_shot": {"colour": 3, "count": 0, "side": 6},
+        "colour": {"colour": 12, "colour.oracle": 12},
+        "count": {"colour": 6, "count": 9, "count.oracle": 12},
+        "side": {"colour": 3, "count": 6, "side": 12, "side.oracle": 12},
+    })  # fmt: skip
+    result = write_tables(tmp_path, ORDER)
+    assert (tmp_path / "matrix.csv").read_text().splitlines() == [
+        "after,colour,count,side",
+        "zero_shot,25.0,0.0,50.0",
+        "colour,100.0,,",
+        "count,50.0,75.0,",
+        "side,25.0,50.0,100.0",
+    ]
+    assert (tmp_path / "immediate.csv").read_text().splitlines()[1] == "immediate,100.0,100.0,100.0"
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+    assert result["last"] == pytest.approx(175 / 3)
+    assert result["immediate"] == pytest.approx(275 / 3)
+    assert result["bwt_n"] == pytest.approx(-100 / 3)
+    assert result["immediate_known"] == 100.0
+    assert result["bwt_known"] == pytest.approx(175 / 3 - 100)
+    write_tables(tmp_path, ORDER[::-1])
+    assert (tmp_path / "matrix.csv").read_text().splitlines()[:3] == [
+        "after,side,count,colour", "zero_shot,50.0,0.0,25.0", "side,100.0,50.0,25.0",
+    ]  # fmt: skip
+
+
+def test_the_bare_model_is_a_row_of_its_own_and_the_end_of_its_own_sequence(tmp_path: Path, mini: Benchmark) -> None:
+    fill_rows(tmp_path, mini, {"zero_shot": {"colour": 3, "count": 0, "side": 6}})
+    assert write_tables(tmp_path, ORDER)["last"] is None, "of a run that trains, which has only begun"
+    assert (tmp_path / "matrix.csv").read_text().splitlines()[1:] == ["zero_shot,25.0,0.0,50.0"]
+    assert write_tables(tmp_path, ORDER, untrained=True)["last"] == pytest.approx(25)
+    assert (tmp_path / "matrix.csv").read_text().splitlines()[1:] == ["zero_shot,25.0,0.0,50.0", "side,25.0,0.0,50.0"]
+    assert not (tmp_path / "immediate.csv").exists()
+
+
+def test_tables_show_one_scoring_mode(tmp_path: Path, mini: Benchmark) -> None:
+    fill_rows(tmp_path, mini, {"colour": {"colour": 12, "colour.oracle": 12}, "count": {"colour": 6, "count": 9}})
+    write_tables(tmp_path, ORDER)
+    fixed = (tmp_path / "matrix.csv").read_text()
+    assert cell(tmp_path, mini, scoring="official", learned=ORDER[:1], identity="colour").settled()
+    write_tables(tmp_path, ORDER, scoring="official")
+    assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncolour,100.0,,\n"
+    assert not (tmp_path / "immediate.csv").exists(), "the cell with the task known is in the other mode still"
+    write_tables(tmp_path, ORDER)
+    assert (tmp_path / "matrix.csv").read_text() == fixed.replace("colour,100.0,,\n", "")
+    assert (tmp_path / "immediate.csv").is_file()
+
+
+# Commands on checkpoints
+
+
+def test_a_models_own_answers_are_scored(runs: Runs, tmp_path: Path) -> None:
+    """Some are right and some wrong, so the cell tells them apart; the rule is equality here."""
+    runs.evaluate(runs.chain("lora")[1], tmp_path)
+    lines = summary_path(tmp_path, TASKS[1], TASKS[1]).with_suffix(".jsonl").read_text().splitlines()
+    right = [row["text"] == row["answer"] for row in map(json.loads, lines)]
+    assert 0 < sum(right) < len(right) == 12
+    after, *cells = (tmp_path / "matrix.csv").read_text().splitlines()[1].split(",")
+    assert (after, float(cells[1])) == (TASKS[1], 100 * sum(right) / 12)
+
+
+def test_the_last_row_has_no_limit(runs: Runs, tmp_path: Path) -> None:
+    """It is the result."""
+    first, second = ORDER[:2]
+    for done in runs.chain("lora"):
+        runs.evaluate(done, tmp_path, "evaluation.limit=3", order=f"{first},{second}")
+    counts = {(after, task): summary_path(tmp_path, after, task) for after in ORDER[:2] for task in ORDER[:2]}
+    assert {key: json.loads(path.read_text())["questions"] for key, path in counts.items() if path.exists()} == {
+        (first, first): 3, (second, first): 12, (second, second): 12,
+    }  # fmt: skip
+
+
+def test_an_adapter_is_not_evaluated_on_other_weights(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lie in the very folder that it was trained on."""
+    own = Runs(tmp_path, save_tiny(tmp_path / "model"), runs.benchmark)
+    checkpoint = own.train(tmp_path / "run" / TASKS[0], "lora", TASKS[0], "training.steps=1")
+    save_tiny(own.model, seed=1)
+    with pytest.raises(SystemExit) as stop:
+        own.evaluate(checkpoint, tmp_path / "run")
+    assert stop.value.code == 2
+    assert f"another base than {own.model}" in capsys.readouterr().err
+    with pytest.raises(ClmoeError, match="another base"):
+        clmoe.load(checkpoint)
+    assert clmoe.load(checkpoint, model=str(runs.model)).learned == [TASKS[0]]
+
+
+def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = runs.chain("clmoe")[1]
+    runs.evaluate(checkpoint, tmp_path)
+    before = (tmp_path / "matrix.csv").read_text()
+    monkeypatch.setattr(module, "open_answerer", die)
+    runs.evaluate(checkpoint, tmp_path)
+    assert (tmp_path / "matrix.csv").read_text() == before
+    runs.evaluate(checkpoint, tmp_path, scoring="official")
+    assert json.loads((tmp_path / "run.json").read_text())["scoring"] == "official"
+    with pytest.raises(Killed):
+        runs.evaluate(checkpoint, tmp_path, "options.beta=0.25")
+
+
+def test_the_bare_models_row_leaves_a_training_runs_file_as_it_is(runs: Runs, tmp_path: Path) -> None:
+    def info() -> dict[str, Any]:
+        return dict(json.loads((tmp_path / "run.json").read_text()))
+
+    runs.evaluate("base", tmp_path, model=str(runs.model))
+    assert (info()["method"], info()["limit"]) == ("zero_shot", None)
+    runs.evaluate(runs.chain("lora")[1], tmp_path, "evaluation.limit=5")
+    trained = info()
+    assert (trained["method"], trained["limit"]) == ("lora", 5)
+    runs.evaluate("base", tmp_path, model=str(runs.model))
+    assert info() == trained
+    labels = [line.split(",")[0] for line in (tmp_path / "matrix.csv").read_text().splitlines()]
+    assert labels == ["after", "zero_shot", "count"]
+
+
+def test_a_folder_holds_one_order(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = runs.chain("lora")[0]
+    run = runs.evaluate(first, tmp_path / "run", order="colour,count")
+    before = contents(run)
+    for refused in (
+        lambda: runs.evaluate(first, run, order="colour,side"),
+        lambda: runs.evaluate("base", run, model=str(runs.model), order="rev"),
+    ):
+        with pytest.raises(SystemExit):
+            refused()
+        error = capsys.readouterr().err
+        assert f"{run} holds a run in the order colour, count, but --order here is " in error
+        assert contents(run) == before
+    for longer_or_shorter in ("colour", "colour,count", "colour,count,side"):
+        check_run_order(run, longer_or_shorter.split(","))
+
+
+def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(runs: Runs, tmp_path: Path) -> None:
+    grown = [
+        "adapter.train_projector=false", "options.initial_experts_from=first_task", "options.probe_min_steps=2",
+        "options.probe_share=0.5", "options.locator.steps=5",
+    ]  # fmt: skip
+    for method, settings, files in (
+        ("llava_cmoe", grown, ["expansion.json", "parameters.csv"]),
+        ("clmoe", [], ["parameters.csv", "usage.csv"]),
+        ("lora", [], ["parameters.csv"]),
+    ):
+        run = tmp_path / method
+        done = [read_checkpoint(folder) for folder in runs.chain(method, *settings)]
+        for finished in reversed(done):  # an older checkpoint must not shorten a file
+            record_checkpoint(run, finished, ORDER)
+        before = contents(run)
+        assert list(before) == files
+        assert (run / "parameters.csv").read_text().splitlines()[1:] == [
+            f"{d.lineage.tasks[-1]},{d.lineage.trainable_parameters},{d.lineage.adapter_parameters}" for d in done
+        ]
+        if method == "llava_cmoe":
+            plan = json.loads((done[1].folder / "plan.json").read_text())
+            assert json.loads((run / "expansion.json").read_text()) == plan
+            assert [entry["task"] for entry in plan] == ORDER[:2]
+        record_checkpoint(run, done[0], ORDER)
+        assert contents(run) == before
+
+
+def test_usage_is_the_checkpoints_mean_gates(runs: Runs, tmp_path: Path) -> None:
+    done = read_checkpoint(runs.chain("clmoe")[1])
+    record_checkpoint(tmp_path, done, ORDER)
+    with (tmp_path / "usage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["task"] for row in rows)) == done.lineage.tasks
+    statistics = load_statistics(done.folder / "statistics.safetensors")
+    expected = {
+        (task, block, str(expert)): float(share)
+        for task, blocks in zip(done.lineage.tasks, statistics, strict=True)
+        for block, values in blocks.items()
+        for expert, share in enumerate(values["gate_mean"])
+    }
+    found = {(row["task"], row["block"], row["expert"]): float(row["share"]) for row in rows}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+# An interrupted cell continues, to the same bytes
+
+SMALL = ("evaluation.batch_size=5",)  # 12 questions: three batches
+
+
+@pytest.fixture
+def checkpoint(runs: Runs) -> Path:
+    return runs.chain("clmoe", tasks=TASKS[:1])[0]
+
+
+def finished(run: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(run).items() if name not in TIMES}
+
+
+@pytest.fixture
+def straight(runs: Runs, checkpoint: Path) -> dict[str, bytes]:
+    """A run folder's files after an evaluation without interruption."""
+    run = runs.evaluate(checkpoint, runs.root / "straight-evaluation", *SMALL)
+    assert texts(run, TASKS[0], TASKS[0])
+    return finished(run)
+
+
+def die_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Die in the ``number``-th generation of full batches from now; the list grows with each one's size."""
+    real, sizes = Answerer.generate, []
+
+    def generate(self: Answerer, items: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if len(items) > 1:
+            if len(sizes) == number:
+                raise Killed
+            sizes.append(len(items))
+        return real(self, items, *args, **kwargs)
+
+    patch.setattr(Answerer, "generate", generate)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("cut", "overrides", "computed"),
+    [
+        (0, [], [2, 5, 5, 2]),  # the last batch of the located cell, then the oracle's three
+        (9, [], [5, 2, 5, 5, 2]),  # the file's last line was torn, and its batch is answered again
+        (0, ["options.beta=0.25"], [5, 5, 2, 5, 5, 2]),  # answers of another setting are not used
+    ],
+)
+def test_only_what_is_missing_is_answered(
+    cut: int, overrides: list[str], computed: list[int], runs: Runs, checkpoint: Path, straight: dict[str, bytes],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        die_at(patch, 2)
+        with pytest.raises(Killed):
+            runs.evaluate(checkpoint, tmp_path, *SMALL, *overrides)
+    (partial,) = (tmp_path / "predictions" / TASKS[0]).glob(".*partial-*")
+    partial.write_bytes(partial.read_bytes()[: -cut or None])
+    sizes = die_at(monkeypatch, -1)
+    runs.evaluate(checkpoint, tmp_path, *SMALL)
+    assert sizes == computed
+    assert finished(tmp_path) == straight
+
+
+@pytest.mark.parametrize("cells", [1, 2], ids=["first", "last"])
+def test_what_a_crash_left_beside_a_complete_cell_goes(
+    cells: int, runs: Runs, checkpoint: Path, straight: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real, calls = Cell._remove_hidden_files, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Cell,
+            "_remove_hidden_files",
+            lambda self: die() if calls.append(self) or len(calls) == cells else real(self),
+        )
+        with pytest.raises(Killed):
+            runs.evaluate(checkpoint, tmp_path, *SMALL)
+    assert list((tmp_path / "predictions" / TASKS[0]).glob(".*partial-*"))
+    runs.evaluate(checkpoint, tmp_path, *SMALL)
+    assert finished(tmp_path) == straight
+
+
+@pytest.mark.parametrize("torn", ['{"question_id": "b", "te', '{"question_id": "b", "text": "{}', '{"a": {"vae": 1}'])
+def test_files_of_all_processes_are_read_and_torn_ends_closed(
+    torn: str, tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {name: Answer(name, 0.5, False, None, {"vae": 1}) for name in "abcd"}
+    known: list[dict[str, Answer]] = []
+
+    def keep(*names: str) -> Callable[..., None]:
+        def answer(*args: Any) -> None:
+            known.append(args[5])
+            for name in names:
+                args[6]([(name, answers[name])])
+            raise Killed
+
+        return answer
+
+    def ask(*names: str, **changed: Any) -> None:
+        monkeypatch.setattr(Answers, "answer", staticmethod(keep(*names)))
+        with pytest.raises(Killed):
+            fill(mini, Answers(), cell(tmp_path, mini, **changed))
+
+    ask("a")
+    (path,) = cell(tmp_path, mini).path.parent.iterdir()
+    path.write_bytes(path.read_bytes() + torn.encode())
+    ask("c")
+    (path.with_name(path.name.replace("-0.jsonl", "-1.jsonl"))).write_text(
+        json.dumps({"question_id": "d", **dataclasses.asdict(answers["d"])}) + "\n"
+    )
+    ask()
+    ask(router="oracle")
+    ask(limit=5)
+    assert known == [{}, {"a": answers["a"]}, {name: answers[name] for name in "acd"}, {}, {}]
