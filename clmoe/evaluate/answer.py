@@ -50,7 +50,8 @@ class Explanation:
     Attributes:
         text: the answer, or its beginning while it is being generated.
         task: the one that the question was taken for; None for methods without parts.
-        scores: task -> how typical the question is of it, the largest wins. Empty for methods without parts.
+        scores: task -> how typical the checkpoint's own locator finds the question of it, the largest wins. Empty for
+            methods without parts.
         routers: in model order; empty for methods without experts.
     """
 
@@ -111,9 +112,10 @@ class LoadedCheckpoint:
         """
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
-            scores = answerer.task_scores([asked], root, locator, oracle)
+            found = answerer.task_scores([asked], root, locator, oracle)
+            scores = answerer.task_scores([asked], root) if locator and answerer.own_looks else found
             prompt = prompt_dataset(answerer.base, [asked], root)[0]
-        index = None if scores is None else int(scores[0].argmax())
+        index = None if found is None else int(found[0].argmax())
         selection = answerer.selection([index])
         reasons = Explanation(
             "",

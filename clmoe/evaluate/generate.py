@@ -131,6 +131,11 @@ class Answerer:
             return image_order([question.image for question in questions], lengths)
         return sorted(range(len(questions)), key=lambda i: (questions[i].image is None, lengths[i], i))
 
+    @property
+    def own_looks(self) -> bool:
+        """The answerer's own locator looks at questions."""
+        return self.own is not None and self.own.looks
+
     def locator(self, name: str = "") -> Locator | None:
         """The answerer's own locator, or by name one that does not look at questions; None without parts.
 

@@ -20,13 +20,14 @@ from clmoe.evaluate.generate import open_answerer
 from clmoe.experts.forward import base_features
 from clmoe.experts.model import adapted_base, expert_layers
 from clmoe.experts.routing import RouteSelection, routing
-from clmoe.locators.vae import VaeBank
+from clmoe.locators import make_locator
+from clmoe.locators.base import Asked
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.files import read_json
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches
 
-SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20")}
+SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20")}
 QUESTION = "How many things are there?"
 
 
@@ -34,6 +35,10 @@ def opened(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
     """A checkpoint of two tasks."""
     done = read_checkpoint(runs.chain(method, *SETTINGS.get(method, ()))[1])
     return LoadedCheckpoint(open_answerer(done.config, done, base), done.lineage.tasks)
+
+
+def folder_of(runs: Runs, method: str) -> Path:
+    return runs.chain(method, *SETTINGS.get(method, ()))[1]
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
 ) -> None:
     """Oracle: what the router banks hand to the experts in a forward pass of our own."""
     loaded = opened(runs, tiny_base, method)
-    explained = loaded.explain(image, QUESTION, 1, router="last")
+    explained = loaded.explain(image, QUESTION, 1, locator="last")
     model = loaded.answerer.model
     given: dict[str, torch.Tensor] = {}
     for name, layer in expert_layers(model).items():
@@ -87,7 +92,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
         assert sum(router.weights) == pytest.approx(1, abs=1e-5)
     owners = [router.owners for router in explained.routers]
     if method == "llava_cmoe":
-        plan = read_json(loaded.answerer.checkpoint / "plan.json")  # type: ignore[operator]
+        plan = read_json(folder_of(runs, method) / "plan.json")
         assert owners == [[0] * 4 + [1] * block["added"] for block in plan[-1]["blocks"].values()]
     else:
         assert owners == [[0] * 4] * 6
@@ -95,7 +100,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
 
 def test_the_older_router_reaches_the_older_experts_only(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
     loaded = opened(runs, tiny_base, "llava_cmoe")
-    older = loaded.explain(image, QUESTION, 1, router="oracle", task=TASKS[0])
+    older = loaded.explain(image, QUESTION, 1, locator="oracle", task=TASKS[0])
     assert all(len(router.weights) == 4 for router in older.routers)
 
 
@@ -103,56 +108,56 @@ def test_centre_distances_are_the_scores(runs: Runs, tiny_base: LoadedBase, imag
     """Oracle: numpy on the stored moments and the base's own hidden state, adapter off."""
     loaded = opened(runs, tiny_base, "clmoe")
     scores = loaded.explain(image, QUESTION, 1).scores
-    model, folder = loaded.answerer.model, loaded.answerer.checkpoint
+    model, folder = loaded.answerer.model, folder_of(runs, "clmoe")
     feature = base_features(model, inputs(loaded, image)).double().numpy()[0]  # type: ignore[arg-type]
-    stored = {name: tensor.double().numpy() for name, tensor in load_file(folder / "locator.safetensors").items()}  # type: ignore[operator]
+    stored = {name: tensor.double().numpy() for name, tensor in load_file(folder / "locator.safetensors").items()}
     share = stored["prototype.count"] / stored["prototype.count"].sum()
     centre = share @ stored["prototype.mean"]
     variance = share @ (stored["prototype.variance"] + (stored["prototype.mean"] - centre) ** 2)
     distances = np.linalg.norm((feature - stored["prototype.mean"]) / np.sqrt(variance), axis=1)
-    assert list(scores) == ["prototype"]
-    assert scores["prototype"] == pytest.approx(dict(zip(TASKS, -distances, strict=False)), rel=1e-6)
+    assert scores == pytest.approx(dict(zip(TASKS, -distances, strict=False)), rel=1e-6)
 
 
 def test_bank_scores_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
     loaded = opened(runs, tiny_base, "llava_cmoe")
     explained = loaded.explain(image, QUESTION, 1)
-    assert list(explained.scores) == ["vae", "prototype"]
     feature = base_features(loaded.answerer.model, inputs(loaded, image))  # type: ignore[arg-type]
-    bank = VaeBank.load(
-        loaded.answerer.checkpoint / "locator.safetensors",  # type: ignore[operator]
-        loaded.answerer.method.options.locator,
-        "last",
-    )
-    z = bank.z_scores(feature)[0].tolist()
-    assert explained.scores["vae"] == pytest.approx(dict(zip(TASKS, z, strict=False)), rel=1e-5)
+    bank = make_locator(loaded.answerer.method.config.locator, 0)
+    bank.load(folder_of(runs, "llava_cmoe") / "locator.safetensors")
+    z = bank.scores(Asked(["x"], 2, feature))[0].tolist()
+    assert explained.scores == pytest.approx(dict(zip(TASKS, z, strict=False)), rel=1e-5)
     assert explained.task == TASKS[int(np.argmax(z))]
 
 
-def test_routers_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+def test_locators_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
     loaded = opened(runs, tiny_base, "clmoe")
-    by_task = {task: loaded.explain(image, QUESTION, 1, router="oracle", task=task) for task in TASKS[:2]}
+    by_task = {task: loaded.explain(image, QUESTION, 1, locator="oracle", task=task) for task in TASKS[:2]}
     assert [explained.task for explained in by_task.values()] == list(TASKS[:2])
     assert by_task[TASKS[0]].scores == by_task[TASKS[1]].scores
     assert by_task[TASKS[0]].routers != by_task[TASKS[1]].routers
-    assert loaded.explain(image, QUESTION, 1, router="last").task == TASKS[1]
-    drawn = {loaded.explain(image, f"Is it {n}?", 1, router="random").task for n in range(8)}
+    assert loaded.explain(image, QUESTION, 1, locator="last").task == TASKS[1]
+    drawn = {loaded.explain(image, f"Is it {n}?", 1, locator="random").task for n in range(8)}
     assert drawn == set(TASKS[:2]), "the draw depends on the question"
-    for router in ("last", "random"):
-        assert loaded.explain(image, QUESTION, 3, router=router).text == loaded.answer(image, QUESTION, 3, router)  # type: ignore[arg-type]
+    for name in ("last", "random"):
+        assert loaded.explain(image, QUESTION, 3, locator=name).text == loaded.answer(image, QUESTION, 3, name)
 
 
 @pytest.mark.parametrize(
-    ("router", "task", "named"),
-    [("oracle", "color", "'colour'"), ("oracle", None, "oracle"), ("located", "colour", "oracle")],
+    ("locator", "task", "named"),
+    [
+        ("oracle", "color", "'colour'"),
+        ("oracle", None, "oracle"),
+        ("", "colour", "oracle"),
+        ("vae", None, "clmoe eval"),
+    ],
 )
 def test_the_oracle_needs_a_task_and_the_others_take_none(
-    router: Any, task: str | None, named: str, runs: Runs, tiny_base: LoadedBase, image: Path
+    locator: str, task: str | None, named: str, runs: Runs, tiny_base: LoadedBase, image: Path
 ) -> None:
     loaded = opened(runs, tiny_base, "clmoe")
     for ask in (loaded.answer, loaded.explain):
         with pytest.raises(ClmoeError, match=named):
-            ask(image, QUESTION, router=router, task=task)
+            ask(image, QUESTION, locator=locator, task=task)
 
 
 def test_plain_lora_has_neither_scores_nor_experts(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
@@ -192,7 +197,7 @@ def test_another_kind_of_image_is_an_error_that_says_what_is_accepted(
 
 def test_load_opens_a_checkpoint_folder(runs: Runs, image: Path) -> None:
     loaded = clmoe.load(runs.chain("clmoe")[1])
-    assert (loaded.learned, loaded.finds_task) == (list(TASKS[:2]), True)
+    assert (loaded.learned, loaded.keeps_parts) == (list(TASKS[:2]), True)
     assert loaded.answer(image, QUESTION, 6)
     with pytest.raises(ClmoeError, match="not a finished checkpoint"):
         clmoe.load(image.parent)

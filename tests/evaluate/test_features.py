@@ -11,8 +11,8 @@ from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.evaluate.generate import open_answerer
 from clmoe.experts.forward import last_prompt_features
-from clmoe.locators.base import FeatureStore
 from clmoe.locators import base as features
+from clmoe.locators.base import FeatureStore
 from clmoe.train.checkpoint import read_checkpoint
 from tests.evaluate.test_generate import Asked, shared
 from tests.runs import Runs

@@ -26,7 +26,7 @@ from tests.runs import Runs
 from tests.support import TASKS, prompt_batches, tiny_config
 
 METHODS = ("lora", "clmoe", "llava_cmoe")
-SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "options.locator.steps=20")}
+SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20")}
 FIVE = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
 Asked = tuple[list[Question], Path]
 
@@ -81,14 +81,14 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def ask(answerer: Answerer, asked: Asked, router: Any = "located", **settings: Any) -> list[Answer]:
+def ask(answerer: Answerer, asked: Asked, locator: str = "", **settings: Any) -> list[Answer]:
     answerer.config = dataclasses.replace(EvaluationConfig(), **settings)
-    return answerer.answer(*asked, 4, router)
+    return answerer.answer(*asked, 4, locator)
 
 
 def drawn(answerer: Answerer) -> str:
-    """A router that sends questions to different tasks."""
-    return "random" if answerer.method.finds_task else "located"
+    """A locator that sends questions to different tasks."""
+    return "random" if answerer.method.keeps_parts else ""
 
 
 def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
@@ -102,7 +102,7 @@ def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Asked, b
         for a, b in zip(together, alone, strict=True):
             assert a.margin == pytest.approx(b.margin, abs=1e-4)
     assert len({a.text for a in alone}) > 2, "all answers are equal: the order of answers would not be tested"
-    if answerer.method.finds_task:
+    if answerer.method.keeps_parts:
         assert {a.task for a in alone} == {0, 1}
 
 
@@ -204,7 +204,7 @@ def test_generation_is_transformers_own(answerer: Answerer, shared: Asked, atten
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
     items = read_prompts(prompt_dataset(base, shared[0][:10], shared[1]), range(10))
-    routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.finds_task else [None] * 10
+    routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.keeps_parts else [None] * 10
     seen: list[list[str]] = []
     texts, _ = answerer.generate(items, answerer.selection(routes), 4, seen.append)
     assert len(seen) == 3
@@ -266,7 +266,8 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     head = Scripted(script, len(tokenizer))
     tiny_base.model.lm_head = head
     method = method_class("zero_shot")(tiny_config("zero_shot", Path("nowhere")))
-    answerer = Answerer(tiny_base, tiny_base.model, method, None, 0, EvaluationConfig(exact=False))
+    answerer = Answerer(tiny_base, tiny_base.model, method)
+    answerer.config = EvaluationConfig(exact=False)
     asked = [Question(str(i), None, "What is it?", "red", {}) for i in range(2)]
     first, second = answerer.answer(asked, Path(), 20)
     assert (first.text, second.text) == ("red", "green red")
@@ -282,13 +283,11 @@ def test_many_questions_are_scored_in_pieces(
     answerer = opened(runs, tiny_base, method)
     whole = answerer.task_scores(*shared)
     seen: list[int] = []
-    real = type(answerer.method).task_scores
+    real = type(answerer.own).scores
     monkeypatch.setattr(
-        type(answerer.method), "task_scores", lambda self, c, some: seen.append(len(some)) or real(self, c, some)
+        type(answerer.own), "scores", lambda self, asked: seen.append(len(asked.ids)) or real(self, asked)
     )
     monkeypatch.setattr(generate, "SCORED_AT_ONCE", 10)
     pieces = answerer.task_scores(*shared)
     assert seen == [10, 10, 4]
-    assert list(pieces) == list(whole)
-    for name, scores in whole.items():
-        torch.testing.assert_close(pieces[name], scores, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-5)

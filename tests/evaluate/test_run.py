@@ -12,7 +12,7 @@ import pytest
 
 import clmoe
 from clmoe.benchmarks.base import Benchmark, sampled, task_questions
-from clmoe.config import Config, load_config
+from clmoe.config import Config, LocatorConfig, load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import run as module
@@ -27,6 +27,8 @@ from clmoe.evaluate.run import (
     summary_path,
     write_tables,
 )
+from clmoe.locators import make_locator
+from clmoe.locators.base import Locator
 from clmoe.methods.clmoe import load_statistics
 from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs, contents, events, texts
@@ -45,18 +47,22 @@ class Answers:
         self.asked: list[tuple[str, str, int | None, int]] = []
 
     def answer(
-        self, questions: Sequence[Question], root: Path, limit: int, router: str, index: int | None,
+        self, questions: Sequence[Question], root: Path, limit: int, locator: str, index: int | None,
         known: dict[str, Answer], finish: Callable[[list[tuple[str, Answer]]], None],
     ) -> list[Answer]:  # fmt: skip
-        self.asked.append((questions[0].question_id.split("-")[0], router, index, len(questions)))
+        self.asked.append((questions[0].question_id.split("-")[0], locator, index, len(questions)))
         texts = [q.answer if i < self.right else "?" for i, q in enumerate(questions)]
-        answers = [Answer(text, 0.5, i == 0, self.task, self.found(i)) for i, text in enumerate(texts)]
+        answers = [Answer(text, 0.5, i == 0, self.found(i)) for i, text in enumerate(texts)]
         finish([(q.question_id, answer) for q, answer in zip(questions, answers, strict=True)])
         return answers
 
-    def found(self, row: int) -> dict[str, int]:
-        """The second decider says the second task for every fourth question."""
-        return {} if self.task is None else {"vae": self.task, "prototype": int(row % 4 == 0)}
+    def locator(self, name: str) -> Locator | None:
+        """What found the tasks."""
+        return None if self.task is None else make_locator(LocatorConfig(name or "prototype"), 0)
+
+    def found(self, row: int) -> int | None:
+        """With ``task=2`` the second task for every fourth question."""
+        return int(row % 4 == 0) if self.task == 2 else self.task
 
 
 class Killed(BaseException):
@@ -69,7 +75,7 @@ def die(*unused: Any, **named: Any) -> None:
 
 def cell(run: Path, benchmark: Benchmark, task: str = "colour", **changed: Any) -> Cell:
     """Of a checkpoint that has learned two tasks."""
-    values = {"router": "located", "scoring": "fixed", "limit": None, "config": CONFIG, "identity": "identity"}
+    values = {"locator": "", "scoring": "fixed", "limit": None, "config": CONFIG, "identity": "identity"}
     return Cell(run, benchmark.task(task), **{**values, "learned": ORDER[:2], **changed})
 
 
@@ -109,7 +115,7 @@ def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Bench
     stub = Answers(right=3)
     colour, count = (cell(tmp_path, mini, task) for task in ORDER[:2])
     assert fill(mini, stub, colour, count)["located"] == 0.0
-    assert stub.asked == [("colour", "located", 0, 12), ("count", "located", 1, 12)]
+    assert stub.asked == [("colour", "", 0, 12), ("count", "", 1, 12)]
     rows = rows_of(colour)
     assert [row["question_id"] for row in rows] == [f"colour-{i}" for i in range(24, 36)]
     assert [row["score"] for row in rows] == [1.0] * 3 + [0.0] * 9
@@ -118,7 +124,7 @@ def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Bench
     found = summary(colour)
     assert (found["score"], found["questions"], found["redone"], found["located"]) == (25.0, 12, 1, 100.0)
     assert [event["task"] for event in events(tmp_path, "evaluated")] == ["colour", "count"]
-    assert [one.settled() for one in (colour, count, cell(tmp_path, mini, router="last"))] == [True, True, False]
+    assert [one.settled() for one in (colour, count, cell(tmp_path, mini, locator="last"))] == [True, True, False]
 
 
 def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes(
@@ -261,25 +267,24 @@ def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark)
     assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,25.0,,\n"
 
 
-def test_what_each_decider_said_is_counted(tmp_path: Path, mini: Benchmark) -> None:
+def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> None:
     fill(mini, Answers(task=None), cell(tmp_path, mini, "side"))
     write_tables(tmp_path, ORDER)
     assert not (tmp_path / "locator.csv").exists()
-    fill(mini, Answers(), cell(tmp_path, mini, "count"), cell(tmp_path, mini))
+    fill(mini, Answers(task=2), cell(tmp_path, mini, "count"), cell(tmp_path, mini))
+    fill(mini, Answers(task=1), cell(tmp_path, mini, "count", locator="oracle"))
     write_tables(tmp_path, ORDER)
     assert (tmp_path / "locator.csv").read_text().splitlines() == [
         "after,decider,task,located,count",
         "count,prototype,colour,colour,9",
         "count,prototype,colour,count,3",
-        "count,vae,colour,colour,12",
         "count,prototype,count,colour,9",
         "count,prototype,count,count,3",
-        "count,vae,count,colour,12",
     ]
 
 
-def test_the_matrix_is_the_default_routers_or_the_only_ones(tmp_path: Path, mini: Benchmark) -> None:
-    fill(mini, Answers(right=6), *(cell(tmp_path, mini, task, router="last") for task in ORDER[:2]))
+def test_the_matrix_is_the_own_locators_or_the_only_ones(tmp_path: Path, mini: Benchmark) -> None:
+    fill(mini, Answers(right=6), *(cell(tmp_path, mini, task, locator="last") for task in ORDER[:2]))
     write_tables(tmp_path, ORDER, "last")
     assert (tmp_path / "matrix.csv").read_text() == "after,colour,count,side\ncount,50.0,50.0,\n"
     fill(mini, Answers(right=3), cell(tmp_path, mini, "count"))
@@ -292,8 +297,8 @@ def fill_rows(run: Path, mini: Benchmark, right: dict[str, dict[str, int]]) -> N
     for after, cells in right.items():
         learned = [] if after == "zero_shot" else ORDER[: ORDER.index(after) + 1]
         for stem, number in cells.items():
-            task, _, router = stem.partition(".")
-            one = cell(run, mini, task, router=router or "located", learned=learned, identity=after)
+            task, _, locator = stem.partition(".")
+            one = cell(run, mini, task, locator=locator, learned=learned, identity=after)
             fill(mini, Answers(number, task=None), one)
 
 
@@ -516,7 +521,7 @@ def die_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
 @pytest.mark.parametrize(
     ("cut", "overrides", "computed"),
     [
-        (0, [], [2, 5, 5, 2]),  # the last batch of the located cell, then the oracle's three
+        (0, [], [2, 5, 5, 2]),  # the last batch of the own locator's cell, then the oracle's three
         (9, [], [5, 2, 5, 5, 2]),  # the file's last line was torn, and its batch is answered again
         (0, ["options.beta=0.25"], [5, 5, 2, 5, 5, 2]),  # answers of another setting are not used
     ],
@@ -560,7 +565,7 @@ def test_what_a_crash_left_beside_a_complete_cell_goes(
 def test_files_of_all_processes_are_read_and_torn_ends_closed(
     torn: str, tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {name: Answer(name, 0.5, False, None, {"vae": 1}) for name in "abcd"}
+    answers = {name: Answer(name, 0.5, False, 1) for name in "abcd"}
     known: list[dict[str, Answer]] = []
 
     def keep(*names: str) -> Callable[..., None]:
@@ -585,6 +590,6 @@ def test_files_of_all_processes_are_read_and_torn_ends_closed(
         json.dumps({"question_id": "d", **dataclasses.asdict(answers["d"])}) + "\n"
     )
     ask()
-    ask(router="oracle")
+    ask(locator="oracle")
     ask(limit=5)
     assert known == [{}, {"a": answers["a"]}, {name: answers[name] for name in "acd"}, {}, {}]

@@ -15,8 +15,8 @@ from clmoe.config import load_config
 from clmoe.data.batches import NumberedDataset, collate_numbered, collate_packed, image_groups
 from clmoe.data.records import Part, TrainRecord, Turn, UnionRecords, load_train
 from clmoe.experts.model import load_adapter
-from clmoe.methods import method_class
-from clmoe.methods.base import Method, TaskContext, method_names
+from clmoe.methods import method_class, methods
+from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.replay import mixed
 from clmoe.train.loop import BatchPlan
 from clmoe.train.loss import TrainedModel, enable_checkpointing
