@@ -48,9 +48,6 @@ class Grid:
         self.args, self.stopped, self.code, self.rows = args, "", 0, dict[str, Row]()
         self.children: set[subprocess.Popen[bytes]] = set()
         self.out = args.out or Path("runs/grid") / name
-        self.data = args.data or f"playground/data/{name}"
-        settings = [methods for start, methods in content.get("settings", {}).items() if name.startswith(start)]
-        self.settings: dict[str, list[str]] = dict(pair for methods in settings for pair in methods.items())
         for label, values in content["rows"].items():
             self.rows[label] = build(Row, {"label": label, **values}, f"{args.file}: rows.{label}")
             for locator in self.rows[label].locators:
@@ -74,10 +71,8 @@ class Grid:
             evaluate = [*CLMOE, "eval", "--benchmark", args.benchmark, *where, "--checkpoint"]
             checkpoints = sorted((self.out / f"{row.of}-seed{seed}").glob("[0-9]*_*/"))
             return [[*evaluate, str(checkpoint), label, *row.set, *overrides] for checkpoint in checkpoints]
-        method = row.method or row.label
         where += ["--seed", str(seed), *(["--base", args.base] if args.base else [])]
-        settings = [text.format(data=self.data) for text in self.settings.get(method, [])]
-        return [[*CLMOE, "run", method, args.benchmark, *where, label, *settings, *row.set, *args.overrides]]
+        return [[*CLMOE, "run", row.method or row.label, args.benchmark, *where, label, *row.set, *args.overrides]]
 
     def todo(self, row: Row, seed: int) -> tuple[list[list[str]], Path]:
         """The commands that have not ended well yet, all of them where the run folder is gone; and the run's log."""

@@ -10,8 +10,6 @@ matrix; `locator` says who chose the task), `growth.csv` (a row for each task of
 claims from `paper.yaml`; the rows of its tables from `configs/grids.yaml`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -42,15 +40,14 @@ TYPES: Any = dict.fromkeys(  # of the columns that pandas would guess wrong in a
 VERDICTS = ("holds", "contradicted", "no difference shown", "not verified", "not run")
 ENOUGH_SEEDS = 3
 BLANK = "–"
-SCORES = {  # heading -> column of Study.runs
+COLUMNS = {  # heading -> column of Study.runs
     "last (AP)": "last", "right after training": "immediate", "the same, task known": "immediate_known",
     "AF": "forgetting_max", "bwt_n_minus_1": "bwt_n_minus_1", "bwt_known": "bwt_known",
     "task found (%)": "located_percent", "blocks extended (%)": "extended_percent", "experts added": "added",
-}  # fmt: skip
-PARAMETERS = {
     "parameters trained in the last task": "trainable_parameters", "trained per task, mean": "trained_per_task",
     "stored at the end": "adapter_parameters",
 }  # fmt: skip
+COUNTS = ("trainable_parameters", "trained_per_task", "adapter_parameters", "head_start")
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,12 @@ class Study:
     name: str
     tasks: list[str]
     labels: list[str]
+    methods: list[str]  # of the main table
     runs: pd.DataFrame
     located: pd.DataFrame
 
-    def spread(self, label: str, column: str, show: str = ".2f") -> str:
+    def spread(self, label: str, column: str) -> str:
+        show = ",.0f" if column in COUNTS else ".2f"
         return spread(self.runs.loc[label, column], show) if label in self.labels else BLANK
 
 
@@ -72,7 +71,7 @@ def read_table(name: str) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(table.select_dtypes("str"), ""))
 
 
-def read_study(name: str) -> Study:
+def read_study(name: str, grids: dict[str, Any]) -> Study:
     runs, growth, located = (table[table.study == name] for table in map(read_table, ("runs", "growth", "located")))
     cells = dict(iter(read_table(name).groupby(["label", "seed"])))
     figures = pd.DataFrame([run_figures(run, cells[run.label, run.seed]) for run in runs.itertuples()], runs.index)
@@ -82,7 +81,9 @@ def read_study(name: str) -> Study:
     totals["trained_per_task"] = by_run.trainable.mean()
     totals["head_start"] = by_run.stored.first() - by_run.trainable.first()
     runs = runs.join(figures).set_index(["label", "seed"]).join(totals).sort_index()
-    return Study(name, runs.order.iloc[0].split(), list(runs.index.unique("label")), runs, located)
+    labels = list(runs.index.unique("label"))
+    methods = [label for part in grids["table1"]["sections"].values() for label in part if label in labels]
+    return Study(name, runs.order.iloc[0].split(), labels, methods, runs, located)
 
 
 def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
@@ -164,20 +165,18 @@ def claims(paper: dict[str, Any], studies: list[Study]) -> str:
 def compare(study: Study, labels: list[str], with_difference: bool = True) -> str:
     """A row for each variant, the first being what the others are compared with. Blank columns are left out."""
     columns = {"seeds": [str(len(study.runs.loc[label])) for label in labels]}
-    columns |= {name: [study.spread(label, column) for label in labels] for name, column in SCORES.items()}
     if with_difference:
         others = [difference(study, label, labels[0], "last")[1] for label in labels[1:]]
         columns["last: difference from the first (95 %)"] = ["", *others]
-    for name, column in PARAMETERS.items():
-        columns[name] = [study.spread(label, column, ",.0f") for label in labels]
+    columns |= {name: [study.spread(label, column) for label in labels] for name, column in COLUMNS.items()}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {BLANK}}
     return markdown(("method", *columns), zip(labels, *columns.values(), strict=True))
 
 
-def by_task(study: Study, labels: list[str]) -> str:
+def by_task(study: Study) -> str:
     """LLaVA-CMoE's Table 1: each task right after training (task known where a locator exists) and at the end."""
     rows = []
-    for label in labels:
+    for label in study.methods:
         known = study.runs.loc[label, "immediate_known"].notna().any()
         first, transfer = ("immediate_known", "bwt_known") if known else ("immediate", "bwt_n")
         for kind, name, bwt in ((first, "Immediate", ""), ("last", "Last", study.spread(label, transfer))):
@@ -187,11 +186,12 @@ def by_task(study: Study, labels: list[str]) -> str:
     return markdown(("method", "", *study.tasks, "Mean", "BWT"), rows, keys=2)
 
 
-def by_locator(study: Study, labels: list[str]) -> str:
+def by_locator(study: Study) -> str:
     """Percent of the questions at the end whose task each locator finds."""
     rows = []
-    table = study.located[study.located.label.isin(labels)]
-    for (label, locator), counts in table.groupby(["label", "locator"]):
+    for (label, locator), counts in study.located.groupby(["label", "locator"]):
+        if label not in study.methods:
+            continue
         right = counts["count"].where(counts.task == counts.chosen, 0).groupby([counts.seed, counts.task]).sum()
         shares = (100 * right / counts.groupby(["seed", "task"])["count"].sum()).unstack()
         cells = [spread(column) for column in (*(shares[task] for task in study.tasks), shares.mean(axis=1))]
@@ -221,27 +221,20 @@ def origins(study: Study) -> str:
     return markdown(("row", "seeds", "date", "commit", "command of the newest run"), rows, keys=5)
 
 
-def results_page(studies: list[Study]) -> str:
+def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
     """The whole page; the same bytes from the same tables."""
-    paper, grids = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (TABLES / "paper.yaml", GRIDS))
+    paper = yaml.safe_load((TABLES / "paper.yaml").read_text(encoding="utf-8"))
     counts = [(row["what"], row["paper"], row["ours"]) for row in paper["counts"]]
     parts: dict[str, Any] = {"claims": claims(paper, studies), "counts": markdown(("count", "paper", "ours"), counts)}
     parts["unchecked"] = "\n".join(f"- {line}" for line in paper["unchecked"])
     for study in studies:
-        methods = compared(study)
-        blocks = {"methods": compare(study, methods, with_difference=False), "by_task": by_task(study, methods)}
-        blocks |= {"by_locator": by_locator(study, methods), "origins": origins(study)}
-        blocks |= {name: ablations(study, grid["sections"]) for name, grid in grids["grids"].items()}
-        blocks["head_start"] = study.spread("llava_cmoe", "head_start", ",.0f")
+        blocks = {"methods": compare(study, study.methods, with_difference=False), "by_task": by_task(study)}
+        blocks |= {"by_locator": by_locator(study), "origins": origins(study)}
+        blocks |= {name: ablations(study, grid["sections"]) for name, grid in grids.items()}
+        blocks["head_start"] = study.spread("llava_cmoe", "head_start")
         for name, text in blocks.items():
             parts.setdefault(name, {})[study.name] = text
     return (TABLES / "page.template.md").read_text(encoding="utf-8").format(**parts)
-
-
-def compared(study: Study) -> list[str]:
-    """The methods of the main table that were run."""
-    sections = yaml.safe_load(GRIDS.read_text(encoding="utf-8"))["grids"]["table1"]["sections"]
-    return [label for labels in sections.values() for label in labels if label in study.labels]
 
 
 def draw(study: Study) -> Path:
@@ -249,7 +242,7 @@ def draw(study: Study) -> Path:
     mpl.rcParams.update({"svg.hashsalt": study.name, "svg.fonttype": "none"})
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for label in compared(study):
+    for label in study.methods:
         if study.spread(label, "forgetting_max") != BLANK:
             means = study.runs.loc[label, [f"so far:{task}" for task in study.tasks]].astype(float).mean()
             axes.plot(study.tasks, list(means), marker="o", markersize=3, label=label)
@@ -274,6 +267,8 @@ def add(folder: Path) -> None:
         raise ClmoeError(f"{folder / 'matrix.csv'}: the last task has no score; finish the run first")
     if steps and info["steps_per_task"] not in {0, *steps}:
         raise ClmoeError(f"{folder / 'run.json'}: steps_per_task is {info['steps_per_task']}; {study} has {steps}")
+    if (folder / "locator.csv").exists() and not info.get("locator"):
+        raise ClmoeError(f"{folder / 'run.json'}: field 'locator' does not say which locator chose the tasks")
     cells, located = read_cells(folder, info.get("locator") or "")
     rows = {"runs": read_facts(folder, info), study: cells, "growth": read_growth(folder)}
     rows["located"] = located[located.after == order[-1]]
@@ -333,8 +328,9 @@ def main() -> int:
     args = parser.parse_args()
     for folder in args.add:
         add(folder)
-    studies = [read_study(name) for name in STUDIES]
-    page = results_page(studies)
+    grids = yaml.safe_load(GRIDS.read_text(encoding="utf-8"))["grids"]
+    studies = [read_study(name, grids) for name in STUDIES]
+    page = results_page(studies, grids)
     if args.check:
         current = PAGE.read_text(encoding="utf-8") == page
         print(f"{PAGE} is {'up to date' if current else 'out of date: run python scripts/results.py'}")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.config import dump_config, load_config
 from clmoe.errors import ClmoeError
 from tests.support import load_script
 
@@ -22,8 +24,6 @@ rows:
   slow: {method: clmoe, order: rev, set: [options.gamma=0.9], locators: [oracle]}
   beta1: {of: slow, set: [options.beta=1]}
   real: {benchmark: coin}
-settings:
-  playground-: {clmoe: ["options.file={data}/x"]}
 grids:
   g: {title: G, sections: {first: [beta1, lora, slow, real], second: [slow, slow_oracle]}}
 """
@@ -77,7 +77,7 @@ def test_a_row_becomes_one_command_or_one_for_each_checkpoint(grid: ModuleType) 
     (command,) = made.commands(made.rows["slow"], 3)
     assert " ".join(command[len(grid.CLMOE) :]) == (
         "run clmoe playground-coin --order rev --output out/slow-seed3 --data /d --seed 3 --base /b label=slow "
-        "options.file=/d/x options.gamma=0.9 training.steps=3 evaluation.limit=5"
+        "options.gamma=0.9 training.steps=3 evaluation.limit=5"
     )
     for label, override in (("beta1", "options.beta=1"), ("slow_oracle", "locator=oracle")):
         assert [" ".join(command[len(grid.CLMOE) :]) for command in made.commands(made.rows[label], 3)] == [
@@ -86,7 +86,6 @@ def test_a_row_becomes_one_command_or_one_for_each_checkpoint(grid: ModuleType) 
             for task in ("01_a", "02_b")
         ]
     assert made.commands(made.rows["beta1"], 4) == []
-    assert "options.file=playground/data/playground-coin/x" in make(grid).commands(made.rows["slow"], 3)[0]
     assert [row.label for row in make(grid, only=["beta1"]).chosen] == ["slow", "beta1"]
     assert [row.label for row in make(grid, benchmark="a/coin.yaml").chosen][-1] == "real"
 
@@ -142,15 +141,16 @@ def test_what_is_wrong_in_the_file_is_named(grid: ModuleType, old: str, new: str
         make(grid)
 
 
-@pytest.mark.parametrize("benchmark", ["playground-coin", "coin"])
-def test_no_two_shipped_rows_are_the_same_run(grid: ModuleType, benchmark: str) -> None:
+@pytest.mark.parametrize("benchmark", ["playground-coin", "coin", "cl4vqa", "ucit", "mllm_dcl"])
+def test_the_shipped_rows_resolve_and_no_two_are_the_same_run(grid: ModuleType, benchmark: str) -> None:
     file = Path(__file__).resolve().parents[1] / "configs" / "grids.yaml"
-    settings: dict[str, str] = {}
+    recipe = load_benchmark(benchmark, check_files=False).recipe
+    labels: dict[str, str] = {}
     for name in yaml.safe_load(file.read_text())["grids"]:
         made = make(grid, file=file, grid=name, benchmark=benchmark)
         for row in made.chosen:
-            source = made.rows[row.of] if row.of else row
-            words = [row.of, *row.set, *made.commands(source, 0)[0]]
-            key = " ".join(word for word in words if not word.startswith(("label=", "out/")))
-            assert settings.setdefault(key, row.label) == row.label
-    assert {"clmoe_rmoe_off", "llava_cmoe_last", "olora"} <= set(settings.values())
+            source = made.rows[row.of or row.label]
+            overrides = [*source.set, *(row.set if row.of else ()), "label=same"]
+            config = load_config(source.method or source.label, recipe, overrides)
+            assert labels.setdefault(f"{row.of} {source.order} {dump_config(config)}", row.label) == row.label
+    assert {"clmoe_rmoe_off", "llava_cmoe_last", "olora"} <= set(labels.values())

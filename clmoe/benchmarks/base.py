@@ -5,8 +5,6 @@ docs/benchmarks.md describes the file. The data folder is the argument ``data_ro
 ``root`` of a user's own YAML file counts from that file's folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -50,12 +48,6 @@ class Task:
     suffix: str = ""
     passes: int = 1
     gold: Gold | None = None
-
-    @property
-    def files(self) -> list[tuple[str, Path]]:
-        """(field, path) of the training, test and gold files."""
-        gold = self.gold.files if self.gold else ()
-        return [("train", self.train), ("test", self.test), *(("gold", path) for path in gold)]
 
     @property
     def half_there(self) -> str:
@@ -122,25 +114,20 @@ class Benchmark:
         """A line for every file of the tasks (None: of all) that does not exist: task, field, path and source."""
         lines = []
         for task in (task for task in self.tasks if tasks is None or task.name in tasks):
-            for kind, path in task.files:
+            gold = [("gold", path) for path in (task.gold.files if task.gold else ())]
+            for kind, path in (("train", task.train), ("test", task.test), *gold):
                 source = f", from {self.source(path)}" if self.source(path) else ""
                 lines += [] if path.is_file() else [f"task {task.name!r}, field '{kind}': no file {path}{source}"]
         return lines
 
     def require_files(self, tasks: Collection[str] | None = None) -> None:
-        """Check that the files of the tasks (None: of all) exist.
-
-        Raises:
-            ClmoeError: names the first missing file, its task and field, and where it comes from.
-        """
+        """Raise ClmoeError naming the first missing file of the tasks (None: of all), its task, field and source."""
         missing = self.missing_files(tasks)
         if missing:
             more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
             fix = f"run `clmoe data prepare {self.name}`" if self.prepare else "put the data there"
-            raise ClmoeError(
-                f"benchmark {self.name}: {missing[0]}{more}; {fix}, or name the data folder with --data or "
-                f"{ROOT_VARIABLE}"
-            )
+            folder = f"name the data folder with --data or {ROOT_VARIABLE}"
+            raise ClmoeError(f"benchmark {self.name}: {missing[0]}{more}; {fix}, or {folder}")
 
     def source(self, path: Path) -> str | None:
         """Where a file below the root comes from: the longest entry of ``sources`` that it lies in."""

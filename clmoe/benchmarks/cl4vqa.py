@@ -3,8 +3,6 @@
 Order, files and scorers are in ``configs/benchmarks/cl4vqa.yaml``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
     and ``VQACL/karpathy_{train,test}_q_<task>.json``, of which only ``question_id`` is used. Training answers are the
     most common ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers.
 
-    Returns:
-        What was done, one line each.
+    Returns what was done, one line each.
 
     Raises:
         ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.

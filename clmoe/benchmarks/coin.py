@@ -3,8 +3,6 @@
 Order, files and scorers of CoIN's eight tasks are in ``configs/benchmarks/coin.yaml``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,8 +37,7 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     ``test``, ``testA`` and ``testB``. A box that has no area after rounding would be a malformed answer: such training
     records are left out and counted.
 
-    Returns:
-        What was done, one line each.
+    Returns what was done, one line each.
 
     Raises:
         ClmoeError: broken annotations, or a box of the test split has no area after rounding.

@@ -5,8 +5,6 @@ A reader takes a task's gold files and its questions, and returns the questions 
 ``failed``, and the question is left out; where ``failed`` is None, the first one is raised.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Putting a benchmark's data in place: the builders by the name in the field `prepare`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -28,12 +26,7 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
     """The benchmark with its data in place; the embedded ones are drawn on first use.
 
-    Args:
-        name: as for ``load_benchmark``, like ``data``.
-        tasks: only their files are required; None requires all.
-
-    Raises:
-        ClmoeError: unknown benchmark or missing files.
+    Arguments and errors are those of ``load_benchmark``; ``tasks`` limits which files are required.
     """
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
@@ -43,10 +36,7 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
 
 
 def prepare_benchmark(benchmark: Benchmark) -> str:
-    """Build what can be built from the downloads that are there.
-
-    Returns:
-        What was done, one line each.
+    """Build what can be built from the downloads that are there; returns what was done, one line each.
 
     Raises:
         ClmoeError: unknown builder, or files are still missing: what was done, and each file with its source.

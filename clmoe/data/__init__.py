@@ -1,1 +1,1 @@
-"""Records, images, prompts and batches. Imports nothing: reading a question file must not load torch."""
+"""Records, images, prompts and batches; knows no model."""

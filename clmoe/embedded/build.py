@@ -8,8 +8,6 @@ The marker `benchmark.json` is written last, and the finished folder appears by 
 another version or size is drawn anew.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ bracketed option, no box. Answers begin with what was asked and go on ("red tint
 image before its first answer word but never answers in a task's format.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from random import Random
 

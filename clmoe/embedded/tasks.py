@@ -1,7 +1,5 @@
 """What the two embedded benchmarks ask: each task turns scenes into questions that have one right answer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -68,7 +68,7 @@ class AccuracyMatrix:
     def read_csv(cls, path: Path) -> Self:
         """Read a matrix file: first column ``after``, then one column per task in training order.
 
-        A blank cell was not measured. The file may hold any of the rows, for instance only the last one.
+        The file may hold any of the rows, for instance only the last one; a blank cell was not measured.
 
         Raises:
             ClmoeError: names the file, the row (line number) and the column that is wrong.
@@ -108,10 +108,7 @@ def mean_spread(values: Sequence[float | None]) -> Spread:
 def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
     """All metrics of this module by name; ``immediate_known`` is K, [N] in the order of ``matrix.tasks``."""
     n, cell = len(matrix.tasks), matrix.cell
-    known = (None,) * n if immediate_known is None else tuple(immediate_known)
-    if len(known) != n:
-        raise ClmoeError(f"the immediate row has {len(known)} scores for {n} tasks")
-    last = matrix.row(matrix.tasks[-1])
+    known, last = immediate_known or (None,) * n, matrix.row(matrix.tasks[-1])
     backward = [_minus(cell(n, i), cell(i, i)) for i in range(1, n)]
     return {
         "last": _mean(last),

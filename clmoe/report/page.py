@@ -128,7 +128,6 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["markdown"] = tables.to_markdown
     environment.filters["breakable"] = lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name)
     runs = tables.all_runs(groups)
     return environment.get_template(template).render(

@@ -8,7 +8,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -127,14 +127,18 @@ def comparison(groups: Sequence[Group]) -> Picture:
     legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
     seeds = metrics_frame(groups).groupby("label", sort=False)[list(legend)]
     draw = partial(_dumbbells, stds=seeds.std().fillna(0.0), drawn=legend)
-    return Picture(
-        "comparison", [Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), draw)], legend
-    )
+    panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), draw)
+    return Picture("comparison", [panel], legend)
 
 
 def matrices(groups: Sequence[Group]) -> Picture:
-    """The accuracy matrix of each label, mean over its seeds."""
-    return Picture("matrices", [_heat_panel(title, cells) for title, cells in mean_matrices(groups).items()])
+    """The accuracy matrix of each label, mean over its seeds; all with the stages that any of them has."""
+    found, panels = mean_matrices(groups), []
+    measured = {stage for cells in found.values() for stage in cells.index}
+    for title, cells in found.items():
+        stages = pd.Index([stage for stage in (ZERO_SHOT, *cells) if stage in measured], name="after")
+        panels.append(_heat_panel(title, cells.reindex(stages)))
+    return Picture("matrices", panels)
 
 
 def curves_frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -147,13 +151,12 @@ def curves_frame(groups: Sequence[Group]) -> pd.DataFrame:
 def forgetting(groups: Sequence[Group]) -> Picture:
     """One panel per task: its score after each stage, a line per label, the deviation as a band."""
     frame, order, panels = curves_frame(groups), groups[0].runs[0].order, []
-    drawn, stages = (
-        styles(groups, frame["label"]),
-        [stage for stage in (ZERO_SHOT, *order) if stage in set(frame["after"])],
-    )
+    stages = [stage for stage in (ZERO_SHOT, *order) if stage in set(frame["after"])]
+    drawn = styles(groups, frame["label"])
     for task in order:
-        own = frame[frame["task"] == task].pivot(index="label", columns="after")
-        means, stds = (own[name].reindex(index=list(drawn), columns=stages) for name in ("mean", "std"))
+        own = frame[frame["task"] == task]
+        means, stds = (own.pivot(index="label", columns="after", values=name) for name in ("mean", "std"))
+        means, stds = (values.reindex(index=list(drawn), columns=stages) for values in (means, stds))
         panels.append(Panel(task, means, (2.65, 1.95), partial(_lines, drawn=drawn, stds=stds.fillna(0.0), mark=task)))
     return Picture("forgetting", panels, drawn)
 
@@ -208,15 +211,14 @@ def parameters(groups: Sequence[Group]) -> Picture:
     drawn = styles(groups, frame["label"])
     for title, column in (("trained in each task", "trainable"), ("stored after each task", "stored")):
         means = over_seeds(frame, ["label", "task"], column).pivot(index="label", columns="task", values="mean")
-        panels.append(
-            Panel(title, means.reindex(index=list(drawn), columns=order), (WIDTH, 2.3), partial(_lines, drawn=drawn))
-        )
+        means = means.reindex(index=list(drawn), columns=order)
+        panels.append(Panel(title, means, (WIDTH, 2.3), partial(_lines, drawn=drawn)))
     return Picture("parameters", panels, drawn)
 
 
 def _heat_panel(title: str, cells: pd.DataFrame, top: float = 100) -> Panel:
     """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them."""
-    longest, widest = (max(map(len, map(str, names))) for names in (cells.index, cells.columns))
+    longest, widest = (max(map(len, _short(names))) for names in (cells.index, cells.columns))
     row = 0.28 if len(cells) <= 40 else 0.09
     size = (min(WIDTH, 0.4 + 0.065 * longest + 0.44 * len(cells.columns)), 0.5 + 0.045 * widest + row * len(cells))
     return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1))
@@ -234,7 +236,7 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
         if row == column:
             ax.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, edgecolor=PALETTE[1], lw=1.3))
     step = 1 if numbers else math.ceil(len(cells) / 32)
-    ax.set_yticks([y + 0.5 for y in range(0, len(cells), step)], list(cells.index[::step]))
+    ax.set_yticks([y + 0.5 for y in range(0, len(cells), step)], _short(cells.index[::step]))
     _name_columns(ax, cells, 0.5)
     ax.invert_yaxis()
     ax.tick_params(length=0)
@@ -247,7 +249,7 @@ def _dumbbells(ax: Axes, means: pd.DataFrame, stds: pd.DataFrame, drawn: Styles)
     ax.hlines(rows, means.min(axis=1), means.max(axis=1), color=SOFT, lw=1.5, zorder=1)
     for column, (colour, _) in drawn.items():
         ax.errorbar(means[column], rows, xerr=stds[column], fmt="o", color=colour, ms=6, lw=1.2)
-    ax.set_yticks(rows, list(means.index))
+    ax.set_yticks(rows, _short(means.index))
     ax.set(ylim=(len(means) - 0.5, -0.5), xlim=(-4, 104), xticks=range(0, 101, 25))
     ax.grid(axis="x")
 
@@ -279,17 +281,21 @@ def _stacks(ax: Axes, shares: pd.DataFrame) -> None:
     ends = shares.cumsum(axis=1)
     for outcome, colour in OUTCOME_COLOURS.items():
         ax.barh(range(len(shares)), shares[outcome], 0.72, ends[outcome] - shares[outcome], color=colour)
-    ax.set_yticks(range(len(shares)), list(shares.index))
+    ax.set_yticks(range(len(shares)), _short(shares.index))
     ax.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xticks=range(0, 101, 25), xlabel="questions (%)")
 
 
 def _name_columns(ax: Axes, cells: pd.DataFrame, shift: float) -> None:
-    names = [str(name) for name in cells]
+    names = _short(cells)
     turned = max(map(len, names)) > 4
     ax.set_xticks(
         [x + shift for x in range(len(names))], names, rotation=40 * turned, ha="right" if turned else "center"
     )
     ax.tick_params("x", rotation_mode="anchor")
+
+
+def _short(names: Iterable[object]) -> list[str]:
+    return [name if len(name) <= 22 else name[:21] + "…" for name in map(str, names)]
 
 
 def _first_seeds(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

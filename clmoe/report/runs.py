@@ -97,10 +97,9 @@ def read_run(folder: Path) -> Run:
             the tasks of the run's order.
     """
     where, timing = folder / "run.json", folder / "timing.json"
-    found = read_json(where)
-    info: dict[str, Any] = {"limit": None, "scoring": "fixed"} | (
-        found if isinstance(found, dict) else {}
-    )  # older runs lack these two
+    info: Any = read_json(where)
+    if isinstance(info, dict):
+        info = {"limit": None, "scoring": "fixed"} | info  # older runs lack these two
     for field in fields(RunInfo):
         types = (list,) if field.name == "order" else get_args(field.type) or (field.type,)
         check_field(where, info, field.name, types)
@@ -153,9 +152,7 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
         kinds = [(r.benchmark, r.scoring, ", ".join(sorted(r.order))) for r in (runs[0], run)]
         for what, ours, theirs in zip(("benchmark", "scoring", "tasks"), *kinds, strict=True):
             if ours != theirs:
-                raise ClmoeError(
-                    f"{run.path} and {runs[0].path} differ in {what} ({theirs} / {ours}); report them apart"
-                )
+                raise ClmoeError(f"{run.path} and {runs[0].path} differ in {what}: {theirs} / {ours}")
         seeds = groups.setdefault(run.label, {})
         if run.seed in seeds:
             raise ClmoeError(
@@ -180,9 +177,9 @@ def check_field(where: Path | str, info: Any, field: str, types: tuple[type, ...
 def block_names(blocks: Iterable[str]) -> dict[str, str]:
     """Module names -> short names such as "layer 3 mlp", in the order of the layers; unchanged if of several towers."""
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in blocks}
-    towers = {name.rpartition("layers.")[0] for name in parts}
-    pattern = r"^.*layers\.(\d+)\.?" if len(towers) == 1 else "$^"
-    return {name: re.sub(pattern, r"layer \1 ", name).strip() for name in sorted(parts, key=parts.__getitem__)}
+    several = len({name.rpartition("layers.")[0] for name in parts}) > 1
+    short = {name: name if several else re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in parts}
+    return {name: short[name] for name in sorted(parts, key=parts.__getitem__)}
 
 
 def _read_table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
@@ -219,12 +216,9 @@ def _cell(where: str, text: str, kind: Any) -> Any:
 
 def _check_order(path: Path, tasks: Sequence[str], order: Sequence[str]) -> None:
     """Refuse a task that is unknown, listed twice, or listed after a later one."""
-    expected = [task for task in order if task in tasks]
-    for task, wanted in zip(tasks, [*expected, *tasks], strict=False):
-        if task != wanted:
-            raise ClmoeError(
-                f"{path}, field 'task': found {task!r}; list each task of {', '.join(order)} once, in order"
-            )
+    if list(tasks) != [task for task in order if task in tasks]:
+        found, wanted = ", ".join(tasks), ", ".join(order)
+        raise ClmoeError(f"{path}, field 'task': found {found}; list tasks of {wanted}, each once and in this order")
 
 
 def _read_usage(path: Path, order: Sequence[str]) -> pd.DataFrame:
@@ -275,9 +269,8 @@ def _read_expansion(path: Path, order: Sequence[str]) -> tuple[pd.DataFrame, pd.
 
 
 def _check_block(where: str, block: Any) -> None:
-    fields = {"activations": (list,), "probes": (int,), "threshold": (int, float), "added": (int,)}
-    for field, types in fields.items():
-        check_field(where, block, field, types)
+    for field, kind in (("activations", list), ("probes", int), ("threshold", float), ("added", int)):
+        check_field(where, block, field, (int, float) if kind is float else (kind,))
     for value in block["activations"]:
         check_field(where, {"activations": value}, "activations", (int, float))
     if not 1 <= block["probes"] <= len(block["activations"]):

@@ -52,15 +52,17 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """
     rows = []
     for run in all_runs(groups):
-        matrix = matrix_frame(run)
-        kinds = {ZERO_SHOT: matrix.loc[ZERO_SHOT], "last": matrix.iloc[-1] if run.chain != "separate" else None}
-        diagonal = pd.Series({task: matrix.loc[task, task] for task in run.order})
-        known = None if run.immediate is None else pd.Series(run.immediate, run.order, dtype=float)
-        kinds |= {"immediate": diagonal if run.staged else None, "immediate_known": known}
-        for kind in (ZERO_SHOT, "immediate", "immediate_known", "last"):
-            scores = kinds[kind]
-            if scores is not None and (kind == "last" or scores.notna().any()):
-                values = {**scores, "mean": scores.mean(skipna=False)}
+        blank, ends = (None,) * len(run.order), run.chain != "separate"
+        kinds: dict[str, Sequence[float | None]] = {
+            ZERO_SHOT: run.matrix.row(ZERO_SHOT),
+            "immediate": [run.matrix.row(task)[i] for i, task in enumerate(run.order)] if run.staged else blank,
+            "immediate_known": run.immediate or blank,
+            "last": run.matrix.row(run.order[-1]) if ends else blank,
+        }
+        for kind, scores in kinds.items():
+            values = pd.Series(scores, run.order, dtype=float)
+            if values.notna().any() or (kind == "last" and ends):
+                values["mean"] = values.mean(skipna=False)
                 rows += [(run.label, run.seed, kind, task, value) for task, value in values.items()]
     return pd.DataFrame(rows, columns=["label", "seed", "row", "task", "value"])
 
@@ -105,15 +107,14 @@ def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
     """
     found = {}
     for group in groups:
-        orders = dict.fromkeys(run.order for run in group.runs)
+        orders = list(dict.fromkeys(run.order for run in group.runs))
         for order in orders:
             runs = [run for run in group.runs if run.order == order]
-            title = group.label if len(runs) == 1 else f"{group.label} (mean of {len(runs)} seeds)"
-            if len(orders) > 1:
-                title = f"{group.label}, seed {', '.join(str(run.seed) for run in runs)}"
-            total = sum((matrix_frame(run) for run in runs[1:]), matrix_frame(runs[0]))
-            found[title] = (total / len(runs)).dropna(how="all")
-    return {title: matrix for title, matrix in found.items() if len(matrix)}
+            seeds = f", seed {', '.join(str(run.seed) for run in runs)}" if len(orders) > 1 else ""
+            title = group.label + (seeds or (f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""))
+            found[title] = sum((matrix_frame(run) for run in runs[1:]), matrix_frame(runs[0])) / len(runs)
+    filled = {title: matrix.dropna(how="all") for title, matrix in found.items()}
+    return {title: matrix for title, matrix in filled.items() if len(matrix)}
 
 
 def matrix_frame(run: Run) -> pd.DataFrame:
@@ -131,9 +132,8 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -
 def comparison_table(groups: Sequence[Group]) -> Table:
     """One row per label: all metrics in percent."""
     frame = metrics_frame(groups)
-    table = _spread_table(
-        "Comparison", groups, frame.melt(["label"], COMPARED, "metric"), ["label"], "metric", COMPARED
-    )
+    long = frame.melt(["label"], COMPARED, "metric")
+    table = _spread_table("Comparison", groups, long, ["label"], "metric", COMPARED)
     table.cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
     # Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared.
     compared = [group.runs[0].chain == "sequence" for group in groups]
@@ -201,15 +201,6 @@ def to_text(table: Table, width: int = 100) -> str:
     cells = table.cells.set_index(list(table.cells.columns[: table.keys])).rename_axis([None] * table.keys)
     text = cells.to_string(line_width=width, sparsify=False)
     return table.title + "\n" + re.sub(r" *\\?$", "", text, flags=re.MULTILINE) + "\n"
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table, without its title; the best cells in bold."""
-    columns = range(len(table.cells.columns))
-    lines = [list(table.cells), ["---" if c < table.keys else "---:" for c in columns]]
-    for r, row in enumerate(table.cells.itertuples(index=False)):
-        lines.append([f"**{row[c]}**" if (r, c) in table.best else row[c].replace("|", "\\|") for c in columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_latex(table: Table) -> str:

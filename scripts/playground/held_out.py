@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from clmoe.benchmarks.builders import prepare_playground
 from PIL import Image
 
-from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.utils.paths import find_config
 
 
@@ -38,8 +37,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=200, help="records of each task that become questions")
     parser.add_argument("--output", type=Path, default=Path("runs/held-out"))
     args = parser.parse_args()
-    benchmark = load_benchmark(args.benchmark)
-    prepare_playground(benchmark)
+    benchmark = open_benchmark(args.benchmark)
     name = f"{benchmark.name}-held-out"
     config = yaml.safe_load(find_config("benchmarks", args.benchmark).read_text(encoding="utf-8"))
     for entry, task in zip(config["tasks"], benchmark.tasks, strict=True):

@@ -72,12 +72,7 @@ def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data
     assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, {"epochs": 1}, None)
     assert [task.name for task in loaded.tasks] == ["one", "two", "three"]
     assert loaded.task("two") == Task(
-        name="two",
-        train=data / "two/train.json",
-        test=data / "two/test.json",
-        image_root=data / "images",
-        scorer="exact",
-        max_new_tokens=16,
+        "two", data / "two/train.json", data / "two/test.json", data / "images", "exact", 16
     )
     assert load_benchmark(str(shipped / "mine.yaml")) == loaded
 
@@ -89,12 +84,11 @@ def test_unknown_benchmarks(name: str, named: str, shipped: Path) -> None:
 
 
 def test_a_users_own_file_counts_from_its_own_folder(shipped: Path, tmp_path: Path) -> None:
-    fill(tmp_path / "project" / "data")
-    path = write(tmp_path / "project" / "any-name.yaml", benchmark())
-    assert load_benchmark(path).root == tmp_path / "project" / "data"
-    assert load_benchmark("../project/any-name.yaml").task("one").train.is_file()
-    absolute = write(tmp_path / "far" / "b.yml", benchmark(root=str(tmp_path / "project" / "data")))
-    assert load_benchmark(absolute).root == tmp_path / "project" / "data"
+    data = tmp_path / "project" / "data"
+    fill(data)
+    write(tmp_path / "project" / "any-name.yaml", benchmark())
+    absolute = write(tmp_path / "far" / "b.yml", benchmark(root=str(data)))
+    assert load_benchmark("../project/any-name.yaml").root == load_benchmark(absolute).root == data
 
 
 def test_argument_and_environment_override_the_root(
@@ -188,28 +182,20 @@ def test_bad_orders(spec: str, named: str, shipped: Path) -> None:
 
 TWO_FILES = {"reader": "scienceqa", "files": ["x"]}
 BAD = {  # what the message must name besides the file
-    "broken": ("name: [", "line 1"),
-    "list": ("- a", "mapping"),
     "key": (benchmark(taskz=[]), "'taskz'.*'tasks'"),
     "task key": (benchmark(tasks=[task("one", image="x")]), r"tasks\[0\].*'image'.*'images'"),
     "no name": (benchmark(name=...), r"\.name"),
     "other name": (benchmark(name="yours"), r"\.name.*'mine'.*'yours'"),
     "root": (benchmark(root=3), r"\.root.*3"),
-    "recipe": (benchmark(recipe=[1]), r"\.recipe.*\[1\]"),
-    "prepare": (benchmark(prepare=3), r"\.prepare.*3"),
     "no tasks": (benchmark(tasks=...), r"\.tasks"),
-    "empty tasks": (benchmark(tasks=[]), r"\.tasks"),
     "task type": (benchmark(tasks=["one"]), r"tasks\[0\].*'one'"),
     "same task": (benchmark(tasks=[task("a"), task("a")]), r"tasks\[1\]\.name.*'a'"),
     "reserved": (benchmark(tasks=[task("rand")]), r"tasks\[0\]\.name.*'rand'"),
-    "comma": (benchmark(tasks=[task("a,b")]), r"tasks\[0\]\.name.*'a,b'"),
     "climbing": (benchmark(tasks=[task("../a")]), r"tasks\[0\]\.name.*'\.\./a'"),
     "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]\.train"),
     "limit": (benchmark(tasks=[task("a", max_new_tokens=0)]), r"tasks\[0\].*max_new_tokens"),
     "limit type": (benchmark(tasks=[task("a", max_new_tokens=True)]), r"tasks\[0\]\.max_new_tokens.*True"),
     "passes": (benchmark(tasks=[task("a", passes=0)]), r"tasks\[0\].*passes 0"),
-    "suffix": (benchmark(tasks=[task("a", suffix=1)]), r"tasks\[0\]\.suffix.*1"),
-    "scorer": (benchmark(tasks=[task("a", scorer=["x"])]), r"tasks\[0\]\.scorer.*\['x'\]"),
     "gold": (benchmark(tasks=[task("a", gold="x")]), r"tasks\[0\]\.gold.*'x'"),
     "reader": (benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]), r"\.gold.*'gqaa'.*'gqa'"),
     "gold files": (benchmark(tasks=[task("a", gold=TWO_FILES)]), r"\.gold\.files.*'scienceqa'.*pid_splits.*\['x'\]"),

@@ -41,16 +41,14 @@ class Commands:
         return self.capsys.readouterr().out
 
     def refused(self, *arguments: object) -> str:
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             cli.main([str(argument) for argument in arguments])
-        assert stop.value.code == 2
         return self.capsys.readouterr().err
 
     def bad(self, name: str, tree: Path) -> list[str]:
         """What ``clmoe data check`` lists as bad."""
-        listing = tree / "bad.txt"
-        error = self.refused("data", "check", name, "--data", tree, "--bad", listing)
-        bad = listing.read_text().splitlines()
+        error = self.refused("data", "check", name, "--data", tree, "--bad", tree / "bad.txt")
+        bad = (tree / "bad.txt").read_text().splitlines()
         assert f"clmoe data: {len(bad)} bad" in error
         return bad
 

@@ -185,20 +185,21 @@ def test_locator_and_growth_are_kept(empty: ModuleType, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("info", "matrix", "message"),
+    ("info", "file", "text", "message"),
     [
-        ({"steps_per_task": 20}, None, r"run\.json: steps_per_task is 20"),
-        ({"benchmark": "coin"}, None, r"run\.json: benchmark 'coin'"),
-        ({}, "after,a,b,c\na,80,,\n", r"matrix\.csv: the last task"),
+        ({"steps_per_task": 20}, "", "", r"run\.json: steps_per_task is 20"),
+        ({"benchmark": "coin"}, "", "", r"run\.json: benchmark 'coin'"),
+        ({}, "locator.csv", "after,decider,task,located,count\n", r"run\.json: field 'locator'"),
+        ({}, "matrix.csv", "after,a,b,c\na,80,,\n", r"matrix\.csv: the last task"),
     ],
 )
 def test_a_run_that_cannot_be_compared_is_refused(
-    empty: ModuleType, tmp_path: Path, info: dict[str, Any], matrix: str | None, message: str
+    empty: ModuleType, tmp_path: Path, info: dict[str, Any], file: str, text: str, message: str
 ) -> None:
     empty.add(make_run(tmp_path / "x", "lora", 0))
     run = make_run(tmp_path / "y", "lora", 1, **info)
-    if matrix:
-        (run / "matrix.csv").write_text(matrix)
+    if file:
+        (run / file).write_text(text)
     before = {path.name: path.read_text() for path in empty.TABLES.glob("*.csv")}
     with pytest.raises(ClmoeError, match=message):
         empty.add(run)

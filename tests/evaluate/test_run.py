@@ -81,7 +81,7 @@ def cell(run: Path, benchmark: Benchmark, task: str = "colour", **changed: Any) 
 
 def fill(benchmark: Benchmark, stub: Any, *cells: Cell) -> dict[str, Any]:
     """Fill them; returns the summary of the last one."""
-    fill_cells(list(cells), benchmark, ORDER, stub)
+    fill_cells(list(cells), benchmark, stub)
     return summary(cells[-1])
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clmoe.report.tables import Table
+
 TASKS = ["colour_letter", "count", "box"]
 
 
@@ -13,11 +15,10 @@ def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: b
     folder.mkdir(parents=True)
     order = info.get("order", TASKS)
     x, y, z = order
-    (folder / "matrix.csv").write_text(
-        f"after,{','.join(order)}\n{x},80,,\n{y},70,80,\n{z},{last},{last},80\n", encoding="utf-8"
-    )
+    header = f"after,{x},{y},{z}"
+    write(folder / "matrix.csv", header, f"{x},80,,", f"{y},70,80,", f"{z},{last},{last},80")
     if immediate:
-        (folder / "immediate.csv").write_text(f"after,{x},{y},{z}\nknown,81,82,83\n")
+        write(folder / "immediate.csv", header, "known,81,82,83")
     record = {
         "method": "moelora",
         "benchmark": "playground-coin",
@@ -34,9 +35,21 @@ def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: b
     return folder
 
 
-def row_of(table: Any, *keys: str) -> dict[str, str]:
-    (row,) = [row for row in table.rows if row[: len(keys)] == keys]
-    return dict(zip(table.header, row, strict=True))
+def row_of(table: Table, *keys: str) -> dict[str, str]:
+    """The cells of the one row with these keys, by column."""
+    (row,) = [row for row in table.cells.to_dict("records") if tuple(row.values())[: len(keys)] == keys]
+    return row
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path.parent
+
+
+def write_expansion(run: Path, blocks: list[dict[str, Any]]) -> Path:
+    """expansion.json with these blocks of the first tasks."""
+    plans = [{"task": task, "blocks": plan} for task, plan in zip(TASKS, blocks, strict=False)]
+    return write(run / "expansion.json", json.dumps(plans))
 
 
 def block(activations: list[float], threshold: float, added: int, probes: int = 1) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""Answers then and now: outcomes, which questions a page shows, and where their images come from."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clmoe.errors import ClmoeError
+from clmoe.report.answers import OUTCOMES, choose, explore, image_folders, read_answers, thumbnail
+from clmoe.report.runs import group_runs, read_run
+from tests.report.folders import TASKS, make_run, predict
+
+RIGHT, WRONG = ("x", 1.0), ("y", 0.0)
+NAMES = [f"q{i}" for i in range(100)]
+
+
+def outcomes(run: Path, task: str) -> dict[str, str | None]:
+    found = read_answers(read_run(run), task)
+    return dict(zip(found["question"], found["outcome"], strict=True)) if len(found) else {}
+
+
+def answered(root: Path, label: str, seed: int, forgotten: list[str]) -> Path:
+    """A run that got all questions of `count` right, and forgot some."""
+    run = make_run(root, label, seed)
+    predict(run, "count", "count", dict.fromkeys(NAMES, RIGHT))
+    predict(run, "box", "count", {name: WRONG if name in forgotten else RIGHT for name in NAMES})
+    return run
+
+
+def test_every_outcome(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "colour_letter", "colour_letter", {"a": ("x", 1), "b": ("x", 1), "c": ("x", 0), "d": ("x", 0)})
+    later = {"a": ("x", 1), "b": ("y", 0), "c": ("y", 1), "d": ("y", 0), "e": ("y", 1)}
+    predict(run, "box", "colour_letter", later, task="count")
+    predict(run, "count", "colour_letter", dict.fromkeys(later, ("z", 1.0)))  # a stage between counts for nothing
+    found = outcomes(run, "colour_letter")
+    assert found == {"a": "kept", "b": "forgotten", "c": "learned later", "d": "never right", "e": None}
+    row = read_answers(read_run(run), "colour_letter").set_index("question").loc["b"]
+    assert (row["then"], row["now"], row["prompt"], row["reference"]) == ("x", "y", "ask b", "gold")
+    assert (row["then_right"], row["now_right"], row["located"], row["image"]) == (True, False, "count", "b.png")
+
+
+def test_part_of_a_point_is_right_from_one_half_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "count", "count", {"a": ("cup", 0.9), "b": ("mug", 0.6), "c": ("jar", 0.3), "d": ("Ohio", 0.5)})
+    predict(run, "box", "count", {"a": ("mug", 0.6), "b": ("jar", 0.3), "c": ("jar", 0.3), "d": ("", 0.0)})
+    assert outcomes(run, "count") == {"a": "kept", "b": "forgotten", "c": "never right", "d": "forgotten"}
+
+
+def test_answers_that_are_scored_as_a_whole_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    for after, figure in (("count", 1.2), ("box", 0.1)):
+        predict(run, after, "count", {"a": ("a red mug", figure)})
+        (run / f"predictions/{after}/count.json").write_text('{"parts": {"BLEU-1": 0.4, "CIDEr": 2.0}}')
+    counts, shown = explore(group_runs([run]))
+    assert counts.empty
+    assert shown[["then", "then_right", "now_right"]].values.tolist() == [["a red mug", None, None]]
+
+
+def test_the_end_is_the_runs_own_and_the_last_task_is_not_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0, order=TASKS[::-1])
+    predict(run, "colour_letter", "colour_letter", {"a": RIGHT, "b": WRONG})
+    predict(run, "box", "box", {"a": RIGHT})
+    predict(run, "colour_letter", "box", {"a": WRONG})
+    assert outcomes(run, "colour_letter") == {"a": "kept", "b": "never right"}
+    assert outcomes(run, "box") == {"a": "forgotten"}
+    counts, _ = explore(group_runs([run]))
+    assert counts.values.tolist() == [["moe", "box", 0, 1, 0, 0]]
+
+
+def test_a_run_that_was_measured_with_another_router(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "box", "count.random", {"a": RIGHT})
+    predict(run, "count", "count.random", {"a": RIGHT})
+    assert outcomes(run, "count") == {"a": "kept"}
+    predict(run, "box", "count", {"a": WRONG})  # the method's own locator counts wherever it was measured
+    assert outcomes(run, "count") == {"a": None}
+
+
+def test_answers_with_line_breaks_of_unicode_and_cells_never_finished(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    path = run / "predictions/box/box.jsonl"
+    predict(run, "box", "box", {"a": ("one", 1), "b": ("two", 1)})
+    path.write_text(path.read_text().replace('"one"', '"o\u2028n\x85e"') + "\n", encoding="utf-8")
+    assert outcomes(run, "box") == {"a": "kept", "b": "kept"}
+    path.with_suffix(".json").unlink()
+    assert outcomes(run, "box") == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("text", 3), ("score", "1"), ("score", float("nan")), ("image", 1), ("prompt", None)]
+)
+def test_malformed_rows_are_named(tmp_path: Path, field: str, value: object) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    path = run / "predictions/box/box.jsonl"
+    predict(run, "box", "box", {"a": RIGHT})
+    good = path.read_text()
+    predict(run, "box", "box", {"b": RIGHT}, **{field: value})
+    path.write_text(good + path.read_text())
+    with pytest.raises(ClmoeError, match=rf"box\.jsonl, row 2: .*'{field}'"):
+        read_answers(read_run(run), "box")
+    path.write_text(good + "{cut\n")
+    with pytest.raises(ClmoeError, match=r"box\.jsonl, row 2"):
+        read_answers(read_run(run), "box")
+
+
+def test_counts_are_summed_over_seeds(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, label, seed) for label, seed in (("moe", 0), ("moe", 1), ("none", 0))]
+    for run, later in zip(runs, (1.0, 0.0), strict=False):
+        predict(run, "count", "count", {"a": RIGHT, "b": WRONG})
+        predict(run, "box", "count", {"a": ("x", later), "b": RIGHT, "c": WRONG})
+    counts, shown = explore(group_runs(runs))
+    assert list(counts.columns[2:]) == list(OUTCOMES.values())
+    assert counts.values.tolist() == [["moe", "count", 1, 1, 2, 0]]
+    assert set(shown["asked"]) == {3} and len(shown) == 6
+
+
+def test_forgotten_ones_come_first_and_each_label_has_its_turn(tmp_path: Path) -> None:
+    rare = ["q90", "q91"]
+    folders = [
+        answered(tmp_path, "all", 0, NAMES),
+        answered(tmp_path, "few", 0, []),
+        answered(tmp_path, "few", 1, rare),
+    ]
+    _, everything = explore(group_runs(folders), 200)
+    assert set(choose(everything, 200)) == set(NAMES)
+    chosen = choose(everything, 8)
+    assert len(chosen) == len(set(chosen)) == 8 and set(rare) <= set(chosen)
+    assert choose(everything.sample(frac=1, random_state=0), 8) == chosen  # only names decide
+    only_few = choose(everything[everything["label"] == "few"], 8)
+    assert set(rare) <= set(only_few) and len(only_few) == 8
+
+
+def test_many_forgotten_leave_a_quarter_to_all_and_those_asked_twice_come_first(tmp_path: Path) -> None:
+    half = NAMES[:50]
+    chosen = choose(read_answers(read_run(answered(tmp_path, "moe", 0, half)), "count"), 40)
+    assert len(chosen) == 40 and 30 <= sum(name in half for name in chosen) < 40
+    run = make_run(tmp_path, "limited", 0)
+    predict(run, "count", "count", dict.fromkeys(NAMES[:5], RIGHT))
+    predict(run, "box", "count", dict.fromkeys(NAMES, RIGHT))
+    assert set(choose(read_answers(read_run(run), "count"), 6)) > set(NAMES[:5])
+
+
+def test_thumbnails_are_small_and_stay_in_their_folder(tmp_path: Path) -> None:
+    def picture(path: Path, size: tuple[int, int], colour: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, colour).save(path)
+        return path
+
+    def decoded(name: str) -> Image.Image:
+        uri, problem = thumbnail(name, [tmp_path / "nowhere", tmp_path])
+        assert problem == "" and uri is not None and uri.startswith("data:image/webp;base64,")
+        return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+    picture(tmp_path / "a.png", (56, 40), "#102030")
+    picture(tmp_path / "wide.png", (1200, 300), "red")
+    small = decoded("a.png")
+    assert small.size == (56, 40) and small.convert("RGB").getpixel((3, 3)) == (0x10, 0x20, 0x30)  # kept exactly
+    assert decoded("wide.png").size == (224, 56)
+    (tmp_path / "broken.png").write_bytes(b"GIF89a...")
+    outside = picture(tmp_path.parent / "outside.png", (5, 5), "red")
+    picture(tmp_path / "C:" / "private.png", (5, 5), "red")
+    refused = ("../outside.png", "a/../../outside.png", str(outside), "C:/private.png", "C:\\private.png")
+    for name in ("gone.png", "broken.png", *refused):
+        uri, problem = thumbnail(name, [tmp_path])
+        assert uri is None and problem
+
+
+def test_image_folders_as_recorded_or_below_the_folder_given(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    events = [
+        {"event": "evaluated", "task": "count", "after": "count", "score": 1.0},  # of an older version
+        {"event": "evaluated", "task": "box.oracle", "after": "box", "data": "/old/coin", "images": "deep/box"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    groups = group_runs([run])
+    assert image_folders(groups, None) == {"colour_letter": [], "count": [], "box": [Path("/old/coin/deep/box")]}
+    assert image_folders(groups, Path("/new"))["box"] == [Path("/new/deep/box"), Path("/old/coin/deep/box")]

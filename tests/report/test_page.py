@@ -1,0 +1,166 @@
+"""The page as text: it stands alone, nothing in it can run, and it holds the numbers that it shows."""
+
+import csv
+import hashlib
+import io
+import re
+from argparse import Namespace
+from base64 import b64decode, b64encode
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from clmoe.commands.report import run as command
+from clmoe.report.page import write_report
+from tests.report.folders import TASKS, block, layer, make_run, predict, write, write_expansion
+
+EVIL = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 1'>{{ 7 * 7 }}"
+
+
+def page_of(runs: list[Path], output: Path) -> str:
+    (path,) = write_report(runs, output, ["html"])
+    assert path == output / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def sections_of(page: str) -> list[str]:
+    return re.findall(r'<section id="(\w+)"', page)
+
+
+class Tags(HTMLParser):
+    """Every element with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_nothing_from_a_run_becomes_markup(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0, benchmark=EVIL)
+    text = (run / "run.json").read_text().replace('"moe"', f'"{EVIL}"')
+    write(run / "run.json", text)
+    predict(run, "box", "box", {EVIL: (EVIL, 1.0)}, prompt=EVIL, answer=EVIL, image=EVIL)
+    page = page_of([run], tmp_path / "out")
+    tags = Tags(page).found
+    assert [tag for tag, _ in tags].count("script") == 1 and "img" not in [tag for tag, _ in tags]
+    assert not [attrs for _, attrs in tags if any(name.startswith("on") for name in attrs)]
+    assert page.count("49") == page.replace("{{ 7", "").count("49") and EVIL in unescape(page)
+    questions = [attrs for tag, attrs in tags if tag == "article"]
+    assert len(questions) == 1
+
+
+def test_only_the_pages_own_script_may_run_and_nothing_is_loaded(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "box", "box", {"a": ("x", 1.0)})
+    page = page_of([run], tmp_path / "out")
+    match = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert match is not None
+    policy = dict(part.strip().split(" ", 1) for part in unescape(match[1]).split(";"))
+    assert set(policy) == {"default-src", "img-src", "style-src", "script-src"}
+    assert (policy["default-src"], policy["img-src"]) == ("'none'", "data:")
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert policy["script-src"] == f"'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    links = [attrs.get(name) or "" for _, attrs in Tags(page).found for name in ("src", "href", "xlink:href")]
+    assert all(link.startswith(("data:", "#")) for link in links if link)
+    assert set(re.findall(r"https?://[\w./]*", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "url(" not in page.replace("url(#", "") and str(tmp_path) not in page
+
+
+def test_same_bytes_again_and_half_a_character_does_no_harm(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    predict(run, "box", "box", {"a": ("x", 1.0), "b": ("\ud800 half a character", 1.0)})
+    assert page_of([run], tmp_path / "one") == page_of([run], tmp_path / "two")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["report.html"]
+
+
+def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    bare = ["report", "tasks", "matrices", "forgetting"]
+    assert sections_of(page_of([run], tmp_path / "bare")) == [*bare, "terms"]
+    write(run / "parameters.csv", "task,trainable,stored", "count,7,7")
+    write(run / "locator.csv", "after,decider,task,located,count", "box,vae,count,count,7")
+    write_expansion(run, [{layer(0): block([0.5, 0.5], 0.1, 1)}])
+    for after in ("count", "box"):
+        predict(run, after, "count", {"a": ("x", 1.0)})
+    full = [*bare, "answers", "locator", "experts", "usage", "parameters", "samples", "terms"]
+    assert sections_of(page_of([run], tmp_path / "full")) == full
+    for unfinished in (["colour_letter,80,,"], []):
+        write(run / "matrix.csv", "after,colour_letter,count,box", *unfinished)
+        kept = full if unfinished else [name for name in full if name not in ("matrices", "forgetting")]
+        assert sections_of(page_of([run], tmp_path / "unfinished")) == kept
+        write_report([run], tmp_path / "files", ["md", "csv", "tex"])
+
+
+def test_every_figure_offers_its_numbers_and_says_what_it_shows(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, label, seed) for label in ("a", "b") for seed in (0, 1)]
+    write_report(runs, tmp_path / "out", ["csv", "html"])
+    tags = Tags((tmp_path / "out/report.html").read_text()).found
+    downloads = {attrs["download"]: attrs["href"] or "" for tag, attrs in tags if "download" in attrs}
+    assert list(downloads) == ["report.csv", "tasks.csv", "matrices.csv", "forgetting.csv"]
+    for name, uri in downloads.items():
+        assert b64decode(uri.partition("base64,")[2]) == (tmp_path / "out" / str(name)).read_bytes()
+    drawn = [attrs["aria-label"] or "" for tag, attrs in tags if tag == "svg"]
+    assert len(drawn) == 1 + 2 + 3  # comparison, a matrix per label, a curve per task
+    assert all(any(task in text for task in TASKS) for text in drawn[1:]) and "a: " in drawn[0]
+    headings = [tag for tag, _ in tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == "h1" and set(headings) == {"h1", "h2"}
+
+
+def test_sample_answers_as_csv(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "moe", 0), make_run(tmp_path, "plain", 3)]
+    predict(runs[0], "count", "count", {"a": ("yes", 1.0)})
+    predict(runs[0], "box", "count", {"a": ("n" * 2000, 0.0)}, task="box")
+    predict(runs[1], "box", "count", {"b": ("", 0.0)}, image=None)
+    page = page_of(runs, tmp_path / "out")
+    (uri,) = [attrs["href"] for _, attrs in Tags(page).found if attrs.get("download") == "samples.csv"]
+    rows = list(csv.DictReader(io.StringIO(b64decode((uri or "").partition("base64,")[2]).decode())))
+    by_question = {row["question"]: row for row in rows}
+    assert by_question["a"]["now"] == "n" * 1000 + " …" and by_question["a"]["outcome"] == "forgotten"
+    assert (by_question["b"]["label"], by_question["b"]["then"], by_question["b"]["outcome"]) == ("plain", "", "")
+    assert "image file not found: a.png" in page and "no image" in page and "2 of the 2 test questions" in page
+
+
+def test_a_large_comparison_stays_small(tmp_path: Path) -> None:
+    """Eight tasks, four methods, two seeds, photograph-like noise, which compresses worst, and long answers."""
+    tasks, names = [f"task{i}" for i in range(8)], [f"q{i}" for i in range(30)]
+    noise = numpy.random.default_rng(0)
+    for name in names:
+        Image.fromarray(noise.integers(0, 256, (336, 336, 3), dtype=numpy.uint8)).save(tmp_path / f"{name}.png")
+    event = f'{{"event": "evaluated", "data": "{tmp_path}", "images": ".", "task": "task'
+    runs = []
+    for label, seed in [(label, seed) for label in range(4) for seed in range(2)]:
+        run = make_run(tmp_path, f"method{label}", seed)
+        write(
+            run / "run.json",
+            (run / "run.json").read_text().replace(str(TASKS).replace("'", '"'), str(tasks).replace("'", '"')),
+        )
+        cells = [f"{after},{','.join(['50.123456789'] * 8)}" for after in tasks]
+        write(run / "matrix.csv", f"after,{','.join(tasks)}", *cells)
+        write(run / "events.jsonl", *(f'{event}{i}"}}' for i in range(8)))
+        for task in tasks:
+            predict(run, task, task, dict.fromkeys(names, ("word " * 60, 1.0)))
+            predict(run, tasks[-1], task, dict.fromkeys(names, ("other " * 60, 0.0)))
+        runs.append(run)
+    page = page_of(runs, tmp_path / "out")
+    assert page.count("<article") == 8 * 24 and page.count("<img") == 8 * 24
+    assert len(page) < 15e6
+
+
+@pytest.mark.parametrize("output", [None, "elsewhere"])
+def test_the_command(tmp_path: Path, output: str | None) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    chosen = None if output is None else tmp_path / output
+    options = Namespace(runs=[run], output=chosen, format=["md"], data=None, json=False)
+    text = command(options)
+    folder = chosen or run / "report"
+    assert (folder / "report.md").is_file() and str(folder / "report.md") in text and "60.00" in text
+    (found,) = command(Namespace(**vars(options) | {"json": True}))
+    assert (found["run"], found["label"], found["last"]) == (str(run), "moe", 60)

@@ -1,0 +1,146 @@
+"""The page in a browser: no error, no request, readable on a phone and in the dark, filters that count right."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from clmoe.report.page import write_report
+from tests.report.folders import TASKS, block, layer, make_run, predict, write, write_expansion
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+SWITCHES = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+EVIL = '<img src=x onerror="window.stolen = 1">, "said" <script>window.stolen = 1</script>'
+# method and seed -> scores of the questions c0..c3 of task `count` right after it and at the end
+SCORES = {
+    ("moe_with_a_rather_long_name", 0): ([1, 1, 0, 0], [1, 0, 1, 0]),
+    ("moe_with_a_rather_long_name", 1): ([1, 1, 1, 1], [0, 0, 0, 0]),
+    ("plain", 0): ([1, 1, 1, 1], [1, 1, 1, 1]),
+}
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs with all that a page can show."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "images").mkdir()
+    for i in range(3):  # the image of c3 is missing
+        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(root / f"images/c{i}.png")
+    runs = []
+    for (label, seed), (then, now) in SCORES.items():
+        run = make_run(root, label, seed, 50.0 + seed, immediate=True)
+        predict(run, "count", "count", {f"c{i}": (f"then {i}", float(score)) for i, score in enumerate(then)})
+        predict(run, "box", "count", {f"c{i}": (EVIL, float(score)) for i, score in enumerate(now)}, task="box")
+        predict(run, "box", "box", {f"b{i}": ("same" * 40, 1.0) for i in range(2)})
+        located = [f"box,vae,{task},{task},4" for task in TASKS]
+        write(run / "locator.csv", "after,decider,task,located,count", *located)
+        write(run / "parameters.csv", "task,trainable,stored", *(f"{task},90624,90624" for task in TASKS))
+        write_expansion(run, [{}, {layer(i): block([0.05] * 16, 0.01, 1) for i in range(2)}])
+        write(run / "events.jsonl", f'{{"event": "evaluated", "task": "count", "data": "{root}", "images": "images"}}')
+        runs.append(run)
+    (path,) = write_report(runs, root / "report", ["html"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{name}" for name in SWITCHES])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page at the width given as parameter (1280); a console message, error or request ends the test."""
+    width = getattr(request, "param", 1280)
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
+    opened = context.new_page()
+    troubles: list[str] = []
+    opened.on("console", lambda message: troubles.append(message.text))
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else troubles.append(sent.url))
+    opened.goto(page_file.as_uri())
+    yield opened
+    context.close()
+    assert troubles == []
+
+
+def choose(page: Any, **filters: str) -> tuple[int, int]:
+    """Answers and questions that match, as the page says, checked against those that it shows."""
+    for name, value in filters.items():
+        page.locator(f"select[name={name}]").select_option(value)
+    words = page.locator("#matches").inner_text().split()
+    found = int(words[0]), int(words[3])
+    assert page.locator("article tbody tr:visible").count() == found[0]
+    assert page.locator("article:visible").count() == found[1]
+    return found
+
+
+def test_filters_count_right_and_can_be_reached_by_keyboard(page: Any) -> None:
+    moe = "moe_with_a_rather_long_name"
+    assert choose(page) == (12, 6)  # seed 0 of two methods, four questions of count and two of box
+    assert choose(page, task="count") == (8, 4)
+    assert choose(page, seed="") == (12, 4)
+    assert choose(page, outcome="forgotten") == (5, 4)
+    assert choose(page, method="plain") == (0, 0)
+    assert choose(page, method=moe, seed="0") == (1, 1)
+    assert "ask c1" in page.locator("article:visible").inner_text()
+    assert choose(page, outcome="learned later") == (1, 1)
+    assert choose(page, outcome="never right") == (1, 1)
+    assert "image file not found: c3.png" in page.locator("article:visible").inner_text()
+    page.locator("select[name=outcome]").focus()
+    page.keyboard.press("ArrowUp")
+    assert choose(page) == (1, 1) and "ask c2" in page.locator("article:visible").inner_text()
+
+
+def test_answers_are_text_and_pictures_are_shown(page: Any) -> None:
+    assert EVIL in page.locator("#samples").inner_text()
+    assert page.evaluate("window.stolen") is None
+    widths = page.locator("#samples img").evaluate_all("(images) => images.map((image) => image.naturalWidth)")
+    assert widths == [40] * 3
+
+
+def test_download(page: Any, page_file: Path) -> None:
+    with page.expect_download() as waiting:
+        page.locator("#matrices .csv").click()
+    assert waiting.value.suggested_filename == "matrices.csv"
+    assert Path(waiting.value.path()).read_text().startswith("label,seed,after,task,value\n")
+
+
+def test_dark_and_light_follow_the_system_down_to_the_figures(page: Any) -> None:
+    shades = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        background = page.evaluate("getComputedStyle(document.querySelector('#matrices')).backgroundColor")
+        ink = page.evaluate("getComputedStyle(document.querySelector('#forgetting svg text')).fill")
+        shades += [sum(map(int, colour[4:-1].split(","))) for colour in (background, ink)]
+    assert shades[0] > 600 and shades[1] < 150 and shades[2] < 150 and shades[3] > 600
+
+
+@pytest.mark.parametrize("page", [390, 1280], indirect=True)
+def test_no_sideways_scrolling(page: Any) -> None:
+    width = page.viewport_size["width"]
+    page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # nothing is cut off either: whatever is wider than the page scrolls in its own box
+    wide = page.evaluate(
+        """(width) => [...document.querySelectorAll("main *, header *")]
+            .filter((node) => node.getBoundingClientRect().right > width + 1 && !node.closest(".scroll"))
+            .map((node) => node.outerHTML)""",
+        width,
+    )
+    assert wide == []
+
+
+def test_without_script_all_answers_are_there(browser: Any, page_file: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    opened = context.new_page()
+    opened.goto(page_file.as_uri())
+    assert opened.locator("article").count() == 6 and not opened.locator(".filters").is_visible()
+    context.close()

@@ -1,0 +1,197 @@
+"""Run folders: every file is read, checked, and grouped; errors name file, row and field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from clmoe.errors import ClmoeError
+from clmoe.report.page import write_report
+from clmoe.report.runs import block_names, group_runs, read_run
+from tests.report.folders import TASKS, block, layer, make_run, write, write_expansion
+
+
+def rows(table: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(table.itertuples(index=False, name=None))
+
+
+def refused(run: Path, file: str, *parts: str) -> None:
+    with pytest.raises(ClmoeError) as error:
+        read_run(run)
+    for part in (file, *parts):
+        assert part in str(error.value)
+
+
+def test_groups_by_label_in_the_order_given_and_by_seed(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, label, seed) for label, seed in (("moe", 1), ("other", 0), ("moe", 0))]
+    groups = group_runs(runs)
+    assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [("moe", [0, 1]), ("other", [0])]
+
+
+def test_tables_of_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0, method="of-my-own")
+    events = [{"event": "trained", "peak_rss_mib": peak} for peak in (700, 900, 800)]
+    write(run / "events.jsonl", *map(json.dumps, events), '{"event": "cut')
+    write(run / "timing.json", '{"minutes": 4}')
+    write(run / "parameters.csv", "task,trainable,stored", "colour_letter,5,6", "count,7,13")
+    write(run / "locator.csv", "after,decider,task,located,count", "box,my_own,count,box,3")
+    header = "task,block,expert,share"
+    write(run / "usage.csv", header, f"box,{layer(10)},0,1.0", f"box,{layer(3)},0,0.75", f"box,{layer(3)},1,0.25")
+    read = read_run(run)
+    assert (read.chain, read.complete, read.staged, read.scoring) == ("sequence", True, True, "fixed")
+    assert (read.peak_memory_mib, read.minutes, read.limit) == (900, 4, None)
+    assert rows(read.parameters) == [("colour_letter", 5, 6), ("count", 7, 13)]
+    assert rows(read.located) == [("box", "my_own", "count", "box", 3)]
+    assert rows(read.usage)[1:] == [
+        ("box", "layer 3 mlp", 0, "expert", 0.75),
+        ("box", "layer 3 mlp", 1, "expert", 0.25),
+    ]
+    bare = read_run(make_run(tmp_path, "bare", 0))
+    assert all(getattr(bare, name).empty for name in ("parameters", "expansion", "usage", "located"))
+    assert bare.minutes is bare.peak_memory_mib is None
+
+
+def test_expansion_gives_decisions_and_the_usage_of_experts_and_probes(tmp_path: Path) -> None:
+    first = {layer(10): block([1.0, 0.5, 0.5], 0.2, 1), layer(2): block([-1.0, 2.0], -0.3, 0)}
+    second = {layer(2): block([0.4, 0.1, 0.3, 0.2], 0.25, 1, probes=3)}
+    run = read_run(write_expansion(make_run(tmp_path, "moe", 0), [{}, first, second]))
+    assert rows(run.expansion) == [
+        ("count", "layer 2 mlp", 0, 2.0, 0.0),  # a threshold below 0 counts as 0
+        ("count", "layer 10 mlp", 1, 0.5, 0.2),
+        ("box", "layer 2 mlp", 1, 0.3, 0.25),  # the most active of three probes
+    ]
+    assert rows(run.usage)[:3] == [  # of layer 2 in task count the activations are no shares
+        ("count", "layer 10 mlp", 0, "expert", 0.5),
+        ("count", "layer 10 mlp", 1, "expert", 0.25),
+        ("count", "layer 10 mlp", 2, "probe", 0.25),
+    ]
+    assert list(run.usage["kind"][3:]) == ["expert", "probe", "probe", "probe"]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["m.layers.10.mlp", "m.layers.9.mlp"], {"m.layers.9.mlp": "layer 9 mlp", "m.layers.10.mlp": "layer 10 mlp"}),
+        (["layers.0.a", "layers.0"], {"layers.0": "layer 0", "layers.0.a": "layer 0 a"}),
+        (["b.layers.0", "a.layers.0"], {name: name for name in ("a.layers.0", "b.layers.0")}),
+        (["projector"], {"projector": "projector"}),
+        ([], {}),
+    ],
+)
+def test_block_names(names: list[str], short: dict[str, str]) -> None:
+    assert list(block_names(names).items()) == list(short.items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "0"),
+        ("seed", True),
+        ("effective_scale", "2"),
+        ("order", [1, 2, 3]),
+        ("scoring", "oficial"),
+        ("label", 1),
+    ],
+)
+def test_malformed_run_json_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    info = json.loads((run / "run.json").read_text())
+    write(run / "run.json", json.dumps(info | {field: value}))
+    refused(run, "run.json", repr(field))
+    del info["benchmark"]
+    write(run / "run.json", json.dumps(info))
+    refused(run, "run.json", "'benchmark' is missing")
+
+
+def test_missing_and_mismatched_files_are_named(tmp_path: Path) -> None:
+    refused(tmp_path, "run.json")
+    run = make_run(tmp_path, "moe", 1)
+    write(run / "run.json", "[]")
+    refused(run, "run.json", "'method' is missing")
+    run = make_run(tmp_path, "moe", 2)
+    write(run / "matrix.csv", "after,count,colour_letter,box")
+    refused(run, "matrix.csv", "count, colour_letter, box")
+    run = make_run(tmp_path, "moe", 3)
+    write(run / "timing.json", '{"minutes": "4"}')
+    refused(run, "timing.json", "'minutes'")
+
+
+@pytest.mark.parametrize(
+    ("file", "header", "lines", "where"),
+    [
+        ("parameters.csv", "task,trainable", [], "header"),
+        ("parameters.csv", "task,trainable,stored", ["count,1"], "row 2"),
+        ("parameters.csv", "task,trainable,stored", ["count,1.5,2"], "row 2, column 'trainable': '1.5'"),
+        ("parameters.csv", "task,trainable,stored", ["count,1,-2"], "row 2, column 'stored': '-2'"),
+        ("parameters.csv", "task,trainable,stored", ["cuont,1,2"], "row 2, column 'task': 'cuont'"),
+        ("parameters.csv", "task,trainable,stored", ["box,1,2", "count,1,2"], "field 'task': found box, count"),
+        ("parameters.csv", "task,trainable,stored", ["box,1,2", "box,1,2"], "field 'task': found box, box"),
+        ("usage.csv", "task,block,expert,share", ["cuont,b,0,0.5"], "row 2, column 'task': 'cuont'"),
+        ("usage.csv", "task,block,expert,share", ["count,b,0,0.5", "count,b,2,0.5"], "row 3, column 'expert'"),
+        ("usage.csv", "task,block,expert,share", ["count,b,0,1.5"], "row 2, column 'share': '1.5'"),
+        ("usage.csv", "task,block,expert,share", ["count,b,0,nan"], "row 2, column 'share': 'nan'"),
+        ("locator.csv", "after,decider,task,located,count", ["bix,vae,box,box,1"], "row 2, column 'after': 'bix'"),
+        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,bix,1"], "row 2, column 'located': 'bix'"),
+        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,box,1e3"], "row 2, column 'count': '1e3'"),
+        (
+            "locator.csv",
+            "after,decider,task,located,count",
+            ["box,vae,box,box,1"] * 2,
+            "row 3: second row for box,vae,box",
+        ),
+        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,box"], "row 2: 4 cells"),
+    ],
+)
+def test_malformed_tables_are_named(tmp_path: Path, file: str, header: str, lines: list[str], where: str) -> None:
+    refused(write(make_run(tmp_path, "moe", 0) / file, header, *lines), file, where)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ({}, "field 'tasks'"),
+        ([3], "entry 1: field 'task'"),
+        ([{"task": "count"}], "entry 1: field 'blocks'"),
+        ([{"task": "x", "blocks": {}}], "field 'task': found x;"),
+        ([{"task": task, "blocks": {}} for task in ("box", "count")], "field 'task': found box, count"),
+        ([{"task": "box", "blocks": {"b": 1}}], "task 'box', block 'b'"),
+    ],
+)
+def test_malformed_expansion_is_named(tmp_path: Path, content: Any, where: str) -> None:
+    refused(write(make_run(tmp_path, "moe", 0) / "expansion.json", json.dumps(content)), "expansion.json", where)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activations", [0.1, "x"]),
+        ("activations", [0.1, float("nan")]),
+        ("probes", 0),
+        ("probes", 3),
+        ("threshold", "0.3"),
+        ("threshold", float("inf")),
+        ("added", True),
+        ("added", -1),
+    ],
+)
+def test_malformed_block_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    write_expansion(run, [{layer(3): block([0.1, 0.2], 0.3, 0) | {field: value}}])
+    refused(run, "expansion.json", "task 'colour_letter'", layer(3), repr(field))
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "x", "moe", 0)
+    with pytest.raises(ClmoeError, match="both hold moe, seed 0"):
+        group_runs([first, make_run(tmp_path / "y", "moe", 0)])
+    for field, value in (("benchmark", "coin"), ("scoring", "official"), ("order", ["a", "b", "c"])):
+        other = make_run(tmp_path / field, "other", 0, **{field: value})
+        with pytest.raises(ClmoeError, match=field if field != "order" else "tasks"):
+            group_runs([first, other])
+    assert len(group_runs([first, make_run(tmp_path, "other", 0, order=TASKS[::-1])])) == 2
+    with pytest.raises(ClmoeError, match="no run folder"):
+        group_runs([])
+    with pytest.raises(ClmoeError, match="'md'"):
+        write_report([first], tmp_path / "out", ["mdd"])

@@ -1,0 +1,200 @@
+"""The tables: means and deviations over seeds, and what each rendering makes of them."""
+
+import csv
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import pytest
+
+from clmoe.report import tables
+from clmoe.report.page import write_report
+from clmoe.report.runs import group_runs
+from clmoe.report.tables import (
+    BLANK,
+    comparison_table,
+    costs_table,
+    locator_table,
+    mean_matrices,
+    report_tables,
+    report_text,
+    scores_table,
+    to_latex,
+    to_text,
+)
+from tests.report.folders import TASKS, block, layer, make_run, row_of, write, write_expansion
+
+HEADER = "after,colour_letter,count,box"
+
+
+def two_seeds(root: Path) -> list[Path]:
+    return [make_run(root, "moe", seed, last) for seed, last in ((1, 50.0), (0, 44.0))]
+
+
+def located_run(root: Path, seed: int, right: int, order: list[str] = TASKS) -> Path:
+    """Of 10 `colour_letter` questions `right` are located, the others taken for `box`; count 15/20, box 30/30."""
+    run, end = make_run(root, "moe", seed, order=order), order[-1]
+    return write(
+        run / "locator.csv",
+        "after,decider,task,located,count",
+        "count,vae,count,count,10",  # an earlier stage, not shown
+        f"{end},vae,colour_letter,colour_letter,{right}",
+        f"{end},vae,colour_letter,box,{10 - right}",
+        f"{end},vae,count,count,15",
+        f"{end},vae,count,colour_letter,5",
+        f"{end},vae,box,box,30",
+    )
+
+
+def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
+    groups = group_runs([*two_seeds(tmp_path), make_run(tmp_path, "other", 0, 20.0, True)])
+    table = comparison_table(groups)
+    moe, other = row_of(table, "moe"), row_of(table, "other")
+    # last: 60 and 56; mean 58, sample deviation 4 / sqrt(2) = 2.83. bwt_n: -20 and -24.
+    assert (moe["seeds"], moe["last"], moe["bwt_n"]) == ("2", "58.00 ± 2.83", "-22.00 ± 2.83")
+    assert (moe["immediate"], moe["immediate_known"]) == ("80.00 ± 0.00", BLANK)
+    assert other["immediate_known"] == "82.00"
+    assert other["bwt_known"] == "-42.00"  # (20 - 81 + 20 - 82 + 80 - 83) / 3
+    names = list(table.cells)
+    best = {(table.cells["label"][row], names[column]) for row, column in table.best}
+    assert {("moe", "last"), ("moe", "forgetting_max"), ("moe", "immediate"), ("other", "immediate")} <= best
+    assert ("other", "last") not in best
+
+
+def test_costs(tmp_path: Path) -> None:
+    runs = [*two_seeds(tmp_path), make_run(tmp_path, "other", 0, effective_scale=None, projector_trained=True)]
+    write(runs[0] / "timing.json", '{"minutes": 4}')
+    write_expansion(runs[0], [{}, {layer(i): block([1.0, 0.5], 0.2, i) for i in range(3)}])
+    table = costs_table(group_runs(runs))
+    moe, other = row_of(table, "moe"), row_of(table, "other")
+    assert (moe["trainable_parameters"], moe["minutes"], moe["experts_added"]) == ("90,624", "4.0 (n=1)", "3 (n=1)")
+    assert (moe["effective_scale"], moe["projector_trained"]) == ("2.0", "false")
+    assert (other["effective_scale"], other["projector_trained"], other["minutes"]) == (BLANK, "true", BLANK)
+    assert "peak_memory_mib" not in table.cells  # none was recorded
+
+
+def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
+    """The union of all tasks ends highest, but only what learns in sequence is compared."""
+    runs = [make_run(tmp_path, "bound", 0, 90.0, method="multitask")]
+    runs += [make_run(tmp_path, label, 0, last) for label, last in (("low", 20.0), ("high", 50.0))]
+    table = comparison_table(group_runs(runs))
+    last = list(table.cells).index("last")
+    assert [table.cells["label"][row] for row, column in table.best if column == last] == ["high"]
+    assert comparison_table(group_runs(runs[:2])).best == frozenset()
+
+
+def test_scores_follow_task_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])]
+    row = row_of(scores_table(group_runs(runs)), "moe", "last")
+    # colour_letter ends at 50 in the first order and, trained last, at 80 in the other.
+    assert (row["colour_letter"], row["count"]) == ("65.00 ± 21.21", "40.00 ± 14.14")
+    assert row["mean"] == "53.33 ± 9.43"  # of 60 and 140 / 3
+    assert list(mean_matrices(group_runs(runs))) == ["moe, seed 0", "moe, seed 1"]
+
+
+def test_rows_that_a_method_cannot_have_are_left_out(tmp_path: Path) -> None:
+    """Adapters of one task each have no last row; all tasks at once have no row right after each."""
+    runs = [make_run(tmp_path, name, 0, method=name) for name in ("separate", "multitask", "zero_shot")]
+    write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,,70,", "box,,,90")
+    write(runs[1] / "matrix.csv", HEADER, "box,70,80,90")
+    write(runs[2] / "matrix.csv", HEADER, "zero_shot,10,20,30")
+    table = scores_table(group_runs(runs)).cells
+    found = list(zip(table["label"], table["row"], table["mean"], strict=True))
+    assert found == [
+        ("separate", "immediate", "80.00"),
+        ("multitask", "last", "80.00"),
+        ("zero_shot", "zero_shot", "20.00"),
+        ("zero_shot", "last", BLANK),
+    ]
+
+
+def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> None:
+    runs = two_seeds(tmp_path)
+    (found,) = mean_matrices(group_runs(runs)).values()
+    assert found.loc["box"].tolist() == [47, 47, 80] and pd.isna(found.loc["count", "box"])
+    write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,,80,")
+    ((title, found),) = mean_matrices(group_runs(runs)).items()
+    assert title == "moe (mean of 2 seeds)"
+    assert list(found.index) == ["colour_letter", "count"]  # one seed has no row box
+    assert found.loc["count"].tolist()[1] == 80 and pd.isna(found.loc["count", "colour_letter"])
+
+
+def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
+    runs = [located_run(tmp_path, 0, 9), located_run(tmp_path, 1, 3, TASKS[::-1]), make_run(tmp_path, "plain", 0)]
+    table = locator_table(group_runs(runs))
+    assert list(table.cells["label"]) == ["moe"]
+    row = row_of(table, "moe", "VAE bank")
+    assert row["colour_letter"] == "60.00 ± 42.43"  # 90 and 30
+    assert (row["count"], row["box"]) == ("75.00 ± 0.00", "100.00 ± 0.00")
+    assert row["overall"] == "85.00 ± 7.07"  # 54 and 48 of 60 questions, not a mean of tasks
+    found = tables.located_frame(group_runs(runs[:1])).set_index(["task", "located"])["value"]
+    assert found["colour_letter"].to_dict() == {"colour_letter": 90, "count": 0, "box": 10}
+
+
+def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> None:
+    lines = ["box,own,colour_letter,box,4", "box,vae,box,box,2", "box,vae,box,count,1", "box,vae,count,count,0"]
+    run = write(make_run(tmp_path, "moe", 0) / "locator.csv", "after,decider,task,located,count", *lines)
+    table = locator_table(group_runs([run, make_run(tmp_path, "moe", 1)]))
+    assert list(table.cells["locator"]) == ["own", "VAE bank"]
+    vae = row_of(table, "moe", "VAE bank")
+    assert vae["box"] == "66.67 (n=1)" and "count" not in vae  # no question
+    assert "overall" not in vae  # a share of some tasks would not compare
+    assert row_of(table, "moe", "own")["colour_letter"] == "0.00 (n=1)"
+
+
+def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "a|b_50%", 0), make_run(tmp_path, "plain", 0, 40.0)]
+    table = comparison_table(group_runs(runs))
+    write_report(runs, tmp_path / "out", ["md"])
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    markdown = [line for line in text.split("### ")[1].splitlines() if line.startswith("|")]
+    assert len(markdown) == 4 and len({line.replace("\\|", "").count("|") for line in markdown}) == 1
+    assert markdown[2].startswith("| a\\|b_50% | 1 | **60.00** |")
+    latex = to_latex(table)
+    assert r"a|b\_50\% & 1 & \textbf{60.00} &" in latex and r"plain & 1 & 53.33 &" in latex
+    assert all(latex.count(rule) == 1 for rule in ("toprule", "midrule", "bottomrule", r"\end{tabular}}"))
+    assert latex.count("{") == latex.count("}")
+    assert r"58.00 $\pm$ 2.83" in to_latex(comparison_table(group_runs(two_seeds(tmp_path))))
+
+
+@pytest.mark.parametrize("width", [100, 80])
+def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> None:
+    runs = [make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)]
+    text = report_text(runs, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for table in report_tables(group_runs(runs)):
+        shown = to_text(table, width)
+        assert shown in text or table.cells.empty
+        assert all(cell in shown for row in table.cells.itertuples(index=False) for cell in row)
+        assert all(name in shown for name in table.cells.columns[table.keys :])
+
+
+def test_csv_files_hold_raw_numbers(tmp_path: Path) -> None:
+    runs = two_seeds(tmp_path)
+    write_report(runs, tmp_path / "out", ["csv"])
+    found = list(csv.DictReader((tmp_path / "out/report.csv").open()))
+    assert [(row["label"], row["method"], row["seed"]) for row in found] == [("moe", "moelora", s) for s in "01"]
+    assert [float(row["last"]) for row in found] == [56, 60]
+    assert (found[0]["immediate_known"], found[0]["trainable_parameters"]) == ("", "90624")
+    cells = list(csv.DictReader((tmp_path / "out/matrices.csv").open()))
+    assert [float(row["value"]) for row in cells if row["seed"] == "1"] == [80, 70, 80, 50, 50, 80]
+    (row,) = [
+        row
+        for row in csv.DictReader((tmp_path / "out/forgetting.csv").open())
+        if (row["task"], row["after"]) == ("count", "box")
+    ]
+    assert float(row["mean"]) == mean([50, 44]) and float(row["std"]) == pytest.approx(stdev([50, 44]), rel=1e-8)
+
+
+def test_a_limit_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, label, 0, limit=limit) for label, limit in (("a", 7), ("b", None), ("c", 7), ("d", 9))]
+    older = make_run(tmp_path, "older", 0)  # does not record it
+    joint = make_run(tmp_path, "joint", 0, limit=7)  # has no row before the last
+    write(joint / "matrix.csv", HEADER, "box,70,80,90")
+    said = tables.limit_note(group_runs([*runs, older, joint]))
+    first, second = said.split(" d: ")
+    assert first.startswith("a, c: ") and " 7 " in first and " 9 " in second
+    assert said in " ".join(report_text([*runs, older, joint]).split())
+    write_report([*runs, older, joint], tmp_path / "out", ["md", "html"])
+    assert all(said in (tmp_path / f"out/report.{ending}").read_text() for ending in ("md", "html"))
+    assert tables.limit_note(group_runs([older, joint])) == ""
