@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from socket import gethostname
 from typing import Any, NoReturn
@@ -134,9 +135,18 @@ def metrics(options: argparse.Namespace) -> Any:
 
 def plan(options: argparse.Namespace) -> Any:
     """``clmoe plan``: what a sequence trains and takes, before it is run."""
-    from clmoe.plan import plan_command
+    from clmoe.benchmarks.base import load_benchmark
+    from clmoe.config import load_config
+    from clmoe.methods import method_class
+    from clmoe.plan import make_plan, plan_text
 
-    return plan_command(options)
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    config = load_config(options.config, benchmark.recipe, options.settings, options.base)
+    method = method_class(config.method)(config)
+    order = benchmark.order(options.order, config.seed)
+    values = make_plan(method, benchmark, order, options.gpus, options.deepspeed, None, options.extended_blocks)
+    options.exit_code = int(bool(values["missing"]))
+    return values if options.json else plan_text(values)
 
 
 def data(options: argparse.Namespace) -> str:
@@ -170,12 +180,11 @@ def data(options: argparse.Namespace) -> str:
 
 def doctor(options: argparse.Namespace) -> Any:
     """``clmoe doctor``: what is installed and usable here."""
-    from clmoe.doctor import report_text
-    from clmoe.system.doctor import examine
+    from clmoe.doctor import examine, report_text
 
     findings = examine()
     options.exit_code = int(any(finding.broken for finding in findings))
-    return [finding.as_json() for finding in findings] if options.json else report_text(findings)
+    return [asdict(finding) for finding in findings] if options.json else report_text(findings)
 
 
 def convert(options: argparse.Namespace) -> str:
@@ -187,9 +196,24 @@ def convert(options: argparse.Namespace) -> str:
 
 def demo(options: argparse.Namespace) -> None:
     """``clmoe demo``: ask a checkpoint in the browser."""
-    from clmoe.demo import demo_command
+    from clmoe.benchmarks.prepare import open_benchmark
+    from clmoe.demo import build_page, launch, read_examples
+    from clmoe.evaluate.answer import load
+    from clmoe.train.checkpoint import read_checkpoint
 
-    demo_command(options)
+    done = read_checkpoint(options.checkpoint)
+    title = f"{done.config.name} on {done.lineage.benchmark}, after {done.lineage.tasks[-1]}"
+    examples = []
+    try:
+        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data)
+        examples = read_examples(benchmark, done.lineage.tasks)
+    except ClmoeError as error:
+        if options.benchmark or options.data:
+            raise
+        print(f"clmoe demo: no examples (--benchmark and --data say where they are): {error}", file=sys.stderr)
+    page = build_page(load(options.checkpoint, options.model), title, examples)
+    print(f"{title}: {launch(page, options.port)} (stop with Ctrl-C)", flush=True)
+    page.block_thread()
 
 
 def _paths(text: str) -> list[str]:

@@ -91,8 +91,6 @@ class AdapterConfig:
         router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
         router_top_k: experts per token; None mixes all.
         train_projector: also train the projector between vision tower and language model.
-        budget: parameters to train when the first task starts, the same for methods that are compared; when set, the
-            nearest rank replaces ``rank``, and ``alpha`` follows it.
     """
 
     rank: int = 64
@@ -105,10 +103,9 @@ class AdapterConfig:
     router_scope: Literal["per_linear", "per_block"] = "per_linear"
     router_top_k: int | None = None
     train_projector: bool = True
-    budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "experts", "router_top_k", "budget"):
+        for name in ("rank", "experts", "router_top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ClmoeError(f"adapter.{name} must be at least 1, not {value}")

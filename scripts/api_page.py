@@ -18,8 +18,7 @@ import clmoe
 from clmoe.cli import _parser
 from clmoe.config import AdapterConfig, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint, RouterWeights
-from clmoe.methods import method_class
-from clmoe.methods import methods
+from clmoe.methods import method_class, methods
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """\

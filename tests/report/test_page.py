@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+from clmoe.commands.report import run as command
 from PIL import Image
 
-from clmoe.commands.report import run as command
 from clmoe.report.page import write_report
 from tests.report.folders import TASKS, block, layer, make_run, predict, write, write_expansion
 

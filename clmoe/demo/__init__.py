@@ -1,1 +1,0 @@
-"""Ask a checkpoint about an image in the browser: answer, located task, experts."""

@@ -1,0 +1,374 @@
+"""What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU.
+
+The method's adapter is attached to a model on the meta device: real modules without weights, and no downloads.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, TypeVar, cast
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from clmoe.bases.llava import LoadedBase, decoder_layers, meta_base
+from clmoe.benchmarks.base import Benchmark, Task
+from clmoe.config import Config, ModelConfig
+from clmoe.data.records import count_records
+from clmoe.errors import ClmoeError
+from clmoe.experts.config import ExpertConfig
+from clmoe.experts.model import attach_adapter, expert_layers, experts_by_linear
+from clmoe.methods import method_class
+from clmoe.methods.base import Method
+from clmoe.train.loop import BatchPlan, total_steps
+from clmoe.utils.files import read_json
+from clmoe.utils.paths import find_config, known_configs, repository_root, resolve_model_path
+from clmoe.utils.tensors import trainable
+
+T = TypeVar("T")
+TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a sample, for the memory figure
+FLOAT32 = 4
+FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum for 64 of them, and for 256 maxima
+ELEMENTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}  # DeepSpeed's defaults
+READS = {"q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention", "down_proj": "product"}
+PARTS = {"expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "projector": ("modules_to_save.",)}
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A linear ``din -> dout`` of ``blocks`` decoder blocks, with experts ``A [E*r, din]``, ``B [dout, E*r]``."""
+
+    name: str
+    din: int
+    dout: int
+    experts: int
+    rank: int
+    blocks: int = 1
+
+    @property
+    def parameters(self) -> int:
+        return self.blocks * self.experts * self.rank * (self.din + self.dout)
+
+
+@dataclass(frozen=True)
+class FirstTask:
+    """A meta model with the adapter of a method's first task; ``file`` is the config.json that it was built from."""
+
+    method: Method
+    file: Path
+    model: PeftModel
+    base_parameters: int
+    base_bytes: int
+    image_tokens: int
+
+    @cached_property
+    def experts(self) -> ExpertConfig | None:
+        """The shape of a LoRA-expert adapter, None of plain LoRA."""
+        config = self.model.peft_config[self.model.active_adapter]
+        return config if isinstance(config, ExpertConfig) else None
+
+    @cached_property
+    def linears(self) -> list[AdaptedLinear]:
+        """What is adapted; equal linears of different blocks are one entry."""
+        found = [(n, e.din, e.dout, e.count, e.rank) for n, e in experts_by_linear(self.model).items()]
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                linear = cast(nn.Linear, layer.get_base_layer())
+                found.append((name, linear.in_features, linear.out_features, 1, layer.r[self.model.active_adapter]))
+        counts = Counter(AdaptedLinear(name.rpartition(".")[2], *sizes) for name, *sizes in found)
+        return [replace(linear, blocks=count) for linear, count in counts.items()]
+
+    def count(self, part: str | None = None) -> int:
+        """Parameters that train: all, or of one of ``PARTS``."""
+        marks = ("",) if part is None else PARTS[part]
+        return sum(p.numel() for name, p in trainable(self.model).items() if any(mark in name for mark in marks))
+
+
+def first_task(method: Method) -> FirstTask:
+    """Attach the adapter of the method's first task to a meta model; raises ClmoeError if its shapes are unknown."""
+    config = method.config.model
+    file = shapes_file(config)
+    base = meta_base(file)
+    model = base.model.to(getattr(torch, config.dtype))
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if config.load_in_4bit:
+        linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
+        size += round(sum(FOUR_BIT * linear.weight.numel() - linear.weight.nbytes for linear in linears))
+    parameters = sum(p.numel() for p in model.parameters())
+    return FirstTask(method, file, adapted_meta(method, base), parameters, size, base.image_token_count)
+
+
+def shapes_file(config: ModelConfig) -> Path:
+    """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
+
+    Raises:
+        ClmoeError: neither exists.
+    """
+    names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
+    for name in names:
+        for file in (Path(name).expanduser(), repository_root() / name):
+            if file.is_file():
+                return file
+    raise ClmoeError(
+        f"model {config.path}: no file {' and no '.join(names)}, and nothing is downloaded: give --model a folder or a "
+        f"name in configs/models ({', '.join(known_configs('models'))}), or set model.architecture to its config.json"
+    )
+
+
+def adapted_meta(method: Method, base: LoadedBase) -> PeftModel:
+    """A base of ``meta_base`` with the adapter of the method's first task."""
+    with torch.device("meta"):
+        return attach_adapter(base.model, method.adapter(base))
+
+
+def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | None], int | None, dict[str, int]]:
+    """What each task trains; what the sequence keeps; sizes that growth goes by, of one block, empty without growth.
+
+    A later task of a growing method trains the experts that it adds to ``X`` blocks on average, and in every block a
+    router, a copy of the newest with a row more for each new expert. Without ``X`` these counts are None.
+
+    Raises:
+        ClmoeError: ``X`` of a method that does not grow, or out of range.
+    """
+    whole = first.count()
+    if not first.method.grows or first.experts is None:
+        if X is not None:
+            raise ClmoeError(f"--extended-blocks: {first.method.config.name} adds no experts to later tasks")
+        added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
+        more = whole if first.method.chain == "fresh" else first.count("expert") if added_up else 0
+        return [whole] * tasks, whole + (tasks - 1) * more, {}
+    layers = list(expert_layers(first.model).values())  # blocks start alike, so one stands for all
+    if X is not None and not 0 <= X <= len(layers):
+        raise ClmoeError(f"--extended-blocks {X:g}: the model has {len(layers)} blocks")
+    expert = sum(e.rank * (e.din + e.dout) for e in layers[0].experts.values())
+    router, row = (cast(Tensor, layers[0].routers.instance[0].weight)[:k].numel() for k in (None, 1))
+    warm_up = -min(map(min, first.experts.layout.values()))  # 1 where the initial experts precede the first task
+    growing = range(1, tasks + warm_up)
+    later = [None if X is None else round(X * (expert + n * row) + len(layers) * router) for n in growing]
+    kept = None if None in later else sum([whole, *cast(list[int], later)])
+    return [whole, *later][warm_up:], kept, {"expert": expert, "router": router, "router_row": row}
+
+
+def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -> dict[str, int]:
+    """What a GPU holds through the whole training; trained parameters are float32. DeepSpeed need not be installed.
+
+    AdamW keeps two moments, and DDP a copy of the gradients. ZeRO cuts moments and float32 masters over the GPUs, from
+    stage 2 the gradients, at stage 3 the weights too, which are their own masters, and gathers some of them. Offloading
+    moves gradients, masters and moments to the host. Raises ClmoeError if there are no settings of that name.
+    """
+    settings = {} if deepspeed is None else read_json(find_config("deepspeed", deepspeed, ".json"))
+    zero = settings.get("zero_optimization", {})
+
+    def elements(key: str) -> int:
+        return int(zero[key] if isinstance(zero.get(key), int | float) else ELEMENTS[key])
+
+    P, stage, base = FLOAT32 * first.count(), zero.get("stage", 0), first.base_bytes
+    if stage == 0:
+        return {"base": base, "adapter": P, "gradients": P, "optimizer": 2 * P, "communication": P * (gpus > 1)}
+    spread = gpus if stage == 3 else 1
+    here = int(zero.get("offload_optimizer", {}).get("device", "none") == "none")
+    buffers = FLOAT32 * elements("reduce_bucket_size") * (2 if stage < 3 and zero.get("overlap_comm") else 1)
+    gathered = base * min(1, elements("stage3_max_live_parameters") / first.base_parameters) if stage == 3 else 0
+    return {
+        "base": base // spread,
+        "adapter": P // spread,
+        "gradients": here * P // (gpus if stage >= 2 else 1),
+        "optimizer": here * (2 if stage == 3 else 3) * P // gpus,
+        "communication": buffers + round(gathered),
+    }
+
+
+def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: bool) -> int:
+    """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
+
+    ``b`` bytes of the base's type, ``N`` tokens, ``D`` hidden size, ``F`` FFN, ``H`` heads, ``Q`` = H x head size,
+    ``L`` blocks, ``V`` vocabulary, ``W`` the tower's width. A frozen linear keeps nothing. The peak is in the loss, or
+    in the backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
+    """
+    base, tuned = cast(PreTrainedModel, first.model.get_base_model()), first.count("projector") > 0
+    text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
+    b, N, D, F = base.dtype.itemsize, samples * tokens, text.hidden_size, text.intermediate_size
+    L, V, W, H = text.num_hidden_layers, text.vocab_size, vision.hidden_size, text.num_attention_heads
+    Q, images = H * text.head_dim, samples * first.image_tokens
+    norms = 2 * (FLOAT32 * D + FLOAT32)  # per token, as the next two: their float32 inputs
+    attention = 4 * b * Q + FLOAT32 * H + (b * tokens if samples > 1 else 0)  # q, k, v, output; sums; padding mask
+    per_block = first.experts is not None and first.experts.router_scope == "per_block"
+    adapter, copies, gradient = _adapter_kept(first, b, per_block)
+    block = N * (norms + attention + 3 * b * F + adapter) + copies
+    kept = L * block
+    if not tuned and all(READS.get(x.name) in (None, "product") for x in first.linears):
+        kept -= N * (norms + attention)  # of the first block, where nothing before the FFN trains
+    if recompute:
+        kept = (L + 1) * b * D * N + b * (images + samples) * W * (vision.num_hidden_layers + 1)
+    if tuned:
+        kept += images * b * (W + 2 * D) + (b * (W * D + D * D) if b < FLOAT32 else 0)
+    ends = kept + FLOAT32 * D * N  # with the last norm
+    loss = samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
+    wide = (4 * b if per_block else 8) * F * N
+    return max(ends + loss, ends + 20 * D * N, kept + (block if recompute else 0) + wide + gradient)
+
+
+def _adapter_kept(first: FirstTask, b: int, per_block: bool) -> tuple[int, int, int]:
+    """Bytes in one block: per token; experts cast to a 16-bit base's type; the largest gradient of one linear.
+
+    Inputs of linears and routers count once, and not at all where they are kept anyway (attention's output) or made
+    again (down_proj's, with one router per block). Dropout, and LoRA on a 16-bit base, make a copy for every linear.
+    """
+    lora, half, dropout = first.experts is None, b < FLOAT32, first.method.config.adapter.dropout > 0
+    own = dropout or (lora and half)
+    inputs = {"norm2": b * first.linears[0].din} if per_block else {}
+    ranks = 0
+    for x in first.linears:
+        if own:
+            inputs[x.name] = x.din * ((FLOAT32 if lora else b) + dropout)  # and a byte of dropout's mask
+        if not own or not (lora or per_block):
+            inputs[READS.get(x.name, "norm2")] = b * x.din
+        ranks += FLOAT32 * x.rank if lora else b * x.experts * (x.rank + 1)
+    again = {"attention", "product"} if per_block else {"attention"}
+    per_token = ranks + sum(size for name, size in inputs.items() if name not in again)
+    gates = 0 if lora else 20 * first.linears[0].experts * (1 if per_block else len(first.linears))
+    sizes = [b * x.parameters // x.blocks for x in first.linears]
+    return per_token + gates, 0 if lora or not half else sum(sizes), max(sizes)
+
+
+def make_plan(
+    method: Method,
+    benchmark: Benchmark,
+    order: list[str],
+    gpus: int = 1,
+    deepspeed: str | None = None,
+    tokens: int | None = None,
+    extended_blocks: float | None = None,
+) -> dict[str, Any]:
+    """The figures of ``clmoe plan``, memory in bytes; None where a file is missing, or growth decides.
+
+    Args:
+        deepspeed: name of the ZeRO settings.
+        tokens: of a sample; by default its image's and 64 of text.
+        extended_blocks: blocks that a later task extends by one expert, on average.
+
+    Raises:
+        ClmoeError: unknown shapes, a batch that the GPUs do not divide, or ``extended_blocks`` without a meaning.
+    """
+    config, training = method.config, method.config.training
+    tasks = [benchmark.task(name) for name in order]
+    missing, notes = _absent(method, benchmark, tasks)
+    groups = [tasks] if method.chain == "union" else [[task] for task in tasks]
+    rows = [_training(group, config, missing) for group in groups]
+    values: dict[str, Any] = {"method": config.name, "model": config.model.path}
+    found = {"tasks": rows, "missing": missing, "notes": notes}
+    if method.chain == "none":
+        rows[:] = [row | {"parameters": 0, "steps": 0} for row in rows]
+        return values | {"trainable_parameters": 0} | found
+    first = first_task(method)
+    trained, kept, growth = by_task(first, len(rows), extended_blocks)
+    rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
+    if config.model.attention == "eager":
+        notes.append("memory is that of model.attention=sdpa: eager keeps a square of the tokens besides")
+    if None in trained:
+        notes.append("what a later task trains depends on the blocks that it extends: say --extended-blocks X")
+    cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
+    memory = state_bytes(first, gpus, deepspeed)
+    state, tokens = sum(memory.values()), min(tokens or first.image_tokens + TEXT_TOKENS, training.max_length)
+    for name, again in (("", False), ("_checkpointed", True)):
+        size = activation_bytes(first, cut.micro, tokens, again)
+        memory |= {f"activations{name}": size, f"total{name}": state + size}
+    values |= {
+        "shapes": str(first.file),
+        "base_parameters": first.base_parameters,
+        "linears": [asdict(x) | {"parameters": x.parameters} for x in first.linears],
+        **{f"{part}_parameters": first.count(part) for part in PARTS},
+        "trainable_parameters": first.count(),
+        "kept_parameters": kept,
+        "growth": growth,
+        "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "memory": {"tokens": tokens, **memory},
+    }
+    return values | found
+
+
+def _training(tasks: list[Task], config: Config, missing: list[str]) -> dict[str, Any]:
+    """Name, records and optimizer steps of a training: on one task, or on all at once, each as often as it says."""
+    union, training = method_class(config.method).chain == "union", config.training
+    train, test = ([_records(getattr(t, kind), missing) for t in tasks] for kind in ("train", "test"))
+    times = [task.passes if union else 1 for task in tasks]
+    records = None if None in train else sum(n * k for n, k in zip(train, times, strict=True) if n)
+    fixed, epochs = training.steps, training.epochs * (1 if union else tasks[0].passes)
+    steps = total_steps(records or 0, training.batch_size, epochs, fixed and fixed * len(tasks))
+    return {
+        "task": "all" if union else tasks[0].name,
+        "train_records": records,
+        "test_records": None if None in test else sum(n for n in test if n),
+        "steps": steps if fixed or records else None,
+    }
+
+
+def _records(path: Path, missing: list[str]) -> int | None:
+    return _unless(missing, lambda: count_records(path)) if path.is_file() else None
+
+
+def _unless(missing: list[str], work: Callable[[], T]) -> T | None:
+    """What ``work`` returns; None where it finds a file missing or unreadable, which is then added to ``missing``."""
+    try:
+        return work()
+    except ClmoeError as error:
+        missing.append(str(error))
+    return None
+
+
+def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[list[str], list[str]]:
+    """(files and folders that a run would stop at, what it will make or fetch)."""
+    missing: list[str] = []
+    notes: list[str] = []
+    if benchmark.built_on_first_use and not benchmark.root.exists():
+        notes.append(f"the first training renders {benchmark.root} (or clmoe data prepare {benchmark.name})")
+    else:
+        names = [task.name for task in tasks]
+        missing += [] if benchmark.root.is_dir() else [f"data folder {benchmark.root}"]
+        missing += benchmark.missing_files(names)
+        missing += [f"{t.name}: image folder {t.image_root}" for t in tasks if not t.image_root.is_dir()]
+    path = method.config.model.path
+    folder = _unless(missing, lambda: Path(resolve_model_path(path)))
+    if folder is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        missing.append(f"model {folder}: no *.safetensors in it")
+    elif folder is not None and not folder.is_dir() and try_to_load_from_cache(path, "config.json") is None:
+        notes.append(f"model {path} is neither a folder nor in the hub's cache: the first training fetches it")
+    _unless(missing, lambda: method.check_inputs(None, benchmark.root))
+    return missing, notes
+
+
+def plan_text(values: dict[str, Any]) -> str:
+    """``make_plan``'s figures for a human, at most 100 columns wide except for names of files."""
+    lines = [f"{values['method']} trains nothing", ""]
+    kinds = ("task", "parameters", "train_records", "test_records", "steps")
+    tasks = [_row(*kinds), *(_row(*(row[kind] for kind in kinds)) for row in values["tasks"])]
+    if "memory" in values:
+        lines = [f"{values['method']} on {values['model']} ({values['base_parameters']:,} frozen parameters)"]
+        lines += [f"shapes: {values['shapes']}", "", _row("linear", "in", "out", "experts", "rank each", "blocks")]
+        lines += [_row(*list(linear.values())[:6]) for linear in values["linears"]]
+        lines += ["", "trainable parameters in the first task"]
+        lines += [_row(f"  {name}", values[f"{name}_parameters"]) for name in (*PARTS, "trainable")]
+        lines += [*(_row(f"  per block later: {name}", n) for name, n in values["growth"].items()), ""]
+        tasks += [_row("kept in the end", values["kept_parameters"]), ""]
+        batch, memory = values["batch"], dict(values["memory"])
+        cut = f"{batch['gpus']} GPU(s) x micro-batch {batch['micro']} x accumulation {batch['accumulation']}"
+        tasks += [f"global batch {batch['global']} = {cut}"]
+        chosen = f"training.gradient_checkpointing={values['gradient_checkpointing']}".lower()
+        tasks += [f"memory of a GPU, at {memory.pop('tokens'):,} tokens a sample ({chosen})"]
+        tasks += [_row(f"  {name}", f"{size / 2**30:,.2f} GiB") for name, size in memory.items() if size]
+    missing = [wrap(item, 100, initial_indent="  ", subsequent_indent="    ") for item in values["missing"]]
+    head = f"missing ({len(missing)})" if missing else "nothing is missing"
+    return "\n".join([*lines, *tasks, "", *values["notes"], head, *(line for item in missing for line in item)])
+
+
+def _row(name: str, *cells: object) -> str:
+    shown = ("?" if x is None else f"{x:,}" if isinstance(x, int) else str(x).replace("_", " ") for x in cells)
+    return f"{name:<30}" + "".join(f"{x:>14}" for x in shown)

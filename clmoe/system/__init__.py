@@ -1,1 +1,0 @@
-"""Paths, names, progress and logs."""

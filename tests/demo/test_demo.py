@@ -1,0 +1,252 @@
+"""``clmoe demo``: its panels, read back from HTML, and the page in a real browser; nothing leaves the machine."""
+
+import importlib.util
+import json
+import shutil
+import socket
+import sys
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clmoe
+from clmoe import cli
+from clmoe.benchmarks.base import Benchmark
+from clmoe.evaluate.answer import Explanation, RouterWeights
+from tests.runs import Runs
+from tests.support import TASKS
+
+gradio = pytest.importorskip("gradio", reason="needs gradio (pip install 'clmoe[demo]')")
+
+from clmoe.demo import Asked, asked_panel, experts_panel, read_examples, scores_panel, stream  # noqa: E402
+
+LEARNED = ["sqa", "te<xt", "box"]
+SCORES = {
+    "vae": {"sqa": -4.0, "te<xt": 1.0, "box": -1.5},
+    "prototype": {"sqa": -10.0, "te<xt": -12.0, "box": -11.0},
+}
+GROWN = [
+    RouterWeights(0, "", [-1, -1, 0, 1, 2], [0.5, 0.25, 0.0, 0.25]),
+    RouterWeights(1, "", [-1, -1, 0, 2], [0.9, 0.06, 0.04]),
+]
+
+
+def table(html: str) -> list[list[str]]:
+    """Cells of the panel's table; parsing fails where names are not escaped."""
+    root = ET.fromstring(f"<div>{html}</div>")
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+def test_scores_of_every_task_by_every_decider() -> None:
+    html = scores_panel(Explanation("2", "box", SCORES, []))
+    assert table(html) == [
+        ["task", "vae", "prototype"],
+        ["sqa", "-4.00", "-10.00"],
+        ["te<xt", "1.00", "-12.00"],
+        ["box", "-1.50", "-11.00"],
+    ]
+    root = ET.fromstring(f"<div>{html}</div>")
+    assert [row[0].text for row in root.iter("tr") if row.get("class") == "chosen"] == ["box"]
+    assert [bold.text for bold in root.iter("b")] == ["vae", "te<xt", "box", "-10.00", "1.00"]
+    widths = [div.get("style") for div in root.iter("div") if div.get("class") == "bar"]
+    assert widths == [f"width:{w}%" for w in (0, 100, 100, 0, 50, 50)]
+
+
+def test_experts_stand_under_the_task_that_brought_them() -> None:
+    html = experts_panel(Explanation("2", "te<xt", {}, GROWN), LEARNED)
+    assert table(html) == [
+        ["experts", "before task 1", "sqa", "te<xt", "box"],
+        ["", "1", "2", "1", "1", "1"],
+        ["block 0", "50", "25", "0", "25", "·"],
+        ["block 1", "90", "6", "4", "", "·"],
+    ]
+    shades = [cell.get("style") for cell in ET.fromstring(f"<div>{html}</div>").iter("td")]
+    assert shades == [f"--share:{s}%" if s is not None else None for s in (56, 28, 0, 28, None, 100, 7, 4, None, None)]
+    assert "out of its routers' reach" in html
+
+
+def test_shared_experts_have_no_owner() -> None:
+    routers = [RouterWeights(3, "up_proj", [0, 0], [0.4, 0.6])]
+    html = experts_panel(Explanation("2", "sqa", {}, routers), LEARNED)
+    assert table(html) == [["experts", "shared by all tasks"], ["", "1", "2"], ["block 3 up_proj", "40", "60"]]
+    assert "reach" not in html
+
+
+@pytest.mark.parametrize("panel", [scores_panel, lambda e: experts_panel(e, LEARNED)])
+def test_methods_without_scores_or_experts_say_so(panel: object) -> None:
+    assert "<table" not in panel(Explanation("2", None, {}, []))  # type: ignore[operator]
+
+
+def test_answers_are_listed_newest_first() -> None:
+    html = asked_panel([Asked("a < b?", "located", "sqa", "yes"), Asked("c?", "", None, "<no>")])
+    assert table(html)[1:] == [["c?", "", "", "<no>"], ["a < b?", "located", "sqa", "yes"]]
+
+
+# ---- Examples, and answers as they grow
+
+
+def test_the_first_test_questions_of_every_learned_task(mini: Benchmark, mini_yaml: Path) -> None:
+    examples = read_examples(mini, ["side", "colour"], per_task=3)
+    assert [example.task for example in examples] == ["colour"] * 3 + ["side"] * 3
+    for task in ("colour", "side"):
+        rows = json.loads((mini_yaml.parent / task / "test.json").read_text())[:3]
+        mine = [example for example in examples if example.task == task]
+        assert [(e.question, e.answer) for e in mine] == [(row["text"], row["answer"]) for row in rows]
+        assert [e.image for e in mine] == [str(mini_yaml.parent / task / "images" / row["image"]) for row in rows]
+
+    assert read_examples(mini, ["count"], per_task=12)[7].image is None
+
+
+def test_the_expected_answer_of_ten_annotators_and_of_a_box(mini: Benchmark, tmp_path: Path) -> None:
+    """Not the first of the further fields: those of VQA v2 and RefCOCO hold a size or a type before the answers."""
+    row = {"question_id": "1", "text": "What is it?"}
+    annotated = {**row, "question_type": "what is", "answers": ["cup"] * 7 + ["mug"] * 3}
+    box = {**row, "question_id": "2", "size": [640, 480], "answer_bbox": [0.1, 0.2, 0.3, 0.4]}
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([annotated, box]))
+    task = replace(mini.task("colour"), test=path, scorer="vqa")
+    examples = read_examples(replace(mini, tasks=[task]), ["colour"])
+    assert [example.answer for example in examples] == ["cup | mug", "[0.1, 0.2, 0.3, 0.4]"]
+
+
+def test_reports_come_while_the_work_goes_on() -> None:
+    seen_first = threading.Event()
+
+    def work(report: Callable[[int], None]) -> int:
+        report(1)
+        assert seen_first.wait(20), "the first report was held back until the end"
+        report(2)
+        return 3
+
+    items = stream(work)
+    assert next(items) == 1
+    seen_first.set()
+    assert list(items) == [2, 3]
+
+
+def test_an_error_is_raised_where_the_reports_are_read() -> None:
+    def work(report: Callable[[int], None]) -> int:
+        report(1)
+        raise ValueError("no more")
+
+    items = stream(work)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(items)
+
+
+# ---- In the browser
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM or importlib.util.find_spec("playwright") is None, reason="needs playwright and chromium"
+)
+
+
+@pytest.fixture
+def browser_page(
+    runs: Runs, mini_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Any]:
+    """The page of a CL-MoE checkpoint; ends with a look at complaints of the browser, and at all connections."""
+    from playwright.sync_api import sync_playwright
+
+    complaints: list[str] = []
+    asked: list[str] = []
+    connected: list[Any] = []
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: connected.append(to) or connect(self, to))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
+    cli.main(["demo", str(runs.chain("clmoe")[1]), "--benchmark", str(mini_yaml)])
+    address = next(word for word in capsys.readouterr().out.split() if word.startswith("http://127.0.0.1:"))
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.get_by_role("button", name="Ask", exact=True).wait_for(timeout=30_000)
+        yield page
+        browser.close()
+    gradio.close_all()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert {to[0] for to in connected if isinstance(to, tuple)} <= {"127.0.0.1"}
+
+
+def ask(page: Any, answers: int) -> list[list[str]]:
+    """Press the button and wait until that many answers are listed; the list, newest first."""
+    page.get_by_role("button", name="Ask", exact=True).click()
+    rows = page.locator("table.asked tr")
+    rows.nth(answers).wait_for(timeout=30_000)
+    return [row.locator("td").all_inner_texts() for row in rows.all()[1:]]
+
+
+@needs_browser
+def test_a_question_is_answered_and_explained(browser_page: Any, runs: Runs, mini_yaml: Path) -> None:
+    """What the page shows is what ``clmoe.load`` answers in Python, for the located task and for the one picked."""
+    page, loaded = browser_page, clmoe.load(runs.chain("clmoe")[1])
+    image, question = (
+        mini_yaml.parent / "colour" / "images" / "24.png",
+        "Which colour is it?\nA. red\nB. green\nC. blue",
+    )
+    page.locator("tr.tr-body").first.click()
+    page.wait_for_function("document.querySelector('textarea').value.startsWith('Which')")
+    expected = loaded.explain(image, question)
+    (row,) = ask(page, 1)
+    assert row == [" ".join(question.split()), "located", expected.task, expected.text]
+    assert page.get_by_label("Answer", exact=True).input_value() == expected.text
+    assert page.get_by_label("Expected answer", exact=True).input_value() == "A"
+    assert page.locator(".scores .chosen th").inner_text() == expected.task == TASKS[0]
+    shown = [float(text) for text in page.locator(".scores span").all_inner_texts()]
+    assert shown == [round(score, 2) for score in expected.scores["prototype"].values()]
+    weights = [f"{100 * weight:.0f}" for router in expected.routers for weight in router.weights]
+    assert page.locator(".experts td").all_inner_texts() == weights
+
+    page.get_by_label("oracle").check()
+    page.get_by_label("The question's task").click()
+    page.get_by_role("option", name=TASKS[1]).click()
+    newest, _ = ask(page, 2)
+    assert newest[1:] == ["oracle", TASKS[1], loaded.answer(image, question, router="oracle", task=TASKS[1])]
+    assert page.locator(".scores .chosen th").inner_text() == TASKS[1]
+    page.get_by_label("Question", exact=True).fill(" ")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("Write a question first.").wait_for(timeout=30_000)
+
+
+@pytest.mark.parametrize("why", ["port", "gradio", "checkpoint"])
+def test_what_is_refused(
+    why: str,
+    runs: Runs,
+    mini_yaml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A taken port, a machine without gradio, a folder that is no checkpoint: one line that names it."""
+    checkpoint = tmp_path if why == "checkpoint" else runs.chain("clmoe")[1]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        if why == "gradio":
+            monkeypatch.setitem(sys.modules, "gradio", None)
+            for name in ("clmoe.demo", "clmoe.commands.demo"):
+                monkeypatch.delitem(sys.modules, name, raising=False)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["demo", str(checkpoint), "--benchmark", str(mini_yaml), "--port", port])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert {"port": port, "gradio": "clmoe[demo]", "checkpoint": str(tmp_path)}[why] in error
