@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -19,25 +20,11 @@ from torch import Tensor
 
 from clmoe.bases.inputs import over_prompt_batches, over_train_batches, train_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.bases.tiny import TinySizes, build_tiny
 from clmoe.config import Config, load_config
 from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.prompts import SYSTEM, encode_prompt
 from clmoe.data.records import TrainRecord, Turn
 
-SIZES = TinySizes(
-    image_size=28,
-    patch_size=14,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_ffn=48,
-    text_hidden=48,
-    text_layers=2,
-    text_heads=4,
-    text_ffn=64,
-    positions=256,
-)
 TASKS = ("colour", "count", "side")
 TRAIN_ROWS, TEST_ROWS = 24, 12
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (40, 60, 220)}
@@ -53,8 +40,26 @@ def load_script(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):  # as Python does when it runs it
+        spec.loader.exec_module(module)
     return module
+
+
+tiny = load_script("playground/tiny")
+TinySizes, build_tiny = tiny.TinySizes, tiny.build_tiny
+SIZES = TinySizes(
+    image_size=28,
+    patch_size=14,
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_ffn=48,
+    text_hidden=48,
+    text_layers=2,
+    text_heads=4,
+    text_ffn=64,
+    positions=256,
+)
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:

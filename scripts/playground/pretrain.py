@@ -20,11 +20,11 @@ from random import Random
 
 import numpy as np
 import torch
+from tiny import TinySizes, build_tiny
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from clmoe.bases.tiny import TinySizes, build_tiny
 from clmoe.data.prompts import SYSTEM, Encoded, encode_training
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.embedded import scenes

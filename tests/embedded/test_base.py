@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from clmoe.bases.tiny import TinySizes, build_tiny
 from clmoe.data.images import preprocess
 from clmoe.data.prompts import SYSTEM, encode_prompt, encode_training
 from clmoe.data.records import TrainRecord, Turn
@@ -19,6 +18,7 @@ from clmoe.embedded import scenes
 from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import digit_value, draw, render
 from tests.embedded.support import BASE, every_answer_word, ink_mask, pretrain
+from tests.support import TinySizes, build_tiny
 
 SMALL = TinySizes(
     vision_hidden=32, vision_layers=2, vision_heads=2, vision_ffn=64,
