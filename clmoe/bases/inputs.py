@@ -44,7 +44,6 @@ def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: 
 
 
 def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> None:
-    """Compute the image features that the base keeps, if it keeps any."""
     if base.vision is not None:
         paths = (image_root / image for image in images if image is not None)
         base.vision.fill(vision_tower_of(base.model), paths, base.read_pixels)
@@ -72,7 +71,7 @@ def _over_batches(
     base: LoadedBase, dataset: Any, size: int, collate: Callable[..., dict[str, Tensor]], compute: Compute[R]
 ) -> list[R]:
     def one(start: int) -> R:
-        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+        items = dataset.__getitems__(range(start, min(start + size, len(dataset))))
         return compute(to_device(collate(items, base.tokenizer.pad_token_id), base))
 
     return in_order(range(0, len(dataset), size), one)
@@ -107,67 +106,38 @@ class SharedPrompts:
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
     """An order of rows in which those of one image are neighbours, a pure function of its arguments.
 
-    If no image occurs twice, it is the order of length with rows without image last, or without ``lengths`` the given
-    one.
-
-    Args:
-        images: each row's image, None for a row without one.
-        lengths: images are ordered by their longest row, so that a batch holds rows of similar length.
+    Without ``lengths``, images come in order of first appearance. With it, images (and the rows of each) are ordered by
+    length, an image by its longest row, and rows without image (None) come last.
     """
-    rows: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):
-        rows.setdefault(row if image is None else image, []).append(row)
-    if lengths is None:
-        return [row for together in rows.values() for row in together]
-    sorted_rows = [sorted(together, key=lambda row: (lengths[row], row)) for together in rows.values()]
-    sorted_rows.sort(key=lambda together: (images[together[0]] is None, lengths[together[-1]], together[0]))
-    return [row for together in sorted_rows for row in together]
+        groups.setdefault(row if image is None else image, []).append(row)
+    ordered = list(groups.values())
+    if lengths is not None:
+        ordered = [sorted(rows, key=lambda row: (lengths[row], row)) for rows in ordered]
+        ordered.sort(key=lambda rows: (images[rows[0]] is None, lengths[rows[-1]], rows[0]))
+    return [row for rows in ordered for row in rows]
 
 
 def read_prompts(dataset: PromptDataset, rows: Sequence[int]) -> list[PromptItem]:
     """Prompts of ``rows``; those of one image, which is read once, hold the same tensor."""
-    pixels: dict[str, Tensor | None] = {}
-    items = []
-    for row in rows:
-        image = dataset.questions[row].image
-        item = PromptItem(dataset.input_ids(row), pixels[image]) if image in pixels else dataset[row]
-        if image is not None:
-            pixels[image] = item.pixel_values
-        items.append(item)
-    return items
+    return dataset.__getitems__(rows)
 
 
 def prompt_inputs(
     base: LoadedBase, items: Sequence[PromptItem], routes: Sequence[Hashable]
 ) -> dict[str, Tensor] | SharedPrompts:
-    """A batch on the base's device; prompts of one image and route share their prefix if that is worthwhile."""
-    pad = base.tokenizer.pad_token_id
-    shared = share_prefixes(items, routes, pad, base.tokenizer.image_token_id)
-    if shared is None:
-        return to_device(collate_prompts(items, pad), base)
-    return SharedPrompts(
-        to_device(shared.prefixes, base),
-        to_device(shared.rests, base),
-        shared.group.to(base.device),
-        shared.first.to(base.device),
-    )
-
-
-def share_prefixes(
-    items: Sequence[PromptItem], routes: Sequence[Hashable], pad_id: int, image_token: int
-) -> SharedPrompts | None:
-    """Split prompts into common prefixes and rests; None if that would save little.
+    """A batch on the base's device, split into common prefixes and rests unless that would save little.
 
     Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: a router
     chosen for the whole sample changes the prefix's states. The prefix ends before the first token that differs
     between them; a row that is alone is cut after its image.
     """
+    pad, image_token = base.tokenizer.pad_token_id, base.tokenizer.image_token_id
     members: dict[Hashable, list[int]] = {}
     for row, (item, route) in enumerate(zip(items, routes, strict=True)):
         members.setdefault((None if item.pixel_values is None else id(item.pixel_values), route), []).append(row)
-    if len(members) == len(items):
-        return None
-    prefixes, rests = [], [torch.empty(0, dtype=torch.int64)] * len(items)
+    prefixes, rests = [], list(items)
     group = torch.zeros(len(items), dtype=torch.int64)
     for number, rows in enumerate(members.values()):
         ids = [items[row].input_ids for row in rows]
@@ -176,15 +146,15 @@ def share_prefixes(
         length = shared if len(rows) > 1 else _after_image(ids[0], image_token)
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))
         for row, whole in zip(rows, ids, strict=True):
-            rests[row], group[row] = whole[length:], number
-    read = len(prefixes) * max(len(p.input_ids) for p in prefixes) + len(items) * max(map(len, rests))
-    if read > WORTHWHILE * len(items) * max(len(item.input_ids) for item in items):
-        return None
+            rests[row], group[row] = PromptItem(whole[length:], None), number
+    taken = [len(parts) * max(len(part.input_ids) for part in parts) for parts in (prefixes, rests, items)]
+    if len(members) == len(items) or taken[0] + taken[1] > WORTHWHILE * taken[2]:
+        return to_device(collate_prompts(items, pad), base)
     return SharedPrompts(
-        collate_prompts(prefixes, pad_id),
-        collate_prompts([PromptItem(rest, None) for rest in rests], pad_id),
-        group,
-        torch.tensor([rows[0] for rows in members.values()]),
+        to_device(collate_prompts(prefixes, pad), base),
+        to_device(collate_prompts(rests, pad), base),
+        group.to(base.device),
+        torch.tensor([rows[0] for rows in members.values()], device=base.device),
     )
 
 

@@ -35,8 +35,6 @@ from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import resolve_model_path
 
-# ---- Parts
-
 PROJECTOR = "multi_modal_projector"
 
 
@@ -56,19 +54,14 @@ def vision_tower_of(model: PreTrainedModel) -> nn.Module:
 
 
 def language_model_pattern(names: list[str]) -> str:
-    """Regular expression for modules of the decoder blocks; the vision tower's own ``mlp`` never matches.
-
-    ``names``: module names inside a block, such as ``gate_proj``, or ``mlp`` for whole FFNs.
-    """
+    """Regular expression for these modules of the decoder blocks (never the vision tower's): ``gate_proj``, ``mlp``."""
     return rf".*language_model\.layers\.\d+\.(mlp|self_attn|mlp\..+)?\.?({'|'.join(names)})"
 
 
 def block_of(module_name: str) -> str:
     """``...language_model.layers.7.mlp`` -> ``"7"``: the block's key in the expert layout."""
-    match = re.search(r"layers\.(\d+)\.", module_name)
-    if match is None:
-        raise ValueError(f"{module_name} is not inside a decoder block")
-    return match.group(1)
+    (block,) = re.findall(r"layers\.(\d+)\.", module_name)
+    return block
 
 
 def count_image_tokens(model: PreTrainedModel) -> int:
@@ -77,12 +70,9 @@ def count_image_tokens(model: PreTrainedModel) -> int:
     return patches + (model.config.vision_feature_select_strategy == "full")
 
 
-# ---- A loaded base
-
-
 @dataclass(frozen=True, kw_only=True)
 class LlavaEncoder:
-    """Makes inputs from records (a ``clmoe.data.batches.Encoder``). It holds no model: loader workers get a copy.
+    """A ``clmoe.data.batches.Encoder``. It holds no model: loader workers get a copy.
 
     Attributes:
         image_token_count: number of tokens of one image.
@@ -111,11 +101,7 @@ class LlavaEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBase(LlavaEncoder):
-    """The frozen base and what turns records into its inputs.
-
-    Attributes:
-        fingerprint: identity of config and weights, see ``base_fingerprint``.
-    """
+    """The frozen base, its ``base_fingerprint``, and what turns records into its inputs."""
 
     model: LlavaForConditionalGeneration
     fingerprint: str
@@ -132,28 +118,21 @@ class LoadedBase(LlavaEncoder):
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    @property
-    def blocks(self) -> int:
-        """Number of decoder blocks."""
-        return len(decoder_layers(self.model))
-
 
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
     Raises:
-        ClmoeError: the folder is not a LLaVA in transformers' format, its files and its config.json disagree about the
-            tensors, attention or 4-bit weights need something that is missing, or ``CLMOE_VISION`` does not fit the
-            model.
+        ClmoeError: the folder is not a LLaVA in transformers' format, a tensor is missing or does not fit config.json,
+            attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
     """
-    check_means(config, torch.device(device))
+    _check_means(config, torch.device(device))
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
     try:
-        # Given another model's folder, from_pretrained below would build a random LLaVA of 7B parameters.
         kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "llava":
+        if kind != "llava":  # for which from_pretrained below would build a random LLaVA of 7B parameters
             raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
         loaded = LlavaForConditionalGeneration.from_pretrained(
             folder,
@@ -187,8 +166,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 def meta_base(file: Path) -> LoadedBase:
     """A base with the shapes of a transformers config.json: on the meta device, without weights and tokenizer.
 
-    Raises:
-        ClmoeError: the file is not the configuration of a LLaVA.
+    Raises ClmoeError if the file is not the configuration of a LLaVA.
     """
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
@@ -209,33 +187,26 @@ def meta_base(file: Path) -> LoadedBase:
     )
 
 
-def check_means(config: ModelConfig, device: torch.device) -> None:
-    """Check that what ``attention`` and ``load_in_4bit`` need is installed and fits, without loading anything.
-
-    Raises:
-        ClmoeError: it is not; the message names the package to install or the setting to change.
-    """
-    if config.attention == "flash_attention_2":
-        if not is_flash_attn_2_available():
-            raise ClmoeError(
-                "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
-                "pip install 'clmoe[flash]', or model.attention=sdpa"
-            )
-        if config.dtype == "float32":
-            raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
-    if config.load_in_4bit:
-        if find_spec("bitsandbytes") is None:
-            raise ClmoeError("model.load_in_4bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
-        if device.type != "cuda":
-            raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
+def _check_means(config: ModelConfig, device: torch.device) -> None:
+    """Raise ClmoeError if attention or 4-bit weights need a package or setting that is absent, before loading."""
+    flash = config.attention == "flash_attention_2"
+    if flash and not is_flash_attn_2_available():
+        raise ClmoeError(
+            "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
+            "pip install 'clmoe[flash]', or model.attention=sdpa"
+        )
+    if flash and config.dtype == "float32":
+        raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+    if config.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ClmoeError("model.load_in_4bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
+    if config.load_in_4bit and device.type != "cuda":
+        raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
 
 
 def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314).
 
-    Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides the
-    margins of answers. The quantised linears keep ``in_features`` and ``out_features``, from which experts take their
-    sizes.
+    Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides margins.
     """
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -256,16 +227,13 @@ def _check_report(report: dict[str, set[Any]]) -> None:
         raise ValueError(f"{name} has shape {list(found)} in its files, config.json makes it {list(needed)}")
 
 
-# ---- Identity
-
-
 def base_fingerprint(folder: str) -> str:
     """sha256 over ``config.json`` and every weight file's name, size and sixteen evenly spaced MiB.
 
     Bases that differ in training differ everywhere, so the sample tells them apart without reading 14 GB; files of up
     to 16 MiB are covered whole. A hub name gives the hash of the name.
     """
-    root, sample, samples = Path(folder), 1 << 20, 16
+    root, sample = Path(folder), 1 << 20
     if not root.is_dir():
         return hashlib.sha256(folder.encode()).hexdigest()
     weights = sorted(root.glob("*.safetensors"))
@@ -276,7 +244,7 @@ def base_fingerprint(folder: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
-            for k in range(samples):
-                file.seek(max(0, size - sample) * k // (samples - 1))
+            for k in range(16):
+                file.seek(max(0, size - sample) * k // 15)
                 digest.update(file.read(sample))
     return digest.hexdigest()

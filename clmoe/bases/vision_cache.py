@@ -1,8 +1,7 @@
 """The frozen vision tower's output for every image, kept on disk: later passes neither decode nor encode it again.
 
-Opt-in: ``CLMOE_VISION`` names the folder, which all runs on one base may share. An image takes its tokens times the
-tower's width, 1.18 MB in 16 bits with LLaVA-1.5. Each image is computed alone, so what is kept does not depend on the
-other images; results that were computed as a batch differ from it by rounding.
+Opt-in: ``CLMOE_VISION`` names the folder, which all runs on one base may share (1.18 MB an image with LLaVA-1.5 in 16
+bits). Each image is computed alone, so what is kept does not depend on the others; a batch differs by rounding.
 """
 
 import os
@@ -29,10 +28,7 @@ VARIABLE = "CLMOE_VISION"
 
 
 class CachedTower(nn.Module):
-    """A vision tower that also accepts its own output.
-
-    ``pixel_values [I, 3, H, W]`` are encoded; kept features ``[I, P, D]`` pass through as the output of ``layer``.
-    """
+    """A vision tower that encodes ``[I, 3, H, W]`` and passes kept features ``[I, P, D]`` on as those of ``layer``."""
 
     def __init__(self, tower: nn.Module, layer: int) -> None:
         super().__init__()
@@ -53,7 +49,7 @@ class CachedTower(nn.Module):
 
 @dataclass(frozen=True)
 class VisionCache:
-    """A folder of features for one tower, preprocessing and type, with one file for each distinct image content."""
+    """A folder of features of one tower, preprocessing and type: a file for each distinct image content."""
 
     folder: Path
 
@@ -68,11 +64,7 @@ class VisionCache:
         return load_tensors(self.path(image))["features"]
 
     def fill(self, tower: nn.Module, images: Iterable[Path], read_pixels: Callable[[Path], Tensor]) -> None:
-        """Compute what is missing; the processes share the work, and all must call it.
-
-        Args:
-            tower: the model's ``CachedTower``.
-            read_pixels: an image file's ``[3, H, W]`` float32.
+        """Compute what is missing with the model's ``CachedTower``; the processes share the work, and all must call it.
 
         Raises:
             ClmoeError: an image is missing, or the disk is full.
@@ -113,10 +105,9 @@ def _content(image: str, modified: int, size: int) -> str:
 def attach_cache(
     model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, fingerprint: str
 ) -> VisionCache | None:
-    """The cache that the environment names, with the model's tower prepared for it; None if it names none.
+    """The cache that the environment names, if any, with the model's tower prepared for it.
 
-    Raises:
-        ClmoeError: the model reads several layers of its tower.
+    Raises ClmoeError if the model reads several layers of its tower.
     """
     root = os.environ.get(VARIABLE)
     if not root:

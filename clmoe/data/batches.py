@@ -1,18 +1,15 @@
 """From records to batches: datasets that make one item at a time, collation, packing by image, and sampling.
 
 Items hold tensors only and nothing random is drawn here, so a batch does not depend on the number of loader workers.
-Letters: B records, T tokens of the longest record, I images of H x W pixels, G packed rows, L tokens of the longest
-    row.
+Letters: B records, T tokens of the longest record, I images of H x W pixels, G packed rows, L tokens of the longest.
 """
-
-from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +21,7 @@ from clmoe.data.prompts import IGNORE, Encoded
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 
-PREFIX, PADDING = 0, -1
-"""Segments of packed rows, see ``collate_packed``."""
+Item = TypeVar("Item", bound="PromptItem")
 
 
 class Encoder(Protocol):
@@ -41,15 +37,6 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainItem:
-    """input_ids and labels: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
-
-    input_ids: Tensor
-    labels: Tensor
-    pixel_values: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
 class PromptItem:
     """input_ids: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
 
@@ -57,11 +44,45 @@ class PromptItem:
     pixel_values: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class TrainItem(PromptItem):
+    """As ``PromptItem``, with labels: [T] int64."""
+
+    labels: Tensor
+
+
 # ---- Datasets
 
 
-class TrainDataset(Dataset[TrainItem]):
-    """Training records as items. Images are decoded and text is tokenised on access.
+class _Items(Dataset[Item]):
+    """Rows as items: text is tokenised and images are read on access. Subclasses make the item of one row."""
+
+    rows: Sequence[Any]
+    image_root: Path
+    encoder: Encoder
+
+    def item(self, row: Any, pixels: Tensor | None) -> Item:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """A batch's items, as the loader asks for them. Items of one image, which is read once, share its tensor."""
+        pixels: dict[str | None, Tensor | None] = {None: None}
+        items = []
+        for row in (self.rows[index] for index in indices):
+            if row.image not in pixels:
+                pixels[row.image] = self.encoder.read_image(self.image_root / row.image)
+            items.append(self.item(row, pixels[row.image]))
+        return items
+
+
+class TrainDataset(_Items[TrainItem]):
+    """Training records as items.
 
     Raises:
         ClmoeError: at once if there are no records or the tokenizer does not fit the template (the first record is
@@ -71,27 +92,23 @@ class TrainDataset(Dataset[TrainItem]):
     def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
         if not records:
             raise ClmoeError("there are no training records; expected at least one")
-        self.records, self.image_root = records, Path(image_root)
-        self.encoder, self.max_length = encoder, max_length
+        self.rows, self.image_root, self.encoder = records, Path(image_root), encoder
+        self.max_length = max_length
         encoder.encode_training(records[0], max_length)
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def item(self, row: TrainRecord, pixels: Tensor | None) -> TrainItem:
+        encoded = self.encoder.encode_training(row, self.max_length)
+        return TrainItem(torch.tensor(encoded.input_ids), pixels, torch.tensor(encoded.labels))
 
-    def __getitem__(self, index: int) -> TrainItem:
-        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
-        """A batch's items, as the loader asks for them. Items of one image, which is read once, share its tensor."""
-        pixels: dict[str | None, Tensor | None] = {None: None}
-        items = []
-        for record in (self.records[index] for index in indices):
-            if record.image is not None and record.image not in pixels:
-                pixels[record.image] = self.encoder.read_image(self.image_root / record.image)
-            encoded = self.encoder.encode_training(record, self.max_length)
-            ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
-            items.append(TrainItem(ids, labels, pixels[record.image]))
-        return items
+class PromptDataset(_Items[PromptItem]):
+    """Questions as prompts; images are preprocessed exactly as in training."""
+
+    def __init__(self, questions: Sequence[Question], image_root: Path, encoder: Encoder) -> None:
+        self.rows, self.image_root, self.encoder = questions, Path(image_root), encoder
+
+    def item(self, row: Question, pixels: Tensor | None) -> PromptItem:
+        return PromptItem(torch.tensor(self.encoder.encode_prompt(row.text, row.image is not None)), pixels)
 
 
 class NumberedDataset(Dataset[tuple[int, TrainItem]]):
@@ -107,28 +124,7 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
         return index, self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]]:
-        """A batch; items of one image share its tensor, see ``TrainDataset``."""
         return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
-
-
-class PromptDataset(Dataset[PromptItem]):
-    """Questions as prompts; images are preprocessed exactly as in training."""
-
-    def __init__(self, questions: Sequence[Question], image_root: Path, encoder: Encoder) -> None:
-        self.questions, self.image_root, self.encoder = questions, Path(image_root), encoder
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> PromptItem:
-        image = self.questions[index].image
-        pixels = None if image is None else self.encoder.read_image(self.image_root / image)
-        return PromptItem(self.input_ids(index), pixels)
-
-    def input_ids(self, index: int) -> Tensor:
-        """The prompt's tokens ``[T]`` int64, without reading its image."""
-        question = self.questions[index]
-        return torch.tensor(self.encoder.encode_prompt(question.text, question.image is not None))
 
 
 # ---- Collation
@@ -137,9 +133,9 @@ class PromptDataset(Dataset[PromptItem]):
 def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch, padded on the right.
 
-    Returns ``input_ids``, ``attention_mask`` (1 = token, 0 = padding) and ``labels`` (padding is -100), all ``[B, T]``
-    int64, and ``pixel_values [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image,
-    in order; the key is absent if none has.
+    Returns ``input_ids``, ``attention_mask`` (1 = token) and ``labels`` (padding is -100), ``[B, T]`` int64, and
+    ``pixel_values [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image, in order;
+    the key is absent if none has.
     """
     batch = _padded([item.input_ids for item in items], pad_id)
     return batch | {"labels": _pad([item.labels for item in items], IGNORE)} | _stacked(items)
@@ -168,22 +164,20 @@ def _pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right")
 
 
-def _stacked(items: Sequence[TrainItem] | Sequence[PromptItem]) -> dict[str, Tensor]:
+def _stacked(items: Sequence[PromptItem]) -> dict[str, Tensor]:
     present = [item.pixel_values for item in items if item.pixel_values is not None]
     return {"pixel_values": torch.stack(present)} if present else {}
 
 
-# ---- Packing: training records of one image as one row, which holds their common prefix once
-#
-# LLaVA's prompt puts system sentence and image first, so under causal attention the states of these tokens are the same
-# in all records of an image (Prefix Grouper, arXiv 2506.05433).
+# ---- Packing: records of one image as one row, which holds their common prefix (system sentence and image) once; under
+# causal attention its states are the same in all of them (Prefix Grouper, arXiv 2506.05433).
 
 
 def image_groups(records: Sequence[TrainRecord]) -> tuple[tuple[int, ...], ...]:
     """Indices of records, grouped by image in order of first appearance; a record without image is alone.
 
-    Where a record occurs several times (a replayed memory, a union's passes), its n-th occurrence goes to its image's
-    n-th group: otherwise whole batches would repeat one record.
+    The n-th occurrence of a repeated record (a replayed memory, a union's passes) goes to its image's n-th group:
+    otherwise whole batches would repeat one record.
     """
     groups: dict[Hashable, list[int]] = {}
     seen: Counter[bytes] = Counter()
@@ -200,15 +194,14 @@ def image_groups(records: Sequence[TrainRecord]) -> tuple[tuple[int, ...], ...]:
 def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch as of ``collate_train``, and the packed rows that the model computes.
 
-    Items that hold the same ``pixel_values`` tensor share a row. Besides ``input_ids``, ``attention_mask`` and ``labels
-    [B, T]`` the batch holds, all int64,
+    Items that hold the same ``pixel_values`` tensor share a row. The batch also holds, all int64,
 
     - ``packed_ids [G, L]``: a prefix and the rests of a row's records, one after another, padded on the right;
     - ``packed_positions [G, L]``: each token's position in its own record;
     - ``packed_segments [G, L]``: 0 in the prefix, n in the n-th rest, -1 in the padding;
     - ``places [B, T]``: where each record's token lies, ``row * L + column``; 0 for padding;
 
-    and ``pixel_values [I, 3, H, W]`` once for each row that has an image.
+    and ``pixel_values`` once for each row that has an image.
     """
     members: dict[Hashable, list[int]] = {}
     for number, item in enumerate(items):
@@ -216,7 +209,7 @@ def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]
     rows = [_packed_row([items[n].input_ids for n in numbers]) for numbers in members.values()]
     ids, positions, segments, columns = zip(*rows, strict=True)
     packed_ids = _pad(ids, pad_id)
-    batch = collate_train([TrainItem(item.input_ids, item.labels, None) for item in items], pad_id)
+    batch = collate_train([replace(item, pixel_values=None) for item in items], pad_id)
     places = torch.zeros_like(batch["input_ids"])
     for row, numbers in enumerate(members.values()):
         for number, column in zip(numbers, columns[row], strict=True):
@@ -224,7 +217,7 @@ def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]
     packed = {
         "packed_ids": packed_ids,
         "packed_positions": _pad(positions, 0),
-        "packed_segments": _pad(segments, PADDING),
+        "packed_segments": _pad(segments, -1),
         "places": places,
     }
     return batch | packed | _stacked([items[numbers[0]] for numbers in members.values()])
@@ -233,13 +226,13 @@ def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]
 def _packed_row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Ids, positions and segments ``[l]`` of one row, and for each record the columns of its tokens."""
     prefix = common_prefix(ids)
-    rests = [torch.arange(prefix, len(whole)) for whole in ids]
-    segments = [torch.full_like(rest, number) for number, rest in enumerate(rests, 1)]
-    starts = np.cumsum([prefix, *map(len, rests)]).tolist()
     shared = torch.arange(prefix)
-    columns = [torch.cat([shared, rest - prefix + start]) for rest, start in zip(rests, starts, strict=False)]
+    rests = [torch.arange(prefix, len(whole)) for whole in ids]
+    starts = np.cumsum([0, *map(len, rests)]).tolist()
+    columns = [torch.cat([shared, rest + start]) for rest, start in zip(rests, starts, strict=False)]
+    segments = [torch.full_like(rest, number) for number, rest in enumerate([shared, *rests])]
     tokens = torch.cat([ids[0][:prefix], *(whole[prefix:] for whole in ids)])
-    return tokens, torch.cat([shared, *rests]), torch.cat([torch.full_like(shared, PREFIX), *segments]), columns
+    return tokens, torch.cat([shared, *rests]), torch.cat(segments), columns
 
 
 def common_prefix(ids: Sequence[Tensor]) -> int:

@@ -1,29 +1,20 @@
 """From an image file to the vision tower's input: one path for training and evaluation.
 
-The decoding policy is LLaVA-1.5's where LLaVA has one:
-
-* Every image becomes RGB. Transparency is dropped, not blended; palettes and CMYK are converted; an animation gives its
-  first frame.
-* An EXIF rotation is **not** applied: LLaVA does not apply it, and boxes of the benchmarks refer to the stored pixels.
-* More than 8 bits per channel (16-bit, 32-bit, float) is an error: converting would clip all values above 255 to white.
-* A file that is missing, empty, truncated, not an image, or larger than ``MAX_PIXELS`` is an error that names it.
-
-A non-square image is padded to a square and never cropped. Published evaluation scripts crop what training padded,
-which moves the target boxes of grounding tasks; here both call ``preprocess``.
+LLaVA-1.5's policy where it has one: transparency is dropped, not blended; an animation gives its first frame; an EXIF
+rotation is **not** applied, as boxes of the benchmarks refer to the stored pixels. A non-square image is padded to a
+square and never cropped: published evaluation scripts crop what training padded, which moves boxes.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clmoe.errors import ClmoeError
 
 MAX_PIXELS = 178_956_970
 """Largest accepted width x height: where Pillow itself reports a decompression bomb."""
-
-_DEEP_MODES = ("I", "F")
 
 
 def load_image(path: Path) -> Image.Image:
@@ -46,28 +37,16 @@ def load_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """The image as 8-bit RGB. Raises ClmoeError with its name if it has more than 8 bits per channel."""
-    if image.mode.split(";")[0] in _DEEP_MODES:
+    """The image as 8-bit RGB. Raises ClmoeError with its name if converting would clip more than 8 bits per channel."""
+    if image.mode.split(";")[0] in ("I", "F"):
         raise ClmoeError(f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Centre an RGB image on a square of the background colour whose side is the longer side.
-
-    As ``expand2square`` of LLaVA-1.5: an odd remainder puts the extra line on the right or at the bottom.
-    """
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
 def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """Pad with the processor's mean colour, then let the processor resize and normalise: ``[3, H, W]`` float32.
+
+    As in LLaVA-1.5's ``expand2square``, an odd remainder puts the extra line on the right or at the bottom.
 
     Args:
         image_processor: a transformers image processor with ``image_mean`` (CLIPImageProcessor or alike).
@@ -76,10 +55,12 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
         ClmoeError: the processor would crop the padded square, or the image has more than 8 bits per channel.
     """
     _refuse_cropping(image_processor)
-    red, green, blue = (int(value * 255) for value in image_processor.image_mean)
-    square = pad_to_square(to_rgb(image), (red, green, blue))
-    pixels = image_processor(images=square, return_tensors="pt")["pixel_values"]
-    return pixels[0].to(torch.float32).contiguous()
+    side = max(image.size)
+    width, height = (side - length for length in image.size)
+    border = (width // 2, height // 2, width - width // 2, height - height // 2)
+    background = tuple(int(value * 255) for value in image_processor.image_mean)
+    square = ImageOps.expand(to_rgb(image), border, background)
+    return image_processor(images=square, return_tensors="pt")["pixel_values"][0].to(torch.float32).contiguous()
 
 
 def read_pixels(image: Path, image_processor: Any) -> torch.Tensor:
@@ -92,8 +73,7 @@ def _refuse_cropping(image_processor: Any) -> None:
     if not getattr(image_processor, "do_center_crop", False):
         return
     size, crop = dict(image_processor.size), dict(image_processor.crop_size)
-    sides = {size.get("shortest_edge"), size.get("height"), size.get("width")} - {None}
-    kept = {crop.get("shortest_edge"), crop.get("height"), crop.get("width")} - {None}
+    sides, kept = ({s.get(key) for key in ("shortest_edge", "height", "width")} - {None} for s in (size, crop))
     if not image_processor.do_resize or len(sides) != 1 or sides != kept:
         raise ClmoeError(
             f"image processor: resizes to {size} (do_resize {image_processor.do_resize}), crops to {crop}, "

@@ -1,19 +1,15 @@
 """LLaVA-1.5's conversation template (``vicuna_v1``) and the answer mask.
 
-A conversation is one string with at most one ``<image>``. As in LLaVA, the texts before and after the mark are
-tokenised separately, and ``image_token_count`` copies of the image token come between them. This matters for LLaMA's
-tokenizer: it marks the beginning of the second text, so the tokens after an image are ``▁``, ``<0x0A>``, where a
-single string gives ``<0x0A>`` alone. Byte-level tokenizers give the same either way. The tokenizer's own setting
-decides whether the first text gets a ``<s>``, in training and in prompts alike; the second text never does.
+As in LLaVA, the texts before and after ``<image>`` are tokenised separately, with ``image_token_count`` copies of the
+image token between them. LLaMA's tokenizer marks the beginning of the second text: the tokens after an image are ``▁``,
+``<0x0A>``, where a single string gives ``<0x0A>`` alone. Only the first text gets a ``<s>``, if the tokenizer adds one.
 
-The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn,
-whatever the tokenizer does with spaces, and equal what LLaVA's ``preprocess_v1`` leaves unmasked. Where that function
-loses count and masks a whole conversation with a warning (text that holds ``ASSISTANT: ``, a tokenizer that it does not
-know), they are still these tokens. Two checks turn a tokenizer that does not fit the template into an error instead of
-a silent zero loss: no token may reach across the border of an answer, and the tokens of the first prompt (what
-evaluation sends) must be a prefix of the training tokens.
+The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn, and
+equal what LLaVA's ``preprocess_v1`` leaves unmasked. Where that function loses count and masks a whole conversation
+with a warning (text that holds ``ASSISTANT: ``, a tokenizer that it does not know), they are still these tokens.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,36 +53,31 @@ def encode_training(
     """
     where = f"record {record.id!r}"
     has_image = record.image is not None
+    image_tokens = image_token_count if has_image else 0
     text, spans = render(record.turns, has_image)
-    ids, offsets = _tokenise(text, tokenizer, has_image, len(record.turns), where)
+    ids, offsets = _tokenise(text, tokenizer, image_tokens, len(record.turns), where)
     labels = _answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
-    prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, has_image, 0, where)
+    prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, image_tokens, 0, where)
     if ids[: len(prompt)] != prompt or any(label != IGNORE for label in labels[: len(prompt)]):
         raise ClmoeError(
             f"{where}: the prompt's tokens are not the beginning of the training tokens, so training and "
             "evaluation would differ; this tokenizer does not fit the vicuna_v1 template"
         )
-    if has_image:
-        position = ids.index(tokenizer.image_token_id)
-        ids = _expand(ids, position, image_token_count)
-        labels = _expand(labels, position, image_token_count)
-    total = len(ids)
-    ids, labels = ids[:max_length], labels[:max_length]
-    if all(label == IGNORE for label in labels):
+    encoded = Encoded(ids[:max_length], labels[:max_length])
+    if all(label == IGNORE for label in encoded.labels):
         raise ClmoeError(
-            f"{where}: {total} tokens, and no answer token is among the first {max_length}; "
+            f"{where}: {len(ids)} tokens, and no answer token is among the first {max_length}; "
             "raise the maximum length or shorten the record"
         )
-    return Encoded(ids, labels)
+    return encoded
 
 
 def encode_prompt(
     question: str, has_image: bool, tokenizer: PreTrainedTokenizerFast, image_token_count: int
 ) -> list[int]:
     """Token ids of the prompt up to ``ASSISTANT:``, never truncated. Raises ClmoeError as ``encode_training``."""
-    where = f"question {question[:60]!r}"
-    ids, _ = _tokenise(prompt_text(question, has_image), tokenizer, has_image, 0, where)
-    return _expand(ids, ids.index(tokenizer.image_token_id), image_token_count) if has_image else ids
+    text, image_tokens = prompt_text(question, has_image), image_token_count if has_image else 0
+    return _tokenise(text, tokenizer, image_tokens, 0, f"question {question[:60]!r}")[0]
 
 
 def render(turns: Sequence[Turn], has_image: bool) -> tuple[str, Spans]:
@@ -101,36 +92,35 @@ def render(turns: Sequence[Turn], has_image: bool) -> tuple[str, Spans]:
 
 
 def _tokenise(
-    text: str, tokenizer: PreTrainedTokenizerFast, has_image: bool, ends: int, where: str
+    text: str, tokenizer: PreTrainedTokenizerFast, image_tokens: int, ends: int, where: str
 ) -> tuple[list[int], Spans]:
-    """Ids and character offsets; checks that the special tokens are those of the template and no others."""
+    """Ids and character offsets; raises ClmoeError if the special tokens are not those of the template."""
     if tokenizer.eos_token != END:
         raise ClmoeError(f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}")
-    if has_image and getattr(tokenizer, "image_token", None) != IMAGE_MARK:
+    if image_tokens and getattr(tokenizer, "image_token", None) != IMAGE_MARK:
         raise ClmoeError(
             f"tokenizer: no image token {IMAGE_MARK!r}; "
             f"add it with extra_special_tokens={{'image_token': '{IMAGE_MARK}'}}"
         )
     image_id: Any = getattr(tokenizer, "image_token_id", None)
-    before, _, after = text.partition(IMAGE_MARK) if has_image else (text, "", "")
-    ids, offsets = _tokens(before, 0, tokenizer, True)
-    if has_image:
-        start = len(before) + len(IMAGE_MARK)
-        later_ids, later_offsets = _tokens(after, start, tokenizer, False)
-        ids, offsets = [*ids, image_id, *later_ids], [*offsets, (len(before), start), *later_offsets]
-    for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, has_image)):
+    ids: list[int] = []
+    offsets: Spans = []
+    start = 0
+    for part in text.split(IMAGE_MARK, 1) if image_tokens else [text]:
+        if start:
+            ids += [image_id] * image_tokens
+            offsets += [(start - len(IMAGE_MARK), start)] * image_tokens
+        encoded = tokenizer(part, add_special_tokens=not start, return_offsets_mapping=True, verbose=False)
+        ids += encoded["input_ids"]
+        offsets += [(left + start, right + start) for left, right in encoded["offset_mapping"]]
+        start = len(part) + len(IMAGE_MARK)
+    for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, image_tokens)):
         if ids.count(token_id) != wanted:
             raise ClmoeError(
-                f"{where}: {ids.count(token_id)} tokens {token}, the template has {int(wanted)}; remove it from the "
+                f"{where}: {ids.count(token_id)} tokens {token}, the template has {wanted}; remove it from the "
                 "text or, if it is not there, fix the tokenizer: one special token, never appended"
             )
     return ids, offsets
-
-
-def _tokens(text: str, start: int, tokenizer: PreTrainedTokenizerFast, with_special: bool) -> tuple[list[int], Spans]:
-    """Ids of one text and their character offsets, shifted by ``start``; ``<s>`` in front only ``with_special``."""
-    encoded = tokenizer(text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False)
-    return list(encoded["input_ids"]), [(left + start, right + start) for left, right in encoded["offset_mapping"]]
 
 
 def _answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:
@@ -139,21 +129,12 @@ def _answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, wh
     A token of no width (``<s>``, or white space in tokenizers that trim offsets) belongs to the span that it begins in.
     """
     labels = [IGNORE] * len(ids)
-    position = 0
+    lefts = [left for left, _ in offsets]
     for start, stop in spans:
-        while position < len(ids) and offsets[position][0] < start:
-            if offsets[position][1] > start:
-                raise ClmoeError(f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer")
-            position += 1
-        first = position
-        while position < len(ids) and offsets[position][0] < stop:
-            labels[position] = ids[position]
-            position += 1
-        if position - first < 2 or ids[position - 1] != end_id or offsets[position - 1][1] != stop:
+        first, last = bisect_left(lefts, start), bisect_left(lefts, stop)
+        if first and offsets[first - 1][1] > start:
+            raise ClmoeError(f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer")
+        if last - first < 2 or ids[last - 1] != end_id or offsets[last - 1][1] != stop:
             raise ClmoeError(f"{where}: the tokens of an answer do not end in one {END}; the tokenizer does not fit")
+        labels[first:last] = ids[first:last]
     return labels
-
-
-def _expand(values: list[int], position: int, count: int) -> list[int]:
-    """``count`` copies of the value at ``position`` in place of one."""
-    return values[:position] + [values[position]] * count + values[position + 1 :]

@@ -1,15 +1,8 @@
 """Training and question files: reading, checking, and the records of several tasks as one sequence.
 
-Both kinds of file are JSON lists in the layout of LLaVA and of the benchmarks built on it:
-
-* training: ``{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt",
-  "value": ...}, ...]}``
-* questions: ``{"question_id", "image"?, "text", "answer", ...}``; all other keys end up in ``Question.extra``.
-
-Reading changes only this: ids become strings; white space around questions and training answers is stripped (the
-prompt puts exactly one space before an answer); the ``<image>`` mark is removed from the text, because the prompt
-always puts the image first; image paths are normalised (``./a/../b.jpg`` becomes ``b.jpg``). The expected answers of
-question files stay as they are. Every error names the file, the row (counted from 0) and the field.
+Both are JSON lists in LLaVA's layout. Ids become strings, white space around questions and training answers and the
+mark ``<image>`` go (the prompt puts the image first), and image paths are normalised (``./a/../b.jpg`` -> ``b.jpg``).
+Every error names the file, the row (counted from 0) and the field.
 """
 
 from __future__ import annotations
@@ -59,17 +52,14 @@ def read_json_strictly(path: Path) -> Any:
     """Parse strict JSON: UTF-8 without a byte-order mark, no NaN and no Infinity.
 
     Raises:
-        ClmoeError: the file cannot be read or parsed; the message names the file and, for broken JSON, the line and
-            column.
+        ClmoeError: naming the file and, for broken JSON, line and column.
     """
     try:
-        raw = Path(path).read_bytes()
+        return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
@@ -139,11 +129,10 @@ class Question:
 
 
 def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
-    """Read and check a training file. The images must exist; they are not decoded.
+    """Read and check a file of ``{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
 
-    Published LLaVA files repeat ids (several conversations about one image). So a repeated id is not an error: the
-    second and later rows get ``#2``, ``#3``, ... in file order, and all ids in the result are unique. The records of a
-    file of LARGE_FILE bytes or more stay on disk, see ``StoredRecords``.
+    The images must exist; they are not decoded. Published LLaVA files repeat ids, so the second and later rows of an id
+    get ``#2``, ``#3``, ... in file order. Records of a file of LARGE_FILE bytes or more stay on disk.
 
     Raises:
         ClmoeError: at the first bad row.
@@ -156,12 +145,12 @@ def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
 
 def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) -> Iterator[TrainRecord]:
     """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
-    images = _Images(image_root)
+    known: set[str] = set()
     seen: set[str] = set()
 
     def record(row: _Row) -> TrainRecord:
         name, count = row.identifier("id"), 2
-        image = images.checked(row)
+        image = row.image(image_root, known)
         turns = _turns(row, image)
         unique = name
         while unique in seen:
@@ -173,9 +162,9 @@ def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) ->
 
 
 def load_questions(path: Path, image_root: Path, *, answered: bool = True, images: bool = True) -> list[Question]:
-    """Read and check a question file. The images must exist; they are not decoded.
+    """Read and check a file of ``{"question_id", "image"?, "text", "answer", ...}``; other keys end up in ``extra``.
 
-    A list of strings in ``answer`` (several accepted answers) is moved to ``extra["answers"]``.
+    Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
 
     Args:
         answered: every row must have one of GOLD_FIELDS; False if another file holds the expected answers.
@@ -191,7 +180,7 @@ def iterate_questions(
     path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
 ) -> Iterator[Question]:
     """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
-    checked_images = _Images(image_root, images)
+    known: set[str] | None = set() if images else None
     first_row: dict[str, int] = {}
 
     def question(row: _Row) -> Question:
@@ -199,10 +188,9 @@ def iterate_questions(
         if question_id in first_row:
             row.fail("question_id", f"already used by row {first_row[question_id]}; ids must be unique")
         first_row[question_id] = row.index
-        image = checked_images.checked(row)
+        image = row.image(image_root, known)
         text = _question_text(row, "text", row.text("text", row.data.get("text")), image)
-        answer, extra = _gold(row, answered)
-        return Question(question_id, image, text, answer, extra)
+        return Question(question_id, image, text, *_gold(row, answered))
 
     return _each_row(path, question, failed)
 
@@ -247,6 +235,23 @@ class _Row:
             self.fail(field, f"half of a surrogate pair at character {error.start}; write the whole character")
         return value
 
+    def image(self, root: Path, known: set[str] | None) -> str | None:
+        """The normalised image path below ``root``. The file must exist, but ``known`` ones are not looked up again,
+        and with None none is."""
+        if self.data.get("image") is None:
+            return None
+        raw = self.text("image", self.data["image"])
+        image = posixpath.normpath(raw.replace("\\", "/"))
+        if wrong := misplaced(image):
+            self.fail("image", f"{raw!r} {wrong} the image root {root}")
+        if known is not None and image not in known:
+            if not Path(root).is_dir():
+                self.fail("image", f"the image root {root} is not a folder; unpack the images there")
+            if not (Path(root) / image).is_file():
+                self.fail("image", f"no file {Path(root) / image}; add the image or correct the path")
+            known.add(image)
+        return image
+
 
 def misplaced(image: str) -> str | None:
     """Why an image path, with either kind of slash, does not stay below its image root; None if it does."""
@@ -254,31 +259,6 @@ def misplaced(image: str) -> str | None:
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
         return "is absolute; write it relative to"
     return "leaves" if path == ".." or path.startswith("../") else None
-
-
-class _Images:
-    """Checks that image paths stay below one root and, with ``look``, exist; each path is looked up once."""
-
-    def __init__(self, root: Path, look: bool = True) -> None:
-        self.root, self.look = Path(root), look
-        self._known: set[str] = set()
-
-    def checked(self, row: _Row) -> str | None:
-        """The row's normalised image path, or None if the row has no image."""
-        value = row.data.get("image")
-        if value is None:
-            return None
-        raw = row.text("image", value)
-        image = posixpath.normpath(raw.replace("\\", "/"))
-        if wrong := misplaced(image):
-            row.fail("image", f"{raw!r} {wrong} the image root {self.root}")
-        if self.look and image not in self._known:
-            if not self.root.is_dir():
-                row.fail("image", f"the image root {self.root} is not a folder; unpack the images there")
-            if not (self.root / image).is_file():
-                row.fail("image", f"no file {self.root / image}; add the image or correct the path")
-            self._known.add(image)
-        return image
 
 
 def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
@@ -347,11 +327,7 @@ class LookedUpRecords(Sequence[TrainRecord]):
 
 
 class StoredRecords(LookedUpRecords):
-    """The records of an Arrow file, memory-mapped through ``datasets``.
-
-    Raises:
-        ValueError, OSError, ArrowException: the file is truncated or cannot be read.
-    """
+    """The records of an Arrow file, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as stream:
@@ -370,11 +346,15 @@ class StoredRecords(LookedUpRecords):
         return map(_record, self._rows)
 
 
+def _record(row: dict[str, Any]) -> TrainRecord:
+    return TrainRecord(row["id"], row["image"], tuple(Turn(**turn) for turn in row["turns"]))
+
+
 def _stored_train(path: Path, image_root: Path) -> StoredRecords:
     """The records of a training file, which the first process that asks for them checks and stores.
 
-    They are stored in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) under a hash of the file's content and of the image
-    root, so a changed file is checked again. Images are not: one that has gone is an error when it is read.
+    The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of the content and the image root, so a
+    changed file is checked again. Images are not: one that has gone is an error when it is read.
     """
     key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
     file = Path(os.environ.get("CLMOE_CACHE") or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
@@ -385,32 +365,23 @@ def _stored_train(path: Path, image_root: Path) -> StoredRecords:
                 return StoredRecords(file)
             except (ArrowException, OSError, ValueError) as error:
                 print(f"{file}: damaged ({error}); making it again from {path}", file=sys.stderr)
-        _store(iterate_train(path, image_root), file)
+        partial = file.with_suffix(".partial")
+        with writing(file), ArrowWriter(features=_COLUMNS, path=str(partial)) as writer:
+            for record in iterate_train(path, image_root):
+                writer.write(asdict(record))
+            writer.finalize()
+            flush(partial)
+            partial.replace(file)
         return StoredRecords(file)
-
-
-def _store(records: Iterator[TrainRecord], file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    with writing(file), ArrowWriter(features=_COLUMNS, path=str(partial)) as writer:
-        for record in records:
-            writer.write(asdict(record))
-        writer.finalize()
-        flush(partial)
-        partial.replace(file)
-
-
-def _record(row: dict[str, Any]) -> TrainRecord:
-    return TrainRecord(row["id"], row["image"], tuple(Turn(**turn) for turn in row["turns"]))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One task's records in a union.
+    """One task's records in a union, where they occur ``passes`` times.
 
     Attributes:
         name: prefix of the records' ids; none if empty.
         folder: the task's image folder, relative to the union's image root.
-        passes: how often the records occur in the union.
     """
 
     name: str
@@ -429,14 +400,14 @@ class UnionRecords(LookedUpRecords):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
-        self._ends = list(accumulate(len(part.records) * part.passes for part in self.parts))
+        self._starts = [0, *accumulate(len(part.records) * part.passes for part in self.parts)]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def record(self, position: int) -> TrainRecord:
-        number = bisect_right(self._ends, position)
+        number = bisect_right(self._starts, position) - 1
         part = self.parts[number]
-        record = part.records[(position - (self._ends[number - 1] if number else 0)) % len(part.records)]
+        record = part.records[(position - self._starts[number]) % len(part.records)]
         image = None if record.image is None else str(PurePosixPath(part.folder) / record.image)
         return replace(record, id=f"{part.name}/{record.id}" if part.name else record.id, image=image)

@@ -1,68 +1,192 @@
-"""The template and the answer mask, against an oracle that tokenises the pieces one by one."""
+"""The template and the answer mask, token for token, against two oracles.
 
-from __future__ import annotations
+For LLaMA's tokenizer it is SentencePiece itself with LLaVA's rules written out, on a vocabulary trained with LLaMA's
+options; no tokenizer of transformers takes part in it. For byte-level ones the pieces are tokenised one by one.
+"""
 
-import json
+from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+import sentencepiece
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from clmoe.data.prompts import encode_prompt, encode_training, prompt_text, render
+from clmoe.config import ModelConfig
+from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, prompt_text, render
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
+from clmoe.utils.paths import resolve_model_path
+from tests.data import tokenizers_for_tests as make
+from tests.llama_vocabulary import train_vocabulary
 
-from . import tokenizers_for_tests as make
-
-IMAGE_TOKENS = 16
+IMAGE_TOKENS = 5
+MARK, BEGIN, END = "<image>", 1, 2
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ONE = (Turn("What animal is it?\nAnswer the question using a single word.", "Dog"),)
-THREE = (
-    *ONE,
-    Turn("Where?  Two  spaces ", "[0.12, 0.30, 0.50, 0.94]"),
-    Turn("ASSISTANT: or USER: in a question?", "It is a  dog,\n\nnaïve 狗 🐕 ASSISTANT: no"),
-)
+SUFFIX = "\nAnswer the question using a single word or phrase."
+CONVERSATIONS = {
+    "one": [("What animal is it?" + SUFFIX, "dog")],
+    "three": [
+        ("What is the shape?" + SUFFIX, "A circle"),
+        ("And the\n\ncolour?  Two  spaces", "red"),
+        ("12?", "it is 3"),
+    ],
+    "numbers": [("Please provide the box of: the red box.", "[0.12, 0.30, 0.50, 0.94]")],
+    "bytes": [("狗 means what animal? 🐕", "naïve\n狗, a dog"), ("Is it “so”?", "it is\ttwo")],
+    "digits first": [("1 + 1 =", "2")],
+    "newline first": [("\nWhat?", ", it is")],
+    "no words": [("?", ".")],
+}
+SEPARATOR = [("ASSISTANT: or USER: in a question? ", "It is a  dog,\n\nnaïve 狗 🐕 ASSISTANT: no"), ("What?", "dog")]
+BYTE_LEVEL = ("shipped", "byte_level", "trimmed", "no_bos")
+Expected = tuple[list[int], list[int], list[int]]
+"""Prompt, ids and labels."""
 
 
-@pytest.fixture(scope="module", params=["byte_level", "byte_level_trimmed", "byte_level_no_bos", "llama"])
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="module")
+def pieces(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folder: Path) -> dict[str, PreTrainedTokenizerFast]:
+    """One per family that LLaVA models use, and that of the embedded base."""
+    llama = LlamaTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": MARK})
+    llama.add_special_tokens({"pad_token": "<pad>"})
     return {
-        "byte_level": lambda: make.byte_level(),
-        "byte_level_trimmed": lambda: make.byte_level(trim=True),
-        "byte_level_no_bos": lambda: make.byte_level(add_bos=False),
-        "llama": make.llama,
-    }[request.param]()
+        "llama": llama,
+        "shipped": AutoTokenizer.from_pretrained(resolve_model_path(ModelConfig().path)),
+        "byte_level": make.byte_level(),
+        "trimmed": make.byte_level(trim=True),
+        "no_bos": make.byte_level(add_bos=False),
+    }
 
 
-def oracle(turns: tuple[Turn, ...], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Ids and labels from pieces tokenised one by one, cut at special tokens and before an answer's space."""
+def record(turns: list[tuple[str, str]], has_image: bool = True) -> TrainRecord:
+    return TrainRecord("k", "a.png" if has_image else None, tuple(Turn(*turn) for turn in turns))
 
-    # LLaMA's Metaspace marks the first piece of a text only; a special token in front makes it see a later one.
-    def piece(text: str, first: bool) -> list[int]:
-        if first:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tokenizer("</s>" + text, add_special_tokens=False)["input_ids"]
-        assert ids[0] == tokenizer.eos_token_id
-        return ids[1:]
 
-    ids = tokenizer("")["input_ids"]  # <s> or nothing
-    labels = [-100] * len(ids)
-    for number, turn in enumerate(turns):
-        question = f"USER: {turn.question} ASSISTANT:"
-        if number:
-            known = piece(question, first=False)
-        elif has_image:
-            image = [tokenizer.image_token_id] * IMAGE_TOKENS
-            known = piece(f"{SYSTEM} USER: ", first=True) + image
-            known += piece(f"\n{turn.question} ASSISTANT:", first=True)  # LLaVA: a text of its own
-        else:
-            known = piece(f"{SYSTEM} {question}", first=True)
-        answer = [*piece(f" {turn.answer}", first=False), tokenizer.eos_token_id]
-        ids, labels = ids + known + answer, labels + [-100] * len(known) + answer
-    return ids, labels
+def encode(turns: list[tuple[str, str]], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
+    prompt = encode_prompt(turns[0][0], has_image, tokenizer, IMAGE_TOKENS)
+    return prompt, *encode_training(record(turns, has_image), tokenizer, IMAGE_TOKENS, 4096)
+
+
+class Llava:
+    """LLaVA's tokenisation and masking on a SentencePiece model."""
+
+    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, image_id: int) -> None:
+        self.pieces, self.image_id = pieces, image_id
+
+    def text(self, text: str) -> list[int]:
+        """``<s>``, then the pieces: a space is put before the text, and none after a special token inside it."""
+        first, *others = text.split("</s>")
+        ids = [BEGIN, *self.pieces.encode(first)]
+        for part in others:
+            # text in the middle of a string: encode behind <unk>, which takes the added space, and cut that off
+            ids += [END, *self.pieces.encode("⁇" + part)[len(self.pieces.encode("⁇")) :]]
+        return ids
+
+    def with_image(self, text: str) -> list[int]:
+        """The texts around the mark, each tokenised alone and without its ``<s>`` except the first; images between."""
+        first, *others = (self.text(part) for part in text.split(MARK))
+        return first + [token for other in others for token in [self.image_id, *other[1:]]]
+
+    def expected(self, turns: list[tuple[str, str]], has_image: bool) -> Expected:
+        """Labels by ``preprocess_v1``: rounds are counted in tokens, one less from the second on, because a round that
+        is tokenised alone opens with a space that it does not have in the conversation."""
+        prompt = f"{SYSTEM} USER: {MARK + chr(10) if has_image else ''}{turns[0][0]} ASSISTANT:"
+        conversation = f"{prompt} {turns[0][1]}</s>"
+        conversation += "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns[1:])
+        ids = self.with_image(conversation)
+        labels = list(ids)
+        done = 1
+        labels[0] = IGNORE
+        for number, part in enumerate(conversation.split("</s>")[:-1]):
+            instruction, _, _ = part.partition(" ASSISTANT: ")
+            length = len(self.with_image(part)) - (number > 0)
+            asked = len(self.with_image(instruction + " ASSISTANT: ")) - 2 - (number > 0)
+            labels[done : done + asked] = [IGNORE] * asked
+            done += length
+        assert done == len(ids), "LLaVA would call this a tokenization mismatch and mask everything"
+        prompt_ids = self.with_image(prompt)
+        return (
+            self.expand(prompt_ids, prompt_ids, self.image_id),
+            self.expand(ids, ids, self.image_id),
+            self.expand(labels, ids, IGNORE),
+        )
+
+    def expand(self, values: list[int], ids: list[int], fill: int) -> list[int]:
+        """One image token becomes many."""
+        pairs = zip(values, ids, strict=True)
+        return [v for value, token in pairs for v in ([fill] * IMAGE_TOKENS if token == self.image_id else [value])]
+
+
+@pytest.fixture(scope="module")
+def llava(pieces: sentencepiece.SentencePieceProcessor, tokenizers: dict[str, PreTrainedTokenizerFast]) -> Llava:
+    return Llava(pieces, tokenizers["llama"].image_token_id)
+
+
+def by_pieces(turns: list[tuple[str, str]], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
+    def piece(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    image = [tokenizer.image_token_id] * IMAGE_TOKENS
+    prompt = tokenizer("")["input_ids"]  # <s> or nothing
+    if has_image:
+        prompt += piece(f"{SYSTEM} USER: ") + image + piece(f"\n{turns[0][0]} ASSISTANT:")
+    else:
+        prompt += piece(f"{SYSTEM} USER: {turns[0][0]} ASSISTANT:")
+    ids, labels = list(prompt), [IGNORE] * len(prompt)
+    for number, (question, answer) in enumerate(turns):
+        asked = piece(f"USER: {question} ASSISTANT:") if number else []
+        said = [*piece(f" {answer}"), tokenizer.eos_token_id]
+        ids, labels = ids + asked + said, labels + [IGNORE] * len(asked) + said
+    return prompt, ids, labels
+
+
+def test_the_vocabulary_has_the_traits_that_the_rules_were_made_for(
+    pieces: sentencepiece.SentencePieceProcessor,
+) -> None:
+    assert pieces.encode("USER:", out_type=str) == ["▁", "USER", ":"]
+    assert pieces.encode("\n1 狗", out_type=str) == ["▁", "<0x0A>", "1", "▁", "<0xE7>", "<0x8B>", "<0x97>"]
+    assert pieces.encode("10  ", out_type=str)[:3] == ["▁", "1", "0"]
+
+
+@pytest.mark.parametrize("has_image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompts_ids_and_labels_are_llavas(
+    name: str, has_image: bool, llava: Llava, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    found = encode(CONVERSATIONS[name], has_image, tokenizers["llama"])
+    assert found == llava.expected(CONVERSATIONS[name], has_image)
+    assert found[2].count(END) == len(CONVERSATIONS[name])
+
+
+@pytest.mark.parametrize("has_image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_prompts_ids_and_labels_are_those_of_the_pieces(
+    name: str, has_image: bool, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = tokenizers[name]
+    for turns in (*CONVERSATIONS.values(), SEPARATOR):
+        found = encode(turns, has_image, tokenizer)
+        assert found == by_pieces(turns, has_image, tokenizer)
+        text = render(record(turns).turns, has_image)[0]  # what the embedded base was trained on: whole strings
+        assert found[1] == tokenizer(text.replace(MARK, MARK * IMAGE_TOKENS))["input_ids"]
+
+
+def test_a_question_that_holds_the_separator_is_still_learned(
+    llava: Llava, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    """LLaVA masks such a conversation as a whole; the documented difference."""
+    _, _, labels = encode([("What does ASSISTANT: mean?", "it is two")], True, tokenizers["llama"])
+    assert [label for label in labels if label != IGNORE] == [*llava.text("it is two")[1:], END]
 
 
 def test_rendered_text_is_vicuna_v1() -> None:
@@ -70,55 +194,36 @@ def test_rendered_text_is_vicuna_v1() -> None:
     assert render(two, True)[0] == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
     assert render(two[:1], False)[0] == f"{SYSTEM} USER: q1 ASSISTANT: a1</s>"
     assert prompt_text("q1", True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"
-    assert prompt_text("q1", False) == f"{SYSTEM} USER: q1 ASSISTANT:"
 
 
-@pytest.mark.parametrize("turns", [ONE, THREE], ids=["one", "three"])
-@pytest.mark.parametrize("image", ["a.png", None], ids=["image", "text"])
-def test_ids_and_labels_equal_the_oracle(
-    turns: tuple[Turn, ...], image: str | None, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    encoded = encode_training(TrainRecord("k", image, turns), tokenizer, IMAGE_TOKENS, 4096)
-    ids, labels = oracle(turns, image is not None, tokenizer)
-    assert encoded.input_ids == ids
-    assert encoded.labels == labels
-    assert ids.count(tokenizer.image_token_id) == (IMAGE_TOKENS if image else 0)
-
-
-@pytest.mark.parametrize("has_image", [True, False])
-def test_prompt_is_what_training_saw_before_the_answer(has_image: bool, tokenizer: PreTrainedTokenizerFast) -> None:
-    record = TrainRecord("k", "a.png" if has_image else None, ONE)
-    ids, labels = encode_training(record, tokenizer, IMAGE_TOKENS, 4096)
-    prompt = encode_prompt(ONE[0].question, has_image, tokenizer, IMAGE_TOKENS)
-    first_label = next(n for n, label in enumerate(labels) if label != -100)
-    assert prompt == ids[:first_label]
-    starts_with_bos = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
-    assert (prompt[0] == tokenizer.bos_token_id) == starts_with_bos
-
-
-def test_a_long_record_is_cut_at_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
-    record = TrainRecord("k", "a.png", THREE)
-    whole = encode_training(record, tokenizer, IMAGE_TOKENS, 4096)
-    first_label = next(n for n, label in enumerate(whole.labels) if label != -100)
-    cut = encode_training(record, tokenizer, IMAGE_TOKENS, first_label + 1)
-    assert cut == (whole.input_ids[: first_label + 1], whole.labels[: first_label + 1])
+@pytest.mark.parametrize("name", ["llama", "trimmed"])
+def test_a_long_record_is_cut_at_the_right(name: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    long, tokenizer = record(CONVERSATIONS["three"]), tokenizers[name]
+    ids, labels = encode_training(long, tokenizer, IMAGE_TOKENS, 4096)
+    kept = next(n for n, label in enumerate(labels) if label != IGNORE) + 1
+    assert encode_training(long, tokenizer, IMAGE_TOKENS, kept) == (ids[:kept], labels[:kept])
     with pytest.raises(ClmoeError, match="record 'k'"):
-        encode_training(record, tokenizer, IMAGE_TOKENS, first_label)
+        encode_training(long, tokenizer, IMAGE_TOKENS, kept - 1)
 
 
-@pytest.mark.parametrize("field", ["question", "answer"])
+@pytest.mark.parametrize("turn", [("what {} is it", "dog"), ("what", "dog {} cat")], ids=["question", "answer"])
 @pytest.mark.parametrize("token", ["</s>", "<image>"])
-def test_special_tokens_in_the_text_are_refused(token: str, field: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    turn = Turn(f"what {token} is it", "dog") if field == "question" else Turn("what", f"dog {token} cat")
-    for image in ("a.png", None):
+@pytest.mark.parametrize("name", ["llama", "trimmed"])
+def test_special_tokens_in_the_text_are_refused(
+    name: str, token: str, turn: tuple[str, str], tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    question, answer = (text.format(token) for text in turn)
+    for has_image in (True, False):
         with pytest.raises(ClmoeError, match=f"record 'k': .*{token}"):
-            encode_training(TrainRecord("k", image, (turn,)), tokenizer, IMAGE_TOKENS, 4096)
-    if field == "question":
+            encode_training(record([(question, answer)], has_image), tokenizers[name], IMAGE_TOKENS, 4096)
+    if token in question:
         with pytest.raises(ClmoeError, match=f"question .*{token}"):
-            encode_prompt(turn.question, True, tokenizer, IMAGE_TOKENS)
+            encode_prompt(question, True, tokenizers[name], IMAGE_TOKENS)
 
 
-RECORD = TrainRecord("k", "a.png", (Turn("What is the dog?", "dog"),))
+# ---- Tokenizers that do not fit
+
+RECORD = record([("What is the dog?", "dog")])
 
 
 def test_a_token_across_the_answer_border_is_an_error() -> None:
@@ -136,10 +241,9 @@ def test_an_end_token_added_by_the_tokenizer_is_an_error() -> None:
 
 def test_a_prompt_that_is_no_prefix_of_training_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a training template that drifts from the prompt (here: by one comma) must lead to."""
-    good = prompt_text(RECORD.turns[0].question, True) + " dog</s>"
-    drifted = good.replace("helpful, detailed", "helpful detailed")
-    spans = [(len(drifted) - len(" dog</s>"), len(drifted))]
-    monkeypatch.setattr("clmoe.data.prompts.render", lambda turns, has_image: (drifted, spans))
+    text, spans = render(RECORD.turns, True)
+    drifted = text.replace("helpful, detailed", "helpful detailed"), [(a - 1, b - 1) for a, b in spans]
+    monkeypatch.setattr("clmoe.data.prompts.render", lambda turns, has_image: drifted)
     with pytest.raises(ClmoeError, match="record 'k'"):
         encode_training(RECORD, make.byte_level(), IMAGE_TOKENS, 4096)
 
@@ -148,14 +252,8 @@ def test_tokenizers_that_lack_what_the_template_needs() -> None:
     base = make.byte_level()
     with pytest.raises(ClmoeError, match="<pad>"):
         encode_training(RECORD, make.wrap(base.backend_tokenizer, eos="<pad>"), IMAGE_TOKENS, 4096)
-    plain = make.wrap(Tokenizer.from_str(_without_image(base)), extra={})
+    plain = make.byte_level(extra={})
     with pytest.raises(ClmoeError, match="image_token"):
         encode_training(RECORD, plain, IMAGE_TOKENS, 4096)
     text_only = TrainRecord("k", None, RECORD.turns)
     assert encode_training(text_only, plain, IMAGE_TOKENS, 4096) == encode_training(text_only, base, IMAGE_TOKENS, 4096)
-
-
-def _without_image(tokenizer: PreTrainedTokenizerFast) -> str:
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "<image>"]
-    return json.dumps(data)

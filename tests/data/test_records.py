@@ -1,10 +1,8 @@
 """Record files: what is accepted, every fault named by file, row and field, and records that stay on disk."""
 
-from __future__ import annotations
-
 import json
-import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from clmoe.errors import ClmoeError
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CLMOE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images" / "sub").mkdir(parents=True)
     (tmp_path / "images" / "sub" / "a.png").write_bytes(b"not decoded here")
     (tmp_path / "outside.png").write_bytes(b"")
@@ -74,6 +73,7 @@ def test_training_records(root: Path) -> None:
         TrainRecord("end", "sub/a.png", (Turn("What is it?", "Dog"),)),
     ]
     assert count_records(path) == 4
+    assert not cached(root), "small files stay in memory"
 
 
 def test_repeated_training_ids_are_numbered(root: Path) -> None:
@@ -107,26 +107,19 @@ BAD_TRAIN: dict[str, tuple[Any, str | None]] = {
     "not an object": ("a string", None),
     "no id": (train_row(id=...), "id"),
     "boolean id": (train_row(id=True), "id"),
-    "float id": (train_row(id=1.5), "id"),
     "image type": (train_row(image=3), "image"),
-    "empty image": (train_row(image=""), "image"),
     "missing image": (train_row(image="sub/b.png"), "image"),
-    "folder as image": (train_row(image="sub"), "image"),
     "absolute": (train_row(image="/etc/passwd"), "image"),
     "drive": (train_row(image="C:\\a.png"), "image"),
     "escape": (train_row(image="../outside.png"), "image"),
     "hidden escape": (train_row(image="sub/../../outside.png"), "image"),
-    "no talk": (train_row(conversations=...), "conversations"),
     "empty talk": (train_row(conversations=[]), "conversations"),
     "turn type": (train_row(conversations=["hi"]), "conversations[0].from"),
     "no answer": (train_row(conversations=talk(TWO)), "conversations"),
     "empty answer": (train_row(conversations=talk(TWO, " ")), "conversations[1].value"),
-    "answer type": (train_row(conversations=talk(TWO, 3)), "conversations[1].value"),
-    "order": (train_row(conversations=talk(TWO, "a")[::-1]), "conversations[0].from"),
     "twice human": (train_row(conversations=[talk(TWO)[0], talk("What?")[0]]), "conversations[1].from"),
     "mark missing": (train_row(conversations=talk("What?", "a")), "conversations[0].value"),
     "mark late": (train_row(conversations=talk(TWO, "a", TWO, "b")), "conversations[2].value"),
-    "mark only late": (train_row(conversations=talk("What?", "a", TWO, "b")), "conversations[0].value"),
     "mark twice": (train_row(conversations=talk("<image><image>What?", "a")), "conversations[0].value"),
     "mark in answer": (train_row(conversations=talk(TWO, "<image>")), "conversations[1].value"),
     "mark without image": (train_row(image=...), "conversations[0].value"),
@@ -138,14 +131,11 @@ BAD_QUESTIONS: dict[str, tuple[Any, str | None]] = {
     "same id": (question_row(question_id="1"), "question_id"),
     "no text": (question_row(text=...), "text"),
     "no answer": (question_row(answer=...), "answer"),
-    "empty answer": (question_row(answer=""), "answer"),
     "answer type": (question_row(answer=3), "answer"),
-    "null answer": (question_row(answer=None), "answer"),
     "answer list": (question_row(answer=["a", 3]), "answer[1]"),
     "two lists": (question_row(answer=["a"], answers=["b"]), "answer"),
     "empty list": (question_row(answer=[]), "answer"),
     "mark twice": (question_row(text="<image> or <image>?"), "text"),
-    "mark without image": (question_row(image=..., text="<image>\nWhat?"), "text"),
     "missing image": (question_row(image="b.png"), "image"),
     "escape": (question_row(image="../outside.png"), "image"),
 }
@@ -178,7 +168,6 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "utf-16": ("[]".encode("utf-16"), "line 1"),
     "latin-1": (b'[\n"\xe9"]', "line 2"),
     "nan": (b'[{"size": NaN}]', "NaN"),
-    "infinity": (b"[1, -Infinity]", "-Infinity"),
     "too deep": (b"[" * 100_000, "JSON"),
     "long number": (b"[" + b"1" * 5000 + b"]", "JSON"),
 }
@@ -205,14 +194,13 @@ def test_missing_file_folder_and_image_root(root: Path) -> None:
         count_records(write(root, [train_row(), 3]))
 
 
-# ---- Records on disk
+# ---- Records that are made on access
 
 
 @pytest.fixture
 def large(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that counts as large: repeated ids, text-only rows, two turns, umlauts; more rows than one Arrow batch."""
     monkeypatch.setattr(records, "LARGE_FILE", 1)
-    monkeypatch.setenv("CLMOE_CACHE", str(root.parent / "cache"))
     rows = []
     for n in range(2500):
         values = [f"{'<image>' if n % 3 else ''}Wofür? {n}", f"ß {n} \u2028", *(["Sure?", "yes"] if n % 5 == 0 else [])]
@@ -220,9 +208,8 @@ def large(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(root, rows)
 
 
-def cached(large: Path) -> Path:
-    (file,) = (large.parent / "cache").rglob("*.arrow")
-    return file
+def cached(root: Path) -> list[Path]:
+    return list((root.parent / "cache").rglob("*.arrow"))
 
 
 def test_stored_records_are_the_records(large: Path, root: Path) -> None:
@@ -230,14 +217,12 @@ def test_stored_records_are_the_records(large: Path, root: Path) -> None:
     loaded = load_train(large, root)
     assert isinstance(loaded, StoredRecords)
     assert list(loaded) == [loaded[i] for i in range(len(loaded))] == expected
-    assert [r.id for r in loaded][:9] == ["k0", "k1", "k2", "k3", "k0#2", "k1#2", "k2#2", "k3#2", "k0#3"]
-    assert loaded[-1] == expected[-1]
-    assert loaded[3:9:2] == expected[3:9:2]
+    assert loaded[3:9:2] == expected[3:9:2] and loaded[-1] == expected[-1]
     for index in (2500, -2501):
         with pytest.raises(IndexError):
             loaded[index]
     pickled = pickle.dumps(loaded)  # for loader workers: the file's name, not its content
-    assert len(pickled) < 5000 < cached(large).stat().st_size
+    assert len(pickled) < 5000 < cached(root)[0].stat().st_size
     assert list(pickle.loads(pickled)) == expected
 
 
@@ -252,25 +237,24 @@ def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monk
     assert first[3].turns[0].answer == "ß 3"
 
 
-@pytest.mark.parametrize("size", [0, 5, 3000, 100_000, -8, -1])
-def test_a_truncated_cache_is_found_and_made_again(
-    size: int, large: Path, root: Path, capsys: pytest.CaptureFixture[str]
+def cut(size: int) -> Callable[[bytes], bytes]:
+    return lambda whole: whole[:size]
+
+
+@pytest.mark.parametrize(
+    "damage", [*map(cut, (0, 5, 3000, 100_000, -8, -1)), lambda whole: b"no Arrow file" + bytes(100) + whole[-8:]]
+)
+def test_a_damaged_cache_is_found_and_made_again(
+    damage: Callable[[bytes], bytes], large: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = list(load_train(large, root))
-    file = cached(large)
+    (file,) = cached(root)
     whole = file.read_bytes()
-    os.truncate(file, size % len(whole))
+    file.write_bytes(damage(whole))
     assert list(load_train(large, root)) == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line and str(large) in line
     assert file.read_bytes() == whole
-
-
-def test_an_unreadable_cache_is_made_again(large: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = list(load_train(large, root))
-    cached(large).write_bytes(b"no Arrow file" + bytes(100) + b"\xff\xff\xff\xff\0\0\0\0")
-    assert list(load_train(large, root)) == expected
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_processes_that_start_together_make_one_file(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,13 +273,7 @@ def test_a_bad_row_of_a_large_file_is_named_and_nothing_is_kept(large: Path, roo
     for _ in range(2):
         with pytest.raises(ClmoeError, match=r"file\.json: row 2000 \(from 0\), id 'k0', field 'image'"):
             load_train(large, root)
-    assert not list((root.parent / "cache").rglob("*.arrow"))
-
-
-def test_small_files_are_lists(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLMOE_CACHE", str(root.parent / "cache"))
-    assert isinstance(load_train(write(root, [train_row()]), root), list)
-    assert not (root.parent / "cache").exists()
+    assert not cached(root)
 
 
 def test_a_union_looks_records_up_in_their_part(tmp_path: Path) -> None:

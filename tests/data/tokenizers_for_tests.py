@@ -1,12 +1,9 @@
-"""Small tokenizers trained on the spot, one per family that LLaVA models use."""
+"""Small tokenizers trained on the spot."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from clmoe.data.prompts import SYSTEM
 
@@ -21,7 +18,9 @@ def corpus() -> Iterator[str]:
         yield f"USER: Name the {word}. ASSISTANT: It is a {word}, [0.12, 0.30]."
 
 
-def byte_level(add_bos: bool = True, add_eos: bool = False, trim: bool = False) -> PreTrainedTokenizerFast:
+def byte_level(
+    add_bos: bool = True, add_eos: bool = False, trim: bool = False, extra: dict[str, str] = EXTRA
+) -> PreTrainedTokenizerFast:
     """GPT-2 style byte-level BPE; with trim the offsets leave out leading spaces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,19 +33,7 @@ def byte_level(add_bos: bool = True, add_eos: bool = False, trim: bool = False) 
     template = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     steps = [processors.ByteLevel(trim_offsets=True), template] if trim else [template]
     tokenizer.post_processor = processors.Sequence(steps)
-    return wrap(tokenizer)
-
-
-def llama() -> LlamaTokenizer:
-    """transformers' LLaMA tokenizer (Metaspace, byte fallback, <s> first), vocabulary of the same corpus."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[*SPECIAL[:3], *fallback])
-    tokenizer.train_from_iterator(corpus(), trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>", extra_special_tokens=EXTRA)
+    return wrap(tokenizer, extra=extra)
 
 
 def merging_across_answers() -> PreTrainedTokenizerFast:
@@ -57,12 +44,12 @@ def merging_across_answers() -> PreTrainedTokenizerFast:
     return wrap(tokenizer)
 
 
-def wrap(tokenizer: Tokenizer, eos: str = "</s>", extra: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, eos: str = "</s>", extra: dict[str, str] = EXTRA) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token=eos,
         unk_token="<unk>",
         pad_token="<pad>",
-        extra_special_tokens=EXTRA if extra is None else extra,
+        extra_special_tokens=extra,
     )
