@@ -25,11 +25,7 @@ Item = TypeVar("Item", bound="PromptItem")
 
 
 class Encoder(Protocol):
-    """What turns records into a base's inputs.
-
-    ``encode_training`` gives at most ``max_length`` token ids and labels; ``read_image`` gives pixels ``[3, H, W]``
-    float32 or, if the base keeps them, features ``[P, D]``.
-    """
+    """What turns records into a base's inputs; ``read_image`` gives the ``pixel_values`` of an item."""
 
     def encode_training(self, record: TrainRecord, max_length: int) -> Encoded: ...
     def encode_prompt(self, question: str, has_image: bool) -> list[int]: ...
@@ -57,9 +53,8 @@ class TrainItem(PromptItem):
 class _Items(Dataset[Item]):
     """Rows as items: text is tokenised and images are read on access. Subclasses make the item of one row."""
 
-    rows: Sequence[Any]
-    image_root: Path
-    encoder: Encoder
+    def __init__(self, rows: Sequence[Any], image_root: Path, encoder: Encoder) -> None:
+        self.rows, self.image_root, self.encoder = rows, Path(image_root), encoder
 
     def item(self, row: Any, pixels: Tensor | None) -> Item:
         raise NotImplementedError
@@ -85,14 +80,14 @@ class TrainDataset(_Items[TrainItem]):
     """Training records as items.
 
     Raises:
-        ClmoeError: at once if there are no records or the tokenizer does not fit the template (the first record is
-            encoded as a trial); on access for a bad image or a record whose answer lies beyond ``max_length``.
+        ClmoeError: at once if there are no records or the first one shows that the tokenizer does not fit the template;
+            on access for a bad image or a record whose answer lies beyond ``max_length``.
     """
 
     def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
         if not records:
             raise ClmoeError("there are no training records; expected at least one")
-        self.rows, self.image_root, self.encoder = records, Path(image_root), encoder
+        super().__init__(records, image_root, encoder)
         self.max_length = max_length
         encoder.encode_training(records[0], max_length)
 
@@ -103,9 +98,6 @@ class TrainDataset(_Items[TrainItem]):
 
 class PromptDataset(_Items[PromptItem]):
     """Questions as prompts; images are preprocessed exactly as in training."""
-
-    def __init__(self, questions: Sequence[Question], image_root: Path, encoder: Encoder) -> None:
-        self.rows, self.image_root, self.encoder = questions, Path(image_root), encoder
 
     def item(self, row: Question, pixels: Tensor | None) -> PromptItem:
         return PromptItem(torch.tensor(self.encoder.encode_prompt(row.text, row.image is not None)), pixels)
@@ -214,13 +206,8 @@ def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]
     for row, numbers in enumerate(members.values()):
         for number, column in zip(numbers, columns[row], strict=True):
             places[number, : len(column)] = row * packed_ids.shape[1] + column
-    packed = {
-        "packed_ids": packed_ids,
-        "packed_positions": _pad(positions, 0),
-        "packed_segments": _pad(segments, -1),
-        "places": places,
-    }
-    return batch | packed | _stacked([items[numbers[0]] for numbers in members.values()])
+    batch |= {"packed_ids": packed_ids, "packed_positions": _pad(positions, 0), "packed_segments": _pad(segments, -1)}
+    return batch | {"places": places} | _stacked([items[numbers[0]] for numbers in members.values()])
 
 
 def _packed_row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

@@ -49,11 +49,7 @@ _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_json_strictly(path: Path) -> Any:
-    """Parse strict JSON: UTF-8 without a byte-order mark, no NaN and no Infinity.
-
-    Raises:
-        ClmoeError: naming the file and, for broken JSON, line and column.
-    """
+    """Parse strict JSON: UTF-8 without a byte-order mark, no NaN and no Infinity. Raises ClmoeError with the place."""
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
@@ -315,11 +311,10 @@ def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
 
 
 class LookedUpRecords(Sequence[TrainRecord]):
-    """Records that are made on access; subclasses give the length and make one record."""
+    """Records that are made on access; subclasses give the length and make the record at a valid position."""
 
     @abstractmethod
-    def record(self, position: int) -> TrainRecord:
-        """The record at ``position``, which is in ``range(len(self))``."""
+    def record(self, position: int) -> TrainRecord: ...
 
     def __getitem__(self, index: Any) -> Any:
         positions = range(len(self))[index]

@@ -1,21 +1,20 @@
 """Prompts of one image side by side and cut into what they share and the rest; nothing lost, nothing shared wrongly."""
 
-import dataclasses
-from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, read_prompts, share_prefixes
-from clmoe.bases.llava import LoadedBase
-from clmoe.data import images as images_module
-from clmoe.data.batches import PromptItem
-from clmoe.data.records import Question, load_questions
+from clmoe.bases.inputs import SharedPrompts, image_order, prompt_inputs
+from clmoe.data.batches import PromptItem, collate_prompts
 
-PAD, IMAGE = 0, 9
+IMAGE = 9
+BASE: Any = SimpleNamespace(
+    tokenizer=SimpleNamespace(pad_token_id=0, image_token_id=IMAGE), device=torch.device("cpu"), dtype=torch.float32
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -34,10 +33,6 @@ def test_the_order_keeps_images_together_and_is_that_of_length_without_repeats(s
     assert inside == sorted(inside)
 
 
-def item(tokens: Sequence[int], picture: Tensor | None) -> PromptItem:
-    return PromptItem(torch.tensor(tokens), picture)
-
-
 def joined(shared: SharedPrompts, row: int) -> list[int]:
     """The whole prompt of a row, put together again."""
     group = int(shared.group[row])
@@ -54,9 +49,9 @@ def test_what_is_shared_ends_before_the_first_token_that_differs() -> None:
     prompts = [[*head, 5, 6, 7], [*head, 5, 8], [*head, 6], [*head, 6, 7], [1, 2, 5, 6], [1, 2, 5, 6], [*head, 5, 1]]
     pictures = [a, a, b, b, None, None, a]
     routes = [0, 0, 0, 0, 0, 0, 1]
-    items = [item(*pair) for pair in zip(prompts, pictures, strict=True)]
-    shared = share_prefixes(items, routes, PAD, IMAGE)
-    assert shared is not None
+    items = [PromptItem(torch.tensor(ids), picture) for ids, picture in zip(prompts, pictures, strict=True)]
+    shared = prompt_inputs(BASE, items, routes)
+    assert isinstance(shared, SharedPrompts)
     assert shared.group.tolist() == [0, 0, 1, 1, 2, 2, 3], "the last row's router is another"
     assert shared.first.tolist() == [0, 2, 4, 6]
     # 5 differs for image a only behind it; equal prompts and a shorter one keep a token each; a lone row keeps its rest
@@ -71,30 +66,13 @@ def test_what_is_shared_ends_before_the_first_token_that_differs() -> None:
 
 def test_nothing_is_split_where_little_would_be_saved() -> None:
     pictures = [torch.zeros(3, 2, 2) for _ in range(8)]
-    head = [1, *[IMAGE] * 8]
-    alone = [item([*head, 5, row], picture) for row, picture in enumerate(pictures)]
-    assert share_prefixes(alone, [0] * 8, PAD, IMAGE) is None
-    assert share_prefixes([*alone, item([*head, 5, 6], pictures[0])], [0] * 9, PAD, IMAGE) is None, "one of nine"
-    pairs = [item([*head, 5, row], pictures[row // 2]) for row in range(8)]
-    assert share_prefixes(pairs, [0] * 8, PAD, IMAGE) is not None
-    assert share_prefixes(pairs, range(8), PAD, IMAGE) is None, "all routed apart"
 
+    def items(pictures: list[Tensor]) -> list[PromptItem]:
+        return [PromptItem(torch.tensor([1, *[IMAGE] * 8, 5, n]), picture) for n, picture in enumerate(pictures)]
 
-def test_a_picture_is_read_once(tiny_base: LoadedBase, mini_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = mini_yaml.parent / "count"
-    questions = load_questions(folder / "test.json", folder / "images")
-    pictured = [q for q in questions if q.image is not None][:2]
-    (text,) = [q for q in questions if q.image is None][:1]
-    asked: list[Question] = [*pictured, text, *(dataclasses.replace(q, text="Are you sure?") for q in pictured)]
-    dataset = prompt_dataset(tiny_base, asked, folder / "images")
-    expected = [dataset[row] for row in range(5)]
-    read: list[Path] = []
-    real = images_module.load_image
-    monkeypatch.setattr(images_module, "load_image", lambda path: read.append(path) or real(path))
-    items = read_prompts(dataset, range(5))
-    assert [path.name for path in read] == [q.image for q in pictured]
-    assert items[3].pixel_values is items[0].pixel_values
-    for got, wanted in zip(items, expected, strict=True):
-        assert torch.equal(got.input_ids, wanted.input_ids)
-        assert (got.pixel_values is None) == (wanted.pixel_values is None)
-        assert wanted.pixel_values is None or torch.equal(got.pixel_values, wanted.pixel_values)  # type: ignore[arg-type]
+    one_of_nine, pairs = items([*pictures, pictures[0]]), items([pictures[n // 2] for n in range(8)])
+    assert isinstance(prompt_inputs(BASE, pairs, [0] * 8), SharedPrompts)
+    for whole, routes in ((items(pictures), [0] * 8), (one_of_nine, [0] * 9), (pairs, range(8))):
+        batch = prompt_inputs(BASE, whole, routes)
+        assert isinstance(batch, dict)
+        assert all(torch.equal(batch[key], value) for key, value in collate_prompts(whole, 0).items())

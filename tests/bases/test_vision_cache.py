@@ -1,7 +1,5 @@
 """The vision tower's output kept on disk: what it stands for, when it is computed, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -14,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase, load_base, vision_tower_of
 from clmoe.bases.vision_cache import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data import images as images_module
-from clmoe.data.batches import collate_prompts, collate_train
-from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.data.batches import collate_train
+from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from tests.runs import Runs, contents, events, tensors, texts
 from tests.support import SIZES, TASKS
@@ -40,47 +38,28 @@ def base(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return load_base(ModelConfig(path=str(tiny_folder)))
 
 
-def records() -> list[TrainRecord]:
-    """Two of one image, one of another, one without."""
-    turns = (Turn("What is it?", "red"),)
-    return [TrainRecord(str(i), image, turns) for i, image in enumerate(("0.png", "1.png", "0.png", None))]
+TURNS = (Turn("What is it?", "red"),)
+RECORDS = [TrainRecord(str(i), image, TURNS) for i, image in enumerate(("0.png", "1.png", "0.png", None))]
 
 
-def files(base: LoadedBase) -> dict[str, bytes]:
-    assert base.vision is not None
-    return contents(base.vision.folder)
-
-
-def fill(base: LoadedBase, images: list[Path]) -> None:
+def fill(base: LoadedBase, *images: Path) -> dict[str, bytes]:
+    """What the cache holds when these are in it."""
     assert base.vision is not None
     base.vision.fill(vision_tower_of(base.model), images, base.read_pixels)
-
-
-def attached(base: LoadedBase) -> VisionCache | None:
-    return attach_cache(base.model, base.image_processor, base.fingerprint)
-
-
-def no_tower(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on neither an image is decoded nor the tower asked."""
-
-    def refuse(*unused: object) -> None:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr(images_module, "load_image", refuse)
-    monkeypatch.setattr(vision_tower_of(base.model).tower, "forward", refuse)
+    return contents(base.vision.folder)
 
 
 def test_records_give_the_same_states(
     base: LoadedBase, tiny_base: LoadedBase, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = train_dataset(base, records(), images, 256)
-    no_tower(base, monkeypatch)
-    items = kept.__getitems__(range(4))
-    assert items[0].pixel_values is items[2].pixel_values, "read once"
+    kept = train_dataset(base, RECORDS, images, 256)
+    with monkeypatch.context() as patch:  # from now on neither an image is decoded nor the tower asked
+        patch.setattr(images_module, "load_image", lambda *_: pytest.fail("read again"))
+        patch.setattr(vision_tower_of(base.model).tower, "forward", lambda *_: pytest.fail("encoded again"))
+        items = kept.__getitems__(range(4))
     assert items[0].pixel_values is not None and items[3].pixel_values is None
     assert items[0].pixel_values.shape == (1 + (SIZES.image_size // SIZES.patch_size) ** 2, SIZES.vision_hidden)
-    monkeypatch.undo()
-    pixels = train_dataset(tiny_base, records(), images, 256).__getitems__(range(4))
+    pixels = train_dataset(tiny_base, RECORDS, images, 256).__getitems__(range(4))
     states = []
     for model, batch in ((base.model, items), (tiny_base.model, pixels)):
         inputs = collate_train(batch, 0)
@@ -90,28 +69,18 @@ def test_records_give_the_same_states(
     torch.testing.assert_close(*states, rtol=0, atol=1e-5)
     with torch.no_grad():  # not because all images look alike
         other = base.model.model(**inputs | {"pixel_values": inputs["pixel_values"].roll(1, 0)}).last_hidden_state
+        # a picture that is handed over, as the demo's, lies in no file: pixels are still encoded
+        assert torch.equal(base.model.model(**inputs).last_hidden_state, states[1])
     assert (other - states[1]).abs().max() > 1e-3
 
 
-def test_pixels_are_still_encoded(base: LoadedBase, tiny_base: LoadedBase, images: Path) -> None:
-    """A picture that is handed over, as the demo's, lies in no file."""
-    question = [Question("1", "0.png", "What is it?", "", {})]
-    item = prompt_dataset(tiny_base, question, images)[0]
-    inputs = collate_prompts([item], 0)
-    with torch.no_grad():
-        found, expected = (model.model(**inputs).last_hidden_state for model in (base.model, tiny_base.model))
-    assert torch.equal(found, expected)
-
-
-def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, images: Path, tmp_path: Path) -> None:
+def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, images: Path) -> None:
     assert base.vision is not None
-    fill(base, [images / NAMES[1]])
-    fill(base, [images / name for name in NAMES])
-    in_pieces = files(base)
+    fill(base, images / NAMES[1])
+    in_pieces = fill(base, *(images / name for name in NAMES))
     assert len(in_pieces) == 3
     shutil.rmtree(base.vision.folder)
-    fill(base, [images / name for name in reversed(NAMES)])
-    assert files(base) == in_pieces
+    assert fill(base, *(images / name for name in reversed(NAMES))) == in_pieces
     tower, pixels = vision_tower_of(base.model).tower, base.read_pixels(images / NAMES[1])
     with torch.no_grad():
         states = tower(pixels[None], output_hidden_states=True).hidden_states[base.model.config.vision_feature_layer]
@@ -120,21 +89,22 @@ def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, ima
 
 def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, images: Path) -> None:
     assert base.vision is not None
-    shutil.copy(images / NAMES[0], images / "again.png")
-    fill(base, [images / NAMES[0], images / "again.png"])
-    assert len(files(base)) == 1
-    before = base.vision.read(images / "again.png")
-    Image.new("RGB", (20, 20), (0, 250, 0)).save(images / "again.png")
-    os.utime(images / "again.png", ns=(1, 1))  # an edit within the clock's resolution is still an edit
-    fill(base, [images / "again.png"])
-    assert len(files(base)) == 2
-    assert not torch.equal(base.vision.read(images / "again.png"), before)
+    again = Path(shutil.copy(images / NAMES[0], images / "again.png"))
+    assert len(fill(base, images / NAMES[0], again)) == 1
+    before = base.vision.read(again)
+    Image.new("RGB", (20, 20), (0, 250, 0)).save(again)
+    os.utime(again, ns=(1, 1))  # an edit within the clock's resolution is still an edit
+    assert len(fill(base, again)) == 2
+    assert not torch.equal(base.vision.read(again), before)
     assert torch.equal(base.vision.read(images / NAMES[0]), before)
 
 
 def test_every_cause_of_other_features_is_another_folder(
     base: LoadedBase, new_base: Callable[[], LoadedBase], tmp_path: Path
 ) -> None:
+    def attached(base: LoadedBase) -> VisionCache | None:
+        return attach_cache(base.model, base.image_processor, base.fingerprint)
+
     weights = dataclasses.replace(new_base(), fingerprint="other")
     layer, half, processor = new_base(), new_base(), new_base()
     layer.model.config.vision_feature_layer = -1
@@ -151,11 +121,11 @@ def test_every_cause_of_other_features_is_another_folder(
 def test_bad_files_are_named(base: LoadedBase, images: Path) -> None:
     assert base.vision is not None
     with pytest.raises(ClmoeError, match=r"nowhere\.png"):
-        train_dataset(base, [TrainRecord("1", "nowhere.png", (Turn("What?", "red"),))], images, 256)
+        train_dataset(base, [TrainRecord("1", "nowhere.png", TURNS)], images, 256)
     (images / "broken.png").write_bytes(b"no image")
     with pytest.raises(ClmoeError, match=r"broken\.png"):
-        fill(base, [images / "broken.png"])
-    fill(base, [images / NAMES[0]])
+        fill(base, images / "broken.png")
+    fill(base, images / NAMES[0])
     file = base.vision.path(images / NAMES[0])
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ClmoeError, match=f"{file}"):
