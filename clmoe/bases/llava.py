@@ -5,7 +5,7 @@ Everything else takes a base as a ``PreTrainedModel`` and finds its parts throug
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from clmoe.bases.vision_cache import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data import images, prompts
+from clmoe.data.batches import Encoder
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
@@ -45,12 +46,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def projector_of(model: PreTrainedModel) -> nn.Module:
     """What maps the vision tower's features to token embeddings."""
-    return cast(LlavaForConditionalGeneration, model).model.multi_modal_projector
+    return model.get_submodule(f"model.{PROJECTOR}")
 
 
 def vision_tower_of(model: PreTrainedModel) -> nn.Module:
     """The image encoder."""
-    return cast(LlavaForConditionalGeneration, model).model.vision_tower
+    return model.get_submodule("model.vision_tower")
 
 
 def language_model_pattern(names: list[str]) -> str:
@@ -71,17 +72,20 @@ def count_image_tokens(model: PreTrainedModel) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaEncoder:
-    """A ``clmoe.data.batches.Encoder``. It holds no model: loader workers get a copy.
+class LoadedBase:
+    """The frozen base and, as a ``clmoe.data.batches.Encoder``, what turns records into its inputs.
 
     Attributes:
         image_token_count: number of tokens of one image.
+        fingerprint: identity of config and weights, see ``base_fingerprint``.
         vision: image features on disk, if the environment asks for them.
     """
 
+    model: LlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
     image_processor: BaseImageProcessor
     image_token_count: int
+    fingerprint: str
     vision: VisionCache | None = None
 
     def encode_training(self, record: TrainRecord, max_length: int) -> prompts.Encoded:
@@ -98,17 +102,10 @@ class LlavaEncoder:
         """Pixels of an image file or, with ``vision``, its features ``[P, D]``, which must have been computed."""
         return self.read_pixels(path) if self.vision is None else self.vision.read(path)
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedBase(LlavaEncoder):
-    """The frozen base, its ``base_fingerprint``, and what turns records into its inputs."""
-
-    model: LlavaForConditionalGeneration
-    fingerprint: str
-
     @property
-    def encoder(self) -> LlavaEncoder:
-        return LlavaEncoder(**{field.name: getattr(self, field.name) for field in fields(LlavaEncoder)})
+    def encoder(self) -> Encoder:
+        """Itself without the model: loader workers get a copy."""
+        return replace(self, model=cast(Any, None))
 
     @property
     def device(self) -> torch.device:
@@ -177,14 +174,8 @@ def meta_base(file: Path) -> LoadedBase:
             model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).requires_grad_(False)
     except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ClmoeError(f"{file}: not a LLaVA that transformers can build: {' '.join(str(error).split())}") from error
-    absent = cast(Any, None)
-    return LoadedBase(
-        model=model,
-        tokenizer=absent,
-        image_processor=absent,
-        image_token_count=count_image_tokens(model),
-        fingerprint="",
-    )
+    absent = {"tokenizer": cast(Any, None), "image_processor": cast(Any, None)}
+    return LoadedBase(model=model, image_token_count=count_image_tokens(model), fingerprint="", **absent)
 
 
 def _check_means(config: ModelConfig, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clmoe.bases.llava import LlavaEncoder
+from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import (
     NumberedDataset,
     PromptDataset,
@@ -40,13 +40,15 @@ TOKENIZER = make.byte_level()
 READ: Counter[str] = Counter()
 
 
-class CountingEncoder(LlavaEncoder):
+class CountingEncoder(LoadedBase):
     def read_image(self, path: Path) -> Tensor:
         READ[path.name] += 1
         return super().read_image(path)
 
 
-ENCODER = CountingEncoder(tokenizer=TOKENIZER, image_processor=PROCESSOR, image_token_count=TOKENS)
+ENCODER = CountingEncoder(
+    model=None, fingerprint="", tokenizer=TOKENIZER, image_processor=PROCESSOR, image_token_count=TOKENS
+)
 
 
 def train_item(ids: list[int], labels: list[int], pixels: float | None) -> TrainItem:
