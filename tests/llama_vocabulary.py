@@ -1,7 +1,5 @@
 """A small vocabulary trained by SentencePiece with LLaMA's options, in a folder as LLaMA models ship it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ def _corpus() -> Iterator[str]:
         yield f"the{word}USER aUSERs"
 
 
-def train_vocabulary(folder: Path, size: int = 400) -> Path:
+def train_vocabulary(folder: Path) -> Path:
     """``tokenizer.model`` and the two JSON files beside it, as in lmsys/vicuna-7b-v1.5; returns the folder.
 
     LLaMA's options: BPE, bytes as a fallback, every digit on its own, no normalisation, white space kept, a space
@@ -31,7 +29,7 @@ def train_vocabulary(folder: Path, size: int = 400) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_corpus(),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=size,
+        vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
         split_digits=True,

@@ -1,8 +1,8 @@
 """From an image file to the vision tower's input: one path for training and evaluation.
 
-LLaVA-1.5's policy where it has one: transparency is dropped, not blended; an animation gives its first frame; an EXIF
-rotation is **not** applied, as boxes of the benchmarks refer to the stored pixels. A non-square image is padded to a
-square and never cropped: published evaluation scripts crop what training padded, which moves boxes.
+As in LLaVA-1.5, transparency is dropped, not blended, an animation gives its first frame, and no EXIF rotation is
+applied: boxes of the benchmarks refer to the stored pixels. A non-square image is padded to a square and never cropped;
+published evaluation scripts crop what training padded, which moves boxes.
 """
 
 from pathlib import Path

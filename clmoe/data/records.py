@@ -1,8 +1,7 @@
-"""Training and question files: reading, checking, and the records of several tasks as one sequence.
+"""Training and question files in LLaVA's layout, and the records of several tasks as one sequence.
 
-Both are JSON lists in LLaVA's layout. Ids become strings, white space around questions and training answers and the
-mark ``<image>`` go (the prompt puts the image first), and image paths are normalised (``./a/../b.jpg`` -> ``b.jpg``).
-Every error names the file, the row (counted from 0) and the field.
+Ids become strings, white space around questions and training answers and the mark ``<image>`` go (the prompt puts the
+image first), and image paths are normalised. Every error names the file, the row (counted from 0) and the field.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
@@ -145,12 +144,11 @@ def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) ->
     seen: set[str] = set()
 
     def record(row: _Row) -> TrainRecord:
-        name, count = row.identifier("id"), 2
+        name = unique = row.identifier("id")
         image = row.image(image_root, known)
-        turns = _turns(row, image)
-        unique = name
+        turns, repeats = _turns(row, image), count(2)
         while unique in seen:
-            unique, count = f"{name}#{count}", count + 1
+            unique = f"{name}#{next(repeats)}"
         seen.add(unique)
         return TrainRecord(unique, image, turns)
 
@@ -232,8 +230,7 @@ class _Row:
         return value
 
     def image(self, root: Path, known: set[str] | None) -> str | None:
-        """The normalised image path below ``root``. The file must exist, but ``known`` ones are not looked up again,
-        and with None none is."""
+        """The normalised image path. The file must exist; ``known`` ones are not looked up again, with None none is."""
         if self.data.get("image") is None:
             return None
         raw = self.text("image", self.data["image"])
@@ -241,8 +238,6 @@ class _Row:
         if wrong := misplaced(image):
             self.fail("image", f"{raw!r} {wrong} the image root {root}")
         if known is not None and image not in known:
-            if not Path(root).is_dir():
-                self.fail("image", f"the image root {root} is not a folder; unpack the images there")
             if not (Path(root) / image).is_file():
                 self.fail("image", f"no file {Path(root) / image}; add the image or correct the path")
             known.add(image)
@@ -280,10 +275,10 @@ def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
 
 def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
     """The text without its image mark; one mark is allowed, and only if the row has an image."""
-    count = value.count(IMAGE_MARK)
-    if count > 1:
-        row.fail(field, f"expected one {IMAGE_MARK}, found {count}; one image per record is supported")
-    if count and image is None:
+    marks = value.count(IMAGE_MARK)
+    if marks > 1:
+        row.fail(field, f"expected one {IMAGE_MARK}, found {marks}; one image per record is supported")
+    if marks and image is None:
         row.fail(field, f"{IMAGE_MARK} is used, but the row has no field 'image'; add it or remove the mark")
     text = value.replace(IMAGE_MARK, "").strip()
     if not text:
@@ -386,7 +381,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, records: Sequence[TrainRecord], image_root: Path, root: Path, passes: int = 1) -> Part:
-        """A task's records for a union whose images are relative to ``root``."""
+        """The part of a union whose images are relative to ``root``."""
         return cls(name, os.path.relpath(image_root, root), records, passes)
 
 

@@ -36,7 +36,7 @@ from tests.data import tokenizers_for_tests as make
 
 PAD, TOKENS = 3, 16
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-TOKENIZER = make.byte_level()
+TOKENIZER = make.shipped()
 READ: Counter[str] = Counter()
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from clmoe.config import ModelConfig
-from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, prompt_text, render
+from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, render
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
-from clmoe.utils.paths import resolve_model_path
 from tests.data import tokenizers_for_tests as make
 from tests.llama_vocabulary import train_vocabulary
 
@@ -39,7 +37,8 @@ CONVERSATIONS = {
     "no words": [("?", ".")],
 }
 SEPARATOR = [("ASSISTANT: or USER: in a question? ", "It is a  dog,\n\nnaïve 狗 🐕 ASSISTANT: no"), ("What?", "dog")]
-BYTE_LEVEL = ("shipped", "byte_level", "trimmed", "no_bos")
+Tokenizers = dict[str, PreTrainedTokenizerFast]
+Turns = list[tuple[str, str]]
 Expected = tuple[list[int], list[int], list[int]]
 """Prompt, ids and labels."""
 
@@ -55,24 +54,23 @@ def pieces(folder: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(folder: Path) -> dict[str, PreTrainedTokenizerFast]:
+def tokenizers(folder: Path) -> Tokenizers:
     """One per family that LLaVA models use, and that of the embedded base."""
     llama = LlamaTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": MARK})
     llama.add_special_tokens({"pad_token": "<pad>"})
     return {
         "llama": llama,
-        "shipped": AutoTokenizer.from_pretrained(resolve_model_path(ModelConfig().path)),
-        "byte_level": make.byte_level(),
-        "trimmed": make.byte_level(trim=True),
-        "no_bos": make.byte_level(add_bos=False),
+        "shipped": make.shipped(),
+        "trimmed": make.byte_level("<s> $A", trim=True),
+        "no_bos": make.byte_level("$A"),
     }
 
 
-def record(turns: list[tuple[str, str]], has_image: bool = True) -> TrainRecord:
+def record(turns: Turns, has_image: bool = True) -> TrainRecord:
     return TrainRecord("k", "a.png" if has_image else None, tuple(Turn(*turn) for turn in turns))
 
 
-def encode(turns: list[tuple[str, str]], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
+def encode(turns: Turns, has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
     prompt = encode_prompt(turns[0][0], has_image, tokenizer, IMAGE_TOKENS)
     return prompt, *encode_training(record(turns, has_image), tokenizer, IMAGE_TOKENS, 4096)
 
@@ -97,7 +95,7 @@ class Llava:
         first, *others = (self.text(part) for part in text.split(MARK))
         return first + [token for other in others for token in [self.image_id, *other[1:]]]
 
-    def expected(self, turns: list[tuple[str, str]], has_image: bool) -> Expected:
+    def expected(self, turns: Turns, has_image: bool) -> Expected:
         """Labels by ``preprocess_v1``: rounds are counted in tokens, one less from the second on, because a round that
         is tokenised alone opens with a space that it does not have in the conversation."""
         prompt = f"{SYSTEM} USER: {MARK + chr(10) if has_image else ''}{turns[0][0]} ASSISTANT:"
@@ -128,11 +126,11 @@ class Llava:
 
 
 @pytest.fixture(scope="module")
-def llava(pieces: sentencepiece.SentencePieceProcessor, tokenizers: dict[str, PreTrainedTokenizerFast]) -> Llava:
+def llava(pieces: sentencepiece.SentencePieceProcessor, tokenizers: Tokenizers) -> Llava:
     return Llava(pieces, tokenizers["llama"].image_token_id)
 
 
-def by_pieces(turns: list[tuple[str, str]], has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
+def by_pieces(turns: Turns, has_image: bool, tokenizer: PreTrainedTokenizerFast) -> Expected:
     def piece(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -160,19 +158,14 @@ def test_the_vocabulary_has_the_traits_that_the_rules_were_made_for(
 
 @pytest.mark.parametrize("has_image", [True, False], ids=["image", "text"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_prompts_ids_and_labels_are_llavas(
-    name: str, has_image: bool, llava: Llava, tokenizers: dict[str, PreTrainedTokenizerFast]
-) -> None:
+def test_prompts_ids_and_labels_are_llavas(name: str, has_image: bool, llava: Llava, tokenizers: Tokenizers) -> None:
     found = encode(CONVERSATIONS[name], has_image, tokenizers["llama"])
     assert found == llava.expected(CONVERSATIONS[name], has_image)
-    assert found[2].count(END) == len(CONVERSATIONS[name])
 
 
 @pytest.mark.parametrize("has_image", [True, False], ids=["image", "text"])
-@pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_prompts_ids_and_labels_are_those_of_the_pieces(
-    name: str, has_image: bool, tokenizers: dict[str, PreTrainedTokenizerFast]
-) -> None:
+@pytest.mark.parametrize("name", ["shipped", "trimmed", "no_bos"])
+def test_prompts_ids_and_labels_are_those_of_the_pieces(name: str, has_image: bool, tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers[name]
     for turns in (*CONVERSATIONS.values(), SEPARATOR):
         found = encode(turns, has_image, tokenizer)
@@ -181,23 +174,14 @@ def test_prompts_ids_and_labels_are_those_of_the_pieces(
         assert found[1] == tokenizer(text.replace(MARK, MARK * IMAGE_TOKENS))["input_ids"]
 
 
-def test_a_question_that_holds_the_separator_is_still_learned(
-    llava: Llava, tokenizers: dict[str, PreTrainedTokenizerFast]
-) -> None:
+def test_a_question_that_holds_the_separator_is_still_learned(llava: Llava, tokenizers: Tokenizers) -> None:
     """LLaVA masks such a conversation as a whole; the documented difference."""
     _, _, labels = encode([("What does ASSISTANT: mean?", "it is two")], True, tokenizers["llama"])
     assert [label for label in labels if label != IGNORE] == [*llava.text("it is two")[1:], END]
 
 
-def test_rendered_text_is_vicuna_v1() -> None:
-    two = (Turn("q1", "a1"), Turn("q2", "a2"))
-    assert render(two, True)[0] == f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
-    assert render(two[:1], False)[0] == f"{SYSTEM} USER: q1 ASSISTANT: a1</s>"
-    assert prompt_text("q1", True) == f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"
-
-
 @pytest.mark.parametrize("name", ["llama", "trimmed"])
-def test_a_long_record_is_cut_at_the_right(name: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+def test_a_long_record_is_cut_at_the_right(name: str, tokenizers: Tokenizers) -> None:
     long, tokenizer = record(CONVERSATIONS["three"]), tokenizers[name]
     ids, labels = encode_training(long, tokenizer, IMAGE_TOKENS, 4096)
     kept = next(n for n, label in enumerate(labels) if label != IGNORE) + 1
@@ -210,7 +194,7 @@ def test_a_long_record_is_cut_at_the_right(name: str, tokenizers: dict[str, PreT
 @pytest.mark.parametrize("token", ["</s>", "<image>"])
 @pytest.mark.parametrize("name", ["llama", "trimmed"])
 def test_special_tokens_in_the_text_are_refused(
-    name: str, token: str, turn: tuple[str, str], tokenizers: dict[str, PreTrainedTokenizerFast]
+    name: str, token: str, turn: tuple[str, str], tokenizers: Tokenizers
 ) -> None:
     question, answer = (text.format(token) for text in turn)
     for has_image in (True, False):
@@ -226,17 +210,14 @@ def test_special_tokens_in_the_text_are_refused(
 RECORD = record([("What is the dog?", "dog")])
 
 
-def test_a_token_across_the_answer_border_is_an_error() -> None:
-    with pytest.raises(ClmoeError, match="record 'k'"):
-        encode_training(RECORD, make.merging_across_answers(), IMAGE_TOKENS, 4096)
-
-
-def test_an_end_token_added_by_the_tokenizer_is_an_error() -> None:
-    tokenizer = make.byte_level(add_eos=True)
+def test_tokens_across_the_answer_border_and_an_added_end_token_are_errors() -> None:
+    across, appended = make.merging_across_answers(), make.byte_level("<s> $A </s>")
+    with pytest.raises(ClmoeError, match=r"record 'k'.*across"):
+        encode_training(RECORD, across, IMAGE_TOKENS, 4096)
     with pytest.raises(ClmoeError, match=r"record 'k'.*</s>"):
-        encode_training(RECORD, tokenizer, IMAGE_TOKENS, 4096)
+        encode_training(RECORD, appended, IMAGE_TOKENS, 4096)
     with pytest.raises(ClmoeError, match=r"question 'What.*</s>"):
-        encode_prompt("What?", True, tokenizer, IMAGE_TOKENS)
+        encode_prompt("What?", True, appended, IMAGE_TOKENS)
 
 
 def test_a_prompt_that_is_no_prefix_of_training_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,14 +226,14 @@ def test_a_prompt_that_is_no_prefix_of_training_is_an_error(monkeypatch: pytest.
     drifted = text.replace("helpful, detailed", "helpful detailed"), [(a - 1, b - 1) for a, b in spans]
     monkeypatch.setattr("clmoe.data.prompts.render", lambda turns, has_image: drifted)
     with pytest.raises(ClmoeError, match="record 'k'"):
-        encode_training(RECORD, make.byte_level(), IMAGE_TOKENS, 4096)
+        encode_training(RECORD, make.shipped(), IMAGE_TOKENS, 4096)
 
 
 def test_tokenizers_that_lack_what_the_template_needs() -> None:
-    base = make.byte_level()
+    base = make.shipped()
     with pytest.raises(ClmoeError, match="<pad>"):
-        encode_training(RECORD, make.wrap(base.backend_tokenizer, eos="<pad>"), IMAGE_TOKENS, 4096)
-    plain = make.byte_level(extra={})
+        encode_training(RECORD, make.wrap(base.backend_tokenizer, eos_token="<pad>"), IMAGE_TOKENS, 4096)
+    plain = make.wrap(base.backend_tokenizer)
     with pytest.raises(ClmoeError, match="image_token"):
         encode_training(RECORD, plain, IMAGE_TOKENS, 4096)
     text_only = TrainRecord("k", None, RECORD.turns)

@@ -1,55 +1,36 @@
-"""Small tokenizers trained on the spot."""
+"""The embedded base's byte-level tokenizer, changed as others are, and one that fits no template."""
 
-from collections.abc import Iterator
+from tokenizers import Tokenizer, models, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-
+from clmoe.config import ModelConfig
 from clmoe.data.prompts import SYSTEM
-
-EXTRA = {"image_token": "<image>"}
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+from clmoe.utils.paths import resolve_model_path
 
 
-def corpus() -> Iterator[str]:
-    words = "dog cat red blue left right two what animal is it colour shape box circle square"
-    for word in words.split():
-        yield f"{SYSTEM} USER: \nWhat is the {word}?\nAnswer using a single word. ASSISTANT: {word}"
-        yield f"USER: Name the {word}. ASSISTANT: It is a {word}, [0.12, 0.30]."
+def shipped() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(resolve_model_path(ModelConfig().path))
 
 
-def byte_level(
-    add_bos: bool = True, add_eos: bool = False, trim: bool = False, extra: dict[str, str] = EXTRA
-) -> PreTrainedTokenizerFast:
-    """GPT-2 style byte-level BPE; with trim the offsets leave out leading spaces."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    single = f"{'<s> ' if add_bos else ''}$A{' </s>' if add_eos else ''}"
-    template = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+def byte_level(single: str, trim: bool = False) -> PreTrainedTokenizerFast:
+    """With another template of special tokens; with trim the offsets leave out leading spaces."""
+    tokenizer = shipped()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    template = processors.TemplateProcessing(single=single, special_tokens=special)
     steps = [processors.ByteLevel(trim_offsets=True), template] if trim else [template]
-    tokenizer.post_processor = processors.Sequence(steps)
-    return wrap(tokenizer, extra=extra)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
+    return tokenizer
 
 
 def merging_across_answers() -> PreTrainedTokenizerFast:
-    """A BPE without any splitting: 'ASSISTANT: dog' becomes tokens that reach across the answer's border."""
+    """A BPE without any splitting: in 'ASSISTANT: dog' the token ': d' reaches across the answer's border."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL)
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return wrap(tokenizer)
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer.train_from_iterator([f"{SYSTEM} USER: \nWhat is the dog?", *[": d"] * 99], trainer)
+    return wrap(tokenizer, extra_special_tokens={"image_token": "<image>"})
 
 
-def wrap(tokenizer: Tokenizer, eos: str = "</s>", extra: dict[str, str] = EXTRA) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, **special: object) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token=eos,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens=extra,
+        tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | special
     )
