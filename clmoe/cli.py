@@ -244,7 +244,7 @@ def _sequence_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _deepspeed_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload, zero3 or a JSON file")
+    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:

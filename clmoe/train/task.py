@@ -41,7 +41,7 @@ from clmoe.train.checkpoint import (
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, spreads_weights, total_steps
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, total_steps
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.state import states
 from clmoe.utils.files import read_json, write_json
@@ -120,11 +120,6 @@ def prepare_request(
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
-    if method.reads_weights and deepspeed is not None and spreads_weights(deepspeed):
-        raise ClmoeError(
-            f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
-            "processes; use zero2"
-        )
     if previous is not None and method.chain == "union":
         raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
@@ -419,13 +414,9 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
             progress.skip(trainer.first_step)
             trainer.run(lambda: asked.now)
-        with trainer.whole_weights():
-            from_main(partial(_seal, context.model, folder))
-    engine = type(trainer.model_wrapped).__name__
+        from_main(partial(_seal, context.model, folder))
     trainer.release()
-    if request.deepspeed is not None and spreads_weights(request.deepspeed):
-        context.base = load_base(request.config.model, device())
-    return engine
+    return type(trainer.model_wrapped).__name__
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
