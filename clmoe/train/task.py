@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,10 +31,10 @@ from clmoe.train.checkpoint import (
     MANIFEST,
     Finished,
     build_folder,
-    check_same_run,
+    check_same,
     check_successor,
-    decisive,
     differences,
+    identity,
     is_complete,
     lineage_of,
     publish,
@@ -85,6 +85,12 @@ class TrainRequest:
         if self.task == UNION:
             return list(self.order)
         return [*(self.previous.lineage.tasks if self.previous else []), self.task]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: an interrupted request of the same identity is continued."""
+        parent = None if self.previous is None else self.previous.identity
+        return identity(self.config, self.benchmark.name, parent, self.learned)
 
     @property
     def stage(self) -> Stage:
@@ -160,7 +166,7 @@ def finished(request: TrainRequest) -> bool:
             f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
         )
     done = read_checkpoint(request.output)
-    check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
+    check_same(done, request.identity)
     if is_main():
         _remove_phases(request.output)  # left by a command that was stopped right after publishing
     return True
@@ -195,7 +201,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
-    building = from_main(lambda: open_work(request.output, _identity(request)))
+    building = from_main(lambda: open_work(request.output, request.identity))
     if base is None:
         base = load_base(request.config.model, device())
     _check_base(request, base)
@@ -310,7 +316,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         steps=_phase_steps(request, phases[-1]),
         trainable=parameters,
     )
-    write_json(work / LINEAGE, lineage.as_json())
+    write_json(work / LINEAGE, asdict(lineage))
     publish(work, request.output)
     _remove_phases(request.output)
 
@@ -359,16 +365,6 @@ def _check_base(request: TrainRequest, base: LoadedBase) -> None:
         raise ClmoeError(
             f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
         )
-
-
-def _identity(request: TrainRequest) -> dict[str, Any]:
-    """What decides the result: an interrupted command of the same identity is continued."""
-    return {
-        **decisive(request.config),
-        "benchmark": request.benchmark.name,
-        "parent": None if request.previous is None else request.previous.identity,
-        "tasks": request.learned,
-    }
 
 
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:

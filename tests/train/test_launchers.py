@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from clmoe.train.checkpoint import decisive, read_checkpoint, seal
+from clmoe.train.checkpoint import identity, read_checkpoint, seal
 from clmoe.train.loop import OneDevice, TaskTrainer
 from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
@@ -223,8 +223,8 @@ def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
         shutil.copy(one / name, sealed / name)
     seal(sealed)
     lineage = done.lineage
-    identity = {"benchmark": lineage.benchmark, "parent": None, "tasks": lineage.tasks, **decisive(done.config)}
-    (sealed.parent / "identity.json").write_text(json.dumps(identity))
+    wanted = identity(done.config, lineage.benchmark, None, lineage.tasks)
+    (sealed.parent / "identity.json").write_text(json.dumps(wanted))
 
 
 def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
