@@ -98,7 +98,7 @@ def test_a_locator_is_one_file_and_one_line(checkout: Path) -> None:
     (shell,) = SHELL_BLOCK.findall((DOCS / "add-a-locator.md").read_text())
     test, evaluate = shell.splitlines()
     printed = run(checkout, test)
-    assert re.search(r"^4 passed", printed.splitlines()[-1]), printed
+    assert re.search(r"^2 passed", printed.splitlines()[-1]), printed
     assert "scripts/eval.sh playground-coin locator=gaussian" in evaluate
 
 
