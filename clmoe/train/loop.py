@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -154,14 +153,9 @@ def deepspeed_settings(name: str) -> Path:
                 f'{path}: {kind} would round the adapter\'s float32 weights; set "enabled": false and choose the '
                 "base's type with model.dtype"
             )
-    if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        raise ClmoeError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
+    if settings.get("zero_optimization", {}).get("stage") not in (1, 2):
+        raise ClmoeError(f"{path}: zero_optimization.stage must be 1 or 2; stage 3 would spread the frozen base, too")
     return path
-
-
-def spreads_weights(settings: Path) -> bool:
-    """ZeRO-3: also the frozen base is cut into parts, one per process."""
-    return read_json(settings)["zero_optimization"]["stage"] == 3
 
 
 def stand_alone() -> None:
@@ -308,20 +302,8 @@ class TaskTrainer(Trainer):
         """Write the state after ``step`` steps; called by every process."""
         save_state(self.phase, step, self.model, self._moments(), self.config.keep_states)  # type: ignore[arg-type]
 
-    def _moments(self) -> PlainOptimizer | ZeroOptimizer:
+    def _moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
-
-    @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Within the block every process has the trained parameters whole (ZeRO-3 spreads them)."""
-        parameters = list(trainable(self.model).values())  # type: ignore[arg-type]
-        if not any(hasattr(p, "ds_id") for p in parameters):
-            yield
-            return
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters(parameters):
-            yield
 
     def release(self) -> None:
         """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,17 +31,17 @@ from clmoe.train.checkpoint import (
     MANIFEST,
     Finished,
     build_folder,
-    check_same_run,
+    check_same,
     check_successor,
-    decisive,
     differences,
+    identity,
     is_complete,
     lineage_of,
     publish,
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, spreads_weights, total_steps
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, total_steps
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.state import states
 from clmoe.utils.files import read_json, write_json
@@ -87,6 +87,12 @@ class TrainRequest:
         return [*(self.previous.lineage.tasks if self.previous else []), self.task]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: an interrupted request of the same identity is continued."""
+        parent = None if self.previous is None else self.previous.identity
+        return identity(self.config, self.benchmark.name, parent, self.learned)
+
+    @property
     def stage(self) -> Stage:
         """Position in the sequence."""
         return Stage(0, 1) if self.task == UNION else Stage(self.order.index(self.task), len(self.order))
@@ -120,11 +126,6 @@ def prepare_request(
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
-    if method.reads_weights and deepspeed is not None and spreads_weights(deepspeed):
-        raise ClmoeError(
-            f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
-            "processes; use zero2"
-        )
     if previous is not None and method.chain == "union":
         raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
@@ -165,7 +166,7 @@ def finished(request: TrainRequest) -> bool:
             f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
         )
     done = read_checkpoint(request.output)
-    check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
+    check_same(done, request.identity)
     if is_main():
         _remove_phases(request.output)  # left by a command that was stopped right after publishing
     return True
@@ -200,7 +201,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
-    building = from_main(lambda: open_work(request.output, _identity(request)))
+    building = from_main(lambda: open_work(request.output, request.identity))
     if base is None:
         base = load_base(request.config.model, device())
     _check_base(request, base)
@@ -315,7 +316,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         steps=_phase_steps(request, phases[-1]),
         trainable=parameters,
     )
-    write_json(work / LINEAGE, lineage.as_json())
+    write_json(work / LINEAGE, asdict(lineage))
     publish(work, request.output)
     _remove_phases(request.output)
 
@@ -366,16 +367,6 @@ def _check_base(request: TrainRequest, base: LoadedBase) -> None:
         )
 
 
-def _identity(request: TrainRequest) -> dict[str, Any]:
-    """What decides the result: an interrupted command of the same identity is continued."""
-    return {
-        **decisive(request.config),
-        "benchmark": request.benchmark.name,
-        "parent": None if request.previous is None else request.previous.identity,
-        "tasks": request.learned,
-    }
-
-
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
     """The adapter as the parent left it, or a fresh one."""
     if request.previous is not None and method.chain == "sequence":
@@ -419,13 +410,9 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
             progress.skip(trainer.first_step)
             trainer.run(lambda: asked.now)
-        with trainer.whole_weights():
-            from_main(partial(_seal, context.model, folder))
-    engine = type(trainer.model_wrapped).__name__
+        from_main(partial(_seal, context.model, folder))
     trainer.release()
-    if request.deepspeed is not None and spreads_weights(request.deepspeed):
-        context.base = load_base(request.config.model, device())
-    return engine
+    return type(trainer.model_wrapped).__name__
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
