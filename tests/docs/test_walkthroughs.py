@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from clmoe import cli
+from clmoe.config import LocatorConfig
+from clmoe.locators.base import Asked
 from clmoe.methods.base import Method
 from tests.runs import Runs
 from tests.support import TASKS
@@ -87,19 +91,29 @@ def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     assert int(printed.splitlines()[-1].split()[0]) >= 11, printed
 
 
-def test_a_locator_is_one_file_and_one_line(checkout: Path) -> None:
+def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> None:
     ((name, text),) = named_blocks("add-a-locator.md").items()
     assert not (checkout / name).exists()
     (checkout / name).write_text(text)
     rooms = checkout / "clmoe/locators/__init__.py"
     source = rooms.read_text().replace('"vae": Vae,\n', '"vae": Vae,\n    "gaussian": Gaussian,\n')
-    source = source.replace("\nLOCATORS:", "\nfrom clmoe.locators.gaussian import Gaussian\n\nLOCATORS:")
-    rooms.write_text(source)
-    (shell,) = SHELL_BLOCK.findall((DOCS / "add-a-locator.md").read_text())
-    test, evaluate = shell.splitlines()
+    rooms.write_text(source.replace("\nLOCATORS:", "\nfrom clmoe.locators.gaussian import Gaussian\n\nLOCATORS:"))
+    test, evaluate = SHELL_BLOCK.findall((DOCS / "add-a-locator.md").read_text())[0].splitlines()
     printed = run(checkout, test)
-    assert re.search(r"^2 passed", printed.splitlines()[-1]), printed
+    assert re.search(r"^1 passed", printed.splitlines()[-1]), printed
     assert "scripts/eval.sh playground-coin locator=gaussian" in evaluate
+
+    namespace: dict[str, Any] = {}
+    exec(text, namespace)
+    locator, restored = (namespace["Gaussian"](LocatorConfig("gaussian"), 0) for _ in range(2))
+    means = torch.tensor([[0.0] * 4, [3.0] * 4])
+    for mean in means:
+        locator.fit(mean + torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))
+    locator.save(tmp_path / "locator.safetensors")
+    restored.load(tmp_path / "locator.safetensors")
+    scores = restored.scores(Asked(["a", "b"], 2, features=means))
+    assert scores.argmax(1).tolist() == [0, 1]
+    assert torch.equal(scores, locator.scores(Asked(["a", "b"], 2, features=means)))
 
 
 def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
@@ -135,6 +149,16 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_the_hooks_examples_exist() -> None:
     for name in re.findall(r"`([a-z_]+\.py)`", (DOCS / "add-a-method.md").read_text().split("## The hooks")[1]):
         assert (ROOT / "clmoe" / "methods" / name).is_file(), name
+
+
+def test_the_tests_of_published_faults_exist() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    page = (DOCS / "faults.md").read_text()
+    names = re.findall(r"(?:`|::)(test_\w+)(?!\.py)\b", page)
+    assert len(names) > 20
+    assert not [name for name in names if f"def {name}(" not in tests]
+    for path in re.findall(r"tests/[\w/]+\.py", page):
+        assert (ROOT / path).is_file(), path
 
 
 def test_every_hook_is_in_the_walk_through() -> None:
