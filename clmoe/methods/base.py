@@ -146,9 +146,9 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given (``labels`` too, and with ``training.share_images`` the packed rows),
-        ``rows [B]`` int64, its places in the phase's records, and with ``reads_logits`` ``logits [N, V]`` float32 with
-        gradient, at the positions that predict the answers' N tokens.
+        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
+        with ``reads_logits`` ``logits [N, V]`` float32 with gradient, at the positions that predict the answers' N
+        tokens.
         """
         return None
 

@@ -16,7 +16,6 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
-from clmoe.data.batches import image_groups
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
 from clmoe.errors import ClmoeError
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -119,7 +118,6 @@ def prepare_request(
         raise ClmoeError(
             f"method {config.method} trains {'on --task all only' if method.chain == 'union' else 'one task at a time'}"
         )
-    check_shared_images(config)
     if method.keeps_parts:
         make_locator(config.locator, config.seed)
     if task != UNION:
@@ -132,25 +130,6 @@ def prepare_request(
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
     return TrainRequest(config, benchmark, task, order, parent, output, deepspeed)
-
-
-def check_shared_images(config: Config) -> None:
-    """Check that ``training.share_images`` fits the rest of the configuration.
-
-    Raises:
-        ClmoeError: with dropout, or an attention that takes no block mask.
-    """
-    if not config.training.share_images:
-        return
-    if config.adapter.dropout:
-        raise ClmoeError(
-            f"training.share_images with adapter.dropout {config.adapter.dropout}: records that share an image's "
-            "tokens would share their dropout, too; set adapter.dropout=0"
-        )
-    if config.model.attention == "flash_attention_2":
-        raise ClmoeError(
-            "training.share_images needs a block mask, which flash_attention_2 does not take: set model.attention=sdpa"
-        )
 
 
 def finished(request: TrainRequest) -> bool:
@@ -347,9 +326,7 @@ def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPl
         ClmoeError: they cannot be cut over the processes.
     """
     training = request.config.training
-    groups = image_groups(records) if training.share_images else None
-    size, micro = training.batch_size, training.micro_batch_size
-    return BatchPlan(request.config.seed, len(records), size, micro, count(), groups)
+    return BatchPlan(request.config.seed, len(records), training.batch_size, training.micro_batch_size, count())
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
