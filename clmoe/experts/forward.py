@@ -1,7 +1,7 @@
-"""Forward passes of an adapted model: at the answers' tokens, on packed rows, and on prompts.
+"""Forward passes of an adapted model: at the answers' tokens, and on prompts.
 
-Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary; packed, G
-rows of L tokens; with shared prefixes, G groups of prompts, P and S tokens of the longest prefix and the longest rest.
+Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary; with
+shared prefixes, G groups of prompts, P and S tokens of the longest prefix and the longest rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clmoe.bases.llava import decoder_layers
 from clmoe.config import FeatureKind
 from clmoe.data.prompts import IGNORE
 from clmoe.experts.model import adapted_base
-from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
@@ -45,33 +45,18 @@ def answer_rows(labels: Tensor) -> Tensor:
     return answered(labels).nonzero()[:, 0]
 
 
-def answer_states(
-    model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None, trace: RouteTrace | None = None
-) -> Tensor:
+def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
     """States ``[N, D]`` after the final norm that predict the answer tokens of a right-padded batch of records.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``. If it also
-            holds the keys of ``collate_packed``, the packed rows are computed; the states are the same.
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``.
         weights: replace the parameters of ``model.base_model`` with these names, in this pass alone.
-        trace: of the routing in force; its ``outputs`` get the shape of the records, packed or not.
     """
     names = ("input_ids", "attention_mask", "pixel_values")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-    places = batch.get("places")  # [B, T]: where in the packed rows each record's tokens are
-    if places is not None:
-        seen = block_mask(batch["packed_segments"])
-        # Additive, as sdpa and eager attention take it; flash attention does not.
-        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
-        inputs |= {"input_ids": batch["packed_ids"], "attention_mask": mask, "position_ids": batch["packed_positions"]}
-    body, wanted = model.base_model, answered(batch["labels"])
+    body = model.base_model
     output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
-    if places is None:
-        return output.last_hidden_state[:, :-1][wanted]
-    if trace is not None:
-        for name, found in trace.outputs.items():
-            trace.outputs[name] = RouterOutput(*(values.flatten(0, 1)[places] for values in found))
-    return output.last_hidden_state.flatten(0, 1)[places[:, :-1][wanted]]
+    return output.last_hidden_state[:, :-1][answered(batch["labels"])]
 
 
 def answer_logits(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
@@ -99,17 +84,6 @@ def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
     rows, samples = answer_rows(labels), len(labels)
     tokens = torch.bincount(rows, minlength=samples)
     return (values / tokens[rows]).sum() / samples
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """Which token of packed rows sees which: ``[G, L]`` segments -> ``[G, 1, L, L]`` bool (query, key).
-
-    A token sees the prefix and its own rest, up to itself; padding sees itself, so that its softmax exists.
-    """
-    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
-    at = torch.arange(segments.shape[1], device=segments.device)
-    causal, itself = at[:, None] >= at, at[:, None] == at
-    return (causal & ((key == 0) | (key == query)) & (key >= 0) | itself).unsqueeze(1)
 
 
 class _RoomyLayer(DynamicLayer):
