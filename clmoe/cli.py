@@ -144,7 +144,9 @@ def plan(options: argparse.Namespace) -> Any:
     config = load_config(options.config, benchmark.recipe, options.settings, options.base)
     method = method_class(config.method)(config)
     order = benchmark.order(options.order, config.seed)
-    values = make_plan(method, benchmark, order, options.gpus, options.deepspeed, None, options.extended_blocks)
+    values = make_plan(
+        method, benchmark, order, options.gpus, options.deepspeed, options.tokens, options.extended_blocks
+    )
     options.exit_code = int(bool(values["missing"]))
     return values if options.json else plan_text(values)
 
@@ -244,7 +246,7 @@ def _sequence_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _deepspeed_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload, zero3 or a JSON file")
+    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -299,6 +301,9 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
     _benchmark_arguments(sub, option=True)
     sub.add_argument("--gpus", type=_at_least_one, default=1, metavar="N", help="processes, one per GPU")
+    sub.add_argument(
+        "--tokens", type=_at_least_one, metavar="T", help="of a sample (default: the image's and 64 of text)"
+    )
     sub.add_argument(
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
     )

@@ -140,8 +140,6 @@ class TrainingConfig:
         max_grad_norm: the gradient is clipped to this norm.
         max_length: tokens per sample, image tokens included.
         gradient_checkpointing: recompute activations in the backward pass.
-        share_images: records of one image come in one batch, and its tokens are computed once for them: the same loss
-            and gradients from fewer tokens, but another order of samples. Without dropout and flash attention.
         workers: data-loading processes.
         save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
@@ -160,7 +158,6 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     max_length: int = 2048
     gradient_checkpointing: bool = False
-    share_images: bool = False
     workers: int = 0
     save_steps: int = 100
     keep_states: int = 2

@@ -36,7 +36,7 @@ T = TypeVar("T")
 TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a sample, for the memory figure
 FLOAT32 = 4
 FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum for 64 of them, and for 256 maxima
-ELEMENTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}  # DeepSpeed's defaults
+REDUCE_BUCKET = 5e8  # elements, DeepSpeed's default
 READS = {"q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention", "down_proj": "product"}
 PARTS = {"expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "projector": ("modules_to_save.",)}
 
@@ -135,12 +135,10 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
     router, a copy of the newest with a row more for each new expert. Without ``X`` these counts are None.
 
     Raises:
-        ClmoeError: ``X`` of a method that does not grow, or out of range.
+        ClmoeError: there are fewer than ``X`` blocks, or it is negative.
     """
     whole = first.count()
     if not first.method.grows or first.experts is None:
-        if X is not None:
-            raise ClmoeError(f"--extended-blocks: {first.method.config.name} adds no experts to later tasks")
         added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
         more = whole if first.method.chain == "fresh" else first.count("expert") if added_up else 0
         return [whole] * tasks, whole + (tasks - 1) * more, {}
@@ -160,28 +158,23 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
     """What a GPU holds through the whole training; trained parameters are float32. DeepSpeed need not be installed.
 
     AdamW keeps two moments, and DDP a copy of the gradients. ZeRO cuts moments and float32 masters over the GPUs, from
-    stage 2 the gradients, at stage 3 the weights too, which are their own masters, and gathers some of them. Offloading
-    moves gradients, masters and moments to the host. Raises ClmoeError if there are no settings of that name.
+    stage 2 the gradients too. Offloading moves gradients, masters and moments to the host. Raises ClmoeError if there
+    are no settings of that name.
     """
     settings = {} if deepspeed is None else read_json(find_config("deepspeed", deepspeed, ".json"))
     zero = settings.get("zero_optimization", {})
-
-    def elements(key: str) -> int:
-        return int(zero[key] if isinstance(zero.get(key), int | float) else ELEMENTS[key])
-
     P, stage, base = FLOAT32 * first.count(), zero.get("stage", 0), first.base_bytes
     if stage == 0:
         return {"base": base, "adapter": P, "gradients": P, "optimizer": 2 * P, "communication": P * (gpus > 1)}
-    spread = gpus if stage == 3 else 1
     here = int(zero.get("offload_optimizer", {}).get("device", "none") == "none")
-    buffers = FLOAT32 * elements("reduce_bucket_size") * (2 if stage < 3 and zero.get("overlap_comm") else 1)
-    gathered = base * min(1, elements("stage3_max_live_parameters") / first.base_parameters) if stage == 3 else 0
+    bucket = zero.get("reduce_bucket_size")
+    elements = int(bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
     return {
-        "base": base // spread,
-        "adapter": P // spread,
-        "gradients": here * P // (gpus if stage >= 2 else 1),
-        "optimizer": here * (2 if stage == 3 else 3) * P // gpus,
-        "communication": buffers + round(gathered),
+        "base": base,
+        "adapter": P,
+        "gradients": here * P // (gpus if stage == 2 else 1),
+        "optimizer": here * 3 * P // gpus,
+        "communication": FLOAT32 * elements * (2 if zero.get("overlap_comm") else 1),
     }
 
 
@@ -258,6 +251,8 @@ def make_plan(
         ClmoeError: unknown shapes, a batch that the GPUs do not divide, or ``extended_blocks`` without a meaning.
     """
     config, training = method.config, method.config.training
+    if extended_blocks is not None and not method.grows:
+        raise ClmoeError(f"--extended-blocks: {config.name} adds no experts to later tasks")
     tasks = [benchmark.task(name) for name in order]
     missing, notes = _absent(method, benchmark, tasks)
     groups = [tasks] if method.chain == "union" else [[task] for task in tasks]

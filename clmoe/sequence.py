@@ -68,7 +68,7 @@ def run(
         output: run folder; by default ``runs/<benchmark>/<method>-seed<seed>`` below the current folder.
         base: a name in configs/models, a model folder or a hub name.
         data: the benchmark's data folder.
-        deepspeed: ``zero2``, ``zero2_offload``, ``zero3`` or a JSON file; needs the processes that a launcher starts.
+        deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
 
     Raises:

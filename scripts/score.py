@@ -12,12 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from clmoe.report.reading import read_lines
-
 from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.base import MODES
 from clmoe.evaluate.rules.scoring import FileScore, score_file
+from clmoe.report.answers import read_lines
 
 
 def read_answers(path: Path) -> list[tuple[str | int, str]]:

@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_method_or_base(runs: Runs, tmp_path: Path, refu
     parent = runs.chain("lora", tasks=(FIRST,))[0]
     out = tmp_path / "out" / SECOND
     arguments = train_arguments(runs, runs.benchmark, out, SECOND, "moelora")
-    assert "another method" in refused(*arguments, "--previous", parent)
+    assert "method lora there, moelora here" in refused(*arguments, "--previous", parent)
     other = tmp_path / "other"
     shutil.copytree(runs.model, other)
     arguments = train_arguments(runs, runs.benchmark, out, SECOND)

@@ -24,7 +24,7 @@ from clmoe.utils.paths import find_config, known_configs
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
 
-_RESERVED = (*ORDERS, "all", "after")
+_RESERVED = (*ORDERS, "all", "after", "zero_shot")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -12,6 +12,7 @@ so what is converted is the router that was trained.
 """
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,4 +179,4 @@ def _write(work: Path, adapted: PeftModel, tensors: dict[str, Tensor], config: C
     save_tensors(tensors, work / "adapter_model.safetensors", {"format": "pt"})
     check_written(work, tensors)
     (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    write_json(work / LINEAGE, lineage.as_json())
+    write_json(work / LINEAGE, asdict(lineage))

@@ -338,6 +338,7 @@ def write_run_info(
         "benchmark": benchmark.name,
         "order": order,
         "seed": config.seed,
+        "locator": config.locator.name,
         "scoring": scoring,
         "limit": None if done is None else config.evaluation.limit,
         "trainable_parameters": lineage.trainable_parameters if lineage else 0,
@@ -381,7 +382,7 @@ def write_tables(
         write_immediate_csv(run / "immediate.csv", order, known)
     else:
         (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
-    _write_located(run, order)
+    _write_located(run, order, locator)
     matrix = AccuracyMatrix(tuple(order), rows)
     matrix.write_csv(run / "matrix.csv")
     result = metrics(matrix, known)
@@ -389,12 +390,12 @@ def write_tables(
     return result
 
 
-def _write_located(run: Path, order: list[str]) -> None:
-    """Write ``locator.csv``: after each task, the tasks that each decider took each task's questions for."""
+def _write_located(run: Path, order: list[str], locator: str) -> None:
+    """Write ``locator.csv``: after each task, the tasks that the locator took each task's questions for."""
     rows = []
     for after in order:
         for task in order:
-            path = summary_path(run, after, task)
+            path = summary_path(run, after, task, locator)
             counts = read_json(path)["deciders"] if path.is_file() else {}
             for decider, located in sorted(counts.items()):
                 rows += [(after, decider, task, name, located[name]) for name in order if name in located]

@@ -100,14 +100,12 @@ class Method:
             ``none`` (nothing is trained).
         keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
         reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
-        reads_weights: ``extra_loss`` looks at whole weights, which ZeRO-3 spreads over the processes.
         Options: dataclass of the method's own options.
     """
 
     chain: ClassVar[Literal["sequence", "fresh", "union", "none"]] = "sequence"
     keeps_parts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, config: Config) -> None:
@@ -148,9 +146,9 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given (``labels`` too, and with ``training.share_images`` the packed rows),
-        ``rows [B]`` int64, its places in the phase's records, and with ``reads_logits`` ``logits [N, V]`` float32 with
-        gradient, at the positions that predict the answers' N tokens.
+        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
+        with ``reads_logits`` ``logits [N, V]`` float32 with gradient, at the positions that predict the answers' N
+        tokens.
         """
         return None
 

@@ -57,7 +57,6 @@ class ImportanceOptions:
 class HeldByImportance(Lora):
     """LoRA with the penalty of this file; ``factor`` belongs to the method's formula."""
 
-    reads_weights = True
     factor: ClassVar[float] = 1.0
 
     def measure(self, logits: Tensor, targets: Tensor) -> Tensor:

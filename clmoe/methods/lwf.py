@@ -47,7 +47,6 @@ class LwF(Lora):
 
     Options = Options
     reads_logits = True
-    reads_weights = True
 
     def begin_task(self, context: TaskContext) -> None:
         """Before the first step the weights are those of the parent's file, bit for bit: keep them."""

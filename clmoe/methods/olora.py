@@ -36,7 +36,6 @@ class OLora(Method):
     """The tasks' LoRAs are experts without a router: all are added up, and the older ones stay frozen, bit for bit."""
 
     Options = Options
-    reads_weights = True
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         return lora_parts_adapter(self.config, base, "sum", owners=[0])

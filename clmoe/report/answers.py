@@ -132,6 +132,15 @@ def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[
     return {task: list(found) for task, found in folders.items()}
 
 
+def read_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that are not blank, each with its number from 1."""
+    try:
+        lines = path.read_bytes().split(b"\n")  # answers may hold other line breaks of Unicode, where splitlines cuts
+    except OSError as error:
+        raise ClmoeError(f"{path}: cannot be read: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The predictions of one cell by question id; none without its summary, which is written last."""
     summary = path.with_suffix(".json")
@@ -139,9 +148,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     corpus = bool(read_json(summary).get("parts"))  # scored as a whole: a row's figure is neither right nor wrong
     rows = {}
-    # Only "\n" ends a line: answers may hold other line breaks of Unicode, at which splitlines would cut.
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    for number, line in lines:
+    for number, line in read_lines(path):
         where = f"{path}, row {number}"
         try:
             row = json.loads(line)

@@ -112,9 +112,10 @@ def page(groups: Sequence[Group], found: Sequence[Section], shown: pd.DataFrame,
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         script=Markup(script),
         version=version("clmoe"),
-        sections=[(section, _data_uri(section.data), *_drawn(section.picture)) for section in found],
+        sections=found,
+        colours=plots.VARIABLES,
         questions=_questions(groups, shown, data),
-        answers_csv=_data_uri(shown.reindex(columns=[*columns, "located", "outcome"])),
+        samples=shown.reindex(columns=[*columns, "located", "outcome"]),
         asked=int(shown.groupby("task")["asked"].first().sum()) if len(shown) else 0,
         outcomes=list(OUTCOMES.values()),
     )
@@ -128,7 +129,11 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name)
+    environment.filters |= {
+        "breakable": lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name),
+        "csv": _data_uri,
+        "svg": lambda panel, picture: Markup(plots.to_svg(picture, panel)),
+    }
     runs = tables.all_runs(groups)
     return environment.get_template(template).render(
         groups=groups,
@@ -151,14 +156,6 @@ def _questions(groups: Sequence[Group], shown: pd.DataFrame, data: Path | None) 
         uri, problem = (None, "no image") if image is None else thumbnail(image, folders[task])
         found.append(answers[0] | {"uri": uri, "problem": problem, "answers": answers})
     return found
-
-
-def _drawn(picture: plots.Picture | None) -> tuple[list[tuple[str, Markup]], Any]:
-    """Title and SVG of each panel, and the legend, with the colours as the page's variables."""
-    if picture is None:
-        return [], {}
-    legend = {name: (plots.VARIABLES[colour], dash) for name, (colour, dash) in picture.legend.items()}
-    return [(panel.title, Markup(plots.to_svg(picture, panel))) for panel in picture.panels], legend
 
 
 def _csv(frame: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ unfinished run has rows for its first tasks only.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,10 +20,23 @@ from clmoe.methods import method_class
 from clmoe.utils.files import read_csv, read_json
 from clmoe.utils.logging import read_events
 
+# The fields of run.json, with the types of `Run`.
+_INFO = "method benchmark order seed label scoring trainable_parameters adapter_parameters projector_trained"
+_INFO += " effective_scale steps_per_task limit"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RunInfo:
-    """`run.json`. `limit`: test questions per task in the rows before the last; None is all, or not recorded."""
+class Run:
+    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
+
+    `limit` is the number of test questions per task in the rows before the last; None is all, or not recorded.
+    A table whose file is absent is empty:
+
+        parameters  task, trainable, stored
+        expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
+        usage       task, block, expert, kind, share: kind is "expert" or "probe"
+        located     after, decider, task, located, count
+    """
 
     method: str
     benchmark: str
@@ -37,20 +50,6 @@ class RunInfo:
     effective_scale: int | float | None
     steps_per_task: int
     limit: int | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Run(RunInfo):
-    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
-
-    A table whose file is absent is empty:
-
-        parameters  task, trainable, stored
-        expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
-        usage       task, block, expert, kind, share: kind is "expert" or "probe"
-        located     after, decider, task, located, count
-    """
-
     path: Path
     matrix: AccuracyMatrix
     immediate: Scores | None
@@ -97,12 +96,14 @@ def read_run(folder: Path) -> Run:
             the tasks of the run's order.
     """
     where, timing = folder / "run.json", folder / "timing.json"
+    if not where.is_file():
+        raise ClmoeError(f"{where} is missing: is {folder} the folder of a run?")
     info: Any = read_json(where)
     if isinstance(info, dict):
         info = {"limit": None, "scoring": "fixed"} | info  # older runs lack these two
-    for field in fields(RunInfo):
-        types = (list,) if field.name == "order" else get_args(field.type) or (field.type,)
-        check_field(where, info, field.name, types)
+    for field in _INFO.split():
+        kind = Run.__annotations__[field]
+        check_field(where, info, field, (list,) if field == "order" else get_args(kind) or (kind,))
     if not all(isinstance(task, str) for task in info["order"]):
         raise ClmoeError(f"{where}: field 'order' must be a list of task names")
     if info["scoring"] not in MODES:
@@ -133,7 +134,7 @@ def read_run(folder: Path) -> Run:
         usage=used if tried.empty else tried,
         located=_read_located(folder / "locator.csv", order),
         minutes=times["minutes"],
-        **{field.name: info[field.name] for field in fields(RunInfo)} | {"order": order},
+        **{field: info[field] for field in _INFO.split()} | {"order": order},
     )
 
 

@@ -5,7 +5,6 @@ is renamed into place. Without a valid manifest a folder does not exist for any 
 or absolute path, so equal runs give equal bytes. ``continual.json`` says what the checkpoint has learned, from where.
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -153,9 +152,6 @@ class Lineage:
     effective_scale: float | None
     versions: dict[str, str]
 
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -236,48 +232,34 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
     return Finished(folder, identity, lineage, config, sealed.locator)
 
 
+def identity(config: Config, benchmark: str, parent: str | None, tasks: list[str]) -> dict[str, Any]:
+    """All that decides a checkpoint; ``parent`` is the manifest's sha256 of the checkpoint that it continues."""
+    return {**decisive(config), "benchmark": benchmark, "parent": parent, "tasks": tasks}
+
+
+def check_same(done: Finished, wanted: dict[str, Any]) -> None:
+    """Raise ClmoeError, naming what differs, unless the checkpoint has the identity ``wanted``."""
+    lineage = done.lineage
+    changed = differences(identity(done.config, lineage.benchmark, lineage.parent, lineage.tasks), wanted)
+    if changed:
+        raise ClmoeError(
+            f"{done.folder} was made with other settings ({changed}): choose another --output or delete it"
+        )
+
+
 def check_successor(parent: Finished, config: Config, benchmark: str, task: str) -> None:
-    """``config`` may continue ``parent`` with ``task``.
+    """Check that ``config`` may continue ``parent`` with ``task``.
 
     Raises:
         ClmoeError: another benchmark, method, base or adapter, or a task that was learned already.
     """
-    if parent.lineage.benchmark != benchmark:
-        raise ClmoeError(
-            f"--previous {parent.folder} was trained on benchmark {parent.lineage.benchmark}, not {benchmark}"
-        )
+    names = ("method", "model", "adapter")
+    there, here = ({name: recorded(c)[name] for name in names} for c in (parent.config, config))
+    changed = differences(there | {"benchmark": parent.lineage.benchmark}, here | {"benchmark": benchmark})
+    if changed:
+        raise ClmoeError(f"--previous {parent.folder} was made with other settings ({changed})")
     if task in parent.lineage.tasks:
         raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
-    for name in ("method", "model", "adapter"):
-        old, new = recorded(parent.config)[name], recorded(config)[name]
-        if old != new:
-            raise ClmoeError(f"--previous {parent.folder} was made with another {name}: {difference(name, old, new)}")
-
-
-def check_same_run(done: Finished, config: Config, benchmark: str, parent: Finished | None, tasks: list[str]) -> None:
-    """A finished output folder is what this command would make again.
-
-    Raises:
-        ClmoeError: it was made with other settings, on another benchmark, from another parent, or has learned other
-            tasks.
-    """
-    if done.lineage.benchmark != benchmark:
-        raise ClmoeError(
-            f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark}: choose another "
-            "--output or delete it"
-        )
-    if done.lineage.config_sha256 != training_identity(config):
-        old, new = decisive(done.config), decisive(config)
-        text = differences(old, new) or "by another version of clmoe"
-        raise ClmoeError(f"{done.folder} was made with other settings ({text}): choose another --output or delete it")
-    if done.lineage.parent != (None if parent is None else parent.identity):
-        raise ClmoeError(
-            f"{done.folder} continues another checkpoint than --previous: choose another --output or delete it"
-        )
-    if done.lineage.tasks != tasks:
-        raise ClmoeError(
-            f"{done.folder} has learned {', '.join(done.lineage.tasks)}, not {', '.join(tasks)}: choose another folder"
-        )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -36,8 +35,6 @@ from clmoe.data.batches import (
     NumberedDataset,
     TrainDataset,
     collate_numbered,
-    collate_packed,
-    collate_train,
     epoch_permutation,
 )
 from clmoe.errors import ClmoeError, Interrupted
@@ -70,8 +67,6 @@ class BatchPlan:
         batch_size: global batch.
         micro_batch_size: samples per forward.
         processes: number of data-parallel processes.
-        groups: records that stay side by side in every epoch, as far as the cuts between batches leave them together
-            (``image_groups``); None orders each record by itself.
     """
 
     seed: int
@@ -79,7 +74,6 @@ class BatchPlan:
     batch_size: int
     micro_batch_size: int | None = None
     processes: int = 1
-    groups: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.processes * self.micro):
@@ -100,15 +94,9 @@ class BatchPlan:
     def batch(self, step: int) -> list[int]:
         """Record indices of the global batch of ``step``."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {e: self._order(e) for e in {p // self.records for p in positions}}
+        epochs = {p // self.records for p in positions}
+        orders = {epoch: epoch_permutation(self.seed, epoch, self.records) for epoch in epochs}
         return [int(orders[p // self.records][p % self.records]) for p in positions]
-
-    def _order(self, epoch: int) -> Sequence[int]:
-        """All records in the order of an epoch."""
-        if self.groups is None:
-            return epoch_permutation(self.seed, epoch, self.records)  # type: ignore[return-value]
-        groups = self.groups
-        return [record for k in epoch_permutation(self.seed, epoch, len(groups)) for record in groups[k]]
 
 
 class MicroBatches:
@@ -154,14 +142,9 @@ def deepspeed_settings(name: str) -> Path:
                 f'{path}: {kind} would round the adapter\'s float32 weights; set "enabled": false and choose the '
                 "base's type with model.dtype"
             )
-    if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        raise ClmoeError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
+    if settings.get("zero_optimization", {}).get("stage") not in (1, 2):
+        raise ClmoeError(f"{path}: zero_optimization.stage must be 1 or 2; stage 3 would spread the frozen base, too")
     return path
-
-
-def spreads_weights(settings: Path) -> bool:
-    """ZeRO-3: also the frozen base is cut into parts, one per process."""
-    return read_json(settings)["zero_optimization"]["stage"] == 3
 
 
 def stand_alone() -> None:
@@ -308,20 +291,8 @@ class TaskTrainer(Trainer):
         """Write the state after ``step`` steps; called by every process."""
         save_state(self.phase, step, self.model, self._moments(), self.config.keep_states)  # type: ignore[arg-type]
 
-    def _moments(self) -> PlainOptimizer | ZeroOptimizer:
+    def _moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
-
-    @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Within the block every process has the trained parameters whole (ZeRO-3 spreads them)."""
-        parameters = list(trainable(self.model).values())  # type: ignore[arg-type]
-        if not any(hasattr(p, "ds_id") for p in parameters):
-            yield
-            return
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters(parameters):
-            yield
 
     def release(self) -> None:
         """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""
@@ -332,13 +303,12 @@ class TaskTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""
         sampler = MicroBatches(self.plan, self.steps, self.first_step, self.args.process_index)
-        collate = collate_packed if self.config.share_images else collate_train
         return DataLoader(
             NumberedDataset(cast(TrainDataset, self.train_dataset)),
             batch_sampler=sampler,
             num_workers=self.config.workers,
             worker_init_fn=_outlive_sigterm,
-            collate_fn=partial(collate_numbered, pad_id=self.pad_id, collate=collate),
+            collate_fn=partial(collate_numbered, pad_id=self.pad_id),
             generator=torch.Generator().manual_seed(self.plan.seed),
             pin_memory=self.args.dataloader_pin_memory,
         )

@@ -30,7 +30,6 @@ class TrainedModel(nn.Module):
         num_items_in_batch: Tensor,
         pixel_values: Tensor | None = None,
         rows: Tensor | None = None,
-        **packed: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch as its share of the global batch's loss.
 
@@ -39,11 +38,10 @@ class TrainedModel(nn.Module):
             num_items_in_batch: answer tokens of the whole global batch.
             pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
             rows: ``[B]`` int64, the samples' places in the phase's records, for methods that keep something by them.
-            packed: with ``training.share_images`` the packed rows of ``collate_packed``; the loss is the same.
         """
         adapted = adapted_base(self.model)
         trace = RouteTrace()
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **packed}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
         loss: Tensor | float = 0.0
         if pixel_values is None:
@@ -52,7 +50,7 @@ class TrainedModel(nn.Module):
             tuned = (p for p in projector_of(adapted).parameters() if p.requires_grad)
             loss = 0.0 * sum(p.sum() for p in tuned)
         with routing(NEWEST_ROUTER, trace):
-            states = answer_states(adapted, batch, trace=trace)
+            states = answer_states(adapted, batch)
         if self.method.reads_logits:
             batch["logits"] = adapted.lm_head(states).float()
             answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")

@@ -7,9 +7,8 @@ no generator's state belongs to it.
 
 import shutil
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from clmoe.errors import ClmoeError
 from clmoe.train.checkpoint import MANIFEST, build_folder, is_complete
 from clmoe.utils.files import read_json, write_json
-from clmoe.utils.processes import from_main, is_main, rank
+from clmoe.utils.processes import from_main, is_main
 from clmoe.utils.tensors import check_finite, load_tensors, save_tensors, trainable
 
 TENSORS = "state.safetensors"
@@ -25,101 +24,57 @@ STEP = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Optimizer(Protocol):
-    """Reads and writes AdamW's moments of a parameter as whole tensors."""
-
-    def read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Same shape as the parameter, on the CPU, in every process."""
-        ...
-
-    def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None: ...
-
-    def start_at(self, step: int) -> None:
-        """As if ``step`` steps had been made; called before the moments are written."""
-        ...
-
-
 class PlainOptimizer:
-    """torch's AdamW: one state per parameter."""
+    """AdamW's moments as whole tensors, one state per parameter."""
 
     def __init__(self, adamw: torch.optim.Optimizer) -> None:
         self.adamw = adamw
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """A moment of the parameter's shape on the CPU; every process must call it."""
         return self.adamw.state[parameter][key].cpu()
 
     def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set a moment, after ``start_at``."""
         self.adamw.state[parameter][key].copy_(value)
 
     def start_at(self, step: int) -> None:
-        _fill(self.adamw, _shown(self.adamw), step)
+        """Give AdamW the state of its first step, with the counter at ``step``."""
+        for tensor in (tensor for group in self.adamw.param_groups for tensor in group["params"]):
+            moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
+            self.adamw.state[tensor] = {"step": torch.tensor(float(step)), **moments}
 
 
-class ZeroOptimizer:
-    """DeepSpeed's ZeRO around AdamW: moments are spread over the processes, one flat tensor per group."""
+class ZeroOptimizer(PlainOptimizer):
+    """The same under DeepSpeed's ZeRO-2, which spreads flat moments over the processes."""
 
     def __init__(self, adamw: torch.optim.Optimizer, zero: Any) -> None:
-        self.adamw, self.zero = adamw, zero
+        super().__init__(adamw)
+        self.zero = zero
         self._link()
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, key).reshape(whole_shape(parameter)).cpu()
+        return safe_get_full_optimizer_state(parameter, key).reshape(parameter.shape).cpu()
 
     def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
-        if not hasattr(parameter, "ds_id"):
-            safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # ZeRO-3: this process's part; DeepSpeed's own function for whole tensors fails where the last part is padded
-        length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        flat = torch.zeros(length)
-        part = value.flatten()[rank() * length :][:length]
-        flat[: len(part)] = part
-        safe_set_local_optimizer_state(parameter, flat, key)
+        safe_set_full_optimizer_state(parameter, value, key)
 
     def start_at(self, step: int) -> None:
-        # ZeRO-3 shows AdamW its flat tensors only while they are stepped, one after the other
-        flat = getattr(self.zero, "fp32_partitioned_groups_flat", None)
-        _fill(self.adamw, _shown(self.adamw) if flat is None else flat, step)
+        super().start_at(step)
         self._link()
 
     def _link(self) -> None:
-        """ZeRO-2 only: tell every parameter where its moments are.
+        """Tell every parameter where its moments are.
 
         DeepSpeed does it once, after the first group's first step, when the other groups have no moments yet.
         """
-        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state") and self.adamw.state:
+        if self.adamw.state:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
-
-
-def _shown(adamw: torch.optim.Optimizer) -> list[Tensor]:
-    """All tensors in its groups."""
-    return [tensor for group in adamw.param_groups for tensor in group["params"]]
-
-
-def _fill(adamw: torch.optim.Optimizer, tensors: Iterable[Tensor], step: int) -> None:
-    """The state that AdamW would make for these tensors at its first step, with the counter set."""
-    for tensor in tensors:
-        moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
-        adamw.state[tensor] = {"step": torch.tensor(float(step)), **moments}
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of a parameter, also where ZeRO-3 keeps only a part of it here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _weight(parameter: nn.Parameter) -> Tensor:
-    """The whole parameter on the CPU, in every process."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu()
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter).reshape(whole_shape(parameter)).cpu()
 
 
 def state_folder(phase: Path, step: int) -> Path:
@@ -133,7 +88,7 @@ def states(phase: Path) -> list[Path]:
     return [folder for folder in folders if (folder / MANIFEST).is_file()]
 
 
-def save_state(phase: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int) -> None:
+def save_state(phase: Path, step: int, model: nn.Module, optimizer: PlainOptimizer, keep: int) -> None:
     """Write the state after ``step`` steps, then delete all but the ``keep`` newest. Called by every process.
 
     Raises:
@@ -141,7 +96,7 @@ def save_state(phase: Path, step: int, model: nn.Module, optimizer: Optimizer, k
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
-        whole = {f"weight.{name}": _weight(parameter)}
+        whole = {f"weight.{name}": parameter.detach().cpu()}
         whole |= {f"{key}.{name}": optimizer.read(parameter, key) for key in MOMENTS}
         if is_main():
             tensors |= {key: value.clone().contiguous() for key, value in whole.items()}
@@ -168,7 +123,7 @@ def find_state(phase: Path) -> Path | None:
                 is_complete(folder)
                 return folder
             except ClmoeError as error:
-                warnings.warn(f"{error}; this training goes on without that state", stacklevel=2)
+                warnings.warn(f"{error}; this training continues without that state", stacklevel=2)
                 shutil.rmtree(folder)
         return None
 
@@ -192,7 +147,7 @@ def load_weights(folder: Path, model: nn.Module) -> int:
     return int(read_json(folder / STEP)["step"])
 
 
-def load_moments(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+def load_moments(folder: Path, model: nn.Module, optimizer: PlainOptimizer, step: int) -> None:
     """Put a state's moments into a fresh optimizer."""
     tensors = load_tensors(folder / TENSORS)
     optimizer.start_at(step)

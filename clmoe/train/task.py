@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,6 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
-from clmoe.data.batches import image_groups
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
 from clmoe.errors import ClmoeError
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -31,17 +30,17 @@ from clmoe.train.checkpoint import (
     MANIFEST,
     Finished,
     build_folder,
-    check_same_run,
+    check_same,
     check_successor,
-    decisive,
     differences,
+    identity,
     is_complete,
     lineage_of,
     publish,
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, spreads_weights, total_steps
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, total_steps
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.train.state import states
 from clmoe.utils.files import read_json, write_json
@@ -87,6 +86,12 @@ class TrainRequest:
         return [*(self.previous.lineage.tasks if self.previous else []), self.task]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: an interrupted request of the same identity is continued."""
+        parent = None if self.previous is None else self.previous.identity
+        return identity(self.config, self.benchmark.name, parent, self.learned)
+
+    @property
     def stage(self) -> Stage:
         """Position in the sequence."""
         return Stage(0, 1) if self.task == UNION else Stage(self.order.index(self.task), len(self.order))
@@ -113,43 +118,18 @@ def prepare_request(
         raise ClmoeError(
             f"method {config.method} trains {'on --task all only' if method.chain == 'union' else 'one task at a time'}"
         )
-    check_shared_images(config)
     if method.keeps_parts:
         make_locator(config.locator, config.seed)
     if task != UNION:
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
-    if method.reads_weights and deepspeed is not None and spreads_weights(deepspeed):
-        raise ClmoeError(
-            f"--deepspeed {deepspeed}: method {config.method} compares whole weights, which ZeRO-3 spreads over the "
-            "processes; use zero2"
-        )
     if previous is not None and method.chain == "union":
         raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
     parent = None if previous is None else read_checkpoint(previous)
     if parent is not None:
         check_successor(parent, config, benchmark.name, task)
     return TrainRequest(config, benchmark, task, order, parent, output, deepspeed)
-
-
-def check_shared_images(config: Config) -> None:
-    """Check that ``training.share_images`` fits the rest of the configuration.
-
-    Raises:
-        ClmoeError: with dropout, or an attention that takes no block mask.
-    """
-    if not config.training.share_images:
-        return
-    if config.adapter.dropout:
-        raise ClmoeError(
-            f"training.share_images with adapter.dropout {config.adapter.dropout}: records that share an image's "
-            "tokens would share their dropout, too; set adapter.dropout=0"
-        )
-    if config.model.attention == "flash_attention_2":
-        raise ClmoeError(
-            "training.share_images needs a block mask, which flash_attention_2 does not take: set model.attention=sdpa"
-        )
 
 
 def finished(request: TrainRequest) -> bool:
@@ -165,7 +145,7 @@ def finished(request: TrainRequest) -> bool:
             f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
         )
     done = read_checkpoint(request.output)
-    check_same_run(done, request.config, request.benchmark.name, request.previous, request.learned)
+    check_same(done, request.identity)
     if is_main():
         _remove_phases(request.output)  # left by a command that was stopped right after publishing
     return True
@@ -200,7 +180,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
-    building = from_main(lambda: open_work(request.output, _identity(request)))
+    building = from_main(lambda: open_work(request.output, request.identity))
     if base is None:
         base = load_base(request.config.model, device())
     _check_base(request, base)
@@ -315,7 +295,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         steps=_phase_steps(request, phases[-1]),
         trainable=parameters,
     )
-    write_json(work / LINEAGE, lineage.as_json())
+    write_json(work / LINEAGE, asdict(lineage))
     publish(work, request.output)
     _remove_phases(request.output)
 
@@ -346,9 +326,7 @@ def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPl
         ClmoeError: they cannot be cut over the processes.
     """
     training = request.config.training
-    groups = image_groups(records) if training.share_images else None
-    size, micro = training.batch_size, training.micro_batch_size
-    return BatchPlan(request.config.seed, len(records), size, micro, count(), groups)
+    return BatchPlan(request.config.seed, len(records), training.batch_size, training.micro_batch_size, count())
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -364,16 +342,6 @@ def _check_base(request: TrainRequest, base: LoadedBase) -> None:
         raise ClmoeError(
             f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
         )
-
-
-def _identity(request: TrainRequest) -> dict[str, Any]:
-    """What decides the result: an interrupted command of the same identity is continued."""
-    return {
-        **decisive(request.config),
-        "benchmark": request.benchmark.name,
-        "parent": None if request.previous is None else request.previous.identity,
-        "tasks": request.learned,
-    }
 
 
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
@@ -419,13 +387,9 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
             progress.skip(trainer.first_step)
             trainer.run(lambda: asked.now)
-        with trainer.whole_weights():
-            from_main(partial(_seal, context.model, folder))
-    engine = type(trainer.model_wrapped).__name__
+        from_main(partial(_seal, context.model, folder))
     trainer.release()
-    if request.deepspeed is not None and spreads_weights(request.deepspeed):
-        context.base = load_base(request.config.model, device())
-    return engine
+    return type(trainer.model_wrapped).__name__
 
 
 def _seal(model: PeftModel, folder: Path) -> None:

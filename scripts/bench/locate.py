@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from clmoe.evaluate.evaluation import Checkpoint
 from clock import Peak, device_name, timed
 from five_questions import QUESTIONS, figures, open_base, questions, records, write_images
 
 from clmoe import cli
 from clmoe.data.records import Question
 from clmoe.evaluate.generate import Answerer, open_answerer
-from clmoe.locators.base import FeatureStore
+from clmoe.locators.base import Asked, FeatureStore
 from clmoe.train.checkpoint import read_checkpoint
 
 STYLES = ("", "\nAnswer with one word.", "\nGive the answer as a letter.", "\nSay it in a whole sentence.")
@@ -37,7 +36,7 @@ QUICK = (
     "adapter.train_projector=false",
     "options.initial_experts_from=first_task",
     "options.probe_min_steps=2",
-    "options.locator.steps=100",
+    "locator.options.steps=100",
 )
 
 
@@ -93,9 +92,7 @@ def train(folder: Path, benchmark: Path, tasks: int) -> list[Path]:
 
 def answerer_of(folder: Path, features: Path | None) -> Answerer:
     done = read_checkpoint(folder)
-    tasks = done.lineage.tasks
-    checkpoint = Checkpoint(done.folder, done.identity, tasks[-1], tasks, done.config, done.lineage.base)
-    return open_answerer(checkpoint, open_base("playground"), features)
+    return open_answerer(done.config, done, open_base("playground"), features)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -108,7 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for learned, checkpoint in enumerate(checkpoints, 1):
         answerer = answerer_of(checkpoint, folder / "features")
         answerer.config = dataclasses.replace(answerer.config, batch_size=args.batch)
-        plain = FeatureStore(answerer.base, answerer.method.feature_kind(), 1, None)
+        plain = FeatureStore(answerer.base, "last", 1, None)
         for task in range(learned):
             asked = [
                 Question(f"{task}-{q.question_id}", q.image, q.text + STYLES[task], "", {}) for q in questions(names)
@@ -119,7 +116,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
             def one_by_one() -> None:
                 features = plain.features(answerer.model, asked, root)  # type: ignore[arg-type]  # noqa: B023
-                answerer.method.task_scores(checkpoint, features)  # noqa: B023
+                answerer.own.scores(Asked([q.question_id for q in asked], learned, features))  # type: ignore[union-attr]  # noqa: B023
 
             seconds["plain"] += timed(one_by_one)[0]
             right += sum(a.task == task for a in located)

@@ -32,12 +32,12 @@ from clmoe.train.loop import TaskTrainer
 
 GROUPS = 5
 OPTIONS = {
-    "clmoe": ["options.samples=64"],
+    "clmoe": ["options.samples=64", "locator.samples=64"],
     "llava_cmoe": [
-        "options.samples=64",
+        "locator.samples=64",
         "options.probe_min_steps=5",
         "options.initial_experts_from=first_task",
-        *(f"options.locator.{value}" for value in ("steps=20", "hidden=64", "latent=8", "draws=2")),
+        *(f"locator.options.{value}" for value in ("steps=20", "hidden=64", "latent=8", "draws=2")),
     ],
 }
 

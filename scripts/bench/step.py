@@ -1,15 +1,12 @@
-"""A training step, ours and packed, against the published way: experts in a loop and logits at every token.
+"""A training step against the published way: experts in a loop and logits at every token.
 
     OMP_NUM_THREADS=1 python scripts/bench/step.py [--base llava] [--batch 20] [--repeats 5] [--json]
 
 Forward and backward of one global batch of MoELoRA (eight experts, total rank 64, and the projector), without
-reading files, five records to an image. `separate` is ours on the records as separate samples, `packed` ours on rows
-of one image. All forms run in one process on the same weights, interleaved, and medians are compared: CPU seconds of
+reading files. Both forms run in one process on the same weights, interleaved, and medians are compared: CPU seconds of
 the process, or a GPU's where there is one, for which `--base llava-7b` is. The roofline's fraction is a form's FLOPs
 per second, without attention's, over those of one large matrix product.
 """
-
-from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -25,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clmoe.bases.inputs import to_device, train_dataset
-from clmoe.data.batches import collate_packed, collate_train
+from clmoe.data.batches import collate_train
 from clmoe.data.prompts import IGNORE
+from clmoe.experts import layer
 from clmoe.experts.layer import loop_experts
 from clmoe.experts.model import adapted_base
-from clmoe.report.plots import experts
 from clmoe.train.loss import TrainedModel
 
 
@@ -40,8 +37,8 @@ def looped() -> Iterator[None]:
     def loop(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor, *unused: object) -> Tensor:
         return loop_experts(x, gate, A, B, scaling, out)
 
-    apart = patch.object(experts.Experts, "_takes_over", lambda *unused: False)
-    with apart, patch.object(experts, "packed_experts", loop):
+    apart = patch.object(layer.Experts, "_takes_over", lambda *unused: False)
+    with apart, patch.object(layer, "packed_experts", loop):
         yield
 
 
@@ -67,12 +64,11 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     dataset = train_dataset(base, records(names), root, 2048)
     model = TrainedModel(*adapted(base), args.batch).train()
     items, pad = dataset.__getitems__(range(args.batch)), base.tokenizer.pad_token_id
-    separate, packed = (to_device(collate(items, pad), base) for collate in (collate_train, collate_packed))
-    answers = (separate["labels"] != IGNORE).sum()
+    batch = to_device(collate_train(items, pad), base)
+    answers = (batch["labels"] != IGNORE).sum()
     forms: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: plain_loss(model, separate),
-        "separate": lambda: model(**separate, num_items_in_batch=answers)["loss"],
-        "packed": lambda: model(**packed, num_items_in_batch=answers)["loss"],
+        "plain": lambda: plain_loss(model, batch),
+        "ours": lambda: model(**batch, num_items_in_batch=answers)["loss"],
     }
 
     def step(form: Callable[[], Tensor]) -> Tensor:
@@ -94,24 +90,18 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             results[name] = loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
     work = {name: flops(lambda: step(form)) for name, form in forms.items()}  # noqa: B023
     times, rate = {name: median(values) for name, values in seconds.items()}, best_rate(base.model.dtype)
-    tokens = {"separate": separate["attention_mask"].sum(), "packed": (packed["packed_segments"] >= 0).sum()}
-    loss_differs, gradient_differs = differences(results["packed"], results["separate"])
-    plain_loss_differs, plain_gradient_differs = differences(results["separate"], results["plain"])
+    loss_differs, gradient_differs = differences(results["ours"], results["plain"])
     return {
         "samples": args.batch,
-        **{f"{name}_tokens": int(count) for name, count in tokens.items()},
+        "tokens": int(batch["attention_mask"].sum()),
         **{f"{name}_seconds": value for name, value in times.items()},
         **{f"{name}_samples_per_second": args.batch / value for name, value in times.items()},
         **{f"{name}_peak_mib": value for name, value in peaks.items()},
         **{f"{name}_gflop": value / 1e9 for name, value in work.items()},
         **{f"{name}_roofline_fraction": work[name] / times[name] / rate for name in forms},
-        "separate_times_faster_than_plain": times["plain"] / times["separate"],
-        "packed_times_faster_than_plain": times["plain"] / times["packed"],
-        "times_faster": times["separate"] / times["packed"],
+        "times_faster": times["plain"] / times["ours"],
         "loss_relative_difference": loss_differs,
         "largest_gradient_relative_difference": gradient_differs,
-        "plain_loss_relative_difference": plain_loss_differs,
-        "plain_largest_gradient_relative_difference": plain_gradient_differs,
     }
 
 

@@ -1,19 +1,30 @@
-"""What docs/add-a-method.md and docs/add-a-benchmark.md say, done literally in a copy of the checkout."""
+"""Follows the docs/add-a-*.md pages to the letter in a copy of the checkout; checks the links of all pages."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+
+from clmoe import cli
+from clmoe.config import LocatorConfig
+from clmoe.locators.base import Asked
+from clmoe.methods.base import Method
+from tests.runs import Runs
+from tests.support import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 NAMED_BLOCK = re.compile(r"^`([^`\n]+)`[^\n]*:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
 SHELL_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -48,12 +59,24 @@ def run(checkout: Path, script: str) -> str:
     return done.stdout
 
 
+def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "my_method.py").write_text(named_blocks("add-a-method.md")["my_method.py"])
+    shell = SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())[0].splitlines()
+    shown, *_ = [shlex.split(line)[1:] for line in shell]
+    assert [line.split()[:3] for line in shell] == [
+        ["clmoe", "run", "my_method.py"], ["clmoe", "run", "lora"], ["clmoe", "report", "runs/anchor"],
+    ]  # fmt: skip
+    settings = [argument for argument in shown if "=" in argument]
+    where = ["--base", str(runs.model), "--output", str(tmp_path / "run"), "--order", TASKS[0]]
+    cli.main(["run", str(tmp_path / "my_method.py"), str(runs.benchmark), *where, *settings])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["label"] == "anchor"
+
+
 def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     blocks = named_blocks("add-a-method.md")
-    contract = "tests/methods/test_contract.py"
-    assert list(blocks) == [
-        "clmoe/methods/anchor.py", "configs/methods/anchor.yaml", contract, "tests/methods/test_anchor.py",
-    ]  # fmt: skip
+    contract, method = "tests/methods/test_contract.py", "clmoe/methods/anchor.py"
+    assert list(blocks) == ["my_method.py", "configs/methods/anchor.yaml", contract, "tests/methods/test_anchor.py"]
+    blocks[method] = blocks.pop("my_method.py")
     for name, text in blocks.items():
         path = checkout / name
         assert path.exists() == (name == contract)
@@ -62,12 +85,35 @@ def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
             text = before.replace("ROWS = {\n", f"ROWS = {{\n{text}")
             assert text != before
         path.write_text(text)
-    command, *others = SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())[0].splitlines()
-    printed = run(checkout, command)
+    printed = run(checkout, SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())[1])
     # a method that is continued has eight tests in the contract, three more have all methods or are its own
     assert re.search(r"^(\d+) passed", printed.splitlines()[-1]), printed
     assert int(printed.splitlines()[-1].split()[0]) >= 11, printed
-    assert all(re.match(r"(bash scripts/sequence\.sh playground-coin|clmoe report) ", line) for line in others)
+
+
+def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> None:
+    ((name, text),) = named_blocks("add-a-locator.md").items()
+    assert not (checkout / name).exists()
+    (checkout / name).write_text(text)
+    rooms = checkout / "clmoe/locators/__init__.py"
+    source = rooms.read_text().replace('"vae": Vae,\n', '"vae": Vae,\n    "gaussian": Gaussian,\n')
+    rooms.write_text(source.replace("\nLOCATORS:", "\nfrom clmoe.locators.gaussian import Gaussian\n\nLOCATORS:"))
+    test, evaluate = SHELL_BLOCK.findall((DOCS / "add-a-locator.md").read_text())[0].splitlines()
+    printed = run(checkout, test)
+    assert re.search(r"^1 passed", printed.splitlines()[-1]), printed
+    assert "scripts/eval.sh playground-coin locator=gaussian" in evaluate
+
+    namespace: dict[str, Any] = {}
+    exec(text, namespace)
+    locator, restored = (namespace["Gaussian"](LocatorConfig("gaussian"), 0) for _ in range(2))
+    means = torch.tensor([[0.0] * 4, [3.0] * 4])
+    for mean in means:
+        locator.fit(mean + torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))
+    locator.save(tmp_path / "locator.safetensors")
+    restored.load(tmp_path / "locator.safetensors")
+    scores = restored.scores(Asked(["a", "b"], 2, features=means))
+    assert scores.argmax(1).tolist() == [0, 1]
+    assert torch.equal(scores, locator.scores(Asked(["a", "b"], 2, features=means)))
 
 
 def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
@@ -89,18 +135,34 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
     assert (checkout / "runs/colours/lora-seed0/report/report.md").is_file()
 
 
-@pytest.mark.parametrize("page", ["add-a-method.md", "add-a-benchmark.md"])
+@pytest.mark.parametrize("page", ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (DOCS / page).read_text()):
-        assert (DOCS / target).exists(), target
-    for name in re.findall(r"`([a-z_]+\.py)`", (DOCS / page).read_text()):
+    path = DOCS / page
+    for target, _, anchor in (link.partition("#") for link in LINK.findall(path.read_text())):
+        found = path.parent / target if target else path
+        assert found.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+
+
+def test_the_hooks_examples_exist() -> None:
+    for name in re.findall(r"`([a-z_]+\.py)`", (DOCS / "add-a-method.md").read_text().split("## The hooks")[1]):
         assert (ROOT / "clmoe" / "methods" / name).is_file(), name
+
+
+def test_the_tests_of_published_faults_exist() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    page = (DOCS / "faults.md").read_text()
+    names = re.findall(r"(?:`|::)(test_\w+)(?!\.py)\b", page)
+    assert len(names) > 20
+    assert not [name for name in names if f"def {name}(" not in tests]
+    for path in re.findall(r"tests/[\w/]+\.py", page):
+        assert (ROOT / path).is_file(), path
 
 
 def test_every_hook_is_in_the_walk_through() -> None:
     """The table names what a subclass may override: no more and no less."""
-    from clmoe.methods.base import Method
-
     hooks = {name for name in vars(Method) if not name.startswith("_")}
     table = (DOCS / "add-a-method.md").read_text().split("## The hooks")[1]
     named = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}

@@ -106,13 +106,6 @@ def test_answers_are_text_and_pictures_are_shown(page: Any) -> None:
     assert widths == [40] * 3
 
 
-def test_download(page: Any, page_file: Path) -> None:
-    with page.expect_download() as waiting:
-        page.locator("#matrices .csv").click()
-    assert waiting.value.suggested_filename == "matrices.csv"
-    assert Path(waiting.value.path()).read_text().startswith("label,seed,after,task,value\n")
-
-
 def test_dark_and_light_follow_the_system_down_to_the_figures(page: Any) -> None:
     shades = []
     for scheme in ("light", "dark"):

@@ -118,34 +118,36 @@ def test_missing_and_mismatched_files_are_named(tmp_path: Path) -> None:
     refused(run, "timing.json", "'minutes'")
 
 
+PARAMETERS, USAGE = "task,trainable,stored", "task,block,expert,share"
+LOCATED = "after,decider,task,located,count"
+
+
 @pytest.mark.parametrize(
-    ("file", "header", "lines", "where"),
+    ("file", "lines", "where"),
     [
-        ("parameters.csv", "task,trainable", [], "header"),
-        ("parameters.csv", "task,trainable,stored", ["count,1"], "row 2"),
-        ("parameters.csv", "task,trainable,stored", ["count,1.5,2"], "row 2, column 'trainable': '1.5'"),
-        ("parameters.csv", "task,trainable,stored", ["count,1,-2"], "row 2, column 'stored': '-2'"),
-        ("parameters.csv", "task,trainable,stored", ["cuont,1,2"], "row 2, column 'task': 'cuont'"),
-        ("parameters.csv", "task,trainable,stored", ["box,1,2", "count,1,2"], "field 'task': found box, count"),
-        ("parameters.csv", "task,trainable,stored", ["box,1,2", "box,1,2"], "field 'task': found box, box"),
-        ("usage.csv", "task,block,expert,share", ["cuont,b,0,0.5"], "row 2, column 'task': 'cuont'"),
-        ("usage.csv", "task,block,expert,share", ["count,b,0,0.5", "count,b,2,0.5"], "row 3, column 'expert'"),
-        ("usage.csv", "task,block,expert,share", ["count,b,0,1.5"], "row 2, column 'share': '1.5'"),
-        ("usage.csv", "task,block,expert,share", ["count,b,0,nan"], "row 2, column 'share': 'nan'"),
-        ("locator.csv", "after,decider,task,located,count", ["bix,vae,box,box,1"], "row 2, column 'after': 'bix'"),
-        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,bix,1"], "row 2, column 'located': 'bix'"),
-        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,box,1e3"], "row 2, column 'count': '1e3'"),
-        (
-            "locator.csv",
-            "after,decider,task,located,count",
-            ["box,vae,box,box,1"] * 2,
-            "row 3: second row for box,vae,box",
-        ),
-        ("locator.csv", "after,decider,task,located,count", ["box,vae,box,box"], "row 2: 4 cells"),
+        ("parameters", ["task,trainable"], "header"),
+        ("parameters", [PARAMETERS, "count,1"], "row 2"),
+        ("parameters", [PARAMETERS, "count,1.5,2"], "row 2, column 'trainable': '1.5'"),
+        ("parameters", [PARAMETERS, "count,1,-2"], "row 2, column 'stored': '-2'"),
+        ("parameters", [PARAMETERS, "cuont,1,2"], "row 2, column 'task': 'cuont'"),
+        ("parameters", [PARAMETERS, "box,1,2", "count,1,2"], "field 'task': found box, count"),
+        ("parameters", [PARAMETERS, "box,1,2", "box,1,2"], "field 'task': found box, box"),
+        ("usage", [USAGE, "cuont,b,0,0.5"], "row 2, column 'task': 'cuont'"),
+        ("usage", [USAGE, "count,b,0,0.5", "count,b,2,0.5"], "row 3, column 'expert'"),
+        ("usage", [USAGE, "count,b,0,1.5"], "row 2, column 'share': '1.5'"),
+        ("usage", [USAGE, "count,b,0,nan"], "row 2, column 'share': 'nan'"),
+        ("locator", [LOCATED, "bix,vae,box,box,1"], "row 2, column 'after': 'bix'"),
+        ("locator", [LOCATED, "box,vae,box,bix,1"], "row 2, column 'located': 'bix'"),
+        ("locator", [LOCATED, "box,vae,box,box,1e3"], "row 2, column 'count': '1e3'"),
+        ("locator", [LOCATED, "box,vae,box,box,1", "box,vae,box,box,2"], "row 3: second row for box,vae,box,box"),
+        ("locator", [LOCATED, "box,vae,box,box"], "row 2: 4 cells"),
     ],
 )
-def test_malformed_tables_are_named(tmp_path: Path, file: str, header: str, lines: list[str], where: str) -> None:
-    refused(write(make_run(tmp_path, "moe", 0) / file, header, *lines), file, where)
+def test_malformed_tables_are_named(tmp_path: Path, file: str, lines: list[str], where: str) -> None:
+    refused(write(make_run(tmp_path, "moe", 0) / f"{file}.csv", *lines), f"{file}.csv", where)
+
+
+GOOD = block([0.1, 0.2], 0.3, 0)
 
 
 @pytest.mark.parametrize(
@@ -156,30 +158,21 @@ def test_malformed_tables_are_named(tmp_path: Path, file: str, header: str, line
         ([{"task": "count"}], "entry 1: field 'blocks'"),
         ([{"task": "x", "blocks": {}}], "field 'task': found x;"),
         ([{"task": task, "blocks": {}} for task in ("box", "count")], "field 'task': found box, count"),
-        ([{"task": "box", "blocks": {"b": 1}}], "task 'box', block 'b'"),
+        ([{"task": "box", "blocks": {"b": 1}}], "task 'box', block 'b': field 'activations'"),
+        *(
+            ([{"task": "box", "blocks": {"b": GOOD | {field: value}}}], f"task 'box', block 'b': field {field!r}")
+            for field, values in {
+                "activations": [[0.1, "x"], [0.1, float("nan")]],
+                "probes": [0, 3],
+                "threshold": ["0.3", float("inf")],
+                "added": [True, -1],
+            }.items()
+            for value in values
+        ),
     ],
 )
 def test_malformed_expansion_is_named(tmp_path: Path, content: Any, where: str) -> None:
     refused(write(make_run(tmp_path, "moe", 0) / "expansion.json", json.dumps(content)), "expansion.json", where)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("activations", [0.1, "x"]),
-        ("activations", [0.1, float("nan")]),
-        ("probes", 0),
-        ("probes", 3),
-        ("threshold", "0.3"),
-        ("threshold", float("inf")),
-        ("added", True),
-        ("added", -1),
-    ],
-)
-def test_malformed_block_is_named(tmp_path: Path, field: str, value: Any) -> None:
-    run = make_run(tmp_path, "moe", 0)
-    write_expansion(run, [{layer(3): block([0.1, 0.2], 0.3, 0) | {field: value}}])
-    refused(run, "expansion.json", "task 'colour_letter'", layer(3), repr(field))
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:

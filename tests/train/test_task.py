@@ -179,7 +179,7 @@ def test_other_settings_in_the_same_output_are_refused(
 ) -> None:
     error = refused(runs, capsys, chain[1], "clmoe", SECOND, "training.steps=3", previous=chain[0])
     assert "training.steps 4 there, 3 here" in error
-    assert "continues another checkpoint" in refused(runs, capsys, chain[1], "clmoe", SECOND)
+    assert "parent" in refused(runs, capsys, chain[1], "clmoe", SECOND)
 
 
 def test_another_base_is_refused(
@@ -202,7 +202,7 @@ def test_another_method_is_refused(
     runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused(runs, capsys, tmp_path / "run" / SECOND, "moelora", SECOND, previous=chain[0])
-    assert "another method: method clmoe there, moelora here" in error
+    assert "method clmoe there, moelora here" in error
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "statistics.safetensors", "continual.json"])

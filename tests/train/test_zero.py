@@ -21,11 +21,10 @@ FIRST = TASKS[0]
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero2_offload", 2), ("zero3", 3)])
-def test_the_settings_that_come_with_it(name: str, stage: int) -> None:
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload"])
+def test_the_settings_that_come_with_it(name: str) -> None:
     path = zero.deepspeed_settings(name)
-    assert json.loads(path.read_text())["zero_optimization"]["stage"] == stage
-    assert zero.spreads_weights(path) == (stage == 3)
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == 2
     assert zero.deepspeed_settings(str(path)) == path
 
 
@@ -37,9 +36,9 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     settings.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
     with pytest.raises(ClmoeError, match=r"mine\.json: bf16 would round"):
         zero.deepspeed_settings(str(settings))
-    for settings_of_zero in ("{}", '{"zero_optimization": {"stage": 0}}'):
+    for settings_of_zero in ("{}", '{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {"stage": 3}}'):
         settings.write_text(settings_of_zero)
-        with pytest.raises(ClmoeError, match=r"mine\.json: zero_optimization\.stage must be 1, 2 or 3"):
+        with pytest.raises(ClmoeError, match=r"mine\.json: zero_optimization\.stage must be 1 or 2"):
             zero.deepspeed_settings(str(settings))
     settings.write_text("{")
     with pytest.raises(ClmoeError, match=r"mine\.json: cannot be read"):

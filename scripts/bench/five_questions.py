@@ -1,0 +1,111 @@
+"""What the benches of evaluation, location and training share: bases of two sizes, and questions five to an image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from clock import DEVICE
+from peft import PeftModel
+from PIL import Image, ImageDraw
+
+from clmoe.bases.llava import LoadedBase, count_image_tokens, load_base
+from clmoe.bases.tiny import TinySizes, build_tiny
+from clmoe.config import Config, ModelConfig, load_config
+from clmoe.data.prompts import SYSTEM
+from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.experts.model import attach_adapter
+from clmoe.methods import method_class
+from clmoe.methods.base import Method
+
+COLOURS = ("red", "green", "blue", "yellow", "purple")
+QUESTIONS = (
+    "What is the colour of the thing at the left?",
+    "How many things are there?\nAnswer the question using a single word or phrase.",
+    "Is there a circle in the picture?\nAnswer yes or no.",
+    "Which shape is the largest one, and is it above the small one?",
+    "On which side is the triangle, left or right?",
+)
+BASES = ("playground", "llava", "llava-7b")
+# 576 image tokens of some 630, as in LLaVA-1.5
+LLAVA_LIKE = TinySizes(image_size=336, vision_layers=2, text_layers=4, positions=1024)
+LLAVA_7B = TinySizes(336, 14, 1024, 24, 16, 4096, text_hidden=4096, text_layers=32, text_heads=32, text_ffn=11008)
+WORDS_7B = 32064
+
+
+def open_base(kind: str) -> LoadedBase:
+    """``playground``: the embedded benchmark's base, 16 image tokens; ``llava``: random weights, 576 image tokens.
+
+    ``llava-7b``: random weights in LLaVA-1.5-7B's shapes, bfloat16, for a GPU. On the GPU where there is one.
+    """
+    if kind == "playground":
+        return load_base(ModelConfig(), DEVICE)
+    with DEVICE:
+        sizes = LLAVA_7B if kind == "llava-7b" else LLAVA_LIKE
+        model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, sizes, vocabulary=800)
+        if kind == "llava-7b":
+            model = model.to(torch.bfloat16)
+            model.resize_token_embeddings(WORDS_7B, mean_resizing=False)
+    model.requires_grad_(False)
+    return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), kind)
+
+
+def adapted(base: LoadedBase, method: str = "moelora") -> tuple[PeftModel, Method]:
+    """An adapter of eight experts whose up-projections are not zero."""
+    config: Config = load_config(method, {"adapter": {"rank": 64, "experts": 8}}, [])
+    kind = method_class(method)(config)
+    model = attach_adapter(base.model, kind.adapter(base))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01
+    return model, kind
+
+
+def write_images(folder: Path, count: int, side: int) -> list[str]:
+    """Pictures of coloured shapes; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    for number in range(count):
+        image = Image.new("RGB", (side, side), (240, 240, 240))
+        pen = ImageDraw.Draw(image)
+        for _ in range(draw.randint(1, 4)):
+            x, y, size = (draw.randint(0, side * 3 // 4) for _ in range(3))
+            shape = draw.choice((pen.ellipse, pen.rectangle))
+            shape((x, y, x + size // 2 + 2, y + size // 2 + 2), fill=draw.choice(COLOURS))
+        image.save(folder / f"{number}.png")
+    return [f"{number}.png" for number in range(count)]
+
+
+def questions(names: list[str]) -> list[Question]:
+    """Five of each image."""
+    return [Question(f"{name}-{k}", name, text, "", {}) for name in names for k, text in enumerate(QUESTIONS)]
+
+
+def records(names: list[str]) -> list[TrainRecord]:
+    """Five of each image, with short answers."""
+    draw = random.Random(1)
+    return [
+        TrainRecord(f"{name}-{k}", name, (Turn(text, draw.choice(COLOURS)),))
+        for name in names
+        for k, text in enumerate(QUESTIONS)
+    ]
+
+
+def figures(
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """What ``measure`` finds on one thread, in a folder that is removed; with ``--json`` printed, and None returned."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args, Path(folder))
+    if not args.json:
+        return found
+    print(json.dumps(found))
+    return None
