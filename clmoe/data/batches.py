@@ -1,13 +1,11 @@
-"""From records to batches: datasets that make one item at a time, collation, packing by image, and sampling.
+"""From records to batches: datasets that make one item at a time, collation, and sampling.
 
 Items hold tensors only and nothing random is drawn here, so a batch does not depend on the number of loader workers.
-Letters: B records, T tokens of the longest record, I images of H x W pixels, G packed rows, L tokens of the longest.
+Letters: B records, T tokens of the longest record, I images of H x W pixels.
 """
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -133,13 +131,9 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     return batch | {"labels": _pad([item.labels for item in items], IGNORE)} | _stacked(items)
 
 
-def collate_numbered(
-    items: Sequence[tuple[int, TrainItem]],
-    pad_id: int,
-    collate: Callable[[Sequence[TrainItem], int], dict[str, Tensor]] = collate_train,
-) -> dict[str, Tensor]:
-    """As ``collate``, with the items' places in their dataset as ``rows [B]`` int64."""
-    return collate([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
+def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
+    """As ``collate_train``, with the items' places in their dataset as ``rows [B]`` int64."""
+    return collate_train([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
 
 
 def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
@@ -159,67 +153,6 @@ def _pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
 def _stacked(items: Sequence[PromptItem]) -> dict[str, Tensor]:
     present = [item.pixel_values for item in items if item.pixel_values is not None]
     return {"pixel_values": torch.stack(present)} if present else {}
-
-
-# ---- Packing: records of one image as one row, which holds their common prefix (system sentence and image) once; under
-# causal attention its states are the same in all of them (Prefix Grouper, arXiv 2506.05433).
-
-
-def image_groups(records: Sequence[TrainRecord]) -> tuple[tuple[int, ...], ...]:
-    """Indices of records, grouped by image in order of first appearance; a record without image is alone.
-
-    The n-th occurrence of a repeated record (a replayed memory, a union's passes) goes to its image's n-th group:
-    otherwise whole batches would repeat one record.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    seen: Counter[bytes] = Counter()
-    for row, record in enumerate(records):
-        if record.image is None:
-            groups[row] = [row]
-            continue
-        content = hashlib.blake2b(repr(record).encode(), digest_size=16).digest()
-        groups.setdefault((record.image, seen[content]), []).append(row)
-        seen[content] += 1
-    return tuple(map(tuple, groups.values()))
-
-
-def collate_packed(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
-    """A training batch as of ``collate_train``, and the packed rows that the model computes.
-
-    Items that hold the same ``pixel_values`` tensor share a row. The batch also holds, all int64,
-
-    - ``packed_ids [G, L]``: a prefix and the rests of a row's records, one after another, padded on the right;
-    - ``packed_positions [G, L]``: each token's position in its own record;
-    - ``packed_segments [G, L]``: 0 in the prefix, n in the n-th rest, -1 in the padding;
-    - ``places [B, T]``: where each record's token lies, ``row * L + column``; 0 for padding;
-
-    and ``pixel_values`` once for each row that has an image.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for number, item in enumerate(items):
-        members.setdefault(number if item.pixel_values is None else ("image", id(item.pixel_values)), []).append(number)
-    rows = [_packed_row([items[n].input_ids for n in numbers]) for numbers in members.values()]
-    ids, positions, segments, columns = zip(*rows, strict=True)
-    packed_ids = _pad(ids, pad_id)
-    batch = collate_train([replace(item, pixel_values=None) for item in items], pad_id)
-    places = torch.zeros_like(batch["input_ids"])
-    for row, numbers in enumerate(members.values()):
-        for number, column in zip(numbers, columns[row], strict=True):
-            places[number, : len(column)] = row * packed_ids.shape[1] + column
-    batch |= {"packed_ids": packed_ids, "packed_positions": _pad(positions, 0), "packed_segments": _pad(segments, -1)}
-    return batch | {"places": places} | _stacked([items[numbers[0]] for numbers in members.values()])
-
-
-def _packed_row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Ids, positions and segments ``[l]`` of one row, and for each record the columns of its tokens."""
-    prefix = common_prefix(ids)
-    shared = torch.arange(prefix)
-    rests = [torch.arange(prefix, len(whole)) for whole in ids]
-    starts = np.cumsum([0, *map(len, rests)]).tolist()
-    columns = [torch.cat([shared, rest + start]) for rest, start in zip(rests, starts, strict=False)]
-    segments = [torch.full_like(rest, number) for number, rest in enumerate([shared, *rests])]
-    tokens = torch.cat([ids[0][:prefix], *(whole[prefix:] for whole in ids)])
-    return tokens, torch.cat([shared, *rests]), torch.cat(segments), columns
 
 
 def common_prefix(ids: Sequence[Tensor]) -> int:

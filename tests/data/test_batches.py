@@ -1,4 +1,4 @@
-"""Batches: padding, masks, images of some rows only, packed rows, and independence of the number of workers."""
+"""Batches: padding, masks, images of some rows only, and independence of the number of workers."""
 
 import pickle
 import warnings
@@ -24,11 +24,9 @@ from clmoe.data.batches import (
     TrainDataset,
     TrainItem,
     collate_numbered,
-    collate_packed,
     collate_prompts,
     collate_train,
     first_questions,
-    image_groups,
 )
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
@@ -88,33 +86,6 @@ def test_prompt_batch() -> None:
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert collate_prompts(items[:1], PAD).keys() == {"input_ids", "attention_mask"}
-
-
-# ---- Packing
-
-
-def test_packed_rows_by_hand() -> None:
-    """Two records of one image with three tokens in common, one of another image, one without."""
-    shared = torch.ones(3, 2, 2)
-    pictures = [shared, None, torch.zeros(3, 2, 2), shared]
-    rows = [[1, 2, 9, 5, 6], [1, 4], [1, 2, 9, 7], [1, 2, 9, 8]]
-    items = [TrainItem(torch.tensor(ids), p, torch.tensor(ids)) for ids, p in zip(rows, pictures, strict=True)]
-    batch = collate_packed(items, PAD)
-    assert batch["packed_ids"].tolist() == [[1, 2, 9, 5, 6, 8], [1, 4, 3, 3, 3, 3], [1, 2, 9, 7, 3, 3]]
-    assert batch["packed_positions"].tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 0, 0]]
-    assert batch["packed_segments"].tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, -1, -1, -1, -1], [0, 0, 0, 0, -1, -1]]
-    assert batch["places"].tolist() == [[0, 1, 2, 3, 4], [6, 7, 0, 0, 0], [12, 13, 14, 15, 0], [0, 1, 2, 5, 0]]
-    assert torch.equal(batch["pixel_values"], torch.stack([shared, pictures[2]]))
-    plain = collate_train(items, PAD)
-    assert all(torch.equal(batch[key], plain[key]) for key in ("input_ids", "attention_mask", "labels"))
-
-
-def test_image_groups_keep_the_occurrences_of_a_record_apart() -> None:
-    def record(name: str, image: str | None) -> TrainRecord:
-        return TrainRecord(name, image, (Turn("q", "a"),))
-
-    a, b, text, c = record("a", "0.png"), record("b", "0.png"), record("t", None), record("c", "1.png")
-    assert image_groups([a, c, b, text, a, text, b]) == ((0, 2), (1,), (3,), (4, 6), (5,))
 
 
 # ---- Datasets
