@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clmoe.benchmarks.gold import READERS, Gold
+from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, read_yaml
 from clmoe.data.batches import epoch_permutation
 from clmoe.data.records import Failed, Question, load_questions
@@ -33,7 +33,6 @@ class Task:
     """One task; the paths are absolute.
 
     Attributes:
-        max_new_tokens: limits an answer's length.
         suffix: added to the text of every test question.
         passes: over the training records, for each of ``training.epochs``.
         gold: the files with the expected answers; None where the test file holds them.
@@ -105,9 +104,9 @@ class Benchmark:
         if spec == "rand":
             return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
         chosen = [self.task(part.strip()).name for part in spec.split(",")]
-        repeated = sorted({name for name in chosen if chosen.count(name) > 1})
-        if repeated:
-            raise ClmoeError(f"order {spec!r}: task {repeated[0]!r} is listed more than once")
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise ClmoeError(f"order {spec!r}: task {name!r} is listed more than once")
         return chosen
 
     def missing_files(self, tasks: Collection[str] | None = None) -> list[str]:
@@ -116,8 +115,9 @@ class Benchmark:
         for task in (task for task in self.tasks if tasks is None or task.name in tasks):
             gold = [("gold", path) for path in (task.gold.files if task.gold else ())]
             for kind, path in (("train", task.train), ("test", task.test), *gold):
-                source = f", from {self.source(path)}" if self.source(path) else ""
-                lines += [] if path.is_file() else [f"task {task.name!r}, field '{kind}': no file {path}{source}"]
+                if not path.is_file():
+                    source = f", from {self.source(path)}" if self.source(path) else ""
+                    lines.append(f"task {task.name!r}, field '{kind}': no file {path}{source}")
         return lines
 
     def require_files(self, tasks: Collection[str] | None = None) -> None:
@@ -209,18 +209,16 @@ def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
     if min(entry.max_new_tokens, entry.passes) < 1:
         raise ClmoeError(f"{where}: max_new_tokens {entry.max_new_tokens} and passes {entry.passes} must be at least 1")
-    gold = _gold(entry.gold, root, f"{where}.gold") if entry.gold else None
-    train, test, images = root / entry.train, root / entry.test, root / entry.images
+    gold, train, test, images = None, root / entry.train, root / entry.test, root / entry.images
+    if entry.gold is not None:
+        name, given = entry.gold.reader, entry.gold.files
+        if name not in READERS:
+            raise ClmoeError(f"{where}.gold: {unknown('reader', name, READERS)}")
+        if len(given) != len(READERS[name].files):
+            takes = ", ".join(READERS[name].files)
+            raise ClmoeError(f"{where}.gold.files: reader {name!r} takes {takes}, found {given!r}")
+        gold = Gold(name, tuple(root / file for file in given))
     return Task(entry.name, train, test, images, entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes, gold)
-
-
-def _gold(entry: _GoldEntry, root: Path, where: str) -> Gold:
-    if entry.reader not in READERS:
-        raise ClmoeError(f"{where}: {unknown('reader', entry.reader, READERS)}")
-    files = READERS[entry.reader].files
-    if len(entry.files) != len(files):
-        raise ClmoeError(f"{where}.files: reader {entry.reader!r} takes {', '.join(files)}, found {entry.files!r}")
-    return Gold(entry.reader, tuple(root / name for name in entry.files))
 
 
 def _require(entry: _BenchmarkEntry | _TaskEntry, fields: Sequence[str], where: str) -> None:
@@ -241,11 +239,7 @@ def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
 def task_questions(task: Task, *, images: bool = True) -> list[Question]:
     """Read and validate the task's test and gold files, and add the task's suffix to the questions.
 
-    Args:
-        images: False where only the rows matter: images need not exist.
-
-    Raises:
-        ClmoeError: naming file and row, or gold file and id.
+    ``images=False``: the images need not exist. Raises ClmoeError naming file and row, or gold file and id.
     """
     return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
 
@@ -256,14 +250,14 @@ def complete(task: Task, questions: Sequence[Question], failed: Failed | None = 
     Errors about questions without an answer go to ``failed``, and those questions are left out; None raises the first.
     """
     if task.gold is not None:
-        questions = READERS[task.gold.reader].read(task.gold.files, questions, failed)
+        questions = read_gold(task.gold, questions, failed)
     return [replace(question, text=question.text + task.suffix) for question in questions]
 
 
 def sampled(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """``limit`` of the questions, in their order; all of them with None.
 
-    Which ones depends on the number of questions alone: every stage of every run asks the same, and a smaller sample is
-    part of a larger one. They come from the whole file, because files are often sorted by kind or difficulty.
+    Which ones depends on the number of questions alone, so every stage of every run asks the same, and a smaller sample
+    is part of a larger one. They come from the whole file, because files are often sorted by kind or difficulty.
     """
     return [questions[row] for row in sorted(epoch_permutation(0, 0, len(questions))[:limit].tolist())]

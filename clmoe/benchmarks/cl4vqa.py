@@ -19,11 +19,9 @@ _PARTS = ("train2014", "val2014")
 def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
     """Write training and test file of every task of which neither exists.
 
-    Reads ``VQA_v2/v2_OpenEnded_mscoco_{train,val}2014_questions.json``, ``v2_mscoco_{train,val}2014_annotations.json``
-    and ``VQACL/karpathy_{train,test}_q_<task>.json``, of which only ``question_id`` is used. Training answers are the
-    most common ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers.
-
-    Returns what was done, one line each.
+    Of ``VQACL/karpathy_{train,test}_q_<task>.json`` only ``question_id`` is used. Training answers are the most common
+    ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was done, one
+    line each.
 
     Raises:
         ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.

@@ -32,12 +32,9 @@ def padded_box(box: Sequence[float], width: int, height: int) -> str:
 def prepare_grounding(benchmark: Benchmark) -> list[str]:
     """Write training and test file of task ``Grounding`` where neither exists.
 
-    Reads ``RefCOCO/<name>/refs.json`` and ``instances.json`` of each folder that is there (docs/benchmarks.md says how
-    to get them), and writes one record for each sentence of split ``train``, and one question for each sentence of
-    ``test``, ``testA`` and ``testB``. A box that has no area after rounding would be a malformed answer: such training
-    records are left out and counted.
-
-    Returns what was done, one line each.
+    Each sentence of split ``train`` in a ``RefCOCO/<name>/refs.json`` becomes a record, each of ``test``, ``testA`` and
+    ``testB`` a question. A box that has no area after rounding would be a malformed answer: such training records are
+    left out and counted. Returns what was done, one line each.
 
     Raises:
         ClmoeError: broken annotations, or a box of the test split has no area after rounding.
@@ -68,7 +65,7 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
 
 
 def _references(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and question of every sentence."""
+    """Split and test row of every sentence."""
     file, references = folder / "instances.json", folder / "refs.json"
     instances = entries(file)
     images = {row["id"]: row for row in listed(file, "images", instances)}

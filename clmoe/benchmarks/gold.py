@@ -1,8 +1,7 @@
 """Expected answers that are in other files than the questions, and how to read other people's JSON.
 
-A reader takes a task's gold files and its questions, and returns the questions with what the task's scorer needs in
-``answer`` or ``extra``. Faults (a question without an entry, say) are errors that name file and id; each goes to
-``failed``, and the question is left out; where ``failed`` is None, the first one is raised.
+A reader takes a task's gold files and its questions, and returns what turns one question into the same with all that
+the task's scorer needs in ``answer`` or ``extra``, or raises ClmoeError naming file and id.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +23,33 @@ class Gold:
     files: tuple[Path, ...]
 
 
+Answered = Callable[[Question], Question]
+
+
 @dataclass(frozen=True)
 class Reader:
     """How gold files are read, what they are, and whether this needs every question of the test file (``whole``)."""
 
-    read: Callable[[Sequence[Path], Sequence[Question], Failed | None], list[Question]]
+    read: Callable[[Sequence[Path], Sequence[Question], Failed], Answered]
     files: tuple[str, ...]
     whole: bool = False
+
+
+def read_gold(gold: Gold, questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+    """The questions with their answers. Each fault goes to ``failed`` and its question is left out; None raises."""
+
+    def report(error: ClmoeError) -> None:
+        if failed is None:
+            raise error
+        failed(error)
+
+    answered, result = READERS[gold.reader].read(gold.files, questions, report), []
+    for question in questions:
+        try:
+            result.append(answered(question))
+        except ClmoeError as error:
+            report(error)
+    return result
 
 
 def entries(file: Path) -> dict[str, Any]:
@@ -57,41 +76,19 @@ def _entry(file: Path, rows: Mapping[str, Any], name: str) -> dict[str, Any]:
     return row
 
 
-def _each(
-    questions: Sequence[Question], answered: Callable[[Question], Question], failed: Failed | None
-) -> list[Question]:
-    """Each question as ``answered`` returns it, without those that fail."""
-    result = []
-    for question in questions:
-        try:
-            result.append(answered(question))
-        except ClmoeError as error:
-            _report(error, failed)
-    return result
-
-
-def _report(error: ClmoeError, failed: Failed | None) -> None:
-    if failed is None:
-        raise error
-    failed(error)
-
-
-def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
-    """ScienceQA: the right choice's letter, and the choices.
-
-    The test file must hold the whole test split, because published scores count the whole split.
-    """
+def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
+    """ScienceQA: the right choice's letter, and the choices. The test file must hold the whole test split."""
     problems_file, splits_file = files
     problems = entries(problems_file)
     split = [str(name) for name in listed(splits_file, "test")]
     asked = {question.question_id for question in questions}
     lacking = [name for name in split if name not in asked]
     if lacking:
-        error = ClmoeError(
+        text = (
             f"{splits_file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
             f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
         )
-        _report(error, failed)
+        failed(ClmoeError(text))
 
     def answered(question: Question) -> Question:
         problem = _entry(problems_file, problems, question.question_id)
@@ -101,10 +98,10 @@ def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Fai
             raise ClmoeError(f"{problems_file}: id {question.question_id!r}: answer {number!r} is none of its choices")
         return replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices})
 
-    return _each(questions, answered, failed)
+    return answered
 
 
-def _textvqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+def _textvqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """TextVQA: the ten annotators' answers."""
     (file,) = files
     rows = {str(row.get("question_id")): row for row in listed(file, "data") if isinstance(row, dict)}
@@ -114,10 +111,10 @@ def _textvqa(files: Sequence[Path], questions: Sequence[Question], failed: Faile
         answers = listed(file, "answers", row, question.question_id)
         return replace(question, extra={**question.extra, "answers": answers})
 
-    return _each(questions, answered, failed)
+    return answered
 
 
-def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """GQA: the answer of each question, which must be a balanced one: the published score counts only those."""
     (file,) = files
     rows = entries(file)
@@ -134,10 +131,10 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed | 
             raise ClmoeError(f"{where}: no 'answer'")
         return replace(question, answer=answer)
 
-    return _each(questions, answered, failed)
+    return answered
 
 
-def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed | None) -> list[Question]:
+def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """UCIT: the reference captions of each question's image, in ``extra["captions"]``.
 
     The published files number their images by the test file: image n belongs to the n-th question, from 1. Where the
@@ -169,7 +166,7 @@ def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed:
             )
         return replace(question, extra={**question.extra, "captions": texts})
 
-    return _each(questions, answered, failed)
+    return answered
 
 
 READERS = {

@@ -45,11 +45,7 @@ def convert_any(options: Namespace) -> str:
 
 
 def detect(folder: Path) -> str:
-    """What a folder holds, told from its files.
-
-    Raises:
-        ClmoeError: none of the known formats, or one that needs no conversion.
-    """
+    """What a folder holds. Raises ClmoeError for an unknown format, or one that needs no conversion."""
     if is_old_checkpoint(folder):
         return OLD
     if (folder / "adapter_config.json").is_file():

@@ -1,14 +1,12 @@
-"""Adapters that CoIN's and CL-MoE's training code saved: three files -> one of our checkpoints.
+"""Adapters that CoIN's and CL-MoE's training code saved -> our checkpoints.
 
-``adapter_config.json`` names the kind (``MOE_LORA_CoIN``, ``MOE_LORA_CLMoE``, or plain ``LORA``), ``adapter_model.bin``
-holds one pair of matrices per expert and one router per linear, ``non_lora_trainables.bin`` the tuned projector. Both
-projects compute, per token and linear (their ``forward``),
+``adapter_config.json`` names the kind, ``adapter_model.bin`` holds a pair of matrices per expert and a router per
+linear, ``non_lora_trainables.bin`` the tuned projector. Both projects' ``forward`` computes, per token and linear,
 
     y = W0 x + alpha / r * sum_i softmax(W_r x)_i * B_i A_i x,      A_i: r/E x din, B_i: dout x r/E
 
 which is MoELoRA's formula here with ``rank_is: total``. CL-MoE's adapters become ``moelora`` too: their files hold
-neither task gates nor centres nor statistics, which the method ``clmoe`` needs (the released code lacks them as well),
-so what is converted is the router that was trained.
+neither task gates nor centres nor statistics, which the method ``clmoe`` needs.
 """
 
 import re
@@ -40,7 +38,7 @@ PROJECTOR_FILE = "non_lora_trainables.bin"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 START = "base_model.model.model."
 PLACES = {f"{START}language_model.": START, **{START + ours: f"base_model.model.{p}" for ours, p in PROJECTOR.items()}}
-"""Beginning of a name in our file -> in theirs; how the names end is in ``_pieces``."""
+"""Beginning of a name in our file -> in theirs; ``_pieces`` has the ends."""
 
 PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_to_transform": None,
@@ -50,7 +48,7 @@ PLAIN = {
 
 
 def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Kind and size of the adapter: ``peft_type``, and our configuration's ``adapter`` section.
+    """``peft_type``, and our configuration's ``adapter`` section.
 
     Raises:
         ClmoeError: another kind of adapter, or a setting that changes the formula above.
@@ -99,16 +97,10 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     adapted = adapted_meta(method, meta_base(shapes_file(config.model)))
     tensors = read_tensors(source, {name: tensor.shape for name, tensor in adapter_tensors(adapted).items()}, settings)
     base = base_fingerprint(resolve_model_path(config.model.path))
+    trainable, _ = count_parameters(adapted)
     # their files do not say how the adapter was trained: no steps, no parent
     lineage = lineage_of(
-        method,
-        adapted,
-        benchmark=benchmark.name,
-        tasks=tasks,
-        parent=None,
-        base=base,
-        steps=0,
-        trainable=count_parameters(adapted)[0],
+        method, adapted, benchmark=benchmark.name, tasks=tasks, parent=None, base=base, steps=0, trainable=trainable
     )
     build_folder(target, lambda work: _write(work, adapted, tensors, config, lineage))
     read_checkpoint(target)
@@ -118,13 +110,9 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
 
 
 def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the checkpoint under our names, in float32, which holds all 16-bit numbers exactly.
+    """The checkpoint's tensors under our names, in float32, which holds all 16-bit numbers exactly.
 
-    Args:
-        wanted: name -> shape of every tensor that our adapter has.
-
-    Raises:
-        ClmoeError: see ``convert_adapter``.
+    ``wanted``: name -> shape of every tensor of our adapter. Raises as ``convert_adapter``.
     """
     tensors: dict[str, Tensor] = {}
     for path in (folder / "adapter_model.bin", *([folder / PROJECTOR_FILE] if settings["train_projector"] else [])):
@@ -141,9 +129,9 @@ def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]
 
 
 def _pieces(name: str, shape: Size, experts: int) -> tuple[list[str], Size, int]:
-    """Which of their tensors make up one of ours: their names, the shape of each, and where they are joined.
+    """Names and shape of their tensors that make up one of ours, and the dimension to join them in.
 
-    ``A [E*r, din]`` and ``B [dout, E*r]`` hold all experts, theirs one; router and plain LoRA are the same in both.
+    Our ``A [E*r, din]`` and ``B [dout, E*r]`` hold all experts, theirs one; routers and plain LoRA are alike.
     """
     packed = re.fullmatch(r"(.+)\.clmoe_experts\.\w+\.([AB])", name)
     if packed is None:
@@ -155,11 +143,7 @@ def _pieces(name: str, shape: Size, experts: int) -> tuple[list[str], Size, int]
 
 
 def _without_twins(found: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """An expert's matrix has two names in their code, ``loraA.0.weight`` and ``loraA.0.mlp.weight``; keep the first.
-
-    Raises:
-        ClmoeError: both are in the file and differ.
-    """
+    """Keep one of an expert's two names, ``loraA.0.weight`` and ``loraA.0.mlp.weight``; they must not differ."""
     kept: dict[str, Tensor] = {}
     for name, tensor in found.items():
         short = re.sub(r"\.(lora[AB]\.\d+)\.mlp\.weight$", r".\1.weight", name)

@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-from clmoe.convert.weights import (
-    CLIP,
-    LIUHAOTIAN,
-    LIUHAOTIAN_TOWER,
-    assemble,
-    check_connection,
-    find_weights,
-    read_weights,
-)
+from clmoe.convert import weights
 from clmoe.utils.files import read_json
 
 
@@ -24,12 +16,12 @@ def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
         ClmoeError: another kind of LLaVA, or a file that is missing or does not fit.
     """
     values = read_json(source / "config.json")
-    check_connection(values, source / "config.json")
-    files = find_weights(source)
-    (start,) = LIUHAOTIAN_TOWER.values()
-    if any(name.startswith(start) for name in read_weights(files)):
-        tower, parts = "its own vision tower", [(files, LIUHAOTIAN | LIUHAOTIAN_TOWER)]
+    weights.check_connection(values, source / "config.json")
+    files, (start,) = weights.find_weights(source), weights.LIUHAOTIAN_TOWER.values()
+    if any(name.startswith(start) for name in weights.read_weights(files)):
+        tower, parts = "its own vision tower", [(files, weights.LIUHAOTIAN | weights.LIUHAOTIAN_TOWER)]
     else:
-        tower, parts = f"the vision tower of {vision}", [(files, LIUHAOTIAN), (find_weights(vision), CLIP)]
-    count = assemble(source, target, vision, values, parts)
+        clip = (weights.find_weights(vision), weights.CLIP)
+        tower, parts = f"the vision tower of {vision}", [(files, weights.LIUHAOTIAN), clip]
+    count = weights.assemble(source, target, vision, values, parts)
     return f"original LLaVA {source} with {tower}: {count} tensors"

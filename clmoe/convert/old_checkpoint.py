@@ -1,10 +1,9 @@
 """A checkpoint that clmoe 0.1 sealed (format 1) -> one of today's: the same tensors, settings under their new names."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from clmoe.config import Config, build, dump_config, read_yaml
 from clmoe.errors import ClmoeError
@@ -14,9 +13,10 @@ from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, build_
 from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.tensors import load_tensors
 
-DROPPED = (MANIFEST, "README.md", "prototypes.safetensors", CONFIG, LINEAGE, LOCATOR_FILE)
 OLD_BANK = {"vae": LOCATOR_FILE, "prototype": "prototypes.safetensors"}
 """LLaVA-CMoE kept two locators: the file of each."""
+
+DROPPED = (MANIFEST, "README.md", CONFIG, LINEAGE, *OLD_BANK.values())
 
 
 def is_old_checkpoint(folder: Path) -> bool:
@@ -27,25 +27,24 @@ def is_old_checkpoint(folder: Path) -> bool:
 
 
 def convert_old_checkpoint(source: Path, target: Path) -> str:
-    """Write ``source`` anew as ``target``; returns what was done.
+    """Write ``source`` anew as ``target``; return what it was.
 
     Raises:
-        ClmoeError: a file of the old checkpoint is missing or damaged, or a setting has no counterpart.
+        ClmoeError: a file is missing or damaged, or a setting has no counterpart.
     """
-    for name, entry in read_json(source / MANIFEST)["files"].items():
+    files = read_json(source / MANIFEST)["files"]
+    for name, entry in files.items():
         if not (source / name).is_file() or file_sha256(source / name) != entry["sha256"]:
             raise ClmoeError(f"{source / name} is missing or damaged: restore it")
     values, bank = _upgraded(read_yaml(source / CONFIG))
     config = build(Config, values, str(source / CONFIG))
 
     def fill(folder: Path) -> None:
-        for path in source.iterdir():
-            if path.is_file() and path.name not in DROPPED:
-                shutil.copy(path, folder / path.name)
+        for name in files.keys() - set(DROPPED):
+            shutil.copy(source / name, folder / name)
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-        lineage = read_json(source / LINEAGE)
-        lineage |= {"config_sha256": training_identity(config), "method": config.method}
-        write_json(folder / LINEAGE, lineage)
+        changed = {"config_sha256": training_identity(config), "method": config.method}
+        write_json(folder / LINEAGE, read_json(source / LINEAGE) | changed)
         if bank is not None:
             locator = make_locator(config.locator, config.seed)
             locator.load_state(load_tensors(source / bank))
@@ -55,28 +54,22 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
     return f"a checkpoint of {config.name} that clmoe 0.1 sealed"
 
 
-def _upgraded(values: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Settings under today's names, and the old file that holds the locator."""
-    values = yaml.safe_load(yaml.safe_dump(values))
+def _upgraded(old: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Settings under today's names, and the file that holds the locator, if the method has one."""
+    values = copy.deepcopy(old)
     options, method = values["options"], values["method"]
     values["adapter"].pop("budget", None)
     if method == "separate":  # a plain LoRA that had learned one task
         values |= {"method": "lora", "label": values["label"] or "separate"}
-        return values, None
     if method not in ("clmoe", "llava_cmoe"):
         return values, None
     name = "prototype" if method == "clmoe" else options.pop("decider", "vae")
-    values["locator"] = {
-        "name": name,
-        "feature": options.pop("feature", "last"),
-        "samples": options.get("samples", 2000),
-        "options": {},
-    }
+    locator = {"name": name, "feature": options.pop("feature", "last"), "samples": options.get("samples", 2000)}
     if method == "clmoe":
-        own = ("distance", "radius")
-        values["locator"]["options"] = {key: options.pop(key) for key in own if key in options}
-        return values, LOCATOR_FILE
-    options.pop("samples", None)
-    vae = options.pop("locator", {})
-    values["locator"]["options"] = vae if name == "vae" else {}
-    return values, OLD_BANK[name]
+        own, bank = {key: options.pop(key) for key in ("distance", "radius") if key in options}, LOCATOR_FILE
+    else:
+        options.pop("samples", None)
+        vae, bank = options.pop("locator", {}), OLD_BANK[name]
+        own = vae if name == "vae" else {}
+    values["locator"] = locator | {"options": own}
+    return values, bank

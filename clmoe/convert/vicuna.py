@@ -5,7 +5,6 @@ start their sequences from these three, not from a finished LLaVA-1.5.
 """
 
 from pathlib import Path
-from typing import Any
 
 from clmoe.convert.weights import CLIP, LLAMA, PROJECTOR, assemble, check_connection, find_weights
 from clmoe.utils.files import read_json
@@ -14,16 +13,12 @@ from clmoe.utils.files import read_json
 def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) -> str:
     """Write the model; return what was put together.
 
-    Which of the tower's features are taken is read from a config.json beside the projector, as LLaVA's first stage
-    leaves one. Without it they are LLaVA-1.5's: the patches of the last layer but one.
-
-    Raises:
-        ClmoeError: a file is missing or does not fit.
+    A config.json that LLaVA's first stage left beside the projector says which of the tower's features are taken;
+    without one they are LLaVA-1.5's. Raises ClmoeError if a file is missing or does not fit.
     """
-    beside, connection = projector.with_name("config.json"), dict[str, Any]()
-    if beside.is_file():
-        connection = read_json(beside)
-        check_connection(connection, beside)
+    beside = projector.with_name("config.json")
+    connection = read_json(beside) if beside.is_file() else {"mm_projector_type": "mlp2x_gelu"}
+    check_connection(connection, beside)
     parts = [([projector], PROJECTOR), (find_weights(source), LLAMA), (find_weights(vision), CLIP)]
     count = assemble(source, target, vision, connection, parts)
     return f"LLaMA {source} with CLIP {vision} and projector {projector}: {count} tensors"

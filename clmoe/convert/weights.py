@@ -76,7 +76,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_mappable(path))
     except Exception as error:  # a strange file makes torch raise almost anything
         raise ClmoeError(f"{path}: refused: {_reason(error)}") from error
     if not isinstance(content, dict):
@@ -87,19 +87,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _is_archive(path: Path) -> bool:
-    """Whether this is torch's zip format. torch maps its members as they are, so none may be compressed."""
-    if not is_zipfile(path):
-        return False
-    with ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != ZIP_STORED:
-                raise ValueError(f"its member {member.filename} is compressed, which torch never does")
-    return True
+def _mappable(path: Path) -> bool:
+    """Whether this is torch's zip format with nothing compressed: a map shows members as they are."""
+    return is_zipfile(path) and all(member.compress_type == ZIP_STORED for member in ZipFile(path).infolist())
 
 
 def _reason(error: Exception) -> str:
-    """One line. torch's own message explains at length how to switch the protection off."""
+    """One line of torch's message, which goes on to explain how to switch the protection off."""
     text = str(error).strip() or type(error).__name__
     if refused := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it asks for {refused[1]}, which is not a tensor; nothing of it was run"
@@ -107,7 +101,7 @@ def _reason(error: Exception) -> str:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The weight files of a model folder; safetensors are preferred where both kinds are there.
+    """The weight files of a model folder, safetensors before pickles.
 
     Raises:
         ClmoeError: there are none, or their index is broken.
@@ -125,7 +119,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of several files. Raises ClmoeError as ``open_tensors``, and where two files hold the same name."""
+    """The tensors of several files. Raises as ``open_tensors``, and where two files hold the same name."""
     tensors: dict[str, Tensor] = {}
     for path in files:
         found = open_tensors(path)
@@ -136,10 +130,9 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], shapes: dict[str, Size], where: Path) -> None:
-    """The tensors are exactly those in ``shapes``, apart from what is left out on purpose.
+    """Raise ClmoeError unless the tensors are those in ``shapes``, in 16- or 32-bit floating point.
 
-    Raises:
-        ClmoeError: one is missing, unknown, of another shape, or not of 16- or 32-bit floating point.
+    ``LEFT_OUT`` may be there as well.
     """
     unknown = [name for name in found.keys() - shapes.keys() if not LEFT_OUT.search(name)]
     for problem, names in (("lacks", shapes.keys() - found.keys()), ("should not hold", unknown)):
@@ -179,7 +172,7 @@ def read_tower(folder: Path) -> tuple[Any, Any]:
     """``CLIPVisionConfig`` and image processor of a CLIP folder, a whole CLIP or its vision model alone.
 
     Raises:
-        ClmoeError: it is not a CLIP, or its image processor is missing or crops to another size.
+        ClmoeError: another kind of model, or an image processor that is missing or crops to another size.
     """
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
@@ -194,11 +187,7 @@ def read_tower(folder: Path) -> tuple[Any, Any]:
 
 
 def check_connection(values: dict[str, Any], where: Path) -> None:
-    """The ``mm_*`` fields of LLaVA's config.json join tower and language model as LLaVA-1.5 does.
-
-    Raises:
-        ClmoeError: another projector, tokens around images, or images in tiles.
-    """
+    """Raise ClmoeError where a config.json's ``mm_*`` fields join tower and language model unlike LLaVA-1.5."""
     allowed = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_vision_select_feature": ("patch", "cls_patch", None),
@@ -214,12 +203,9 @@ def check_connection(values: dict[str, Any], where: Path) -> None:
 def llava_config(
     language: dict[str, Any], tower: Any, connection: dict[str, Any], added: tuple[int, int]
 ) -> LlavaConfig:
-    """The configuration of the written model.
+    """The written model's configuration, from two config.json and the ids of ``<image>`` and ``<pad>``.
 
-    Args:
-        language: the language model's config.json.
-        connection: a config.json with LLaVA's ``mm_*`` fields; the defaults are LLaVA-1.5's.
-        added: ids of ``<image>`` and ``<pad>``.
+    ``connection`` holds LLaVA's ``mm_*`` fields; those it lacks are LLaVA-1.5's.
     """
     with_class = connection.get("mm_vision_select_feature") == "cls_patch"
     text = LlamaConfig(
@@ -245,11 +231,8 @@ def llava_config(
 def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
     """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
 
-    A ``tokenizer.model`` counts before a ``tokenizer.json``. SentencePiece merges by score; transformers 5.23, given
-    such a file, orders the merges by piece number and splits runs of blanks differently.
-
-    Raises:
-        ClmoeError: there is no tokenizer, or it cannot be read.
+    ``tokenizer.model`` goes before ``tokenizer.json``. SentencePiece merges by score; transformers 5.23 orders the
+    merges by piece number and so splits runs of blanks differently. Raises ClmoeError if there is no readable one.
     """
     settings: dict[str, Any] = {"extra_special_tokens": {"image_token": IMAGE_MARK}, "padding_side": "left"}
     try:
@@ -281,12 +264,11 @@ def assemble(
 
     Args:
         source: folder with the language model's config.json and tokenizer.
-        connection: a config.json with LLaVA's ``mm_*`` fields.
+        connection: as in ``llava_config``.
         parts: weight files and their layout; together they cover the model.
 
     Raises:
-        ClmoeError: config.json lacks a size or disagrees with the tokenizer; a tensor is missing, unknown, there twice,
-            or of another shape or kind than needed; or the disk does not hold what was written.
+        ClmoeError: a size, the tokenizer or a tensor does not fit, or the disk does not hold what was written.
     """
     language, (tokenizer, ids) = read_json(source / "config.json"), read_tokenizer(source)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -357,11 +339,7 @@ def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaPro
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors, bit for bit, as transformers does, and read them back.
-
-    Raises:
-        ClmoeError: they cannot be written, or the files do not hold them.
-    """
+    """Write tensors, bit for bit, as transformers does, and read them back. Raises ClmoeError where that fails."""
     with writing(folder):
         save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
     for path in folder.iterdir():
@@ -370,11 +348,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def check_written(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """The safetensors files of a folder hold exactly these tensors, bit for bit.
-
-    Raises:
-        ClmoeError: they do not; the tensor is named.
-    """
+    """Raise ClmoeError naming a tensor unless a folder's safetensors files hold exactly these, bit for bit."""
     written = read_weights(sorted(folder.glob("*.safetensors")))
     for name in written.keys() | tensors.keys():
         pair = [held[name].contiguous().view(torch.uint8) for held in (written, tensors) if name in held]

@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,30 +31,12 @@ WARMUP = "warmup"
 WARMUP_TURNS = 4
 
 
-@dataclass(frozen=True)
-class BenchmarkSpec:
-    """A benchmark's tasks in order and its sizes. `shared_images`: one pool of images for all tasks."""
+TASKS: dict[str, tuple[TaskSpec, ...]] = {"playground-coin": COIN_TASKS, "playground-cl4vqa": CL4VQA_TASKS}
+SHARED_IMAGES = ("playground-cl4vqa",)
+"""Benchmarks with one pool of images for all tasks."""
 
-    name: str
-    tasks: tuple[TaskSpec, ...]
-    shared_images: bool
-    train_rows: int = 2_000
-    test_rows: int = 300
-
-    @property
-    def marker(self) -> dict[str, Any]:
-        """What a finished folder's marker holds."""
-        return {"name": self.name, "version": VERSION, "rows": {"train": self.train_rows, "test": self.test_rows}}
-
-    def rows(self, split: str) -> int:
-        """Rows of a task's training or test file."""
-        return self.train_rows if split == "train" else self.test_rows
-
-
-SPECS = {
-    "playground-coin": BenchmarkSpec("playground-coin", COIN_TASKS, shared_images=False),
-    "playground-cl4vqa": BenchmarkSpec("playground-cl4vqa", CL4VQA_TASKS, shared_images=True),
-}
+ROWS = {"train": 2_000, "test": 300}
+"""Of each task's files."""
 
 
 def prepare(benchmark_name: str, target: Path) -> Path:
@@ -66,60 +47,58 @@ def prepare(benchmark_name: str, target: Path) -> Path:
     Raises:
         ClmoeError: there is no embedded benchmark of that name, or the folder holds something else.
     """
-    if benchmark_name not in SPECS:
-        raise ClmoeError(unknown("embedded benchmark", benchmark_name, SPECS))
-    spec = SPECS[benchmark_name]
-    if is_complete(target, spec):
+    if benchmark_name not in TASKS:
+        raise ClmoeError(unknown("embedded benchmark", benchmark_name, TASKS))
+    marker = _json({"name": benchmark_name, "version": VERSION, "rows": ROWS})
+    if _is_complete(target, marker):
         return target
     if target.exists() and not (target / MARKER).is_file():
         raise ClmoeError(f"{target} exists, and `clmoe data prepare` did not write it: choose another data folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
     try:
-        _write(work, spec)
+        _write(work, benchmark_name)
+        (work / MARKER).write_text(marker)
         work.chmod(0o755)
-        if target.exists() and not is_complete(target, spec):
+        if target.exists() and not _is_complete(target, marker):
             shutil.rmtree(target)
         try:
             work.rename(target)
         except OSError:  # another process may have been faster
-            if not is_complete(target, spec):
+            if not _is_complete(target, marker):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def is_complete(target: Path, spec: BenchmarkSpec) -> bool:
+def _is_complete(target: Path, marker: str) -> bool:
     """Whether the folder was written to the end, by this version of the generator and in these sizes."""
-    try:
-        return bool(json.loads((target / MARKER).read_text()) == spec.marker)
-    except (OSError, ValueError):
-        return False
+    return (target / MARKER).is_file() and (target / MARKER).read_text() == marker
 
 
-def _write(folder: Path, spec: BenchmarkSpec) -> None:
-    """All files of a benchmark, the marker last."""
-    pools = {split: _scene_pool(spec, split, folder) for split in ("train", "test")} if spec.shared_images else {}
-    for task in spec.tasks:
-        for split in ("train", "test"):
-            rng, count = Random(f"0/{spec.name}/{task.name}/{split}"), spec.rows(split)
-            if pools:
+def _write(folder: Path, benchmark: str) -> None:
+    """All files of a benchmark but the marker."""
+    shared = benchmark in SHARED_IMAGES
+    pools = {split: _scene_pool(split, folder / "images") for split in ROWS} if shared else {}
+    for task in TASKS[benchmark]:
+        for split, count in ROWS.items():
+            rng = Random(f"0/{benchmark}/{task.name}/{split}")
+            if shared:
                 pairs = _from_pool(task, pools[split], rng, count)
             else:
                 pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
             make = _train_row if split == "train" else _test_row
             rows = [make(task, f"{task.name}-{i}", image, turns) for i, (image, turns) in enumerate(pairs)]
             _write_json(folder / task.name / f"{split}.json", rows)
-    _write_warmup(folder / WARMUP, spec.train_rows)
-    _write_json(folder / MARKER, spec.marker)
+    _write_warmup(folder / WARMUP)
 
 
-def _write_warmup(folder: Path, count: int) -> None:
+def _write_warmup(folder: Path) -> None:
     """The mixture that the base was pre-trained on: its scenes are in no task's training or test set."""
     rng = Random(f"0/{WARMUP}")
     records = []
-    for i in range(count):
+    for i in range(ROWS["train"]):
         scene = sample_scene(rng)
         turns = sample_turns(scene, rng, WARMUP_TURNS)
         records.append(_record(f"{WARMUP}-{i}", _save(scene, folder / "images", f"{i:05d}.png"), turns))
@@ -140,12 +119,12 @@ def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, images: Pat
         yield _save(scene, images, f"{split}/{i:05d}.png"), task.turns(scene, rng)
 
 
-def _scene_pool(spec: BenchmarkSpec, split: str, folder: Path) -> list[tuple[str, Scene]]:
+def _scene_pool(split: str, images: Path) -> list[tuple[str, Scene]]:
     """The images all tasks share: as many of each kind as a task has rows, so that each finds enough to ask about."""
     rng = Random(f"0/pool/{split}")
-    pool = [scene for sampler in POOL_SAMPLERS for scene in draw_distinct(sampler, split, rng, spec.rows(split))]
+    pool = [scene for sampler in POOL_SAMPLERS for scene in draw_distinct(sampler, split, rng, ROWS[split])]
     rng.shuffle(pool)
-    return [(_save(scene, folder / "images", f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
+    return [(_save(scene, images, f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
 
 
 def _from_pool(
@@ -181,6 +160,10 @@ def _test_row(task: TaskSpec, name: str, image: str, turns: list[Turn]) -> dict[
     return row | {"answer_bbox": turn.answer, "size": [SIDE, SIDE]} if task.boxes else row
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    path.write_text(_json(value))

@@ -1,11 +1,10 @@
 """Scenes: what can be drawn, how it is drawn, and random scenes of a split.
 
-A scene is a handful of integers, and drawing it gives the same image every time. Its parameters also decide its split
-(`Scene.split`): pre-training of the base, training and test share no scene, whatever seed draws them. A handwritten
-digit belongs to the split of the source image it shows.
+A scene is a handful of integers, and drawing it gives the same image every time. Its parameters also decide its split:
+pre-training of the base, training and test share no scene, whatever seed draws them.
 
-The words, the fields' names and the order in which random numbers are taken decide every file of the benchmark. Whoever
-changes one of them raises `build.VERSION`.
+The words, the fields' names and the order in which random numbers are taken decide every file of the benchmark: raise
+`build.VERSION` with any change to them.
 """
 
 from __future__ import annotations
@@ -148,8 +147,7 @@ class Pattern(NamedTuple):
 class Scene:
     """What one image shows: things in sorted order, or one word, digit or pattern, on a background.
 
-    `blur` (pixels) makes the scene unreadable. It is not part of the key, so a scene and its blurred twin share a
-    split.
+    `blur` (pixels) makes it unreadable and is not part of the key: a scene and its blurred twin share a split.
     """
 
     background: str

@@ -77,7 +77,7 @@ def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data
     assert load_benchmark(str(shipped / "mine.yaml")) == loaded
 
 
-@pytest.mark.parametrize(("name", "named"), [("othr", "'other'"), ("none.yaml", "none.yaml"), ("a/b", "a/b")])
+@pytest.mark.parametrize(("name", "named"), [("othr", "'other'"), ("none.yaml", "none.yaml")])
 def test_unknown_benchmarks(name: str, named: str, shipped: Path) -> None:
     with pytest.raises(ClmoeError, match=re.escape(named)):
         load_benchmark(name)
@@ -112,20 +112,11 @@ def test_missing_files_name_task_field_and_path(data: Path) -> None:
         load_benchmark("mine")
     fill(data)
     (data / "two" / "test.json").unlink()
-    with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
-        load_benchmark("mine")
-    (line,) = load_benchmark("mine", check_files=False).missing_files()
-    assert str(data / "two" / "test.json") in line
-
-
-def test_only_the_files_of_the_tasks_asked_for_are_required(data: Path) -> None:
-    fill(data, "three", "one")
     assert load_benchmark("mine", tasks=["three", "one"]) == open_benchmark("mine", tasks=["one"])
-    for tasks in (None, ["one", "two"], ["two"]):
-        with pytest.raises(ClmoeError, match=r"two/train\.json"):
-            load_benchmark("mine", tasks=tasks)
-        with pytest.raises(ClmoeError, match=r"two/train\.json"):
-            open_benchmark("mine", tasks=tasks)
+    for read in (load_benchmark, open_benchmark):
+        for tasks in (None, ["one", "two"]):
+            with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
+                read("mine", tasks=tasks)
 
 
 def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Path) -> None:
@@ -140,8 +131,7 @@ def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Pat
 def test_opening_draws_the_embedded_benchmark_into_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = build.BenchmarkSpec("playground-coin", build.SPECS["playground-coin"].tasks, False, 4, 4)
-    monkeypatch.setattr(build, "SPECS", {"playground-coin": spec})
+    monkeypatch.setattr(build, "ROWS", {"train": 4, "test": 4})
     monkeypatch.chdir(tmp_path)
     opened = open_benchmark("playground-coin")
     assert opened.root == tmp_path / "playground" / "data" / "playground-coin"
@@ -157,7 +147,6 @@ def test_orders(shipped: Path) -> None:
     assert loaded.order("norm", 0) == ["one", "two", "three"]
     assert loaded.order("rev", 0) == ["three", "two", "one"]
     assert loaded.order("three, one", 0) == ["three", "one"]
-    assert loaded.order("two", 0) == ["two"]
     # An order must not change with a version of Python or clmoe: `printf "SEED:NAME" | sha256sum`, sorted.
     expected = [["two", "three", "one"], ["three", "one", "two"], ["three", "one", "two"]]
     assert [loaded.order("rand", seed) for seed in range(3)] == expected
@@ -165,16 +154,7 @@ def test_orders(shipped: Path) -> None:
     assert drawn == set(permutations(["one", "two", "three"]))
 
 
-@pytest.mark.parametrize(
-    ("spec", "named"),
-    [
-        ("one,thre", "'thre'.*'three'"),
-        ("reverse", "'reverse'"),
-        ("one,two,one", "'one'"),
-        ("one,,two", "''"),
-        ("", "''"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "named"), [("one,thre", "'thre'.*'three'"), ("one,two,one", "'one'"), ("", "''")])
 def test_bad_orders(spec: str, named: str, shipped: Path) -> None:
     with pytest.raises(ClmoeError, match=named):
         load_benchmark("mine", check_files=False).order(spec, 0)
@@ -182,21 +162,15 @@ def test_bad_orders(spec: str, named: str, shipped: Path) -> None:
 
 TWO_FILES = {"reader": "scienceqa", "files": ["x"]}
 BAD = {  # what the message must name besides the file
-    "key": (benchmark(taskz=[]), "'taskz'.*'tasks'"),
-    "task key": (benchmark(tasks=[task("one", image="x")]), r"tasks\[0\].*'image'.*'images'"),
-    "no name": (benchmark(name=...), r"\.name"),
+    "key": (benchmark(tasks=[task("one", image="x")]), r"tasks\[0\].*'image'.*'images'"),
     "other name": (benchmark(name="yours"), r"\.name.*'mine'.*'yours'"),
-    "root": (benchmark(root=3), r"\.root.*3"),
     "no tasks": (benchmark(tasks=...), r"\.tasks"),
-    "task type": (benchmark(tasks=["one"]), r"tasks\[0\].*'one'"),
+    "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]\.train"),
     "same task": (benchmark(tasks=[task("a"), task("a")]), r"tasks\[1\]\.name.*'a'"),
     "reserved": (benchmark(tasks=[task("rand")]), r"tasks\[0\]\.name.*'rand'"),
     "climbing": (benchmark(tasks=[task("../a")]), r"tasks\[0\]\.name.*'\.\./a'"),
-    "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]\.train"),
     "limit": (benchmark(tasks=[task("a", max_new_tokens=0)]), r"tasks\[0\].*max_new_tokens"),
-    "limit type": (benchmark(tasks=[task("a", max_new_tokens=True)]), r"tasks\[0\]\.max_new_tokens.*True"),
     "passes": (benchmark(tasks=[task("a", passes=0)]), r"tasks\[0\].*passes 0"),
-    "gold": (benchmark(tasks=[task("a", gold="x")]), r"tasks\[0\]\.gold.*'x'"),
     "reader": (benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]), r"\.gold.*'gqaa'.*'gqa'"),
     "gold files": (benchmark(tasks=[task("a", gold=TWO_FILES)]), r"\.gold\.files.*'scienceqa'.*pid_splits.*\['x'\]"),
 }
@@ -233,26 +207,13 @@ def test_the_example_of_the_documentation_loads(tmp_path: Path) -> None:
     assert loaded.source(colours.train) == "https://example.org/colours.zip"
 
 
-# ---- which questions a limit asks ----
-
-
-def sorted_file(count: int) -> list[Question]:
-    """Questions ordered by kind: the first half is of one, the second of another."""
-    return [Question(f"{row:04}", None, "easy" if row < count / 2 else "hard", "x", {}) for row in range(count)]
-
-
-def test_a_sample_stands_for_a_file_that_is_ordered_by_kind() -> None:
-    questions = sorted_file(1000)
+def test_a_sample_stands_for_a_file_that_is_ordered_by_kind_and_depends_on_its_length_alone() -> None:
+    questions = [Question(f"{row:04}", None, "easy" if row < 500 else "hard", "x", {}) for row in range(1000)]
     few, more = sampled(questions, 100), sampled(questions, 200)
-    assert (len(few), len(more)) == (100, 200)
     # a frozen model that knows the easy half must not seem to forget it: 4 standard errors of 5 points around a half
     assert 30 < sum(question.text == "easy" for question in few) < 70
-    assert {question.question_id for question in few} < {question.question_id for question in more}
-    assert [question.question_id for question in few] == sorted(question.question_id for question in few)
-
-
-def test_a_sample_depends_on_the_number_of_questions_alone() -> None:
-    rows = [int(question.question_id) for question in sampled(sorted_file(50), 7)]
-    others = [Question(f"other {row}", "a.jpg", "text", "y", {}) for row in range(50)]
-    assert sampled(others, 7) == [others[row] for row in rows]
-    assert sampled(others, None) == sampled(others, 50) == sampled(others, 60) == others
+    assert len(few) == 100 and {question.question_id for question in few} < {q.question_id for q in more}
+    assert few == sorted(few, key=lambda question: question.question_id)
+    others = [Question(f"other {row}", "a.jpg", "text", "y", {}) for row in range(1000)]
+    assert sampled(others, 100) == [others[int(question.question_id)] for question in few]
+    assert sampled(others, None) == sampled(others, 1000) == sampled(others, 2000) == others

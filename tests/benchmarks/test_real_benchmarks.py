@@ -15,7 +15,7 @@ import pytest
 from clmoe import cli
 from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.benchmarks.coin import padded_box
-from clmoe.data.records import load_questions, load_train
+from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.scoring import gold_problem, score_answers
 from tests.support import load_script
@@ -145,13 +145,6 @@ def test_captions_belong_to_the_nth_question_or_to_its_id(tmp_path: Path) -> Non
     edit(file, lambda data: data["images"].pop())
     with pytest.raises(ClmoeError, match=f"{file}: 7 images for 8 questions"):
         task_questions(task)
-
-
-def test_a_question_may_have_its_answer_elsewhere_only_where_the_task_says_so(tmp_path: Path) -> None:
-    write(tmp_path / "test.json", [{"question_id": 1, "text": "What?"}])
-    with pytest.raises(ClmoeError, match=r"test\.json: row 0 .*'answer'"):
-        load_questions(tmp_path / "test.json", tmp_path)
-    assert load_questions(tmp_path / "test.json", tmp_path, answered=False)[0].answer == ""
 
 
 # ---- clmoe data check ----
@@ -334,7 +327,7 @@ def test_answers_written_elsewhere(coin: Path, capsys: pytest.CaptureFixture[str
     broken = [{"question_id": n, "text": "Mug\u2028mug\x85"} for n in range(7)]  # line breaks of Unicode end no line
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in broken), encoding="utf-8")
     assert script.main(arguments).percent == 0
-    for content, named in ((b'{"question_id": 1}\n', "line 1"), (b"{\xff", "UTF-8"), (None, "No such file")):
-        file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(ClmoeError, match=rf"merge\.jsonl: .*{named}"):
+    for content in (b'{"question_id": 1}\n', b"{\xff"):
+        file.write_bytes(content)
+        with pytest.raises(ClmoeError, match=r"merge\.jsonl: .*line 1"):
             script.main(arguments)

@@ -1,6 +1,6 @@
 """Tiny checkpoints in the formats that others publish: their keys, file names, dtypes and kinds of shape.
 
-Everything is taken module by module from one model of transformers' own class, the reference, so that no table of the
+Everything is taken from the modules of one model of transformers' own class, the reference, so that no table of the
 converter takes part in writing what it reads.
 """
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -78,77 +78,33 @@ def reference() -> LlavaForConditionalGeneration:
     return model
 
 
-def linear(name: str, module: Any) -> dict[str, Tensor]:
-    """``name.weight`` and, where there is one, ``name.bias``."""
-    parts = {f"{name}.weight": module.weight}
-    return parts if getattr(module, "bias", None) is None else parts | {f"{name}.bias": module.bias}
+def half(module: nn.Module, start: str) -> dict[str, Tensor]:
+    """A module's tensors in 16 bits, under its own names after ``start``."""
+    return {f"{start}{name}": tensor.half().clone() for name, tensor in module.state_dict().items()}
 
 
-def llama_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+def llama_tensors(model: LlavaForConditionalGeneration, rows: int = VOCABULARY) -> dict[str, Tensor]:
     """LLaMA's names, with the rotary buffers that older versions saved."""
-    text = model.model.language_model
-    found = {
-        "model.embed_tokens.weight": text.embed_tokens.weight[:VOCABULARY],
-        "model.norm.weight": text.norm.weight,
-        "lm_head.weight": model.lm_head.weight[:VOCABULARY],
-    }
-    for number, block in enumerate(text.layers):
-        start = f"model.layers.{number}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            found |= linear(f"{start}.self_attn.{name}", getattr(block.self_attn, name))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            found |= linear(f"{start}.mlp.{name}", getattr(block.mlp, name))
-        found[f"{start}.input_layernorm.weight"] = block.input_layernorm.weight
-        found[f"{start}.post_attention_layernorm.weight"] = block.post_attention_layernorm.weight
-        found[f"{start}.self_attn.rotary_emb.inv_freq"] = torch.rand(6)
-    return half(found)
+    found = half(model.model.language_model, "model.") | half(model.lm_head, "lm_head.")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found[name] = found[name][:rows].clone()
+    return found | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(6).half() for n in range(BLOCKS)}
 
 
 def projector_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     """The keys of ``mm_projector.bin``: a sequence of linear, GELU, linear."""
     projector = model.model.multi_modal_projector
-    return half(linear("model.mm_projector.0", projector.linear_1) | linear("model.mm_projector.2", projector.linear_2))
+    return half(projector.linear_1, "model.mm_projector.0.") | half(projector.linear_2, "model.mm_projector.2.")
 
 
 def tower_tensors(model: LlavaForConditionalGeneration, start: str) -> dict[str, Tensor]:
-    """CLIP's vision model, ``pre_layrnorm`` as CLIP spells it."""
-    tower = model.model.vision_tower
-    found = {
-        f"{start}embeddings.class_embedding": tower.embeddings.class_embedding,
-        f"{start}embeddings.patch_embedding.weight": tower.embeddings.patch_embedding.weight,
-        f"{start}embeddings.position_embedding.weight": tower.embeddings.position_embedding.weight,
-        **linear(f"{start}pre_layrnorm", tower.pre_layrnorm),
-        **linear(f"{start}post_layernorm", tower.post_layernorm),
-    }
-    for number, layer in enumerate(tower.encoder.layers):
-        inner = f"{start}encoder.layers.{number}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found |= linear(f"{inner}.self_attn.{name}", getattr(layer.self_attn, name))
-        for name in ("fc1", "fc2"):
-            found |= linear(f"{inner}.mlp.{name}", getattr(layer.mlp, name))
-        for name in ("layer_norm1", "layer_norm2"):
-            found |= linear(f"{inner}.{name}", getattr(layer, name))
-    return half(found)
+    """CLIP's vision model."""
+    return half(model.model.vision_tower, start)
 
 
-def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().half().clone() for name, tensor in tensors.items()}
-
-
-def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int, pickled: bool) -> None:
-    """As transformers names them, with the index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
-    names = sorted(tensors)
-    size = -(-len(names) // shards)
-    where = {}
-    for number in range(shards):
-        part = {name: tensors[name] for name in names[number * size : (number + 1) * size]}
-        file = f"{stem}-{number + 1:05}-of-{shards:05}.{ending}"
-        torch.save(part, folder / file) if pickled else save_file(part, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(part, file)
-    index = f"{stem}.{ending}.index.json"
-    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+def write_shards(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> None:
+    folder.mkdir(parents=True)
+    save_torch_state_dict(tensors, folder, max_shard_size=100_000, safe_serialization=not pickled)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -157,7 +113,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
     """As liuhaotian/llava-v1.5-7b: sharded weights, config.json, generation_config.json, tokenizer.model."""
-    write_shards(folder, tensors, 2, pickled)
+    write_shards(folder, tensors, pickled)
     write_json(folder / "config.json", {"model_type": "llava"} | LLAMA | LLAVA | changes)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     return train_vocabulary(folder)
@@ -165,7 +121,7 @@ def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, 
 
 def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
     """As lmsys/vicuna-7b-v1.5."""
-    write_shards(folder, tensors, 2, pickled)
+    write_shards(folder, tensors, pickled)
     write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | LLAMA | changes)
     write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.9, "top_p": 0.6})
     return train_vocabulary(folder)
@@ -173,7 +129,6 @@ def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **ch
 
 def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False) -> Path:
     """As openai/clip-vit-large-patch14-336: a whole CLIP in one file, its text side included."""
-    folder.mkdir(parents=True)
     whole = tower | {
         "logit_scale": torch.tensor(4.6),
         "text_projection.weight": torch.rand(24, 16),
@@ -182,10 +137,8 @@ def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False) -> Path:
         "text_model.embeddings.position_ids": torch.arange(8)[None],
         "vision_model.embeddings.position_ids": torch.arange((SIDE // PATCH) ** 2 + 1)[None],
     }
-    if pickled:
-        torch.save(whole, folder / "pytorch_model.bin")
-    else:
-        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir(parents=True)
+    save_torch_state_dict(whole, folder, safe_serialization=not pickled)
     return clip_configuration(folder, VISION)
 
 
@@ -205,13 +158,9 @@ def clip_configuration(folder: Path, vision: dict[str, Any]) -> Path:
 
 def llava_hf(folder: Path, model: LlavaForConditionalGeneration) -> Path:
     """As llava-hf/llava-1.5-7b-hf: the language model under ``language_model.``, the tower with ``vision_model.``."""
-    text = {f"language_model.{name}": tensor for name, tensor in llama_tensors(model).items()}
-    text["language_model.model.embed_tokens.weight"] = model.model.language_model.embed_tokens.weight.detach().half()
-    text["language_model.lm_head.weight"] = model.lm_head.weight.detach().half()
-    projector = model.model.multi_modal_projector
-    joined = linear("multi_modal_projector.linear_1", projector.linear_1)
-    joined |= linear("multi_modal_projector.linear_2", projector.linear_2)
-    write_shards(folder, text | half(joined) | tower_tensors(model, "vision_tower.vision_model."), 3, False)
+    tensors = {f"language_model.{name}": tensor for name, tensor in llama_tensors(model, ROWS).items()}
+    tensors |= half(model.model.multi_modal_projector, "multi_modal_projector.")
+    write_shards(folder, tensors | tower_tensors(model, "vision_tower.vision_model."), False)
     model.config.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(folder)
     vocabulary = train_vocabulary(folder.with_name("vocabulary"))
@@ -226,13 +175,11 @@ def llava_hf(folder: Path, model: LlavaForConditionalGeneration) -> Path:
 
 def batch() -> dict[str, Tensor]:
     """Two prompts of different length about two pictures, left-padded."""
-    generator = torch.Generator().manual_seed(3)
     image = [IMAGE] * (SIDE // PATCH) ** 2
     long = [1, 20, 31, *image, 45, 399, 7, 260, 261]
     short = [1, *image, 50, 270]
-    rows = [long, [PAD] * (len(long) - len(short)) + short]
-    ids = torch.tensor(rows)
-    pixels = torch.randn(2, 3, SIDE, SIDE, generator=generator)
+    ids = torch.tensor([long, [PAD] * (len(long) - len(short)) + short])
+    pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels}
 
 

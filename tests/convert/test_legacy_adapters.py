@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.bases.llava import LoadedBase
 from clmoe.cli import main
-from clmoe.config import ModelConfig
-from clmoe.evaluate.answer import load
 from clmoe.experts.model import load_adapter
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.task import save_adapter
 from tests.convert.test_weights import Canary
+from tests.runs import Runs
 from tests.support import SIZES, copy_base, prompt_batch
 
 EXPERTS, RANK, ALPHA = 4, 8, 24
@@ -41,28 +39,21 @@ def random(*shape: int, scale: float = 0.12) -> Tensor:
     return (torch.randn(*shape) * scale).bfloat16()
 
 
-def experts_file(spelling: str) -> dict[str, Tensor]:
-    """``adapter_model.bin`` of MoELoRA, in 16 bits as training in bf16 leaves it."""
+def adapter_file(spelling: str) -> dict[str, Tensor]:
+    """``adapter_model.bin`` in 16 bits as training in bf16 leaves it: of MoELoRA, or with ``plain`` of LoRA."""
     torch.manual_seed(4)
     found = {}
     for place in places():
         din, dout = shapes(place.rpartition(".")[2])
         start = f"{START}{place}"
+        if spelling == "plain":
+            found |= {f"{start}.lora_A.weight": random(RANK, din), f"{start}.lora_B.weight": random(dout, RANK)}
+            continue
         found[f"{start}.lora_router.weight"] = random(EXPERTS, din, scale=1.0)
         for i in range(EXPERTS):
             for factor, matrix in (("A", random(RANK // EXPERTS, din)), ("B", random(dout, RANK // EXPERTS))):
                 for inner in {"short": [""], "long": [".mlp"], "both": ["", ".mlp"]}[spelling]:
                     found[f"{start}.lora_{factor}.lora{factor}.{i}{inner}.weight"] = matrix
-    return found
-
-
-def lora_file() -> dict[str, Tensor]:
-    torch.manual_seed(5)
-    found = {}
-    for place in places():
-        din, dout = shapes(place.rpartition(".")[2])
-        found[f"{START}{place}.lora_A.weight"] = random(RANK, din)
-        found[f"{START}{place}.lora_B.weight"] = random(dout, RANK)
     return found
 
 
@@ -136,16 +127,15 @@ def logits(model: Any, base: LoadedBase) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "spelling", "tuned"),
     [("MOE_LORA_CoIN", "short", True), ("MOE_LORA_CLMoE", "both", True), ("MOE_LORA_CoIN", "long", False),
-     ("LORA", "", True)],
+     ("LORA", "plain", True)],
 )  # fmt: skip
 def test_a_converted_adapter_computes_the_published_formula(
     kind: str, spelling: str, tuned: bool, pristine_base: LoadedBase, convert: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    adapter = lora_file() if kind == "LORA" else experts_file(spelling)
     projector = projector_file() if tuned else None
-    out = convert(write(tmp_path / "legacy", kind, adapter, projector))
+    out = convert(write(tmp_path / "legacy", kind, adapter_file(spelling), projector))
     by_loops = copy_base(pristine_base)
-    add_by_loops(by_loops, lora_file() if kind == "LORA" else experts_file("short"), projector)
+    add_by_loops(by_loops, adapter_file("plain" if spelling == "plain" else "short"), projector)
     converted = load_adapter(copy_base(pristine_base).model, out, trainable=False)
     ours, theirs = logits(converted, pristine_base), logits(by_loops.model, pristine_base)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -156,34 +146,25 @@ def test_a_converted_adapter_computes_the_published_formula(
 
 
 def test_the_checkpoint_is_one_of_ours(
-    tiny_folder: Path, mini_yaml: Path, convert: Callable[[Path], Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """It verifies, answers, is evaluated, and the next task continues it."""
-    out = convert(write(tmp_path / "legacy", "MOE_LORA_CoIN", experts_file("short"), projector_file()))
-    told = capsys.readouterr().out
-    assert "MOE_LORA_CoIN, 4 experts on q_proj, k_proj" in told and "with a tuned projector" in told
+    runs: Runs, pristine_base: LoadedBase, convert: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """It verifies, is evaluated, and the next task continues it."""
+    adapter, projector = adapter_file("short"), projector_file()
+    out = convert(write(tmp_path / "legacy", "MOE_LORA_CoIN", adapter, projector))
     done = read_checkpoint(out)
     assert (done.lineage.method, done.lineage.tasks, done.lineage.steps) == ("moelora", ["colour", "count"], 0)
-    assert done.lineage.base == load_base(ModelConfig(path=str(tiny_folder))).fingerprint
-    assert done.lineage.trainable_parameters == sum(
-        t.numel() for t in {**experts_file("short"), **projector_file()}.values()
-    )
-    assert (done.config.adapter.rank, done.config.adapter.alpha, done.config.adapter.experts) == (RANK, ALPHA, EXPERTS)
+    assert done.lineage.base == pristine_base.fingerprint
+    assert done.lineage.trainable_parameters == sum(t.numel() for t in (adapter | projector).values())
     assert done.lineage.effective_scale == pytest.approx(ALPHA / RANK / EXPERTS)
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    assert isinstance(load(out).answer(tmp_path / "a.png", "Which colour is it?"), str)
-    main(["eval", "--checkpoint", str(out), "--benchmark", str(mini_yaml), "--output", str(tmp_path / "run")])
-    given = ["--config", "moelora", "--benchmark", mini_yaml, "--model", tiny_folder, "--task", "side"]
-    places = ["--previous", out, "--output", tmp_path / "next" / "03-side"]
+    runs.evaluate(out, tmp_path / "run")
     same = ["adapter.rank=8", "adapter.experts=4", "adapter.alpha=24", "adapter.scale=null", "adapter.dropout=0.05"]
     targets = f"adapter.targets=[{','.join((*ATTENTION, *FFN))}]"
-    main([str(part) for part in ["train", *given, *places, "training.steps=2", *same, targets]])
-    assert read_checkpoint(tmp_path / "next" / "03-side").lineage.tasks == ["colour", "count", "side"]
+    after = runs.train(tmp_path / "next" / "03-side", "moelora", "side", *same, targets, previous=out)
+    assert read_checkpoint(after).lineage.tasks == ["colour", "count", "side"]
 
 
 def damaged(drop: str | None = None, **add: Tensor) -> dict[str, Tensor]:
-    return {name: t for name, t in experts_file("short").items() if name != drop} | add
+    return {name: t for name, t in adapter_file("short").items() if name != drop} | add
 
 
 EXPERT = f"{START}layers.1.mlp.up_proj.lora_B.loraB.3.weight"
@@ -195,7 +176,6 @@ EXPERT = f"{START}layers.1.mlp.up_proj.lora_B.loraB.3.weight"
         (damaged(EXPERT), None, {}, f"adapter_model.bin: lacks {EXPERT}"),
         (damaged(extra=torch.ones(2)), None, {}, "adapter_model.bin: should not hold extra"),
         (damaged(**{EXPERT: random(7, 2)}), None, {}, f"{EXPERT} has shape [7, 2]"),
-        (damaged(**{EXPERT: torch.ones(64, 2).double()}), None, {}, f"{EXPERT} is torch.float64"),
         (damaged(**{EXPERT.replace(".weight", ".mlp.weight"): random(64, 2)}), None, {}, EXPERT),
         (damaged(), projector_file() | {"lm_head.weight": random(2)}, {}, "trainables.bin: should not hold lm_head"),
         (damaged(), {}, {}, "non_lora_trainables.bin: lacks"),
@@ -203,7 +183,6 @@ EXPERT = f"{START}layers.1.mlp.up_proj.lora_B.loraB.3.weight"
         (damaged(), None, {"expert_num": 2}, "loraA.2.weight"),
         (damaged(), None, {"peft_type": "MOE_LORA_HiDe"}, "peft_type is 'MOE_LORA_HiDe'"),
         (damaged(), None, {"bias": "lora_only"}, "bias is 'lora_only'"),
-        (damaged(), None, {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         (damaged(), None, {"use_rslora": True}, "use_rslora is True"),
         (damaged(), None, {"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is {'q_proj': 4}"),
         (damaged(), None, {"target_modules": ["fc1"]}, "target_modules is"),

@@ -28,9 +28,9 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_tensors_arrive_bit_for_bit(zipped: bool, tmp_path: Path) -> None:
-    shared = torch.randn(3, 4)
+@pytest.mark.parametrize("form", ["zip", "legacy", "compressed"])
+def test_tensors_arrive_bit_for_bit(form: str, tmp_path: Path) -> None:
+    shared, path = torch.randn(3, 4), tmp_path / "weights.bin"
     content = OrderedDict(
         half=torch.randn(4, 2).half(),
         brain=torch.randn(4).bfloat16(),
@@ -41,14 +41,17 @@ def test_tensors_arrive_bit_for_bit(zipped: bool, tmp_path: Path) -> None:
         parameter=torch.nn.Parameter(torch.ones(2)),
         positions=torch.arange(5)[None],
     )
-    torch.save(content, tmp_path / "weights.bin", _use_new_zipfile_serialization=zipped)
-    found = open_tensors(tmp_path / "weights.bin")
+    torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    if form == "compressed":  # mapped, its members would be read as they are
+        path.rename(tmp_path / "stored")
+        with zipfile.ZipFile(tmp_path / "stored") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+            for member in source.namelist():
+                target.writestr(member, source.read(member))
+    found = open_tensors(path)
     assert found.keys() == content.keys()
     for name, tensor in content.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert not found[name].requires_grad
-        same = found[name].contiguous().view(torch.uint8) == tensor.detach().contiguous().view(torch.uint8)
-        assert same.all(), name
+        assert found[name].dtype == tensor.dtype and not found[name].requires_grad
+        assert torch.equal(found[name].contiguous().view(torch.uint8), tensor.detach().contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
@@ -83,20 +86,14 @@ def test_anything_but_named_dense_tensors_is_refused(content: Any, named: str, t
         open_tensors(tmp_path / "odd.bin")
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "compressed", "missing"])
+@pytest.mark.parametrize("damage", ["text", "cut", "missing"])
 @pytest.mark.parametrize("name", ["damaged.bin", "damaged.safetensors"])
 def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
     path, tensors = tmp_path / name, {str(i): torch.ones(1000) for i in range(3)}
     torch.save(tensors, path) if path.suffix == ".bin" else save_file(tensors, path)
     whole = path.read_bytes()
     path.unlink()
-    if damage == "compressed" and path.suffix == ".bin":  # mapped, its members would be read as they are
-        torch.save(tensors, tmp_path / "stored")
-        with zipfile.ZipFile(tmp_path / "stored") as source, zipfile.ZipFile(path, "w") as target:
-            for member in source.infolist():  # the first tensor alone, so that the map has room for all of them
-                method = zipfile.ZIP_DEFLATED if member.filename.endswith("data/0") else zipfile.ZIP_STORED
-                target.writestr(member.filename, source.read(member), method)
-    elif damage != "missing":
+    if damage != "missing":
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1" if damage == "text" else whole[:700])
     with pytest.raises(ClmoeError, match=re.escape(name)) as refusal:
         open_tensors(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,8 @@ DRAWN = {("playground-coin", 1): "d1daeb78fb0224ab", ("playground-cl4vqa", 1): "
 
 
 @pytest.fixture(autouse=True)
-def small_specs(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: replace(spec, train_rows=24, test_rows=12) for name, spec in build.SPECS.items()}
-    monkeypatch.setattr(build, "SPECS", small)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROWS", {"train": 24, "test": 12})
 
 
 @pytest.fixture
@@ -32,11 +30,11 @@ def small_coin(tmp_path: Path) -> Path:
     return build.prepare("playground-coin", tmp_path / "playground-coin")
 
 
-@pytest.mark.parametrize("name", build.SPECS)
+@pytest.mark.parametrize("name", build.TASKS)
 def test_files_load_and_fit_the_yaml(name: str, tmp_path: Path) -> None:
     benchmark = load_benchmark(name, build.prepare(name, tmp_path / name))
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    assert [task.name for task in benchmark.tasks] == [task.name for task in build.SPECS[name].tasks]
+    assert [task.name for task in benchmark.tasks] == [task.name for task in build.TASKS[name]]
     for task in benchmark.tasks:
         assert len(load_train(task.train, task.image_root)) == 24
         questions = load_questions(task.test, task.image_root)
@@ -46,7 +44,7 @@ def test_files_load_and_fit_the_yaml(name: str, tmp_path: Path) -> None:
         assert load_image(task.image_root / str(questions[0].image)).size == (56, 56)
 
 
-@pytest.mark.parametrize("name", build.SPECS)
+@pytest.mark.parametrize("name", build.TASKS)
 def test_another_drawing_is_another_version(name: str, tmp_path: Path) -> None:
     digest = hashlib.sha256()
     for path in sorted(build.prepare(name, tmp_path / name).rglob("*.*")):
@@ -71,8 +69,7 @@ def test_same_question_other_format(small_coin: Path) -> None:
 
 def test_the_warm_up_data_is_the_mixture_and_no_tasks(small_coin: Path) -> None:
     records = load_train(small_coin / build.WARMUP / "train.json", small_coin / build.WARMUP / "images")
-    assert len(records) == 24
-    assert max(len(record.turns) for record in records) > 1
+    assert len(records) == 24 and max(len(record.turns) for record in records) > 1
     asked = {turn.question for record in records for turn in record.turns}
     for task in COIN_TASKS:
         rows = load_train(small_coin / task.name / "train.json", small_coin / task.name / "images")
@@ -97,6 +94,8 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> 
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ClmoeError, match=str(tmp_path)):
         build.prepare("playground-coin", tmp_path)
+    with pytest.raises(ClmoeError, match="'playground-coin'"):
+        build.prepare("playground-coim", tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -108,8 +107,3 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         build.prepare("playground-coin", tmp_path / "playground-coin")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_benchmark_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ClmoeError, match="playground-coin"):
-        build.prepare("playground-coim", tmp_path)
