@@ -1,4 +1,4 @@
-"""A checkpoint that answers questions from Python, on request with its reasons."""
+"""A checkpoint that answers questions from Python, with its reasons if asked for them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,13 +27,13 @@ ImageSource = Path | str | Image.Image | None
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """What one router mixed its experts with, on the mean over the prompt's tokens.
+    """What one router weighted its experts with, averaged over the prompt's tokens.
 
     Attributes:
         block: decoder block.
         linear: the linear that the router serves; empty if it serves the whole FFN.
-        owners: position in training order of the task that each expert of the block belongs to, oldest first;
-            negative for experts from before the first task.
+        owners: of all experts of the block, oldest first: position in training order of the expert's task, negative for
+            experts from before the first task.
         weights: of the oldest experts, as many as the router reaches; they sum to 1.
     """
 
@@ -50,8 +50,7 @@ class Explanation:
     Attributes:
         text: the answer, or its beginning while it is being generated.
         task: the one that the question was taken for; None for methods without parts.
-        scores: task -> how typical the checkpoint's own locator finds the question of it, the largest wins. Empty for
-            methods without parts.
+        scores: task -> how typical the checkpoint's own locator finds the question of it; empty without parts.
         routers: in model order; empty for methods without experts.
     """
 
@@ -62,27 +61,18 @@ class Explanation:
 
 
 class LoadedCheckpoint:
-    """A finished checkpoint ready to answer; made by ``clmoe.load``.
-
-    Attributes:
-        learned: its tasks, in training order.
-    """
+    """A finished checkpoint ready to answer; made by ``clmoe.load``. ``learned``: its tasks in training order."""
 
     def __init__(self, answerer: Answerer, learned: list[str]) -> None:
         self.answerer, self.learned = answerer, learned
 
     @property
     def keeps_parts(self) -> bool:
-        """Answers depend on the question's task, so that a locator has a meaning."""
+        """Answers depend on the question's task, which a locator finds."""
         return self.answerer.method.keeps_parts
 
     def answer(
-        self,
-        image: ImageSource,
-        question: str,
-        max_new_tokens: int = 64,
-        locator: str = "",
-        task: str | None = None,
+        self, image: ImageSource, question: str, max_new_tokens: int = 64, locator: str = "", task: str | None = None
     ) -> str:
         """Answer one question about one image (a path, a PIL image, or None for text only).
 
@@ -113,15 +103,16 @@ class LoadedCheckpoint:
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
             found = answerer.task_scores([asked], root, locator, oracle)
-            scores = answerer.task_scores([asked], root) if locator and answerer.own_looks else found
+            own_looks = answerer.own is not None and answerer.own.looks
+            scores = answerer.task_scores([asked], root) if locator and own_looks else found
             prompt = prompt_dataset(answerer.base, [asked], root)[0]
         index = None if found is None else int(found[0].argmax())
         selection = answerer.selection([index])
         reasons = Explanation(
-            "",
-            None if index is None else self.learned[index],
-            {} if scores is None else dict(zip(self.learned, scores[0].tolist(), strict=True)),
-            _router_weights(answerer, prompt, selection),
+            text="",
+            task=None if index is None else self.learned[index],
+            scores={} if scores is None else dict(zip(self.learned, scores[0].tolist(), strict=True)),
+            routers=_router_weights(answerer, prompt, selection),
         )
         watch(reasons)
         (text,), _ = answerer.generate(
@@ -141,28 +132,19 @@ class LoadedCheckpoint:
 
 @contextmanager
 def _asked(image: ImageSource, question: str) -> Iterator[tuple[Question, Path]]:
-    """A question whose id, which the random locator reads, is its text; and the folder of its image, while it lasts.
-
-    A PIL image is written to a file, so that all images go one way.
-    """
-    if isinstance(image, Image.Image):
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "image.png"
-            to_rgb(image).save(path)
-            with _asked(path, question) as asked:
-                yield asked
-    elif image is None:
-        yield Question(question, None, question, "", {}), Path()
-    elif isinstance(image, Path | str):
-        path = Path(image).resolve()
-        yield Question(question, path.name, question, "", {}), path.parent
-    else:
+    """A question whose id, which the random locator reads, is its text; and the folder of its image, while it lasts."""
+    if not isinstance(image, ImageSource):
         raise ClmoeError(f"image: expected a path, a PIL image or None (text only), found {type(image).__name__}")
+    with TemporaryDirectory() as folder:
+        if isinstance(image, Image.Image):  # as a file, so that all images go one way
+            to_rgb(image).save(Path(folder) / "image.png")
+            image = Path(folder) / "image.png"
+        path = Path() if image is None else Path(image).resolve()
+        yield Question(question, path.name or None, question, "", {}), path.parent
 
 
 @torch.no_grad()
 def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSelection) -> list[RouterWeights]:
-    """Mean weights of the experts over the prompt's tokens, by router."""
     model, trace = answerer.model, RouteTrace()
     layers = expert_layers(model)
     if not layers:

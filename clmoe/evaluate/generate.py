@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs, read_prompts, to_device
+from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, read_prompts
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, LocatorConfig
-from clmoe.data.batches import PromptItem, collate_prompts
+from clmoe.data.batches import PromptItem
 from clmoe.data.records import Question, load_train
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import prefill
@@ -27,7 +28,7 @@ from clmoe.methods.base import Method
 from clmoe.train.checkpoint import Finished
 from clmoe.utils.processes import device, from_main, in_order
 
-SCORED_AT_ONCE = 1024  # questions: enough to give each of several processes a share, few enough for their memory
+SCORED_AT_ONCE = 256  # questions: a VAE then keeps several [draws, questions, D] tensors alive
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,15 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA questions."""
+    """Asks an adapted (or bare) LLaVA questions.
+
+    Attributes:
+        learned: number of tasks that the model has learned.
+        own: the locator that it was opened with; None for methods that keep no parts.
+        store: the locator's features; without a folder they are computed for every call.
+    """
+
+    own: Locator | None
 
     def __init__(
         self,
@@ -56,18 +65,10 @@ class Answerer:
         model: PeftModel | PreTrainedModel,
         method: Method,
         learned: int = 0,
-        locator: Locator | None = None,
         features: Path | None = None,
     ) -> None:
-        """An answerer.
-
-        Args:
-            learned: number of tasks that the model has learned.
-            locator: finds a question's task; None for methods that keep no parts.
-            features: folder that keeps the locator's features; None computes them for every call.
-        """
         self.base, self.method, self.config = base, method, method.config.evaluation
-        self.model, self.learned, self.own = model.eval(), learned, locator
+        self.model, self.learned, self.own = model.eval(), learned, None
         self.store = FeatureStore.of(base, method.config, features)
 
     def answer(
@@ -80,10 +81,10 @@ class Answerer:
         known: Mapping[str, Answer] | None = None,
         finish: Callable[[list[tuple[str, Answer]]], None] = lambda batch: None,
     ) -> list[Answer]:
-        """One answer per question, in order.
+        """One answer per question, in order; several processes share the batches, and all get all answers.
 
         With ``exact``, a row whose two best logits came closer than ``margin`` is answered again in a batch of its own,
-        so that the batch's rounding cannot decide. Several processes share the batches, and all get all answers.
+        so that the batch's rounding cannot decide.
 
         Args:
             max_new_tokens: longest answer in tokens.
@@ -96,7 +97,9 @@ class Answerer:
         found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
         dataset = prompt_dataset(self.base, questions, image_root)
         ids, known = [question.question_id for question in questions], known or {}
-        order, size = self._order(questions), self.config.batch_size
+        size, share = self.config.batch_size, self.config.share_images
+        images = [question.image and (question.image if share else str(row)) for row, question in enumerate(questions)]
+        order = image_order(images, [len(question.text) for question in questions])
 
         def generated(rows: list[int], redone: bool) -> list[Answer]:
             tasks = [found[row] for row in rows]
@@ -121,21 +124,6 @@ class Answerer:
         answers = dict(zip(order, [answer for batch in batches for answer in batch], strict=True))
         return [answers[row] for row in range(len(questions))]
 
-    def _order(self, questions: Sequence[Question]) -> list[int]:
-        """The order of answering, a pure function of the questions: by length, those of one image together.
-
-        Characters stand in for tokens, so that nothing needs to be read before its batch.
-        """
-        lengths = [len(question.text) for question in questions]
-        if self.config.share_images:
-            return image_order([question.image for question in questions], lengths)
-        return sorted(range(len(questions)), key=lambda i: (questions[i].image is None, lengths[i], i))
-
-    @property
-    def own_looks(self) -> bool:
-        """The answerer's own locator looks at questions."""
-        return self.own is not None and self.own.looks
-
     def locator(self, name: str = "") -> Locator | None:
         """The answerer's own locator, or by name one that does not look at questions; None without parts.
 
@@ -146,18 +134,15 @@ class Answerer:
             return self.own
         locator = make_locator(LocatorConfig(name), self.method.config.seed)
         if locator.looks:
-            raise ClmoeError(
-                f"locator {name!r} is not the one that this checkpoint was opened with: evaluate it with "
-                f"`clmoe eval ... locator={name}`, which fits it"
-            )
+            raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` does so")
         return locator
 
     def task_scores(
         self, questions: Sequence[Question], image_root: Path, locator: str = "", task: int | None = None
     ) -> Tensor | None:
-        """How typical each question is of each learned task, ``[M, N]`` on the CPU, larger is likelier.
+        """How typical each question is of each learned task, ``[M, N]`` float64 on the CPU; None without parts.
 
-        None for methods that keep no parts. Arguments as for ``answer``.
+        Arguments as for ``answer``.
         """
         finder = self.locator(locator)
         if finder is None:
@@ -166,17 +151,20 @@ class Answerer:
         if not finder.looks:
             return finder.scores(Asked(ids, self.learned, task=task))
         features = self.store.features(self.model, questions, image_root)
-        starts = range(0, len(ids), SCORED_AT_ONCE)
-        parts = [(ids[start : start + SCORED_AT_ONCE], features[start : start + SCORED_AT_ONCE]) for start in starts]
-        return torch.cat(in_order(parts, lambda part: finder.scores(Asked(part[0], self.learned, part[1], task))))
+
+        def scored(start: int) -> Tensor:
+            part = slice(start, start + SCORED_AT_ONCE)
+            return finder.scores(Asked(ids[part], self.learned, features[part]))
+
+        return torch.cat(in_order(range(0, len(ids), SCORED_AT_ONCE), scored))
 
     def selection(self, tasks: Sequence[int | None]) -> RouteSelection:
         """The routing of a batch of questions that belong to these tasks, None for methods without parts."""
-        chosen = [task for task in tasks if task is not None]
-        if not chosen:
+        if self.own is None:
             return NEWEST_ROUTER
-        return self.method.selection(self.model, torch.tensor(chosen))
+        return self.method.selection(self.model, torch.tensor(tasks))
 
+    @torch.no_grad()
     def generate(
         self,
         items: list[PromptItem],
@@ -184,24 +172,38 @@ class Answerer:
         max_new_tokens: int,
         watch: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], list[float]]:
-        """Texts and margins of one batch; calls ``watch`` with the texts so far before every further token.
+        """Texts and margins of one batch: the likeliest token again and again, until every row has said ``</s>``.
 
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
+
+        Args:
+            watch: called with the texts so far before every further token.
         """
-        tokenizer = self.base.tokenizer
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-
-        def texts(tokens: Tensor) -> list[str]:
-            return tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-        if self.config.share_images:
-            inputs = prompt_inputs(self.base, items, selection.keys(len(items)))
-        else:
-            inputs = to_device(collate_prompts(items, pad), self.base)
+        tokenizer, count = self.base.tokenizer, len(items)
+        decoded = partial(tokenizer.batch_decode, skip_special_tokens=True)
         llava = adapted_base(self.model) if isinstance(self.model, PeftModel) else self.model
-        show = None if watch is None else lambda tokens: watch(texts(tokens))
-        tokens, margins = greedy(llava, inputs, selection, max_new_tokens, end, pad, show)
-        return texts(tokens), margins.tolist()
+        routes = selection.keys(count) if self.config.share_images else range(count)
+        read = prefill(llava, prompt_inputs(self.base, items, routes), selection, max_new_tokens)
+        hidden, mask, position = read.hidden, read.attention_mask, read.next_position
+        tokens = mask.new_empty(count, 0)
+        finished = torch.zeros(count, dtype=torch.bool, device=mask.device)
+        margins = torch.full((count,), float("inf"), device=mask.device)
+        while True:
+            logits = llava.get_output_embeddings()(hidden.unsqueeze(1))[:, -1].float()
+            best = logits.topk(2, dim=-1).values
+            margins = torch.where(finished, margins, torch.minimum(margins, best[:, 0] - best[:, 1]))
+            said = torch.where(finished, tokenizer.pad_token_id, logits.argmax(-1)).unsqueeze(1)
+            tokens = torch.cat([tokens, said], dim=1)
+            finished = finished | (said[:, 0] == tokenizer.eos_token_id)
+            if tokens.shape[1] == max_new_tokens or bool(finished.all()):
+                return decoded(tokens), margins.tolist()
+            if watch is not None:
+                watch(decoded(tokens))
+            mask = torch.cat([mask, torch.ones_like(said)], dim=1)
+            inputs = {"input_ids": said, "attention_mask": mask, "position_ids": position.unsqueeze(1)}
+            with routing(selection):
+                output = llava.base_model(**inputs, past_key_values=read.cache, use_cache=True)
+            hidden, position = output.last_hidden_state[:, -1], position + 1
 
 
 def open_answerer(
@@ -211,16 +213,16 @@ def open_answerer(
     features: Path | None = None,
     benchmark: Benchmark | None = None,
 ) -> Answerer:
-    """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already; see ``Answerer``.
+    """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already.
 
     Args:
+        features: folder that keeps the locator's features.
         benchmark: its training data fit a locator that is not the one sealed in the checkpoint.
 
     Raises:
-        ClmoeError: the checkpoint was trained on another base than the configuration's, or its locator was sealed with
-            other settings and there is no benchmark.
+        ClmoeError: the checkpoint was trained on another base, or another locator than its own has no benchmark.
     """
-    base = load_base(config.model, device()) if base is None else base
+    base = base or load_base(config.model, device())
     method = method_class(config.method)(config)
     if done is None:
         return Answerer(base, base.model, method)
@@ -229,7 +231,7 @@ def open_answerer(
     model = load_adapter(base.model, done.folder, trainable=False)
     for experts in experts_by_linear(model).values():
         experts.freeze_as(base.model.dtype)
-    answerer = Answerer(base, model, method, len(done.lineage.tasks), features=features)
+    answerer = Answerer(base, model, method, len(done.lineage.tasks), features)
     if method.keeps_parts:
         answerer.own = _open_locator(config, done, answerer, benchmark)
     return answerer
@@ -258,46 +260,3 @@ def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark:
 
     locator.load_state(from_main(fit))
     return locator
-
-
-@torch.no_grad()
-def greedy(
-    llava: PreTrainedModel,
-    prompts: dict[str, Tensor] | SharedPrompts,
-    selection: RouteSelection,
-    max_new_tokens: int,
-    end: int,
-    pad: int,
-    watch: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Say the likeliest token again and again, until every row has said ``end`` or ``max_new_tokens`` are said.
-
-    Args:
-        prompts: left-padded.
-        watch: called with the tokens so far ``[B, t]`` before every further one.
-
-    Returns:
-        tokens ``[B, t]`` int64, ``pad`` after a row's ``end``; and ``[B]`` float32 on the CPU, for each row the
-        smallest gap between the two best logits up to its ``end``.
-    """
-    read = prefill(llava, prompts, selection, max_new_tokens)
-    hidden, mask, position = read.hidden, read.attention_mask, read.next_position
-    tokens = mask.new_empty(len(hidden), 0)
-    finished = torch.zeros(len(hidden), dtype=torch.bool, device=mask.device)
-    margins = torch.full((len(hidden),), float("inf"), device=mask.device)
-    while True:
-        logits = llava.get_output_embeddings()(hidden.unsqueeze(1))[:, -1].float()
-        best = logits.topk(2, dim=-1).values
-        margins = torch.where(finished, margins, torch.minimum(margins, best[:, 0] - best[:, 1]))
-        said = torch.where(finished, pad, logits.argmax(-1)).unsqueeze(1)
-        tokens = torch.cat([tokens, said], dim=1)
-        finished = finished | (said[:, 0] == end)
-        if tokens.shape[1] == max_new_tokens or bool(finished.all()):
-            return tokens, margins.cpu()
-        if watch is not None:
-            watch(tokens)
-        mask = torch.cat([mask, torch.ones_like(said)], dim=1)
-        inputs = {"input_ids": said, "attention_mask": mask, "position_ids": position.unsqueeze(1)}
-        with routing(selection):
-            output = llava.base_model(**inputs, past_key_values=read.cache, use_cache=True)
-        hidden, position = output.last_hidden_state[:, -1], position + 1

@@ -19,10 +19,12 @@ it needs was not measured.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+import numpy as np
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import csv_text, read_csv, write_text
@@ -48,9 +50,6 @@ class AccuracyMatrix:
     tasks: tuple[str, ...]
     rows: Mapping[str, Scores]
 
-    def __post_init__(self) -> None:
-        _check_tasks(self.tasks, "accuracy matrix")
-
     @property
     def stages(self) -> tuple[str, ...]:
         """All row labels in order: ``zero_shot``, then the tasks."""
@@ -66,16 +65,13 @@ class AccuracyMatrix:
 
     @classmethod
     def read_csv(cls, path: Path) -> Self:
-        """Read a matrix file: first column ``after``, then one column per task in training order.
-
-        The file may hold any of the rows, for instance only the last one; a blank cell was not measured.
+        """Read a matrix file: first column ``after``, then one per task in training order; any row may be missing.
 
         Raises:
             ClmoeError: names the file, the row (line number) and the column that is wrong.
         """
         tasks, lines = _read_table(path)
-        order = [ZERO_SHOT, *tasks]
-        rows: dict[str, Scores] = {}
+        order, rows = [ZERO_SHOT, *tasks], dict[str, Scores]()
         for line, after, scores in lines:
             where = f"{path}, row {line}, column 'after': {after!r}"
             if after not in order:
@@ -86,13 +82,13 @@ class AccuracyMatrix:
         return cls(tasks, rows)
 
     def write_csv(self, path: Path) -> None:
-        """Write the matrix so that ``read_csv`` returns it exactly; replaces an old file in one step."""
+        """Write the matrix so that ``read_csv`` returns it exactly."""
         _write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Mean and sample standard deviation (divisor n - 1; None for n < 2) of the n values measured."""
+    """Mean and sample standard deviation (divisor n - 1; None for n < 2) of n measured values."""
 
     mean: float | None
     std: float | None
@@ -100,27 +96,37 @@ class Spread:
 
 
 def mean_spread(values: Sequence[float | None]) -> Spread:
-    """Mean and spread over seeds. Leaves out blank values; ``n`` says how many were counted."""
+    """Mean and spread of the values that are not None."""
     measured = [value for value in values if value is not None]
-    return Spread(_mean(measured), statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
+    mean = statistics.fmean(measured) if measured else None
+    return Spread(mean, statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
 
 
 def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
     """All metrics of this module by name; ``immediate_known`` is K, [N] in the order of ``matrix.tasks``."""
-    n, cell = len(matrix.tasks), matrix.cell
-    known, last = immediate_known or (None,) * n, matrix.row(matrix.tasks[-1])
-    backward = [_minus(cell(n, i), cell(i, i)) for i in range(1, n)]
-    return {
-        "last": _mean(last),
-        "immediate": _mean([cell(i, i) for i in range(1, n + 1)]),
-        "maa": _mean([_mean(matrix.row(task)[: t + 1]) for t, task in enumerate(matrix.tasks)]),
-        "bwt_n": _mean([*backward, 0.0]),
-        "bwt_n_minus_1": _mean(backward),
-        "forgetting_max": _mean([_minus(_max([cell(t, i) for t in range(i, n)]), cell(n, i)) for i in range(1, n)]),
-        "fwt_n_minus_1": _mean([_minus(cell(i - 1, i), cell(0, i)) for i in range(2, n + 1)]),
-        "immediate_known": _mean(known),
-        "bwt_known": _mean([_minus(a, k) for a, k in zip(last, known, strict=True)]),
+    N = len(matrix.tasks)
+    A = np.array([matrix.row(stage) for stage in matrix.stages], dtype=float)  # [N + 1, N], nan if not measured
+    K = np.array(immediate_known or [None] * N, dtype=float)
+    last, immediate = A[N], A.diagonal(-1)
+    backward = (last - immediate)[:-1]
+    values: dict[str, Iterable[float]] = {
+        "last": last,
+        "immediate": immediate,
+        "maa": [_mean(A[t, :t]) for t in range(1, N + 1)],
+        "bwt_n": [*backward, 0.0],
+        "bwt_n_minus_1": backward,
+        "forgetting_max": [A[i + 1 : N, i].max() - last[i] for i in range(N - 1)],
+        "fwt_n_minus_1": A.diagonal()[1:] - A[0, 1:],
+        "immediate_known": K,
+        "bwt_known": last - K,
     }
+    means = {name: _mean(of_one) for name, of_one in values.items()}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    """nan if there are no values, or one of them was not measured."""
+    return statistics.fmean([*values] or [math.nan])
 
 
 def metrics_from_files(matrix: Path, immediate: Path | None = None) -> dict[str, float | None]:
@@ -150,36 +156,17 @@ def write_immediate_csv(path: Path, tasks: Sequence[str], scores: Sequence[float
     _write_table(path, tasks, [("immediate", scores)])
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of all values; None if there are none or one of them is blank."""
-    measured = [value for value in values if value is not None]
-    return math.fsum(measured) / len(measured) if measured and len(measured) == len(values) else None
-
-
-def _max(values: Sequence[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return max(measured) if len(measured) == len(values) else None
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _check_tasks(tasks: Sequence[str], where: str) -> None:
-    if not tasks:
-        raise ClmoeError(f"{where}: no task")
-    for position, task in enumerate(tasks):
-        if not task or task == ZERO_SHOT or task in tasks[:position]:
-            raise ClmoeError(f"{where}: task {position + 1} is {task!r}, which is empty, used twice or a row's label")
-
-
 def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Scores]]]:
-    """Read a CSV with first column ``after``: task names, then (line number, label, scores) per row."""
+    """Task names, then (line number, label, scores) of every row."""
     table = read_csv(path)
     if not table or table[0][1][0] != "after":
         raise ClmoeError(f"{path}, header: expected 'after,<task>,...', found {table[0][1] if table else 'nothing'}")
     tasks = tuple(table[0][1][1:])
-    _check_tasks(tasks, f"{path}, header")
+    if not tasks:
+        raise ClmoeError(f"{path}, header: no task")
+    for number, task in enumerate(tasks, 1):
+        if not task or task == ZERO_SHOT or task in tasks[: number - 1]:
+            raise ClmoeError(f"{path}, header: task {number} is {task!r}, which is empty, used twice or a row's label")
     rows = []
     for line, (after, *cells) in table[1:]:
         if len(cells) != len(tasks):
@@ -202,6 +189,5 @@ def _score(text: str, where: str) -> float | None:
 
 
 def _write_table(path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> None:
-    """Write a table whose scores read back exactly; blank if not measured."""
     rows = [[after, *("" if value is None else repr(float(value)) for value in scores)] for after, scores in lines]
     write_text(path, csv_text([["after", *tasks], *rows]))

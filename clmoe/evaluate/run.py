@@ -1,12 +1,13 @@
 """Evaluate a model on tasks: predictions, scores and tables of a run folder, each file complete or absent.
 
 After training task ``after``, ``predictions/<after>/<task>.jsonl`` holds the answers, and ``<task>.json`` their score
-and what it depends on: a cell of the accuracy matrix. A cell is answered or scored again only if that has changed.
+and what it depends on: a cell of the accuracy matrix. It is answered or scored again only if that has changed.
 """
 
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_imme
 from clmoe.evaluate.rules.base import Mode, shown_answer
 from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers
 from clmoe.experts.model import detach_adapter
-from clmoe.locators.base import feature_folder
+from clmoe.locators.base import Locator, feature_folder
 from clmoe.methods import method_class
 from clmoe.methods.base import EXPANSION, STATISTICS
 from clmoe.train.checkpoint import Finished
@@ -53,23 +54,22 @@ def evaluate_checkpoint(
 ) -> tuple[str, LoadedBase | None]:
     """Fill a checkpoint's row of the accuracy matrix and write the run's files; loads no model if the row is filled.
 
-    Without ``tasks``, asks all that were learned, and the newest also with its task known if the method keeps parts.
     Every process calls this; the main one writes. Returns the scores as one line, ``after text: sqa 40.0, text 91.3``,
     and the base without adapter, if it is loaded now.
 
     Args:
-        done: None for the bare base, which is asked all tasks and fills row ``zero_shot``.
+        done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
         order: all tasks of the run, in training order.
         limit: questions of each task, see ``sampled``; None asks all.
+        tasks: by default all that were learned (the base: all), and the newest once more with its task known if the
+            method keeps parts.
         base: the base, if it is loaded already.
 
     Raises:
-        ClmoeError: the checkpoint belongs to another benchmark or base, the run folder has another order, or a question
-            cannot be read or scored. All of this comes before the first answer.
+        ClmoeError: before the first answer: the checkpoint has another base, the run folder another order, or a
+            question cannot be read or scored.
     """
-    if done is not None and done.lineage.benchmark != benchmark.name:
-        raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
     learned = [] if done is None else done.lineage.tasks
     names = tasks or learned or order
     check_tasks(benchmark, names)
@@ -96,28 +96,27 @@ def evaluate_checkpoint(
         write_run_info(run, benchmark, config, order, scoring, done)
         if done is not None:
             record_checkpoint(run, done, order)
-        return f"after {cells[0].after}: " + ", ".join(f"{cell.path.stem} {cell.score:.1f}" for cell in cells)
+        scores = ", ".join(f"{cell.path.stem} {read_json(cell.path)['score']:.1f}" for cell in cells)
+        return f"after {cells[0].after}: {scores}"
 
     return from_main(record), base
 
 
 def evaluate_base(run: Path, benchmark: Benchmark, config: Config, order: list[str], **settings: Any) -> str:
-    """``evaluate_checkpoint`` of the bare base; returns the scores as one line."""
+    """``evaluate_checkpoint`` of the bare base: the scores as one line."""
     return evaluate_checkpoint(run, benchmark, None, config, order, **settings)[0]
 
 
 def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
     """Raise ClmoeError unless every name is a task of the benchmark whose scorer is known and can run here."""
-    if not names:
-        raise ClmoeError("no task to evaluate: name them with --tasks a,b")
     for name in names:
         check_scorer(benchmark.task(name).scorer)
 
 
-def check_questions(benchmark: Benchmark, names: Sequence[str], mode: Mode = "fixed") -> None:
+def check_questions(benchmark: Benchmark, names: Sequence[str]) -> None:
     """Raise ClmoeError, naming file and row or question, unless all questions can be read and scored, images aside."""
     for name in names:
-        _check_gold(benchmark.task(name), task_questions(benchmark.task(name), images=False), mode)
+        _check_gold(benchmark.task(name), task_questions(benchmark.task(name), images=False), "fixed")
 
 
 def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:
@@ -131,14 +130,12 @@ def check_run_order(run: Path, order: list[str]) -> None:
     """Raise ClmoeError if the run folder holds another order. One may continue the other: a sequence can grow."""
     recorded = read_json(run / "run.json")["order"] if (run / "run.json").is_file() else []
     if any(ours != theirs for ours, theirs in zip(order, recorded, strict=False)):
-        raise ClmoeError(
-            f"{run} holds a run in the order {', '.join(recorded)}, but --order here is {', '.join(order)}: "
-            "give the same --order or choose another --output"
-        )
+        held = f"{run} holds a run in the order {', '.join(recorded)}, but --order here is {', '.join(order)}"
+        raise ClmoeError(f"{held}: give the same --order or choose another --output")
 
 
 def summary_path(run: Path, after: str, task: str, locator: str = "") -> Path:
-    """A cell's score and settings; the checkpoint's own locator has no suffix."""
+    """A cell's score and settings; empty ``locator``: the checkpoint's own."""
     return run / "predictions" / after / (f"{task}.{locator}.json" if locator else f"{task}.json")
 
 
@@ -151,13 +148,11 @@ def read_score(run: Path, after: str, task: str, locator: str, scoring: str) -> 
 
 @dataclass(frozen=True)
 class Cell:
-    """One score of a run: a model asked a task's questions under one locator.
+    """One score of a run: a model asked a task's questions.
 
     Attributes:
-        run: the folder of its files.
-        locator: name of another locator than the checkpoint's own; empty for that one.
+        locator: another locator than the checkpoint's own: the configured one, or ``oracle``; empty for the own.
         limit: questions asked; None asks all.
-        config: the model's.
         identity: sha256 of the checkpoint's manifest, or the bare base's fingerprint.
         learned: the model's tasks, oldest first; none for the bare base.
     """
@@ -173,24 +168,20 @@ class Cell:
 
     @property
     def after(self) -> str:
-        """The model's row in the matrix."""
+        """The row in the matrix."""
         return self.learned[-1] if self.learned else ZERO_SHOT
 
     @property
     def path(self) -> Path:
-        """Of the score and its settings. The answers lie beside it as ``.jsonl``."""
+        """Of the score and its settings; the answers lie beside it as ``.jsonl``."""
         return summary_path(self.run, self.after, self.task.name, self.locator)
-
-    @property
-    def score(self) -> float | None:
-        return read_score(self.run, self.after, self.task.name, self.locator, self.scoring)
 
     def questions(self, *, images: bool) -> list[Question]:
         return sampled(task_questions(self.task, images=images), self.limit)
 
     def answer_settings(self, questions: list[Question]) -> dict[str, Any]:
         """All that the answers depend on."""
-        model, evaluation = self.config.model, self.config.evaluation
+        model, evaluation, locator = self.config.model, self.config.evaluation, self.config.locator
         # exact answers depend on the margin but not on how batches are cut; others the other way round
         cut = {"batch_size": evaluation.batch_size, "share_images": evaluation.share_images}
         return {
@@ -203,7 +194,7 @@ class Cell:
             "margin": evaluation.margin if evaluation.exact else None,
             **({"batch_size": None} if evaluation.exact else cut),
             "options": self.config.options,
-            "locator": self.locator or dataclasses.asdict(self.config.locator),
+            "locator": dataclasses.asdict(locator) if self.locator in ("", locator.name) else self.locator,
         }
 
     def score_settings(self, questions: list[Question]) -> dict[str, Any]:
@@ -236,7 +227,7 @@ class Cell:
 
         Until then every process appends its batches to a hidden file, from which an interrupted evaluation continues.
         """
-        evaluation = self.config.evaluation
+        evaluation, task = self.config.evaluation, self.task
         key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
         mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
 
@@ -245,17 +236,14 @@ class Cell:
             files.append_json_lines(mine, rows)
             advance(len(batch) * count())
 
-        task, known = self.task, from_main(lambda: self._kept(key))
+        known = from_main(lambda: self._kept(key))
         index = self.learned.index(task.name) if task.name in self.learned else None
         answers = answerer.answer(questions, task.image_root, task.max_new_tokens, self.locator, index, known, keep)
         finder = answerer.locator(self.locator)
-        looked = "" if finder is None or not finder.looks else finder.config.name
-        return from_main(lambda: self._complete(questions, answers, looked))
+        return from_main(lambda: self._complete(questions, answers, finder))
 
-    def _complete(self, questions: list[Question], answers: list[Answer], looked: str) -> float:
-        """Write the answers and their score; ``looked``: the locator that looked at them. Returns the percentage."""
-        if len(answers) != len(questions):
-            raise ClmoeError(f"{len(answers)} answers for {len(questions)} questions: an answer was lost")
+    def _complete(self, questions: list[Question], answers: list[Answer], finder: Locator | None) -> float:
+        """Write the answers and their score, and what ``finder`` decided if it looked. Returns the percentage."""
         rows = [
             {
                 "question_id": question.question_id,
@@ -267,12 +255,12 @@ class Cell:
             }
             for question, answer in zip(questions, answers, strict=True)
         ]
-        right = [row["task"] == self.task.name for row in rows if row["task"] is not None]
+        located = Counter(row["task"] for row in rows if row["task"] is not None)
         summary = {
             "questions": len(rows),
             "redone": sum(answer.redone for answer in answers),
-            "located": 100 * sum(right) / len(right) if right else None,
-            "deciders": {looked: Counter(row["task"] for row in rows)} if looked else {},
+            "located": 100 * located[self.task.name] / len(rows) if located else None,
+            "deciders": {finder.config.name: located} if finder is not None and finder.looks else {},
         }
         self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
         percent = self._write(questions, rows, summary)
@@ -280,13 +268,13 @@ class Cell:
         return percent
 
     def _write(self, questions: list[Question], rows: list[dict[str, Any]], summary: dict[str, Any]) -> float:
-        """Score the answers and write them, then the summary that makes them count."""
+        """Score the answers; write them, then the summary that makes them count."""
         scored = score_answers(self.task.scorer, [row["text"] for row in rows], questions, self.scoring)
-        lines = [
-            json.dumps({**row, "answer": shown_answer(question), "score": score}, ensure_ascii=False, sort_keys=True)
-            for row, question, score in zip(rows, questions, scored.rows, strict=True)
-        ]
-        write_text(self.path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+        text = ""
+        for row, question, score in zip(rows, questions, scored.rows, strict=True):
+            row |= {"answer": shown_answer(question), "score": score}
+            text += json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n"
+        write_text(self.path.with_suffix(".jsonl"), text)
         settings = self.answer_settings(questions) | self.score_settings(questions)
         percent = 100 * scored.score
         write_json(self.path, {**summary, "score": percent, "parts": dict(scored.parts), "settings": settings})
@@ -306,7 +294,7 @@ class Cell:
 
 
 def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answerer: Answerer) -> None:
-    """Fill these cells of one model; every process calls this. Arguments and errors as for ``evaluate_checkpoint``."""
+    """Fill these cells of one model. Every process calls this, with arguments as for ``evaluate_checkpoint``."""
     questions = [cell.questions(images=True) for cell in cells]
     for cell, asked in zip(cells, questions, strict=True):
         _check_gold(cell.task, asked, cell.scoring)
@@ -315,8 +303,8 @@ def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answer
     log = EventLog(cells[0].run / "events.jsonl")
     log.write("started", after=after, **provenance())
     for cell, asked in zip(cells, questions, strict=True):
-        title, name = f"{after} > {cell.path.stem}", cell.path.stem
-        bar = Progress(title, len(asked), read_events(log.path), stage)
+        name = cell.path.stem
+        bar = Progress(f"{after} > {name}", len(asked), read_events(log.path), stage)
         # the report finds the images of the predictions by these two
         places = {"data": str(benchmark.root), "images": os.path.relpath(cell.task.image_root, benchmark.root)}
         with timed(log, "evaluated", after=after, task=name, **places) as extra, bar as display:
@@ -326,7 +314,7 @@ def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answer
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
 ) -> None:
-    """Write ``run.json``, which tells the report about the run; the bare base (None) keeps a trained run's."""
+    """Write ``run.json`` for the report; the bare base (``done`` None) keeps a trained run's."""
     path = run / "run.json"
     if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
         return
@@ -361,12 +349,12 @@ def write_tables(
 ) -> dict[str, float | None]:
     """Rebuild the run's tables from its cells and return the metrics.
 
-    Writes ``matrix.csv``, ``immediate.csv`` (if measured with the task known), ``locator.csv`` (if tasks were located)
+    Writes ``matrix.csv``, ``immediate.csv`` (if measured with the task known), ``locator.csv`` (if a locator looked)
     and ``metrics.json``.
 
     Args:
         locator: whose cells the matrix shows in a folder without any of the checkpoints' own.
-        scoring: cells in the other mode are blank, so that a table never mixes two.
+        scoring: cells in the other mode are blank.
         untrained: the method trains nothing, so its sequence ends as it began.
         always_known: the matrix itself is measured with the task known.
     """
@@ -391,7 +379,7 @@ def write_tables(
 
 
 def _write_located(run: Path, order: list[str], locator: str) -> None:
-    """Write ``locator.csv``: after each task, the tasks that the locator took each task's questions for."""
+    """``locator.csv``: after each task, the tasks that the locator took each task's questions for."""
     rows = []
     for after in order:
         for task in order:
@@ -407,8 +395,7 @@ def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
     """Copy what a report needs of a checkpoint into the run folder; doing it again changes nothing.
 
     ``parameters.csv``: trained in a task, and stored after it. ``expansion.json``: the plan of a method that grows.
-    ``usage.csv``: the share of a block's router weight that each expert (from 0) got on a task's training data right
-    after its training.
+    ``usage.csv``: each expert's share of its block's router weight on a task's data, right after that task's training.
     """
     lineage, newest = done.lineage, done.lineage.tasks[-1]
     trained: Rows = {newest: [[newest, lineage.trainable_parameters, lineage.adapter_parameters]]}
@@ -425,7 +412,7 @@ def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
 
 
 def _merge_rows(path: Path, header: list[str], rows: Rows, order: list[str]) -> None:
-    """Replace these tasks' rows in a table, and write it in the order of the run."""
+    """Replace these tasks' rows in a table, which is in the order of the run."""
     merged: Rows = {}
     for _, cells in files.read_csv(path)[1:] if path.is_file() else []:
         merged.setdefault(cells[0], []).append(cells)
@@ -436,11 +423,8 @@ def _merge_rows(path: Path, header: list[str], rows: Rows, order: list[str]) -> 
 def _gate_means(path: Path, tasks: list[str]) -> Rows:
     """Rows of ``usage.csv``."""
     rows: Rows = {}
-    for key, values in sorted(load_tensors(path).items()):
-        index, _, rest = key.partition(".")
-        block, _, kind = rest.rpartition(".")
-        if kind == "gate_mean":
-            task = tasks[int(index)]
-            shares = [[task, block, expert, f"{share:.6f}"] for expert, share in enumerate(values.tolist())]
-            rows.setdefault(task, []).extend(shares)
+    for key, shares in sorted(load_tensors(path).items()):
+        if match := re.fullmatch(r"(\d+)\.(.+)\.gate_mean", key):
+            task, block = tasks[int(match[1])], match[2]
+            rows.setdefault(task, []).extend([task, block, i, f"{x:.6f}"] for i, x in enumerate(shares.tolist()))
     return rows

@@ -1,7 +1,6 @@
 """What a locator is, and the frozen base's features that it looks at.
 
-A locator names the task of a test sample; the method then decides how a sample of that task is routed. The two are
-chosen independently: ``locator=vae`` works on separate LoRAs, ``locator=oracle`` on LLaVA-CMoE.
+A locator names the task of a test sample; the method, chosen independently, decides how such a sample is routed.
 """
 
 import json
@@ -16,7 +15,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
-from clmoe.bases.inputs import image_order, over_prompt_batches, prompt_dataset, prompt_inputs, read_prompts
+from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, read_prompts
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config, FeatureKind, LocatorConfig, NoOptions, build
 from clmoe.data.batches import first_questions, sample_records
@@ -30,16 +29,12 @@ from clmoe.utils.tensors import load_tensors, replace_tensors, save_tensors
 FILE = "locator.safetensors"
 """A checkpoint's locator."""
 
-SETTINGS = "settings"
-FOLDER_VARIABLE = "CLMOE_FEATURES"
-
 
 @dataclass(frozen=True)
 class Asked:
-    """Samples whose task is wanted.
+    """M samples whose task is wanted.
 
     Attributes:
-        ids: of the M samples.
         tasks: N, how many tasks have been learned.
         features: ``[M, D]`` float32 on the CPU; None for locators that do not look.
         task: the samples' true task, counted in training order from 0; None where it is unknown.
@@ -52,15 +47,17 @@ class Asked:
 
 
 class Locator:
-    """Finds the task of a test sample; subclasses are one file each.
+    """Finds the task of a test sample.
 
     Class attributes:
         looks: it needs features of the samples, and of each task's training samples before.
         Options: dataclass of its own options, ``locator.options`` in a configuration.
+        decisive: those that a fitted state belongs to; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
     Options: ClassVar[type] = NoOptions
+    decisive: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         self.config, self.seed = config, seed
@@ -80,49 +77,38 @@ class Locator:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
 
-    def decisive(self) -> dict[str, Any]:
-        """The settings, besides the feature, that a fitted state belongs to; they cannot change within a sequence."""
-        return {}
-
     def save(self, path: Path) -> None:
         """Write the state and the settings that it belongs to."""
-        settings = {"locator": self.config.name, "feature": self.config.feature, **self.decisive()}
-        save_tensors(self.state(), path, metadata={SETTINGS: json.dumps(settings)})
+        save_tensors(self.state(), path, metadata={"settings": json.dumps(self._settings())})
 
     def load(self, path: Path) -> None:
-        """Read what ``save`` wrote.
-
-        Raises:
-            ClmoeError: it was fitted with other settings; the setting is named.
-        """
+        """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another."""
         with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-        for name, value in {"locator": self.config.name, "feature": self.config.feature, **self.decisive()}.items():
+            stored = json.loads((file.metadata() or {}).get("settings", "{}"))
+        for name, value in self._settings().items():
             if stored.get(name) != value:
-                raise ClmoeError(
-                    f"{path}: was fitted with {name}={stored.get(name)}, not {value}: it cannot change within a "
-                    "sequence"
-                )
+                was = f"{path}: was fitted with {name}={stored.get(name)}, not {value}"
+                raise ClmoeError(f"{was}: it cannot change within a sequence")
         self.load_state(load_tensors(path))
+
+    def _settings(self) -> dict[str, Any]:
+        options = {name: getattr(self.options, name) for name in self.decisive}
+        return {"locator": self.config.name, "feature": self.config.feature, **options}
 
 
 def feature_folder(run: Path) -> Path:
     """Where a run keeps its features: ``CLMOE_FEATURES`` (runs on one base may share it), else in the run folder."""
-    shared = os.environ.get(FOLDER_VARIABLE)
-    return Path(shared) if shared else run / "features"
+    return Path(os.environ.get("CLMOE_FEATURES") or run / "features")
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Features of lists of prompts, computed once; the base is frozen, so they hold for every method on it.
+    """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file is named after all that decides its content: base and image processor, kind, batches, and the hash of every
-    prompt and image.
+    A file is named after all that decides its content: base and image processor, kind, batches, prompts and images.
 
     Attributes:
         folder: of the files; None computes anew each time.
-        kind: which features, see ``FeatureKind``.
-        batch_size: prompts per forward pass.
         share_images: prompts of one image read its tokens once.
     """
 
@@ -140,30 +126,25 @@ class FeatureStore:
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         """``[M, D]`` float32 on the CPU, one row per question, in order."""
-        path = None
-        if self.folder is not None:
-            key = from_main(lambda: self._key(questions, image_root))  # reads every image
-            path = self.folder / f"{key}.safetensors"
-        if path is not None and from_main(path.is_file):
+        if self.folder is None:
+            return self._compute(model, questions, image_root)
+        key = from_main(lambda: self._key(questions, image_root))  # reads every image
+        path = self.folder / f"{key}.safetensors"
+        if from_main(path.is_file):
             return load_tensors(path)["features"]
         features = self._compute(model, questions, image_root)
-        if path is not None and is_main():
+        if is_main():
             replace_tensors({"features": features.contiguous()}, path)
         return features
 
     def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         dataset = prompt_dataset(self.base, questions, image_root)
-        if not self.share_images:
-            batches = over_prompt_batches(
-                self.base, dataset, self.batch_size, lambda batch: base_features(model, batch, self.kind)
-            )
-            return torch.cat(batches)
-
-        order = image_order([question.image for question in questions])
+        order = image_order([question.image if self.share_images else None for question in questions])
 
         def one(start: int) -> Tensor:
             items = read_prompts(dataset, order[start : start + self.batch_size])
-            return base_features(model, prompt_inputs(self.base, items, [()] * len(items)), self.kind)
+            routes = [() if self.share_images else row for row in range(len(items))]
+            return base_features(model, prompt_inputs(self.base, items, routes), self.kind)
 
         found = torch.cat(in_order(range(0, len(order), self.batch_size), one))
         return found[torch.tensor(order).argsort()]

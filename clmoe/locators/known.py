@@ -4,52 +4,45 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked, Locator
 
 
-def _one_hot(tasks: list[int], number: int) -> Tensor:
-    """``[M, N]`` float64 with a one at each sample's task."""
-    return torch.nn.functional.one_hot(torch.tensor(tasks, dtype=torch.int64), number).double()
-
-
-class Oracle(Locator):
-    """The true task: what finding the task perfectly would give."""
+class Known(Locator):
+    """Names one task for each sample: its score is 1, the others' 0."""
 
     looks = False
 
+    def task(self, name: str, asked: Asked) -> int:
+        """The task of the sample with this id."""
+        raise NotImplementedError
+
     def scores(self, asked: Asked) -> Tensor:
-        """One for the true task.
+        tasks = torch.tensor([self.task(name, asked) for name in asked.ids], dtype=torch.int64)
+        return one_hot(tasks, asked.tasks).double()
 
-        Raises:
-            ClmoeError: the samples' task has not been learned.
-        """
+
+class Oracle(Known):
+    """The true task: what finding the task perfectly would give. Raises ClmoeError if it has not been learned."""
+
+    def task(self, name: str, asked: Asked) -> int:
         if asked.task is None or asked.task >= asked.tasks:
-            raise ClmoeError(
-                "locator=oracle: the questions' task is unknown to this checkpoint: name a learned task or choose "
-                "another locator"
-            )
-        return _one_hot([asked.task] * len(asked.ids), asked.tasks)
+            raise ClmoeError("locator=oracle: the questions' task was not learned: name a learned one")
+        return asked.task
 
 
-class Last(Locator):
+class Last(Known):
     """The newest task: what no locator at all would give."""
 
-    looks = False
-
-    def scores(self, asked: Asked) -> Tensor:
-        return _one_hot([asked.tasks - 1] * len(asked.ids), asked.tasks)
+    def task(self, name: str, asked: Asked) -> int:
+        return asked.tasks - 1
 
 
-class Random(Locator):
+class Random(Known):
     """A task drawn from the seed and the sample's id alone, so that it does not depend on order or batching."""
 
-    looks = False
-
-    def scores(self, asked: Asked) -> Tensor:
-        return _one_hot([self._draw(name, asked.tasks) for name in asked.ids], asked.tasks)
-
-    def _draw(self, name: str, tasks: int) -> int:
+    def task(self, name: str, asked: Asked) -> int:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % tasks
+        return int.from_bytes(digest[:8], "little") % asked.tasks

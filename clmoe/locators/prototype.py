@@ -19,8 +19,7 @@ class Options:
 
     Attributes:
         distance: to the centres.
-        radius: ``normalised`` divides a task's distances by its radius, the root mean square distance of its own
-            samples to its centre.
+        radius: ``normalised`` divides a task's distances by the root mean square distance of its own samples.
     """
 
     distance: Literal["euclidean", "cosine"] = "euclidean"
@@ -28,10 +27,7 @@ class Options:
 
 
 class Prototype(Locator):
-    """Centre and spread of every task's features.
-
-    Features are standardised per dimension with mean and deviation of all tasks together. These follow from the stored
-    moments (law of total variance), so no earlier sample is needed.
+    """Centre and spread of every task's features, which are standardised over all tasks' samples together.
 
     Attributes:
         mean, variance: ``[N, D]`` float64 per task (population variance).
@@ -42,19 +38,17 @@ class Prototype(Locator):
 
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self.mean = self.variance = torch.zeros(0, 0, dtype=torch.float64)
+        self.mean = self.variance = torch.zeros(0, dtype=torch.float64)
         self.count = torch.zeros(0, dtype=torch.int64)
 
     def fit(self, features: Tensor) -> None:
         values = features.double().cpu()
-        mean, variance = values.mean(0, keepdim=True), values.var(0, unbiased=False, keepdim=True)
-        first = not len(self.count)
-        self.mean = mean if first else torch.cat([self.mean, mean])
-        self.variance = variance if first else torch.cat([self.variance, variance])
+        self.mean = torch.cat([self.mean, values.mean(0, keepdim=True)])
+        self.variance = torch.cat([self.variance, values.var(0, unbiased=False, keepdim=True)])
         self.count = torch.cat([self.count, torch.tensor([len(values)])])
 
     def standardisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation ``[D]`` of all tasks' samples together."""
+        """Mean and deviation ``[D]`` of all tasks' samples together, by the law of total variance."""
         weight = (self.count.double() / self.count.sum()).unsqueeze(1)
         mean = (weight * self.mean).sum(0)
         variance = (weight * (self.variance + (self.mean - mean) ** 2)).sum(0)
@@ -75,11 +69,7 @@ class Prototype(Locator):
         return -distance
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            "prototype.mean": self.mean.contiguous(),
-            "prototype.variance": self.variance.contiguous(),
-            "prototype.count": self.count,
-        }
+        return {f"prototype.{name}": getattr(self, name) for name in ("mean", "variance", "count")}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.mean, self.variance, self.count = (state[f"prototype.{name}"] for name in ("mean", "variance", "count"))

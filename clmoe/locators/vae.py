@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked, Locator
 from clmoe.utils.processes import device
-
-CHUNK = 256  # samples scored at a time: several [draws, samples, D] tensors are alive then
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,12 @@ class Options:
     primitive_floor: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("latent", "hidden", "draws", "batch_size", "primitive_last"):
-            if getattr(self, name) < 1:
-                raise ClmoeError(f"locator.options.{name} must be at least 1")
-        if not 0 < self.held_out < 1:
-            raise ClmoeError("locator.options.held_out must lie between 0 and 1")
-        for name in ("feature_floor", "sigma_floor", "primitive_floor"):
+        positive = ("latent", "hidden", "draws", "batch_size", "primitive_last")
+        for name in (*positive, "feature_floor", "sigma_floor", "primitive_floor"):
             if getattr(self, name) <= 0:
                 raise ClmoeError(f"locator.options.{name} must be positive")
+        if not 0 < self.held_out < 1:
+            raise ClmoeError("locator.options.held_out must lie between 0 and 1")
 
 
 class Gaussian(nn.Module):
@@ -75,7 +71,7 @@ class Gaussian(nn.Module):
 
 
 class TaskVae(nn.Module):
-    """VAE of one task's features, its standardisation and its fixed noise.
+    """VAE of one task's features.
 
     Attributes:
         shift, scale: ``[D]``, the standardisation of the features.
@@ -98,10 +94,11 @@ class TaskVae(nn.Module):
         self.register_buffer("primitive", torch.tensor([0.0, 1.0], dtype=torch.float64))
 
     def log_p_rec(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(log p_rec [B], KL [B])``: log of the mean density over the draws, in log space.
+        """``(log p_rec [B], KL [B])``: log of the mean density over the draws, computed as log: it may underflow.
 
-        The density itself of 4,096 dimensions underflows. ``features [B, D]``; ``noise [draws, (B,) latent]`` defaults
-        to the stored draws.
+        Args:
+            features: ``[B, D]``.
+            noise: ``[draws, (B,) latent]``, by default the stored draws.
         """
         x = (features - self.shift) / self.scale
         mean, sigma = self.encoder(x)
@@ -113,7 +110,7 @@ class TaskVae(nn.Module):
         return log_density.logsumexp(0) - math.log(len(draws)), kl
 
     def z_score(self, features: Tensor) -> Tensor:
-        """How typical the features are of this task: ``[B]`` float64 standard scores of log p_rec."""
+        """Standard scores of log p_rec, ``[B]`` float64."""
         mean, deviation = self.primitive
         return (self.log_p_rec(features)[0].double() - mean) / deviation
 
@@ -121,7 +118,7 @@ class TaskVae(nn.Module):
 def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
     """Fit one task's VAE on ``features [M, D]`` float32, on their device; the same result there for the same seed.
 
-    Warns when a task is too small or constant for a reliable primitive; the bank stays usable.
+    Warns if the task is too small or constant for a reliable primitive.
     """
     generator, device = torch.Generator().manual_seed(seed), features.device
     order = torch.randperm(len(features), generator=generator)
@@ -143,29 +140,25 @@ def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    vae.requires_grad_(False).eval()
     instances = held_out if settings.primitive_on == "held_out" else train[-settings.primitive_last :]
-    return _with_primitive(vae, instances, settings)
-
-
-@torch.no_grad()
-def _with_primitive(vae: TaskVae, instances: Tensor, settings: Options) -> TaskVae:
-    """Store mean and deviation of log p_rec over the instances; freeze the VAE."""
     scores = vae.log_p_rec(instances)[0].double()
     deviation = scores.std(unbiased=False)
     if len(scores) < 10 or deviation < settings.primitive_floor:
         warnings.warn(
             f"the task locator's primitive rests on {len(scores)} instances with deviation {float(deviation):.3g}: "
             "its decisions for this task are unreliable; give the task more or more varied training records",
-            stacklevel=3,
+            stacklevel=2,
         )
     vae.primitive.copy_(torch.stack([scores.mean(), deviation.clamp(min=settings.primitive_floor)]))
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 class Vae(Locator):
-    """The VAEs of all tasks, oldest first. Adding one changes nothing of the others."""
+    """The VAEs of all tasks, oldest first."""
 
     Options = Options
+    decisive = ("latent", "hidden", "draws", "sigma_floor")
 
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         super().__init__(config, seed)
@@ -178,12 +171,11 @@ class Vae(Locator):
 
     @torch.no_grad()
     def scores(self, asked: Asked) -> Tensor:
-        """Standard scores of log p_rec."""
+        """Every task's ``z_score``."""
         assert asked.features is not None
         features = asked.features.float().to(device())
-        vaes = [vae.to(features.device) for vae in self.vaes[: asked.tasks]]
-        parts = [torch.stack([vae.z_score(part) for vae in vaes], dim=1) for part in features.split(CHUNK)]
-        return torch.cat(parts).cpu()
+        vaes = self.vaes[: asked.tasks]
+        return torch.stack([vae.to(features.device).z_score(features) for vae in vaes], dim=1).cpu()
 
     def state(self) -> dict[str, Tensor]:
         return {f"vae.{i}.{name}": value for i, vae in enumerate(self.vaes) for name, value in vae.state_dict().items()}
@@ -192,11 +184,7 @@ class Vae(Locator):
         self.vaes = []
         for i in range(len({key.split(".", 2)[1] for key in state})):
             tensors = {key.split(".", 2)[2]: value for key, value in state.items() if key.startswith(f"vae.{i}.")}
-            with torch.device("meta"):  # its initial weights would be drawn for nothing
+            with torch.device("meta"):  # initial weights would be drawn for nothing
                 vae = TaskVae(len(tensors["shift"]), self.options)
             vae.load_state_dict(tensors, assign=True)
             self.vaes.append(vae.requires_grad_(False).eval())
-
-    def decisive(self) -> dict[str, Any]:
-        """What shapes the decisions of fitted VAEs besides their tensors."""
-        return {name: getattr(self.options, name) for name in ("latent", "hidden", "draws", "sigma_floor")}

@@ -2,13 +2,11 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import clmoe
 from clmoe.bases.inputs import prompt_dataset
@@ -16,29 +14,22 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
-from clmoe.evaluate.generate import open_answerer
 from clmoe.experts.forward import base_features
 from clmoe.experts.model import adapted_base, expert_layers
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
-from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.files import read_json
+from tests.evaluate.opened import checkpoints, opened
 from tests.runs import Runs
 from tests.support import TASKS, prompt_batches
 
-SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20")}
 QUESTION = "How many things are there?"
 
 
-def opened(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
+def loaded_of(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
     """A checkpoint of two tasks."""
-    done = read_checkpoint(runs.chain(method, *SETTINGS.get(method, ()))[1])
-    return LoadedCheckpoint(open_answerer(done.config, done, base), done.lineage.tasks)
-
-
-def folder_of(runs: Runs, method: str) -> Path:
-    return runs.chain(method, *SETTINGS.get(method, ()))[1]
+    return LoadedCheckpoint(opened(runs, base, method), list(TASKS[:2]))
 
 
 @pytest.fixture
@@ -54,7 +45,7 @@ def inputs(loaded: LoadedCheckpoint, image: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["lora", "moelora", "clmoe", "llava_cmoe"])
 def test_the_watched_text_ends_as_the_batch_answer(method: str, runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    loaded = opened(runs, tiny_base, method)
+    loaded = loaded_of(runs, tiny_base, method)
     seen: list[Explanation] = []
     final = loaded.explain(image, QUESTION, 6, watch=seen.append)
     assert final.text == loaded.answer(image, QUESTION, 6)
@@ -71,7 +62,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
     method: str, runs: Runs, tiny_base: LoadedBase, image: Path
 ) -> None:
     """Oracle: what the router banks hand to the experts in a forward pass of our own."""
-    loaded = opened(runs, tiny_base, method)
+    loaded = loaded_of(runs, tiny_base, method)
     explained = loaded.explain(image, QUESTION, 1, locator="last")
     model = loaded.answerer.model
     given: dict[str, torch.Tensor] = {}
@@ -83,7 +74,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
         "llava_cmoe": RouteSelection(router=torch.tensor([1])),
     }
     with torch.no_grad(), routing(chosen[method]):
-        adapted_base(model)(**inputs(loaded, image))  # type: ignore[arg-type]
+        adapted_base(model)(**inputs(loaded, image))
     assert len(given) == len(explained.routers) == (2 if method == "llava_cmoe" else 6)
     for router, (name, weights) in zip(explained.routers, given.items(), strict=True):
         assert f"layers.{router.block}.mlp" in name
@@ -92,45 +83,32 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
         assert sum(router.weights) == pytest.approx(1, abs=1e-5)
     owners = [router.owners for router in explained.routers]
     if method == "llava_cmoe":
-        plan = read_json(folder_of(runs, method) / "plan.json")
+        plan = read_json(checkpoints(runs, method)[1] / "plan.json")
         assert owners == [[0] * 4 + [1] * block["added"] for block in plan[-1]["blocks"].values()]
     else:
         assert owners == [[0] * 4] * 6
 
 
 def test_the_older_router_reaches_the_older_experts_only(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    loaded = opened(runs, tiny_base, "llava_cmoe")
+    loaded = loaded_of(runs, tiny_base, "llava_cmoe")
     older = loaded.explain(image, QUESTION, 1, locator="oracle", task=TASKS[0])
     assert all(len(router.weights) == 4 for router in older.routers)
 
 
-def test_centre_distances_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    """Oracle: numpy on the stored moments and the base's own hidden state, adapter off."""
-    loaded = opened(runs, tiny_base, "clmoe")
-    scores = loaded.explain(image, QUESTION, 1).scores
-    model, folder = loaded.answerer.model, folder_of(runs, "clmoe")
-    feature = base_features(model, inputs(loaded, image)).double().numpy()[0]  # type: ignore[arg-type]
-    stored = {name: tensor.double().numpy() for name, tensor in load_file(folder / "locator.safetensors").items()}
-    share = stored["prototype.count"] / stored["prototype.count"].sum()
-    centre = share @ stored["prototype.mean"]
-    variance = share @ (stored["prototype.variance"] + (stored["prototype.mean"] - centre) ** 2)
-    distances = np.linalg.norm((feature - stored["prototype.mean"]) / np.sqrt(variance), axis=1)
-    assert scores == pytest.approx(dict(zip(TASKS, -distances, strict=False)), rel=1e-6)
-
-
-def test_bank_scores_are_the_scores(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    loaded = opened(runs, tiny_base, "llava_cmoe")
+@pytest.mark.parametrize("method", ["clmoe", "llava_cmoe"])
+def test_scores_are_the_sealed_locators(method: str, runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded = loaded_of(runs, tiny_base, method)
     explained = loaded.explain(image, QUESTION, 1)
-    feature = base_features(loaded.answerer.model, inputs(loaded, image))  # type: ignore[arg-type]
-    bank = make_locator(loaded.answerer.method.config.locator, 0)
-    bank.load(folder_of(runs, "llava_cmoe") / "locator.safetensors")
-    z = bank.scores(Asked(["x"], 2, feature))[0].tolist()
-    assert explained.scores == pytest.approx(dict(zip(TASKS, z, strict=False)), rel=1e-5)
-    assert explained.task == TASKS[int(np.argmax(z))]
+    feature = base_features(loaded.answerer.model, inputs(loaded, image))
+    locator = make_locator(loaded.answerer.method.config.locator, 0)
+    locator.load(checkpoints(runs, method)[1] / "locator.safetensors")
+    scores = locator.scores(Asked(["x"], 2, feature))[0].tolist()
+    assert explained.scores == pytest.approx(dict(zip(TASKS, scores, strict=False)), rel=1e-5)
+    assert explained.task == TASKS[int(np.argmax(scores))]
 
 
 def test_locators_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    loaded = opened(runs, tiny_base, "clmoe")
+    loaded = loaded_of(runs, tiny_base, "clmoe")
     by_task = {task: loaded.explain(image, QUESTION, 1, locator="oracle", task=task) for task in TASKS[:2]}
     assert [explained.task for explained in by_task.values()] == list(TASKS[:2])
     assert by_task[TASKS[0]].scores == by_task[TASKS[1]].scores
@@ -154,14 +132,14 @@ def test_locators_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path
 def test_the_oracle_needs_a_task_and_the_others_take_none(
     locator: str, task: str | None, named: str, runs: Runs, tiny_base: LoadedBase, image: Path
 ) -> None:
-    loaded = opened(runs, tiny_base, "clmoe")
+    loaded = loaded_of(runs, tiny_base, "clmoe")
     for ask in (loaded.answer, loaded.explain):
         with pytest.raises(ClmoeError, match=named):
             ask(image, QUESTION, locator=locator, task=task)
 
 
 def test_plain_lora_has_neither_scores_nor_experts(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
-    explained = opened(runs, tiny_base, "lora").explain(image, QUESTION, 1)
+    explained = loaded_of(runs, tiny_base, "lora").explain(image, QUESTION, 1)
     assert (explained.task, explained.scores, explained.routers) == (None, {}, [])
 
 
@@ -169,7 +147,7 @@ def test_an_image_may_be_a_path_or_a_pil_image_or_missing(
     runs: Runs, tiny_base: LoadedBase, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same pixels give the same answer, however they come."""
-    loaded = opened(runs, tiny_base, "clmoe")
+    loaded = loaded_of(runs, tiny_base, "clmoe")
     seen: list[torch.Tensor | None] = []
     real = loaded.answerer.generate
     monkeypatch.setattr(
@@ -179,20 +157,15 @@ def test_an_image_may_be_a_path_or_a_pil_image_or_missing(
     kinds = [image, str(image), picture, picture.convert("RGBA"), picture.convert("RGB").convert("CMYK")]
     answers = [loaded.answer(kind, QUESTION, 6) for kind in kinds[:4]]
     assert len(set(answers)) == 1
-    assert all(torch.equal(pixels, seen[0]) for pixels in seen)  # type: ignore[arg-type]
+    assert all(torch.equal(pixels, seen[0]) for pixels in seen)
     assert loaded.explain(picture, QUESTION, 6).text == answers[0]
     assert loaded.answer(kinds[4], QUESTION, 6), "a PIL image of any mode that a file may have"
     seen.clear()
     assert loaded.answer(None, QUESTION, 6)
     assert seen == [None]
-
-
-@pytest.mark.parametrize("image", [3, b"png", np.zeros((3, 3, 3))])
-def test_another_kind_of_image_is_an_error_that_says_what_is_accepted(
-    image: Any, runs: Runs, tiny_base: LoadedBase
-) -> None:
-    with pytest.raises(ClmoeError, match="path, a PIL image or None"):
-        opened(runs, tiny_base, "lora").answer(image, QUESTION)
+    for wrong in (3, b"png", np.zeros((3, 3, 3))):
+        with pytest.raises(ClmoeError, match="path, a PIL image or None"):
+            loaded.answer(wrong, QUESTION)
 
 
 def test_load_opens_a_checkpoint_folder(runs: Runs, image: Path) -> None:

@@ -1,16 +1,19 @@
-"""The feature store: the same features as without it, computed once, and never another prompt's."""
+"""The feature store: the bare base's features, shared prefixes or not; computed once, never another prompt's."""
 
 import copy
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
@@ -21,53 +24,62 @@ from clmoe.locators.base import FeatureStore, feature_folder
 from tests.runs import Runs, same_bits
 from tests.support import TASKS, copy_base, prompt_batches
 
+TEXTS = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
+Asked = tuple[list[Question], Path]
+
 
 @pytest.fixture
-def asked(mini_yaml: Path, tmp_path: Path) -> tuple[list[Question], Path]:
-    """Twelve questions, some without image, and a copy of their images that a test may change."""
+def asked(mini_yaml: Path, tmp_path: Path) -> Asked:
+    """Three images and none with five questions each, scattered; the images are a copy that a test may change."""
     folder = mini_yaml.parent / TASKS[1]
     images = Path(shutil.copytree(folder / "images", tmp_path / "images"))
-    return load_questions(folder / "test.json", images), images
+    rows = load_questions(folder / "test.json", images)[4:8]
+    assert [row.image is None for row in rows] == [False, False, False, True]
+    return [dataclasses.replace(row, text=text) for text in TEXTS for row in rows], images
 
 
 @pytest.fixture
-def model(runs: Runs, tiny_base: LoadedBase):  # type: ignore[no-untyped-def]
+def model(runs: Runs, tiny_base: LoadedBase) -> PeftModel:
     return load_adapter(tiny_base.model, runs.chain("clmoe")[1], trainable=False)
 
 
-@pytest.mark.parametrize("kind", ["last", "pooled"])
-def test_features_are_the_bare_bases(kind, model, tiny_base, pristine_base, asked, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    store = FeatureStore(tiny_base, kind, 5, tmp_path / "store")
-    dataset = prompt_dataset(pristine_base, *asked)
-    with torch.no_grad():
-        batches = prompt_batches(pristine_base, dataset, 5)
-        if kind == "last":
-            expected = torch.cat([last_prompt_features(pristine_base.model, batch) for batch in batches])
-        else:  # one question at a time, so without padding; every layer's output from a hook
-            expected = torch.stack(
-                [_mean_of_layers(pristine_base, batch) for batch in prompt_batches(pristine_base, dataset, 1)]
-            )
-    found = store.features(model, *asked)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def _mean_of_layers(base: LoadedBase, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Oracle of `pooled`. The last layer's state counts after the final norm, as ``hidden_states[-1]`` is."""
+def mean_of_layers(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
+    """Oracle of `pooled`, from hooks. The last layer's state counts after the final norm."""
     language = base.model.model.language_model
-    outputs: list[torch.Tensor] = []
-    watched = [*language.layers[:-1], language.norm]
+    outputs: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for module in watched
+        for module in [*language.layers[:-1], language.norm]
     ]
     base.model.model(**batch, use_cache=False)
     for hook in hooks:
         hook.remove()
     assert len(outputs) == len(language.layers)
-    return torch.stack([output.reshape(-1, output.shape[-1])[-1] for output in outputs]).mean(0)
+    return torch.stack([output.reshape(-1, output.shape[-1])[-1:] for output in outputs]).mean(0)
 
 
-def test_a_second_call_reads_the_file(model, tiny_base, asked, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("kind", ["last", "pooled"])
+@pytest.mark.parametrize("share", [False, True])
+def test_features_are_the_bare_bases_one_by_one(
+    kind: Any, share: bool, model: PeftModel, tiny_base: LoadedBase, pristine_base: LoadedBase, asked: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real, batches = features_module.base_features, []
+    monkeypatch.setattr(
+        features_module, "base_features", lambda model, batch, kind: batches.append(batch) or real(model, batch, kind)
+    )
+    found = FeatureStore(tiny_base, kind, 7, None, share).features(model, *asked)
+    assert [isinstance(batch, SharedPrompts) for batch in batches] == [share] * 3
+    oracle = mean_of_layers if kind == "pooled" else lambda base, batch: last_prompt_features(base.model, batch)
+    with torch.no_grad():
+        alone = prompt_batches(pristine_base, prompt_dataset(pristine_base, *asked), 1)
+        expected = torch.cat([oracle(pristine_base, batch) for batch in alone])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_call_reads_the_file(
+    model: PeftModel, tiny_base: LoadedBase, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = FeatureStore(tiny_base, "last", 5, tmp_path / "store")
     first = store.features(model, *asked)
     monkeypatch.setattr(features_module, "base_features", None)
@@ -75,26 +87,25 @@ def test_a_second_call_reads_the_file(model, tiny_base, asked, tmp_path, monkeyp
     assert len(list((tmp_path / "store").iterdir())) == 1, "no partial file stays"
 
 
-def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_every_cause_of_other_features_is_another_file(
+    tiny_base: LoadedBase, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions, images = asked
-    store = FeatureStore(tiny_base, "last", 5, tmp_path / "store")
-    keys = [store._key(questions, images)]
-    keys.append(dataclasses.replace(store, kind="pooled")._key(questions, images))
-    keys.append(dataclasses.replace(store, batch_size=6)._key(questions, images))
-    keys.append(
-        dataclasses.replace(store, base=dataclasses.replace(tiny_base, fingerprint="other"))._key(questions, images)
-    )
-    other = copy.deepcopy(tiny_base.image_processor)
-    other.image_mean = [0.5, 0.4, 0.3]
-    keys.append(
-        dataclasses.replace(store, base=dataclasses.replace(tiny_base, image_processor=other))._key(questions, images)
-    )
+    store = FeatureStore(tiny_base, "last", 5, None)
+    processor = copy.deepcopy(tiny_base.image_processor)
+    processor.image_mean = [0.5, 0.4, 0.3]
+    bases: list[dict[str, Any]] = [
+        {"fingerprint": "other"},
+        {"image_processor": processor},
+        {"model": copy_base(tiny_base).model.bfloat16()},
+    ]
+    stores = [store, *(dataclasses.replace(store, base=dataclasses.replace(tiny_base, **base)) for base in bases)]
+    changes: list[dict[str, Any]] = [{"kind": "pooled"}, {"batch_size": 6}, {"share_images": True}]
+    stores += [dataclasses.replace(store, **change) for change in changes]
+    keys = [each._key(questions, images) for each in stores]
     with monkeypatch.context() as patch:
         patch.setattr(tiny_base.model, "is_loaded_in_4bit", True, raising=False)
         keys.append(store._key(questions, images))
-    half = copy_base(tiny_base).model.bfloat16()
-    keys.append(dataclasses.replace(store, base=dataclasses.replace(tiny_base, model=half))._key(questions, images))
-    keys.append(dataclasses.replace(store, share_images=True)._key(questions, images))
     keys.append(store._key(questions[::-1], images))
     keys.append(store._key([dataclasses.replace(questions[0], text="What?"), *questions[1:]], images))
     keys.append(store._key([dataclasses.replace(questions[0], image=None), *questions[1:]], images))
@@ -107,11 +118,10 @@ def test_every_cause_of_other_features_is_another_file(model, tiny_base, asked, 
 
 def test_the_first_question_of_a_conversation_locates_its_task() -> None:
     turns = (Turn("What is it?", "red"), Turn("Are you sure?", "yes"))
-    asked = first_questions([TrainRecord("7", "0.png", turns), TrainRecord("8", None, turns[1:])])
-    assert [(q.question_id, q.image, q.text) for q in asked] == [
-        ("7", "0.png", "What is it?"),
-        ("8", None, turns[1].question),
-    ]
+    found = first_questions([TrainRecord("7", "0.png", turns), TrainRecord("8", None, turns[1:])])
+    assert [(q.question_id, q.image, q.text) for q in found] == [
+        ("7", "0.png", "What is it?"), ("8", None, "Are you sure?"),
+    ]  # fmt: skip
 
 
 def test_the_folder_is_the_runs_unless_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +137,6 @@ def test_an_evaluation_uses_what_is_stored(runs: Runs, tmp_path: Path) -> None:
     run = runs.evaluate(checkpoint, tmp_path / "run")
     files = sorted((run / "features").iterdir())
     assert len(files) == 2, "one per task"
-    from safetensors.torch import load_file
-
     first = load_file(files[0])["features"][:1]
     for file in files:
         save_file({"features": first.expand(12, -1).contiguous()}, file)

@@ -1,7 +1,5 @@
 """The locators that look at means, against numpy on the concatenated data; and the features they look at."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -68,21 +66,6 @@ def test_scores_equal_the_closed_form(distance: str, radius: str) -> None:
     assert scores.dtype == torch.float64
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9)
     assert scores.argmin(1).tolist() == expected.argmin(1).tolist()
-
-
-def test_pooled_moments_are_those_of_the_concatenated_samples() -> None:
-    data = tasks()
-    mean, std = index_of(data).standardisation()
-    together = np.concatenate(data).astype(np.float64)
-    np.testing.assert_allclose(mean.numpy(), together.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(std.numpy(), together.std(0), rtol=1e-12)
-
-
-def test_own_samples_of_separate_tasks_are_located() -> None:
-    generator = np.random.default_rng(2)
-    data = [generator.normal(10 * task, 1, (20, WIDTH)).astype(np.float32) for task in range(3)]
-    for task, features in enumerate(data):
-        assert distances(index_of(data), torch.from_numpy(features)).argmin(1).tolist() == [task] * 20
 
 
 def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:

@@ -10,7 +10,7 @@ from clmoe.errors import ClmoeError
 Mode = Literal["fixed", "official"]
 MODES: tuple[str, ...] = get_args(Mode)
 Scorer = Callable[[str, Question, Mode], float]
-"""A rule for one answer: ``(prediction, question, mode)`` to a score in [0, 1]."""
+"""A rule for one prediction: its score in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def unfit(question: Question, field: str, needed: str) -> ClmoeError:
 
 
 def accepted(question: Question) -> list[str]:
-    """The question's gold answer, or its list of accepted answers. Raises ClmoeError if it has neither."""
+    """The gold answer, or the list of accepted ones. Raises ClmoeError if there is neither."""
     answers = [question.answer] if question.answer else question.extra.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise unfit(question, "answers", "a list of texts here, or one in field 'answer'")

@@ -11,8 +11,7 @@ Box = tuple[Fraction, Fraction, Fraction, Fraction]
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _FOUR_NUMBERS = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
-_BARE_BOX = re.compile(rf"\s*{_FOUR_NUMBERS}\s*\.?\s*", re.ASCII)
-_BRACKETED_BOX = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS}\s*\]\s*\.?\s*", re.ASCII)
+_BOX = re.compile(rf"\s*(\[)?\s*{_FOUR_NUMBERS}\s*(?(1)\])\s*\.?\s*", re.ASCII)
 
 
 def iou(prediction: str, question: Question, mode: Mode) -> float:
@@ -34,14 +33,11 @@ def iou(prediction: str, question: Question, mode: Mode) -> float:
 
 
 def parse_box(text: str) -> Box | None:
-    """Read ``[x1, y1, x2, y2]`` (brackets optional, nothing else around it), exactly; None if malformed.
-
-    A box without area (x2 <= x1 or y2 <= y1) is malformed.
-    """
-    match = _BRACKETED_BOX.fullmatch(text) or _BARE_BOX.fullmatch(text)
+    """Read ``[x1, y1, x2, y2]`` (brackets optional, nothing else around it), exactly; None if malformed or inverted."""
+    match = _BOX.fullmatch(text)
     if match is None:
         return None
-    x1, y1, x2, y2 = (Fraction(number) for number in match.groups())
+    x1, y1, x2, y2 = (Fraction(number) for number in match.groups()[1:])
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
@@ -78,7 +74,7 @@ def _side(question: Question) -> float:
 
 
 def _overlap(a: Sequence[Fraction | float], b: Sequence[Fraction | float]) -> Fraction | float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 if the union has no area."""
+    """Intersection over union; 0 if the union has no area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = width * height if width > 0 and height > 0 else 0

@@ -1,16 +1,11 @@
 """The scoring rules by name, and the score of a task's answers.
 
 Every rule has two modes. ``fixed``, the default, scores what the metric means. ``official`` computes what the
-benchmark's published evaluation script computes, faults included, for comparison with published tables.
-
-Some faults of those scripts lie in how they read a file of answers: they pair answers with questions by position, or
-divide by the number of lines. An evaluation by this package cannot have them, as it writes one answer per question, in
-order. ``score_file`` reproduces them for answers that were written elsewhere.
-
-To add a rule, write ``def my_rule(prediction, question, mode) -> float`` and add it to ``SCORERS``.
+benchmark's published script computes, faults included. Some of those faults lie in how a script reads a file of
+answers; only ``score_file``, for answers that were written elsewhere, can reproduce these.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from clmoe.data.records import Question
@@ -23,7 +18,7 @@ from clmoe.evaluate.rules.consensus import textvqa, vqa
 from clmoe.evaluate.rules.letters import option_letter
 from clmoe.utils.names import unknown
 
-SCORERS: Mapping[str, Scorer] = {
+SCORERS: dict[str, Scorer] = {
     "short_answer": words.short_answer,
     "option_letter": option_letter,
     "iou": iou,
@@ -52,35 +47,25 @@ class FileScore(NamedTuple):
     samples: int
 
 
-def score(scorer: str, prediction: str, question: Question, mode: Mode = "fixed") -> float:
-    """Score one prediction, in [0, 1].
-
-    Raises:
-        ClmoeError: unknown scorer or mode, a scorer of whole lists, or a gold answer that does not fit the rule.
-    """
-    _check_names(scorer, mode)
-    if scorer == CAPTIONS:
-        raise ClmoeError(f"scorer {scorer!r} judges all answers of a task at once, not one")
-    return SCORERS[scorer](prediction, question, mode)
-
-
 def check_scorer(name: str, mode: Mode = "fixed") -> None:
     """Raise ClmoeError if there is no such scorer or mode, or if the scorer needs something that is not installed."""
-    _check_names(name, mode)
+    _check_name(name)
+    if mode not in MODES:
+        raise ClmoeError(unknown("scoring mode", mode, MODES))
     if name == CAPTIONS:
         require_captions()
 
 
 def gold_problem(scorer: str, question: Question) -> str | None:
     """Why no answer to the question, not even its gold answer, can be right under this rule; None if one can."""
-    _check_names(scorer)
+    _check_name(scorer)
     several = question.extra.get("answers")
     golden = [question.answer, *(several if isinstance(several, list) else []), question.extra.get("answer_bbox")]
     try:
         if scorer == CAPTIONS:
             references(question)
             return None
-        if any(score(scorer, str(answer), question) > 0 for answer in golden):
+        if any(SCORERS[scorer](str(answer), question, "fixed") > 0 for answer in golden):
             return None
     except ClmoeError as error:
         return str(error)
@@ -91,15 +76,14 @@ def gold_problem(scorer: str, question: Question) -> str | None:
 def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
     """Raise ClmoeError, naming the question, unless all can be scored, whatever the answers.
 
-    A question that no answer gets right (see ``gold_problem``) passes: published test files hold some, and published
-    scores count them.
+    A question that no answer gets right (see ``gold_problem``) passes: published scores count such questions.
     """
     check_scorer(scorer, mode)
     for question in questions:
         if scorer == CAPTIONS:
             references(question)
         else:
-            score(scorer, "?", question, mode)  # not "": for that, a rule may not read the gold answer
+            SCORERS[scorer]("?", question, mode)  # not "": for that, a rule may not read the gold answer
 
 
 def score_answers(
@@ -108,13 +92,12 @@ def score_answers(
     """Score a task's answers, one for each question, aligned.
 
     Raises:
-        ClmoeError: no questions, unequal lengths, or as ``check_gold``.
+        ClmoeError: no questions, or as ``check_gold``.
+        ValueError: unequal lengths.
     """
     check_scorer(scorer, mode)
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")
-    if len(predictions) != len(questions):
-        raise ClmoeError(f"{len(predictions)} answers for {len(questions)} questions: an answer was lost")
     if scorer == CAPTIONS:
         return captions(predictions, questions)
     rows = [SCORERS[scorer](text, question, mode) for text, question in zip(predictions, questions, strict=True)]
@@ -126,9 +109,9 @@ def score_file(
 ) -> FileScore:
     """Score a file of answers (question id and text, in file order) that may lack lines or have another order.
 
-    ``fixed`` finds each line's question by its id, compared as text, and counts every question; one without a line is
-    wrong. ``official`` does what the scorer's published script does. (Some of those stop at ids that are numbers in one
-    file and text in the other. This does not: no figure would come of it.)
+    ``fixed`` finds each line's question by its id, compared as text; a question without a line is wrong. ``official``
+    does what the scorer's published script does, but does not stop at ids that are numbers in one file and text in the
+    other.
 
     Raises:
         ClmoeError: a line for an unknown question, two lines for one, or as ``score_answers``.
@@ -152,8 +135,6 @@ def score_file(
     return FileScore(100 * result.score, samples)
 
 
-def _check_names(scorer: str, mode: str = "fixed") -> None:
+def _check_name(scorer: str) -> None:
     if scorer not in (*SCORERS, CAPTIONS):
         raise ClmoeError(unknown("scorer", scorer, (*SCORERS, CAPTIONS)))
-    if mode not in MODES:
-        raise ClmoeError(unknown("scoring mode", mode, MODES))
