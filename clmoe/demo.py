@@ -1,16 +1,17 @@
 """``clmoe demo``: ask a checkpoint about an image in the browser, and see the task, its score and the experts."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from html import escape
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import Explanation, LoadedCheckpoint, RouterWeights
+from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
 from clmoe.evaluate.rules.base import shown_answer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine
@@ -21,7 +22,7 @@ except ImportError as error:
     raise ClmoeError("the demo needs gradio: pip install 'clmoe[demo]'") from error
 
 T = TypeVar("T")
-REMEMBERED = 8
+REMEMBERED = 8  # answers
 OWN = "the checkpoint's"
 STYLE = """
 .clmoe { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -34,28 +35,18 @@ STYLE = """
 .experts td { background: color-mix(in srgb, #0b7285 var(--share, 0%), transparent); min-width: 2.2em; }
 .experts td.dark { color: white; }
 .asked td, .asked th { text-align: left; }
+.asked td:last-child { font-weight: bold; }
 .wide { overflow-x: auto; }
 """
 
 
-@dataclass(frozen=True)
-class Example:
-    """A test question: its task, the path of its image, its text, and the expected answer."""
+class Example(NamedTuple):
+    """A test question with its expected answer; `image` is a path."""
 
-    task: str
     image: str | None
     question: str
+    task: str
     answer: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One line of the list of answers: how the task was chosen, the task, and what was said."""
-
-    question: str
-    locator: str
-    task: str | None
-    text: str
 
 
 def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 2) -> list[Example]:
@@ -71,7 +62,7 @@ def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 
     for task in tasks:
         for question in task_questions(task)[:per_task]:
             image = None if question.image is None else str(task.image_root / question.image)
-            examples.append(Example(task.name, image, question.text, shown_answer(question)))
+            examples.append(Example(image, question.text, task.name, shown_answer(question)))
     return examples
 
 
@@ -79,81 +70,61 @@ def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 
 
 
 def scores_panel(explanation: Explanation) -> str:
-    """A row per task with a bar; the task that the question was taken for is marked."""
+    """A row per task: its score over a bar from the lowest to the highest; the task that was chosen is marked."""
     if not explanation.scores:
         return "<p>This method answers without looking for the task: every question takes the same way.</p>"
-    scores, rows = explanation.scores, []
-    for task in scores:
+    low, high = min(explanation.scores.values()), max(explanation.scores.values())
+    rows = ""
+    for task, score in explanation.scores.items():
         mark = ' class="chosen"' if task == explanation.task else ""
-        rows.append(f"<tr{mark}><th>{escape(task)}</th>{_bar(task, scores)}</tr>")
-    winner = max(scores, key=lambda task: scores[task])
+        width = 100 * (score - low) / (high - low) if high > low else 100
+        number = f"<b>{score:.2f}</b>" if score == high else f"{score:.2f}"
+        cell = f'<div class="bar" style="width:{width:.0f}%"></div><span>{number}</span>'
+        rows += f"<tr{mark}><th>{escape(task)}</th><td>{cell}</td></tr>"
+    winner = max(explanation.scores, key=explanation.scores.__getitem__)
     text = f"The locator finds <b>{escape(winner)}</b>; "
     text += f"answered as a question of <b>{escape(str(explanation.task))}</b>. The largest score wins."
-    return f'<p>{text}</p><table class="clmoe scores"><tr><th>task</th><th>score</th></tr>{"".join(rows)}</table>'
-
-
-def _bar(task: str, scores: dict[str, float]) -> str:
-    """The score, over a bar that spans from the lowest task to the highest; the winner's is bold."""
-    low, high = min(scores.values()), max(scores.values())
-    width = 100 * (scores[task] - low) / (high - low) if high > low else 100
-    number = f"{scores[task]:.2f}"
-    number = f"<b>{number}</b>" if scores[task] == high else number
-    return f'<td><div class="bar" style="width:{width:.0f}%"></div><span>{number}</span></td>'
+    return f'<p>{text}</p><table class="clmoe scores"><tr><th>task</th><th>score</th></tr>{rows}</table>'
 
 
 def experts_panel(explanation: Explanation, learned: Sequence[str]) -> str:
     """Heat map: a row per router, a column per expert, in percent of the mean over the prompt's tokens."""
     if not explanation.routers:
         return "<p>This checkpoint has no experts: plain LoRA, the same for every token.</p>"
-    routers = explanation.routers
-    columns = sorted({column for router in routers for column in _keys(router)})
-    strongest = max(weight for router in routers for weight in router.weights)
-    owners = list(dict.fromkeys(owner for owner, _ in columns))
+    # (owner, number within the owner) of every expert: the blocks may hold different ones
+    keys = [[(o, r.owners[:k].count(o)) for k, o in enumerate(r.owners)] for r in explanation.routers]
+    columns = sorted({key for present in keys for key in present})
+    strongest = max(weight for router in explanation.routers for weight in router.weights)
+    owners = Counter(owner for owner, _ in columns)
     names = ["before task 1" if owner < 0 else learned[owner] for owner in owners]
     names = names if len(owners) > 1 else ["shared by all tasks"]
-    spans = [sum(owner == other for other, _ in columns) for owner in owners]
-    rows = ["<th>experts</th>"]
-    rows[0] += "".join(f'<th colspan="{n}">{escape(name)}</th>' for name, n in zip(names, spans, strict=True))
+    spans = zip(names, owners.values(), strict=True)
+    rows = ["<th>experts</th>" + "".join(f'<th colspan="{n}">{escape(name)}</th>' for name, n in spans)]
     rows.append("<th></th>" + "".join(f"<th>{k + 1}</th>" for _, k in columns))
-    for router in routers:
-        name = f"block {router.block} {router.linear}".strip()
-        rows.append(f"<th>{escape(name)}</th>{_cells(router, columns, strongest)}")
+    for router, present in zip(explanation.routers, keys, strict=True):
+        weights = dict(zip(present, router.weights, strict=False))
+        row = f"<th>{escape(f'block {router.block} {router.linear}'.strip())}</th>"
+        for column in columns:
+            if column in weights:
+                share = 100 * weights[column] / strongest
+                dark = ' class="dark"' if share > 55 else ""
+                row += f'<td{dark} style="--share:{share:.0f}%">{100 * weights[column]:.0f}</td>'
+            else:
+                row += f"<td>{'·' if column in present else ''}</td>"
+        rows.append(row)
     text = "Weight of each expert in percent, mean over the prompt's tokens"
-    if any(len(router.weights) < len(router.owners) for router in routers):
+    if any(len(router.weights) < len(router.owners) for router in explanation.routers):
         text += "; · came after this task and is out of its routers' reach"
     table = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<p>{text}.</p><div class="wide"><table class="clmoe experts">{table}</table></div>'
 
 
-def _keys(router: RouterWeights) -> list[tuple[int, int]]:
-    """(owner, number within the owner) of the experts of a router's block: blocks may hold different ones."""
-    return [(owner, router.owners[:k].count(owner)) for k, owner in enumerate(router.owners)]
-
-
-def _cells(router: RouterWeights, columns: Sequence[tuple[int, int]], strongest: float) -> str:
-    present, cells = _keys(router), []
-    weights = dict(zip(present, router.weights, strict=False))
-    for column in columns:
-        if column not in weights:
-            cells.append(f"<td>{'·' if column in present else ''}</td>")
-            continue
-        share = 100 * weights[column] / strongest
-        dark = ' class="dark"' if share > 55 else ""
-        cells.append(f'<td{dark} style="--share:{share:.0f}%">{100 * weights[column]:.0f}</td>')
-    return "".join(cells)
-
-
-def asked_panel(asked: Sequence[Asked]) -> str:
-    """The answers so far, newest first, to compare routers."""
-    if not asked:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(a.question)}</td><td>{escape(a.locator)}</td><td>{escape(a.task or '')}</td>"
-        f"<td><b>{escape(a.text)}</b></td></tr>"
-        for a in reversed(asked)
-    )
-    head = "<tr><th>question</th><th>locator</th><th>task</th><th>answer</th></tr>"
-    return f'<h3>Asked so far</h3><table class="clmoe asked">{head}{rows}</table>'
+def asked_panel(asked: Sequence[Sequence[str]]) -> str:
+    """The answers so far (question, locator, task, answer), newest first, to compare locators."""
+    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in reversed(asked)]
+    head = "<th>question</th><th>locator</th><th>task</th><th>answer</th>"
+    table = "".join(f"<tr>{row}</tr>" for row in (head, *rows))
+    return f'<h3>Asked so far</h3><table class="clmoe asked">{table}</table>'
 
 
 # ---- The page
@@ -182,16 +153,12 @@ def build_page(checkpoint: LoadedCheckpoint, title: str, examples: Sequence[Exam
                 experts = gr.HTML("<p>Nothing asked yet.</p>")
         history = gr.HTML()
         if examples:
-            rows = [[e.image, e.question, e.task, e.answer] for e in examples]
-            label = "Examples: the first test questions of each task"
+            label, rows = "Examples: the first test questions of each task", [list(example) for example in examples]
             gr.Examples(rows, [image, question, task, expected], label=label, examples_per_page=len(rows))
             gr.on([image.input, question.input], lambda: "", None, expected, api_visibility="private")
 
-        def ask(*values: Any) -> Iterator[tuple[Any, ...]]:
-            yield from _ask(checkpoint, *values)
-
-        outputs = [answer, scores, experts, history, asked]
-        gr.on([button.click, question.submit], ask, [image, question, locator, task, asked], outputs)
+        inputs, outputs = [image, question, locator, task, asked], [answer, scores, experts, history, asked]
+        gr.on([button.click, question.submit], partial(_ask, checkpoint), inputs, outputs)
     return page
 
 
@@ -210,22 +177,21 @@ def _locator_choice(checkpoint: LoadedCheckpoint) -> tuple[gr.Radio, gr.Dropdown
 
 
 def _ask(
-    checkpoint: LoadedCheckpoint, image: str | None, question: str, locator: str, task: str, asked: list[Asked]
+    checkpoint: LoadedCheckpoint, image: str | None, question: str, locator: str, task: str, asked: list[Any]
 ) -> Iterator[tuple[Any, ...]]:
     """Panels for every partial answer, in the order of the page's outputs."""
     if not question.strip():
         raise gr.Error("Write a question first.", print_exception=False)
     named = task if locator == "oracle" else None
+    explain = partial(checkpoint.explain, image, question.strip(), locator=locator, task=named)
     try:
-        for e in stream(
-            lambda report: checkpoint.explain(image, question.strip(), locator=locator, task=named, watch=report)
-        ):
+        for e in stream(lambda report: explain(watch=report)):
             last: Explanation = e
             yield e.text, scores_panel(e), experts_panel(e, checkpoint.learned), gr.skip(), gr.skip()
     except ClmoeError as error:
         raise gr.Error(str(error), print_exception=False) from error
     chosen = (locator or OWN) if checkpoint.keeps_parts else ""
-    asked = [*asked, Asked(question.strip(), chosen, last.task, last.text)][-REMEMBERED:]
+    asked = [*asked, (question.strip(), chosen, last.task or "", last.text)][-REMEMBERED:]
     yield gr.skip(), gr.skip(), gr.skip(), asked_panel(asked), asked
 
 

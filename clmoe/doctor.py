@@ -7,6 +7,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,9 @@ from packaging.requirements import Requirement
 from clmoe.errors import ClmoeError
 from clmoe.utils.paths import repository_root
 
-WIDTH = 100
 LEAST_PYTHON = (3, 11)
-BF16_CAPABILITY = (8, 0)  # Ampere; flash-attention 2 needs it too
-MODULES = {"flash-attn": "flash_attn"}
-# these load compiled code of their own, which may have been built for another torch
+AMPERE = (8, 0)  # compute capability that bfloat16 and flash-attention 2 need
+# packages with compiled code, which may have been built for another torch
 IMPORTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "flash-attn", "bitsandbytes")
 
 
@@ -48,23 +47,21 @@ class Device:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown."""
+    """All findings, in the order in which they are shown: each package is ours or of an extra that users install."""
     gpus = devices()
-    return [_python(), *_packages(), *_gpus(gpus), *_usable(gpus), *_files()]
+    wanted = [(extra, package) for extra, package in requirements() if extra != "dev" and package.name != "clmoe"]
+    packages = [_package(extra, package) for extra, package in wanted]
+    return [_python(), *packages, *_gpus(gpus), *_usable(gpus), *_files()]
 
 
 def report_text(findings: list[Finding]) -> str:
     """One line per finding, what to do below it."""
-    lines = []
+    lines, wrap = [], partial(textwrap.wrap, width=100, break_on_hyphens=False)
     for finding in findings:
-        lines += _wrapped(f"{finding.state:<9}{finding.name:<20}{finding.text}", 29)
-        lines += _wrapped(f"{'':<29}-> {finding.fix}", 32) if finding.fix else []
+        lines += wrap(f"{finding.state:<9}{finding.name:<20}{finding.text}", subsequent_indent=" " * 29)
+        lines += wrap(f"{'':<29}-> {finding.fix}", subsequent_indent=" " * 32) if finding.fix else []
     broken = [finding.name for finding in findings if finding.broken]
     return "\n".join([*lines, "", f"broken: {', '.join(broken)}" if broken else "all that is required works"])
-
-
-def _wrapped(line: str, indent: int) -> list[str]:
-    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def installed(package: str) -> str | None:
@@ -78,7 +75,7 @@ def installed(package: str) -> str | None:
 def import_error(package: str) -> str | None:
     """Why an installed package cannot be imported, None if it can."""
     try:
-        importlib.import_module(MODULES.get(package, package))
+        importlib.import_module(package.replace("-", "_"))
     except Exception as error:  # compiled code fails in many ways
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
@@ -119,13 +116,6 @@ def _python() -> Finding:
     return Finding("python", "broken", version, f"use Python {'.'.join(map(str, LEAST_PYTHON))} or later")
 
 
-def _packages() -> Iterator[Finding]:
-    """Every package of ours and of the extras that users install."""
-    for extra, requirement in requirements():
-        if extra != "dev" and requirement.name != "clmoe":
-            yield _package(extra, requirement)
-
-
 def _package(extra: str, requirement: Requirement) -> Finding:
     name, wanted, version = requirement.name, str(requirement.specifier), installed(requirement.name)
     bad: Literal["missing", "broken"] = "missing" if extra else "broken"
@@ -145,21 +135,19 @@ def _gpus(gpus: list[Device]) -> Iterator[Finding]:
         yield Finding("GPU", "missing", "none: everything runs on the CPU", "real models need a machine with one")
     for index, gpu in enumerate(gpus):
         capability = ".".join(map(str, gpu.capability))
-        yield Finding(
-            f"GPU {index}", "ok", f"{gpu.name}, {gpu.memory / 2**30:.1f} GiB, compute capability {capability}"
-        )
+        text = f"{gpu.name}, {gpu.memory / 2**30:.1f} GiB, compute capability {capability}"
+        yield Finding(f"GPU {index}", "ok", text)
 
 
 def _usable(gpus: list[Device]) -> Iterator[Finding]:
     """What configurations may ask for."""
-    modern = bool(gpus) and all(gpu.capability >= BF16_CAPABILITY for gpu in gpus)
+    modern = bool(gpus) and all(gpu.capability >= AMPERE for gpu in gpus)
     if gpus and not modern:
         yield Finding("bfloat16", "missing", "a GPU is older than Ampere", "set model.dtype=float32")
     else:
         yield Finding("bfloat16", "ok", "on every GPU" if gpus else "on the CPU, not faster than float32")
-    yield _needs(
-        "flash-attention 2", "flash-attn", "model.attention=flash_attention_2", modern, "an Ampere GPU or later"
-    )
+    attention = "model.attention=flash_attention_2"
+    yield _needs("flash-attention 2", "flash-attn", attention, modern, "an Ampere GPU or later")
     yield _needs("4-bit base", "bitsandbytes", "model.load_in_4bit=true", bool(gpus), "a GPU")
     yield _needs("ZeRO", "deepspeed", "--deepspeed zero2, zero2_offload or zero3", True, "")
 
@@ -185,7 +173,8 @@ def _files() -> Iterator[Finding]:
         return
     yield Finding("configs", "ok", str(root / "configs"))
     base = root / "playground" / "base"
-    found = (base / "model.safetensors").is_file()
-    fix = "git checkout playground/base, or build it: bash scripts/playground/build_base.sh"
-    text = str(base) if found else f"no model.safetensors in {base}"
-    yield Finding("playground/base", "ok" if found else "missing", text, "" if found else fix)
+    if (base / "model.safetensors").is_file():
+        yield Finding("playground/base", "ok", str(base))
+    else:
+        fix = "git checkout playground/base, or build it: bash scripts/playground/build_base.sh"
+        yield Finding("playground/base", "missing", f"no model.safetensors in {base}", fix)

@@ -11,29 +11,21 @@ from clmoe import cli, doctor
 from clmoe.doctor import Device, Finding, examine, report_text, requirements
 
 A100, V100 = Device("A100", 80 * 2**30, (8, 0)), Device("V100", 32 * 2**30, (7, 0))
-WANTED = [
-    ("", Requirement("torch>=2.13,<2.14")),
-    ("", Requirement("pillow>=12")),
-    ("train", Requirement("deepspeed>=0.19,<0.20")),
-    ("flash", Requirement("flash-attn>=2.8")),
-    ("dev", Requirement("pytest>=9")),
-    ("dev", Requirement("clmoe[demo,train]")),
-]
+WANTED = {"": ["torch>=2.13,<2.14", "pillow>=12"], "train": ["deepspeed>=0.19,<0.20"], "flash": ["flash-attn>=2.8"]}
+WANTED |= {"dev": ["pytest>=9", "clmoe[demo,train]"]}
 GOOD = {"torch": "2.13.0+cu130", "pillow": "12.3.0", "deepspeed": "0.19.8", "flash-attn": "2.8.3", "bitsandbytes": "1"}
 Machine = Callable[..., dict[str, Finding]]
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Findings, by name, on a machine with these packages, GPUs and unimportable packages."""
+    """Findings, by name, on a machine with these packages (and versions), GPUs, and packages that fail to import."""
 
-    def build(
-        packages: dict[str, str] = GOOD,
-        gpus: tuple[Device, ...] = (A100,),
-        failing: dict[str, str] | None = None,
-    ) -> dict[str, Finding]:
-        monkeypatch.setattr(doctor, "requirements", lambda: iter(WANTED))
-        monkeypatch.setattr(doctor, "installed", packages.get)
+    def build(*gpus: Device, failing: dict[str, str] | None = None, **packages: str | None) -> dict[str, Finding]:
+        versions = GOOD | {name.replace("_", "-"): version for name, version in packages.items()}
+        wanted = [(extra, Requirement(line)) for extra, lines in WANTED.items() for line in lines]
+        monkeypatch.setattr(doctor, "requirements", lambda: iter(wanted))
+        monkeypatch.setattr(doctor, "installed", versions.get)
         monkeypatch.setattr(doctor, "import_error", (failing or {}).get)
         monkeypatch.setattr(doctor, "devices", lambda: list(gpus))
         return {finding.name: finding for finding in examine()}
@@ -41,10 +33,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return build
 
 
+def not_ok(found: dict[str, Finding]) -> set[str]:
+    return {name for name, finding in found.items() if finding.state != "ok"}
+
+
 def test_all_is_well(machine: Machine) -> None:
-    found = machine()
-    assert {finding.state for finding in found.values()} == {"ok"}
-    assert not any(finding.fix for finding in found.values())
+    found = machine(A100)
+    assert not_ok(found) == set() and not any(finding.fix for finding in found.values())
     assert all(part in found["GPU 0"].text for part in ("A100", "80.0 GiB", "8.0"))
     assert "pytest" not in found
 
@@ -54,37 +49,28 @@ def test_all_is_well(machine: Machine) -> None:
     [
         ("torch", None, "broken", "pip install 'torch<2.14,>=2.13'"),
         ("torch", "2.14.0", "broken", "pip install 'torch<2.14,>=2.13'"),
-        ("deepspeed", None, "missing", "pip install 'clmoe[train]'"),
         ("deepspeed", "0.18.1", "missing", "pip install 'deepspeed<0.20,>=0.19'"),
         ("flash-attn", None, "missing", "pip install 'clmoe[flash]'"),
     ],
 )
 def test_a_package_out_of_range(package: str, version: str | None, state: str, fix: str, machine: Machine) -> None:
-    versions = {name: known for name, known in GOOD.items() if name != package}
-    finding = machine(versions | ({package: version} if version else {}))[package]
+    finding = machine(A100, **{package: version})[package]
     assert (finding.state, finding.fix, finding.broken) == (state, fix, state == "broken")
     assert (version or "not installed") in finding.text
 
 
 def test_compiled_code_for_another_torch(machine: Machine) -> None:
-    found = machine(failing={"flash-attn": "ImportError: undefined symbol", "torch": "OSError: libcudart"})
+    found = machine(A100, failing={"flash-attn": "ImportError: undefined symbol", "torch": "OSError: libcudart"})
     assert (found["torch"].state, found["flash-attn"].state) == ("broken", "missing")
     assert "undefined symbol" in found["flash-attention 2"].text
 
 
-@pytest.mark.parametrize(
-    ("gpus", "missing"),
-    [((), {"GPU", "flash-attention 2", "4-bit base"}), ((A100, V100), {"bfloat16", "flash-attention 2"})],
-)
-def test_devices_decide_what_is_usable(gpus: tuple[Device, ...], missing: set[str], machine: Machine) -> None:
-    """One old GPU decides what all can do."""
-    assert {name for name, finding in machine(gpus=gpus).items() if finding.state != "ok"} == missing
-
-
-def test_without_deepspeed_and_embedded_base(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_usable(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not_ok(machine()) == {"GPU", "flash-attention 2", "4-bit base"}
+    assert not_ok(machine(A100, V100)) == {"bfloat16", "flash-attention 2"}  # one old GPU decides what all can do
+    assert not_ok(machine(A100, deepspeed=None)) == {"deepspeed", "ZeRO"}
     monkeypatch.setattr(doctor, "repository_root", lambda: tmp_path)
-    found = machine({name: version for name, version in GOOD.items() if name != "deepspeed"})
-    assert {name for name in found if found[name].state == "missing"} == {"deepspeed", "ZeRO", "playground/base"}
+    assert not_ok(machine(A100)) == {"playground/base"}
 
 
 def test_the_ranges_are_pyprojects() -> None:
@@ -93,10 +79,10 @@ def test_the_ranges_are_pyprojects() -> None:
 
 
 def test_the_verb(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    machine()
+    machine(A100)
     cli.main(["doctor", "--json"])
     assert {"torch", "ZeRO"} <= {row["name"] for row in json.loads(capsys.readouterr().out) if row["state"] == "ok"}
-    findings = machine({}, failing={"torch": "ImportError: " + "x y " * 60})
+    findings = machine(pillow=None, failing={"torch": "ImportError: " + "x y " * 60})
     assert max(map(len, report_text(list(findings.values())).splitlines())) <= 100
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])

@@ -1,4 +1,4 @@
-"""The answers of a run to the test questions of each task: right after its training, and at the end of the sequence.
+"""A run's answers to the test questions of each task, right after its training and at the end of the sequence.
 
 Also which questions a page shows (the same for all runs, forgotten ones first), and small copies of their images.
 """
@@ -16,6 +16,7 @@ from PIL import Image
 
 from clmoe.data.records import misplaced
 from clmoe.errors import ClmoeError
+from clmoe.locators import LOCATORS
 from clmoe.report.runs import Group, Run, check_field
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
@@ -29,25 +30,27 @@ OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outc
     (False, True): "learned later",
     (False, False): "never right",
 }
+_FIELDS: dict[str, tuple[type, ...]] = dict.fromkeys(("question_id", "prompt", "text", "answer"), (str,))
+_FIELDS |= {"score": (int, float), "image": (str, type(None)), "task": (str, type(None))}
 PER_TASK = 24
 FORGOTTEN_SHARE = 0.75  # of the questions of a task, as far as there are any
 LONGEST = 1000  # characters of a question or answer
 SIDE = 224  # pixels of an image's longer side
 _LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would smear
-_ROUTERS = ("", ".oracle", ".last", ".random")  # endings of the cells' names; "" is the method's own locator
+_ENDINGS = ("", *(f".{name}" for name in LOCATORS))  # of the cells' names; "" is the checkpoint's own locator
 
 
 def read_answers(run: Run, task: str) -> pd.DataFrame:
     """All questions of a task that were asked then or at the end, one row each.
 
-    Columns: label, seed, task, question, image, prompt, reference, located (the task whose router answered at the end),
+    Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
     then, now (texts), then_right, now_right (None where not asked, or where a rule judges all answers at once, as
-    captions), outcome (one of `OUTCOMES`, None if not judged both times).
+    for captions), outcome (one of `OUTCOMES`, None if not judged both times).
     """
     folder = run.path / "predictions"
-    cells = [(after, name) for after in run.order for name in run.order]
-    router = next((r for r in _ROUTERS if any((folder / a / f"{t}{r}.jsonl").is_file() for a, t in cells)), "")
-    then, now = (_read(folder / after / f"{task}{router}.jsonl") for after in (task, run.order[-1]))
+    cells = [folder / after / name for after in run.order for name in run.order]
+    ending = next((end for end in _ENDINGS if any(Path(f"{cell}{end}.jsonl").is_file() for cell in cells)), "")
+    then, now = (_read(folder / after / f"{task}{ending}.jsonl") for after in (task, run.order[-1]))
     rows = []
     for name in now | then:
         first, last = then.get(name, {}), now.get(name, {})
@@ -70,10 +73,10 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
     for task in runs[0].order:
-        frames = {run: read_answers(run, task) for run in runs}
-        if not any(map(len, frames.values())):
+        frames = {run: frame for run in runs if len(frame := read_answers(run, task))}
+        if not frames:
             continue
-        answers = pd.concat(frame for frame in frames.values() if len(frame))
+        answers = pd.concat(frames.values())
         twice = pd.concat([answers[:0], *(frame for run, frame in frames.items() if run.order[-1] != task)])
         found = twice.groupby(["label", "task"], sort=False)["outcome"].value_counts().unstack()
         counts.append(found.reindex(columns=list(OUTCOMES.values())).fillna(0).astype(int).reset_index())
@@ -90,7 +93,8 @@ def choose(answers: pd.DataFrame, number: int) -> list[str]:
     The labels take turns to choose a question that they forgot, up to `FORGOTTEN_SHARE` of the number; the others are
     drawn from all questions, those asked twice before those asked once.
     """
-    ranks = answers.assign(rank=[_hash(f"{row.task}:{row.question}") for row in answers.itertuples()])
+    names = [f"{row.task}:{row.question}".encode("utf-8", "replace") for row in answers.itertuples()]
+    ranks = answers.assign(rank=[hashlib.sha256(name).digest() for name in names])
     ranks = ranks.assign(once=~ranks["question"].isin(ranks["question"][ranks["outcome"].notna()])).sort_values("rank")
     forgotten = ranks[ranks["outcome"] == "forgotten"].drop_duplicates(["label", "question"])
     turns = forgotten.assign(turn=forgotten.groupby("label").cumcount()).sort_values("turn", kind="stable")
@@ -118,26 +122,23 @@ def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
 
 
 def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[Path]]:
-    """Folders that may hold the images of each task, best first, as `events.jsonl` recorded them at the evaluation.
+    """Folders that may hold the images of each task, best first: below `data`, then where they were at the evaluation.
 
-    `data`, the benchmark's data folder, takes the place of the recorded one if given and the images are there.
+    `events.jsonl` recorded the benchmark's data folder; `data` is where it is now, if it was moved.
     """
-    folders: dict[str, dict[Path, None]] = {task: {} for task in groups[0].runs[0].order}
+    folders: dict[str, list[Path]] = {task: [] for task in groups[0].runs[0].order}
+    tasks = {f"{task}{ending}": task for task in folders for ending in _ENDINGS}
     events = [event for group in groups for run in group.runs for event in read_events(run.path / "events.jsonl")]
     for root in (data, None):
         for event in events:
-            task = event.get("task", "").removesuffix(".oracle").removesuffix(".last").removesuffix(".random")
-            if event["event"] == "evaluated" and "data" in event and task in folders:
-                folders[task][(root or Path(event["data"])) / event["images"]] = None
-    return {task: list(found) for task, found in folders.items()}
+            if event["event"] == "evaluated" and "data" in event and event["task"] in tasks:
+                folders[tasks[event["task"]]].append((root or Path(event["data"])) / event["images"])
+    return {task: list(dict.fromkeys(found)) for task, found in folders.items()}
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
     """The lines of a file that are not blank, each with its number from 1."""
-    try:
-        lines = path.read_bytes().split(b"\n")  # answers may hold other line breaks of Unicode, where splitlines cuts
-    except OSError as error:
-        raise ClmoeError(f"{path}: cannot be read: {error}") from error
+    lines = path.read_bytes().split(b"\n")  # answers may hold other line breaks of Unicode, where splitlines cuts
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -154,18 +155,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise ClmoeError(f"{where}: no JSON ({error})") from error
-        for field in ("question_id", "prompt", "text", "answer"):
-            check_field(where, row, field, (str,))
-        for field in ("image", "task"):
-            check_field(where, row, field, (str, type(None)))
-        check_field(where, row, "score", (int, float))
+        for field, types in _FIELDS.items():
+            check_field(where, row, field, types)
         rows[row["question_id"]] = row | {"right": None if corpus else row["score"] >= RIGHT}
     return rows
 
 
 def _clip(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "replace")).digest()

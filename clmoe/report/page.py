@@ -1,7 +1,6 @@
-"""A report folder from run folders: tables, pictures, and one page that needs nothing else, no network and no file.
+"""A report folder from run folders: tables, pictures, and one page that needs no other file and no network.
 
-A section has tables, a picture, and the numbers behind them. A content security policy lets no script but the page's
-own run, and loads nothing: no answer of a model can become active.
+The page's content security policy lets only its own script run and loads nothing: no model's answer can become active.
 """
 
 import base64
@@ -30,7 +29,7 @@ FORMATS = ("md", "csv", "tex", "pdf", "html")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One subject of the report; `data` holds the raw numbers, and `name` names their file."""
+    """One subject of the report; `data` are the raw numbers, which go to the CSV file `name`."""
 
     name: str
     title: str
@@ -42,17 +41,16 @@ class Section:
 def write_report(
     runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv"), data: Path | None = None
 ) -> list[Path]:
-    """Write a report of run folders into the folder `output`.
+    """Write a report of run folders into the folder `output`; the same runs give the same bytes.
 
     md: `report.md`; tex: `report.tex`; csv: `report.csv` (one line per run) and the numbers behind each other section;
-    pdf: each picture as PDF; html: `report.html`, which needs no other file. Pictures are also written as PNG unless
-    html is the only format.
+    pdf: each picture as PDF; html: `report.html`. Pictures are also written as PNG unless html is the only format.
 
     Args:
-        data: the benchmark's data folder, for the images on the page; see `clmoe.report.answers.image_folders`.
+        data: where the benchmark's data folder is now, for the images on the page.
 
     Returns:
-        The paths written. The same runs give the same bytes.
+        The paths written.
 
     Raises:
         ClmoeError: an unknown format, or what `clmoe.report.runs.group_runs` raises.
@@ -76,8 +74,8 @@ def write_report(
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8", errors="replace")  # an answer may hold half a character
     written = [output / name for name in texts]
-    endings = [ending for ending, wanted in ((".png", set(formats) != {"html"}), (".pdf", "pdf" in formats)) if wanted]
-    for picture in [section.picture for section in found if section.picture is not None and endings]:
+    endings = [".png"] * (set(formats) != {"html"}) + [".pdf"] * ("pdf" in formats)
+    for picture in [section.picture for section in found if section.picture and endings]:
         paths = [output / f"{picture.name}{ending}" for ending in endings]
         plots.save(picture, paths)
         written += paths
@@ -134,16 +132,8 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
         "csv": _data_uri,
         "svg": lambda panel, picture: Markup(plots.to_svg(picture, panel)),
     }
-    runs = tables.all_runs(groups)
-    return environment.get_template(template).render(
-        groups=groups,
-        first=runs[0],
-        orders=list(dict.fromkeys(run.order for run in runs)),
-        steps=sorted({run.steps_per_task for run in runs}),
-        seeds=sorted({run.seed for run in runs}),
-        limit=tables.limit_note(groups),
-        **values,
-    )
+    values |= {"groups": groups, "runs": tables.all_runs(groups), "limit": tables.limit_note(groups)}
+    return environment.get_template(template).render(values)
 
 
 def _questions(groups: Sequence[Group], shown: pd.DataFrame, data: Path | None) -> list[dict[str, Any]]:

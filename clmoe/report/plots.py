@@ -1,7 +1,7 @@
 """Figures of a report, in one style for the page (SVG) and for papers (PDF, PNG).
 
-A figure is a list of small panels: side by side on the page, where a phone shows one below the other, and on one grid
-in a file. Drawn without pyplot's global state; the files carry no date, so that the same runs give the same bytes.
+A figure is a list of small panels: apart on the page, so that they fit a phone, and on one grid in a file. The files
+carry no date: the same runs give the same bytes.
 """
 
 import html
@@ -23,17 +23,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clmoe.evaluate.matrix import ZERO_SHOT
+from clmoe.report import tables
 from clmoe.report.answers import OUTCOMES
 from clmoe.report.runs import Group
-from clmoe.report.tables import (
-    located_frame,
-    matrices_frame,
-    mean_matrices,
-    metrics_frame,
-    over_seeds,
-    run_frame,
-    show_count,
-)
 
 # Okabe and Ito's palette (readable with colour-blindness), yellow left out as too pale on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555559")
@@ -59,11 +51,10 @@ class Panel:
 
     @property
     def alt(self) -> str:
-        """The numbers in words, for who cannot see them."""
-        rows = []
-        for name, row in self.cells.iterrows():
-            rows.append(f"{name}: " + ", ".join(f"{column} {value:.0f}" for column, value in row.dropna().items()))
-        return f"{self.title}. {'; '.join(rows)}"
+        """The numbers in words, for screen readers."""
+        rows = [(name, row.dropna().items()) for name, row in self.cells.iterrows()]
+        texts = (f"{name}: " + ", ".join(f"{column} {value:.0f}" for column, value in row) for name, row in rows)
+        return f"{self.title}. {'; '.join(texts)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +116,7 @@ def styles(groups: Sequence[Group], labels: pd.Series) -> Styles:
 def comparison(groups: Sequence[Group]) -> Picture:
     """One row per label: the mean score right after training, and at the end; the line between them was forgotten."""
     legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
-    seeds = metrics_frame(groups).groupby("label", sort=False)[list(legend)]
+    seeds = tables.metrics_frame(groups).groupby("label", sort=False)[list(legend)]
     draw = partial(_dumbbells, stds=seeds.std().fillna(0.0), drawn=legend)
     panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), draw)
     return Picture("comparison", [panel], legend)
@@ -133,7 +124,7 @@ def comparison(groups: Sequence[Group]) -> Picture:
 
 def matrices(groups: Sequence[Group]) -> Picture:
     """The accuracy matrix of each label, mean over its seeds; all with the stages that any of them has."""
-    found, panels = mean_matrices(groups), []
+    found, panels = tables.mean_matrices(groups), []
     measured = {stage for cells in found.values() for stage in cells.index}
     for title, cells in found.items():
         stages = pd.Index([stage for stage in (ZERO_SHOT, *cells) if stage in measured], name="after")
@@ -145,7 +136,7 @@ def curves_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """label, task, after, mean, std, n: score of a task after each stage, of the seeds in the first run's order."""
     order = groups[0].runs[0].order
     same = [Group(group.label, tuple(run for run in group.runs if run.order == order)) for group in groups]
-    return over_seeds(matrices_frame(same), ["label", "task", "after"])
+    return tables.over_seeds(tables.matrices_frame(same), ["label", "task", "after"])
 
 
 def forgetting(groups: Sequence[Group]) -> Picture:
@@ -174,8 +165,8 @@ def answers(counts: pd.DataFrame) -> Picture:
 def locator(groups: Sequence[Group]) -> Picture:
     """A confusion matrix for each label and locator, mean over the seeds, percent of the row."""
     order, panels = list(groups[0].runs[0].order), []
-    for (label, name), own in located_frame(groups).groupby(["label", "locator"], sort=False):
-        seeds, cells = own["seed"].nunique(), over_seeds(own, ["task", "located"])
+    for (label, name), own in tables.located_frame(groups).groupby(["label", "locator"], sort=False):
+        seeds, cells = own["seed"].nunique(), tables.over_seeds(own, ["task", "located"])
         cells = cells[cells["n"] == seeds].pivot(index="task", columns="located", values="mean")
         title = f"{label}: {name}" + (f" (mean of {seeds} seeds)" if seeds > 1 else "")
         panels.append(_heat_panel(title, cells.reindex(index=order, columns=order)))
@@ -185,7 +176,7 @@ def locator(groups: Sequence[Group]) -> Picture:
 def experts(groups: Sequence[Group]) -> Picture:
     """Experts added to each block by each task; the first seed of each label. A blank task was not probed."""
     panels = []
-    for title, own in _first_seeds(run_frame(groups, "expansion")):
+    for title, own in _first_seeds(tables.run_frame(groups, "expansion")):
         wide = own.pivot(index="block", columns="task", values="added").astype(float)
         wide = wide.reindex(index=own["block"].unique(), columns=list(groups[0].runs[0].order))
         panels.append(_heat_panel(title, wide, top=2 * max(wide.max(axis=None), 1)))
@@ -195,7 +186,7 @@ def experts(groups: Sequence[Group]) -> Picture:
 def usage(groups: Sequence[Group]) -> Picture:
     """One panel per label and task: the share of each expert (column) of each block (row), probes last."""
     panels = []
-    for title, frame in _first_seeds(run_frame(groups, "usage")):
+    for title, frame in _first_seeds(tables.run_frame(groups, "usage")):
         for task, own in frame.groupby("task", sort=False):
             probe = "p" + (own.groupby(["block", "kind"]).cumcount() + 1).astype(str)
             own = own.assign(expert=own["expert"].astype(object).where(own["kind"] == "expert", probe))
@@ -207,10 +198,10 @@ def usage(groups: Sequence[Group]) -> Picture:
 
 def parameters(groups: Sequence[Group]) -> Picture:
     """Parameters trained in each task, and stored after it, a line per label."""
-    frame, order, panels = run_frame(groups, "parameters"), list(groups[0].runs[0].order), []
+    frame, order, panels = tables.run_frame(groups, "parameters"), list(groups[0].runs[0].order), []
     drawn = styles(groups, frame["label"])
     for title, column in (("trained in each task", "trainable"), ("stored after each task", "stored")):
-        means = over_seeds(frame, ["label", "task"], column).pivot(index="label", columns="task", values="mean")
+        means = tables.over_seeds(frame, ["label", "task"], column).pivot(index="label", columns="task", values="mean")
         means = means.reindex(index=list(drawn), columns=order)
         panels.append(Panel(title, means, (WIDTH, 2.3), partial(_lines, drawn=drawn)))
     return Picture("parameters", panels, drawn)
@@ -259,10 +250,9 @@ def _lines(ax: Axes, means: pd.DataFrame, drawn: Styles, stds: pd.DataFrame | No
     if mark in means:
         ax.axvline(list(means).index(mark), color=SOFT, lw=0.8, ls=(0, (3, 3)), zorder=0)
     for i, (label, values) in enumerate(means.iterrows()):
-        hidden = sum(
-            values.equals(means.iloc[later]) for later in range(i + 1, len(means))
-        )  # wider, to show around them
         colour, dash = drawn[str(label)]
+        # A line is wider than the equal ones on top of it
+        hidden = sum(values.equals(means.iloc[later]) for later in range(i + 1, len(means)))
         ax.plot(list(values), color=colour, ls=dash, lw=1.4 + 2.2 * hidden, marker="o", ms=3 + 3 * hidden)
         if stds is not None:
             low, high = ((values + sign * stds.loc[label]).clip(0, 100) for sign in (-1, 1))
@@ -274,7 +264,7 @@ def _lines(ax: Axes, means: pd.DataFrame, drawn: Styles, stds: pd.DataFrame | No
     else:
         ax.set_ylim(0, 1.1 * max(means.max(axis=None), 1))
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_count(value)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.show_count(value)))
 
 
 def _stacks(ax: Axes, shares: pd.DataFrame) -> None:
@@ -288,9 +278,8 @@ def _stacks(ax: Axes, shares: pd.DataFrame) -> None:
 def _name_columns(ax: Axes, cells: pd.DataFrame, shift: float) -> None:
     names = _short(cells)
     turned = max(map(len, names)) > 4
-    ax.set_xticks(
-        [x + shift for x in range(len(names))], names, rotation=40 * turned, ha="right" if turned else "center"
-    )
+    places = [x + shift for x in range(len(names))]
+    ax.set_xticks(places, names, rotation=40 * turned, ha="right" if turned else "center")
     ax.tick_params("x", rotation_mode="anchor")
 
 
@@ -300,7 +289,5 @@ def _short(names: Iterable[object]) -> list[str]:
 
 def _first_seeds(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Title and rows of each label's first seed: experts of several seeds are not the same experts."""
-    firsts = frame.groupby("label", sort=False)["seed"].first()
-    return [
-        (f"{label}, seed {seed}", frame.query("label == @label and seed == @seed")) for label, seed in firsts.items()
-    ]
+    firsts = frame.groupby("label", sort=False)["seed"].first().items()
+    return [(f"{label}, seed {n}", frame[(frame["label"] == label) & (frame["seed"] == n)]) for label, n in firsts]

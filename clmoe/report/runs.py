@@ -1,7 +1,6 @@
 """Read run folders, check them, and group the runs of one label over their seeds.
 
-Only run.json and matrix.csv must be there. Every metric is computed from the matrix, so metrics.json is not read. An
-unfinished run has rows for its first tasks only.
+Only run.json and matrix.csv must be there; the metrics are computed from the matrix.
 """
 
 import math
@@ -20,17 +19,18 @@ from clmoe.methods import method_class
 from clmoe.utils.files import read_csv, read_json
 from clmoe.utils.logging import read_events
 
-# The fields of run.json, with the types of `Run`.
+# Fields of run.json, with the types of `Run`; and of a block in expansion.json.
 _INFO = "method benchmark order seed label scoring trainable_parameters adapter_parameters projector_trained"
 _INFO += " effective_scale steps_per_task limit"
+_BLOCK = {"activations": (list,), "probes": (int,), "threshold": (int, float), "added": (int,)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """One finished or unfinished sequence. Scores and metrics are in percent, `minutes` is wall time.
+    """A sequence, perhaps unfinished. Scores and metrics are in percent, `minutes` is wall time.
 
-    `limit` is the number of test questions per task in the rows before the last; None is all, or not recorded.
-    A table whose file is absent is empty:
+    `limit` is the number of test questions per task in the rows before the last; None is all, or not recorded. A table
+    is empty if its file is absent:
 
         parameters  task, trainable, stored
         expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
@@ -70,11 +70,6 @@ class Run:
             return "sequence"
 
     @property
-    def complete(self) -> bool:
-        """The last task was evaluated after the last training."""
-        return self.matrix.cell(len(self.order), len(self.order)) is not None
-
-    @property
     def staged(self) -> bool:
         """Some task was evaluated before the last training."""
         return any(task in self.matrix.rows for task in self.order[:-1])
@@ -92,15 +87,14 @@ def read_run(folder: Path) -> Run:
     """Read one run folder.
 
     Raises:
-        ClmoeError: a file is missing or malformed (file, row and field are named), or the columns of the matrix are not
-            the tasks of the run's order.
+        ClmoeError: a file is missing or malformed, or the columns of the matrix are not the tasks in the run's order.
     """
-    where, timing = folder / "run.json", folder / "timing.json"
+    where, timing, known = (folder / name for name in ("run.json", "timing.json", "immediate.csv"))
     if not where.is_file():
         raise ClmoeError(f"{where} is missing: is {folder} the folder of a run?")
     info: Any = read_json(where)
     if isinstance(info, dict):
-        info = {"limit": None, "scoring": "fixed"} | info  # older runs lack these two
+        info = {"limit": None, "scoring": "fixed"} | info  # older runs lack them
     for field in _INFO.split():
         kind = Run.__annotations__[field]
         check_field(where, info, field, (list,) if field == "order" else get_args(kind) or (kind,))
@@ -110,29 +104,27 @@ def read_run(folder: Path) -> Run:
         raise ClmoeError(f"{where}: field 'scoring' is {info['scoring']!r}; allowed: {', '.join(MODES)}")
     matrix, order = AccuracyMatrix.read_csv(folder / "matrix.csv"), tuple(info["order"])
     if matrix.tasks != order:
-        raise ClmoeError(
-            f"{folder / 'matrix.csv'}, header: columns {', '.join(matrix.tasks)} are not the order "
-            f"in run.json ({', '.join(order)})"
-        )
-    known = folder / "immediate.csv"
+        found, wanted = ", ".join(matrix.tasks), ", ".join(order)
+        raise ClmoeError(f"{folder / 'matrix.csv'}, header: columns {found} are not the order in run.json ({wanted})")
     immediate = read_immediate_csv(known, order) if known.exists() else None
     times = read_json(timing) if timing.exists() else {"minutes": None}
     check_field(timing, times, "minutes", (int, float, type(None)))
     events = read_events(folder / "events.jsonl")
-    parameters = _read_table(folder / "parameters.csv", {"task": order, "trainable": int, "stored": int})
-    _check_order(folder / "parameters.csv", list(parameters["task"]), order)
     expansion, tried = _read_expansion(folder / "expansion.json", order)
-    used = _read_usage(folder / "usage.csv", order)
+    used = _read_table(folder / "usage.csv", {"task": order, "block": str, "expert": int}, {"share": float})
+    used["block"] = used["block"].map(block_names(used["block"]))
+    used.insert(3, "kind", "expert")
+    located = {"after": order, "decider": str, "task": order, "located": order}
     return Run(
         path=folder,
         matrix=matrix,
         immediate=immediate,
         metrics=metrics(matrix, immediate),
         peak_memory_mib=max((e.get("peak_cuda_mib", e.get("peak_rss_mib", 0)) for e in events), default=0) or None,
-        parameters=parameters,
+        parameters=_read_table(folder / "parameters.csv", {"task": order}, {"trainable": int, "stored": int}),
         expansion=expansion,
         usage=used if tried.empty else tried,
-        located=_read_located(folder / "locator.csv", order),
+        located=_read_table(folder / "locator.csv", located, {"count": int}),
         minutes=times["minutes"],
         **{field: info[field] for field in _INFO.split()} | {"order": order},
     )
@@ -142,8 +134,7 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
     """Read run folders and group them by label, labels in the order given and runs by seed.
 
     Raises:
-        ClmoeError: no folder, a label with the same seed twice, or runs that one table cannot hold because benchmark,
-            scoring mode or set of tasks differ.
+        ClmoeError: no folder, a label with the same seed twice, or another benchmark, scoring mode or set of tasks.
     """
     if not folders:
         raise ClmoeError("no run folder given")
@@ -156,10 +147,8 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
                 raise ClmoeError(f"{run.path} and {runs[0].path} differ in {what}: {theirs} / {ours}")
         seeds = groups.setdefault(run.label, {})
         if run.seed in seeds:
-            raise ClmoeError(
-                f"{run.path} and {seeds[run.seed].path} both hold {run.label}, seed {run.seed}; give each variant its "
-                "own 'label' in run.json, or leave one out"
-            )
+            both = f"{run.path} and {seeds[run.seed].path} both hold {run.label}, seed {run.seed}"
+            raise ClmoeError(f"{both}; give each variant its own 'label' in run.json, or leave one out")
         seeds[run.seed] = run
     return [Group(label, tuple(seeds[seed] for seed in sorted(seeds))) for label, seeds in groups.items()]
 
@@ -183,22 +172,26 @@ def block_names(blocks: Iterable[str]) -> dict[str, str]:
     return {name: short[name] for name in sorted(parts, key=parts.__getitem__)}
 
 
-def _read_table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
-    """A CSV file with exactly these columns: whole numbers (int), shares (float), any text (str), or one of some names.
+def _read_table(path: Path, keys: dict[str, Any], values: dict[str, Any]) -> pd.DataFrame:
+    """A CSV file with these columns, of which the keys together name a row; no rows if there is no file.
 
-    The index is the line number. An absent file gives no rows.
+    A column holds whole numbers (int), shares (float), any text (str), or one of some names.
     """
-    lines = read_csv(path) if path.exists() else [(1, list(columns))]
-    if not lines or lines[0][1] != list(columns):
-        found = ",".join(lines[0][1]) if lines else "an empty file"
-        raise ClmoeError(f"{path}, header: expected {','.join(columns)!r}, found {found!r}")
-    rows = {}
-    for line, cells in lines[1:]:
+    columns, rows = keys | values, {}
+    if not path.exists():
+        return pd.DataFrame(columns=list(columns))
+    header, *lines = read_csv(path) or [(1, [])]
+    if header[1] != list(columns):
+        raise ClmoeError(f"{path}, header: expected {','.join(columns)}, found {','.join(header[1]) or 'nothing'}")
+    for line, cells in lines:
+        where, key = f"{path}, row {line}", tuple(cells[: len(keys)])
         if len(cells) != len(columns):
-            raise ClmoeError(f"{path}, row {line}: {len(cells)} cells for the columns {','.join(columns)}")
+            raise ClmoeError(f"{where}: {len(cells)} cells for the columns {','.join(columns)}")
+        if key in rows:
+            raise ClmoeError(f"{where}: second row for {','.join(key)}; remove one")
         kinds = zip(columns.items(), cells, strict=True)
-        rows[line] = [_cell(f"{path}, row {line}, column {name!r}", text, kind) for (name, kind), text in kinds]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+        rows[key] = [_cell(f"{where}, column {name!r}", text, kind) for (name, kind), text in kinds]
+    return pd.DataFrame(list(rows.values()), columns=list(columns))
 
 
 def _cell(where: str, text: str, kind: Any) -> Any:
@@ -215,50 +208,26 @@ def _cell(where: str, text: str, kind: Any) -> Any:
     return text
 
 
-def _check_order(path: Path, tasks: Sequence[str], order: Sequence[str]) -> None:
-    """Refuse a task that is unknown, listed twice, or listed after a later one."""
-    if list(tasks) != [task for task in order if task in tasks]:
-        found, wanted = ", ".join(tasks), ", ".join(order)
-        raise ClmoeError(f"{path}, field 'task': found {found}; list tasks of {wanted}, each once and in this order")
-
-
-def _read_usage(path: Path, order: Sequence[str]) -> pd.DataFrame:
-    """`usage.csv`; the experts of a block stand in order, counted from 0."""
-    table = _read_table(path, {"task": order, "block": str, "expert": int, "share": float})
-    expected = table.groupby(["task", "block"]).cumcount()
-    for line in table.index[table["expert"] != expected][:1]:
-        found = f"expected {expected[line]}, found {table['expert'][line]}"
-        raise ClmoeError(f"{path}, row {line}, column 'expert': {found}")
-    table["block"] = table["block"].map(block_names(table["block"]))
-    table.insert(3, "kind", "expert")
-    return table
-
-
-def _read_located(path: Path, order: Sequence[str]) -> pd.DataFrame:
-    """`locator.csv`; a pair of tasks that is not listed was never confused."""
-    table = _read_table(path, {"after": order, "decider": str, "task": order, "located": order, "count": int})
-    for line in table.index[table.duplicated(["after", "decider", "task", "located"])][:1]:
-        raise ClmoeError(f"{path}, row {line}: second row for {','.join(table.loc[line][:4])}; remove one")
-    return table
-
-
 def _read_expansion(path: Path, order: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`expansion.json` as the tables `Run.expansion` and, where the activations are shares of tokens, `Run.usage`."""
-    plans = read_json(path) if path.exists() else []
+    plans, decisions, shares = read_json(path) if path.exists() else [], [], []
     check_field(path, {"tasks": plans}, "tasks", (list,))
     for number, plan in enumerate(plans, start=1):
         check_field(f"{path}, entry {number}", plan, "task", (str,))
         check_field(f"{path}, entry {number}", plan, "blocks", (dict,))
-    _check_order(path, [plan["task"] for plan in plans], order)
-    decisions: list[tuple[Any, ...]] = []
-    shares: list[tuple[Any, ...]] = []
-    names = block_names(name for plan in plans for name in plan["blocks"])
+    tasks, names = [plan["task"] for plan in plans], block_names(name for plan in plans for name in plan["blocks"])
+    if tasks != [task for task in order if task in tasks]:
+        found, wanted = ", ".join(tasks), ", ".join(order)
+        raise ClmoeError(f"{path}, field 'task': found {found}; list tasks of {wanted}, each once and in this order")
     for plan, name in [(plan, name) for plan in plans for name in names if name in plan["blocks"]]:
-        block = plan["blocks"][name]
-        _check_block(f"{path}, task {plan['task']!r}, block {name!r}", block)
+        where, block = f"{path}, task {plan['task']!r}, block {name!r}", plan["blocks"][name]
+        for field, types in _BLOCK.items():
+            check_field(where, block, field, types)
         key, values = (plan["task"], names[name]), block["activations"]
+        for value in values:
+            check_field(where, {"activations": value}, "activations", (int, float))
         experts = len(values) - block["probes"]
-        # The rule itself raises a negative threshold to 0.
+        # the rule itself raises a negative threshold to 0
         decisions.append((*key, block["added"], max(values[experts:]), max(block["threshold"], 0.0)))
         if min(values) >= 0 and sum(values) > 0:  # mean logits may be negative
             kinds = ["expert"] * experts + ["probe"] * block["probes"]
@@ -267,14 +236,3 @@ def _read_expansion(path: Path, order: Sequence[str]) -> tuple[pd.DataFrame, pd.
         pd.DataFrame(decisions, columns=["task", "block", "added", "probe", "limit"]),
         pd.DataFrame(shares, columns=["task", "block", "expert", "kind", "share"]),
     )
-
-
-def _check_block(where: str, block: Any) -> None:
-    for field, kind in (("activations", list), ("probes", int), ("threshold", float), ("added", int)):
-        check_field(where, block, field, (int, float) if kind is float else (kind,))
-    for value in block["activations"]:
-        check_field(where, {"activations": value}, "activations", (int, float))
-    if not 1 <= block["probes"] <= len(block["activations"]):
-        raise ClmoeError(f"{where}: field 'probes' is {block['probes']}; expected 1 to {len(block['activations'])}")
-    if block["added"] < 0:
-        raise ClmoeError(f"{where}: field 'added' is {block['added']}; expected at least 0")

@@ -1,13 +1,13 @@
-"""Tables of a report, from tidy frames with one row per run and quantity, and their renderings.
+"""Tables of a report and their renderings.
 
-A table for people holds formatted cells ("59.23 ± 0.31": mean and sample standard deviation over seeds); the frames
-behind it hold raw numbers.
+A table holds formatted cells ("59.23 ± 0.31": mean and sample standard deviation over seeds), made from tidy frames of
+raw numbers with one row per run and quantity.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
@@ -39,29 +39,30 @@ def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
     rows = []
     for run in all_runs(groups):
         counts = {name: getattr(run, name, None) for name in COSTS}
-        counts["experts_added"] = run.expansion["added"].sum() if len(run.expansion) and run.complete else None
+        finished = len(run.expansion) and run.order[-1] in run.matrix.rows
+        counts["experts_added"] = run.expansion["added"].sum() if finished else None
         rows.append({"label": run.label, "method": run.method, "seed": run.seed, **run.metrics, **counts})
     return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS), float))
 
 
 def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, row, task, value: the scores of each task, and their mean where none is missing, by kind of row.
+    """label, seed, row, task, value: the scores of each task, and their mean if none is missing, by kind of row.
 
-    Rows: zero_shot, immediate (right after the task; not of a run without a stage before the last), immediate_known
-    (the same, router given), last (not where each task had an adapter of its own, of which the last knows no other).
+    Rows: zero_shot, immediate (right after the task, if there was a stage before the last), immediate_known (the same,
+    with the task given), last (always there).
     """
     rows = []
     for run in all_runs(groups):
-        blank, ends = (None,) * len(run.order), run.chain != "separate"
+        blank = (None,) * len(run.order)
         kinds: dict[str, Sequence[float | None]] = {
             ZERO_SHOT: run.matrix.row(ZERO_SHOT),
             "immediate": [run.matrix.row(task)[i] for i, task in enumerate(run.order)] if run.staged else blank,
             "immediate_known": run.immediate or blank,
-            "last": run.matrix.row(run.order[-1]) if ends else blank,
+            "last": run.matrix.row(run.order[-1]),
         }
         for kind, scores in kinds.items():
             values = pd.Series(scores, run.order, dtype=float)
-            if values.notna().any() or (kind == "last" and ends):
+            if values.notna().any() or kind == "last":
                 values["mean"] = values.mean(skipna=False)
                 rows += [(run.label, run.seed, kind, task, value) for task, value in values.items()]
     return pd.DataFrame(rows, columns=["label", "seed", "row", "task", "value"])
@@ -70,14 +71,14 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the run's end.
 
-    No row for a task of which nothing was asked; the task "overall" counts all questions, if there are some of each.
+    No row for a task of which nothing was asked; the task "overall" counts the questions of all, if none lacks any.
     """
     frames = [pd.DataFrame(columns=["label", "seed", "locator", "task", "located", "value"])]
     for run in all_runs(groups):
         ends = run.located[run.located["after"] == run.order[-1]]
         for decider, counts in ends.groupby("decider", sort=False):
-            wide = counts.pivot(index="task", columns="located", values="count").fillna(0)
-            wide = wide.reindex(index=run.order, columns=run.order, fill_value=0)
+            wide = counts.pivot(index="task", columns="located", values="count")
+            wide = wide.reindex(index=run.order, columns=run.order).fillna(0)
             percent = 100 * wide.div(wide.sum(axis=1), axis=0).dropna()  # 0 / 0 where nothing was asked
             if len(percent) == len(wide):
                 right = sum(wide.loc[task, task] for task in run.order)
@@ -132,41 +133,40 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -
 def comparison_table(groups: Sequence[Group]) -> Table:
     """One row per label: all metrics in percent."""
     frame = metrics_frame(groups)
-    long = frame.melt(["label"], COMPARED, "metric")
-    table = _spread_table("Comparison", groups, long, ["label"], "metric", COMPARED)
-    table.cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
+    cells = _spread(groups, frame.melt(["label"], COMPARED, "metric"), ["label"], dict.fromkeys(COMPARED, show_number))
+    cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
     # Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared.
     compared = [group.runs[0].chain == "sequence" for group in groups]
     best = set()
-    for name in set(COMPARED) & set(table.cells):
-        means = frame.groupby("label", sort=False)[name].mean().round(2).reset_index(drop=True)[compared].dropna()
-        target = means.min() if name in _LOWER_IS_BETTER else means.max()
-        best |= {(row, list(table.cells).index(name)) for row in means.index[means == target] if len(means) > 1}
-    return replace(table, best=frozenset(best))
+    for column, name in enumerate(cells):
+        if name in COMPARED:
+            means = frame.groupby("label", sort=False)[name].mean().round(2).reset_index(drop=True)[compared].dropna()
+            target = means.min() if name in _LOWER_IS_BETTER else means.max()
+            best |= {(row, column) for row in means.index[means == target] if len(means) > 1}
+    return Table("Comparison", cells, best=frozenset(best))
 
 
 def costs_table(groups: Sequence[Group]) -> Table:
     """One row per label: parameters, experts, minutes, memory, and what else decides them."""
-    long = metrics_frame(groups).melt(["label"], COSTS, "cost")
     shown = dict.fromkeys(COSTS, show_count) | {"minutes": "{:.1f}".format}
-    table = _spread_table("Parameters, time and memory", groups, long, ["label"], "cost", COSTS, shown)
+    cells = _spread(groups, metrics_frame(groups).melt(["label"], COSTS, "cost"), ["label"], shown)
     for name in ("effective_scale", "projector_trained"):
         texts = [dict.fromkeys(json.dumps(getattr(run, name)) for run in group.runs) for group in groups]
-        table.cells[name] = [", ".join(text).replace("null", BLANK) for text in texts]
-    return table
+        cells[name] = [", ".join(text).replace("null", BLANK) for text in texts]
+    return Table("Parameters, time and memory", cells)
 
 
 def scores_table(groups: Sequence[Group]) -> Table:
     """Per label: each task right after its training and after the last one (and zero-shot), percent."""
-    tasks = [*groups[0].runs[0].order, "mean"]
-    return _spread_table("Scores by task", groups, scores_frame(groups), ["label", "row"], "task", tasks)
+    tasks = dict.fromkeys((*groups[0].runs[0].order, "mean"), show_number)
+    return Table("Scores by task", _spread(groups, scores_frame(groups), ["label", "row"], tasks), keys=2)
 
 
 def locator_table(groups: Sequence[Group]) -> Table:
     """Per label and locator: percent of the questions taken for their own task, by task and overall."""
-    right = located_frame(groups).query("task == located")
-    tasks = [*groups[0].runs[0].order, "overall"]
-    return _spread_table("Questions located right (%)", groups, right, ["label", "locator"], "task", tasks)
+    right = located_frame(groups).query("task == located").drop(columns="located")
+    tasks = dict.fromkeys((*groups[0].runs[0].order, "overall"), show_number)
+    return Table("Questions located right (%)", _spread(groups, right, ["label", "locator"], tasks), keys=2)
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
@@ -189,7 +189,7 @@ def limit_note(groups: Sequence[Group]) -> str:
 
 
 def report_text(runs: Sequence[Path], width: int = 100) -> str:
-    """All tables for a terminal of `width` columns, and below them what `limit_note` says."""
+    """All tables for a terminal of `width` columns, and `limit_note`."""
     groups = group_runs(runs)
     found = [to_text(table, width) for table in report_tables(groups) if len(table.cells)]
     note = fill(limit_note(groups), width, break_on_hyphens=False)
@@ -234,26 +234,21 @@ def all_runs(groups: Sequence[Group]) -> list[Run]:
     return [run for group in groups for run in group.runs]
 
 
-def _spread_table(
-    title: str,
-    groups: Sequence[Group],
-    frame: pd.DataFrame,
-    keys: list[str],
-    column: str,
-    names: Sequence[str],
-    shown: Mapping[str, Callable[[float], str]] | None = None,
-) -> Table:
-    """A row for each value of `keys`, a column for each of `names` that any run has: mean ± deviation over the seeds.
+def _spread(
+    groups: Sequence[Group], frame: pd.DataFrame, keys: list[str], shown: Mapping[str, Callable[[float], str]]
+) -> pd.DataFrame:
+    """A row for each value of `keys`, a column for each name that any run has a value of: mean ± deviation over seeds.
 
-    The deviation is left out for one value and for equal counts; "(n=1)" says that some seeds lack the value.
+    The frame's last two columns hold the name and the value; `shown`: name -> how to write its values. The deviation is
+    left out for one value and for equal counts; "(n=1)" says that some seeds lack the value.
     """
-    seeds = {group.label: len(group.runs) for group in groups}
+    seeds, column = {group.label: len(group.runs) for group in groups}, frame.columns[-2]
     found = over_seeds(frame, [*keys, column])
     texts = []
     for name, label, mean, std, n in zip(*(found[c] for c in (column, "label", "mean", "std", "n")), strict=True):
-        show = (shown or {}).get(name, show_number)
+        show = shown[name]
         spread = "" if pd.isna(std) or (std == 0 and show is show_count) else f" ± {show(std)}"
         texts.append(show(mean) + spread + ("" if n == seeds[label] else f" (n={n})"))
     wide = found.assign(text=texts).set_index([*keys, column])["text"].unstack(column)
-    wide = wide.reindex(columns=[name for name in names if name in wide]).rename_axis(columns=None).reset_index()
-    return Table(title, frame[keys].drop_duplicates().merge(wide, how="left", on=keys).fillna(BLANK), keys=len(keys))
+    wide = wide.reindex(columns=[name for name in shown if name in wide]).rename_axis(columns=None).reset_index()
+    return frame[keys].drop_duplicates().merge(wide, how="left", on=keys).fillna(BLANK)

@@ -19,18 +19,9 @@ def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: b
     write(folder / "matrix.csv", header, f"{x},80,,", f"{y},70,80,", f"{z},{last},{last},80")
     if immediate:
         write(folder / "immediate.csv", header, "known,81,82,83")
-    record = {
-        "method": "moelora",
-        "benchmark": "playground-coin",
-        "order": order,
-        "seed": seed,
-        "label": label,
-        "trainable_parameters": 90_624,
-        "adapter_parameters": 120_000,
-        "projector_trained": False,
-        "effective_scale": 2.0,
-        "steps_per_task": 300,
-    }
+    record = {"method": "moelora", "benchmark": "playground-coin", "order": order, "seed": seed, "label": label}
+    record |= {"trainable_parameters": 90_624, "adapter_parameters": 120_000, "projector_trained": False}
+    record |= {"effective_scale": 2.0, "steps_per_task": 300}
     (folder / "run.json").write_text(json.dumps(record | info))
     return folder
 
@@ -54,14 +45,7 @@ def write_expansion(run: Path, blocks: list[dict[str, Any]]) -> Path:
 
 def block(activations: list[float], threshold: float, added: int, probes: int = 1) -> dict[str, Any]:
     """One block of an entry of expansion.json."""
-    return {
-        "activations": activations,
-        "probes": probes,
-        "threshold": threshold,
-        "margin": 0.02,
-        "probed": added,
-        "added": added,
-    }
+    return {"activations": activations, "probes": probes, "threshold": threshold, "added": added}
 
 
 def layer(number: int) -> str:

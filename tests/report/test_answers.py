@@ -50,14 +50,13 @@ def test_part_of_a_point_is_right_from_one_half_on(tmp_path: Path) -> None:
     assert outcomes(run, "count") == {"a": "kept", "b": "forgotten", "c": "never right", "d": "forgotten"}
 
 
-def test_answers_that_are_scored_as_a_whole_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+def test_captions_are_scored_as_a_whole_and_neither_right_nor_wrong(tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0)
-    for after, figure in (("count", 1.2), ("box", 0.1)):
-        predict(run, after, "count", {"a": ("a red mug", figure)})
+    for after in ("count", "box"):
+        predict(run, after, "count", {"a": ("a red mug", 1.2)})
         (run / f"predictions/{after}/count.json").write_text('{"parts": {"BLEU-1": 0.4, "CIDEr": 2.0}}')
     counts, shown = explore(group_runs([run]))
-    assert counts.empty
-    assert shown[["then", "then_right", "now_right"]].values.tolist() == [["a red mug", None, None]]
+    assert counts.empty and shown[["then", "then_right", "now_right"]].values.tolist() == [["a red mug", None, None]]
 
 
 def test_the_end_is_the_runs_own_and_the_last_task_is_not_counted(tmp_path: Path) -> None:
@@ -71,12 +70,13 @@ def test_the_end_is_the_runs_own_and_the_last_task_is_not_counted(tmp_path: Path
     assert counts.values.tolist() == [["moe", "box", 0, 1, 0, 0]]
 
 
-def test_a_run_that_was_measured_with_another_router(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locator", ["random", "nearest_mean"])
+def test_a_run_that_was_measured_with_another_locator(tmp_path: Path, locator: str) -> None:
     run = make_run(tmp_path, "moe", 0)
-    predict(run, "box", "count.random", {"a": RIGHT})
-    predict(run, "count", "count.random", {"a": RIGHT})
+    for after in ("count", "box"):
+        predict(run, after, f"count.{locator}", {"a": RIGHT})
     assert outcomes(run, "count") == {"a": "kept"}
-    predict(run, "box", "count", {"a": WRONG})  # the method's own locator counts wherever it was measured
+    predict(run, "box", "count", {"a": WRONG})  # the checkpoint's own locator counts wherever it was measured
     assert outcomes(run, "count") == {"a": None}
 
 
@@ -90,21 +90,16 @@ def test_answers_with_line_breaks_of_unicode_and_cells_never_finished(tmp_path: 
     assert outcomes(run, "box") == {}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("text", 3), ("score", "1"), ("score", float("nan")), ("image", 1), ("prompt", None)]
-)
+@pytest.mark.parametrize(("field", "value"), [("text", 3), ("score", "1"), ("score", float("nan")), ("image", 1)])
 def test_malformed_rows_are_named(tmp_path: Path, field: str, value: object) -> None:
     run = make_run(tmp_path, "moe", 0)
     path = run / "predictions/box/box.jsonl"
-    predict(run, "box", "box", {"a": RIGHT})
-    good = path.read_text()
     predict(run, "box", "box", {"b": RIGHT}, **{field: value})
-    path.write_text(good + path.read_text())
-    with pytest.raises(ClmoeError, match=rf"box\.jsonl, row 2: .*'{field}'"):
-        read_answers(read_run(run), "box")
-    path.write_text(good + "{cut\n")
-    with pytest.raises(ClmoeError, match=r"box\.jsonl, row 2"):
-        read_answers(read_run(run), "box")
+    for line, named in ((path.read_text(), f".*'{field}'"), ("{cut\n", "")):
+        predict(run, "box", "box", {"a": RIGHT})
+        path.write_text(path.read_text() + line)
+        with pytest.raises(ClmoeError, match=rf"box\.jsonl, row 2: {named}"):
+            read_answers(read_run(run), "box")
 
 
 def test_counts_are_summed_over_seeds(tmp_path: Path) -> None:
@@ -145,26 +140,24 @@ def test_many_forgotten_leave_a_quarter_to_all_and_those_asked_twice_come_first(
 
 
 def test_thumbnails_are_small_and_stay_in_their_folder(tmp_path: Path) -> None:
-    def picture(path: Path, size: tuple[int, int], colour: str) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, colour).save(path)
-        return path
-
-    def decoded(name: str) -> Image.Image:
+    for name, size in (
+        ("a.png", (56, 40)),
+        ("wide.png", (1200, 300)),
+        ("../outside.png", (5, 5)),
+        ("C:/x.png", (5, 5)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", size, "#102030").save(tmp_path / name)
+    for name, size in (("a.png", (56, 40)), ("wide.png", (224, 56))):
         uri, problem = thumbnail(name, [tmp_path / "nowhere", tmp_path])
         assert problem == "" and uri is not None and uri.startswith("data:image/webp;base64,")
-        return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-
-    picture(tmp_path / "a.png", (56, 40), "#102030")
-    picture(tmp_path / "wide.png", (1200, 300), "red")
-    small = decoded("a.png")
-    assert small.size == (56, 40) and small.convert("RGB").getpixel((3, 3)) == (0x10, 0x20, 0x30)  # kept exactly
-    assert decoded("wide.png").size == (224, 56)
+        small = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+        assert small.size == size
+        if name == "a.png":
+            assert small.convert("RGB").getpixel((3, 3)) == (0x10, 0x20, 0x30)  # kept exactly
     (tmp_path / "broken.png").write_bytes(b"GIF89a...")
-    outside = picture(tmp_path.parent / "outside.png", (5, 5), "red")
-    picture(tmp_path / "C:" / "private.png", (5, 5), "red")
-    refused = ("../outside.png", "a/../../outside.png", str(outside), "C:/private.png", "C:\\private.png")
-    for name in ("gone.png", "broken.png", *refused):
+    outside = str(tmp_path.parent / "outside.png")
+    for name in ("gone.png", "broken.png", "../outside.png", "a/../../outside.png", outside, "C:/x.png", "C:\\x.png"):
         uri, problem = thumbnail(name, [tmp_path])
         assert uri is None and problem
 

@@ -1,8 +1,6 @@
 """The tables: means and deviations over seeds, and what each rendering makes of them."""
 
-import csv
 from pathlib import Path
-from statistics import mean, stdev
 
 import pandas as pd
 import pytest
@@ -10,21 +8,10 @@ import pytest
 from clmoe.report import tables
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
-from clmoe.report.tables import (
-    BLANK,
-    comparison_table,
-    costs_table,
-    locator_table,
-    mean_matrices,
-    report_tables,
-    report_text,
-    scores_table,
-    to_latex,
-    to_text,
-)
+from clmoe.report.tables import BLANK, comparison_table, costs_table, locator_table, mean_matrices, scores_table
 from tests.report.folders import TASKS, block, layer, make_run, row_of, write, write_expansion
 
-HEADER = "after,colour_letter,count,box"
+HEADER, LOCATED = "after,colour_letter,count,box", "after,decider,task,located,count"
 
 
 def two_seeds(root: Path) -> list[Path]:
@@ -34,31 +21,32 @@ def two_seeds(root: Path) -> list[Path]:
 def located_run(root: Path, seed: int, right: int, order: list[str] = TASKS) -> Path:
     """Of 10 `colour_letter` questions `right` are located, the others taken for `box`; count 15/20, box 30/30."""
     run, end = make_run(root, "moe", seed, order=order), order[-1]
-    return write(
-        run / "locator.csv",
-        "after,decider,task,located,count",
-        "count,vae,count,count,10",  # an earlier stage, not shown
-        f"{end},vae,colour_letter,colour_letter,{right}",
-        f"{end},vae,colour_letter,box,{10 - right}",
-        f"{end},vae,count,count,15",
-        f"{end},vae,count,colour_letter,5",
-        f"{end},vae,box,box,30",
-    )
+    earlier = "count,vae,count,count,10"  # not shown
+    counts = [f"colour_letter,colour_letter,{right}", f"colour_letter,box,{10 - right}"]
+    counts += ["count,count,15", "count,colour_letter,5", "box,box,30"]
+    return write(run / "locator.csv", LOCATED, earlier, *(f"{end},vae,{line}" for line in counts))
 
 
 def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
-    groups = group_runs([*two_seeds(tmp_path), make_run(tmp_path, "other", 0, 20.0, True)])
-    table = comparison_table(groups)
+    table = comparison_table(group_runs([*two_seeds(tmp_path), make_run(tmp_path, "other", 0, 20.0, True)]))
     moe, other = row_of(table, "moe"), row_of(table, "other")
     # last: 60 and 56; mean 58, sample deviation 4 / sqrt(2) = 2.83. bwt_n: -20 and -24.
     assert (moe["seeds"], moe["last"], moe["bwt_n"]) == ("2", "58.00 ± 2.83", "-22.00 ± 2.83")
     assert (moe["immediate"], moe["immediate_known"]) == ("80.00 ± 0.00", BLANK)
-    assert other["immediate_known"] == "82.00"
-    assert other["bwt_known"] == "-42.00"  # (20 - 81 + 20 - 82 + 80 - 83) / 3
-    names = list(table.cells)
-    best = {(table.cells["label"][row], names[column]) for row, column in table.best}
+    assert (other["immediate_known"], other["bwt_known"]) == ("82.00", "-42.00")  # (20 - 81 + 20 - 82 + 80 - 83) / 3
+    best = {(table.cells["label"][row], list(table.cells)[column]) for row, column in table.best}
     assert {("moe", "last"), ("moe", "forgetting_max"), ("moe", "immediate"), ("other", "immediate")} <= best
     assert ("other", "last") not in best
+
+
+def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
+    """The union of all tasks ends highest, but only what learns in sequence is compared."""
+    runs = [make_run(tmp_path, "bound", 0, 90.0, method="multitask")]
+    runs += [make_run(tmp_path, label, 0, last) for label, last in (("low", 20.0), ("high", 50.0))]
+    table = comparison_table(group_runs(runs))
+    last = list(table.cells).index("last")
+    assert [table.cells["label"][row] for row, column in table.best if column == last] == ["high"]
+    assert comparison_table(group_runs(runs[:2])).best == frozenset()
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -73,39 +61,27 @@ def test_costs(tmp_path: Path) -> None:
     assert "peak_memory_mib" not in table.cells  # none was recorded
 
 
-def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
-    """The union of all tasks ends highest, but only what learns in sequence is compared."""
-    runs = [make_run(tmp_path, "bound", 0, 90.0, method="multitask")]
-    runs += [make_run(tmp_path, label, 0, last) for label, last in (("low", 20.0), ("high", 50.0))]
-    table = comparison_table(group_runs(runs))
-    last = list(table.cells).index("last")
-    assert [table.cells["label"][row] for row, column in table.best if column == last] == ["high"]
-    assert comparison_table(group_runs(runs[:2])).best == frozenset()
-
-
 def test_scores_follow_task_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])]
-    row = row_of(scores_table(group_runs(runs)), "moe", "last")
+    groups = group_runs([make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])])
+    row = row_of(scores_table(groups), "moe", "last")
     # colour_letter ends at 50 in the first order and, trained last, at 80 in the other.
     assert (row["colour_letter"], row["count"]) == ("65.00 ± 21.21", "40.00 ± 14.14")
     assert row["mean"] == "53.33 ± 9.43"  # of 60 and 140 / 3
-    assert list(mean_matrices(group_runs(runs))) == ["moe, seed 0", "moe, seed 1"]
+    assert list(mean_matrices(groups)) == ["moe, seed 0", "moe, seed 1"]
 
 
-def test_rows_that_a_method_cannot_have_are_left_out(tmp_path: Path) -> None:
-    """Adapters of one task each have no last row; all tasks at once have no row right after each."""
+def test_rows_of_the_bounds(tmp_path: Path) -> None:
+    """All tasks at once have no row right after each; the page tells how each bound was made."""
     runs = [make_run(tmp_path, name, 0, method=name) for name in ("separate", "multitask", "zero_shot")]
-    write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,,70,", "box,,,90")
+    write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,70,", "box,80,70,90")
     write(runs[1] / "matrix.csv", HEADER, "box,70,80,90")
     write(runs[2] / "matrix.csv", HEADER, "zero_shot,10,20,30")
     table = scores_table(group_runs(runs)).cells
-    found = list(zip(table["label"], table["row"], table["mean"], strict=True))
-    assert found == [
-        ("separate", "immediate", "80.00"),
-        ("multitask", "last", "80.00"),
-        ("zero_shot", "zero_shot", "20.00"),
-        ("zero_shot", "last", BLANK),
-    ]
+    found = [f"{row.label} {row.row} {row.mean}" for row in table.itertuples()]
+    ends = ["separate immediate 80.00", "separate last 80.00", "multitask last 80.00"]
+    assert found == [*ends, "zero_shot zero_shot 20.00", f"zero_shot last {BLANK}"]
+    (path,) = write_report(runs, tmp_path / "out", ["html"])
+    assert all(note in path.read_text() for note in ("; a fresh adapter", "; all tasks at once", "; untrained"))
 
 
 def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> None:
@@ -114,8 +90,7 @@ def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> N
     assert found.loc["box"].tolist() == [47, 47, 80] and pd.isna(found.loc["count", "box"])
     write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,,80,")
     ((title, found),) = mean_matrices(group_runs(runs)).items()
-    assert title == "moe (mean of 2 seeds)"
-    assert list(found.index) == ["colour_letter", "count"]  # one seed has no row box
+    assert title == "moe (mean of 2 seeds)" and list(found.index) == ["colour_letter", "count"]  # one has no row box
     assert found.loc["count"].tolist()[1] == 80 and pd.isna(found.loc["count", "colour_letter"])
 
 
@@ -133,68 +108,59 @@ def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
 
 def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> None:
     lines = ["box,own,colour_letter,box,4", "box,vae,box,box,2", "box,vae,box,count,1", "box,vae,count,count,0"]
-    run = write(make_run(tmp_path, "moe", 0) / "locator.csv", "after,decider,task,located,count", *lines)
+    run = write(make_run(tmp_path, "moe", 0) / "locator.csv", LOCATED, *lines)
     table = locator_table(group_runs([run, make_run(tmp_path, "moe", 1)]))
     assert list(table.cells["locator"]) == ["own", "VAE bank"]
     vae = row_of(table, "moe", "VAE bank")
-    assert vae["box"] == "66.67 (n=1)" and "count" not in vae  # no question
-    assert "overall" not in vae  # a share of some tasks would not compare
+    assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # not of some tasks only
     assert row_of(table, "moe", "own")["colour_letter"] == "0.00 (n=1)"
 
 
 def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "a|b_50%", 0), make_run(tmp_path, "plain", 0, 40.0)]
-    table = comparison_table(group_runs(runs))
-    write_report(runs, tmp_path / "out", ["md"])
+    write_report(runs, tmp_path / "out", ["md", "tex"])
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     markdown = [line for line in text.split("### ")[1].splitlines() if line.startswith("|")]
     assert len(markdown) == 4 and len({line.replace("\\|", "").count("|") for line in markdown}) == 1
     assert markdown[2].startswith("| a\\|b_50% | 1 | **60.00** |")
-    latex = to_latex(table)
+    latex = (tmp_path / "out/report.tex").read_text(encoding="utf-8").split("\n\n")[0]
     assert r"a|b\_50\% & 1 & \textbf{60.00} &" in latex and r"plain & 1 & 53.33 &" in latex
-    assert all(latex.count(rule) == 1 for rule in ("toprule", "midrule", "bottomrule", r"\end{tabular}}"))
+    assert all(latex.count(part) == latex.count(r"\begin{table}") for part in ("toprule", "midrule", r"{tabular}}"))
     assert latex.count("{") == latex.count("}")
-    assert r"58.00 $\pm$ 2.83" in to_latex(comparison_table(group_runs(two_seeds(tmp_path))))
+    assert r"58.00 $\pm$ 2.83" in tables.to_latex(comparison_table(group_runs(two_seeds(tmp_path))))
 
 
 @pytest.mark.parametrize("width", [100, 80])
 def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> None:
     runs = [make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)]
-    text = report_text(runs, width)
+    text = tables.report_text(runs, width)
     assert max(len(line) for line in text.splitlines()) <= width
-    for table in report_tables(group_runs(runs)):
-        shown = to_text(table, width)
+    for table in tables.report_tables(group_runs(runs)):
+        shown = tables.to_text(table, width)
         assert shown in text or table.cells.empty
         assert all(cell in shown for row in table.cells.itertuples(index=False) for cell in row)
         assert all(name in shown for name in table.cells.columns[table.keys :])
 
 
 def test_csv_files_hold_raw_numbers(tmp_path: Path) -> None:
-    runs = two_seeds(tmp_path)
-    write_report(runs, tmp_path / "out", ["csv"])
-    found = list(csv.DictReader((tmp_path / "out/report.csv").open()))
-    assert [(row["label"], row["method"], row["seed"]) for row in found] == [("moe", "moelora", s) for s in "01"]
-    assert [float(row["last"]) for row in found] == [56, 60]
-    assert (found[0]["immediate_known"], found[0]["trainable_parameters"]) == ("", "90624")
-    cells = list(csv.DictReader((tmp_path / "out/matrices.csv").open()))
-    assert [float(row["value"]) for row in cells if row["seed"] == "1"] == [80, 70, 80, 50, 50, 80]
-    (row,) = [
-        row
-        for row in csv.DictReader((tmp_path / "out/forgetting.csv").open())
-        if (row["task"], row["after"]) == ("count", "box")
-    ]
-    assert float(row["mean"]) == mean([50, 44]) and float(row["std"]) == pytest.approx(stdev([50, 44]), rel=1e-8)
+    write_report(two_seeds(tmp_path), tmp_path / "out", ["csv"])
+    report, cells, curves = (pd.read_csv(tmp_path / f"out/{n}.csv") for n in ("report", "matrices", "forgetting"))
+    found = report[["label", "method", "seed", "last", "trainable_parameters"]].values.tolist()
+    assert found == [["moe", "moelora", seed, last, 90624] for seed, last in ((0, 56), (1, 60))]
+    assert report["immediate_known"].isna().all()
+    assert cells.loc[cells["seed"] == 1, "value"].tolist() == [80, 70, 80, 50, 50, 80]
+    row = curves.set_index(["task", "after"]).loc[("count", "box")]
+    assert (row["mean"], row["std"]) == (47, pytest.approx(18**0.5, rel=1e-8))  # of 50 and 44
 
 
 def test_a_limit_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, label, 0, limit=limit) for label, limit in (("a", 7), ("b", None), ("c", 7), ("d", 9))]
-    older = make_run(tmp_path, "older", 0)  # does not record it
     joint = make_run(tmp_path, "joint", 0, limit=7)  # has no row before the last
-    write(joint / "matrix.csv", HEADER, "box,70,80,90")
-    said = tables.limit_note(group_runs([*runs, older, joint]))
+    others = [make_run(tmp_path, "older", 0), write(joint / "matrix.csv", HEADER, "box,70,80,90")]
+    said = tables.limit_note(group_runs([*runs, *others]))
     first, second = said.split(" d: ")
     assert first.startswith("a, c: ") and " 7 " in first and " 9 " in second
-    assert said in " ".join(report_text([*runs, older, joint]).split())
-    write_report([*runs, older, joint], tmp_path / "out", ["md", "html"])
+    assert said in " ".join(tables.report_text([*runs, *others]).split())
+    write_report([*runs, *others], tmp_path / "out", ["md", "html"])
     assert all(said in (tmp_path / f"out/report.{ending}").read_text() for ending in ("md", "html"))
-    assert tables.limit_note(group_runs([older, joint])) == ""
+    assert tables.limit_note(group_runs(others)) == ""
