@@ -80,8 +80,8 @@ def key_table(kind: type, prefix: str = "") -> str:
 
 def config_section() -> Iterator[str]:
     yield "## Configuration keys\n\n"
-    yield "Set by a method's YAML, a benchmark's `recipe` (its `methods` is for single methods), "
-    yield "a model's YAML and `key=value` on the command line; later ones override earlier ones.\n"
+    yield "Set by a method's YAML, a benchmark's `recipe` (its `methods` is for single methods), a model's YAML "
+    yield "and `key=value` on the command line; later ones override earlier ones.\n"
     yield f"\n### Top level\n\n{key_table(Config)}"
     for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):

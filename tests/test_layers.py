@@ -29,7 +29,6 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER.split(" > ")) for room
 LATE = {
     "doctor": {"torch"},  # reports a torch that cannot be imported
     "evaluate.rules.captions": {"pycocoevalcap"},
-    "train.loop": {"deepspeed"},
     "train.state": {"deepspeed"},
 }
 """Modules that import a package inside a function because it is optional; ``cli`` may import anything there."""
