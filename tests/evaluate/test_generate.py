@@ -79,17 +79,12 @@ def ask(answerer: Answerer, asked: Asked, locator: str = "", **settings: Any) ->
     return answerer.answer(*asked, 4, locator)
 
 
-def drawn(answerer: Answerer) -> str:
-    """A locator that sends questions to different tasks."""
-    return "random" if answerer.method.keeps_parts else ""
-
-
 def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
-    alone = ask(answerer, shared, drawn(answerer), batch_size=1)
+    alone = ask(answerer, shared, "random", batch_size=1)
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
     for size, share in ((7, True), (64, True), (7, False)):
         batches.clear()
-        together = ask(answerer, shared, drawn(answerer), batch_size=size, share_images=share)
+        together = ask(answerer, shared, "random", batch_size=size, share_images=share)
         assert any(isinstance(batch, SharedPrompts) for batch in batches) == share
         assert [(a.text, a.task) for a in together] == [(a.text, a.task) for a in alone]
         for a, b in zip(together, alone, strict=True):
@@ -149,10 +144,10 @@ def test_images_are_read_one_batch_at_a_time(locating: Answerer, mixed: Asked, m
 
 def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
     """Their images too: the computation for a lone question decides."""
-    margins = [a.margin for a in ask(answerer, shared, drawn(answerer), exact=False)]
+    margins = [a.margin for a in ask(answerer, shared, "random", exact=False)]
     threshold = sorted(margins)[len(margins) // 2]
     batches.clear()
-    redone = [a.redone for a in ask(answerer, shared, drawn(answerer), exact=True, margin=threshold)]
+    redone = [a.redone for a in ask(answerer, shared, "random", exact=True, margin=threshold)]
     assert redone == [margin < threshold for margin in margins]
     first, *lone = batches
     assert isinstance(first, SharedPrompts)
@@ -160,7 +155,7 @@ def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Asked,
 
 
 def test_a_prefix_is_shared_within_image_and_router(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
-    answers = ask(answerer, shared, drawn(answerer), exact=False)
+    answers = ask(answerer, shared, "random", exact=False)
     (batch,) = batches
     pairs = {(q.image, a.task) for q, a in zip(shared[0], answers, strict=True)}
     assert len(batch.first) == len(pairs)

@@ -17,10 +17,9 @@ _BOX = re.compile(rf"\s*(\[)?\s*{_FOUR_NUMBERS}\s*(?(1)\])\s*\.?\s*", re.ASCII)
 def iou(prediction: str, question: Question, mode: Mode) -> float:
     """Visual grounding: 1 if the boxes' intersection over union is strictly above 0.5, else 0.
 
-    Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; the gold box is
-    ``question.extra["answer_bbox"]``, a string or a list. ``fixed`` computes with exact fractions of the printed
-    decimals; a malformed or inverted box is wrong. ``official`` keeps CoIN's parser, which cuts a character off either
-    end of the coordinates, and its pixels: both boxes times the larger number of ``question.extra["size"]``, if given.
+    Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; ``question.extra["answer_bbox"]`` is a
+    string or a list. ``fixed`` computes exactly with the printed decimals. ``official`` keeps CoIN's parser, which cuts
+    a character off either end, and its pixels: both boxes times the larger of ``question.extra["size"]``, if given.
     """
     gold = _gold_box(question)
     if mode == "fixed":

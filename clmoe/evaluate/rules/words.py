@@ -15,8 +15,6 @@ from clmoe.evaluate.rules.letters import parse_letter
 Match = Callable[[str, str], bool]
 """``(prediction, gold answer)``"""
 
-_EXACT_SOURCES = ("AI2D", "TQA", "VQA", "SciVerse")
-
 
 def any_matches(fixed: Match, official: Match) -> Scorer:
     """The rule that the prediction matches one of the accepted answers."""
@@ -80,11 +78,11 @@ def science(prediction: str, question: Question, mode: Mode) -> float:
     """Science: exact match for images of AI2D, TQA, VQA and SciVerse; MapQA's "Which states" gives partial credit.
 
     A question's source is the beginning of its image's file name. For "Which states" the score is the share of the gold
-    answer's comma-separated states that the prediction names, the largest share of several accepted answers. MapQA's
-    other questions follow ``contains_answer``. ``official`` looks for each state, blanks included, anywhere in the
-    prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the members of the two lists.
+    states that the prediction names, the largest of several accepted answers. ``official`` looks for each state, blanks
+    included, anywhere in the prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the two lists.
+    MapQA's other questions follow ``contains_answer``.
     """
-    if PurePosixPath(question.image or "").name.startswith(_EXACT_SOURCES):
+    if PurePosixPath(question.image or "").name.startswith(("AI2D", "TQA", "VQA", "SciVerse")):
         return _exact_source(prediction, question, mode)
     if "Which states" not in question.text:
         return contains_answer(prediction, question, mode)
@@ -107,7 +105,6 @@ def stock(prediction: str, question: Question, mode: Mode) -> float:
 
 
 def _plain(text: str) -> str:
-    """Lower case, without surrounding blanks and trailing full stops."""
     return text.strip().lower().rstrip(".").rstrip()
 
 
