@@ -91,16 +91,12 @@ class Benchmark:
     def order(self, spec: str, seed: int) -> list[str]:
         """Task names in training order.
 
-        Args:
-            spec: ``norm``, ``rev``, ``rand``, or names separated by commas, which may leave out tasks.
-            seed: decides ``rand``, which sorts by the SHA-256 of seed and name: the order is the same on every
-                platform and Python version.
+        ``spec`` is ``norm``, ``rev``, ``rand``, or names separated by commas, which may leave out tasks. ``rand`` sorts
+        by the SHA-256 of seed and name: the order is the same on every platform and Python version.
         """
         names = [task.name for task in self.tasks]
-        if spec == "norm":
-            return names
-        if spec == "rev":
-            return names[::-1]
+        if spec in ("norm", "rev"):
+            return names if spec == "norm" else names[::-1]
         if spec == "rand":
             return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
         chosen = [self.task(part.strip()).name for part in spec.split(",")]
@@ -169,15 +165,11 @@ class _BenchmarkEntry:
     tasks: list[_TaskEntry] = field(default_factory=list)
 
 
-def load_benchmark(
-    name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True, tasks: Collection[str] | None = None
-) -> Benchmark:
+def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
     """Read a benchmark by its name or by the path of a YAML file (which ends in .yaml or .yml).
 
-    Args:
-        check_files: require the training, test and gold files. Data that is built on first use may be absent
-            altogether: ``open_benchmark`` builds it.
-        tasks: require the files of these tasks only.
+    ``check_files`` requires the training, test and gold files. Data that is built on first use may be absent
+    altogether: ``open_benchmark`` builds it.
 
     Raises:
         ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
@@ -199,7 +191,7 @@ def load_benchmark(
             raise ClmoeError(f"{where}.tasks[{index}].name: {name!r} is used twice")
     benchmark = Benchmark(entry.name, listed, root, entry.recipe, entry.prepare, entry.sources)
     if check_files and (root.exists() or not benchmark.built_on_first_use):
-        benchmark.require_files(tasks)
+        benchmark.require_files()
     return benchmark
 
 

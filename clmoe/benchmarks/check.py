@@ -25,7 +25,6 @@ class Checked:
     bad: list[str] = field(default_factory=list)
 
     def failed(self, error: ClmoeError) -> None:
-        """List a bad row."""
         self.bad.append(str(error))
 
     @contextmanager
@@ -71,18 +70,14 @@ def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: Go
             result.notes.append(f"{task.name}: expected answers are checked once all rows of the test file are good")
         elif task.gold is None or all(path.is_file() for path in task.gold.files):
             with result.listing():
-                _check_answers(task, questions, result, gold_problem)
+                completed = complete(task, questions, result.failed)
+                problems = (gold_problem(task.scorer, question) for question in completed)
+                result.bad += [f"{task.test}: {problem}" for problem in problems if problem]
+                if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
+                    result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
     if repeated:
         result.notes.append(f"{task.name}: {repeated} training ids hold a '#'; repeated ones are numbered #2, #3, ...")
     result.lines.append(f"{task.name:<16}{trained:>7} train {len(questions):>7} test {len(result.bad) - bad:>7} bad")
-
-
-def _check_answers(task: Task, questions: list[Question], result: Checked, gold_problem: GoldProblem) -> None:
-    completed = complete(task, questions, result.failed)
-    problems = (gold_problem(task.scorer, question) for question in completed)
-    result.bad += [f"{task.test}: {problem}" for problem in problems if problem]
-    if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
-        result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
 
 
 def _image_problem(path: Path) -> str | None:

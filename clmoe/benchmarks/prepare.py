@@ -26,7 +26,7 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
     """The benchmark with its data in place; the embedded ones are drawn on first use.
 
-    Arguments and errors are those of ``load_benchmark``; ``tasks`` limits which files are required.
+    Arguments and errors are those of ``load_benchmark``; with ``tasks`` only their files are required.
     """
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:

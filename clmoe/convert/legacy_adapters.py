@@ -31,9 +31,7 @@ from clmoe.utils.files import read_json, write_json
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.tensors import save_tensors
 
-METHODS = {"MOE_LORA_CoIN": "moelora", "MOE_LORA_CLMoE": "moelora", "LORA": "lora"}
-"""``peft_type`` in their files -> our method."""
-
+METHODS = {"MOE_LORA_CoIN": "moelora", "MOE_LORA_CLMoE": "moelora", "LORA": "lora"}  # their peft_type -> our method
 PROJECTOR_FILE = "non_lora_trainables.bin"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 START = "base_model.model.model."
@@ -83,7 +81,7 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     """Write the checkpoint; return what was found.
 
     Args:
-        model: what the adapter was trained on, as for ``clmoe train``; only its shapes and identity are read.
+        model: what the adapter was trained on; only its shapes and identity are read.
         tasks: learned so far, oldest first.
 
     Raises:

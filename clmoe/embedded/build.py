@@ -42,10 +42,7 @@ ROWS = {"train": 2_000, "test": 300}
 def prepare(benchmark_name: str, target: Path) -> Path:
     """Make sure that the folder `target` holds the whole benchmark, and return it.
 
-    Takes seconds where the files must be drawn. Replaces a folder that another version of the generator wrote.
-
-    Raises:
-        ClmoeError: there is no embedded benchmark of that name, or the folder holds something else.
+    Replaces a folder that another version wrote. Raises ClmoeError for an unknown name, or a folder of somebody else.
     """
     if benchmark_name not in TASKS:
         raise ClmoeError(unknown("embedded benchmark", benchmark_name, TASKS))
@@ -120,7 +117,7 @@ def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, images: Pat
 
 
 def _scene_pool(split: str, images: Path) -> list[tuple[str, Scene]]:
-    """The images all tasks share: as many of each kind as a task has rows, so that each finds enough to ask about."""
+    """The images that all tasks share: as many of each kind as a task has rows, enough for each to ask about."""
     rng = Random(f"0/pool/{split}")
     pool = [scene for sampler in POOL_SAMPLERS for scene in draw_distinct(sampler, split, rng, ROWS[split])]
     rng.shuffle(pool)
@@ -155,9 +152,9 @@ def _record(name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
 
 
 def _test_row(task: TaskSpec, name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
-    turn = turns[0]
-    row: dict[str, Any] = {"question_id": name, "image": image, "text": turn.question, "answer": turn.answer}
-    return row | {"answer_bbox": turn.answer, "size": [SIDE, SIDE]} if task.boxes else row
+    question, answer = turns[0].question, turns[0].answer
+    row = {"question_id": name, "image": image, "text": question, "answer": answer}
+    return row | {"answer_bbox": answer, "size": [SIDE, SIDE]} if task.boxes else row
 
 
 def _json(value: Any) -> str:

@@ -226,10 +226,11 @@ def render(scene: Scene) -> Image.Image:
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
     x, y, half = (value * OVERSAMPLING for value in (thing.x, thing.y, thing.size / 2))
     fill = COLOURS[thing.colour].rgb
+    box = (x - half, y - half, x + half, y + half)
     if thing.shape == "circle":
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=fill)
+        draw.ellipse(box, fill=fill)
     elif thing.shape == "square":
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=fill)
+        draw.rectangle(box, fill=fill)
     elif thing.shape == "triangle":
         draw.polygon(((x, y - half), (x - half, y + half), (x + half, y + half)), fill=fill)
     elif thing.shape == "cross":
@@ -267,15 +268,13 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: Pattern) -> None:
             draw.ellipse((x, y, x + step * 0.6, y + step * 0.6), fill=fill)
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size * OVERSAMPLING)
-
-
 def _draw_word(draw: ImageDraw.ImageDraw, lettering: Lettering) -> None:
     centre = (lettering.x * OVERSAMPLING, lettering.y * OVERSAMPLING)
-    fill, font = COLOURS[lettering.colour].rgb, _font(lettering.size)
+    fill, font = COLOURS[lettering.colour].rgb, _font(lettering.size * OVERSAMPLING)
     draw.text(centre, lettering.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
+
+
+_font = cache(ImageFont.load_default)
 
 
 def _paste_digit(image: Image.Image, writing: Handwriting, ink: tuple[int, ...]) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
+from typing import cast
 
 from clmoe.data.records import Turn
 from clmoe.embedded import scenes
-from clmoe.embedded.scenes import Sampler, Scene, Thing, digit_value
+from clmoe.embedded.scenes import Handwriting, Sampler, Scene, Thing, digit_value
 
 WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
@@ -17,12 +18,9 @@ SMALLEST_SINGLE = 20  # pixels; things in groups are smaller
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task: which scenes it draws and what it asks about each.
+    """One task: which scenes it draws, and every question that it asks about one.
 
-    Attributes:
-        ask: every question the scene allows. A test row takes the first, a training row up to `max_turns`.
-        blur: fraction of the scenes that are blurred.
-        boxes: whether the answers are boxes.
+    A test row takes the first question, a training row up to `max_turns`. `blur` is the blurred fraction of the scenes.
     """
 
     name: str
@@ -85,10 +83,10 @@ def _ask_science(scene: Scene, rng: Random) -> list[Turn]:
     return [Turn(f"{topic}\nContext: N/A\nOptions: {options}{LETTER_SUFFIX}", scenes.LETTERS[answer])]
 
 
-def _ask_text(scene: Scene, rng: Random) -> list[Turn]:
-    """Reading a printed word."""
-    assert scene.lettering
-    return [Turn(f"What is written in the image?{WORD_SUFFIX}", scene.lettering.word)]
+def _ask_written(scene: Scene, rng: Random) -> list[Turn]:
+    """Reading a printed word, or a handwritten digit, which is answered in figures."""
+    written = scene.lettering.word if scene.lettering else str(digit_value(cast(Handwriting, scene.handwriting).source))
+    return [Turn(f"What is written in the image?{WORD_SUFFIX}", written)]
 
 
 def _ask_class(scene: Scene, rng: Random) -> list[Turn]:
@@ -127,21 +125,15 @@ def _ask_mixed(scene: Scene, rng: Random) -> list[Turn]:
     return [Turn(question + WORD_SUFFIX, facts(scene)[fact])]
 
 
-def _ask_digit(scene: Scene, rng: Random) -> list[Turn]:
-    """Reading a handwritten digit, answered in figures."""
-    assert scene.handwriting
-    return [Turn(f"What is written in the image?{WORD_SUFFIX}", str(digit_value(scene.handwriting.source)))]
-
-
 COIN_TASKS = (
     TaskSpec("sqa", (scenes.one_thing,), _ask_science, ("white",)),
-    TaskSpec("text", (scenes.one_word,), _ask_text, ("white", "black", "sandy")),
+    TaskSpec("text", (scenes.one_word,), _ask_written, ("white", "black", "sandy")),
     TaskSpec("imnet", (scenes.one_thing, scenes.one_pattern), _ask_class, ("grey", "sandy")),
     TaskSpec("gqa", (scenes.some_things, scenes.one_thing), _ask_compose, ("sandy", "black")),
     TaskSpec("viz", (scenes.one_thing,), _ask_photo, ("black", "grey"), blur=0.35),
     TaskSpec("box", (scenes.one_thing,), _ask_box, ("white", "grey"), boxes=True),
     TaskSpec("vqa", (scenes.some_things,), _ask_mixed, ("white", "grey")),
-    TaskSpec("digits", (scenes.one_digit,), _ask_digit, ("white", "black")),
+    TaskSpec("digits", (scenes.one_digit,), _ask_written, ("white", "black")),
 )
 
 

@@ -117,8 +117,18 @@ def comparison(groups: Sequence[Group]) -> Picture:
     """One row per label: the mean score right after training, and at the end; the line between them was forgotten."""
     legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
     seeds = tables.metrics_frame(groups).groupby("label", sort=False)[list(legend)]
-    draw = partial(_dumbbells, stds=seeds.std().fillna(0.0), drawn=legend)
-    panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), draw)
+    stds = seeds.std().fillna(0.0)
+
+    def dumbbells(ax: Axes, means: pd.DataFrame) -> None:
+        rows = range(len(means))
+        ax.hlines(rows, means.min(axis=1), means.max(axis=1), color=SOFT, lw=1.5, zorder=1)
+        for column, (colour, _) in legend.items():
+            ax.errorbar(means[column], rows, xerr=stds[column], fmt="o", color=colour, ms=6, lw=1.2)
+        ax.set_yticks(rows, _short(means.index))
+        ax.set(ylim=(len(means) - 0.5, -0.5), xlim=(-4, 104), xticks=range(0, 101, 25))
+        ax.grid(axis="x")
+
+    panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), dumbbells)
     return Picture("comparison", [panel], legend)
 
 
@@ -233,16 +243,6 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel=cells.columns.name or "", ylabel=cells.index.name or "")
-
-
-def _dumbbells(ax: Axes, means: pd.DataFrame, stds: pd.DataFrame, drawn: Styles) -> None:
-    rows = range(len(means))
-    ax.hlines(rows, means.min(axis=1), means.max(axis=1), color=SOFT, lw=1.5, zorder=1)
-    for column, (colour, _) in drawn.items():
-        ax.errorbar(means[column], rows, xerr=stds[column], fmt="o", color=colour, ms=6, lw=1.2)
-    ax.set_yticks(rows, _short(means.index))
-    ax.set(ylim=(len(means) - 0.5, -0.5), xlim=(-4, 104), xticks=range(0, 101, 25))
-    ax.grid(axis="x")
 
 
 def _lines(ax: Axes, means: pd.DataFrame, drawn: Styles, stds: pd.DataFrame | None = None, mark: str = "") -> None:

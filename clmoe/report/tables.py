@@ -156,26 +156,22 @@ def costs_table(groups: Sequence[Group]) -> Table:
     return Table("Parameters, time and memory", cells)
 
 
-def scores_table(groups: Sequence[Group]) -> Table:
-    """Per label: each task right after its training and after the last one (and zero-shot), percent."""
-    tasks = dict.fromkeys((*groups[0].runs[0].order, "mean"), show_number)
-    return Table("Scores by task", _spread(groups, scores_frame(groups), ["label", "row"], tasks), keys=2)
-
-
-def locator_table(groups: Sequence[Group]) -> Table:
-    """Per label and locator: percent of the questions taken for their own task, by task and overall."""
-    right = located_frame(groups).query("task == located").drop(columns="located")
-    tasks = dict.fromkeys((*groups[0].runs[0].order, "overall"), show_number)
-    return Table("Questions located right (%)", _spread(groups, right, ["label", "locator"], tasks), keys=2)
-
-
 def report_tables(groups: Sequence[Group]) -> list[Table]:
-    """Comparison, costs, scores, locator (perhaps without rows), and the matrices that `mean_matrices` gives."""
-    matrices = [
-        Table(f"Accuracy after each task: {title}", cells.map(show_number).reset_index())
-        for title, cells in mean_matrices(groups).items()
+    """Comparison, costs, scores, percent of the questions located right (perhaps no row), and each label's matrix."""
+    order = groups[0].runs[0].order
+    scores = dict.fromkeys((*order, "mean"), show_number)
+    located = dict.fromkeys((*order, "overall"), show_number)
+    right = located_frame(groups).query("task == located").drop(columns="located")
+    return [
+        comparison_table(groups),
+        costs_table(groups),
+        Table("Scores by task", _spread(groups, scores_frame(groups), ["label", "row"], scores), 2),
+        Table("Questions located right (%)", _spread(groups, right, ["label", "locator"], located), 2),
+        *(
+            Table(f"Accuracy after each task: {title}", cells.map(show_number).reset_index())
+            for title, cells in mean_matrices(groups).items()
+        ),
     ]
-    return [*(make(groups) for make in (comparison_table, costs_table, scores_table, locator_table)), *matrices]
 
 
 def limit_note(groups: Sequence[Group]) -> str:

@@ -112,11 +112,10 @@ def test_missing_files_name_task_field_and_path(data: Path) -> None:
         load_benchmark("mine")
     fill(data)
     (data / "two" / "test.json").unlink()
-    assert load_benchmark("mine", tasks=["three", "one"]) == open_benchmark("mine", tasks=["one"])
-    for read in (load_benchmark, open_benchmark):
-        for tasks in (None, ["one", "two"]):
-            with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
-                read("mine", tasks=tasks)
+    assert open_benchmark("mine", tasks=["three", "one"]) == load_benchmark("mine", check_files=False)
+    for tasks in (None, ["one", "two"]):
+        with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
+            open_benchmark("mine", tasks=tasks)
 
 
 def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Path) -> None:

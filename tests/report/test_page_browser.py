@@ -16,21 +16,17 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 SWITCHES = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 EVIL = '<img src=x onerror="window.stolen = 1">, "said" <script>window.stolen = 1</script>'
+MOE = "moe_with_a_rather_long_name"
 # method and seed -> scores of the questions c0..c3 of task `count` right after it and at the end
-SCORES = {
-    ("moe_with_a_rather_long_name", 0): ([1, 1, 0, 0], [1, 0, 1, 0]),
-    ("moe_with_a_rather_long_name", 1): ([1, 1, 1, 1], [0, 0, 0, 0]),
-    ("plain", 0): ([1, 1, 1, 1], [1, 1, 1, 1]),
-}
+SCORES = {(MOE, 0): ([1, 1, 0, 0], [1, 0, 1, 0]), (MOE, 1): ([1] * 4, [0] * 4), ("plain", 0): ([1] * 4, [1] * 4)}
 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs with all that a page can show."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "images").mkdir()
     for i in range(3):  # the image of c3 is missing
-        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(root / f"images/c{i}.png")
+        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(root / f"c{i}.png")
     runs = []
     for (label, seed), (then, now) in SCORES.items():
         run = make_run(root, label, seed, 50.0 + seed, immediate=True)
@@ -41,7 +37,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(run / "locator.csv", "after,decider,task,located,count", *located)
         write(run / "parameters.csv", "task,trainable,stored", *(f"{task},90624,90624" for task in TASKS))
         write_expansion(run, [{}, {layer(i): block([0.05] * 16, 0.01, 1) for i in range(2)}])
-        write(run / "events.jsonl", f'{{"event": "evaluated", "task": "count", "data": "{root}", "images": "images"}}')
+        write(run / "events.jsonl", f'{{"event": "evaluated", "task": "count", "data": "{root}", "images": ""}}')
         runs.append(run)
     (path,) = write_report(runs, root / "report", ["html"])
     return path
@@ -60,8 +56,7 @@ def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Itera
     """The page at the width given as parameter (1280); a console message, error or request ends the test."""
     width = getattr(request, "param", 1280)
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
-    opened = context.new_page()
-    troubles: list[str] = []
+    opened, troubles = context.new_page(), []
     opened.on("console", lambda message: troubles.append(message.text))
     opened.on("pageerror", lambda error: troubles.append(str(error)))
     opened.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else troubles.append(sent.url))
@@ -83,25 +78,22 @@ def choose(page: Any, **filters: str) -> tuple[int, int]:
 
 
 def test_filters_count_right_and_can_be_reached_by_keyboard(page: Any) -> None:
-    moe = "moe_with_a_rather_long_name"
     assert choose(page) == (12, 6)  # seed 0 of two methods, four questions of count and two of box
     assert choose(page, task="count") == (8, 4)
     assert choose(page, seed="") == (12, 4)
     assert choose(page, outcome="forgotten") == (5, 4)
     assert choose(page, method="plain") == (0, 0)
-    assert choose(page, method=moe, seed="0") == (1, 1)
+    assert choose(page, method=MOE, seed="0") == (1, 1)
     assert "ask c1" in page.locator("article:visible").inner_text()
-    assert choose(page, outcome="learned later") == (1, 1)
     assert choose(page, outcome="never right") == (1, 1)
     assert "image file not found: c3.png" in page.locator("article:visible").inner_text()
     page.locator("select[name=outcome]").focus()
     page.keyboard.press("ArrowUp")
-    assert choose(page) == (1, 1) and "ask c2" in page.locator("article:visible").inner_text()
+    assert choose(page) == (1, 1) and "ask c2" in page.locator("article:visible").inner_text()  # learned later
 
 
 def test_answers_are_text_and_pictures_are_shown(page: Any) -> None:
-    assert EVIL in page.locator("#samples").inner_text()
-    assert page.evaluate("window.stolen") is None
+    assert EVIL in page.locator("#samples").inner_text() and page.evaluate("window.stolen") is None
     widths = page.locator("#samples img").evaluate_all("(images) => images.map((image) => image.naturalWidth)")
     assert widths == [40] * 3
 
@@ -110,25 +102,20 @@ def test_dark_and_light_follow_the_system_down_to_the_figures(page: Any) -> None
     shades = []
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        background = page.evaluate("getComputedStyle(document.querySelector('#matrices')).backgroundColor")
-        ink = page.evaluate("getComputedStyle(document.querySelector('#forgetting svg text')).fill")
-        shades += [sum(map(int, colour[4:-1].split(","))) for colour in (background, ink)]
+        for selector, part in (("#matrices", "backgroundColor"), ("#forgetting svg text", "fill")):
+            colour = page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{part}")
+            shades.append(sum(map(int, colour[4:-1].split(","))))
     assert shades[0] > 600 and shades[1] < 150 and shades[2] < 150 and shades[3] > 600
 
 
 @pytest.mark.parametrize("page", [390, 1280], indirect=True)
-def test_no_sideways_scrolling(page: Any) -> None:
-    width = page.viewport_size["width"]
+def test_nothing_is_wider_than_the_page(page: Any) -> None:
+    """Nor is anything cut off: what is wider scrolls in its own box."""
     page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # nothing is cut off either: whatever is wider than the page scrolls in its own box
-    wide = page.evaluate(
-        """(width) => [...document.querySelectorAll("main *, header *")]
-            .filter((node) => node.getBoundingClientRect().right > width + 1 && !node.closest(".scroll"))
-            .map((node) => node.outerHTML)""",
-        width,
-    )
-    assert wide == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    cut = """[...document.querySelectorAll("main *, header *")].filter((node) => !node.closest(".scroll")
+        && node.getBoundingClientRect().right > innerWidth + 1).map((node) => node.outerHTML)"""
+    assert page.evaluate(cut) == []
 
 
 def test_without_script_all_answers_are_there(browser: Any, page_file: Path) -> None:

@@ -24,16 +24,15 @@ def drawn(panel: plots.Panel) -> Any:
     return ax
 
 
-def texts(ax: Any) -> dict[tuple[int, int], str]:
+def texts(ax: Any) -> dict[tuple[int, ...], str]:
     """The texts written in each cell (column, row) of a map."""
-    return {(int(text.get_position()[0]), int(text.get_position()[1])): text.get_text() for text in ax.texts}
+    return {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
 
 
 def test_heat_maps_draw_scores_frame_the_diagonal_and_leave_blanks(tmp_path: Path) -> None:
     (panel,) = plots.matrices(group_runs([make_run(tmp_path, "moe", 0, last=0.0)])).panels
     ax = drawn(panel)
-    numbers = {(0, 0): "80", (0, 1): "70", (1, 1): "80", (0, 2): "0", (1, 2): "0", (2, 2): "80"}
-    assert texts(ax) == numbers
+    assert texts(ax) == {(0, 0): "80", (0, 1): "70", (1, 1): "80", (0, 2): "0", (1, 2): "0", (2, 2): "80"}
     mesh = ax.collections[0].get_array()
     assert numpy.ma.getmaskarray(mesh).sum() + numpy.isnan(mesh.filled(0)).sum() == 3
     assert [(int(frame.get_x()), int(frame.get_y())) for frame in ax.patches] == [(0, 0), (1, 1), (2, 2)]
@@ -62,8 +61,7 @@ def test_forgetting_curves_are_means_and_deviations_of_the_first_order(tmp_path:
     assert list(moe.get_ydata()) == [80, 70, 47]
     assert list(plain.get_ydata()[[0, 2]]) == [80, 20] and numpy.isnan(plain.get_ydata()[1])  # a gap, not a line
     band = drawn(picture.panels[0]).collections[0].get_paths()[0].vertices[:, 1]
-    assert max(band[band < 60]) == pytest.approx(47 + 18**0.5)
-    assert min(band) == pytest.approx(47 - 18**0.5)  # of 50 and 44
+    assert (min(band), max(band[band < 60])) == pytest.approx((47 - 18**0.5, 47 + 18**0.5))  # of 50 and 44
 
 
 def test_outcomes_are_stacked_to_the_whole(tmp_path: Path) -> None:
@@ -98,9 +96,8 @@ def test_experts_and_probes_of_each_block(tmp_path: Path) -> None:
 def test_parameter_lines_are_the_means_and_equal_ones_stay_visible(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "grown", seed) for seed in (0, 1)] + [make_run(tmp_path, "same", 0)]
     for run, box in zip(runs, (0, 1000, 500), strict=True):
-        write(
-            run / "parameters.csv", "task,trainable,stored", "colour_letter,90,90", "count,10,100", f"box,{box},{box}"
-        )
+        lines = ["task,trainable,stored", "colour_letter,90,90", "count,10,100", f"box,{box},{box}"]
+        write(run / "parameters.csv", *lines)
     trained, _ = plots.parameters(group_runs(runs)).panels
     wide, narrow = drawn(trained).lines
     assert list(wide.get_ydata()) == list(narrow.get_ydata()) == [90, 10, 500]

@@ -8,7 +8,7 @@ import pytest
 from clmoe.report import tables
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
-from clmoe.report.tables import BLANK, comparison_table, costs_table, locator_table, mean_matrices, scores_table
+from clmoe.report.tables import BLANK, comparison_table, costs_table, mean_matrices, report_tables
 from tests.report.folders import TASKS, block, layer, make_run, row_of, write, write_expansion
 
 HEADER, LOCATED = "after,colour_letter,count,box", "after,decider,task,located,count"
@@ -63,7 +63,7 @@ def test_costs(tmp_path: Path) -> None:
 
 def test_scores_follow_task_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
     groups = group_runs([make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])])
-    row = row_of(scores_table(groups), "moe", "last")
+    row = row_of(report_tables(groups)[2], "moe", "last")
     # colour_letter ends at 50 in the first order and, trained last, at 80 in the other.
     assert (row["colour_letter"], row["count"]) == ("65.00 ± 21.21", "40.00 ± 14.14")
     assert row["mean"] == "53.33 ± 9.43"  # of 60 and 140 / 3
@@ -76,7 +76,7 @@ def test_rows_of_the_bounds(tmp_path: Path) -> None:
     write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,70,", "box,80,70,90")
     write(runs[1] / "matrix.csv", HEADER, "box,70,80,90")
     write(runs[2] / "matrix.csv", HEADER, "zero_shot,10,20,30")
-    table = scores_table(group_runs(runs)).cells
+    table = report_tables(group_runs(runs))[2].cells
     found = [f"{row.label} {row.row} {row.mean}" for row in table.itertuples()]
     ends = ["separate immediate 80.00", "separate last 80.00", "multitask last 80.00"]
     assert found == [*ends, "zero_shot zero_shot 20.00", f"zero_shot last {BLANK}"]
@@ -96,7 +96,7 @@ def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> N
 
 def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
     runs = [located_run(tmp_path, 0, 9), located_run(tmp_path, 1, 3, TASKS[::-1]), make_run(tmp_path, "plain", 0)]
-    table = locator_table(group_runs(runs))
+    table = report_tables(group_runs(runs))[3]
     assert list(table.cells["label"]) == ["moe"]
     row = row_of(table, "moe", "VAE bank")
     assert row["colour_letter"] == "60.00 ± 42.43"  # 90 and 30
@@ -109,7 +109,7 @@ def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
 def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> None:
     lines = ["box,own,colour_letter,box,4", "box,vae,box,box,2", "box,vae,box,count,1", "box,vae,count,count,0"]
     run = write(make_run(tmp_path, "moe", 0) / "locator.csv", LOCATED, *lines)
-    table = locator_table(group_runs([run, make_run(tmp_path, "moe", 1)]))
+    table = report_tables(group_runs([run, make_run(tmp_path, "moe", 1)]))[3]
     assert list(table.cells["locator"]) == ["own", "VAE bank"]
     vae = row_of(table, "moe", "VAE bank")
     assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # not of some tasks only
@@ -135,7 +135,7 @@ def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> Non
     runs = [make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)]
     text = tables.report_text(runs, width)
     assert max(len(line) for line in text.splitlines()) <= width
-    for table in tables.report_tables(group_runs(runs)):
+    for table in report_tables(group_runs(runs)):
         shown = tables.to_text(table, width)
         assert shown in text or table.cells.empty
         assert all(cell in shown for row in table.cells.itertuples(index=False) for cell in row)
