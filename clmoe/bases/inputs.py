@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from clmoe.bases.llava import LoadedBase, vision_tower_of
-from clmoe.data.batches import (
-    PromptDataset,
-    PromptItem,
-    TrainDataset,
-    collate_prompts,
-    collate_train,
-    common_prefix,
-)
+from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.records import Question, TrainRecord
 from clmoe.utils.processes import in_order
 
@@ -141,9 +134,9 @@ def prompt_inputs(
     group = torch.zeros(len(items), dtype=torch.int64)
     for number, rows in enumerate(members.values()):
         ids = [items[row].input_ids for row in rows]
-        # every row keeps at least one token to itself
-        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
-        length = shared if len(rows) > 1 else _after_image(ids[0], image_token)
+        most = min(map(len, ids)) - 1  # every row keeps at least one token to itself
+        same = torch.stack([whole[:most] == ids[0][:most] for whole in ids]).all(0)
+        length = int(same.cumprod(0).sum()) if len(rows) > 1 else _after_image(ids[0], image_token)
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))
         for row, whole in zip(rows, ids, strict=True):
             rests[row], group[row] = PromptItem(whole[length:], None), number

@@ -155,13 +155,6 @@ def _stacked(items: Sequence[PromptItem]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack(present)} if present else {}
 
 
-def common_prefix(ids: Sequence[Tensor]) -> int:
-    """Number of leading tokens that all rows ``[T]`` int64 share; the length of a row that is alone."""
-    shortest = min(map(len, ids))
-    same = torch.stack([row[:shortest] == ids[0][:shortest] for row in ids]).all(0)
-    return int(same.cumprod(0).sum())
-
-
 # ---- Sampling
 
 
