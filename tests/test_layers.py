@@ -1,82 +1,202 @@
-"""Imports go one way: a module may import only from its own room and from rooms below it."""
+"""The layout of the code: rooms, imports, and the names that a room keeps to itself. docs/design.md shows the same."""
 
 import ast
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import clmoe
+from clmoe.config import load_config
+from clmoe.locators import LOCATORS
+from clmoe.methods import methods
 
 PACKAGE = Path(clmoe.__file__).parent
-ROOMS = (
-    "cli",
-    "commands",
-    "demo",
-    "report",
-    "evaluate",
-    "convert",
-    "train",
-    "methods",
-    "benchmarks",
-    "data",
-    "model",
-    "config",
-    "utils",
-    "system",
+DOCS = PACKAGE.parent / "docs"
+SVG = "{http://www.w3.org/2000/svg}"
+
+ORDER = (
+    "cli > report, demo > convert > plan, doctor > sequence > evaluate > train > methods > locators > experts > bases "
+    "> benchmarks > embedded > data > config > utils > errors"
 )
-FROM_ANYWHERE = ("errors",)
+"""A file imports from its own room and from rooms further right; rooms joined by a comma do not know each other."""
+
+LEVELS = {room: level for level, rooms in enumerate(ORDER.split(" > ")) for room in rooms.split(", ")}
+
+LATE = {
+    "doctor": {"torch"},  # reports a torch that cannot be imported
+    "evaluate.rules.captions": {"pycocoevalcap"},
+    "train.loop": {"deepspeed"},
+    "train.state": {"deepspeed"},
+}
+"""Modules that import a package inside a function because it is optional; ``cli`` may import anything there."""
+
+BASE_ONLY = r"\b(LlavaForConditionalGeneration|vision_tower|language_model)\b"
+
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+"""``train.task`` -> its file; a package stands for its ``__init__.py``."""
 
 
-def room(module: str) -> str:
-    """``clmoe.train.task`` -> ``train``."""
-    return module.split(".")[1] if "." in module else ""
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and name of every clmoe module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Line, dotted name, and whether it is inside a function, of everything that a file imports."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the room"
-            # ``from clmoe import commands`` imports a module, ``from clmoe.errors import ClmoeError`` a name
-            names = [f"clmoe.{alias.name}" for alias in node.names] if node.module == "clmoe" else [node.module or ""]
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the room"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "clmoe")
+        yield from ((node.lineno, name, id(node) in inside) for name in names)
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def target(name: str) -> str | None:
+    """The file behind ``clmoe.config.Config`` (``config``); None for other packages."""
+    parts = name.split(".")
+    if parts[0] != "clmoe":
+        return None
+    known = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+    return next((module for module in known if module in FILES), ".".join(parts[1:2]))
 
 
-def own_room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+ARROWS = {
+    module: {found for _, name, _ in imports(path.read_text()) if (found := target(name)) is not None}
+    for module, path in FILES.items()
+}
+"""Every file, and the files of clmoe that it imports anywhere in it."""
+
+ROOM_ARROWS = {
+    (room_of(module), room_of(other))
+    for module, others in ARROWS.items()
+    for other in others
+    if room_of(module) != room_of(other)
+}
 
 
 def test_every_file_is_in_a_known_room() -> None:
-    assert {own_room(path) for path in FILES} <= {*ROOMS, *FROM_ANYWHERE}
+    assert {room_of(module) for module in FILES} == LEVELS.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downwards(path: Path) -> None:
-    own = own_room(path)
-    allowed = {own, *FROM_ANYWHERE, *(ROOMS[ROOMS.index(own) :] if own in ROOMS else ())}
-    wrong = [f"line {line}: {name}" for line, name in imported(path) if room(name) not in allowed]
-    assert not wrong, f"{path.relative_to(PACKAGE)} is in room {own!r} and imports upwards: {wrong}"
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_downwards(module: str) -> None:
+    own = room_of(module)
+    wrong = {
+        other for other in ARROWS[module] if room_of(other) != own and LEVELS.get(room_of(other), 0) <= LEVELS[own]
+    }
+    assert not wrong, f"clmoe.{module} imports upwards or sideways: {wrong}"
 
 
-def test_the_parser_sees_every_form_of_import(tmp_path: Path) -> None:
-    source = tmp_path / "sample.py"
-    source.write_text(
-        "from typing import TYPE_CHECKING\n"
-        "import clmoe.cli\n"
-        "from clmoe import commands\n"
-        "if TYPE_CHECKING:\n"
-        "    from clmoe.train.task import TrainRequest\n"
-        "def f():\n"
-        "    from clmoe.report.run import read_run\n"
+def test_no_files_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter({module: others - {module} for module, others in ARROWS.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' <- '.join(error.args[1])}")
+
+
+def test_only_optional_packages_are_imported_late() -> None:
+    late = [
+        (module, name.split(".")[0])
+        for module, path in FILES.items()
+        for _, name, inside in imports(path.read_text())
+        if inside and module != "cli"
+    ]
+    assert {module: {name for m, name in late if m == module} for module, _ in late} == LATE
+    assert len(late) <= 20
+    by_name = {module for module, path in FILES.items() if "import_module" in path.read_text()}
+    assert by_name == {"doctor", "methods"}, "the one tries packages, the other finds the files of its own folder"
+
+
+def test_no_import_is_for_the_type_checker_only() -> None:
+    assert [module for module, path in FILES.items() if "TYPE_CHECKING" in path.read_text()] == []
+
+
+def test_only_bases_and_convert_know_the_names_of_a_base() -> None:
+    others = {module: path for module, path in FILES.items() if room_of(module) not in ("bases", "convert")}
+    assert {
+        module: found for module, path in others.items() if (found := re.findall(BASE_ONLY, path.read_text()))
+    } == {}
+
+
+def words(source: str) -> Iterator[str]:
+    """Identifiers and texts of a file without its docstrings."""
+    tree = ast.parse(source)
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if id(node) not in statements:
+            yield from (str(value) for name, value in ast.iter_fields(node) if name in ("id", "attr", "name", "arg"))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_training_and_evaluation_name_no_method() -> None:
+    """``clmoe`` is the package's name too, and ``zero_shot`` that of the matrix's first row."""
+    names = "|".join(methods().keys() - {"clmoe", "zero_shot"})
+    pattern = re.compile(rf"(?<![a-z0-9])({names})(?![a-z0-9])", re.IGNORECASE)
+    for module, path in FILES.items():
+        if room_of(module) in ("train", "evaluate", "sequence"):
+            assert not (found := [word for word in words(path.read_text()) if pattern.search(word)]), (module, found)
+            of_methods = {other for other in ARROWS[module] if room_of(other) == "methods"}
+            assert of_methods <= {"methods", "methods.base"}, module
+
+
+def test_the_page_lists_the_arrows_of_the_code() -> None:
+    """The last column of its table; that every room imports ``errors`` is said once, above it."""
+    rows = re.findall(
+        r"^\| `([a-z_]+)(?:/|\.py)` \|.*\| ([a-z_, ]*) \|$", (DOCS / "design.md").read_text(), re.MULTILINE
     )
-    assert [name for _, name in imported(source)] == [
-        "clmoe.cli", "clmoe.commands", "clmoe.train.task", "clmoe.report.run",
-    ]  # fmt: skip
+    assert [room for room, _ in rows] == list(LEVELS)
+    said = {(room, other) for room, others in rows for other in others.split(", ") if other}
+    assert said | {(room, "errors") for room in LEVELS if room != "errors"} == ROOM_ARROWS
+
+
+def test_the_picture_draws_the_arrows_of_the_code() -> None:
+    """All of them but those that a longer way implies, each from a box above to a box below."""
+    picture = ET.parse(DOCS / "images" / "house.svg")
+    drawn = {
+        (path.get("data-from"), path.get("data-to")) for path in picture.iter(f"{SVG}path") if path.get("data-from")
+    }
+    assert drawn == {(a, b) for a, b in ROOM_ARROWS if not any((a, c) in ROOM_ARROWS and b in below(c) for c in LEVELS)}
+    boxes = {box.get("data-room"): float(box.get("y", 0)) for box in picture.iter(f"{SVG}rect") if box.get("data-room")}
+    assert boxes.keys() == LEVELS.keys()
+    assert all(boxes[upper] < boxes[lower] for upper, lower in drawn)
+
+
+def below(room: str) -> set[str]:
+    """All rooms that a room reaches through at least one arrow."""
+    direct = {lower for upper, lower in ROOM_ARROWS if upper == room}
+    return direct.union(*map(below, direct))
+
+
+def test_the_picture_pairs_methods_and_locators_as_the_configurations_do() -> None:
+    picture = ET.parse(DOCS / "images" / "house.svg")
+    marks = [mark for mark in picture.iter(f"{SVG}circle") if mark.get("data-method")]
+    keepers = {name for name, kind in methods().items() if kind.keeps_parts}
+    assert {(mark.get("data-method"), mark.get("data-locator")) for mark in marks} == {
+        (method, locator) for method in keepers for locator in LOCATORS
+    }
+    defaults = {(name, load_config(name, {}, []).locator.name) for name in keepers}
+    assert {(m.get("data-method"), m.get("data-locator")) for m in marks if m.get("class") == "default"} == defaults
+    listed = [text.text or "" for text in picture.iter(f"{SVG}text") if text.get("class") == "mono same"]
+    assert set(" ".join(listed).split()) == methods().keys() - keepers
+
+
+def test_the_reader_sees_every_form_of_import() -> None:
+    source = (
+        "import clmoe.cli\nfrom clmoe import config\nclass A:\n  def f(self):\n    from clmoe.train.task import UNION\n"
+    )
+    found = [(target(name), inside) for _, name, inside in imports(source)]
+    assert found == [("cli", False), ("config", False), ("train.task", True)]

@@ -11,20 +11,17 @@ from clmoe.config import FFN_PROJECTIONS
 PEFT_NAME = "clmoe"
 
 
-def register_peft_type() -> None:
-    """Add ``PeftType.CLMOE``, once. peft offers no public way to do this (tests/experts/test_peft.py guards it)."""
-    name = PEFT_NAME.upper()
-    if name in PeftType.__members__:
-        return
+def _extend_peft_type(name: str) -> PeftType:
+    """Add a member to peft's enum, which offers no public way to do this."""
     member = str.__new__(PeftType, name)
-    member._name_, member._value_ = name, name
+    member._name_ = member._value_ = name
     PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)
+    return member
 
 
-register_peft_type()
+CLMOE = _extend_peft_type(PEFT_NAME.upper())
 
 
 @dataclass
@@ -66,17 +63,13 @@ class ExpertConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType(PEFT_NAME.upper())
-        if self.router_scope not in ("per_linear", "per_block"):
-            raise ValueError(f"router_scope: {self.router_scope!r} is neither 'per_linear' nor 'per_block'")
-        if self.router_scope == "per_block" and not set(self.projections) <= set(FFN_PROJECTIONS):
-            raise ValueError(f"projections: per_block routers serve {FFN_PROJECTIONS} only, not {self.projections}")
-        if self.pick not in ("sum", "task"):
-            raise ValueError(f"pick: {self.pick!r} is neither 'sum' nor 'task'")
+        self.peft_type = CLMOE
+        for name, known in (("router_scope", ("per_linear", "per_block")), ("pick", ("sum", "task"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {known}")
         if self.pick == "task" and (self.router_owners or len({frozenset(o) for o in self.layout.values()}) > 1):
             raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block")
-        names = ["mlp"] if self.router_scope == "per_block" else self.projections
-        self.target_modules = language_model_pattern(names)
+        self.target_modules = language_model_pattern(["mlp"] if self.router_scope == "per_block" else self.projections)
 
     @property
     def needs_routing(self) -> bool:

@@ -1,6 +1,5 @@
 """A mixture of LoRA experts on frozen linears: the packed product, the loop that defines it, and the peft layers."""
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -34,22 +33,19 @@ def packed_experts(
     product: tuple[Tensor, Tensor] | None = None,
     frozen: Tensor | None = None,
 ) -> Tensor:
-    """Add the gated sum of all experts to ``out``, in place, with two matrix products.
+    """``out + scaling * sum_i gate_i * B_i A_i x`` (CL-MoE eq. 3, LLaVA-CMoE eq. 2) in two matrix products.
 
-    ``out + scaling * sum_i gate_i * B_i A_i x`` (CL-MoE eq. 3, LLaVA-CMoE eq. 2). The gate scales the rank-sized
-    product ``A x``, so no expert needs a ``[..., dout]`` tensor of its own.
+    The gate scales the rank-sized product ``A x``, so no expert needs a ``[..., dout]`` tensor of its own.
 
     Args:
         x: ``[..., din]``, the linear's input, after dropout.
-        gate: ``[..., E]`` float32, cast to ``x``'s dtype here.
-        A: ``[E*r, din]`` packed down-projections.
-        B: ``[dout, E*r]`` packed up-projections.
-        scaling: the factor ``s``.
+        gate: ``[..., E]`` float32.
+        A, B: ``[E*r, din]`` and ``[dout, E*r]``.
         out: ``[..., dout]``, the frozen linear's output; overwritten and returned.
-        frozen_rank: the first ``frozen_rank`` ranks belong to frozen experts and get no gradient.
+        frozen_rank: this many ranks, the first ones, get no gradient.
         product: ``(g, u)`` with ``x = silu(g) * u``; the backward pass recomputes ``x`` instead of keeping it.
-        frozen: ``W0 [dout, din]`` if ``out`` came from ``x`` without a graph; the backward pass then adds the frozen
-            linear's part of ``x``'s gradient. None if ``out`` has a graph of its own.
+        frozen: ``W0 [dout, din]`` if ``out`` has no graph; the backward pass then adds the frozen linear's part of
+            ``x``'s gradient.
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
@@ -57,7 +53,7 @@ def packed_experts(
 
 
 class _AddExperts(torch.autograd.Function):
-    """Keeps ``x`` (or its factors), ``A x`` and the gate; torch's own graph would also keep the gated ``A x``."""
+    """Keeps ``x`` or its factors, ``A x`` and the gate; torch's own graph would also keep the gated ``A x``."""
 
     @staticmethod
     def forward(
@@ -77,10 +73,9 @@ class _AddExperts(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, S, weights, A, B, frozen, g, u = ctx.saved_tensors
         d_rows, first, gate = rows_of(d_out), ctx.frozen_rank, rows_of(weights).unsqueeze(-1)  # gate [N, E, 1]
-        d_S, gated = d_rows @ B, torch.empty_like(S)
-        d_S_by, S_by, gated_by = (tensor.view(*gate.shape[:2], -1) for tensor in (d_S, S, gated))  # [N, E, r]
-        d_weights = torch.mul(d_S_by, S_by, out=gated_by).sum(-1)  # borrows the memory of `gated`
-        torch.mul(S_by, gate, out=gated_by)
+        d_S = d_rows @ B
+        d_S_by, S_by = (tensor.view(*gate.shape[:2], -1) for tensor in (d_S, S))  # [N, E, r]
+        d_weights, gated = (d_S_by * S_by).sum(-1), (S_by * gate).view_as(S)
         d_S_by.mul_(gate)
         d_x = d_A = d_B = None
         if ctx.needs_input_grad[0]:
@@ -108,12 +103,9 @@ def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, 
 class Experts(nn.Module):
     """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in two packed float32 tensors.
 
-    Experts are ordered by age. The oldest ones are frozen and are persistent buffers, the others are parameters: a
-    buffer cannot be trained, re-enabled by peft's ``set_adapter``, or rounded by an optimizer's casts.
-
-    Attributes:
-        frozen_A, A: ``[n*r, din]``, or None when there are none.
-        frozen_B, B: ``[dout, n*r]``, or None.
+    Experts are ordered by age. The oldest are frozen: persistent buffers, which peft's ``set_adapter`` cannot re-enable
+    and an optimizer's casts cannot round. The others are parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None
+    when there are none.
     """
 
     frozen_A: Tensor | None
@@ -125,64 +117,56 @@ class Experts(nn.Module):
         super().__init__()
         self.din, self.dout, self.rank, self.scaling = din, dout, rank, scaling
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        for name in ("frozen_A", "frozen_B"):
-            self.register_buffer(name, None)
-        for name in ("A", "B"):
-            self.register_parameter(name, None)
+        for factor in ("A", "B"):
+            self.register_buffer(f"frozen_{factor}", None)
+            self.register_parameter(factor, None)
 
     @property
     def count(self) -> int:
         """Number of experts, frozen ones included."""
-        return sum(0 if part is None else part.shape[0] // self.rank for part in (self.frozen_A, self.A))
+        return sum(len(part) // self.rank for part in (self.frozen_A, self.A) if part is not None)
 
     def fresh(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """New experts: ``A [count*r, din]`` Gaussian, ``B [dout, count*r]`` zero, so that they change nothing."""
+        """New experts, ``A [count*r, din]`` Gaussian and ``B [dout, count*r]`` zero, so that they change nothing."""
         A = torch.randn(count * self.rank, self.din, generator=generator) * (INIT_STD / self.din**0.5)
         return A, torch.zeros(self.dout, count * self.rank)
 
     def append(self, A: Tensor, B: Tensor) -> None:
-        """Add trainable experts after the existing ones. ``A [n*r, din]``, ``B [dout, n*r]``."""
+        """Add trainable experts ``A [n*r, din]``, ``B [dout, n*r]``."""
         self.A = nn.Parameter(A if self.A is None else cat([self.A.data, A.to(self.A)]))
         self.B = nn.Parameter(B if self.B is None else cat([self.B.data, B.to(self.B)], dim=1))
 
     def freeze(self) -> None:
         """Freeze all experts, bit for bit."""
-        if self.A is None:
-            return
-        A, B = self.packed()
-        self.frozen_A, self.frozen_B = A.detach().clone(), B.detach().clone()
-        self.A = self.B = None
+        if self.A is not None:
+            self.frozen_A, self.frozen_B = (factor.detach().clone() for factor in self.packed())
+            self.A = self.B = None
 
     def freeze_as(self, dtype: torch.dtype) -> None:
-        """Freeze in the dtype that the forward pass computes in: the same outputs, but not fit for saving.
+        """Freeze in the dtype that the forward pass computes in, so that it need not join and cast every time.
 
-        Otherwise every pass (in generation, every token) joins frozen and new experts and casts them again.
+        The outputs stay the same; the experts are no longer fit for saving.
         """
         self.freeze()
-        assert self.frozen_A is not None and self.frozen_B is not None
-        self.frozen_A, self.frozen_B = self.frozen_A.to(dtype), self.frozen_B.to(dtype)
+        self.frozen_A, self.frozen_B = (factor.to(dtype) for factor in self.packed())
 
-    def packed(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The first ``count`` (default: all) experts as ``A [count*r, din]`` and ``B [dout, count*r]``."""
-        A_parts = [part for part in (self.frozen_A, self.A) if part is not None]
-        B_parts = [part for part in (self.frozen_B, self.B) if part is not None]
-        A = A_parts[0] if len(A_parts) == 1 else cat(A_parts)
-        B = B_parts[0] if len(B_parts) == 1 else cat(B_parts, dim=1)
-        if count is None or count == self.count:
-            return A, B
-        return A[: count * self.rank], B[:, : count * self.rank]
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """All experts as ``A [E*r, din]`` and ``B [dout, E*r]``."""
+        if self.A is not None and self.frozen_A is not None:
+            return cat([self.frozen_A, self.A]), cat([self.frozen_B, self.B], dim=1)  # type: ignore[list-item]
+        return (self.frozen_A, self.frozen_B) if self.A is None else (self.A, self.B)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, gate: Tensor, base: nn.Linear, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The frozen linear's output plus the experts' mixture, ``[..., dout]``.
+        """``base(x)`` plus the experts' mixture, ``[..., dout]``; ``x [..., din]``.
 
-        Args:
-            x: ``[..., din]``.
-            gate: ``[..., e]``; fewer than all experts means the ``e`` oldest, the span of an older router.
-            base: the linear ``din -> dout``.
-            product: as in ``packed_experts``; unused under dropout.
+        ``gate [..., e]`` of fewer than all experts means the ``e`` oldest, the span of an older router. ``product`` is
+        as in ``packed_experts``, unused under dropout.
         """
-        A, B = self.packed(gate.shape[-1])
-        frozen_rank = 0 if self.frozen_A is None else min(self.frozen_A.shape[0], A.shape[0])
+        A, B = self.packed()
+        rank = gate.shape[-1] * self.rank
+        if rank < len(A):
+            A, B = A[:rank], B[:, :rank]
+        frozen_rank = 0 if self.frozen_A is None else min(len(self.frozen_A), rank)
         takes_over = self._takes_over(base, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not takes_over):
             out = base(x)
@@ -195,8 +179,7 @@ class Experts(nn.Module):
     def _takes_over(self, base: nn.Linear, x: Tensor) -> bool:
         """Whether the experts' backward pass can include the frozen linear's part.
 
-        Not if the linear is of another kind (4-bit), trained, sharded (ZeRO-3), has a bias, or sees another input than
-        the experts (dropout).
+        Not for a linear that is 4-bit, trained, sharded (ZeRO-3), has a bias, or sees another input (dropout).
         """
         return (
             type(base) is nn.Linear
@@ -219,9 +202,9 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         self.clmoe_experts = nn.ModuleDict()
         self.clmoe_routers = nn.ModuleDict()
 
-    @abstractmethod
     def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
-        """The frozen linears that carry experts, by their names in the block."""
+        """The frozen linears that carry experts, by their own names."""
+        return {name: getattr(self.base_layer, name) for name in config.projections}
 
     @property
     def experts(self) -> dict[str, Experts]:
@@ -254,14 +237,16 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         generator = seeded(config.seed, f"{self.name}.router")
         for owner in config.router_owners:
             span = sum(expert_owner <= owner for expert_owner in owners)
-            bank.append(InstanceRouter.fresh(din, span, generator), frozen=owner < config.frozen_before)
+            bank.instance.append(InstanceRouter.fresh(din, span, generator))
+            if owner < config.frozen_before:
+                bank.freeze()
         if config.task_gates:
             bank.task.gates = torch.zeros(config.task_gates, len(owners))
         self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Device only: peft's own also casts to the base's dtype, and adapters stay float32 on a bfloat16 base."""
+        """Peft's own would also cast to the base's dtype."""
         device = device or next(self.base_layer.parameters()).device
         for container in (self.clmoe_experts, self.clmoe_routers):
             if adapter_name in container and not any(t.is_meta for t in container[adapter_name].state_dict().values()):
@@ -269,7 +254,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
 
 
 class ExpertLinear(ExpertLayer):
-    """One frozen linear with experts and a router of its own (scope ``per_linear``)."""
+    """A frozen linear with experts and a router of its own (scope ``per_linear``)."""
 
     def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
         return {self.name.rpartition(".")[2]: self.base_layer}  # type: ignore[dict-item]
@@ -285,11 +270,8 @@ class ExpertLinear(ExpertLayer):
 class ExpertMLP(ExpertLayer):
     """A frozen SwiGLU FFN whose projections share one router on the FFN's input (scope ``per_block``)."""
 
-    def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
-        return {name: getattr(self.base_layer, name) for name in config.projections}
-
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, T, D]`` -> ``[B, T, D]``; the gate is computed once, and the FFN's product is not kept."""
+        """``x [B, T, D]`` -> ``[B, T, D]``; the FFN's product is not kept."""
         mlp = self.base_layer
         if self.disable_adapters:
             return mlp(x)

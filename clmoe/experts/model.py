@@ -1,7 +1,6 @@
 """The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load.
 
-peft finds it after ``import clmoe``, so ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``
-work as they do for LoRA. Adapter weights stay float32 on a base of any dtype.
+After ``import clmoe``, peft's own functions work as they do for LoRA. Adapters stay float32 on a base of any dtype.
 """
 
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
 from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Experts
+from clmoe.experts.routers import InstanceRouter
 from clmoe.experts.routing import current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, trainable
@@ -32,25 +32,16 @@ class ExpertModel(BaseTuner):
     prefix = f"{PEFT_NAME}_"
     tuner_layer_cls = ExpertLayer
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        config = cast(ExpertConfig, peft_config)
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        config, adapter, target, name, parent = args
         if isinstance(target, ExpertLayer):
-            target.attach(adapter_name, config)
+            target.attach(adapter, config)
             return
-        layer = (ExpertMLP if config.router_scope == "per_block" else ExpertLinear)(target, current_key)
-        layer.attach(adapter_name, config)
+        layer = (ExpertMLP if config.router_scope == "per_block" else ExpertLinear)(target, kwargs["current_key"])
+        layer.attach(adapter, config)
         for container in (layer.clmoe_experts, layer.clmoe_routers):  # 4-bit base weights take no such flag
-            container.requires_grad_(adapter_name in self.active_adapters)
-        self._replace_module(parent, target_name, layer, target)
+            container.requires_grad_(adapter in self.active_adapters)
+        setattr(parent, name, layer)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -60,14 +51,13 @@ class ExpertModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """A plain swap, also on unload: peft's own copies a ``weight``, which an FFN does not have."""
+        """A plain swap on unload: peft's own copies a ``weight``, which an FFN does not have."""
         setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft enters this around every forward and generate: the place to refuse to guess the task."""
-        (name,) = self.active_adapters
-        config = cast(ExpertConfig, self.peft_config[name])
+        """Refuse to guess the task; peft enters this around every forward and generate."""
+        config = cast(ExpertConfig, self.peft_config[self.active_adapters[0]])
         if config.needs_routing and not self.training and current_routing() is None:
             raise ClmoeError(
                 "this checkpoint holds several tasks and no routing was chosen: use clmoe.load(folder).answer(image, "
@@ -77,9 +67,6 @@ class ExpertModel(BaseTuner):
 
 
 register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertModel)
-
-
-# ---- Attach, save and load
 
 
 def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
@@ -100,10 +87,10 @@ def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
 def detach_adapter(model: PeftModel) -> None:
     """Restore the base as it was. peft's ``unload`` alone would leave a tuned projector in it."""
     base = adapted_base(model)
-    tuned = {name: part for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    for name, part in list(base.named_modules()):
+        if isinstance(part, ModulesToSaveWrapper):
+            base.set_submodule(name, part.original_module)
     model.unload()
-    for name, wrapper in tuned.items():
-        base.set_submodule(name, wrapper.original_module)
 
 
 def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
@@ -137,11 +124,7 @@ def tensor_name(module: str, inner: str) -> str:
 
 
 class _Float32Linear(nn.Linear):
-    """Takes over a linear's weights in float32; computes in its input's dtype, as the experts do."""
-
-    def __init__(self, source: nn.Linear) -> None:
-        super().__init__(source.in_features, source.out_features, source.bias is not None, device="meta")
-        self.weight, self.bias = source.float().weight, source.bias
+    """Keeps its weights in float32 and computes in its input's dtype, as the experts do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -149,31 +132,23 @@ class _Float32Linear(nn.Linear):
 
 @torch.no_grad()
 def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> None:
-    """Turn the linears of the adapter's copy of the projector into float32 ones.
+    """Turn the linears of the adapter's copy of the projector into float32 ones, with the values of ``saved``.
 
-    peft copies the base's dtype. In bfloat16 a learning rate of 2e-5 would round most updates away. An untrained copy
-    still gives the base's own output, bit for bit.
-
-    Args:
-        saved: the adapter file's tensors, which peft has just rounded to the base's dtype.
+    peft copies and loads in the base's dtype. In bfloat16 a learning rate of 2e-5 would round most updates away.
     """
-    for path, wrapper in list(model.named_modules()):
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        for part in wrapper.modules_to_save.values():
-            for name, module in list(part.named_modules()):
-                if type(module) is nn.Linear:
-                    part.set_submodule(name, _Float32Linear(module))
-            for name, parameter in part.named_parameters():
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for part in wrapper.modules_to_save.values():
+                for module in part.modules():
+                    if type(module) is nn.Linear:
+                        module.float().__class__ = _Float32Linear
                 if saved is not None:
-                    parameter.copy_(saved[f"{path}.{name}"])
-
-
-# ---- Look inside
+                    for name, parameter in part.named_parameters():
+                        parameter.copy_(saved[f"{path}.{name}"])
 
 
 def adapted_base(model: PeftModel) -> PreTrainedModel:
-    """The base inside, with its projections patched."""
+    """The base inside, with its modules patched."""
     return cast(PreTrainedModel, model.base_model.model)
 
 
@@ -202,9 +177,6 @@ def count_parameters(model: PeftModel) -> tuple[int, int]:
     return sum(p.numel() for p in trainable(model).values()), stored
 
 
-# ---- Grow
-
-
 def freeze_experts(model: PeftModel, before: int) -> None:
     """Freeze all experts and routers, whose owners must be tasks below ``before``: they become buffers."""
     for layer in expert_layers(model).values():
@@ -215,14 +187,10 @@ def freeze_experts(model: PeftModel, before: int) -> None:
 
 
 def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
-    """Append trainable experts of task ``owner``. Rebuild the optimizer afterwards.
-
-    Args:
-        factors: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
+    """Append trainable experts of task ``owner``: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
 
     Raises:
-        ValueError: the linears of a block would differ in number of experts, or with ``pick`` ``task`` a block would
-            lack the owner.
+        ValueError: the linears of a block would differ in number of experts.
     """
     config, layers = expert_config(model), expert_layers(model)
     for name, by_linear in factors.items():
@@ -233,8 +201,6 @@ def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tupl
         if len(counts) != 1:
             raise ValueError(f"the linears of block {block} would have different numbers of experts: {sorted(counts)}")
         owners += [owner] * (counts.pop() - len(owners))
-        if config.pick == "task" and owners[-1] != owner:
-            raise ValueError(f"pick 'task': block {block} would have no expert of task {owner}")
     for layer in layers.values():
         layer.routers.owners = list(config.layout[layer.block])
 
@@ -242,7 +208,7 @@ def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tupl
 def add_routers(model: PeftModel, owner: int, weights: dict[str, Tensor]) -> None:
     """Append a trainable instance router of task ``owner`` to every bank: patched module -> ``[E, din]``."""
     for name, layer in expert_layers(model).items():
-        layer.routers.append(weights[name])
+        layer.routers.instance.append(InstanceRouter(weights[name]))
     expert_config(model).router_owners.append(owner)
 
 

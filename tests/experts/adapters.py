@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from peft import PeftModel
@@ -14,6 +15,7 @@ from clmoe.experts.config import ExpertConfig
 from clmoe.experts.routing import RouteSelection, routing
 from tests import support
 
+NewBase = Callable[[], LoadedBase]
 SCOPES = ("per_linear", "per_block")
 QUESTIONS = ("How many things are there?", "On which side is it, left or right?", "Which colour?")
 
@@ -36,23 +38,55 @@ def attached(base: LoadedBase, scope: str = "per_linear", **fields: object) -> P
     return randomise(ours.attach_adapter(base.model, config(scope, **fields))).eval()
 
 
-def grow(model: PeftModel, owner: int = 1, count: int = 2) -> None:
-    """Freeze what exists, then add random experts and a router spanning all, in every block."""
+def grow(model: PeftModel, owner: int = 1, count: int = 2, block: str = "", routers: bool = True) -> None:
+    """Freeze what exists, then add random experts (in one block alone, if named) and routers that span all."""
     ours.freeze_experts(model, owner)
     generator = torch.Generator().manual_seed(owner)
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     weights = {}
     for name, layer in ours.expert_layers(model).items():
-        factors[name] = {linear: experts.fresh(count, generator) for linear, experts in layer.experts.items()}
-        old = layer.routers.instance[-1].weight
-        weights[name] = torch.cat([old, torch.randn(count, old.shape[1], generator=generator)]).detach()
+        new = count if block in ("", layer.block) else 0
+        if new:
+            factors[name] = {linear: experts.fresh(new, generator) for linear, experts in layer.experts.items()}
+        if routers:
+            old = layer.routers.instance[-1].weight
+            weights[name] = torch.cat([old, torch.randn(new, old.shape[1], generator=generator)]).detach()
     ours.grow_experts(model, owner, factors)
-    ours.add_routers(model, owner, weights)
+    if routers:
+        ours.add_routers(model, owner, weights)
     randomise(model, owner)
 
 
+def train_steps(model: PeftModel, batch: dict[str, Tensor], steps: int = 3, lr: float = 0.05) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).logits.square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Equal names, dtypes and bits."""
+    equal = (a.dtype == second[name].dtype and torch.equal(a, second[name]) for name, a in first.items())
+    return first.keys() == second.keys() and all(equal)
+
+
+def snapshot(model: PeftModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in ours.adapter_tensors(model).items()}
+
+
+def row(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    return {name: tensor[number : number + 1] for name, tensor in batch.items()}
+
+
+def routed(*routers: int) -> RouteSelection:
+    return RouteSelection(router=torch.tensor(routers))
+
+
 def old_router(rows: int) -> RouteSelection:
-    return RouteSelection(router=torch.zeros(rows, dtype=torch.int64))
+    return routed(*[0] * rows)
 
 
 def logits(model: torch.nn.Module, batch: dict[str, Tensor], selection: RouteSelection | None = None) -> Tensor:

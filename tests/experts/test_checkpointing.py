@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
 from clmoe.experts.forward import answer_states
 from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, routing
-from tests import support
-from tests.experts.adapters import SCOPES, attached, grow
+from tests.experts.adapters import SCOPES, NewBase, attached, grow, routed, same
 
-NewBase = Callable[[], LoadedBase]
-MIXED, OTHER = (RouteSelection(router=torch.tensor(rows)) for rows in ([1, 0, 1], [0, 1, 0]))
-
-
-def prepared(
-    base: LoadedBase, checkpointed: bool, scope: str, top_k: int | None = None, grown: bool = True
-) -> PeftModel:
-    model = attached(base, scope, router_top_k=top_k)
-    if grown:
-        grow(model)
-    if checkpointed:
-        adapted_base(model).activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
-        )
-    return model
+MIXED, OTHER = routed(1, 0, 1), routed(0, 1, 0)
 
 
 def gradients(
-    model: PeftModel, batch: dict[str, Tensor], selection: RouteSelection, balance: float = 1.0, interrupt: bool = False
+    model: PeftModel, batch: dict[str, Tensor], selection: RouteSelection, interrupt: bool = False
 ) -> dict[str, Tensor]:
     """A loss on the answers' states and on the routers alone, and every trainable parameter's gradient.
 
@@ -44,18 +26,12 @@ def gradients(
     with routing(selection, trace := RouteTrace()):
         loss = answer_states(llava, batch).square().sum()
     for output in trace.outputs.values():  # of the Switch Transformer's form
-        loss = loss + balance * (output.gate.gt(0).float().mean((0, 1)) * output.gate.mean((0, 1))).sum()
+        loss = loss + (output.gate.gt(0).float().mean((0, 1)) * output.gate.mean((0, 1))).sum()
     if interrupt:
         with torch.no_grad(), routing(OTHER):
             answer_states(llava, batch)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def answers(pristine_base: LoadedBase) -> dict[str, Tensor]:
-    pairs = [("How many things are there?", "two"), ("On which side is it?", "left"), ("Which?", "A")]
-    return support.train_batch(pristine_base, pairs)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -64,27 +40,23 @@ def answers(pristine_base: LoadedBase) -> dict[str, Tensor]:
 def test_checkpointing_changes_no_bit_of_loss_and_gradients(
     scope: str, top_k: int | None, grown: bool, new_base: NewBase, answers: dict[str, Tensor]
 ) -> None:
+    def made() -> PeftModel:
+        model = attached(new_base(), scope, router_top_k=top_k)
+        if grown:
+            grow(model)
+        return model
+
     selection = MIXED if grown else RouteSelection()
-    expected = gradients(prepared(new_base(), False, scope, top_k, grown), answers, selection)
-    got = gradients(prepared(new_base(), True, scope, top_k, grown), answers, selection, interrupt=grown)
-    assert expected.keys() == got.keys() and len(got) == 1 + 2 * (9 if scope == "per_linear" else 7)
-    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+    expected = gradients(made(), answers, selection)
+    checkpointed, calls = made(), []
+    llava = adapted_base(checkpointed)
+    llava.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    )
+    llava.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(True))
+    got = gradients(checkpointed, answers, selection, interrupt=grown)
+    assert len(calls) == 2 + grown, "the block is recomputed"
+    assert same(expected, got) and len(got) == 1 + 2 * (9 if scope == "per_linear" else 7)
     if grown:
-        other = gradients(prepared(new_base(), False, scope, top_k), answers, OTHER)
+        other = gradients(made(), answers, OTHER)
         assert not any(torch.equal(expected[name], other[name]) for name in expected)
-
-
-def test_losses_on_the_routers_have_gradients_and_blocks_are_recomputed(
-    new_base: NewBase, answers: dict[str, Tensor]
-) -> None:
-    """Else the comparison above compares nothing."""
-    calls: list[bool] = []
-    results = []
-    for balance in (0.0, 1.0):
-        model = prepared(new_base(), True, "per_block", 2)
-        layer = adapted_base(model).get_decoder().layers[0].mlp
-        layer.register_forward_pre_hook(lambda *_: calls.append(True))
-        results.append(gradients(model, answers, MIXED, balance))
-    assert len(calls) == 4
-    routers = [name for name in results[0] if "clmoe_routers" in name]
-    assert len(routers) == 2 and not any(torch.equal(results[0][name], results[1][name]) for name in routers)

@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import silu
 
 from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
 from clmoe.experts.layer import seeded
-from clmoe.experts.routing import RouteSelection
 from tests import support
-from tests.experts.adapters import SCOPES, attached, config, grow, logits, old_router, randomise
-
-NewBase = Callable[[], LoadedBase]
-
+from tests.experts.adapters import (
+    SCOPES,
+    NewBase,
+    attached,
+    config,
+    grow,
+    logits,
+    old_router,
+    randomise,
+    routed,
+    row,
+    same,
+    snapshot,
+    train_steps,
+)
 
 # ---- What is patched, and what the base still says
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_fresh_disabled_and_unloaded_adapters_leave_the_bases_logits_bit_equal(
+def test_fresh_disabled_and_detached_adapters_leave_the_bases_logits_bit_equal(
     scope: str, new_base: NewBase, pristine_base: LoadedBase, batch: dict[str, Tensor]
 ) -> None:
-    expected = logits(pristine_base.model, batch)
-    fresh = ours.attach_adapter(new_base().model, config(scope, modules_to_save=[PROJECTOR])).eval()
-    assert torch.equal(logits(fresh, batch), expected)
-    model = randomise(fresh)
-    assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
+    base, plain = new_base().model, pristine_base.model
+    expected = logits(plain, batch)
+    model = ours.attach_adapter(base, config(scope, modules_to_save=[PROJECTOR])).eval()
+    assert torch.equal(logits(model, batch), expected)
+    randomise(model)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), expected)
     assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_detaching_gives_the_base_back_with_its_own_projector(
-    scope: str, new_base: NewBase, pristine_base: LoadedBase, batch: dict[str, Tensor]
-) -> None:
-    base = new_base()
-    model = attached(base, scope, modules_to_save=[PROJECTOR])
-    assert not torch.allclose(logits(model, batch), logits(pristine_base.model, batch), atol=1e-2)
     ours.detach_adapter(model)
-    assert torch.equal(logits(base.model, batch), logits(pristine_base.model, batch))
-    assert base.model.state_dict().keys() == pristine_base.model.state_dict().keys()
-    assert [type(m) for m in base.model.modules()] == [type(m) for m in pristine_base.model.modules()]
+    assert torch.equal(logits(base, batch), expected) and same(base.state_dict(), plain.state_dict())
+    assert [type(module) for module in base.modules()] == [type(module) for module in plain.modules()]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -70,14 +69,12 @@ def test_attention_linears_can_carry_experts_too(new_base: NewBase, batch: dict[
     assert logits(model, batch).isfinite().all()
 
 
-def test_a_config_that_cannot_be_served_is_refused(tiny_base: LoadedBase) -> None:
+def test_a_config_that_cannot_be_served_is_refused(new_base: NewBase) -> None:
     with pytest.raises(ValueError, match="router_scope"):
         config("per_model")
-    with pytest.raises(ValueError, match="per_block"):
-        config("per_block", projections=["q_proj"])
     for fields in ({}, {"modules_to_save": [PROJECTOR]}):
         with pytest.raises(ClmoeError, match="no_such_proj"):
-            ours.attach_adapter(copy.deepcopy(tiny_base.model), config(projections=["no_such_proj"], **fields))
+            ours.attach_adapter(new_base().model, config(projections=["no_such_proj"], **fields))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -97,34 +94,21 @@ def test_the_patched_ffn_is_the_equation(scope: str, new_base: NewBase) -> None:
         delta = torch.einsum("oer,eri->eoi", B.view(len(B), 3, 2), A.view(3, 2, -1))
         return value @ weight.T + 2.0 * torch.einsum("bte,eoi,bti->bto", gate, delta, value)
 
-    expected = project("down_proj", torch.nn.functional.silu(project("gate_proj", x)) * project("up_proj", x))
+    expected = project("down_proj", silu(project("gate_proj", x)) * project("up_proj", x))
     torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- Initial weights
-
-
 def test_seeded_weights_do_not_depend_on_which_other_modules_exist(new_base: NewBase) -> None:
-    def weights(projections: list[str], **fields: object) -> dict[str, Tensor]:
-        model = ours.attach_adapter(new_base().model, config(projections=projections, **fields))
-        return ours.adapter_tensors(model)
-
-    torch.manual_seed(1)
-    every = weights(["gate_proj", "up_proj", "down_proj"])
-    torch.manual_seed(2)
-    torch.rand(3)
-    for projections in (["down_proj", "up_proj"], ["up_proj"]):
-        for name, tensor in weights(projections).items():
-            assert torch.equal(tensor, every[name]), name
-    mlp = "model.language_model.layers.0.mlp"
-    gate, up = (every[ours.tensor_name(f"{mlp}.{p}", f"clmoe_experts.{p}.A")] for p in ("gate_proj", "up_proj"))
-    assert not torch.equal(gate, up)
+    every, two, one = (
+        ours.adapter_tensors(ours.attach_adapter(new_base().model, config(projections=projections)))
+        for projections in (["gate_proj", "up_proj", "down_proj"], ["down_proj", "up_proj"], ["up_proj"])
+    )
+    assert all(same(some, {name: every[name] for name in some}) for some in (two, one))
     draws = [torch.rand(4, generator=seeded(s, n)).tolist() for s, n in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))]
-    assert draws[0] == draws[1]
-    assert draws[0] != draws[2] and draws[0] != draws[3]
+    assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]
 
 
-# ---- What trains
+# ---- What trains, and how it grows
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -150,23 +134,11 @@ def test_parameter_counts_include_the_frozen_experts(new_base: NewBase) -> None:
     model = attached(new_base(), "per_block")
     D, F, blocks = support.SIZES.text_hidden, support.SIZES.text_ffn, support.SIZES.text_layers
     one_expert, router_row = 3 * 2 * (D + F), D
-    assert ours.count_parameters(model) == (blocks * (3 * one_expert + 3 * router_row),) * 2
+    old = blocks * (3 * one_expert + 3 * router_row)
+    assert ours.count_parameters(model) == (old, old)
     grow(model)
     new = blocks * (2 * one_expert + 5 * router_row)
-    assert ours.count_parameters(model) == (new, new + blocks * (3 * one_expert + 3 * router_row))
-
-
-def train_steps(model: PeftModel, batch: dict[str, Tensor], steps: int = 3, lr: float = 0.05) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch).logits.square().mean().backward()
-        optimizer.step()
-    model.eval()
-
-
-# ---- Growth and freezing
+    assert ours.count_parameters(model) == (new, new + old)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -188,78 +160,66 @@ def test_growth_and_training_leave_the_old_routers_answers_bit_equal(
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_batch_with_several_routers_equals_its_samples_one_by_one(
-    scope: str, new_base: NewBase, pristine_base: LoadedBase
+    scope: str, new_base: NewBase, even: dict[str, Tensor]
 ) -> None:
     model = attached(new_base(), scope)
     grow(model, owner=1, count=2)
     grow(model, owner=2, count=1)
     assert [e.count for e in ours.experts_by_linear(model).values()] == [6] * 6
-    same_length = [f"How many things are {word}?" for word in ("there", "left", "right")]
-    batch = support.prompt_batch(pristine_base, same_length)
-    assert batch["attention_mask"].all()
-    index = torch.tensor([1, 0, 2])
-    together = logits(model, batch, RouteSelection(router=index))
-    for row in range(3):
-        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        expected = logits(model, alone, RouteSelection(router=index[row : row + 1]))
-        torch.testing.assert_close(together[row], expected[0], rtol=1e-5, atol=1e-5)
-        other = logits(model, alone, RouteSelection(router=(index[row : row + 1] + 1) % 3))
-        assert not torch.allclose(other, expected, atol=1e-2)
+    together = logits(model, even, routed(1, 0, 2))
+    for number, router in enumerate((1, 0, 2)):
+        alone = row(even, number)
+        expected = logits(model, alone, routed(router))
+        torch.testing.assert_close(together[number], expected[0], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(logits(model, alone, routed((router + 1) % 3)), expected, atol=1e-2)
 
 
-def frozen_tensors(model: PeftModel) -> dict[str, Tensor]:
-    kinds = ("frozen_A", "frozen_B", "instance.0.weight")
-    return {n: t.clone() for n, t in ours.adapter_tensors(model).items() if n.endswith(kinds)}
+def reenable(model: PeftModel) -> None:
+    for layer in ours.expert_layers(model).values():
+        layer.clmoe_experts.requires_grad_(True)
+        layer.clmoe_routers.requires_grad_(True)
 
 
-@pytest.mark.parametrize("disturb", ["nothing", "disable_adapter", "set_adapter", "requires_grad_", "reload"])
-def test_frozen_experts_survive_what_peft_does_to_parameters(
-    disturb: str, new_base: NewBase, batch: dict[str, Tensor], tmp_path: Path
+@pytest.mark.parametrize("disturb", ["disable_adapter", "set_adapter", "requires_grad_", "reload"])
+def test_frozen_experts_and_the_base_survive_what_peft_does_to_parameters(
+    disturb: str, new_base: NewBase, pristine_base: LoadedBase, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """peft switches gradients on by name in all of these; frozen experts are buffers, so it cannot reach them."""
-    base = new_base()
-    model = attached(base)
+    model = attached(new_base())
     grow(model)
-    before, frozen_base = frozen_tensors(model), base.model.state_dict()
-    frozen_base = {name: tensor.clone() for name, tensor in frozen_base.items() if "clmoe_" not in name}
+    before = snapshot(model)
     if disturb == "disable_adapter":
         with model.disable_adapter():
             logits(model, batch)
     elif disturb == "set_adapter":
         model.set_adapter("default")
     elif disturb == "requires_grad_":
-        for layer in ours.expert_layers(model).values():
-            layer.clmoe_experts.requires_grad_(True)
-            layer.clmoe_routers.requires_grad_(True)
-    elif disturb == "reload":
+        reenable(model)
+    else:
         model.save_pretrained(str(tmp_path))
-        base = new_base()
-        model = ours.load_adapter(base.model, tmp_path, trainable=True)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 6 * 3  # A, B and the newest router of each of the six linears
-    assert not any("frozen" in name or "instance.0" in name for name in trainable)
-    newest = {n: t.clone() for n, t in ours.adapter_tensors(model).items() if n not in before}
+        model = ours.load_adapter(new_base().model, tmp_path, trainable=True)
+    assert sum(p.requires_grad for p in model.parameters()) == 6 * 3  # A, B and the newest router of each linear
     train_steps(model, batch)
     after = ours.adapter_tensors(model)
-    assert len(before) == 6 * 3 and all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert all(not torch.equal(after[name], tensor) for name, tensor in newest.items())
-    assert all(torch.equal(base.model.state_dict()[name], tensor) for name, tensor in frozen_base.items())
+    kept = {name for name, tensor in before.items() if torch.equal(after[name], tensor)}
+    assert kept == {name for name in before if name.endswith(("frozen_A", "frozen_B", "instance.0.weight"))}
+    base = ours.adapted_base(model)
+    ours.detach_adapter(model)
+    assert same(base.state_dict(), pristine_base.model.state_dict())
 
 
 def test_linears_of_a_block_must_grow_alike(new_base: NewBase) -> None:
     model = attached(new_base())
-    name = next(iter(ours.expert_layers(model)))
-    linear, experts = next(iter(ours.expert_layers(model)[name].experts.items()))
-    with pytest.raises(ValueError, match="block 0 would have different numbers"):
+    name, layer = next(iter(ours.expert_layers(model).items()))
+    linear, experts = next(iter(layer.experts.items()))
+    with pytest.raises(ValueError, match="block 0"):
         ours.grow_experts(model, 1, {name: {linear: experts.fresh(1, torch.Generator())}})
 
 
-# ---- A tuned projector on a 16-bit base: float32 in memory and on disk, computed in the base's dtype
-
-
-def test_a_tuned_projector_starts_as_the_bases_trains_and_is_saved_in_float32(
+def test_a_tuned_projector_on_a_16_bit_base_starts_as_the_bases_trains_and_is_saved_in_float32(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
+    """Float32 in memory and on disk, computed in the base's dtype."""
     base, another = (load_base(ModelConfig(path=str(tiny_folder), dtype="bfloat16")) for _ in range(2))
     batch = support.prompt_batch(base, ["What is it?", "How many things are there?"])
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
@@ -273,7 +233,8 @@ def test_a_tuned_projector_starts_as_the_bases_trains_and_is_saved_in_float32(
     assert all(0 < (p - start).abs().max() < 1e-4 for p, start in zip(tuned, old, strict=True))
     assert any(not torch.equal(p, p.bfloat16().float()) for p in tuned), "bfloat16 could not hold it"
     model.save_pretrained(str(tmp_path))
+    live = ours.adapter_tensors(model)
+    assert {tensor.dtype for tensor in live.values()} == {torch.float32}
     again = ours.load_adapter(another.model, tmp_path, trainable=True)
-    live, loaded = ours.adapter_tensors(model), ours.adapter_tensors(again)
-    assert all(loaded[name].dtype == torch.float32 and torch.equal(loaded[name], live[name]) for name in live)
+    assert same(live, ours.adapter_tensors(again))
     assert sum(p.requires_grad for name, p in again.named_parameters() if "modules_to_save" in name) == 4
