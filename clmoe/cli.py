@@ -238,11 +238,11 @@ def _benchmark_arguments(sub: argparse.ArgumentParser, *, option: bool) -> None:
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
 
 
-def _sequence_arguments(sub: argparse.ArgumentParser) -> None:
+def _sequence_arguments(sub: argparse.ArgumentParser, example: str = "training.steps=20 locator=oracle") -> None:
     """Base, order and settings."""
     sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="for instance training.steps=20 locator=oracle")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help=f"for instance {example}")
 
 
 def _deepspeed_argument(sub: argparse.ArgumentParser) -> None:
@@ -280,7 +280,7 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
         default="fixed",
         help="what a metric means, or what the benchmark's published scripts print",
     )
-    _sequence_arguments(sub)
+    _sequence_arguments(sub, "locator=oracle evaluation.batch_size=16")
 
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
@@ -329,7 +329,9 @@ def _convert_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
     sub.add_argument("--vision", type=Path, metavar="CLIP", help="folder of the CLIP model with the vision tower")
     sub.add_argument("--projector", type=Path, metavar="BIN", help="with a LLaMA: the first stage's mm_projector.bin")
-    sub.add_argument("--base", "--model", dest="model", help="with an adapter: the model that it was trained on")
+    sub.add_argument(
+        "--base", "--model", dest="model", metavar="BASE", help="with an adapter: what it was trained on"
+    )
     sub.add_argument("--benchmark", help="with an adapter: a name in configs/benchmarks or a YAML file")
     sub.add_argument("--tasks", type=_paths, help="with an adapter: what it has learned, oldest first")
 
@@ -339,7 +341,9 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=int, help="default: the first free one from 7860")
     sub.add_argument("--benchmark", help="whose test questions are the examples (default: the checkpoint's)")
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
-    sub.add_argument("--base", "--model", dest="model", help="folder or hub name of the base, if it has moved")
+    sub.add_argument(
+        "--base", "--model", dest="model", metavar="BASE", help="folder or hub name, if the base has moved"
+    )
 
 
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
@@ -347,9 +351,9 @@ VERBS: dict[str, Verb] = {
     "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments, run),
     "train": ("Train one task; does nothing when the output is finished.", _train_arguments, train),
     "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments, evaluate),
-    "report": ("Tables and pictures from one or several run folders.", _report_arguments, report),
+    "report": ("Tables and figures from one or several run folders.", _report_arguments, report),
     "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments, metrics),
-    "plan": ("What a method trains and takes. Exit code 1: files are missing.", _plan_arguments, plan),
+    "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments, plan),
     "data": ("Build or verify a benchmark's files.", _data_arguments, data),
     "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments, doctor),
     "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments, convert),
@@ -382,7 +386,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
+    """Entry point. An error that the user can fix is one line on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
     _refuse_old(given)
     options = _parse(given)

@@ -25,8 +25,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
 """The linears of a LLaMA decoder block."""
 
 FeatureKind = Literal["last", "pooled"]
-"""What a locator sees of a sample, all from the frozen base: the last prompt token's hidden state after the final norm
-(``last``), or its mean over the outputs of all layers (``pooled``)."""
+"""What a locator sees of a sample; see ``LocatorConfig``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ModelConfig:
     Attributes:
         path: a folder or hub name in transformers' format.
         dtype: of the frozen base; adapters and the projector are always float32.
-        attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
         architecture: transformers config.json to take shapes from where the weights are not at hand; only for
             ``clmoe plan``. Relative to the user's folder or to the folder that ships ``configs``.
@@ -56,7 +55,8 @@ class LocatorConfig:
     Attributes:
         name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``; empty for methods that need
             none. ``locator=vae`` is short for ``locator.name=vae``.
-        feature: what it sees, see ``FeatureKind``.
+        feature: what it sees, all from the frozen base: the last prompt token's hidden state after the final norm
+            (``last``), or its mean over the outputs of all layers (``pooled``).
         samples: of a task's training records, at most so many are looked at.
         options: the locator's own fields, checked by its ``Options`` dataclass.
     """
@@ -262,25 +262,32 @@ def build(kind: type[T], values: Any, where: str) -> T:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, mapping by mapping. Another locator drops the options of the one below."""
+    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; another name drops its options.
+
+    Raises:
+        ClmoeError: ``locator`` is neither a name nor a mapping.
+    """
+    below, above = _locator(low), _locator(high)
+    if not isinstance(above, dict):
+        raise ClmoeError(f"locator: expected a name or a mapping, got {above!r}")
+    if above.get("name", below.get("name")) != below.get("name"):
+        below = {key: value for key, value in below.items() if key != "options"}
+    merged = _merge(low, high)
+    return merged | {"locator": _merge(below, above)} if "locator" in merged else merged
+
+
+def _locator(values: dict[str, Any]) -> Any:
+    part = values.get("locator", {})
+    return {"name": part} if isinstance(part, str) else part
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """``high`` over ``low``, mapping by mapping."""
     merged = dict(low)
     for key, value in high.items():
-        if key == "locator":
-            merged[key] = _merge_locators(merged.get(key, {}), value)
-            continue
         both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both_maps else value
+        merged[key] = _merge(merged[key], value) if both_maps else value
     return merged
-
-
-def _merge_locators(low: Any, high: Any) -> dict[str, Any]:
-    """As ``merge``; a bare name stands for ``{name: ...}``."""
-    low, high = ({"name": part} if isinstance(part, str) else part for part in (low, high))
-    if not isinstance(high, dict):
-        raise ClmoeError(f"locator: expected a name or a mapping, got {high!r}")
-    if high.get("name", low.get("name")) != low.get("name"):
-        low = {key: value for key, value in low.items() if key != "options"}
-    return merge(low, high)
 
 
 RENAMED = {

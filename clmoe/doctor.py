@@ -149,7 +149,7 @@ def _usable(gpus: list[Device]) -> Iterator[Finding]:
     attention = "model.attention=flash_attention_2"
     yield _needs("flash-attention 2", "flash-attn", attention, modern, "an Ampere GPU or later")
     yield _needs("4-bit base", "bitsandbytes", "model.load_in_4bit=true", bool(gpus), "a GPU")
-    yield _needs("ZeRO", "deepspeed", "--deepspeed zero2, zero2_offload or zero3", True, "")
+    yield _needs("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True, "")
 
 
 def _needs(name: str, package: str, option: str, device: bool, which: str) -> Finding:

@@ -2,7 +2,7 @@
 
 
 class ClmoeError(Exception):
-    """Something the user can mend: the message names the file, row or field, and the fix.
+    """Something the user can fix: the message names the file, row or field, and the fix.
 
     The command line prints it as one line and exits with code 2.
     """

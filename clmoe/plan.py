@@ -18,18 +18,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from clmoe.bases.llava import LoadedBase, decoder_layers, meta_base
+from clmoe.bases.llava import decoder_layers, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, Task
-from clmoe.config import Config, ModelConfig
+from clmoe.config import Config
 from clmoe.data.records import count_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.model import attach_adapter, expert_layers, experts_by_linear
+from clmoe.experts.model import expert_layers, experts_by_linear
 from clmoe.methods import method_class
-from clmoe.methods.base import Method
+from clmoe.methods.base import Method, attach_on_meta
 from clmoe.train.loop import BatchPlan, total_steps
 from clmoe.utils.files import read_json
-from clmoe.utils.paths import find_config, known_configs, repository_root, resolve_model_path
+from clmoe.utils.paths import find_config, resolve_model_path
 from clmoe.utils.tensors import trainable
 
 T = TypeVar("T")
@@ -102,30 +102,7 @@ def first_task(method: Method) -> FirstTask:
         linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         size += round(sum(FOUR_BIT * linear.weight.numel() - linear.weight.nbytes for linear in linears))
     parameters = sum(p.numel() for p in model.parameters())
-    return FirstTask(method, file, adapted_meta(method, base), parameters, size, base.image_token_count)
-
-
-def shapes_file(config: ModelConfig) -> Path:
-    """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
-
-    Raises:
-        ClmoeError: neither exists.
-    """
-    names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
-    for name in names:
-        for file in (Path(name).expanduser(), repository_root() / name):
-            if file.is_file():
-                return file
-    raise ClmoeError(
-        f"model {config.path}: no file {' and no '.join(names)}, and nothing is downloaded: give --model a folder or a "
-        f"name in configs/models ({', '.join(known_configs('models'))}), or set model.architecture to its config.json"
-    )
-
-
-def adapted_meta(method: Method, base: LoadedBase) -> PeftModel:
-    """A base of ``meta_base`` with the adapter of the method's first task."""
-    with torch.device("meta"):
-        return attach_adapter(base.model, method.adapter(base))
+    return FirstTask(method, file, attach_on_meta(method, base), parameters, size, base.image_token_count)
 
 
 def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | None], int | None, dict[str, int]]:

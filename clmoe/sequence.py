@@ -72,7 +72,7 @@ def run(
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
 
     Raises:
-        ClmoeError: whatever the user can mend.
+        ClmoeError: whatever the user can fix.
     """
     if isinstance(settings, Mapping):
         settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]

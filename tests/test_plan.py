@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clmoe import cli
-from clmoe.bases.llava import meta_base
+from clmoe.bases.llava import meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import Config, ModelConfig, load_config, merge
 from clmoe.errors import ClmoeError
@@ -32,7 +32,6 @@ from clmoe.plan import (
     first_task,
     make_plan,
     plan_text,
-    shapes_file,
     state_bytes,
 )
 from clmoe.train.checkpoint import read_checkpoint

@@ -34,7 +34,7 @@ from clmoe.data.batches import Encoder
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
-from clmoe.utils.paths import resolve_model_path
+from clmoe.utils.paths import known_configs, repository_root, resolve_model_path
 
 PROJECTOR = "multi_modal_projector"
 
@@ -157,6 +157,23 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         image_token_count=count_image_tokens(model),
         fingerprint=fingerprint,
         vision=attach_cache(model, processor.image_processor, fingerprint),
+    )
+
+
+def shapes_file(config: ModelConfig) -> Path:
+    """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
+
+    Raises:
+        ClmoeError: neither exists.
+    """
+    names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
+    for name in names:
+        for file in (Path(name).expanduser(), repository_root() / name):
+            if file.is_file():
+                return file
+    raise ClmoeError(
+        f"model {config.path}: no file {' and no '.join(names)}, and nothing is downloaded: give --model a folder or a "
+        f"name in configs/models ({', '.join(known_configs('models'))}), or set model.architecture to its config.json"
     )
 
 

@@ -18,14 +18,14 @@ import torch
 from peft import PeftModel
 from torch import Size, Tensor
 
-from clmoe.bases.llava import base_fingerprint, meta_base
+from clmoe.bases.llava import base_fingerprint, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config, load_config, merge
 from clmoe.convert.weights import PROJECTOR, check_tensors, check_written, open_tensors, renamed
 from clmoe.errors import ClmoeError
 from clmoe.experts.model import adapted_base, adapter_tensors, count_parameters
 from clmoe.methods import method_class
-from clmoe.plan import adapted_meta, shapes_file
+from clmoe.methods.base import attach_on_meta
 from clmoe.train.checkpoint import CONFIG, LINEAGE, Lineage, build_folder, lineage_of, read_checkpoint
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.paths import resolve_model_path
@@ -92,7 +92,7 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     kind, settings = read_settings(source)
     config = load_config(METHODS[kind], merge(benchmark.recipe, {"adapter": settings}), [], model)
     method = method_class(config.method)(config)
-    adapted = adapted_meta(method, meta_base(shapes_file(config.model)))
+    adapted = attach_on_meta(method, meta_base(shapes_file(config.model)))
     tensors = read_tensors(source, {name: tensor.shape for name, tensor in adapter_tensors(adapted).items()}, settings)
     base = base_fingerprint(resolve_model_path(config.model.path))
     trainable, _ = count_parameters(adapted)

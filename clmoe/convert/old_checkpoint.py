@@ -9,6 +9,7 @@ from clmoe.config import Config, build, dump_config, read_yaml
 from clmoe.errors import ClmoeError
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
+from clmoe.methods.base import EXPANSION
 from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, build_folder, training_identity
 from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.tensors import load_tensors
@@ -16,6 +17,7 @@ from clmoe.utils.tensors import load_tensors
 OLD_BANK = {"vae": LOCATOR_FILE, "prototype": "prototypes.safetensors"}
 """LLaVA-CMoE kept two locators: the file of each."""
 
+RENAMED = {"plan.json": EXPANSION}
 DROPPED = (MANIFEST, "README.md", CONFIG, LINEAGE, *OLD_BANK.values())
 
 
@@ -41,7 +43,7 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
 
     def fill(folder: Path) -> None:
         for name in files.keys() - set(DROPPED):
-            shutil.copy(source / name, folder / name)
+            shutil.copy(source / name, folder / RENAMED.get(name, name))
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         changed = {"config_sha256": training_identity(config), "method": config.method}
         write_json(folder / LINEAGE, read_json(source / LINEAGE) | changed)

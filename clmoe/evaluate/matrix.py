@@ -44,7 +44,7 @@ class AccuracyMatrix:
     Attributes:
         tasks: names in training order.
         rows: by the name of the task just trained, or ``zero_shot`` for the untrained model. Rows may be missing. A
-            method without stages (multitask) has one row under the last task's name.
+            method that trains on the union of all tasks has one row under the last task's name.
     """
 
     tasks: tuple[str, ...]

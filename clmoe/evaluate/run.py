@@ -260,7 +260,7 @@ class Cell:
             "questions": len(rows),
             "redone": sum(answer.redone for answer in answers),
             "located": 100 * located[self.task.name] / len(rows) if located else None,
-            "deciders": {finder.config.name: located} if finder is not None and finder.looks else {},
+            "locators": {finder.config.name: located} if finder is not None and finder.looks else {},
         }
         self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
         percent = self._write(questions, rows, summary)
@@ -384,11 +384,11 @@ def _write_located(run: Path, order: list[str], locator: str) -> None:
     for after in order:
         for task in order:
             path = summary_path(run, after, task, locator)
-            counts = read_json(path)["deciders"] if path.is_file() else {}
-            for decider, located in sorted(counts.items()):
-                rows += [(after, decider, task, name, located[name]) for name in order if name in located]
+            counts = read_json(path).get("locators", {}) if path.is_file() else {}
+            for finder, located in sorted(counts.items()):
+                rows += [(after, finder, task, name, located[name]) for name in order if name in located]
     if rows:
-        write_text(run / "locator.csv", csv_text([("after", "decider", "task", "located", "count"), *rows]))
+        write_text(run / "locator.csv", csv_text([("after", "locator", "task", "located", "count"), *rows]))
 
 
 def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:

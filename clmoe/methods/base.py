@@ -18,7 +18,7 @@ from clmoe.config import AdapterConfig, Config, NoOptions, build
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.model import adapted_base, detach_adapter, load_adapter
+from clmoe.experts.model import adapted_base, attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
 
 R = TypeVar("R")
@@ -27,7 +27,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 STATISTICS = "statistics.safetensors"
 """What the routers did on each task so far; the report shows it."""
 
-EXPANSION = "plan.json"
+EXPANSION = "expansion.json"
 """A growing method's record of what each task added; the report shows it."""
 
 
@@ -158,6 +158,12 @@ class Method:
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
+
+
+def attach_on_meta(method: Method, base: LoadedBase) -> PeftModel:
+    """A base of ``meta_base`` with the adapter of the method's first task."""
+    with torch.device("meta"):
+        return attach_adapter(base.model, method.adapter(base))
 
 
 def saved_modules(adapter: AdapterConfig) -> list[str] | None:

@@ -35,7 +35,7 @@ class Run:
         parameters  task, trainable, stored
         expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
         usage       task, block, expert, kind, share: kind is "expert" or "probe"
-        located     after, decider, task, located, count
+        located     after, locator, task, located, count
     """
 
     method: str
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
     used = _read_table(folder / "usage.csv", {"task": order, "block": str, "expert": int}, {"share": float})
     used["block"] = used["block"].map(block_names(used["block"]))
     used.insert(3, "kind", "expert")
-    located = {"after": order, "decider": str, "task": order, "located": order}
+    located = {"after": order, "locator": str, "task": order, "located": order}
     return Run(
         path=folder,
         matrix=matrix,

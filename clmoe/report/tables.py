@@ -76,7 +76,7 @@ def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
     frames = [pd.DataFrame(columns=["label", "seed", "locator", "task", "located", "value"])]
     for run in all_runs(groups):
         ends = run.located[run.located["after"] == run.order[-1]]
-        for decider, counts in ends.groupby("decider", sort=False):
+        for locator, counts in ends.groupby("locator", sort=False):
             wide = counts.pivot(index="task", columns="located", values="count")
             wide = wide.reindex(index=run.order, columns=run.order).fillna(0)
             percent = 100 * wide.div(wide.sum(axis=1), axis=0).dropna()  # 0 / 0 where nothing was asked
@@ -84,7 +84,7 @@ def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
                 right = sum(wide.loc[task, task] for task in run.order)
                 percent.loc["overall", "overall"] = 100 * right / wide.sum(axis=None)
             long = percent.rename_axis(index="task", columns="located").stack().dropna().rename("value").reset_index()
-            frames.append(long.assign(label=run.label, seed=run.seed, locator=LOCATORS.get(str(decider), decider)))
+            frames.append(long.assign(label=run.label, seed=run.seed, locator=LOCATORS.get(str(locator), locator)))
     return pd.concat(frames[1:] or frames)[list(frames[0])]
 
 

@@ -180,10 +180,11 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, request.benchmark.root)
-    building = from_main(lambda: open_work(request.output, request.identity))
+    from_main(lambda: check_work(request.output, request.identity))
     if base is None:
         base = load_base(request.config.model, device())
     _check_base(request, base)
+    building = from_main(lambda: open_work(request.output, request.identity))
     sealed = building / PHASES
     with _own_folder(building) as work:
         context = TaskContext(
@@ -214,25 +215,27 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     return context.base
 
 
+def check_work(output: Path, identity: dict[str, Any]) -> None:
+    """Raise ClmoeError, naming what differs, if an interrupted training of ``output`` has other settings."""
+    work = work_folder(output)
+    marker = work / PHASES / IDENTITY
+    changed = differences(read_json(marker), identity) if marker.is_file() else ""
+    if changed:
+        raise ClmoeError(
+            f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
+            "continue it, choose another --output, or delete the folder"
+        )
+
+
 def open_work(output: Path, identity: dict[str, Any]) -> Path:
-    """The folder to build ``output`` in; called by the main process.
+    """The folder to build ``output`` in, after ``check_work``; called by the main process.
 
     What an interrupted command of the same ``identity`` finished there is kept; its unfinished files are removed.
-
-    Raises:
-        ClmoeError: the folder holds an interrupted training with other settings; they are named.
     """
     work = work_folder(output)
     phases = work / PHASES
     marker = phases / IDENTITY
-    if marker.is_file():
-        changed = differences(read_json(marker), identity)
-        if changed:
-            raise ClmoeError(
-                f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
-                "continue it, choose another --output, or delete the folder"
-            )
-    elif work.exists():
+    if work.exists() and not marker.is_file():
         shutil.rmtree(work)  # stopped before it had begun
     write_json(marker, identity)
     for leftover in [path for path in work.iterdir() if path != phases]:

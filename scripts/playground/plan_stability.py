@@ -27,7 +27,7 @@ def probe(previous: Path, checkpoint: Path, output: Path, seed: int, where: list
     command = ["clmoe", "train", "--config", str(checkpoint / "config.yaml"), *where, "--task", task]
     command += ["--previous", str(previous), "--output", str(output), f"options.probe_seed={seed}", *ONE_STEP]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    return {block: row["probed"] for block, row in read_json(output / "plan.json")[-1]["blocks"].items()}
+    return {block: row["probed"] for block, row in read_json(output / "expansion.json")[-1]["blocks"].items()}
 
 
 def agreement(all_decisions: list[Decisions]) -> float:
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--benchmark", default="playground-coin")
     args = parser.parse_args()
     where = ["--benchmark", args.benchmark, "--order", ",".join(read_json(args.run / "run.json")["order"])]
-    checkpoints = sorted(folder for folder in args.run.iterdir() if (folder / "plan.json").is_file())
+    checkpoints = sorted(folder for folder in args.run.iterdir() if (folder / "expansion.json").is_file())
     print("| task | experts asked for, by probe seed | all agree | pairs agree | by chance |\n|---|---|---:|---:|---:|")
     shares = []
     for previous, checkpoint in pairwise(checkpoints):

@@ -163,7 +163,7 @@ def test_an_added_run_replaces_its_older_rows(
 def test_locator_and_growth_are_kept(empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "out", "llava_cmoe", 0, known=True, locator="vae")
     (run / "locator.csv").write_text(
-        "after,decider,task,located,count\na,vae,a,a,4\nc,vae,a,a,3\nc,vae,a,b,1\nc,vae,b,c,4\nc,vae,c,c,4\n"
+        "after,locator,task,located,count\na,vae,a,a,4\nc,vae,a,a,3\nc,vae,a,b,1\nc,vae,b,c,4\nc,vae,c,c,4\n"
         "c,nearest_mean,a,a,4\nc,nearest_mean,b,b,4\nc,nearest_mean,c,c,4\n"
     )  # fmt: skip
     (run / "parameters.csv").write_text("task,trainable,stored\na,100,400\nb,150,550\nc,110,660\n")
@@ -189,7 +189,7 @@ def test_locator_and_growth_are_kept(empty: ModuleType, tmp_path: Path, monkeypa
     [
         ({"steps_per_task": 20}, "", "", r"run\.json: steps_per_task is 20"),
         ({"benchmark": "coin"}, "", "", r"run\.json: benchmark 'coin'"),
-        ({}, "locator.csv", "after,decider,task,located,count\n", r"run\.json: field 'locator'"),
+        ({}, "locator.csv", "after,locator,task,located,count\n", r"run\.json: field 'locator'"),
         ({}, "matrix.csv", "after,a,b,c\na,80,,\n", r"matrix\.csv: the last task"),
     ],
 )

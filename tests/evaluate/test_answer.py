@@ -83,7 +83,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
         assert sum(router.weights) == pytest.approx(1, abs=1e-5)
     owners = [router.owners for router in explained.routers]
     if method == "llava_cmoe":
-        plan = read_json(checkpoints(runs, method)[1] / "plan.json")
+        plan = read_json(checkpoints(runs, method)[1] / "expansion.json")
         assert owners == [[0] * 4 + [1] * block["added"] for block in plan[-1]["blocks"].values()]
     else:
         assert owners == [[0] * 4] * 6

@@ -271,7 +271,7 @@ def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> No
     fill(mini, Answers(task=1), cell(tmp_path, mini, "count", locator="oracle"))
     write_tables(tmp_path, ORDER)
     assert (tmp_path / "locator.csv").read_text().splitlines() == [
-        "after,decider,task,located,count",
+        "after,locator,task,located,count",
         "count,prototype,colour,colour,9",
         "count,prototype,colour,count,3",
         "count,prototype,count,colour,9",
@@ -393,7 +393,7 @@ def test_another_locators_cells_have_names_of_their_own(runs: Runs, tmp_path: Pa
     assert names == {f"{task}.nearest_mean.{kind}" for task in TASKS[:2] for kind in ("json", "jsonl")}
     assert json.loads((tmp_path / "run.json").read_text())["locator"] == "nearest_mean"
     rows = list(csv.DictReader((tmp_path / "locator.csv").read_text().splitlines()))
-    assert {row["decider"] for row in rows} == {"nearest_mean"}
+    assert {row["locator"] for row in rows} == {"nearest_mean"}
     assert sum(int(row["count"]) for row in rows) == 24
     assert matrix(tmp_path)[0].startswith("count,")
 
@@ -434,7 +434,7 @@ def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(
         f"{d.lineage.tasks[-1]},{d.lineage.trainable_parameters},{d.lineage.adapter_parameters}" for d in done
     ]
     if method == "llava_cmoe":
-        plan = json.loads((done[1].folder / "plan.json").read_text())
+        plan = json.loads((done[1].folder / "expansion.json").read_text())
         assert json.loads((tmp_path / "expansion.json").read_text()) == plan
         assert [entry["task"] for entry in plan] == ORDER[:2]
     record_checkpoint(tmp_path, done[0], ORDER)

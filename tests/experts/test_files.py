@@ -47,6 +47,13 @@ def test_saved_and_loaded_adapters_are_bit_equal(
     assert read["layout"] == {"0": [0, 0, 0, 1, 1], "1": [0, 0, 0, 1, 1, 2]}
 
 
+def test_adapters_stay_float32_on_a_bfloat16_base(new_base: NewBase, tmp_path: Path) -> None:
+    model = attached(new_base())
+    model.save_pretrained(str(tmp_path))
+    copy = PeftModel.from_pretrained(new_base().model.bfloat16(), str(tmp_path), low_cpu_mem_usage=True)
+    assert same(ours.adapter_tensors(model), ours.adapter_tensors(copy))
+
+
 BROKEN: dict[str, Callable[[str, Tensor], dict[str, Tensor]]] = {
     "lacks a tensor": lambda name, tensor: {},
     "holds one too many": lambda name, tensor: {name: tensor, f"{name}.more": torch.zeros(1)},

@@ -189,19 +189,20 @@ def test_another_linear_keeps_its_own_graph(kind: str) -> None:
 def test_under_dropout_one_mask_serves_all_experts_and_the_frozen_linear_sees_the_whole_input() -> None:
     experts, (x, gate, linear) = grown(3, dropout=0.5), inputs(3)
     torch.manual_seed(5)
-    got = experts(x, gate, linear)
+    got = experts(x, gate, linear, (x, x))  # factors of another x, which must not be used
     torch.manual_seed(5)
     wanted = loop_experts(dropout(x, 0.5), gate, *experts.packed(), SCALING, linear(x))
-    close(*([answer, *torch.autograd.grad(answer.sum(), x)] for answer in (got, wanted)))
+    close(*([answer, *torch.autograd.grad(answer.sum(), [x, *experts.parameters()])] for answer in (got, wanted)))
     equal_to_the_loop(experts.eval(), linear)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_growth_leaves_the_outputs_under_the_old_gate_unchanged(frozen: bool) -> None:
     experts, (x, gate, linear) = grown(3), inputs(3)
-    before = experts(x, gate, linear).detach()
+    before, old = experts(x, gate, linear).detach(), experts.A
     if frozen:
         experts.freeze()
+        old.data.zero_()  # type: ignore[union-attr]
     experts.append(*random_experts(2))
     assert (experts.A is experts.packed()[0]) is not frozen
     assert torch.equal(experts(x, gate, linear), before)

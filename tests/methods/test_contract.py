@@ -55,7 +55,7 @@ ROWS = {
     "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
     "llava_cmoe": Row(
         (BLOCKS,),
-        ("plan.json", "locator.safetensors"),
+        ("expansion.json", "locator.safetensors"),
         overrides=("adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20"),
     ),
     "ewc": Row((LORA, PROJECTOR), ("importance.safetensors",)),

@@ -92,7 +92,7 @@ def adapter_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def plan(checkpoint: Path) -> list[dict[str, Any]]:
-    return json.loads((checkpoint / "plan.json").read_text())
+    return json.loads((checkpoint / "expansion.json").read_text())
 
 
 def read_decision(row: dict[str, Any]) -> BlockDecision:

@@ -74,7 +74,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     bare = ["report", "tasks", "matrices", "forgetting"]
     assert sections("bare") == [*bare, "terms"]
     write(run / "parameters.csv", "task,trainable,stored", "count,7,7")
-    write(run / "locator.csv", "after,decider,task,located,count", "box,vae,count,count,7")
+    write(run / "locator.csv", "after,locator,task,located,count", "box,vae,count,count,7")
     write_expansion(run, [{layer(0): block([0.5, 0.5], 0.1, 1)}])
     for after in ("count", "box"):
         predict(run, after, "count", {"a": ("x", 1.0)})

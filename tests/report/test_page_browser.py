@@ -34,7 +34,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         predict(run, "box", "count", {f"c{i}": (EVIL, float(score)) for i, score in enumerate(now)}, task="box")
         predict(run, "box", "box", {f"b{i}": ("same" * 40, 1.0) for i in range(2)})
         located = [f"box,vae,{task},{task},4" for task in TASKS]
-        write(run / "locator.csv", "after,decider,task,located,count", *located)
+        write(run / "locator.csv", "after,locator,task,located,count", *located)
         write(run / "parameters.csv", "task,trainable,stored", *(f"{task},90624,90624" for task in TASKS))
         write_expansion(run, [{}, {layer(i): block([0.05] * 16, 0.01, 1) for i in range(2)}])
         write(run / "events.jsonl", f'{{"event": "evaluated", "task": "count", "data": "{root}", "images": ""}}')

@@ -72,7 +72,7 @@ def test_outcomes_are_stacked_to_the_whole(tmp_path: Path) -> None:
 
 
 def test_locator_maps_are_means_blank_where_a_seed_asked_nothing(tmp_path: Path) -> None:
-    header = "after,decider,task,located,count"
+    header = "after,locator,task,located,count"
     first, second = make_run(tmp_path, "moe", 0), make_run(tmp_path, "moe", 1)
     write(first / "locator.csv", header, "box,vae,count,box,1", "box,vae,count,count,9", "box,vae,box,box,5")
     write(second / "locator.csv", header, "box,vae,count,count,7", "box,vae,count,colour_letter,3")

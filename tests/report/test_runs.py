@@ -13,7 +13,7 @@ from clmoe.report.runs import block_names, group_runs, read_run
 from tests.report.folders import TASKS, block, layer, make_run, write, write_expansion
 
 PARAMETERS, USAGE = "task,trainable,stored", "task,block,expert,share"
-LOCATED = "after,decider,task,located,count"
+LOCATED = "after,locator,task,located,count"
 
 
 def rows(table: pd.DataFrame) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from clmoe.report.runs import group_runs
 from clmoe.report.tables import BLANK, comparison_table, costs_table, mean_matrices, report_tables
 from tests.report.folders import TASKS, block, layer, make_run, row_of, write, write_expansion
 
-HEADER, LOCATED = "after,colour_letter,count,box", "after,decider,task,located,count"
+HEADER, LOCATED = "after,colour_letter,count,box", "after,locator,task,located,count"
 
 
 def two_seeds(root: Path) -> list[Path]:

@@ -151,7 +151,7 @@ def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_
     launch(2, *train_line(runs, tmp_path / "two" / SECOND, "llava_cmoe", SECOND, *more))
     launch(2, *eval_line(runs, tmp_path / "two" / SECOND))
     two = tmp_path / "two" / SECOND
-    plans = [json.loads((folder / "plan.json").read_text())[-1]["blocks"] for folder in (second, two)]
+    plans = [json.loads((folder / "expansion.json").read_text())[-1]["blocks"] for folder in (second, two)]
     for block, decision in plans[0].items():
         if decision["margin"] > 1e-3:
             assert plans[1][block]["added"] == decision["added"], block
