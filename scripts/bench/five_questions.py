@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,15 @@ from peft import PeftModel
 from PIL import Image, ImageDraw
 
 from clmoe.bases.llava import LoadedBase, count_image_tokens, load_base
-from clmoe.bases.tiny import TinySizes, build_tiny
 from clmoe.config import Config, ModelConfig, load_config
 from clmoe.data.prompts import SYSTEM
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.experts.model import attach_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "playground"))
+from tiny import TinySizes, build_tiny
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 QUESTIONS = (
