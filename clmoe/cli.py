@@ -329,9 +329,7 @@ def _convert_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
     sub.add_argument("--vision", type=Path, metavar="CLIP", help="folder of the CLIP model with the vision tower")
     sub.add_argument("--projector", type=Path, metavar="BIN", help="with a LLaMA: the first stage's mm_projector.bin")
-    sub.add_argument(
-        "--base", "--model", dest="model", metavar="BASE", help="with an adapter: what it was trained on"
-    )
+    sub.add_argument("--base", "--model", dest="model", metavar="BASE", help="with an adapter: what it was trained on")
     sub.add_argument("--benchmark", help="with an adapter: a name in configs/benchmarks or a YAML file")
     sub.add_argument("--tasks", type=_paths, help="with an adapter: what it has learned, oldest first")
 

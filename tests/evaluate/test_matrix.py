@@ -42,6 +42,10 @@ def test_all_metrics_by_hand() -> None:
     assert result == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_task_that_improved_to_the_end_has_a_negative_forgetting() -> None:
+    assert metrics(AccuracyMatrix(("a", "b"), {"a": (40.0, None), "b": (50.0, 60.0)}))["forgetting_max"] == -10
+
+
 def test_single_task() -> None:
     result = metrics(AccuracyMatrix(("a",), {"zero_shot": (5.0,), "a": (40.0,)}))
     assert (result["last"], result["immediate"], result["maa"], result["bwt_n"]) == (40.0, 40.0, 40.0, 0.0)
