@@ -24,11 +24,7 @@ from clmoe.experts.model import attach_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
 
-<<<<<<< HEAD
-sys.path.append(str(Path(__file__).parents[1] / "playground"))
-=======
 sys.path.append(str(Path(__file__).resolve().parents[1] / "playground"))
->>>>>>> ccd378278a5757f0590244bda1564d7710d2bd59
 from tiny import TinySizes, build_tiny
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
