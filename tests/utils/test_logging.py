@@ -75,7 +75,7 @@ def test_steps_of_an_interrupted_command_cost_no_time(monkeypatch: pytest.Monkey
     progress.skip(90)
     progress.advance(4)
     assert shown == [18.0]
-    assert progress.bar.tasks[0].completed == 91
+    assert progress.bars.tasks[0].completed == 91
 
 
 def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
