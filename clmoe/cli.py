@@ -27,101 +27,6 @@ OLD_OPTIONS = {
 OLD_VERBS = {"card": "clmoe no longer writes model cards; clmoe report prints a run's scores"}
 
 
-def run(options: argparse.Namespace) -> str:
-    """``clmoe run``: the whole sequence of a benchmark."""
-    from clmoe.sequence import run
-
-    result = run(
-        options.method,
-        options.benchmark,
-        order=options.order,
-        seed=options.seed,
-        output=options.output,
-        base=options.base,
-        data=options.data,
-        deepspeed=options.deepspeed,
-        settings=options.settings,
-    )
-    shown = {name: value for name, value in result.metrics.items() if value is not None}
-    return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
-
-
-def train(options: argparse.Namespace) -> str:
-    """``clmoe train``: one task, from the checkpoint before it to the next."""
-    from clmoe.benchmarks.base import load_benchmark
-    from clmoe.benchmarks.prepare import open_benchmark
-    from clmoe.config import load_config
-    from clmoe.train.loop import deepspeed_settings, stand_alone
-    from clmoe.train.task import prepare_request, train_task
-    from clmoe.utils.files import locked
-    from clmoe.utils.processes import from_main
-
-    deepspeed = None
-    if options.deepspeed:
-        deepspeed = deepspeed_settings(options.deepspeed)
-        stand_alone()
-    described = load_benchmark(options.benchmark, options.data, check_files=False)
-    config = load_config(options.config, described.recipe, options.settings, options.base)
-    order = described.order(options.order, config.seed)
-    needed = order if options.task == "all" else [options.task]
-    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
-    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
-    with locked(request.run):
-        done = train_task(request) is None
-    return f"{request.output}: {'finished before' if done else 'trained'}"
-
-
-def evaluate(options: argparse.Namespace) -> str:
-    """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
-    from clmoe.benchmarks.prepare import open_benchmark
-    from clmoe.config import load_config
-    from clmoe.evaluate.run import evaluate_base, evaluate_checkpoint
-    from clmoe.train.checkpoint import read_checkpoint
-    from clmoe.utils.files import locked
-    from clmoe.utils.processes import from_main
-
-    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, options.tasks))
-    with locked(options.output):
-        if options.checkpoint == "base":
-            config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
-            order = benchmark.order(options.order, config.seed)
-            return evaluate_base(options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring)
-        if options.config or options.base:
-            raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
-        for pair in options.settings:
-            if pair.split("=")[0].split(".")[0] not in ("evaluation", "locator", "options", "label"):
-                raise ClmoeError(f"{pair}: only evaluation.*, locator.*, options.* and label can change after training")
-        done = read_checkpoint(Path(options.checkpoint), options.settings)
-        if done.lineage.benchmark != benchmark.name:
-            raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
-        order = benchmark.order(options.order, done.config.seed)
-        limit = None if done.lineage.tasks[-1] == order[-1] else done.config.evaluation.limit
-        row, _ = evaluate_checkpoint(
-            options.output,
-            benchmark,
-            done,
-            done.config,
-            order,
-            limit=limit,
-            tasks=options.tasks,
-            scoring=options.scoring,
-        )
-        return row
-
-
-def report(options: argparse.Namespace) -> Any:
-    """``clmoe report``: tables and pictures of runs."""
-    from clmoe.report.page import write_report
-    from clmoe.report.runs import read_run
-    from clmoe.report.tables import report_text
-
-    if options.json:
-        return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
-    output = options.output or options.runs[0] / "report"
-    written = write_report(options.runs, output, options.format, options.data)
-    return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
-
-
 def metrics(options: argparse.Namespace) -> Any:
     """``clmoe metrics``: of any accuracy matrix."""
     from clmoe.evaluate.matrix import metrics_from_files
@@ -131,24 +36,6 @@ def metrics(options: argparse.Namespace) -> Any:
     if options.json:
         return rounded
     return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
-
-
-def plan(options: argparse.Namespace) -> Any:
-    """``clmoe plan``: what a sequence trains and takes, before it is run."""
-    from clmoe.benchmarks.base import load_benchmark
-    from clmoe.config import load_config
-    from clmoe.methods import method_class
-    from clmoe.plan import make_plan, plan_text
-
-    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
-    config = load_config(options.config, benchmark.recipe, options.settings, options.base)
-    method = method_class(config.method)(config)
-    order = benchmark.order(options.order, config.seed)
-    values = make_plan(
-        method, benchmark, order, options.gpus, options.deepspeed, options.tokens, options.extended_blocks
-    )
-    options.exit_code = int(bool(values["missing"]))
-    return values if options.json else plan_text(values)
 
 
 def data(options: argparse.Namespace) -> str:
@@ -187,35 +74,6 @@ def doctor(options: argparse.Namespace) -> Any:
     findings = examine()
     options.exit_code = int(any(finding.broken for finding in findings))
     return [asdict(finding) for finding in findings] if options.json else report_text(findings)
-
-
-def convert(options: argparse.Namespace) -> str:
-    """``clmoe convert``: another project's model or adapter, or an older checkpoint of ours."""
-    from clmoe.convert.command import convert_any
-
-    return convert_any(options)
-
-
-def demo(options: argparse.Namespace) -> None:
-    """``clmoe demo``: ask a checkpoint in the browser."""
-    from clmoe.benchmarks.prepare import open_benchmark
-    from clmoe.demo import build_page, launch, read_examples
-    from clmoe.evaluate.answer import load
-    from clmoe.train.checkpoint import read_checkpoint
-
-    done = read_checkpoint(options.checkpoint)
-    title = f"{done.config.name} on {done.lineage.benchmark}, after {done.lineage.tasks[-1]}"
-    examples = []
-    try:
-        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data)
-        examples = read_examples(benchmark, done.lineage.tasks)
-    except ClmoeError as error:
-        if options.benchmark or options.data:
-            raise
-        print(f"clmoe demo: no examples (--benchmark and --data say where they are): {error}", file=sys.stderr)
-    page = build_page(load(options.checkpoint, options.model), title, examples)
-    print(f"{title}: {launch(page, options.port)} (stop with Ctrl-C)", flush=True)
-    page.block_thread()
 
 
 def _paths(text: str) -> list[str]:
@@ -344,20 +202,32 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
-VERBS: dict[str, Verb] = {
-    "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments, run),
-    "train": ("Train one task; does nothing when the output is finished.", _train_arguments, train),
-    "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments, evaluate),
-    "report": ("Tables and figures from one or several run folders.", _report_arguments, report),
-    "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments, metrics),
-    "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments, plan),
-    "data": ("Build or verify a benchmark's files.", _data_arguments, data),
-    "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments, doctor),
-    "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments, convert),
-    "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments, demo),
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments),
+    "train": ("Train one task; does nothing when the output is finished.", _train_arguments),
+    "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments),
+    "report": ("Tables and figures from one or several run folders.", _report_arguments),
+    "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments),
+    "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments),
+    "data": ("Build or verify a benchmark's files.", _data_arguments),
+    "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments),
+    "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments),
+    "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments),
 }  # fmt: skip
-"""Verb -> what it does, its arguments, and the function that carries it out."""
+"""Verb -> what it does, and its arguments."""
+
+
+def _command(verb: str) -> Callable[[argparse.Namespace], Any]:
+    """The function that carries a verb out."""
+    if verb in LIGHT:
+        return LIGHT[verb]
+    from clmoe.commands import COMMANDS
+
+    return COMMANDS[verb]
+
+
+LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}
+"""Verbs that need neither transformers nor peft."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -366,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (text, add_arguments, _) in VERBS.items():
+    for name, (text, add_arguments) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
     return parser
 
@@ -393,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         with stopping_on_sigterm():
-            result = VERBS[options.verb][2](options)
+            result = _command(options.verb)(options)
     except (ClmoeError, OSError) as error:  # the latter: a full disk, a lost mount; what was finished before is whole
         _leave(f"clmoe {options.verb}: {error}", USER_ERROR)
     except Interrupted as error:

@@ -141,7 +141,7 @@ def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spo
 @pytest.mark.parametrize(
     ("script", "variables", "message"),
     [
-        ("coin/lora", {"DATA": "/nowhere"}, "no folder /nowhere: put the files of coin there, or set DATA"),
+        ("coin/lora", {"DATA": "/nowhere"}, "no file /nowhere/Instructions/ScienceQA/train.json"),
         ("ucit/llava_cmoe", {"WARMUP": "/nowhere"}, "WARMUP=/nowhere: no /nowhere/train.json"),
         ("cluster/slurm", {"SCRIPT": "x"}, "DATA is not set"),
         ("cluster/multinode", {"SCRIPT": "x", "DATA": "x", "OUT": "x"}, "HOSTS is not set"),

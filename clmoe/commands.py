@@ -1,0 +1,143 @@
+"""What the verbs do that train, answer or read runs; ``cli`` imports this file when one of them is given."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clmoe import sequence
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.prepare import open_benchmark
+from clmoe.config import load_config
+from clmoe.convert.command import convert_any
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.answer import load
+from clmoe.evaluate.run import evaluate_base, evaluate_checkpoint
+from clmoe.methods import method_class
+from clmoe.plan import make_plan, plan_text
+from clmoe.report.page import write_report
+from clmoe.report.runs import read_run
+from clmoe.report.tables import report_text
+from clmoe.train.checkpoint import read_checkpoint
+from clmoe.train.loop import deepspeed_settings, stand_alone
+from clmoe.train.task import prepare_request, train_task
+from clmoe.utils.files import locked
+from clmoe.utils.processes import from_main
+
+
+def run(options: argparse.Namespace) -> str:
+    """``clmoe run``: the whole sequence of a benchmark."""
+    result = sequence.run(
+        options.method,
+        options.benchmark,
+        order=options.order,
+        seed=options.seed,
+        output=options.output,
+        base=options.base,
+        data=options.data,
+        deepspeed=options.deepspeed,
+        settings=options.settings,
+    )
+    shown = {name: value for name, value in result.metrics.items() if value is not None}
+    return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+
+
+def train(options: argparse.Namespace) -> str:
+    """``clmoe train``: one task, from the checkpoint before it to the next."""
+    deepspeed = None
+    if options.deepspeed:
+        deepspeed = deepspeed_settings(options.deepspeed)
+        stand_alone()
+    described = load_benchmark(options.benchmark, options.data, check_files=False)
+    config = load_config(options.config, described.recipe, options.settings, options.base)
+    order = described.order(options.order, config.seed)
+    needed = order if options.task == "all" else [options.task]
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
+    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    with locked(request.run):
+        done = train_task(request) is None
+    return f"{request.output}: {'finished before' if done else 'trained'}"
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, options.tasks))
+    with locked(options.output):
+        if options.checkpoint == "base":
+            config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
+            order = benchmark.order(options.order, config.seed)
+            return evaluate_base(options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring)
+        if options.config or options.base:
+            raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
+        for pair in options.settings:
+            if pair.split("=")[0].split(".")[0] not in ("evaluation", "locator", "options", "label"):
+                raise ClmoeError(f"{pair}: only evaluation.*, locator.*, options.* and label can change after training")
+        done = read_checkpoint(Path(options.checkpoint), options.settings)
+        if done.lineage.benchmark != benchmark.name:
+            raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
+        order = benchmark.order(options.order, done.config.seed)
+        limit = None if done.lineage.tasks[-1] == order[-1] else done.config.evaluation.limit
+        row, _ = evaluate_checkpoint(
+            options.output,
+            benchmark,
+            done,
+            done.config,
+            order,
+            limit=limit,
+            tasks=options.tasks,
+            scoring=options.scoring,
+        )
+        return row
+
+
+def report(options: argparse.Namespace) -> Any:
+    """``clmoe report``: tables and figures of runs."""
+    if options.json:
+        return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
+    output = options.output or options.runs[0] / "report"
+    written = write_report(options.runs, output, options.format, options.data)
+    return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
+
+
+def plan(options: argparse.Namespace) -> Any:
+    """``clmoe plan``: what a sequence trains and needs, before it is run."""
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    config = load_config(options.config, benchmark.recipe, options.settings, options.base)
+    method = method_class(config.method)(config)
+    order = benchmark.order(options.order, config.seed)
+    values = make_plan(
+        method, benchmark, order, options.gpus, options.deepspeed, options.tokens, options.extended_blocks
+    )
+    options.exit_code = int(bool(values["missing"]))
+    return values if options.json else plan_text(values)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """``clmoe demo``: ask a checkpoint in the browser."""
+    from clmoe.demo import build_page, launch, read_examples
+
+    done = read_checkpoint(options.checkpoint)
+    title = f"{done.config.name} on {done.lineage.benchmark}, after {done.lineage.tasks[-1]}"
+    examples = []
+    try:
+        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data)
+        examples = read_examples(benchmark, done.lineage.tasks)
+    except ClmoeError as error:
+        if options.benchmark or options.data:
+            raise
+        print(f"clmoe demo: no examples (--benchmark and --data say where they are): {error}", file=sys.stderr)
+    page = build_page(load(options.checkpoint, options.model), title, examples)
+    print(f"{title}: {launch(page, options.port)} (stop with Ctrl-C)", flush=True)
+    page.block_thread()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "run": run,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "plan": plan,
+    "convert": convert_any,
+    "demo": demo,
+}
