@@ -270,7 +270,8 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     below, above = _locator(low), _locator(high)
     if not isinstance(above, dict):
         raise ClmoeError(f"locator: expected a name or a mapping, got {above!r}")
-    if above.get("name", below.get("name")) != below.get("name"):
+    named = below.get("name")
+    if named is not None and above.get("name", named) != named:
         below = {key: value for key, value in below.items() if key != "options"}
     merged = _merge(low, high)
     return merged | {"locator": _merge(below, above)} if "locator" in merged else merged

@@ -96,7 +96,7 @@ def config_section() -> Iterator[str]:
 def verb_section() -> Iterator[str]:
     yield "## Verbs\n\nAn error that you can fix is one line on stderr and exit code 2. Exit code 75 means stopped by "
     yield "SIGTERM; the same command continues from there.\n"
-    for name, (text, add_arguments, _) in VERBS.items():
+    for name, (text, add_arguments) in VERBS.items():
         parser = argparse.ArgumentParser(add_help=False)
         add_arguments(parser)
         yield f"\n### clmoe {name}\n\n{text}\n\n{table('argument, default, meaning', map(option_row, parser._actions))}"

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 
 from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, read_prompts
@@ -24,7 +23,7 @@ from clmoe.errors import ClmoeError
 from clmoe.experts.forward import base_features
 from clmoe.utils.files import file_sha256, json_sha256
 from clmoe.utils.processes import from_main, in_order, is_main
-from clmoe.utils.tensors import load_tensors, replace_tensors, save_tensors
+from clmoe.utils.tensors import load_tensors, metadata, replace_tensors, save_tensors
 
 FILE = "locator.safetensors"
 """A checkpoint's locator."""
@@ -83,8 +82,7 @@ class Locator:
 
     def load(self, path: Path) -> None:
         """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another."""
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get("settings", "{}"))
+        stored = json.loads(metadata(path).get("settings", "{}"))
         for name, value in self._settings().items():
             if stored.get(name) != value:
                 was = f"{path}: was fitted with {name}={stored.get(name)}, not {value}"

@@ -23,17 +23,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, one tensor in memory at a time. Raises as ``load_tensors``."""
-    with _reading(path), safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118, it is no mapping
-            yield name, file.get_tensor(name)
-
-
-def tensor_names(path: Path) -> set[str]:
-    """Names in a file's header. Raises as ``load_tensors``."""
+def metadata(path: Path) -> dict[str, str]:
+    """What ``save_tensors`` wrote besides tensors. Raises as ``load_tensors``."""
     with _reading(path), safe_open(path, "np") as file:
-        return set(file.keys())
+        return file.metadata() or {}
 
 
 @contextmanager

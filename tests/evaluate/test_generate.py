@@ -123,9 +123,9 @@ def test_every_question_gets_its_answer_in_order(locating: Answerer, mixed: Aske
 def test_images_are_read_one_batch_at_a_time(locating: Answerer, mixed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images of a test set together may not fit into memory; once for the features, once for the answers."""
     read: list[int] = []
-    pending: list[int] = []
-    get = PromptDataset.__getitem__
-    monkeypatch.setattr(PromptDataset, "__getitem__", lambda self, i: pending.append(i) or get(self, i))
+    pending: list[Question] = []
+    get = PromptDataset.item
+    monkeypatch.setattr(PromptDataset, "item", lambda self, row, pixels: pending.append(row) or get(self, row, pixels))
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:

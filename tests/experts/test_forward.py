@@ -97,8 +97,8 @@ def prompts(base: LoadedBase) -> tuple[list[dict[str, Tensor]], dict[str, dict[s
         items.append(PromptItem(torch.tensor(ids), pictures[group]))
     pad = tokenizer.pad_token_id
     with patch.object(inputs, "WORTHWHILE", 2):
-        shared = inputs.share_prefixes(items, ROUTES, pad, tokenizer.image_token_id)
-    assert shared is not None and shared.group.tolist() == [0, 0, 1, 1, 2]
+        shared = inputs.prompt_inputs(base, items, ROUTES)
+    assert isinstance(shared, inputs.SharedPrompts) and shared.group.tolist() == [0, 0, 1, 1, 2]
     alone = [collate_prompts([item], pad) for item in items]
     return alone, {"shared": shared, "whole": collate_prompts(items[:4], pad)}
 
