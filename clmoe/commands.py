@@ -20,7 +20,7 @@ from clmoe.report.page import write_report
 from clmoe.report.runs import read_run
 from clmoe.report.tables import report_text
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import deepspeed_settings, stand_alone
+from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import prepare_request, train_task
 from clmoe.utils.files import locked
 from clmoe.utils.processes import from_main
@@ -45,16 +45,14 @@ def run(options: argparse.Namespace) -> str:
 
 def train(options: argparse.Namespace) -> str:
     """``clmoe train``: one task, from the checkpoint before it to the next."""
-    deepspeed = None
-    if options.deepspeed:
-        deepspeed = deepspeed_settings(options.deepspeed)
-        stand_alone()
+    deepspeed = use_deepspeed(options.deepspeed)
     described = load_benchmark(options.benchmark, options.data, check_files=False)
     config = load_config(options.config, described.recipe, options.settings, options.base)
     order = described.order(options.order, config.seed)
     needed = order if options.task == "all" else [options.task]
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
-    request = prepare_request(config, benchmark, options.task, order, options.previous, options.output, deepspeed)
+    previous = None if options.previous is None else read_checkpoint(options.previous)
+    request = prepare_request(config, benchmark, options.task, order, previous, options.output, deepspeed)
     with locked(request.run):
         done = train_task(request) is None
     return f"{request.output}: {'finished before' if done else 'trained'}"
@@ -77,18 +75,8 @@ def evaluate(options: argparse.Namespace) -> str:
         if done.lineage.benchmark != benchmark.name:
             raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
         order = benchmark.order(options.order, done.config.seed)
-        limit = None if done.lineage.tasks[-1] == order[-1] else done.config.evaluation.limit
-        row, _ = evaluate_checkpoint(
-            options.output,
-            benchmark,
-            done,
-            done.config,
-            order,
-            limit=limit,
-            tasks=options.tasks,
-            scoring=options.scoring,
-        )
-        return row
+        asked = {"tasks": options.tasks, "scoring": options.scoring}
+        return evaluate_checkpoint(options.output, benchmark, done, done.config, order, **asked)[0]
 
 
 def report(options: argparse.Namespace) -> Any:

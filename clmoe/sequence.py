@@ -13,14 +13,14 @@ from typing import Any
 from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark
 from clmoe.benchmarks.prepare import open_benchmark
-from clmoe.config import Config, load_config, recorded
+from clmoe.config import Config, load_config
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_base, evaluate_checkpoint
 from clmoe.methods import method_class
-from clmoe.train.checkpoint import FREE_TRAINING_KEYS, differences, read_checkpoint
-from clmoe.train.loop import deepspeed_settings, stand_alone
+from clmoe.train.checkpoint import Finished, differences, lasting, read_checkpoint
+from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.files import file_sha256, locked, read_json, write_json
 from clmoe.utils.logging import display, say
@@ -106,23 +106,21 @@ def run_sequence(
         ClmoeError: the folder holds a run with other settings (they are named, nothing is touched), files are missing
             or hold rows that cannot be used, or what training and evaluation raise.
     """
-    zero = None
-    if deepspeed is not None:
-        zero = deepspeed_settings(deepspeed)
-        stand_alone()
+    zero = use_deepspeed(deepspeed)
     method = method_class(config.method)(config)
+    steps = _steps(method.chain, order)
     with locked(run):
         settings = from_main(lambda: _settings(config, benchmark, order))
         from_main(lambda: _check_settings(run, settings))
         check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
-        if not all((run / name).exists() for name, _ in _steps(method.chain, order)):
+        if not all((run / name).exists() for name, _ in steps):
             from_main(lambda: _check_rows(benchmark, order))
             method.check_inputs(None, benchmark.root)
         from_main(lambda: write_json(run / SETTINGS, settings))
         with display(f"{config.name} on {benchmark.name}", len(order)):
             if method.chain == "none":
                 say(evaluate_base(run, benchmark, config, order))
-            checkpoints = _train_all(config, benchmark, order, run, zero)
+            checkpoints = _train_all(config, benchmark, order, run, steps, zero)
     matrix = AccuracyMatrix.read_csv(run / "matrix.csv")
     return Result(run, checkpoints, matrix, read_json(run / "metrics.json"))
 
@@ -134,17 +132,23 @@ def _steps(chain: str, order: list[str]) -> list[tuple[str, str]]:
     return [(f"{number:02}_{task}", task) for number, task in enumerate([UNION] if chain == "union" else order, 1)]
 
 
-def _train_all(config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None) -> list[Path]:
+def _train_all(
+    config: Config,
+    benchmark: Benchmark,
+    order: list[str],
+    run: Path,
+    steps: list[tuple[str, str]],
+    deepspeed: Path | None,
+) -> list[Path]:
     """Train and evaluate task after task on one base, which is loaded when it is first needed."""
     base: LoadedBase | None = None
+    done: Finished | None = None
     checkpoints: list[Path] = []
-    for name, task in _steps(method_class(config.method).chain, order):
-        previous = checkpoints[-1] if checkpoints else None
-        request = prepare_request(config, benchmark, task, order, previous, run / name, deepspeed)
+    for name, task in steps:
+        request = prepare_request(config, benchmark, task, order, done, run / name, deepspeed)
         base = train_task(request, base)
         done = read_checkpoint(request.output)
-        limit = None if done.lineage.tasks[-1] == order[-1] else config.evaluation.limit
-        row, base = evaluate_checkpoint(run, benchmark, done, config, order, limit=limit, base=base)
+        row, base = evaluate_checkpoint(run, benchmark, done, config, order, base=base)
         say(f"{len(checkpoints) + 1}/{len(order)} {row}")
         checkpoints.append(request.output)
     return checkpoints
@@ -160,9 +164,7 @@ def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
 
 def _settings(config: Config, benchmark: Benchmark, order: list[str]) -> dict[str, Any]:
     """Everything that decides the run's files."""
-    values = recorded(config)
-    for key in FREE_TRAINING_KEYS:
-        del values["training"][key]
+    values = lasting(config)
     del values["evaluation"]["batch_size"]
     train = {name: file_sha256(benchmark.task(name).train) for name in order}
     return {**values, "benchmark": benchmark.name, "order": order, "train": train}

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from clmoe.bases.inputs import over_prompt_batches, over_train_batches, train_dataset
+from clmoe.bases.inputs import over_train_batches, to_device, train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config, load_config
 from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
@@ -203,7 +203,9 @@ def train_batch(base: LoadedBase, pairs: Sequence[tuple[str, str]], image_root: 
 
 def prompt_batches(base: LoadedBase, dataset: PromptDataset, size: int) -> list[dict[str, Tensor]]:
     """All batches of prompts, in order."""
-    return over_prompt_batches(base, dataset, size, dict)
+    starts = range(0, len(dataset), size)
+    items = [dataset.__getitems__(range(start, min(start + size, len(dataset)))) for start in starts]
+    return [to_device(collate_prompts(batch, base.tokenizer.pad_token_id), base) for batch in items]
 
 
 def train_batches(base: LoadedBase, dataset: TrainDataset, size: int) -> list[dict[str, Tensor]]:

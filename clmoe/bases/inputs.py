@@ -7,7 +7,7 @@ on the question. Letters: B rows, G groups of rows with a common prefix, P and S
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -52,20 +52,10 @@ def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
 
 def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compute: Compute[R]) -> list[R]:
     """``compute`` of right-padded batches of whole records, in order; the processes share the work."""
-    return _over_batches(base, dataset, size, collate_train, compute)
 
-
-def over_prompt_batches(base: LoadedBase, dataset: PromptDataset, size: int, compute: Compute[R]) -> list[R]:
-    """``compute`` of left-padded batches of prompts, in order; the processes share the work."""
-    return _over_batches(base, dataset, size, collate_prompts, compute)
-
-
-def _over_batches(
-    base: LoadedBase, dataset: Any, size: int, collate: Callable[..., dict[str, Tensor]], compute: Compute[R]
-) -> list[R]:
     def one(start: int) -> R:
         items = dataset.__getitems__(range(start, min(start + size, len(dataset))))
-        return compute(to_device(collate(items, base.tokenizer.pad_token_id), base))
+        return compute(to_device(collate_train(items, base.tokenizer.pad_token_id), base))
 
     return in_order(range(0, len(dataset), size), one)
 
@@ -110,11 +100,6 @@ def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = No
         ordered = [sorted(rows, key=lambda row: (lengths[row], row)) for rows in ordered]
         ordered.sort(key=lambda rows: (images[rows[0]] is None, lengths[rows[-1]], rows[0]))
     return [row for rows in ordered for row in rows]
-
-
-def read_prompts(dataset: PromptDataset, rows: Sequence[int]) -> list[PromptItem]:
-    """Prompts of ``rows``; those of one image, which is read once, hold the same tensor."""
-    return dataset.__getitems__(rows)
 
 
 def prompt_inputs(

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, read_prompts
+from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, LocatorConfig
@@ -103,7 +103,7 @@ class Answerer:
 
         def generated(rows: list[int], redone: bool) -> list[Answer]:
             tasks = [found[row] for row in rows]
-            texts, margins = self.generate(read_prompts(dataset, rows), self.selection(tasks), max_new_tokens)
+            texts, margins = self.generate(dataset.__getitems__(rows), self.selection(tasks), max_new_tokens)
             return [
                 Answer(text.strip(), margin, redone, task)
                 for task, text, margin in zip(tasks, texts, margins, strict=True)

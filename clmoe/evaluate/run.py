@@ -47,21 +47,20 @@ def evaluate_checkpoint(
     config: Config,
     order: list[str],
     *,
-    limit: int | None = None,
     tasks: list[str] | None = None,
     scoring: Mode = "fixed",
     base: LoadedBase | None = None,
 ) -> tuple[str, LoadedBase | None]:
     """Fill a checkpoint's row of the accuracy matrix and write the run's files; loads no model if the row is filled.
 
-    Every process calls this; the main one writes. Returns the scores as one line, ``after text: sqa 40.0, text 91.3``,
+    Rows before the last task's ask ``evaluation.limit`` questions of each task, see ``sampled``. Every process calls
+    this; the main one writes. Returns the scores as one line, ``after text: sqa 40.0, text 91.3``,
     and the base without adapter, if it is loaded now.
 
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
         order: all tasks of the run, in training order.
-        limit: questions of each task, see ``sampled``; None asks all.
         tasks: by default all that were learned (the base: all), and the newest once more with its task known if the
             method keeps parts.
         base: the base, if it is loaded already.
@@ -80,6 +79,7 @@ def evaluate_checkpoint(
     if method.keeps_parts and learned and not tasks and not other and config.locator.name != "oracle":
         wanted.append((learned[-1], "oracle"))
     identity = base_fingerprint(resolve_model_path(config.model.path)) if done is None else done.identity
+    limit = config.evaluation.limit if learned and learned[-1] != order[-1] else None
     cells = [Cell(run, benchmark.task(n), by, scoring, limit, config, identity, learned) for n, by in wanted]
     missing = from_main(lambda: [cell for cell in cells if not cell.settled()])
     if missing:

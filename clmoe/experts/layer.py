@@ -71,6 +71,7 @@ class _AddExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs of ``forward``, in their order; None where none is needed."""
         x, S, weights, A, B, frozen, g, u = ctx.saved_tensors
         d_rows, first, gate = rows_of(d_out), ctx.frozen_rank, rows_of(weights).unsqueeze(-1)  # gate [N, E, 1]
         d_S = d_rows @ B

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, read_prompts
+from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config, FeatureKind, LocatorConfig, NoOptions, build
 from clmoe.data.batches import first_questions, sample_records
@@ -140,7 +140,7 @@ class FeatureStore:
         order = image_order([question.image if self.share_images else None for question in questions])
 
         def one(start: int) -> Tensor:
-            items = read_prompts(dataset, order[start : start + self.batch_size])
+            items = dataset.__getitems__(order[start : start + self.batch_size])
             routes = [() if self.share_images else row for row in range(len(items))]
             return base_features(model, prompt_inputs(self.base, items, routes), self.kind)
 

@@ -203,12 +203,18 @@ def training_identity(config: Config) -> str:
     return json_sha256(decisive(config))
 
 
-def decisive(config: Config) -> dict[str, Any]:
-    """All settings but those of the evaluation, the label, and what changes a result by rounding at most."""
+def lasting(config: Config) -> dict[str, Any]:
+    """All settings but those that change a training's result by rounding at most."""
     values = recorded(config)
-    del values["evaluation"], values["label"]
     for key in FREE_TRAINING_KEYS:
         del values["training"][key]
+    return values
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What determines a training: the lasting settings but the evaluation's and the label."""
+    values = lasting(config)
+    del values["evaluation"], values["label"]
     return values
 
 

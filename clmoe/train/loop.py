@@ -147,7 +147,16 @@ def deepspeed_settings(name: str) -> Path:
     return path
 
 
-def stand_alone() -> None:
+def use_deepspeed(name: str | None) -> Path | None:
+    """The settings that ``--deepspeed`` names, with this process prepared for them; None without DeepSpeed."""
+    if name is None:
+        return None
+    path = deepspeed_settings(name)
+    _stand_alone()
+    return path
+
+
+def _stand_alone() -> None:
     """Without a launcher: say in the environment that this process is the only one, which DeepSpeed insists on."""
     if "RANK" in os.environ:
         return

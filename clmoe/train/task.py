@@ -102,7 +102,7 @@ def prepare_request(
     benchmark: Benchmark,
     task: str,
     order: list[str],
-    previous: Path | None,
+    previous: Finished | None,
     output: Path,
     deepspeed: Path | None = None,
 ) -> TrainRequest:
@@ -126,10 +126,9 @@ def prepare_request(
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
     if previous is not None and method.chain == "union":
         raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
-    parent = None if previous is None else read_checkpoint(previous)
-    if parent is not None:
-        check_successor(parent, config, benchmark.name, task)
-    return TrainRequest(config, benchmark, task, order, parent, output, deepspeed)
+    if previous is not None:
+        check_successor(previous, config, benchmark.name, task)
+    return TrainRequest(config, benchmark, task, order, previous, output, deepspeed)
 
 
 def finished(request: TrainRequest) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from clmoe.bases.inputs import SharedPrompts, prompt_dataset, read_prompts
+from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
 from clmoe.data.batches import PromptDataset, collate_prompts
@@ -170,7 +170,7 @@ def test_generation_is_transformers_own(answerer: Answerer, shared: Asked, atten
     llava = adapted_base(answerer.model)
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
-    items = read_prompts(prompt_dataset(base, shared[0][:10], shared[1]), range(10))
+    items = prompt_dataset(base, shared[0][:10], shared[1]).__getitems__(range(10))
     routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.keeps_parts else [None] * 10
     seen: list[list[str]] = []
     texts, _ = answerer.generate(items, answerer.selection(routes), 4, seen.append)
