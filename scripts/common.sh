@@ -57,29 +57,45 @@ cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
 # A free port: two runs on one machine must not meet on the launcher's default.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-# setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt.
-# PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say).
+# setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt. What pip
+# or uv says goes to .venv/setup.log.
+# PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say). Offline, from a
+# folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder.
 setup() {
-  local extras=$1 python="" stamp
+  local extras=$1 python="" stamp log="$ROOT/.venv/setup.log" start=$SECONDS
   cd "$ROOT"
   stamp=".venv/installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${extras:-base}"
   if [ -e "$stamp" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       python=$candidate
       break
     fi
   done
   if [ -z "$python" ]; then
-    echo "clmoe needs Python 3.11 or 3.12; none found (set PYTHON=/path/to/python)" >&2
+    echo "clmoe needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=/path/to/python)" >&2
     exit 2
   fi
-  echo "Setting up .venv with $("$python" --version) (about two minutes)"
+  echo "Installing into .venv with $("$python" --version): 2 GB of disk (more with CUDA), about two minutes. Log: $log"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --constraint constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
-    torch==2.13.0
-  # naming torch again keeps the build that is installed
-  .venv/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 --editable ".${extras:+[$extras]}"
+  install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0 &&
+    install torch==2.13.0 --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
+    {
+      tail -n 20 "$log" >&2
+      echo "the installation failed; the whole log is $log" >&2
+      exit 1
+    }
   PATH="$ROOT/.venv/bin:$PATH"
   touch "$stamp"
+  echo "Installed in $((SECONDS - start)) s."
+}
+
+# install ARGUMENTS: pip's, through uv where it is present; quiet but for the log.
+install() {
+  if command -v uv >/dev/null; then
+    uv pip install --python .venv/bin/python --constraint constraints.txt ${PIP_NO_INDEX:+--no-index} \
+      ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$@" >>"$log" 2>&1
+  else
+    .venv/bin/python -m pip install --constraint constraints.txt "$@" >>"$log" 2>&1
+  fi
 }

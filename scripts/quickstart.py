@@ -1,0 +1,185 @@
+"""The quickstart's runs side by side, with a forecast, one line of progress for all, and the report.
+
+    python scripts/quickstart.py [--full] [--seed K] [--jobs N] [--out FOLDER] [--steps N] [--limit N]
+
+Four tasks of the embedded benchmark with a short schedule; with --full all eight, all methods, and the full schedule.
+The runs are scripts/grid.py's: the same line again skips what is finished and goes on with what is not.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import grid
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from clmoe.benchmarks.prepare import open_benchmark
+from clmoe.errors import ClmoeError
+from clmoe.utils.logging import clock, read_events
+
+BENCHMARK = "playground-coin"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+START = 700
+"""Rounds of the calibration that a run takes before its first step."""
+
+
+def rounds_per_second(jobs: int, seconds: float = 1.0) -> float:
+    """How fast one of ``jobs`` processes is: rounds of the small model's matrix products and activations, measured."""
+    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((1600, 128), (128, 344)))
+
+    def lane(_: int) -> int:
+        rounds, end = 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            y = x @ w
+            y *= 1 / (1 + np.exp(-y))
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(jobs) as lanes:
+        return sum(lanes.map(lane, range(jobs))) / jobs / seconds
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long runs take: from a calibration, and once a run has finished a task, from that run itself.
+
+    Attributes:
+        rate: rounds per second of one process.
+        cost: by row, the rounds of a training step with its share of all that a task needs besides.
+        tasks, steps: tasks of a run, training steps of a task.
+    """
+
+    rate: float
+    cost: dict[str, float]
+    tasks: int
+    steps: int
+
+    def whole(self, label: str) -> float:
+        """Seconds of a run."""
+        return (START + self.tasks * self.steps * self.cost[label]) / self.rate
+
+    def left(self, label: str, before: int, done: int, since: float, elapsed: float) -> float:
+        """Seconds that a run still takes, ``elapsed`` after its start.
+
+        It began with ``before`` finished tasks and finished ``done`` more, the last of them ``since`` after its start.
+        """
+        per_task = since / done if done else self.whole(label) / self.tasks
+        return max(0.0, per_task * (self.tasks - before) - elapsed)
+
+    def together(self, running: list[float], waiting: list[str], jobs: int) -> float:
+        """Seconds until all runs are finished: some ``running`` with these left, others ``waiting`` for a process."""
+        lanes = sorted(running + [0.0] * (jobs - len(running)))
+        for label in waiting:
+            lanes[0] += self.whole(label)
+            lanes.sort()
+        return lanes[-1]
+
+
+class Runs(grid.Grid):
+    """A grid whose runs tell how far they are."""
+
+    def __init__(self, args: argparse.Namespace, forecast: Forecast) -> None:
+        super().__init__(args)
+        self.forecast, self.seed = forecast, args.seeds[0]
+        self.chosen.sort(key=lambda row: -forecast.cost[row.label])  # the longest first, so that the last are short
+        self.waiting = [row.label for row in self.chosen if self.todo(row, self.seed)[0]]
+        self.started: dict[str, float] = {}
+
+    def run(self, row: grid.Row, seed: int, source: Future[None] | None = None) -> None:
+        """As in a grid."""
+        if row.label in self.waiting:
+            self.waiting.remove(row.label)
+            self.started[row.label] = time.time()
+        super().run(row, seed, source)
+        self.started.pop(row.label, None)
+
+    def state(self) -> tuple[float, str]:
+        """Seconds left of all runs, and the tasks that those under way are at."""
+        left, at = [], []
+        for label, start in dict(self.started).items():
+            rows: dict[str, float] = {}  # task: when its row of the matrix was last added to
+            for event in read_events(self.out / f"{label}-seed{self.seed}" / "events.jsonl"):
+                if event["event"] == "evaluated":
+                    rows[event["after"]] = datetime.fromisoformat(event["time"]).timestamp()
+            done = [moment - start for moment in rows.values() if moment > start]
+            elapsed, before = time.time() - start, len(rows) - len(done)
+            left.append(self.forecast.left(label, before, len(done), max(done, default=0.0), elapsed))
+            at.append(f"{label} {min(len(rows) + 1, self.forecast.tasks)}/{self.forecast.tasks}")
+        return self.forecast.together(left, self.waiting, self.args.jobs), ", ".join(at)
+
+
+def follow(runs: Runs, finished: list[Future[None]]) -> None:
+    """One line of progress until all are finished."""
+    console, start = Console(stderr=True), time.monotonic()
+    columns = (BarColumn(20), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=True) as progress:
+        row = progress.add_task("", total=None)
+        while wait(finished, timeout=1.0).not_done:
+            left, at = runs.state()
+            elapsed = time.monotonic() - start
+            progress.update(row, completed=elapsed, total=elapsed + left, description=f"{clock(left)} left: {at}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all methods, eight tasks, the full schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="methods side by side")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, help="per task; default 80, with --full the benchmark's")
+    parser.add_argument("--limit", type=int, default=100, help="test questions in all rows of the matrix but the last")
+    own = parser.parse_args()
+    quick = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
+    out = own.out or Path("runs/full" if own.full else "runs/quickstart")
+    order = "norm" if own.full else quick["order"]
+    benchmark = open_benchmark(BENCHMARK)
+    steps = own.steps or (benchmark.recipe["training"]["steps"] if own.full else quick["steps"])
+    overrides = [f"training.steps={steps}"] + ([] if own.full else [f"evaluation.limit={own.limit}"])
+    args = argparse.Namespace(
+        grid="table1" if own.full else "quickstart", benchmark=BENCHMARK, seeds=[own.seed], jobs=own.jobs, only=[],
+        order=order, out=out, base=None, data=None, overrides=overrides,
+        file=CONFIGS / ("grids.yaml" if own.full else "quickstart.yaml"),
+    )  # fmt: skip
+    forecast = Forecast(rounds_per_second(own.jobs), quick["cost"], len(benchmark.order(order, own.seed)), steps)
+    runs = Runs(args, forecast)
+    names = ", ".join(row.label for row in runs.chosen)
+    print(
+        f"{names}: {forecast.tasks} tasks of {BENCHMARK} ({order}), {steps} steps each, {own.jobs} methods at a time."
+    )
+    seconds = forecast.together([], runs.waiting, own.jobs)
+    print(f"By a calibration of this machine it takes about {clock(seconds)}." if runs.waiting else "All is finished.")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, runs.stop)
+    # one folder for what the frozen vision tower makes of an image, which all methods and their tests see
+    os.environ |= {"CLMOE_VISION": str(out / "vision"), "CLMOE_PROGRESS": "0"}
+    with ThreadPoolExecutor(own.jobs) as pool:
+        finished = [pool.submit(runs.run, row, own.seed) for row in runs.chosen]
+        follow(runs, finished)
+    for run in finished:
+        run.result()
+    if runs.stopped:
+        print(runs.stopped, file=sys.stderr)
+        return runs.code
+    folders = [str(out / f"{row.label}-seed{own.seed}") for row in runs.chosen]
+    report = out / "report"
+    code = subprocess.call([*grid.CLMOE, "report", *folders, "--format", "md,csv,html", "--output", str(report)])
+    print(f"Open {report}/report.html in a browser. For clmoe in your own shell: source .venv/bin/activate")
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ClmoeError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2)
