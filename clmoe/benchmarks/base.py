@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, read_yaml
@@ -159,7 +159,7 @@ class _TaskEntry:
 class _BenchmarkEntry:
     name: str = ""
     root: str = ""
-    prepare: str | None = None
+    prepare: Literal["playground", "coin", "cl4vqa"] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     tasks: list[_TaskEntry] = field(default_factory=list)
@@ -171,8 +171,7 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     ``check_files`` requires the training, test and gold files. Data that is built on first use may be absent
     altogether: ``open_benchmark`` builds it.
 
-    Raises:
-        ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
+    Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
     built_in = path.stem in known_configs("benchmarks") and find_config("benchmarks", path.stem).resolve() == path

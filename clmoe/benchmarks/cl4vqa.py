@@ -23,8 +23,7 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
     ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was done, one
     line each.
 
-    Raises:
-        ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
+    Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
     """
     lines = [task.half_there for task in benchmark.tasks if task.half_there]
     tasks = [task for task in benchmark.tasks if not task.train.is_file() and not task.test.is_file()]

@@ -36,8 +36,7 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     ``testB`` a question. A box that has no area after rounding would be a malformed answer: such training records are
     left out and counted. Returns what was done, one line each.
 
-    Raises:
-        ClmoeError: broken annotations, or a box of the test split has no area after rounding.
+    Raises ClmoeError: broken annotations, or a box of the test split has no area after rounding.
     """
     task, annotations = benchmark.task("Grounding"), benchmark.root / "RefCOCO"
     if task.train.is_file() and task.test.is_file():

@@ -8,7 +8,6 @@ from clmoe.benchmarks.cl4vqa import prepare_cl4vqa
 from clmoe.benchmarks.coin import prepare_grounding
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
-from clmoe.utils.names import unknown
 
 
 def _draw(benchmark: Benchmark) -> list[str]:
@@ -38,14 +37,9 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
 def prepare_benchmark(benchmark: Benchmark) -> str:
     """Build what can be built from the downloads that are there; returns what was done, one line each.
 
-    Raises:
-        ClmoeError: unknown builder, or files are still missing: what was done, and each file with its source.
+    Raises ClmoeError if files are still missing: what was done, and each file with its source.
     """
-    lines = []
-    if benchmark.prepare is not None:
-        if benchmark.prepare not in BUILDERS:
-            raise ClmoeError(f"benchmark {benchmark.name}: {unknown('builder', benchmark.prepare, BUILDERS)}")
-        lines = BUILDERS[benchmark.prepare](benchmark)
+    lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()
     if missing:
         raise ClmoeError("\n".join([*lines, f"{len(missing)} file(s) are missing below {benchmark.root}:", *missing]))
