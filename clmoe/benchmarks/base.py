@@ -19,7 +19,7 @@ from clmoe.data.batches import epoch_permutation
 from clmoe.data.records import Failed, Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import find_config, known_configs
+from clmoe.utils.paths import find_config, repository_root
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
@@ -174,12 +174,10 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
-    built_in = path.stem in known_configs("benchmarks") and find_config("benchmarks", path.stem).resolve() == path
+    built_in = path.parent == (repository_root() / "configs" / "benchmarks").resolve()
     where = f"{path}: benchmark"
     entry = build(_BenchmarkEntry, read_yaml(path), where)
     _require(entry, ("name", "root", "tasks"), where)
-    if built_in and entry.name != path.stem:
-        raise ClmoeError(f"{where}.name: expected {path.stem!r}, as the file is called, found {entry.name!r}")
     given = data_root or os.environ.get(ROOT_VARIABLE)
     folder = Path.cwd() if given or built_in else path.parent
     root = Path(os.path.abspath(folder / Path(given or entry.root).expanduser()))  # noqa: PTH100 (keeps users' links)
