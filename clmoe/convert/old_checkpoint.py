@@ -41,7 +41,7 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
 
     def fill(folder: Path) -> None:
         for name in files.keys() - set(DROPPED):
-            shutil.copy(source / name, folder / EXPANSION if name == "plan.json" else name)
+            shutil.copy(source / name, folder / (EXPANSION if name == "plan.json" else name))
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         changed = {"config_sha256": training_identity(config), "method": config.method}
         write_json(folder / LINEAGE, read_json(source / LINEAGE) | changed)
