@@ -20,7 +20,7 @@ def _corpus() -> Iterator[str]:
 
 
 def train_vocabulary(folder: Path) -> Path:
-    """``tokenizer.model`` and the two JSON files beside it, as in lmsys/vicuna-7b-v1.5; returns the folder.
+    """``tokenizer.model`` and the settings beside it, as in lmsys/vicuna-7b-v1.5; returns the folder.
 
     LLaMA's options: BPE, bytes as a fallback, every digit on its own, no normalisation, white space kept, a space
     put before every text, and ``<unk> <s> </s>`` as the first three pieces without a padding piece.
@@ -46,21 +46,6 @@ def train_vocabulary(folder: Path) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    settings = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": False,
-        "model_max_length": 4096,
-        "pad_token": None,
-        "padding_side": "right",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-    }
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {name: {"__type": "AddedToken", "content": token, **flags} for name, token in special.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | added, indent=2))
-    plain = {name: {"content": token, **flags} for name, token in special.items()}
-    (folder / "special_tokens_map.json").write_text(json.dumps(plain | {"pad_token": "<unk>"}, indent=2))
+    settings = {"add_bos_token": True, "model_max_length": 4096, "tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

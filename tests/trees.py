@@ -1,7 +1,5 @@
 """Miniature trees of the real benchmarks: eight invented rows per file, in exactly the published formats."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,20 +64,15 @@ def coin(root: Path) -> Path:
     save("ImageNet", *short_rows(root, "ImageNet/val", int, "What is the object in the image?" + WORD, ["Owl", "Tub"]))
     train, test = short_rows(root, "GQA/images", str, "On which side is it?" + WORD, ["left", "right"])
     save("GQA", train, test)
-    types = {"structural": "query", "semantic": "rel"}
-    gqa = {
-        row["question_id"]: {"answer": row["answer"], "isBalanced": True, "types": types, "semantic": []}
-        for row in test
-    }
+    gqa = {row["question_id"]: {"answer": row["answer"], "isBalanced": True, "semantic": []} for row in test}
     write(root / "GQA/testdev_balanced_questions.json", gqa)
     save("VizWiz", *short_rows(root, "VizWiz/val", int, "What is this?" + WORD, ["mug", "unanswerable"]), "val")
     coco = "COCO2014/train2014"
     ask = "Please provide the bounding box coordinate of the region this sentence describes: red cup."
     train, test = short_rows(root, coco, int, ask, ["[0.12, 0.30, 0.50, 0.94]"])
-    boxes = [
-        {**{k: v for k, v in r.items() if k != "answer"}, "answer_bbox": r["answer"], "size": [24, 16]} for r in test
-    ]
-    save("Grounding", train, boxes)
+    for row in test:
+        row |= {"answer_bbox": row.pop("answer"), "size": [24, 16]}
+    save("Grounding", train, test)
     save("VQAv2", *short_rows(root, coco, int, "Is it dark?" + WORD, ["yes", "no"]), "val")
     save("OCRVQA", *short_rows(root, "OCR-VQA/images", str, "Who is the author?" + WORD, ["Jane Austen", "Homer"]))
     return root
@@ -104,18 +97,8 @@ def _scienceqa(root: Path, save: Callable[[str, Rows, Rows], None]) -> None:
 def cl4vqa(root: Path) -> Path:
     """The authors' files: one answer, no annotators."""
     answers = {"judge": ["yes", "no"], "count": ["2", "3"], "color": COLOURS}
-    for task in [
-        "recognition",
-        "location",
-        "judge",
-        "commonsense",
-        "count",
-        "action",
-        "color",
-        "type",
-        "subcategory",
-        "causal",
-    ]:
+    words = "recognition location judge commonsense count action color type subcategory causal"
+    for task in words.split():
         question = f"What about the {task}?" + WORD
         train, test = short_rows(root, "COCO2014/train2014", int, question, answers.get(task, ["dog", "cat"]))
         write(root / f"train/train_q_{task}.json", train)
@@ -124,25 +107,17 @@ def cl4vqa(root: Path) -> Path:
 
 
 def ucit(root: Path) -> Path:
-    names = {"ImageNet-R": "train", "ArxivQA": "train_4w", "IconQA": "train", "CLEVR-Math": "train_4w"}
-    answers = {
-        "ImageNet-R": ["Goldfish", "Owl"],
-        "ArxivQA": ["A", "C"],
-        "IconQA": ["B", "5"],
-        "CLEVR-Math": ["3", "10"],
-    }
-    for name, train_name in names.items():
-        train, test = short_rows(root, f"{name}/images", int, "What is it?" + WORD, answers[name])
-        _save(root, name, train, test, train_name, "test_3000")
-    for name, train_name in {"VizWiz-caption": "train", "Flickr30k-cap": "train_brief_4w"}.items():
-        texts = [f"A {colour} mug on a desk." for colour in COLOURS]
-        train, test = short_rows(root, f"{name}/images", int, "Describe the image briefly.", texts)
-        _save(root, name, train, test, train_name, "test_3000")
-        notes = [
-            {"id": 2 * n + k, "image_id": n + 1, "caption": text}
-            for n in range(ROWS)
-            for k, text in enumerate((texts[n], "Mug on table."))
-        ]
+    def save(name: str, train_name: str, question: str, answers: list[str]) -> None:
+        _save(root, name, *short_rows(root, f"{name}/images", int, question, answers), train_name, "test_3000")
+
+    save("ImageNet-R", "train", "What is it?" + WORD, ["Goldfish", "Owl"])
+    save("ArxivQA", "train_4w", "What is it?" + WORD, ["A", "C"])
+    save("IconQA", "train", "What is it?" + WORD, ["B", "5"])
+    save("CLEVR-Math", "train_4w", "What is it?" + WORD, ["3", "10"])
+    texts = [f"A {colour} mug on a desk." for colour in COLOURS]
+    notes = [{"image_id": n + 1, "caption": text} for n in range(ROWS) for text in (texts[n], "Mug on table.")]
+    for name, train_name in (("VizWiz-caption", "train"), ("Flickr30k-cap", "train_brief_4w")):
+        save(name, train_name, "Describe the image briefly.", texts)
         gt = {"images": [{"id": n + 1} for n in range(ROWS)], "annotations": notes}
         write(root / name / "val_coco_type_3000.json", gt)
     return root
@@ -150,20 +125,19 @@ def ucit(root: Path) -> Path:
 
 def mllm_dcl(root: Path) -> Path:
     sets = {
-        "RS": ("images", "Is there a road?", ["yes", "no"]),
-        "Med": ("images", "What is shown?", ["liver", "no"]),
-        "AD": ("images", "Which car is ahead?", ["the red car", "B"]),
-        "Sci": ("images", "Which states are red?", ["Ohio, Texas", "Utah"]),
-        "Fin": ("images", "Will it rise?", ["Yes", "B"]),
+        "RS": ("Is there a road?", ["yes", "no"]),
+        "Med": ("What is shown?", ["liver", "no"]),
+        "AD": ("Which car is ahead?", ["the red car", "B"]),
+        "Sci": ("Which states are red?", ["Ohio, Texas", "Utah"]),
+        "Fin": ("Will it rise?", ["Yes", "B"]),
     }
-    for name, (images, question, answers) in sets.items():
-        train, test = short_rows(root / name, images, int, question, answers)
+    for name, (question, answers) in sets.items():
+        train, test = short_rows(root / name, "images", int, question, answers)
         if name == "Sci":
             for n, row in enumerate(test):
                 kind = ("AI2D", "MapQA")[n % 2]
                 row["image"] = draw(root / name, f"images/{kind}_{n}.png", n)
-        write(root / name / "train.json", train)
-        write(root / name / "test.json", test)
+        _save(root, name, train, test, "train", "test")
     return root
 
 

@@ -96,7 +96,7 @@ class LoadedBase:
 
     def read_pixels(self, path: Path) -> Tensor:
         """An image file as the tower's input ``[3, H, W]`` float32."""
-        return images.read_pixels(path, self.image_processor)
+        return images.preprocess(images.load_image(path), self.image_processor)
 
     def read_image(self, path: Path) -> Tensor:
         """Pixels of an image file or, with ``vision``, its features ``[P, D]``, which must have been computed."""
@@ -119,9 +119,8 @@ class LoadedBase:
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
-    Raises:
-        ClmoeError: the folder is not a LLaVA in transformers' format, a tensor is missing or does not fit config.json,
-            attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
+    Raises ClmoeError: the folder is not a LLaVA in transformers' format, a tensor is missing or does not fit
+    config.json, attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
     """
     _check_means(config, torch.device(device))
     disable_progress_bar()
@@ -163,8 +162,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 def shapes_file(config: ModelConfig) -> Path:
     """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
 
-    Raises:
-        ClmoeError: neither exists.
+    Raises ClmoeError: neither exists.
     """
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:

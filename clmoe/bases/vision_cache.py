@@ -66,8 +66,7 @@ class VisionCache:
     def fill(self, tower: nn.Module, images: Iterable[Path], read_pixels: Callable[[Path], Tensor]) -> None:
         """Compute what is missing with the model's ``CachedTower``; the processes share the work, and all must call it.
 
-        Raises:
-            ClmoeError: an image is missing, or the disk is full.
+        Raises ClmoeError: an image is missing, or the disk is full.
         """
         assert isinstance(tower, CachedTower)
         missing = from_main(lambda: self._missing(set(images)))

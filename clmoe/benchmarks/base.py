@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, read_yaml
@@ -19,7 +19,7 @@ from clmoe.data.batches import epoch_permutation
 from clmoe.data.records import Failed, Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import find_config, known_configs
+from clmoe.utils.paths import find_config, repository_root
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
@@ -159,7 +159,7 @@ class _TaskEntry:
 class _BenchmarkEntry:
     name: str = ""
     root: str = ""
-    prepare: str | None = None
+    prepare: Literal["playground", "coin", "cl4vqa"] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     tasks: list[_TaskEntry] = field(default_factory=list)
@@ -171,16 +171,13 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     ``check_files`` requires the training, test and gold files. Data that is built on first use may be absent
     altogether: ``open_benchmark`` builds it.
 
-    Raises:
-        ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
+    Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
-    built_in = path.stem in known_configs("benchmarks") and find_config("benchmarks", path.stem).resolve() == path
+    built_in = path.parent == (repository_root() / "configs" / "benchmarks").resolve()
     where = f"{path}: benchmark"
     entry = build(_BenchmarkEntry, read_yaml(path), where)
     _require(entry, ("name", "root", "tasks"), where)
-    if built_in and entry.name != path.stem:
-        raise ClmoeError(f"{where}.name: expected {path.stem!r}, as the file is called, found {entry.name!r}")
     given = data_root or os.environ.get(ROOT_VARIABLE)
     folder = Path.cwd() if given or built_in else path.parent
     root = Path(os.path.abspath(folder / Path(given or entry.root).expanduser()))  # noqa: PTH100 (keeps users' links)

@@ -9,7 +9,7 @@ from pathlib import Path
 from clmoe.benchmarks.base import Benchmark, Task, complete
 from clmoe.benchmarks.gold import READERS
 from clmoe.data.images import load_image
-from clmoe.data.records import Question, iterate_questions, iterate_train
+from clmoe.data.records import Question, iterate_train, load_questions
 from clmoe.errors import ClmoeError
 
 GoldProblem = Callable[[str, Question], str | None]
@@ -64,7 +64,7 @@ def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: Go
     if task.test.is_file():
         before = len(result.bad)
         with result.listing():
-            questions += iterate_questions(task.test, task.image_root, result.failed, answered=task.gold is None)
+            questions = load_questions(task.test, task.image_root, result.failed, answered=task.gold is None)
         images.update(task.image_root / question.image for question in questions if question.image)
         if task.gold is not None and len(result.bad) > before and READERS[task.gold.reader].whole:
             result.notes.append(f"{task.name}: expected answers are checked once all rows of the test file are good")

@@ -84,11 +84,9 @@ def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Fai
     asked = {question.question_id for question in questions}
     lacking = [name for name in split if name not in asked]
     if lacking:
-        text = (
-            f"{splits_file}: {len(lacking)} of the {len(split)} questions of split 'test' are not in the test file, "
-            f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
-        )
-        failed(ClmoeError(text))
+        of = f"{len(lacking)} of the {len(split)} questions of split 'test' are not in the test file"
+        fix = f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
+        failed(ClmoeError(f"{splits_file}: {of}, {fix}"))
 
     def answered(question: Question) -> Question:
         problem = _entry(problems_file, problems, question.question_id)

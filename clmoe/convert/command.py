@@ -5,20 +5,14 @@ from pathlib import Path
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.convert.legacy_adapters import convert_adapter
-from clmoe.convert.liuhaotian import convert_liuhaotian
 from clmoe.convert.old_checkpoint import convert_old_checkpoint, is_old_checkpoint
-from clmoe.convert.vicuna import convert_vicuna
+from clmoe.convert.weights import convert_liuhaotian, convert_vicuna
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
 
 LIUHAOTIAN, LLAMA, ADAPTER = "an original LLaVA", "a LLaMA or Vicuna", "an adapter of CoIN or CL-MoE"
 OLD = "a checkpoint that clmoe 0.1 sealed"
-NEEDED = {
-    LIUHAOTIAN: {"vision"},
-    LLAMA: {"vision", "projector"},
-    ADAPTER: {"model", "benchmark", "tasks"},
-    OLD: set[str](),
-}
+NEEDED = {LIUHAOTIAN: {"vision"}, LLAMA: {"vision", "projector"}, ADAPTER: {"model", "benchmark", "tasks"}, OLD: set()}
 """The options that each format needs; it takes no others."""
 
 

@@ -20,7 +20,7 @@ from torch import Size, Tensor
 
 from clmoe.bases.llava import base_fingerprint, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark
-from clmoe.config import Config, dump_config, load_config, merge
+from clmoe.config import LINEARS, Config, dump_config, load_config, merge
 from clmoe.convert.weights import PROJECTOR, check_tensors, check_written, open_tensors, renamed
 from clmoe.errors import ClmoeError
 from clmoe.experts.model import adapted_base, adapter_tensors, count_parameters
@@ -33,7 +33,6 @@ from clmoe.utils.tensors import save_tensors
 
 METHODS = {"MOE_LORA_CoIN": "moelora", "MOE_LORA_CLMoE": "moelora", "LORA": "lora"}  # their peft_type -> our method
 PROJECTOR_FILE = "non_lora_trainables.bin"
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 START = "base_model.model.model."
 PLACES = {f"{START}language_model.": START, **{START + ours: f"base_model.model.{p}" for ours, p in PROJECTOR.items()}}
 """Beginning of a name in our file -> in theirs; ``_pieces`` has the ends."""
@@ -48,8 +47,7 @@ PLAIN = {
 def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
     """``peft_type``, and our configuration's ``adapter`` section.
 
-    Raises:
-        ClmoeError: another kind of adapter, or a setting that changes the formula above.
+    Raises ClmoeError for another kind of adapter, or a setting that changes the formula above.
     """
     where = folder / "adapter_config.json"
     values = read_json(where)
@@ -84,8 +82,7 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
         model: what the adapter was trained on; only its shapes and identity are read.
         tasks: learned so far, oldest first.
 
-    Raises:
-        ClmoeError: a file is missing, hostile or does not fit; a tensor is missing, unknown or of another shape.
+    Raises ClmoeError where a file or tensor is missing, unknown, hostile or does not fit.
     """
     for task in tasks:
         benchmark.task(task)

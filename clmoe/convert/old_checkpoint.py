@@ -17,7 +17,6 @@ from clmoe.utils.tensors import load_tensors
 OLD_BANK = {"vae": LOCATOR_FILE, "prototype": "prototypes.safetensors"}
 """LLaVA-CMoE kept two locators: the file of each."""
 
-RENAMED = {"plan.json": EXPANSION}
 DROPPED = (MANIFEST, "README.md", CONFIG, LINEAGE, *OLD_BANK.values())
 
 
@@ -31,8 +30,7 @@ def is_old_checkpoint(folder: Path) -> bool:
 def convert_old_checkpoint(source: Path, target: Path) -> str:
     """Write ``source`` anew as ``target``; return what it was.
 
-    Raises:
-        ClmoeError: a file is missing or damaged, or a setting has no counterpart.
+    Raises ClmoeError: a file is missing or damaged, or a setting has no counterpart.
     """
     files = read_json(source / MANIFEST)["files"]
     for name, entry in files.items():
@@ -43,7 +41,7 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
 
     def fill(folder: Path) -> None:
         for name in files.keys() - set(DROPPED):
-            shutil.copy(source / name, folder / RENAMED.get(name, name))
+            shutil.copy(source / name, folder / (EXPANSION if name == "plan.json" else name))
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         changed = {"config_sha256": training_identity(config), "method": config.method}
         write_json(folder / LINEAGE, read_json(source / LINEAGE) | changed)

@@ -42,8 +42,7 @@ PROJECTOR = {
     "multi_modal_projector.linear_2.": "model.mm_projector.2.",
 }
 CLIP = {"vision_tower.vision_model.": "vision_model."}
-LIUHAOTIAN = LLAMA | PROJECTOR
-LIUHAOTIAN_TOWER = {"vision_tower.vision_model.": "model.vision_tower.vision_tower.vision_model."}
+OWN_TOWER = "model.vision_tower.vision_tower.vision_model."
 IN_MEMORY = {  # in transformers' LlavaForConditionalGeneration
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -57,6 +56,8 @@ LEFT_OUT = re.compile(
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHARD_SIZE = "5GB"
+Part = tuple[Path, dict[str, Tensor], dict[str, str]]
+"""Where tensors come from, they themselves, and their layout."""
 
 
 def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
@@ -68,15 +69,15 @@ def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
 def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or a pickle, mapped; a pickle in torch's format before 1.6 is read whole.
 
-    Raises:
-        ClmoeError: the file is missing or damaged, or it asks for anything but dense tensors; nothing of it is run.
+    Raises ClmoeError: the file is missing or damaged, or it asks for anything but dense tensors; nothing of it is run.
     """
     if not path.is_file():
         raise ClmoeError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_mappable(path))
+    try:  # torch's zip format can be mapped where nothing is compressed: a map shows members as they are
+        mapped = is_zipfile(path) and all(member.compress_type == ZIP_STORED for member in ZipFile(path).infolist())
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a strange file makes torch raise almost anything
         raise ClmoeError(f"{path}: refused: {_reason(error)}") from error
     if not isinstance(content, dict):
@@ -87,11 +88,6 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _mappable(path: Path) -> bool:
-    """Whether this is torch's zip format with nothing compressed: a map shows members as they are."""
-    return is_zipfile(path) and all(member.compress_type == ZIP_STORED for member in ZipFile(path).infolist())
-
-
 def _reason(error: Exception) -> str:
     """One line of torch's message, which goes on to explain how to switch the protection off."""
     text = str(error).strip() or type(error).__name__
@@ -100,26 +96,25 @@ def _reason(error: Exception) -> str:
     return "torch does not recognise it as weights" if "weights_only" in text else text.splitlines()[0][:300]
 
 
-def find_weights(folder: Path) -> list[Path]:
-    """The weight files of a model folder, safetensors before pickles.
+def model_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder, of safetensors rather than pickles, as ``open_tensors``.
 
-    Raises:
-        ClmoeError: there are none, or their index is broken.
+    Raises ClmoeError: there are no weights, their index is broken, or two files hold the same name.
     """
     for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = file.with_name(f"{file.name}.index.json")
         if file.is_file():
-            return [file]
+            return open_tensors(file)
         if index.is_file():
             try:
-                return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+                files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
             except (KeyError, TypeError, AttributeError) as error:
                 raise ClmoeError(f"{index}: not an index of weights: {error!r}") from error
+            return _merged(files)
     raise ClmoeError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, whole or in shards")
 
 
-def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of several files. Raises as ``open_tensors``, and where two files hold the same name."""
+def _merged(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         found = open_tensors(path)
@@ -164,15 +159,14 @@ PROBES = (
     "\nlines\n\n\n  and\ttabs\r\n\n",
     "naïve “café” Ωμέγα 狗 한국 עברית \u00a0🐕👩‍🚀 e\u0301",
 )
-"""Texts on which the written tokenizer is compared. None begins with a blank, nor does any prompt: there transformers'
-Llama tokenizer does not put a second one before it, as SentencePiece does."""
+"""Texts on which the written tokenizer is compared. None begins with a blank, nor does any prompt: there SentencePiece
+puts a second one before it, and transformers does not."""
 
 
 def read_tower(folder: Path) -> tuple[Any, Any]:
     """``CLIPVisionConfig`` and image processor of a CLIP folder, a whole CLIP or its vision model alone.
 
-    Raises:
-        ClmoeError: another kind of model, or an image processor that is missing or crops to another size.
+    Raises ClmoeError for another kind of model, or an image processor that is missing or crops to another size.
     """
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
@@ -257,18 +251,51 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
 # ---- Writing
 
 
-def assemble(
-    source: Path, target: Path, vision: Path, connection: dict[str, Any], parts: list[tuple[list[Path], dict[str, str]]]
-) -> int:
+def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
+    """Write LLaVA-1.5 as its authors publish it (liuhaotian/llava-v1.5-7b, 13b); return what was found.
+
+    The tower's weights come from the checkpoint where it has them, for it may have trained them, else from the CLIP
+    folder, which says how images are scaled in either case. Raises ClmoeError as ``_assemble``.
+    """
+    values = read_json(source / "config.json")
+    check_connection(values, source / "config.json")
+    tensors = model_tensors(source)
+    if any(name.startswith(OWN_TOWER) for name in tensors):
+        tower, layout, parts = "its own vision tower", {"vision_tower.vision_model.": OWN_TOWER}, []
+    else:
+        tower, layout, parts = f"the vision tower of {vision}", {}, [(vision, model_tensors(vision), CLIP)]
+    whole = (source, tensors, LLAMA | PROJECTOR | layout)
+    return f"original LLaVA {source} with {tower}: {_assemble(source, target, vision, values, [whole, *parts])} tensors"
+
+
+def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) -> str:
+    """Write the papers' start from a LLaMA (Vicuna), a CLIP and a projector; return what was put together.
+
+    LLaVA-1.5's first stage trains ``mm_projector.bin`` on captions with both models frozen. A config.json that it left
+    beside the file says which of the tower's features are taken; without one they are LLaVA-1.5's. Raises ClmoeError as
+    ``_assemble``.
+    """
+    beside = projector.with_name("config.json")
+    connection = read_json(beside) if beside.is_file() else {"mm_projector_type": "mlp2x_gelu"}
+    check_connection(connection, beside)
+    parts = [
+        (projector, open_tensors(projector), PROJECTOR),
+        (source, model_tensors(source), LLAMA),
+        (vision, model_tensors(vision), CLIP),
+    ]
+    count = _assemble(source, target, vision, connection, parts)
+    return f"LLaMA {source} with CLIP {vision} and projector {projector}: {count} tensors"
+
+
+def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, Any], parts: list[Part]) -> int:
     """Write a LLaVA folder, whole or not at all; return its number of tensors.
 
     Args:
         source: folder with the language model's config.json and tokenizer.
         connection: as in ``llava_config``.
-        parts: weight files and their layout; together they cover the model.
+        parts: together they cover the model.
 
-    Raises:
-        ClmoeError: a size, the tokenizer or a tensor does not fit, or the disk does not hold what was written.
+    Raises ClmoeError: a size, the tokenizer or a tensor does not fit, or the disk does not hold what was written.
     """
     language, (tokenizer, ids) = read_json(source / "config.json"), read_tokenizer(source)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -289,9 +316,8 @@ def assemble(
     widened = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     before = shapes | {name: Size([vocabulary, *shapes[name][1:]]) for name in widened}
     tensors: dict[str, Tensor] = {}
-    for files, layout in parts:
-        found, names = read_weights(files), renamed(shapes, layout)
-        where = files[0] if len(files) == 1 else files[0].parent
+    for where, found, layout in parts:
+        names = renamed(shapes, layout)
         check_tensors(found, {there: before[name] for there, name in names.items()}, where)
         tensors |= {name: found[there] for there, name in names.items()}
     tensors |= {name: _widen(tensors[name], shapes[name][0]) for name in widened}
@@ -349,7 +375,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
 
 def check_written(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Raise ClmoeError naming a tensor unless a folder's safetensors files hold exactly these, bit for bit."""
-    written = read_weights(sorted(folder.glob("*.safetensors")))
+    written = _merged(sorted(folder.glob("*.safetensors")))
     for name in written.keys() | tensors.keys():
         pair = [held[name].contiguous().view(torch.uint8) for held in (written, tensors) if name in held]
         if len(pair) < 2 or not torch.equal(*pair):

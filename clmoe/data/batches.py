@@ -77,9 +77,8 @@ class _Items(Dataset[Item]):
 class TrainDataset(_Items[TrainItem]):
     """Training records as items.
 
-    Raises:
-        ClmoeError: at once if there are no records or the first one shows that the tokenizer does not fit the template;
-            on access for a bad image or a record whose answer lies beyond ``max_length``.
+    Raises ClmoeError at once if there are no records or the first one shows that the tokenizer does not fit the
+    template; on access for a bad image or a record whose answer lies beyond ``max_length``.
     """
 
     def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
@@ -110,9 +109,6 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, TrainItem]:
-        return index, self.dataset[index]
-
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]]:
         return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
 
@@ -127,8 +123,7 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     ``pixel_values [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image, in order;
     the key is absent if none has.
     """
-    batch = _padded([item.input_ids for item in items], pad_id)
-    return batch | {"labels": _pad([item.labels for item in items], IGNORE)} | _stacked(items)
+    return _collate(items, pad_id, "right") | {"labels": _pad([item.labels for item in items], IGNORE, "right")}
 
 
 def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
@@ -138,21 +133,21 @@ def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dic
 
 def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
     """A batch to generate from, padded on the left; keys and shapes as in ``collate_train``, without labels."""
-    return _padded([item.input_ids for item in items], pad_id, left=True) | _stacked(items)
+    return _collate(items, pad_id, "left")
 
 
-def _padded(rows: Sequence[Tensor], pad_id: int, left: bool = False) -> dict[str, Tensor]:
-    mask = _pad([torch.ones_like(row) for row in rows], 0, left)
-    return {"input_ids": _pad(rows, pad_id, left), "attention_mask": mask}
+def _collate(items: Sequence[PromptItem], pad_id: int, side: str) -> dict[str, Tensor]:
+    masks = [torch.ones_like(item.input_ids) for item in items]
+    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    batch = {
+        "input_ids": _pad([item.input_ids for item in items], pad_id, side),
+        "attention_mask": _pad(masks, 0, side),
+    }
+    return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
 
 
-def _pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left" if left else "right")
-
-
-def _stacked(items: Sequence[PromptItem]) -> dict[str, Tensor]:
-    present = [item.pixel_values for item in items if item.pixel_values is not None]
-    return {"pixel_values": torch.stack(present)} if present else {}
+def _pad(rows: list[Tensor], value: int, side: str) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 # ---- Sampling

@@ -13,21 +13,15 @@ from PIL import Image, ImageOps
 
 from clmoe.errors import ClmoeError
 
-MAX_PIXELS = 178_956_970
-"""Largest accepted width x height: where Pillow itself reports a decompression bomb."""
-
 
 def load_image(path: Path) -> Image.Image:
     """Decode an image file completely, as RGB.
 
-    Raises:
-        ClmoeError: the file cannot be decoded, is larger than MAX_PIXELS, or has more than 8 bits per channel.
+    Raises ClmoeError if it cannot be decoded, has more than 8 bits per channel, or is so large (179 megapixels) that
+    Pillow suspects a decompression bomb.
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ClmoeError(f"{path}: {width} x {height} pixels; at most {MAX_PIXELS} are accepted. Scale it down")
             return to_rgb(image, str(path))
     except ClmoeError:
         raise
@@ -46,13 +40,9 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """Pad with the processor's mean colour, then let the processor resize and normalise: ``[3, H, W]`` float32.
 
-    As in LLaVA-1.5's ``expand2square``, an odd remainder puts the extra line on the right or at the bottom.
-
-    Args:
-        image_processor: a transformers image processor with ``image_mean`` (CLIPImageProcessor or alike).
-
-    Raises:
-        ClmoeError: the processor would crop the padded square, or the image has more than 8 bits per channel.
+    As in LLaVA-1.5's ``expand2square``, an odd remainder puts the extra line on the right or at the bottom. Raises
+    ClmoeError if the processor (with ``image_mean``: CLIP's or alike) would crop the padded square, or the image has
+    more than 8 bits per channel.
     """
     _refuse_cropping(image_processor)
     side = max(image.size)
@@ -61,11 +51,6 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     background = tuple(int(value * 255) for value in image_processor.image_mean)
     square = ImageOps.expand(to_rgb(image), border, background)
     return image_processor(images=square, return_tensors="pt")["pixel_values"][0].to(torch.float32).contiguous()
-
-
-def read_pixels(image: Path, image_processor: Any) -> torch.Tensor:
-    """An image file as the vision tower's input, see ``load_image`` and ``preprocess``."""
-    return preprocess(load_image(image), image_processor)
 
 
 def _refuse_cropping(image_processor: Any) -> None:

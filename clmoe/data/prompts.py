@@ -47,9 +47,8 @@ def encode_training(
 ) -> Encoded:
     """Token ids and labels of a record, truncated on the right to ``max_length`` tokens, the image's included.
 
-    Raises:
-        ClmoeError: the tokenizer does not fit the template, the text holds a special token (``</s>``, ``<image>``), or
-            truncation leaves no answer token. The message names the record.
+    Raises ClmoeError: the tokenizer does not fit the template, the text holds a special token (``</s>``, ``<image>``),
+    or truncation leaves no answer token. The message names the record.
     """
     where = f"record {record.id!r}"
     has_image = record.image is not None

@@ -128,9 +128,7 @@ def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
 
     The images must exist; they are not decoded. Published LLaVA files repeat ids, so the second and later rows of an id
     get ``#2``, ``#3``, ... in file order. Records of a file of LARGE_FILE bytes or more stay on disk.
-
-    Raises:
-        ClmoeError: at the first bad row.
+    Raises ClmoeError at the first bad row.
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size >= LARGE_FILE:
@@ -155,7 +153,9 @@ def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) ->
     return _each_row(path, record, failed)
 
 
-def load_questions(path: Path, image_root: Path, *, answered: bool = True, images: bool = True) -> list[Question]:
+def load_questions(
+    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
+) -> list[Question]:
     """Read and check a file of ``{"question_id", "image"?, "text", "answer", ...}``; other keys end up in ``extra``.
 
     Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
@@ -164,16 +164,9 @@ def load_questions(path: Path, image_root: Path, *, answered: bool = True, image
         answered: every row must have one of GOLD_FIELDS; False if another file holds the expected answers.
         images: False if the images need not exist.
 
-    Raises:
-        ClmoeError: at the first bad row; a repeated question id makes a row bad.
+    Raises ClmoeError at the first bad row (a repeated question id makes a row bad). With ``failed``, bad rows are
+    reported to it and skipped.
     """
-    return list(iterate_questions(path, image_root, answered=answered, images=images))
-
-
-def iterate_questions(
-    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
-) -> Iterator[Question]:
-    """The questions of ``load_questions``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
     known: set[str] | None = set() if images else None
     first_row: dict[str, int] = {}
 
@@ -186,7 +179,7 @@ def iterate_questions(
         text = _question_text(row, "text", row.text("text", row.data.get("text")), image)
         return Question(question_id, image, text, *_gold(row, answered))
 
-    return _each_row(path, question, failed)
+    return list(_each_row(path, question, failed))
 
 
 def _each_row(path: Path, make: Callable[[_Row], R], failed: Failed | None) -> Iterator[R]:

@@ -30,11 +30,7 @@ MARKER = "benchmark.json"
 WARMUP = "warmup"
 WARMUP_TURNS = 4
 
-
 TASKS: dict[str, tuple[TaskSpec, ...]] = {"playground-coin": COIN_TASKS, "playground-cl4vqa": CL4VQA_TASKS}
-SHARED_IMAGES = ("playground-cl4vqa",)
-"""Benchmarks with one pool of images for all tasks."""
-
 ROWS = {"train": 2_000, "test": 300}
 """Of each task's files."""
 
@@ -76,7 +72,7 @@ def _is_complete(target: Path, marker: str) -> bool:
 
 def _write(folder: Path, benchmark: str) -> None:
     """All files of a benchmark but the marker."""
-    shared = benchmark in SHARED_IMAGES
+    shared = TASKS[benchmark] is CL4VQA_TASKS  # one pool of images for all tasks
     pools = {split: _scene_pool(split, folder / "images") for split in ROWS} if shared else {}
     for task in TASKS[benchmark]:
         for split, count in ROWS.items():

@@ -45,7 +45,6 @@ RECORDS = [TrainRecord(str(i), image, TURNS) for i, image in enumerate(("0.png",
 
 def fill(base: LoadedBase, *images: Path) -> dict[str, bytes]:
     """What the cache holds when these are in it."""
-    assert base.vision is not None
     base.vision.fill(vision_tower_of(base.model), images, base.read_pixels)
     return contents(base.vision.folder)
 
@@ -76,7 +75,6 @@ def test_records_give_the_same_states(
 
 
 def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, images: Path) -> None:
-    assert base.vision is not None
     fill(base, images / NAMES[1])
     in_pieces = fill(base, *(images / name for name in NAMES))
     assert len(in_pieces) == 3
@@ -89,7 +87,6 @@ def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, ima
 
 
 def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, images: Path) -> None:
-    assert base.vision is not None
     again = Path(shutil.copy(images / NAMES[0], images / "again.png"))
     assert len(fill(base, images / NAMES[0], again)) == 1
     before = base.vision.read(again)
@@ -120,7 +117,6 @@ def test_every_cause_of_other_features_is_another_folder(
 
 
 def test_bad_files_are_named(base: LoadedBase, images: Path) -> None:
-    assert base.vision is not None
     with pytest.raises(ClmoeError, match=r"nowhere\.png"):
         train_dataset(base, [TrainRecord("1", "nowhere.png", TURNS)], images, 256)
     (images / "broken.png").write_bytes(b"no image")

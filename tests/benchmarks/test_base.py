@@ -1,8 +1,5 @@
 """Benchmark files: where data is looked for, task orders, errors that name the nearest valid choice, and limits."""
 
-from __future__ import annotations
-
-import re
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -71,16 +68,9 @@ def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data
     loaded = load_benchmark("mine")
     assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, {"epochs": 1}, None)
     assert [task.name for task in loaded.tasks] == ["one", "two", "three"]
-    assert loaded.task("two") == Task(
-        "two", data / "two/train.json", data / "two/test.json", data / "images", "exact", 16
-    )
+    two = data / "two"
+    assert loaded.task("two") == Task("two", two / "train.json", two / "test.json", data / "images", "exact", 16)
     assert load_benchmark(str(shipped / "mine.yaml")) == loaded
-
-
-@pytest.mark.parametrize(("name", "named"), [("othr", "'other'"), ("none.yaml", "none.yaml")])
-def test_unknown_benchmarks(name: str, named: str, shipped: Path) -> None:
-    with pytest.raises(ClmoeError, match=re.escape(named)):
-        load_benchmark(name)
 
 
 def test_a_users_own_file_counts_from_its_own_folder(shipped: Path, tmp_path: Path) -> None:
@@ -89,6 +79,8 @@ def test_a_users_own_file_counts_from_its_own_folder(shipped: Path, tmp_path: Pa
     write(tmp_path / "project" / "any-name.yaml", benchmark())
     absolute = write(tmp_path / "far" / "b.yml", benchmark(root=str(data)))
     assert load_benchmark("../project/any-name.yaml").root == load_benchmark(absolute).root == data
+    with pytest.raises(ClmoeError, match=r"none\.yaml: no such file"):
+        load_benchmark("none.yaml")
 
 
 def test_argument_and_environment_override_the_root(
@@ -162,7 +154,6 @@ def test_bad_orders(spec: str, named: str, shipped: Path) -> None:
 TWO_FILES = {"reader": "scienceqa", "files": ["x"]}
 BAD = {  # what the message must name besides the file
     "key": (benchmark(tasks=[task("one", image="x")]), r"tasks\[0\].*'image'.*'images'"),
-    "other name": (benchmark(name="yours"), r"\.name.*'mine'.*'yours'"),
     "no tasks": (benchmark(tasks=...), r"\.tasks"),
     "no train": (benchmark(tasks=[task("a", train=...)]), r"tasks\[0\]\.train"),
     "same task": (benchmark(tasks=[task("a"), task("a")]), r"tasks\[1\]\.name.*'a'"),

@@ -1,7 +1,5 @@
 """The real benchmarks on miniature trees in their formats: gold files, checks, builders, and a full evaluation."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -14,7 +12,7 @@ import pytest
 
 from clmoe import cli
 from clmoe.benchmarks.base import load_benchmark, task_questions
-from clmoe.benchmarks.coin import padded_box
+from clmoe.benchmarks.prepare import padded_box
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.rules.scoring import gold_problem, score_answers
@@ -83,10 +81,12 @@ def edit(path: Path, *changes: Callable[[Any], Any]) -> None:
 # ---- gold files ----
 
 
-def test_order_files_gold_answers_and_full_marks(name: str, tree: Path) -> None:
-    benchmark = load_benchmark(name, tree)
+def test_order_files_gold_answers_and_full_marks(name: str, tree: Path, clmoe: Commands) -> None:
+    benchmark, checked = load_benchmark(name, tree), clmoe.run("data", "check", name, "--data", tree)
+    assert benchmark.name == name and ("without ten annotators" in checked) == (name in ("coin", "cl4vqa"))
     assert [task.name for task in benchmark.tasks] == ORDERS[name].split()
     for task in benchmark.tasks:
+        assert f"{task.name:<16}{ROWS:>7} train {ROWS:>7} test {0:>7} bad" in checked
         assert len(load_train(task.train, task.image_root)) == ROWS
         questions = task_questions(task)
         assert [gold_problem(task.scorer, question) for question in questions] == [None] * ROWS
@@ -148,13 +148,6 @@ def test_captions_belong_to_the_nth_question_or_to_its_id(tmp_path: Path) -> Non
 
 
 # ---- clmoe data check ----
-
-
-def test_check_counts_and_finds_nothing(name: str, tree: Path, clmoe: Commands) -> None:
-    text = clmoe.run("data", "check", name, "--data", tree)
-    for task in ORDERS[name].split():
-        assert f"{task:<16}{ROWS:>7} train {ROWS:>7} test {0:>7} bad" in text
-    assert ("without ten annotators" in text) == (name in ("coin", "cl4vqa"))
 
 
 def test_check_lists_everything_that_is_bad(tmp_path: Path, clmoe: Commands) -> None:

@@ -59,16 +59,13 @@ def reference() -> LlavaForConditionalGeneration:
     """transformers' own LLaVA with random weights that 16 bits hold exactly."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(
-            vocab_size=ROWS, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=BLOCKS, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        ),
+        text_config=LlamaConfig(**LLAMA | {"vocab_size": ROWS, "pad_token_id": None, "torch_dtype": None}),
         image_token_index=IMAGE,
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         model = LlavaForConditionalGeneration(config).float().eval()

@@ -68,12 +68,8 @@ def test_training_batch() -> None:
     assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 9, 3], [4, -100, -100, -100]]
     assert batch["pixel_values"].shape == (2, 3, 2, 2)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 2.0]
-    assert {key: value.dtype for key, value in batch.items()} == {
-        "input_ids": torch.int64,
-        "attention_mask": torch.int64,
-        "labels": torch.int64,
-        "pixel_values": torch.float32,
-    }
+    dtypes = {key: value.dtype for key, value in batch.items()}
+    assert dtypes.pop("pixel_values") == torch.float32 and set(dtypes.values()) == {torch.int64} and len(dtypes) == 3
     numbered = collate_numbered(list(zip((4, 0, 9), items, strict=True)), PAD)
     assert numbered.pop("rows").tolist() == [4, 0, 9]
     assert all(torch.equal(numbered[key], batch[key]) for key in batch) and numbered.keys() == batch.keys()
@@ -130,9 +126,8 @@ def test_batches_do_not_depend_on_workers(dataset_of: Callable, collate: Callabl
             assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("dataset_of", [train_dataset, prompt_dataset])
-def test_an_image_is_read_once_in_a_batch(dataset_of: Callable, image_root: Path) -> None:
-    dataset = dataset_of(image_root)
+def test_an_image_is_read_once_in_a_batch(image_root: Path) -> None:
+    dataset = train_dataset(image_root)
     READ.clear()
     items = dataset.__getitems__([4, 3, 1, 2])
     assert READ == {"1.png": 1, "2.png": 1}
@@ -154,10 +149,10 @@ def test_training_and_evaluation_see_the_same_prompt_and_picture(image_root: Pat
     assert len(numbered) == len(train) == len(prompts) == 5
     for index, (number, item) in enumerate(numbered.__getitems__(range(5))):
         prompt = prompts[index]
-        assert number == numbered[index][0] == index
+        assert number == index
         assert torch.equal(item.input_ids[: len(prompt.input_ids)], prompt.input_ids)
         assert item.labels[len(prompt.input_ids)] != -100
-        assert same_picture(item, prompt) and same_picture(item, numbered[index][1])
+        assert same_picture(item, prompt)
         assert (item.pixel_values is None) == (RECORDS[index].image is None)
         assert (item.input_ids == TOKENIZER.image_token_id).sum() == (TOKENS if RECORDS[index].image else 0)
 
@@ -169,9 +164,8 @@ def test_errors_of_a_dataset(image_root: Path) -> None:
         TrainDataset(RECORDS, image_root, replace(ENCODER, tokenizer=make.merging_across_answers()), 512)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named_from_workers_too(workers: int, image_root: Path) -> None:
+def test_a_broken_image_is_named_from_workers_too(image_root: Path) -> None:
     (image_root / "1.png").write_bytes(b"")
-    loader = DataLoader(train_dataset(image_root), collate_fn=partial(collate_train, pad_id=PAD), num_workers=workers)
+    loader = DataLoader(train_dataset(image_root), collate_fn=partial(collate_train, pad_id=PAD), num_workers=2)
     with pytest.raises(ClmoeError, match=r"1\.png"):
         list(loader)

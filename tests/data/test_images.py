@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clmoe.data import images
 from clmoe.data.images import load_image, preprocess
 from clmoe.errors import ClmoeError
 
@@ -70,7 +69,6 @@ def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(noise(8, 8)).convert("L" if mode == "LA" else "RGB").convert(mode)
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     image.save(path)
-    assert load_image(path).mode == "RGB"
     np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(image.convert("RGB")))
     assert preprocess(image, processor(8)).shape == (3, 8, 8)
 
@@ -125,7 +123,7 @@ def test_damaged_files_raise_nothing_but_clmoe_errors(kind: str, tmp_path: Path)
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header says how large the image would be; most of the rest is missing."""
-    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 32 - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)
     (tmp_path / "bomb.png").write_bytes(encoded("PNG")[:60])
-    with pytest.raises(ClmoeError, match=r"bomb\.png: 32 x 32"):
+    with pytest.raises(ClmoeError, match=r"bomb\.png: .*1024 pixels"):
         load_image(tmp_path / "bomb.png")

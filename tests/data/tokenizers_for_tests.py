@@ -1,4 +1,4 @@
-"""The embedded base's byte-level tokenizer, changed as others are, and one that fits no template."""
+"""The embedded base's byte-level tokenizer, and some that fit no template."""
 
 from tokenizers import Tokenizer, models, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -12,13 +12,12 @@ def shipped() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(resolve_model_path(ModelConfig().path))
 
 
-def byte_level(single: str, trim: bool = False) -> PreTrainedTokenizerFast:
-    """With another template of special tokens; with trim the offsets leave out leading spaces."""
+def appending_the_end() -> PreTrainedTokenizerFast:
+    """It adds ``</s>`` to every text."""
     tokenizer = shipped()
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    template = processors.TemplateProcessing(single=single, special_tokens=special)
-    steps = [processors.ByteLevel(trim_offsets=True), template] if trim else [template]
-    tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
     return tokenizer
 
 

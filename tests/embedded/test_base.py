@@ -1,7 +1,5 @@
 """The pre-training of the embedded base, and the base that is shipped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from random import Random
@@ -13,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from clmoe.data.images import preprocess
 from clmoe.data.prompts import SYSTEM, encode_prompt, encode_training
-from clmoe.data.records import TrainRecord, Turn
+from clmoe.data.records import TrainRecord
 from clmoe.embedded import scenes
 from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import digit_value, draw, render
@@ -65,14 +63,6 @@ def test_packed_loss_equals_one_turn_at_a_time(small_model: tuple) -> None:
             count = sum(label != -100 for label in labels)
             total, tokens = total + out.loss.item() * count, tokens + count
     assert packed.item() == pytest.approx(total / tokens, abs=1e-5)
-
-
-def test_a_row_keeps_to_its_budget(small_model: tuple) -> None:
-    packer = pretrain.TurnPacker(small_model[1].tokenizer, SMALL.image_tokens)
-    turns = [Turn("Name the colour.", "red tint.")] * 8
-    lengths = [packer.pack([turns[:n]], budget=1000).input_ids.shape[1] for n in (1, 2, 3)]
-    assert packer.pack([turns], budget=lengths[1]).input_ids.shape[1] == lengths[1]
-    assert packer.pack([turns], budget=1).input_ids.shape[1] == lengths[0]
 
 
 def test_pixels_are_those_of_the_library(small_model: tuple) -> None:

@@ -1,7 +1,5 @@
 """The embedded benchmarks on disk: their files, their version, and builds that are repeated, interrupted or refused."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

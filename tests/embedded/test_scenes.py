@@ -1,7 +1,5 @@
 """Scenes against their pixels, and the splits that keep them apart."""
 
-from __future__ import annotations
-
 from random import Random
 
 import numpy as np

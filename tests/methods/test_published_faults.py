@@ -11,7 +11,7 @@ from torch import Tensor
 from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.config import LocatorConfig
 from clmoe.data.batches import PromptDataset, TrainDataset
-from clmoe.data.images import read_pixels
+from clmoe.data.images import load_image, preprocess
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
@@ -234,4 +234,4 @@ def test_fault_evaluation_crops_what_training_padded(tiny_base: LoadedBase, tmp_
     middle = train[0, train.shape[1] // 2]
     assert float(middle[0]) > 0.9, "a centre crop would have cut the white edges away"
     assert float(middle[-1]) > 0.9
-    assert same_bits(train, read_pixels(tmp_path / "wide.png", tiny_base.image_processor))
+    assert same_bits(train, preprocess(load_image(tmp_path / "wide.png"), tiny_base.image_processor))
