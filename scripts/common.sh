@@ -65,7 +65,7 @@ setup() {
   local extras=$1 python="" stamp log="$ROOT/.venv/setup.log" start=$SECONDS
   cd "$ROOT"
   stamp=".venv/installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${extras:-base}"
-  if [ -e "$stamp" ]; then return; fi
+  if [ -e "$stamp" ] || [ -e "${stamp%-*}-dev" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       python=$candidate
