@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
-from clmoe.evaluate.rules.base import shown_answer
+from clmoe.evaluate.rules.scoring import shown_answer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine
 

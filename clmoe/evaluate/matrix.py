@@ -59,10 +59,6 @@ class AccuracyMatrix:
         """The scores after that stage, [N]; all None if the row was not measured."""
         return self.rows.get(after, (None,) * len(self.tasks))
 
-    def cell(self, t: int, i: int) -> float | None:
-        """``A[t][i]`` with the tasks numbered from 1; t = 0 is the zero-shot row."""
-        return self.row(self.stages[t])[i - 1]
-
     @classmethod
     def read_csv(cls, path: Path) -> Self:
         """Read a matrix file: first column ``after``, then one per task in training order; any row may be missing.
@@ -84,22 +80,6 @@ class AccuracyMatrix:
     def write_csv(self, path: Path) -> None:
         """Write the matrix so that ``read_csv`` returns it exactly."""
         _write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean and sample standard deviation (divisor n - 1; None for n < 2) of n measured values."""
-
-    mean: float | None
-    std: float | None
-    n: int
-
-
-def mean_spread(values: Sequence[float | None]) -> Spread:
-    """Mean and spread of the values that are not None."""
-    measured = [value for value in values if value is not None]
-    mean = statistics.fmean(measured) if measured else None
-    return Spread(mean, statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
 
 
 def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:

@@ -23,8 +23,8 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.generate import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
-from clmoe.evaluate.rules.base import Mode, shown_answer
-from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers
+from clmoe.evaluate.rules.base import Mode
+from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator, feature_folder
 from clmoe.methods import method_class
@@ -311,31 +311,54 @@ def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answer
             extra["score"] = cell.fill(asked, answerer, display.advance_rows)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunInfo:
+    """``run.json``, for reports; older runs lack the last three.
+
+    Attributes:
+        limit: number of test questions per task in the rows before the last; None is all.
+    """
+
+    method: str
+    label: str
+    benchmark: str
+    order: list[str]
+    seed: int
+    trainable_parameters: int
+    adapter_parameters: int
+    projector_trained: bool
+    effective_scale: float | None
+    steps_per_task: int
+    locator: str = ""
+    scoring: Mode = "fixed"
+    limit: int | None = None
+
+
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
 ) -> None:
-    """Write ``run.json`` for the report; the bare base (``done`` None) keeps a trained run's."""
+    """Write ``run.json``; the bare base (``done`` None) keeps a trained run's."""
     path = run / "run.json"
     if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
         return
     lineage = None if done is None else done.lineage
     trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
-    info = {
-        "method": config.method,
-        "label": config.name,
-        "benchmark": benchmark.name,
-        "order": order,
-        "seed": config.seed,
-        "locator": config.locator.name,
-        "scoring": scoring,
-        "limit": None if done is None else config.evaluation.limit,
-        "trainable_parameters": lineage.trainable_parameters if lineage else 0,
-        "adapter_parameters": lineage.adapter_parameters if lineage else 0,
-        "projector_trained": lineage is not None and config.adapter.train_projector,
-        "effective_scale": lineage.effective_scale if lineage else None,
-        "steps_per_task": lineage.steps // trained_at_once if lineage else 0,
-    }
-    write_json(path, info)
+    info = RunInfo(
+        method=config.method,
+        label=config.name,
+        benchmark=benchmark.name,
+        order=order,
+        seed=config.seed,
+        locator=config.locator.name,
+        scoring=scoring,
+        limit=None if done is None else config.evaluation.limit,
+        trainable_parameters=lineage.trainable_parameters if lineage else 0,
+        adapter_parameters=lineage.adapter_parameters if lineage else 0,
+        projector_trained=lineage is not None and config.adapter.train_projector,
+        effective_scale=lineage.effective_scale if lineage else None,
+        steps_per_task=lineage.steps // trained_at_once if lineage else 0,
+    )
+    write_json(path, vars(info))
 
 
 def write_tables(

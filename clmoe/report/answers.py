@@ -17,7 +17,7 @@ from PIL import Image
 from clmoe.data.records import misplaced
 from clmoe.errors import ClmoeError
 from clmoe.locators import LOCATORS
-from clmoe.report.runs import Group, Run, check_field
+from clmoe.report.runs import Group, Run
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
@@ -136,12 +136,6 @@ def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[
     return {task: list(dict.fromkeys(found)) for task, found in folders.items()}
 
 
-def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, each with its number from 1."""
-    lines = path.read_bytes().split(b"\n")  # answers may hold other line breaks of Unicode, where splitlines cuts
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The predictions of one cell by question id; none without its summary, which is written last."""
     summary = path.with_suffix(".json")
@@ -149,14 +143,16 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     corpus = bool(read_json(summary).get("parts"))  # scored as a whole: a row's figure is neither right nor wrong
     rows = {}
-    for number, line in read_lines(path):
-        where = f"{path}, row {number}"
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # splitlines cuts at Unicode's breaks too
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ClmoeError(f"{where}: no JSON ({error})") from error
+            raise ClmoeError(f"{path}, row {number}: no JSON ({error})") from error
         for field, types in _FIELDS.items():
-            check_field(where, row, field, types)
+            if field not in row or not isinstance(row[field], types):
+                raise ClmoeError(f"{path}, row {number}: field {field!r} is missing or of a wrong type")
         rows[row["question_id"]] = row | {"right": None if corpus else row["score"] >= RIGHT}
     return rows
 

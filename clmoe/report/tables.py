@@ -108,9 +108,9 @@ def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
     """
     found = {}
     for group in groups:
-        orders = list(dict.fromkeys(run.order for run in group.runs))
+        orders = list(dict.fromkeys(run.matrix.tasks for run in group.runs))
         for order in orders:
-            runs = [run for run in group.runs if run.order == order]
+            runs = [run for run in group.runs if run.matrix.tasks == order]
             seeds = f", seed {', '.join(str(run.seed) for run in runs)}" if len(orders) > 1 else ""
             title = group.label + (seeds or (f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""))
             found[title] = sum((matrix_frame(run) for run in runs[1:]), matrix_frame(runs[0])) / len(runs)

@@ -9,11 +9,19 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from clmoe.data.records import Question
-from clmoe.evaluate.rules.base import Mode, Scorer, accepted
+from clmoe.evaluate.rules.base import Mode, Scorer, unfit
 from clmoe.evaluate.rules.letters import parse_letter
 
 Match = Callable[[str, str], bool]
 """``(prediction, gold answer)``"""
+
+
+def accepted(question: Question) -> list[str]:
+    """The gold answer, or the list of accepted ones. Raises ClmoeError if there is neither."""
+    answers = [question.answer] if question.answer else question.extra.get("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise unfit(question, "answers", "a list of texts here, or one in field 'answer'")
+    return answers
 
 
 def any_matches(fixed: Match, official: Match) -> Scorer:
