@@ -233,7 +233,7 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     head = Scripted(script, len(tokenizer))
     tiny_base.model.lm_head = head
     method = method_class("zero_shot")(tiny_config("zero_shot", Path("nowhere")))
-    answerer = Answerer(tiny_base, tiny_base.model, method)
+    answerer = Answerer(tiny_base, tiny_base.model, method, 0, None)
     answerer.config = EvaluationConfig(exact=False)
     asked = [Question(str(i), None, "What is it?", "red", {}) for i in range(2)]
     first, second = answerer.answer(asked, Path(), 20)
