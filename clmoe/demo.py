@@ -36,7 +36,7 @@ STYLE = """
 
 
 class Example(NamedTuple):
-    """A test question with its expected answer; `image` is a path."""
+    """A test question and its expected answer."""
 
     image: str | None
     question: str
@@ -169,30 +169,19 @@ def _ask(
             yield e.text, scores_panel(e), experts_panel(e, checkpoint.learned), gr.skip(), gr.skip()
     except ClmoeError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    chosen = (locator or OWN) if checkpoint.keeps_parts else ""
+    chosen = (locator or OWN) if last.task else ""
     asked = [*asked, (question.strip(), chosen, last.task or "", last.text)][-REMEMBERED:]
     yield gr.skip(), gr.skip(), gr.skip(), asked_panel(asked), asked
 
 
 def launch(page: gr.Blocks, port: int | None) -> str:
-    """Serve the page to this machine only and return its address; ``page.block_thread()`` then waits.
-
-    Raises:
-        ClmoeError: the port is taken.
-    """
+    """Serve the page to this machine only and return its address. Raises ClmoeError if the port is taken."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, address, _ = page.queue(api_open=False).launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            theme=theme,
-            css=STYLE,
-        )
+            server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, quiet=True,
+            prevent_thread_lock=True, footer_links=[], theme=theme, css=STYLE,
+        )  # fmt: skip
     except OSError as error:
         raise ClmoeError(f"--port {port} is taken: choose another, or leave it out for a free one") from error
     return address

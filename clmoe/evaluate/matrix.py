@@ -41,10 +41,7 @@ Scores = tuple[float | None, ...]
 class AccuracyMatrix:
     """Scores in percent: ``rows[after][i]`` on ``tasks[i]`` after training task ``after``; None is not measured.
 
-    Attributes:
-        tasks: names in training order.
-        rows: by the name of the task just trained, or ``zero_shot`` for the untrained model. Rows may be missing. A
-            method that trains on the union of all tasks has one row under the last task's name.
+    Any row may be missing. A method that trains on all tasks at once has one, under the last task's name.
     """
 
     tasks: tuple[str, ...]
@@ -61,11 +58,7 @@ class AccuracyMatrix:
 
     @classmethod
     def read_csv(cls, path: Path) -> Self:
-        """Read a matrix file: first column ``after``, then one per task in training order; any row may be missing.
-
-        Raises:
-            ClmoeError: names the file, the row (line number) and the column that is wrong.
-        """
+        """Read a matrix file: a column ``after``, then one per task. ClmoeError names file, row and column."""
         tasks, lines = _read_table(path)
         order, rows = [ZERO_SHOT, *tasks], dict[str, Scores]()
         for line, after, scores in lines:
@@ -116,11 +109,7 @@ def metrics_from_files(matrix: Path, immediate: Path | None = None) -> dict[str,
 
 
 def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
-    """Read K, the scores with the router known, [N] in the order of ``tasks``: a matrix file with one row of any label.
-
-    Raises:
-        ClmoeError: other tasks than ``tasks``, not exactly one row, or a malformed cell.
-    """
+    """Read K, [N] in the order of ``tasks``, from a matrix file with one row of any label. Raises as ``read_csv``."""
     columns, lines = _read_table(path)
     odd = sorted(set(columns) ^ set(tasks))
     if odd:

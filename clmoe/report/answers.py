@@ -1,7 +1,4 @@
-"""A run's answers to the test questions of each task, right after its training and at the end of the sequence.
-
-Also which questions a page shows (the same for all runs, forgotten ones first), and small copies of their images.
-"""
+"""A run's answers right after each task and at the end, and which of them a page shows with their images."""
 
 import base64
 import hashlib
@@ -21,9 +18,7 @@ from clmoe.report.runs import Group, Run
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
-# A score of at least this counts as right. Most rules give 0 or 1; VQA's consensus gives parts of it (0.3 where one
-# annotator in ten agrees, 0.6 where two do), science the share of several answers that was found.
-RIGHT = 0.5
+RIGHT = 0.5  # a score of at least this: VQA's consensus and science's lists give parts of a point
 OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outcome
     (True, True): "kept",
     (True, False): "forgotten",
@@ -66,9 +61,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one, and tasks
-    whose questions were not judged twice. The answers have the columns of `read_answers` and `asked`, the number of
-    questions of the task; tasks take turns. One task is in memory at a time.
+    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one. The answers
+    have the columns of `read_answers` and `asked`, the task's number of questions. One task is in memory at a time.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
@@ -122,10 +116,7 @@ def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
 
 
 def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[Path]]:
-    """Folders that may hold the images of each task, best first: below `data`, then where they were at the evaluation.
-
-    `events.jsonl` recorded the benchmark's data folder; `data` is where it is now, if it was moved.
-    """
+    """Folders that may hold each task's images, best first: below `data`, then where they were at the evaluation."""
     folders: dict[str, list[Path]] = {task: [] for task in groups[0].runs[0].order}
     tasks = {f"{task}{ending}": task for task in folders for ending in _ENDINGS}
     events = [event for group in groups for run in group.runs for event in read_events(run.path / "events.jsonl")]

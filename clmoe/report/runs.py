@@ -85,11 +85,7 @@ class _Block:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder.
-
-    Raises:
-        ClmoeError: a file is missing or malformed, or the columns of the matrix are not the tasks in the run's order.
-    """
+    """Read one run folder. Raises ClmoeError if a file is missing or malformed, or two do not fit together."""
     where, timing, known = (folder / name for name in ("run.json", "timing.json", "immediate.csv"))
     if not where.is_file():
         raise ClmoeError(f"{where} is missing: is {folder} the folder of a run?")
@@ -144,11 +140,10 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
 
 
 def block_names(blocks: Iterable[str]) -> dict[str, str]:
-    """Module names -> short names such as "layer 3 mlp", in the order of the layers; unchanged if of several towers."""
+    """Module names -> short names such as "layer 3 mlp", in the order of the layers."""
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in blocks}
-    several = len({name.rpartition("layers.")[0] for name in parts}) > 1
-    short = {name: name if several else re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in parts}
-    return {name: short[name] for name in sorted(parts, key=parts.__getitem__)}
+    ordered = sorted(parts, key=parts.__getitem__)
+    return {name: re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in ordered}
 
 
 def _build(kind: type[T], values: Any, where: str) -> T:

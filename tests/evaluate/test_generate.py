@@ -24,7 +24,7 @@ from clmoe.locators.vae import Vae
 from clmoe.methods import method_class
 from tests.evaluate.opened import opened
 from tests.runs import Runs
-from tests.support import TASKS, prompt_batches, tiny_config
+from tests.support import TASKS, tiny_config
 
 FIVE = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
 Asked = tuple[list[Question], Path]
@@ -166,45 +166,26 @@ def test_a_prefix_is_shared_within_image_and_router(answerer: Answerer, shared: 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_is_transformers_own(answerer: Answerer, shared: Asked, attention: str) -> None:
-    """Oracle: ``generate`` of one prompt at a time. What is watched are the beginnings of the texts."""
+    """Oracle: ``generate`` of one prompt at a time, its texts and its logits. What is watched are the beginnings."""
     llava = adapted_base(answerer.model)
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
     items = prompt_dataset(base, shared[0][:10], shared[1]).__getitems__(range(10))
     routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.keeps_parts else [None] * 10
     seen: list[list[str]] = []
-    texts, _ = answerer.generate(items, answerer.selection(routes), 4, seen.append)
+    texts, margins = answerer.generate(items, answerer.selection(routes), 4, seen.append)
     assert len(seen) == 3
     plan = GenerationConfig(
-        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
     for row, item in enumerate(items):
         with torch.no_grad(), routing(answerer.selection([routes[row]])):
             said = llava.generate(**collate_prompts([item], tokenizer.pad_token_id), generation_config=plan)
-        assert texts[row] == tokenizer.decode(said[0, len(item.input_ids) :], skip_special_tokens=True)
+        assert texts[row] == tokenizer.decode(said.sequences[0, len(item.input_ids) :], skip_special_tokens=True)
+        gaps = [logits[0].topk(2).values.diff().abs().item() for logits in said.logits]
+        assert margins[row] == pytest.approx(min(gaps), abs=1e-4)
         assert all(texts[row].startswith(so_far[row]) for so_far in seen)
-
-
-def test_margin_is_the_smallest_gap_of_the_greedy_path(locating: Answerer, mixed: Asked, tiny_base: LoadedBase) -> None:
-    """Oracle: one question at a time, token by token, whole forward passes without a cache."""
-    asked = (mixed[0][:6], mixed[1])
-    given = ask(locating, asked, exact=False)
-    llava = adapted_base(locating.model)
-    for answer, inputs in zip(given, prompt_batches(tiny_base, prompt_dataset(tiny_base, *asked), 1), strict=True):
-        selection = locating.method.selection(locating.model, torch.tensor([answer.task]))
-        ids, gap, tokens = inputs["input_ids"], float("inf"), []
-        for _ in range(4):
-            with torch.no_grad(), routing(selection):
-                values = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                best = llava(**values).logits[0, -1].topk(2)
-            gap = min(gap, float(best.values[0] - best.values[1]))
-            token = int(best.indices[0])
-            if token == tiny_base.tokenizer.eos_token_id:
-                break
-            tokens.append(token)
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        assert answer.text == tiny_base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        assert answer.margin == pytest.approx(gap, abs=1e-4)
 
 
 class Scripted(nn.Module):
