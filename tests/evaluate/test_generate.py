@@ -1,7 +1,6 @@
 """Batched greedy answers: the same as one by one, with and without shared prefixes; none lost, margins true."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from clmoe.evaluate import generate
 from clmoe.evaluate.generate import Answer, Answerer
 from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import routing
-from clmoe.locators import base as features_module
 from clmoe.locators.vae import Vae
 from clmoe.methods import method_class
 from tests.evaluate.opened import opened
@@ -123,21 +121,9 @@ def test_every_question_gets_its_answer_in_order(locating: Answerer, mixed: Aske
 def test_images_are_read_one_batch_at_a_time(locating: Answerer, mixed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images of a test set together may not fit into memory; once for the features, once for the answers."""
     read: list[int] = []
-    pending: list[Question] = []
-    get = PromptDataset.item
-    monkeypatch.setattr(PromptDataset, "item", lambda self, row, pixels: pending.append(row) or get(self, row, pixels))
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            read.append(len(pending))
-            pending.clear()
-            return real(*arguments, **named)
-
-        return call
-
+    get = PromptDataset.__getitems__
+    monkeypatch.setattr(PromptDataset, "__getitems__", lambda self, rows: read.append(len(rows)) or get(self, rows))
     locating.store = dataclasses.replace(locating.store, batch_size=5)
-    monkeypatch.setattr(features_module, "base_features", counted(features_module.base_features))
-    monkeypatch.setattr(locating, "generate", counted(locating.generate))
     ask(locating, mixed, batch_size=5, exact=False)
     assert read == 2 * [5, 5, 5, 5, 4]
 
