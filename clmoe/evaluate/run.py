@@ -248,7 +248,7 @@ class Cell:
         located = Counter(row["task"] for row in rows if row["task"] is not None)
         summary = {
             "questions": len(rows),
-            "redone": sum(row["redone"] for row in rows),
+            "redone": sum(answer.redone for answer in answers),
             "located": 100 * located[self.task.name] / len(rows) if located else None,
             "locators": {finder.config.name: located} if finder is not None and finder.looks else {},
         }
