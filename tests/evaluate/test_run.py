@@ -287,6 +287,11 @@ def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
     ]  # fmt: skip
     assert (tmp_path / "immediate.csv").read_text().splitlines()[1] == "immediate,100.0,100.0,100.0"
     assert (result["bwt_n"], result["bwt_known"]) == pytest.approx((-100 / 3, 175 / 3 - 100))
+    assert cell(tmp_path, mini, scoring="official", learned=ORDER[:1], identity="colour").settled()
+    write_tables(tmp_path, ORDER, scoring="official")
+    assert matrix(tmp_path) == ["colour,100.0,,"], "the other cells are in the other mode still"
+    assert not (tmp_path / "immediate.csv").exists()
+    assert cell(tmp_path, mini, learned=ORDER[:1], identity="colour").settled()
     write_tables(tmp_path, ORDER[::-1])
     assert matrix(tmp_path)[:2] == ["zero_shot,50.0,0.0,25.0", "side,100.0,50.0,25.0"]
 
@@ -298,17 +303,6 @@ def test_the_bare_model_is_a_row_of_its_own_and_the_end_of_its_own_sequence(tmp_
     assert tables(tmp_path, untrained=True)["last"] == pytest.approx(25)
     assert matrix(tmp_path) == ["zero_shot,25.0,0.0,50.0", "side,25.0,0.0,50.0"]
     assert not (tmp_path / "immediate.csv").exists()
-
-
-def test_tables_show_one_scoring_mode(tmp_path: Path, mini: Benchmark) -> None:
-    fill_rows(tmp_path, mini, {"colour": {"colour": 12, "colour.oracle": 12}, "count": {"colour": 6, "count": 9}})
-    assert cell(tmp_path, mini, scoring="official", learned=ORDER[:1], identity="colour").settled()
-    write_tables(tmp_path, ORDER, scoring="official")
-    assert matrix(tmp_path) == ["colour,100.0,,"]
-    assert not (tmp_path / "immediate.csv").exists(), "the cell with the task known is in the other mode still"
-    write_tables(tmp_path, ORDER)
-    assert matrix(tmp_path) == ["count,50.0,75.0,"]
-    assert (tmp_path / "immediate.csv").is_file()
 
 
 # Commands on checkpoints
