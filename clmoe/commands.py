@@ -13,7 +13,7 @@ from clmoe.config import load_config
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
-from clmoe.evaluate.run import evaluate_base, evaluate_checkpoint
+from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
 from clmoe.report.page import write_report
@@ -61,11 +61,12 @@ def train(options: argparse.Namespace) -> str:
 def evaluate(options: argparse.Namespace) -> str:
     """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, options.tasks))
+    asked = {"tasks": options.tasks, "scoring": options.scoring}
     with locked(options.output):
         if options.checkpoint == "base":
             config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
             order = benchmark.order(options.order, config.seed)
-            return evaluate_base(options.output, benchmark, config, order, tasks=options.tasks, scoring=options.scoring)
+            return evaluate_checkpoint(options.output, benchmark, None, config, order, **asked)[0]
         if options.config or options.base:
             raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
         for pair in options.settings:
@@ -75,7 +76,6 @@ def evaluate(options: argparse.Namespace) -> str:
         if done.lineage.benchmark != benchmark.name:
             raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
         order = benchmark.order(options.order, done.config.seed)
-        asked = {"tasks": options.tasks, "scoring": options.scoring}
         return evaluate_checkpoint(options.output, benchmark, done, done.config, order, **asked)[0]
 
 

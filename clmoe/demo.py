@@ -1,18 +1,20 @@
 """``clmoe demo``: ask a checkpoint about an image in the browser, and see the task, its score and the experts."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html import escape
+from itertools import zip_longest
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
+
+import pandas as pd
 
 from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
-from clmoe.evaluate.rules.base import shown_answer
+from clmoe.evaluate.rules.scoring import shown_answer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine
 
@@ -24,24 +26,17 @@ except ImportError as error:
 T = TypeVar("T")
 REMEMBERED = 8  # answers
 OWN = "the checkpoint's"
+COLOUR = "rgba(11, 114, 133, 0.35)"
 STYLE = """
-.clmoe { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.clmoe th, .clmoe td { border: 1px solid var(--border-color-primary); padding: 2px 6px; text-align: center; }
-.clmoe th { font-weight: normal; white-space: nowrap; }
-.scores td { position: relative; min-width: 9em; }
-.scores .bar { position: absolute; inset: 2px auto 2px 0; background: #0b7285; opacity: .25; }
-.scores span { position: relative; }
-.scores .chosen th { background: #0b7285; color: white; }
-.experts td { background: color-mix(in srgb, #0b7285 var(--share, 0%), transparent); min-width: 2.2em; }
-.experts td.dark { color: white; }
-.asked td, .asked th { text-align: left; }
-.asked td:last-child { font-weight: bold; }
+.scores, .experts, .asked { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scores :is(th, td), .experts :is(th, td), .asked :is(th, td) { padding: 2px 6px; white-space: nowrap; }
+.scores td { min-width: 9em; }
 .wide { overflow-x: auto; }
 """
 
 
 class Example(NamedTuple):
-    """A test question with its expected answer; `image` is a path."""
+    """A test question and its expected answer."""
 
     image: str | None
     question: str
@@ -73,65 +68,49 @@ def scores_panel(explanation: Explanation) -> str:
     """A row per task: its score over a bar from the lowest to the highest; the task that was chosen is marked."""
     if not explanation.scores:
         return "<p>This method answers without looking for the task: every question takes the same way.</p>"
-    low, high = min(explanation.scores.values()), max(explanation.scores.values())
-    rows = ""
-    for task, score in explanation.scores.items():
-        mark = ' class="chosen"' if task == explanation.task else ""
-        width = 100 * (score - low) / (high - low) if high > low else 100
-        number = f"<b>{score:.2f}</b>" if score == high else f"{score:.2f}"
-        cell = f'<div class="bar" style="width:{width:.0f}%"></div><span>{number}</span>'
-        rows += f"<tr{mark}><th>{escape(task)}</th><td>{cell}</td></tr>"
-    winner = max(explanation.scores, key=explanation.scores.__getitem__)
-    text = f"The locator finds <b>{escape(winner)}</b>; "
-    text += f"answered as a question of <b>{escape(str(explanation.task))}</b>. The largest score wins."
-    return f'<p>{text}</p><table class="clmoe scores"><tr><th>task</th><th>score</th></tr>{rows}</table>'
+    frame = pd.DataFrame({"score": explanation.scores})
+    table = frame.style.format("{:.2f}").format_index(escape="html")
+    table = table.bar(color=COLOUR, align="left", vmin=frame["score"].min() - 0.01)  # a lone task has a bar, too
+    table = table.highlight_max(props="font-weight: bold")
+    table = table.map_index(lambda task: f"background: {COLOUR}" if task == explanation.task else "")
+    text = f"The locator finds <b>{escape(frame['score'].idxmax())}</b>; answered as a question of "
+    text += f"<b>{escape(str(explanation.task))}</b>. The largest score wins."
+    return f"<p>{text}</p>" + table.to_html(table_attributes='class="scores"')
 
 
 def experts_panel(explanation: Explanation, learned: Sequence[str]) -> str:
     """Heat map: a row per router, a column per expert, in percent of the mean over the prompt's tokens."""
     if not explanation.routers:
         return "<p>This checkpoint has no experts: plain LoRA, the same for every token.</p>"
-    # (owner, number within the owner) of every expert: the blocks may hold different ones
-    keys = [[(o, r.owners[:k].count(o)) for k, o in enumerate(r.owners)] for r in explanation.routers]
-    columns = sorted({key for present in keys for key in present})
-    strongest = max(weight for router in explanation.routers for weight in router.weights)
-    owners = Counter(owner for owner, _ in columns)
-    names = ["before task 1" if owner < 0 else learned[owner] for owner in owners]
-    names = names if len(owners) > 1 else ["shared by all tasks"]
-    spans = zip(names, owners.values(), strict=True)
-    rows = ["<th>experts</th>" + "".join(f'<th colspan="{n}">{escape(name)}</th>' for name, n in spans)]
-    rows.append("<th></th>" + "".join(f"<th>{k + 1}</th>" for _, k in columns))
-    for router, present in zip(explanation.routers, keys, strict=True):
-        weights = dict(zip(present, router.weights, strict=False))
-        row = f"<th>{escape(f'block {router.block} {router.linear}'.strip())}</th>"
-        for column in columns:
-            if column in weights:
-                share = 100 * weights[column] / strongest
-                dark = ' class="dark"' if share > 55 else ""
-                row += f'<td{dark} style="--share:{share:.0f}%">{100 * weights[column]:.0f}</td>'
-            else:
-                row += f"<td>{'·' if column in present else ''}</td>"
-        rows.append(row)
-    text = "Weight of each expert in percent, mean over the prompt's tokens"
-    if any(len(router.weights) < len(router.owners) for router in explanation.routers):
-        text += "; · came after this task and is out of its routers' reach"
-    table = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<p>{text}.</p><div class="wide"><table class="clmoe experts">{table}</table></div>'
+    rows = {}
+    for router in explanation.routers:
+        # by owner and number within the owner: the blocks may hold different experts, and later ones are out of reach
+        keys = [(owner, router.owners[:k].count(owner) + 1) for k, owner in enumerate(router.owners)]
+        shares = [100 * weight for weight in router.weights]
+        rows[f"block {router.block} {router.linear}".strip()] = dict(zip_longest(keys, shares, fillvalue=0.0))
+    frame = pd.DataFrame.from_dict(rows, orient="index").sort_index(axis=1)
+    owners = {owner: learned[owner] if owner >= 0 else "before task 1" for owner, _ in frame}
+    names = owners if len(owners) > 1 else dict.fromkeys(owners, "shared by all tasks")
+    frame.columns = pd.MultiIndex.from_tuples([(names[owner], str(number)) for owner, number in frame])
+    table = frame.style.format("{:.0f}", na_rep="").format_index(escape="html", axis=1)
+    table = table.background_gradient("Blues", axis=None, vmin=0).highlight_null(props="background: none")
+    text = "Weight of each expert in percent, mean over the prompt's tokens. Experts of later tasks than the router's "
+    text += "are out of its reach; blank ones are not in the block."
+    return f"<p>{text}</p><div class='wide'>" + table.to_html(table_attributes='class="experts"') + "</div>"
 
 
 def asked_panel(asked: Sequence[Sequence[str]]) -> str:
     """The answers so far (question, locator, task, answer), newest first, to compare locators."""
-    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in reversed(asked)]
-    head = "<th>question</th><th>locator</th><th>task</th><th>answer</th>"
-    table = "".join(f"<tr>{row}</tr>" for row in (head, *rows))
-    return f'<h3>Asked so far</h3><table class="clmoe asked">{table}</table>'
+    frame = pd.DataFrame(asked[::-1], columns=["question", "locator", "task", "answer"])
+    table = frame.style.hide().format(escape="html").to_html(table_attributes='class="asked"')
+    return f"<h3>Asked so far</h3>{table}"
 
 
 # ---- The page
 
 
 def build_page(checkpoint: LoadedCheckpoint, title: str, examples: Sequence[Example]) -> gr.Blocks:
-    """Widgets and what they do; ``launch`` serves it."""
+    """Widgets and what they do."""
     with gr.Blocks(title="clmoe demo", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# {title}\nLearned, in this order: {', '.join(checkpoint.learned)}.")
         asked = gr.State([])
@@ -190,30 +169,19 @@ def _ask(
             yield e.text, scores_panel(e), experts_panel(e, checkpoint.learned), gr.skip(), gr.skip()
     except ClmoeError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    chosen = (locator or OWN) if checkpoint.keeps_parts else ""
+    chosen = (locator or OWN) if last.task else ""
     asked = [*asked, (question.strip(), chosen, last.task or "", last.text)][-REMEMBERED:]
     yield gr.skip(), gr.skip(), gr.skip(), asked_panel(asked), asked
 
 
 def launch(page: gr.Blocks, port: int | None) -> str:
-    """Serve the page to this machine only and return its address; ``page.block_thread()`` then waits.
-
-    Raises:
-        ClmoeError: the port is taken.
-    """
+    """Serve the page to this machine only and return its address. Raises ClmoeError if the port is taken."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, address, _ = page.queue(api_open=False).launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            theme=theme,
-            css=STYLE,
-        )
+            server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, quiet=True,
+            prevent_thread_lock=True, footer_links=[], theme=theme, css=STYLE,
+        )  # fmt: skip
     except OSError as error:
         raise ClmoeError(f"--port {port} is taken: choose another, or leave it out for a free one") from error
     return address

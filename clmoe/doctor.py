@@ -2,22 +2,18 @@
 
 import importlib
 import platform
-import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
-from clmoe.errors import ClmoeError
 from clmoe.utils.paths import repository_root
 
-LEAST_PYTHON = (3, 11)
 AMPERE = (8, 0)  # compute capability that bfloat16 and flash-attention 2 need
 # packages with compiled code, which may have been built for another torch
 IMPORTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "flash-attn", "bitsandbytes")
@@ -47,11 +43,21 @@ class Device:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown: each package is ours or of an extra that users install."""
+    """All findings, in the order in which they are shown: each package is ours or of an extra that users install.
+
+    Raises:
+        ClmoeError: the package lies in no checkout.
+    """
     gpus = devices()
     wanted = [(extra, package) for extra, package in requirements() if extra != "dev" and package.name != "clmoe"]
-    packages = [_package(extra, package) for extra, package in wanted]
-    return [_python(), *packages, *_gpus(gpus), *_usable(gpus), *_files()]
+    packages = {package.name: _package(extra, package) for extra, package in wanted}
+    return [
+        Finding("python", "ok", platform.python_version()),
+        *packages.values(),
+        *_gpus(gpus),
+        *_usable(gpus, packages),
+        _base(),
+    ]
 
 
 def report_text(findings: list[Finding]) -> str:
@@ -92,28 +98,10 @@ def devices() -> list[Device]:
 
 
 def requirements() -> Iterator[tuple[str, Requirement]]:
-    """(extra or "", requirement) of this package: from pyproject.toml in a checkout, else as it was installed.
-
-    Raises:
-        ClmoeError: neither is there.
-    """
-    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    if path.is_file():
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
-            yield from ((extra, Requirement(line)) for line in lines)
-        return
-    if installed("clmoe") is None:
-        raise ClmoeError("clmoe is neither a checkout nor installed")
-    for requirement in map(Requirement, metadata.requires("clmoe") or []):
-        yield str(requirement.marker or "").partition("extra == ")[2].strip("\"'"), requirement
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info[:2] >= LEAST_PYTHON:
-        return Finding("python", "ok", version)
-    return Finding("python", "broken", version, f"use Python {'.'.join(map(str, LEAST_PYTHON))} or later")
+    """(extra or "", requirement) of the checkout's pyproject.toml: what is recorded at installation may be older."""
+    project = tomllib.loads((repository_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        yield from ((extra, Requirement(line)) for line in lines)
 
 
 def _package(extra: str, requirement: Requirement) -> Finding:
@@ -139,42 +127,30 @@ def _gpus(gpus: list[Device]) -> Iterator[Finding]:
         yield Finding(f"GPU {index}", "ok", text)
 
 
-def _usable(gpus: list[Device]) -> Iterator[Finding]:
-    """What configurations may ask for."""
+def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Finding]:
+    """What configurations may ask for: what it is, its package, how to ask for it, and whether there is a device."""
     modern = bool(gpus) and all(gpu.capability >= AMPERE for gpu in gpus)
     if gpus and not modern:
         yield Finding("bfloat16", "missing", "a GPU is older than Ampere", "set model.dtype=float32")
     else:
         yield Finding("bfloat16", "ok", "on every GPU" if gpus else "on the CPU, not faster than float32")
-    attention = "model.attention=flash_attention_2"
-    yield _needs("flash-attention 2", "flash-attn", attention, modern, "an Ampere GPU or later")
-    yield _needs("4-bit base", "bitsandbytes", "model.load_in_4bit=true", bool(gpus), "a GPU")
-    yield _needs("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True, "")
+    for name, package, option, device in (
+        ("flash-attention 2", "flash-attn", "model.attention=flash_attention_2", modern),
+        ("4-bit base", "bitsandbytes", "model.load_in_4bit=true", bool(gpus)),
+        ("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True),
+    ):
+        if packages[package].state != "ok":
+            yield Finding(name, "missing", f"{option} needs {package}, see above")
+        elif device:
+            yield Finding(name, "ok", option)
+        else:
+            yield Finding(name, "missing", f"{option} needs {'an Ampere GPU or later' if gpus else 'a GPU'}")
 
 
-def _needs(name: str, package: str, option: str, device: bool, which: str) -> Finding:
-    """An option that needs a package and a device."""
-    if installed(package) is None:
-        return Finding(name, "missing", f"{package} is not installed", f"pip install {package}, if you want {option}")
-    problem = import_error(package)
-    if problem:
-        return Finding(name, "missing", f"{package} cannot be imported: {problem}", "install it again for this torch")
-    if not device:
-        return Finding(name, "missing", f"{package} is installed, but it needs {which}")
-    return Finding(name, "ok", option)
-
-
-def _files() -> Iterator[Finding]:
-    """The configurations and the embedded base."""
-    try:
-        root = repository_root()
-    except ClmoeError as error:
-        yield Finding("configs", "broken", str(error), "run in the checkout: only YAML files given by path work here")
-        return
-    yield Finding("configs", "ok", str(root / "configs"))
-    base = root / "playground" / "base"
+def _base() -> Finding:
+    """The embedded base."""
+    base = repository_root() / "playground" / "base"
     if (base / "model.safetensors").is_file():
-        yield Finding("playground/base", "ok", str(base))
-    else:
-        fix = "git checkout playground/base, or build it: bash scripts/playground/build_base.sh"
-        yield Finding("playground/base", "missing", f"no model.safetensors in {base}", fix)
+        return Finding("playground/base", "ok", str(base))
+    fix = "git checkout playground/base, or build it: bash scripts/playground/build_base.sh"
+    return Finding("playground/base", "missing", f"no model.safetensors in {base}", fix)

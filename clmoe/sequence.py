@@ -17,7 +17,7 @@ from clmoe.config import Config, load_config
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
-from clmoe.evaluate.run import check_questions, check_tasks, evaluate_base, evaluate_checkpoint
+from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import Finished, differences, lasting, read_checkpoint
 from clmoe.train.loop import use_deepspeed
@@ -119,7 +119,7 @@ def run_sequence(
         from_main(lambda: write_json(run / SETTINGS, settings))
         with display(f"{config.name} on {benchmark.name}", len(order)):
             if method.chain == "none":
-                say(evaluate_base(run, benchmark, config, order))
+                say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
             checkpoints = _train_all(config, benchmark, order, run, steps, zero)
     matrix = AccuracyMatrix.read_csv(run / "matrix.csv")
     return Result(run, checkpoints, matrix, read_json(run / "metrics.json"))

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.matrix import AccuracyMatrix, mean_spread, metrics
+from clmoe.evaluate.matrix import AccuracyMatrix, metrics
 from clmoe.utils.logging import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
         "last": [score.get((order[-1], task)) for task in order],
         "immediate": [score.get((task, task)) for task in order],
         "immediate_known": [by_task.get(task) for task in order],
-        "so far": [mean_spread(rows.get(after, ())[: t + 1]).mean for t, after in enumerate(order)],
+        "so far": [pd.Series(rows.get(after, ())[: t + 1], dtype=float).mean() for t, after in enumerate(order)],
     }
     end = own[own.after == order[-1]]
     return {
@@ -107,16 +107,15 @@ def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
     }
 
 
-def spread(values: Iterable[float], show: str = ".2f") -> str:
+def spread(values: pd.Series, show: str = ".2f") -> str:
     """Mean ± sample standard deviation over seeds; n is added where a seed lacks the value."""
-    given = [None if pd.isna(value) else float(value) for value in values]
-    found = mean_spread(given)
-    if found.mean is None:
+    given = values.dropna().astype(float)
+    if given.empty:
         return BLANK
-    text = f"{found.mean:{show}}"
-    if found.std is not None and (found.std or show == ".2f"):
-        text += f" ± {found.std:{show}}"
-    return text if found.n == len(given) else f"{text} (n={found.n})"
+    text, deviation = f"{given.mean():{show}}", given.std()
+    if len(given) > 1 and (deviation or show == ".2f"):
+        text += f" ± {deviation:{show}}"
+    return text if len(given) == len(values) else f"{text} (n={len(given)})"
 
 
 def difference(study: Study, better: str, worse: str, metric: str) -> tuple[str, str]:
@@ -263,7 +262,7 @@ def add(folder: Path) -> None:
     steps = set(runs[runs.study == study].steps_per_task) - {0}
     if study not in STUDIES:
         raise ClmoeError(f"{folder / 'run.json'}: benchmark {study!r} is none of {', '.join(STUDIES)}")
-    if AccuracyMatrix.read_csv(folder / "matrix.csv").cell(len(order), len(order)) is None:
+    if AccuracyMatrix.read_csv(folder / "matrix.csv").row(order[-1])[-1] is None:
         raise ClmoeError(f"{folder / 'matrix.csv'}: the last task has no score; finish the run first")
     if steps and info["steps_per_task"] not in {0, *steps}:
         raise ClmoeError(f"{folder / 'run.json'}: steps_per_task is {info['steps_per_task']}; {study} has {steps}")

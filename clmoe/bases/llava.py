@@ -29,9 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from clmoe.bases.vision_cache import VisionCache, attach_cache
 from clmoe.config import ModelConfig
-from clmoe.data import images, prompts
+from clmoe.data import images
 from clmoe.data.batches import Encoder
-from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import known_configs, repository_root, resolve_model_path
@@ -87,12 +86,6 @@ class LoadedBase:
     image_token_count: int
     fingerprint: str
     vision: VisionCache | None = None
-
-    def encode_training(self, record: TrainRecord, max_length: int) -> prompts.Encoded:
-        return prompts.encode_training(record, self.tokenizer, self.image_token_count, max_length)
-
-    def encode_prompt(self, question: str, has_image: bool) -> list[int]:
-        return prompts.encode_prompt(question, has_image, self.tokenizer, self.image_token_count)
 
     def read_pixels(self, path: Path) -> Tensor:
         """An image file as the tower's input ``[3, H, W]`` float32."""

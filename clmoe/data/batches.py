@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
 
-from clmoe.data.prompts import IGNORE, Encoded
+from clmoe.data.prompts import IGNORE, encode_prompt, encode_training
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 
@@ -25,8 +26,10 @@ Item = TypeVar("Item", bound="PromptItem")
 class Encoder(Protocol):
     """What turns records into a base's inputs; ``read_image`` gives the ``pixel_values`` of an item."""
 
-    def encode_training(self, record: TrainRecord, max_length: int) -> Encoded: ...
-    def encode_prompt(self, question: str, has_image: bool) -> list[int]: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+    @property
+    def image_token_count(self) -> int: ...
     def read_image(self, path: Path) -> Tensor: ...
 
 
@@ -86,10 +89,11 @@ class TrainDataset(_Items[TrainItem]):
             raise ClmoeError("there are no training records; expected at least one")
         super().__init__(records, image_root, encoder)
         self.max_length = max_length
-        encoder.encode_training(records[0], max_length)
+        self.item(records[0], None)
 
     def item(self, row: TrainRecord, pixels: Tensor | None) -> TrainItem:
-        encoded = self.encoder.encode_training(row, self.max_length)
+        base = self.encoder
+        encoded = encode_training(row, base.tokenizer, base.image_token_count, self.max_length)
         return TrainItem(torch.tensor(encoded.input_ids), pixels, torch.tensor(encoded.labels))
 
 
@@ -97,7 +101,9 @@ class PromptDataset(_Items[PromptItem]):
     """Questions as prompts; images are preprocessed exactly as in training."""
 
     def item(self, row: Question, pixels: Tensor | None) -> PromptItem:
-        return PromptItem(torch.tensor(self.encoder.encode_prompt(row.text, row.image is not None)), pixels)
+        base = self.encoder
+        ids = encode_prompt(row.text, row.image is not None, base.tokenizer, base.image_token_count)
+        return PromptItem(torch.tensor(ids), pixels)
 
 
 class NumberedDataset(Dataset[tuple[int, TrainItem]]):

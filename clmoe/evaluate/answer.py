@@ -30,10 +30,8 @@ class RouterWeights:
     """What one router weighted its experts with, averaged over the prompt's tokens.
 
     Attributes:
-        block: decoder block.
         linear: the linear that the router serves; empty if it serves the whole FFN.
-        owners: of all experts of the block, oldest first: position in training order of the expert's task, negative for
-            experts from before the first task.
+        owners: of all experts of the block, oldest first: number of each one's task, from 0, negative before it.
         weights: of the oldest experts, as many as the router reaches; they sum to 1.
     """
 
@@ -45,10 +43,9 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An answer and what led to it.
+    """An answer, or its beginning while it is being generated, and what led to it.
 
     Attributes:
-        text: the answer, or its beginning while it is being generated.
         task: the one that the question was taken for; None for methods without parts.
         scores: task -> how typical the checkpoint's own locator finds the question of it; empty without parts.
         routers: in model order; empty for methods without experts.

@@ -57,18 +57,12 @@ class Answerer:
         store: the locator's features; without a folder they are computed for every call.
     """
 
-    own: Locator | None
-
     def __init__(
-        self,
-        base: LoadedBase,
-        model: PeftModel | PreTrainedModel,
-        method: Method,
-        learned: int = 0,
-        features: Path | None = None,
+        self, base: LoadedBase, model: PeftModel | PreTrainedModel, method: Method, learned: int, features: Path | None
     ) -> None:
         self.base, self.method, self.config = base, method, method.config.evaluation
-        self.model, self.learned, self.own = model.eval(), learned, None
+        self.model, self.learned = model.eval(), learned
+        self.own: Locator | None = None
         self.store = FeatureStore.of(base, method.config, features)
 
     def answer(
@@ -87,7 +81,6 @@ class Answerer:
         so that the batch's rounding cannot decide.
 
         Args:
-            max_new_tokens: longest answer in tokens.
             locator: ``oracle``, ``last`` or ``random`` instead of the answerer's own.
             task: the questions' true task, for the oracle.
             known: answers by question id; batches that it holds completely are not computed.
@@ -104,10 +97,8 @@ class Answerer:
         def generated(rows: list[int], redone: bool) -> list[Answer]:
             tasks = [found[row] for row in rows]
             texts, margins = self.generate(dataset.__getitems__(rows), self.selection(tasks), max_new_tokens)
-            return [
-                Answer(text.strip(), margin, redone, task)
-                for task, text, margin in zip(tasks, texts, margins, strict=True)
-            ]
+            said = zip(texts, margins, tasks, strict=True)
+            return [Answer(text.strip(), margin, redone, task) for text, margin, task in said]
 
         def answered(rows: list[int]) -> list[Answer]:
             if all(ids[row] in known for row in rows):
@@ -217,7 +208,7 @@ def open_answerer(
 
     Args:
         features: folder that keeps the locator's features.
-        benchmark: its training data fit a locator that is not the one sealed in the checkpoint.
+        benchmark: its training data fit a locator that is not the sealed one.
 
     Raises:
         ClmoeError: the checkpoint was trained on another base, or another locator than its own has no benchmark.
@@ -225,7 +216,7 @@ def open_answerer(
     base = base or load_base(config.model, device())
     method = method_class(config.method)(config)
     if done is None:
-        return Answerer(base, base.model, method)
+        return Answerer(base, base.model, method, 0, None)
     if done.lineage.base != base.fingerprint:
         raise ClmoeError(f"{done.folder} was trained on another base than {config.model.path}")
     model = load_adapter(base.model, done.folder, trainable=False)
@@ -248,8 +239,7 @@ def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark:
     if benchmark is None:
         raise ClmoeError(f"{done.folder} was sealed with locator={done.locator.name}: another one needs training data")
     features = []
-    for name in done.lineage.tasks:
-        task = benchmark.task(name)
+    for task in map(benchmark.task, done.lineage.tasks):
         records = load_train(task.train, task.image_root)
         features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
 

@@ -41,10 +41,7 @@ Scores = tuple[float | None, ...]
 class AccuracyMatrix:
     """Scores in percent: ``rows[after][i]`` on ``tasks[i]`` after training task ``after``; None is not measured.
 
-    Attributes:
-        tasks: names in training order.
-        rows: by the name of the task just trained, or ``zero_shot`` for the untrained model. Rows may be missing. A
-            method that trains on the union of all tasks has one row under the last task's name.
+    Any row may be missing. A method that trains on all tasks at once has one, under the last task's name.
     """
 
     tasks: tuple[str, ...]
@@ -59,17 +56,9 @@ class AccuracyMatrix:
         """The scores after that stage, [N]; all None if the row was not measured."""
         return self.rows.get(after, (None,) * len(self.tasks))
 
-    def cell(self, t: int, i: int) -> float | None:
-        """``A[t][i]`` with the tasks numbered from 1; t = 0 is the zero-shot row."""
-        return self.row(self.stages[t])[i - 1]
-
     @classmethod
     def read_csv(cls, path: Path) -> Self:
-        """Read a matrix file: first column ``after``, then one per task in training order; any row may be missing.
-
-        Raises:
-            ClmoeError: names the file, the row (line number) and the column that is wrong.
-        """
+        """Read a matrix file: a column ``after``, then one per task. ClmoeError names file, row and column."""
         tasks, lines = _read_table(path)
         order, rows = [ZERO_SHOT, *tasks], dict[str, Scores]()
         for line, after, scores in lines:
@@ -84,22 +73,6 @@ class AccuracyMatrix:
     def write_csv(self, path: Path) -> None:
         """Write the matrix so that ``read_csv`` returns it exactly."""
         _write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean and sample standard deviation (divisor n - 1; None for n < 2) of n measured values."""
-
-    mean: float | None
-    std: float | None
-    n: int
-
-
-def mean_spread(values: Sequence[float | None]) -> Spread:
-    """Mean and spread of the values that are not None."""
-    measured = [value for value in values if value is not None]
-    mean = statistics.fmean(measured) if measured else None
-    return Spread(mean, statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
 
 
 def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
@@ -136,11 +109,7 @@ def metrics_from_files(matrix: Path, immediate: Path | None = None) -> dict[str,
 
 
 def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
-    """Read K, the scores with the router known, [N] in the order of ``tasks``: a matrix file with one row of any label.
-
-    Raises:
-        ClmoeError: other tasks than ``tasks``, not exactly one row, or a malformed cell.
-    """
+    """Read K, [N] in the order of ``tasks``, from a matrix file with one row of any label. Raises as ``read_csv``."""
     columns, lines = _read_table(path)
     odd = sorted(set(columns) ^ set(tasks))
     if odd:

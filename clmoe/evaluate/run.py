@@ -4,13 +4,13 @@ After training task ``after``, ``predictions/<after>/<task>.jsonl`` holds the an
 and what it depends on: a cell of the accuracy matrix. It is answered or scored again only if that has changed.
 """
 
-import dataclasses
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.generate import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
-from clmoe.evaluate.rules.base import Mode, shown_answer
-from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers
+from clmoe.evaluate.rules.base import Mode
+from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator, feature_folder
 from clmoe.methods import method_class
@@ -36,8 +36,6 @@ from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_even
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import count, from_main, rank
 from clmoe.utils.tensors import load_tensors
-
-Rows = dict[str, list[list[Any]]]  # a table's rows by task, their first column
 
 
 def evaluate_checkpoint(
@@ -53,9 +51,8 @@ def evaluate_checkpoint(
 ) -> tuple[str, LoadedBase | None]:
     """Fill a checkpoint's row of the accuracy matrix and write the run's files; loads no model if the row is filled.
 
-    Rows before the last task's ask ``evaluation.limit`` questions of each task, see ``sampled``. Every process calls
-    this; the main one writes. Returns the scores as one line, ``after text: sqa 40.0, text 91.3``,
-    and the base without adapter, if it is loaded now.
+    Rows before the last task's ask ``evaluation.limit`` questions of each task. Every process calls this. Returns the
+    scores as one line, ``after text: sqa 40.0, text 91.3``, and the base without adapter, if it is loaded now.
 
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
@@ -63,7 +60,6 @@ def evaluate_checkpoint(
         order: all tasks of the run, in training order.
         tasks: by default all that were learned (the base: all), and the newest once more with its task known if the
             method keeps parts.
-        base: the base, if it is loaded already.
 
     Raises:
         ClmoeError: before the first answer: the checkpoint has another base, the run folder another order, or a
@@ -102,11 +98,6 @@ def evaluate_checkpoint(
     return from_main(record), base
 
 
-def evaluate_base(run: Path, benchmark: Benchmark, config: Config, order: list[str], **settings: Any) -> str:
-    """``evaluate_checkpoint`` of the bare base: the scores as one line."""
-    return evaluate_checkpoint(run, benchmark, None, config, order, **settings)[0]
-
-
 def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
     """Raise ClmoeError unless every name is a task of the benchmark whose scorer is known and can run here."""
     for name in names:
@@ -115,8 +106,8 @@ def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
 
 def check_questions(benchmark: Benchmark, names: Sequence[str]) -> None:
     """Raise ClmoeError, naming file and row or question, unless all questions can be read and scored, images aside."""
-    for name in names:
-        _check_gold(benchmark.task(name), task_questions(benchmark.task(name), images=False), "fixed")
+    for task in map(benchmark.task, names):
+        _check_gold(task, task_questions(task, images=False), "fixed")
 
 
 def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:
@@ -194,7 +185,7 @@ class Cell:
             "margin": evaluation.margin if evaluation.exact else None,
             **({"batch_size": None} if evaluation.exact else cut),
             "options": self.config.options,
-            "locator": dataclasses.asdict(locator) if self.locator in ("", locator.name) else self.locator,
+            "locator": asdict(locator) if self.locator in ("", locator.name) else self.locator,
         }
 
     def score_settings(self, questions: list[Question]) -> dict[str, Any]:
@@ -223,17 +214,16 @@ class Cell:
         return True
 
     def fill(self, questions: list[Question], answerer: Answerer, advance: Callable[[int], None]) -> float:
-        """Answer the questions and score the answers. Returns the score in percent.
+        """Answer the questions, score the answers, and return the score in percent.
 
-        Until then every process appends its batches to a hidden file, from which an interrupted evaluation continues.
+        Every process appends its batches to a hidden file, from which an interrupted evaluation continues.
         """
         evaluation, task = self.config.evaluation, self.task
         key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
         mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
 
         def keep(batch: list[tuple[str, Answer]]) -> None:
-            rows = [{"question_id": name, **dataclasses.asdict(answer)} for name, answer in batch]
-            files.append_json_lines(mine, rows)
+            files.append_json_lines(mine, [{"question_id": name, **asdict(answer)} for name, answer in batch])
             advance(len(batch) * count())
 
         known = from_main(lambda: self._kept(key))
@@ -243,7 +233,7 @@ class Cell:
         return from_main(lambda: self._complete(questions, answers, finder))
 
     def _complete(self, questions: list[Question], answers: list[Answer], finder: Locator | None) -> float:
-        """Write the answers and their score, and what ``finder`` decided if it looked. Returns the percentage."""
+        """Write the answers and their score, and what ``finder`` decided if it looked."""
         rows = [
             {
                 "question_id": question.question_id,
@@ -311,31 +301,50 @@ def fill_cells(cells: list[Cell], benchmark: Benchmark, order: list[str], answer
             extra["score"] = cell.fill(asked, answerer, display.advance_rows)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunInfo:
+    """``run.json``, for reports; older runs lack the last three."""
+
+    method: str
+    label: str
+    benchmark: str
+    order: list[str]
+    seed: int
+    trainable_parameters: int
+    adapter_parameters: int
+    projector_trained: bool
+    effective_scale: float | None
+    steps_per_task: int
+    locator: str = ""
+    scoring: Mode = "fixed"
+    limit: int | None = None  # questions per task in the rows before the last; None is all
+
+
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
 ) -> None:
-    """Write ``run.json`` for the report; the bare base (``done`` None) keeps a trained run's."""
+    """Write ``run.json``; the bare base (``done`` None) keeps a trained run's."""
     path = run / "run.json"
     if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
         return
     lineage = None if done is None else done.lineage
     trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
-    info = {
-        "method": config.method,
-        "label": config.name,
-        "benchmark": benchmark.name,
-        "order": order,
-        "seed": config.seed,
-        "locator": config.locator.name,
-        "scoring": scoring,
-        "limit": None if done is None else config.evaluation.limit,
-        "trainable_parameters": lineage.trainable_parameters if lineage else 0,
-        "adapter_parameters": lineage.adapter_parameters if lineage else 0,
-        "projector_trained": lineage is not None and config.adapter.train_projector,
-        "effective_scale": lineage.effective_scale if lineage else None,
-        "steps_per_task": lineage.steps // trained_at_once if lineage else 0,
-    }
-    write_json(path, info)
+    info = RunInfo(
+        method=config.method,
+        label=config.name,
+        benchmark=benchmark.name,
+        order=order,
+        seed=config.seed,
+        locator=config.locator.name,
+        scoring=scoring,
+        limit=None if done is None else config.evaluation.limit,
+        trainable_parameters=lineage.trainable_parameters if lineage else 0,
+        adapter_parameters=lineage.adapter_parameters if lineage else 0,
+        projector_trained=lineage is not None and config.adapter.train_projector,
+        effective_scale=lineage.effective_scale if lineage else None,
+        steps_per_task=lineage.steps // trained_at_once if lineage else 0,
+    )
+    write_json(path, vars(info))
 
 
 def write_tables(
@@ -346,11 +355,8 @@ def write_tables(
     scoring: Mode = "fixed",
     untrained: bool = False,
     always_known: bool = False,
-) -> dict[str, float | None]:
-    """Rebuild the run's tables from its cells and return the metrics.
-
-    Writes ``matrix.csv``, ``immediate.csv`` (if measured with the task known), ``locator.csv`` (if a locator looked)
-    and ``metrics.json``.
+) -> None:
+    """Write ``matrix.csv``, ``immediate.csv``, ``locator.csv`` and ``metrics.json`` from the run's cells.
 
     Args:
         locator: whose cells the matrix shows in a folder without any of the checkpoints' own.
@@ -373,20 +379,17 @@ def write_tables(
     _write_located(run, order, locator)
     matrix = AccuracyMatrix(tuple(order), rows)
     matrix.write_csv(run / "matrix.csv")
-    result = metrics(matrix, known)
-    write_json(run / "metrics.json", result)
-    return result
+    write_json(run / "metrics.json", metrics(matrix, known))
 
 
 def _write_located(run: Path, order: list[str], locator: str) -> None:
     """``locator.csv``: after each task, the tasks that the locator took each task's questions for."""
-    rows = []
-    for after in order:
-        for task in order:
-            path = summary_path(run, after, task, locator)
-            counts = read_json(path).get("locators", {}) if path.is_file() else {}
-            for finder, located in sorted(counts.items()):
-                rows += [(after, finder, task, name, located[name]) for name in order if name in located]
+    rows: list[tuple[object, ...]] = []
+    for after, task in product(order, order):
+        path = summary_path(run, after, task, locator)
+        counts = read_json(path).get("locators", {}) if path.is_file() else {}
+        for finder, located in counts.items():
+            rows += [(after, finder, task, name, located[name]) for name in order if name in located]
     if rows:
         write_text(run / "locator.csv", csv_text([("after", "locator", "task", "located", "count"), *rows]))
 
@@ -398,8 +401,8 @@ def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
     ``usage.csv``: each expert's share of its block's router weight on a task's data, right after that task's training.
     """
     lineage, newest = done.lineage, done.lineage.tasks[-1]
-    trained: Rows = {newest: [[newest, lineage.trainable_parameters, lineage.adapter_parameters]]}
-    _merge_rows(run / "parameters.csv", ["task", "trainable", "stored"], trained, order)
+    trained = [newest, lineage.trainable_parameters, lineage.adapter_parameters]
+    _merge_rows(run / "parameters.csv", ["task", "trainable", "stored"], [trained], order)
     if (done.folder / STATISTICS).is_file():
         usage = _gate_means(done.folder / STATISTICS, lineage.tasks)
         _merge_rows(run / "usage.csv", ["task", "block", "expert", "share"], usage, order)
@@ -411,20 +414,17 @@ def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
         write_json(path, [entries[task] for task in order if task in entries])
 
 
-def _merge_rows(path: Path, header: list[str], rows: Rows, order: list[str]) -> None:
-    """Replace these tasks' rows in a table, which is in the order of the run."""
-    merged: Rows = {}
-    for _, cells in files.read_csv(path)[1:] if path.is_file() else []:
-        merged.setdefault(cells[0], []).append(cells)
-    merged |= rows
-    write_text(path, csv_text([header, *(row for task in order for row in merged.get(task, []))]))
+def _merge_rows(path: Path, header: list[str], rows: list[list[Any]], order: list[str]) -> None:
+    """Replace the rows of these tasks (the first column) in a table, which is in the order of the run."""
+    new = {row[0] for row in rows}
+    old = [cells for _, cells in files.read_csv(path)[1:] if cells[0] not in new] if path.is_file() else []
+    write_text(path, csv_text([header, *(row for task in order for row in [*old, *rows] if row[0] == task)]))
 
 
-def _gate_means(path: Path, tasks: list[str]) -> Rows:
+def _gate_means(path: Path, tasks: list[str]) -> list[list[Any]]:
     """Rows of ``usage.csv``."""
-    rows: Rows = {}
+    rows: list[list[Any]] = []
     for key, shares in sorted(load_tensors(path).items()):
         if match := re.fullmatch(r"(\d+)\.(.+)\.gate_mean", key):
-            task, block = tasks[int(match[1])], match[2]
-            rows.setdefault(task, []).extend([task, block, i, f"{x:.6f}"] for i, x in enumerate(shares.tolist()))
+            rows += [[tasks[int(match[1])], match[2], i, f"{x:.6f}"] for i, x in enumerate(shares.tolist())]
     return rows

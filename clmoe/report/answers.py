@@ -1,7 +1,4 @@
-"""A run's answers to the test questions of each task, right after its training and at the end of the sequence.
-
-Also which questions a page shows (the same for all runs, forgotten ones first), and small copies of their images.
-"""
+"""A run's answers right after each task and at the end, and which of them a page shows with their images."""
 
 import base64
 import hashlib
@@ -17,13 +14,11 @@ from PIL import Image
 from clmoe.data.records import misplaced
 from clmoe.errors import ClmoeError
 from clmoe.locators import LOCATORS
-from clmoe.report.runs import Group, Run, check_field
+from clmoe.report.runs import Group, Run
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
-# A score of at least this counts as right. Most rules give 0 or 1; VQA's consensus gives parts of it (0.3 where one
-# annotator in ten agrees, 0.6 where two do), science the share of several answers that was found.
-RIGHT = 0.5
+RIGHT = 0.5  # a score of at least this: VQA's consensus and science's lists give parts of a point
 OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outcome
     (True, True): "kept",
     (True, False): "forgotten",
@@ -66,9 +61,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one, and tasks
-    whose questions were not judged twice. The answers have the columns of `read_answers` and `asked`, the number of
-    questions of the task; tasks take turns. One task is in memory at a time.
+    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one. The answers
+    have the columns of `read_answers` and `asked`, the task's number of questions. One task is in memory at a time.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
@@ -122,10 +116,7 @@ def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
 
 
 def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[Path]]:
-    """Folders that may hold the images of each task, best first: below `data`, then where they were at the evaluation.
-
-    `events.jsonl` recorded the benchmark's data folder; `data` is where it is now, if it was moved.
-    """
+    """Folders that may hold each task's images, best first: below `data`, then where they were at the evaluation."""
     folders: dict[str, list[Path]] = {task: [] for task in groups[0].runs[0].order}
     tasks = {f"{task}{ending}": task for task in folders for ending in _ENDINGS}
     events = [event for group in groups for run in group.runs for event in read_events(run.path / "events.jsonl")]
@@ -136,12 +127,6 @@ def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[
     return {task: list(dict.fromkeys(found)) for task, found in folders.items()}
 
 
-def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, each with its number from 1."""
-    lines = path.read_bytes().split(b"\n")  # answers may hold other line breaks of Unicode, where splitlines cuts
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The predictions of one cell by question id; none without its summary, which is written last."""
     summary = path.with_suffix(".json")
@@ -149,14 +134,16 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     corpus = bool(read_json(summary).get("parts"))  # scored as a whole: a row's figure is neither right nor wrong
     rows = {}
-    for number, line in read_lines(path):
-        where = f"{path}, row {number}"
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # splitlines cuts at Unicode's breaks too
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ClmoeError(f"{where}: no JSON ({error})") from error
+            raise ClmoeError(f"{path}, row {number}: no JSON ({error})") from error
         for field, types in _FIELDS.items():
-            check_field(where, row, field, types)
+            if field not in row or not isinstance(row[field], types):
+                raise ClmoeError(f"{path}, row {number}: field {field!r} is missing or of a wrong type")
         rows[row["question_id"]] = row | {"right": None if corpus else row["score"] >= RIGHT}
     return rows
 

@@ -41,16 +41,13 @@ class Section:
 def write_report(
     runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv"), data: Path | None = None
 ) -> list[Path]:
-    """Write a report of run folders into the folder `output`; the same runs give the same bytes.
+    """Write a report of run folders into the folder `output`, and return the paths; same runs, same bytes.
 
-    md: `report.md`; tex: `report.tex`; csv: `report.csv` (one line per run) and the numbers behind each other section;
-    pdf: each picture as PDF; html: `report.html`. Pictures are also written as PNG unless html is the only format.
+    csv: `report.csv` (one line per run) and the numbers behind each other section; pdf: each picture. Pictures are also
+    written as PNG unless html is the only format.
 
     Args:
         data: where the benchmark's data folder is now, for the images on the page.
-
-    Returns:
-        The paths written.
 
     Raises:
         ClmoeError: an unknown format, or what `clmoe.report.runs.group_runs` raises.

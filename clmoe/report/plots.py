@@ -1,7 +1,6 @@
-"""Figures of a report, in one style for the page (SVG) and for papers (PDF, PNG).
+"""Figures of a report, for the page (SVG) and for papers (PDF, PNG); the same runs give the same bytes.
 
-A figure is a list of small panels: apart on the page, so that they fit a phone, and on one grid in a file. The files
-carry no date: the same runs give the same bytes.
+A figure is a list of small panels: apart on the page, so that they fit a phone, and on one grid in a file.
 """
 
 import html

@@ -8,29 +8,26 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import pandas as pd
 
+from clmoe.config import build
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix, Scores, metrics, read_immediate_csv
-from clmoe.evaluate.rules.base import MODES
+from clmoe.evaluate.run import RunInfo
 from clmoe.methods import method_class
 from clmoe.utils.files import read_csv, read_json
 from clmoe.utils.logging import read_events
 
-# Fields of run.json, with the types of `Run`; and of a block in expansion.json.
-_INFO = "method benchmark order seed label scoring trainable_parameters adapter_parameters projector_trained"
-_INFO += " effective_scale steps_per_task limit"
-_BLOCK = {"activations": (list,), "probes": (int,), "threshold": (int, float), "added": (int,)}
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run(RunInfo):
     """A sequence, perhaps unfinished. Scores and metrics are in percent, `minutes` is wall time.
 
-    `limit` is the number of test questions per task in the rows before the last; None is all, or not recorded. A table
-    is empty if its file is absent:
+    A table is empty if its file is absent:
 
         parameters  task, trainable, stored
         expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
@@ -38,18 +35,6 @@ class Run:
         located     after, locator, task, located, count
     """
 
-    method: str
-    benchmark: str
-    order: tuple[str, ...]
-    seed: int
-    label: str
-    scoring: str
-    trainable_parameters: int
-    adapter_parameters: int
-    projector_trained: bool
-    effective_scale: int | float | None
-    steps_per_task: int
-    limit: int | None
     path: Path
     matrix: AccuracyMatrix
     immediate: Scores | None
@@ -75,7 +60,7 @@ class Run:
         return any(task in self.matrix.rows for task in self.order[:-1])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Group:
     """The runs of one label, ordered by seed."""
 
@@ -83,32 +68,33 @@ class Group:
     runs: tuple[Run, ...]
 
 
-def read_run(folder: Path) -> Run:
-    """Read one run folder.
+@dataclass(frozen=True)
+class _Entry:
+    """Of expansion.json: a task and its blocks by name."""
 
-    Raises:
-        ClmoeError: a file is missing or malformed, or the columns of the matrix are not the tasks in the run's order.
-    """
+    task: str
+    blocks: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Block:
+    activations: list[float]
+    probes: int
+    threshold: float
+    added: int
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder. Raises ClmoeError if a file is missing or malformed, or two do not fit together."""
     where, timing, known = (folder / name for name in ("run.json", "timing.json", "immediate.csv"))
     if not where.is_file():
         raise ClmoeError(f"{where} is missing: is {folder} the folder of a run?")
-    info: Any = read_json(where)
-    if isinstance(info, dict):
-        info = {"limit": None, "scoring": "fixed"} | info  # older runs lack them
-    for field in _INFO.split():
-        kind = Run.__annotations__[field]
-        check_field(where, info, field, (list,) if field == "order" else get_args(kind) or (kind,))
-    if not all(isinstance(task, str) for task in info["order"]):
-        raise ClmoeError(f"{where}: field 'order' must be a list of task names")
-    if info["scoring"] not in MODES:
-        raise ClmoeError(f"{where}: field 'scoring' is {info['scoring']!r}; allowed: {', '.join(MODES)}")
-    matrix, order = AccuracyMatrix.read_csv(folder / "matrix.csv"), tuple(info["order"])
-    if matrix.tasks != order:
+    info = _build(RunInfo, read_json(where), str(where))
+    matrix, order = AccuracyMatrix.read_csv(folder / "matrix.csv"), info.order
+    if list(matrix.tasks) != order:
         found, wanted = ", ".join(matrix.tasks), ", ".join(order)
         raise ClmoeError(f"{folder / 'matrix.csv'}, header: columns {found} are not the order in run.json ({wanted})")
     immediate = read_immediate_csv(known, order) if known.exists() else None
-    times = read_json(timing) if timing.exists() else {"minutes": None}
-    check_field(timing, times, "minutes", (int, float, type(None)))
     events = read_events(folder / "events.jsonl")
     expansion, tried = _read_expansion(folder / "expansion.json", order)
     used = _read_table(folder / "usage.csv", {"task": order, "block": str, "expert": int}, {"share": float})
@@ -125,8 +111,8 @@ def read_run(folder: Path) -> Run:
         expansion=expansion,
         usage=used if tried.empty else tried,
         located=_read_table(folder / "locator.csv", located, {"count": int}),
-        minutes=times["minutes"],
-        **{field: info[field] for field in _INFO.split()} | {"order": order},
+        minutes=read_json(timing)["minutes"] if timing.exists() else None,
+        **vars(info),
     )
 
 
@@ -153,23 +139,18 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
     return [Group(label, tuple(seeds[seed] for seed in sorted(seeds))) for label, seeds in groups.items()]
 
 
-def check_field(where: Path | str, info: Any, field: str, types: tuple[type, ...]) -> None:
-    """Refuse a missing field, one of another type, and numbers that are not finite."""
-    if not isinstance(info, dict) or field not in info:
-        raise ClmoeError(f"{where}: field {field!r} is missing")
-    value = info[field]
-    wrong_bool = isinstance(value, bool) and bool not in types  # bool is an int in Python
-    if not isinstance(value, types) or wrong_bool or (isinstance(value, float) and not math.isfinite(value)):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise ClmoeError(f"{where}: field {field!r} is {value!r}; expected {wanted}")
-
-
 def block_names(blocks: Iterable[str]) -> dict[str, str]:
-    """Module names -> short names such as "layer 3 mlp", in the order of the layers; unchanged if of several towers."""
+    """Module names -> short names such as "layer 3 mlp", in the order of the layers."""
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in blocks}
-    several = len({name.rpartition("layers.")[0] for name in parts}) > 1
-    short = {name: name if several else re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in parts}
-    return {name: short[name] for name in sorted(parts, key=parts.__getitem__)}
+    ordered = sorted(parts, key=parts.__getitem__)
+    return {name: re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in ordered}
+
+
+def _build(kind: type[T], values: Any, where: str) -> T:
+    """`build` without the fields that only other versions of clmoe know."""
+    if isinstance(values, dict):
+        values = {name: values[name] for name in kind.__dataclass_fields__ if name in values}  # type: ignore[attr-defined]
+    return build(kind, values, where)
 
 
 def _read_table(path: Path, keys: dict[str, Any], values: dict[str, Any]) -> pd.DataFrame:
@@ -210,27 +191,23 @@ def _cell(where: str, text: str, kind: Any) -> Any:
 
 def _read_expansion(path: Path, order: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`expansion.json` as the tables `Run.expansion` and, where the activations are shares of tokens, `Run.usage`."""
-    plans, decisions, shares = read_json(path) if path.exists() else [], [], []
-    check_field(path, {"tasks": plans}, "tasks", (list,))
-    for number, plan in enumerate(plans, start=1):
-        check_field(f"{path}, entry {number}", plan, "task", (str,))
-        check_field(f"{path}, entry {number}", plan, "blocks", (dict,))
-    tasks, names = [plan["task"] for plan in plans], block_names(name for plan in plans for name in plan["blocks"])
+    read = read_json(path) if path.exists() else []
+    if not isinstance(read, list):
+        raise ClmoeError(f"{path}: expected a list of tasks")
+    entries = [_build(_Entry, entry, f"{path}, entry {number}") for number, entry in enumerate(read, start=1)]
+    tasks, names = [entry.task for entry in entries], block_names(name for entry in entries for name in entry.blocks)
     if tasks != [task for task in order if task in tasks]:
         found, wanted = ", ".join(tasks), ", ".join(order)
         raise ClmoeError(f"{path}, field 'task': found {found}; list tasks of {wanted}, each once and in this order")
-    for plan, name in [(plan, name) for plan in plans for name in names if name in plan["blocks"]]:
-        where, block = f"{path}, task {plan['task']!r}, block {name!r}", plan["blocks"][name]
-        for field, types in _BLOCK.items():
-            check_field(where, block, field, types)
-        key, values = (plan["task"], names[name]), block["activations"]
-        for value in values:
-            check_field(where, {"activations": value}, "activations", (int, float))
-        experts = len(values) - block["probes"]
+    decisions, shares = [], []
+    for entry, name in [(entry, name) for entry in entries for name in names if name in entry.blocks]:
+        block = _build(_Block, entry.blocks[name], f"{path}, task {entry.task!r}, block {name!r}")
+        key, values = (entry.task, names[name]), block.activations
+        experts = len(values) - block.probes
         # the rule itself raises a negative threshold to 0
-        decisions.append((*key, block["added"], max(values[experts:]), max(block["threshold"], 0.0)))
+        decisions.append((*key, block.added, max(values[experts:]), max(block.threshold, 0.0)))
         if min(values) >= 0 and sum(values) > 0:  # mean logits may be negative
-            kinds = ["expert"] * experts + ["probe"] * block["probes"]
+            kinds = ["expert"] * experts + ["probe"] * block.probes
             shares += [(*key, e, kinds[e], value / sum(values)) for e, value in enumerate(values)]
     return (
         pd.DataFrame(decisions, columns=["task", "block", "added", "probe", "limit"]),

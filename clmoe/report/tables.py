@@ -46,11 +46,7 @@ def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, row, task, value: the scores of each task, and their mean if none is missing, by kind of row.
-
-    Rows: zero_shot, immediate (right after the task, if there was a stage before the last), immediate_known (the same,
-    with the task given), last (always there).
-    """
+    """label, seed, row, task, value: the scores of each task, and their mean if none is missing, by kind of row."""
     rows = []
     for run in all_runs(groups):
         blank = (None,) * len(run.order)
@@ -71,7 +67,7 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the run's end.
 
-    No row for a task of which nothing was asked; the task "overall" counts the questions of all, if none lacks any.
+    The task "overall" counts the questions of all, if none lacks any.
     """
     frames = [pd.DataFrame(columns=["label", "seed", "locator", "task", "located", "value"])]
     for run in all_runs(groups):
@@ -108,9 +104,9 @@ def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
     """
     found = {}
     for group in groups:
-        orders = list(dict.fromkeys(run.order for run in group.runs))
+        orders = list(dict.fromkeys(run.matrix.tasks for run in group.runs))
         for order in orders:
-            runs = [run for run in group.runs if run.order == order]
+            runs = [run for run in group.runs if run.matrix.tasks == order]
             seeds = f", seed {', '.join(str(run.seed) for run in runs)}" if len(orders) > 1 else ""
             title = group.label + (seeds or (f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""))
             found[title] = sum((matrix_frame(run) for run in runs[1:]), matrix_frame(runs[0])) / len(runs)
@@ -235,8 +231,7 @@ def _spread(
 ) -> pd.DataFrame:
     """A row for each value of `keys`, a column for each name that any run has a value of: mean ± deviation over seeds.
 
-    The frame's last two columns hold the name and the value; `shown`: name -> how to write its values. The deviation is
-    left out for one value and for equal counts; "(n=1)" says that some seeds lack the value.
+    The frame's last two columns hold the name and the value; `shown`: name -> how to write its values.
     """
     seeds, column = {group.label: len(group.runs) for group in groups}, frame.columns[-2]
     found = over_seeds(frame, [*keys, column])

@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     model, method = adapted(base)
     side = base.model.config.vision_config.image_size
     asked = questions(write_images(root, args.images, side))
-    answerer = Answerer(base, model, method)
+    answerer = Answerer(base, model, method, 0, None)
     rate = best_rate(base.model.dtype)
 
     def form(work: Callable[[], list[str]]) -> tuple[dict[str, Any], list[str]]:

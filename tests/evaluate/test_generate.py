@@ -1,7 +1,6 @@
 """Batched greedy answers: the same as one by one, with and without shared prefixes; none lost, margins true."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from clmoe.evaluate import generate
 from clmoe.evaluate.generate import Answer, Answerer
 from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import routing
-from clmoe.locators import base as features_module
 from clmoe.locators.vae import Vae
 from clmoe.methods import method_class
 from tests.evaluate.opened import opened
 from tests.runs import Runs
-from tests.support import TASKS, prompt_batches, tiny_config
+from tests.support import TASKS, tiny_config
 
 FIVE = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
 Asked = tuple[list[Question], Path]
@@ -123,21 +121,9 @@ def test_every_question_gets_its_answer_in_order(locating: Answerer, mixed: Aske
 def test_images_are_read_one_batch_at_a_time(locating: Answerer, mixed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images of a test set together may not fit into memory; once for the features, once for the answers."""
     read: list[int] = []
-    pending: list[Question] = []
-    get = PromptDataset.item
-    monkeypatch.setattr(PromptDataset, "item", lambda self, row, pixels: pending.append(row) or get(self, row, pixels))
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            read.append(len(pending))
-            pending.clear()
-            return real(*arguments, **named)
-
-        return call
-
+    get = PromptDataset.__getitems__
+    monkeypatch.setattr(PromptDataset, "__getitems__", lambda self, rows: read.append(len(rows)) or get(self, rows))
     locating.store = dataclasses.replace(locating.store, batch_size=5)
-    monkeypatch.setattr(features_module, "base_features", counted(features_module.base_features))
-    monkeypatch.setattr(locating, "generate", counted(locating.generate))
     ask(locating, mixed, batch_size=5, exact=False)
     assert read == 2 * [5, 5, 5, 5, 4]
 
@@ -166,45 +152,26 @@ def test_a_prefix_is_shared_within_image_and_router(answerer: Answerer, shared: 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_is_transformers_own(answerer: Answerer, shared: Asked, attention: str) -> None:
-    """Oracle: ``generate`` of one prompt at a time. What is watched are the beginnings of the texts."""
+    """Oracle: ``generate`` of one prompt at a time, its texts and its logits. What is watched are the beginnings."""
     llava = adapted_base(answerer.model)
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
     items = prompt_dataset(base, shared[0][:10], shared[1]).__getitems__(range(10))
     routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.keeps_parts else [None] * 10
     seen: list[list[str]] = []
-    texts, _ = answerer.generate(items, answerer.selection(routes), 4, seen.append)
+    texts, margins = answerer.generate(items, answerer.selection(routes), 4, seen.append)
     assert len(seen) == 3
     plan = GenerationConfig(
-        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
     for row, item in enumerate(items):
         with torch.no_grad(), routing(answerer.selection([routes[row]])):
             said = llava.generate(**collate_prompts([item], tokenizer.pad_token_id), generation_config=plan)
-        assert texts[row] == tokenizer.decode(said[0, len(item.input_ids) :], skip_special_tokens=True)
+        assert texts[row] == tokenizer.decode(said.sequences[0, len(item.input_ids) :], skip_special_tokens=True)
+        gaps = [logits[0].topk(2).values.diff().abs().item() for logits in said.logits]
+        assert margins[row] == pytest.approx(min(gaps), abs=1e-4)
         assert all(texts[row].startswith(so_far[row]) for so_far in seen)
-
-
-def test_margin_is_the_smallest_gap_of_the_greedy_path(locating: Answerer, mixed: Asked, tiny_base: LoadedBase) -> None:
-    """Oracle: one question at a time, token by token, whole forward passes without a cache."""
-    asked = (mixed[0][:6], mixed[1])
-    given = ask(locating, asked, exact=False)
-    llava = adapted_base(locating.model)
-    for answer, inputs in zip(given, prompt_batches(tiny_base, prompt_dataset(tiny_base, *asked), 1), strict=True):
-        selection = locating.method.selection(locating.model, torch.tensor([answer.task]))
-        ids, gap, tokens = inputs["input_ids"], float("inf"), []
-        for _ in range(4):
-            with torch.no_grad(), routing(selection):
-                values = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                best = llava(**values).logits[0, -1].topk(2)
-            gap = min(gap, float(best.values[0] - best.values[1]))
-            token = int(best.indices[0])
-            if token == tiny_base.tokenizer.eos_token_id:
-                break
-            tokens.append(token)
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        assert answer.text == tiny_base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        assert answer.margin == pytest.approx(gap, abs=1e-4)
 
 
 class Scripted(nn.Module):
@@ -233,7 +200,7 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     head = Scripted(script, len(tokenizer))
     tiny_base.model.lm_head = head
     method = method_class("zero_shot")(tiny_config("zero_shot", Path("nowhere")))
-    answerer = Answerer(tiny_base, tiny_base.model, method)
+    answerer = Answerer(tiny_base, tiny_base.model, method, 0, None)
     answerer.config = EvaluationConfig(exact=False)
     asked = [Question(str(i), None, "What is it?", "red", {}) for i in range(2)]
     first, second = answerer.answer(asked, Path(), 20)

@@ -29,7 +29,7 @@ from clmoe.evaluate.run import (
 from clmoe.locators import make_locator
 from clmoe.locators.base import Locator
 from clmoe.methods.clmoe import load_statistics
-from clmoe.train.checkpoint import read_checkpoint
+from clmoe.train.checkpoint import Finished, read_checkpoint
 from tests.evaluate.opened import checkpoints
 from tests.runs import Runs, contents, events, texts
 from tests.support import TASKS, save_tiny
@@ -119,6 +119,12 @@ def fill_rows(run: Path, mini: Benchmark, right: dict[str, dict[str, int]]) -> N
             fill(mini, Answers(number, task=None), one)
 
 
+def tables(run: Path, order: list[str] = ORDER, *arguments: str, **settings: Any) -> dict[str, Any]:
+    """The metrics of the tables made from the run's cells."""
+    write_tables(run, order, *arguments, **settings)
+    return dict(json.loads((run / "metrics.json").read_text()))
+
+
 def matrix(run: Path) -> list[str]:
     """The rows of the run's matrix."""
     return (run / "matrix.csv").read_text().splitlines()[1:]
@@ -143,15 +149,22 @@ def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Bench
 def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes(
     tmp_path: Path, mini: Benchmark
 ) -> None:
-    first = cell(tmp_path, mini)
-    fill(mini, Answers(), first)
-    for config in (
-        changed(CONFIG, "evaluation", exact=False),
-        changed(CONFIG, "model", dtype="bfloat16"),
-        changed(CONFIG, "model", load_in_4bit=True),
-        dataclasses.replace(CONFIG, options={**CONFIG.options, "beta": 1.0}),
-    ):
-        assert not dataclasses.replace(first, config=config).settled()
+    """Exact answers depend on the margin but not on the batches, others the other way round."""
+    for exact in (False, True):
+        config = changed(CONFIG, "evaluation", exact=exact)
+        fill(mini, Answers(), cell(tmp_path, mini, config=config))
+        for section, field, value, decides in (
+            ("evaluation", "margin", 0.5, exact),
+            ("evaluation", "batch_size", 3, not exact),
+            ("evaluation", "share_images", False, not exact),
+            ("evaluation", "exact", not exact, True),
+            ("model", "dtype", "bfloat16", True),
+            ("model", "load_in_4bit", True, True),
+        ):
+            other = changed(config, section, **{field: value})
+            assert cell(tmp_path, mini, config=other).settled() != decides, field
+    beta = dataclasses.replace(CONFIG, options={**CONFIG.options, "beta": 1.0})
+    assert not cell(tmp_path, mini, config=beta).settled()
     for fields in ({"suffix": " Answer in one word."}, {"max_new_tokens": 99}):
         assert not cell(tmp_path, changed_task(mini, **fields)).settled()
     for row in ({"text": "What colour?"}, {"image": "0.png"}, {"question_id": "new"}):
@@ -166,22 +179,6 @@ def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes
     other = cell(tmp_path, mini, identity="other")
     assert not other.settled()
     assert fill(mini, Answers(right=6), other)["score"] == 50.0
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_exact_answers_depend_on_the_margin_and_others_on_the_batches(
-    exact: bool, tmp_path: Path, mini: Benchmark
-) -> None:
-    config = changed(CONFIG, "evaluation", exact=exact)
-    fill(mini, Answers(), cell(tmp_path, mini, config=config))
-    assert cell(tmp_path, mini, config=config).settled()
-    for field, value, decides in (
-        ("margin", 0.5, exact),
-        ("batch_size", 3, not exact),
-        ("share_images", False, not exact),
-    ):
-        other = changed(config, "evaluation", **{field: value})
-        assert cell(tmp_path, mini, config=other).settled() != decides, field
 
 
 def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Benchmark) -> None:
@@ -213,15 +210,19 @@ def test_answers_that_are_not_those_of_the_questions_are_made_again(
     assert not cell(tmp_path, mini, scoring="official").settled()
 
 
-def test_a_crash_between_new_answers_and_their_summary_leaves_the_cell_empty(
+def test_a_crash_before_or_after_the_summary_leaves_an_empty_or_a_clean_cell(
     tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(mini, Answers(right=3), cell(tmp_path, mini))
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", die)
-        with pytest.raises(Killed):
-            fill(mini, Answers(right=9), cell(tmp_path, mini, identity="other"))
-    assert not cell(tmp_path, mini, scoring="official").settled(), "the other checkpoint's answers lie there"
+    """Before it another checkpoint's answers lie there; after it hidden files, which go when the cell is looked at."""
+    one = cell(tmp_path, mini)
+    for step, settled in (("_remove_hidden_files", True), ("write_json", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Cell if settled else module, step, die)
+            with pytest.raises(Killed):
+                fill(mini, Answers(), one if settled else dataclasses.replace(one, identity="other"))
+        assert list(one.path.parent.glob(".*"))
+        assert dataclasses.replace(one, scoring="fixed" if settled else "official").settled() == settled
+        assert bool(list(one.path.parent.glob(".*"))) != settled
 
 
 def test_a_lost_answer_is_an_error_and_not_a_smaller_denominator(tmp_path: Path, mini: Benchmark) -> None:
@@ -254,22 +255,15 @@ def test_what_cannot_be_scored_is_found_before_the_first_question_is_asked(tmp_p
         check_tasks(mini, ["color"])
 
 
-def test_a_limit_asks_a_sample_of_the_questions(tmp_path: Path, mini: Benchmark) -> None:
-    questions = task_questions(mini.task("colour"))
-    limited = cell(tmp_path, mini, limit=4)
-    fill(mini, Answers(right=1), limited)
-    assert [row["question_id"] for row in rows_of(limited)] == [q.question_id for q in sampled(questions, 4)]
-    assert write_tables(tmp_path, ORDER)["last"] is None
-    assert matrix(tmp_path) == ["count,25.0,,"]
-
-
 def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> None:
-    fill(mini, Answers(task=None), cell(tmp_path, mini, "side"))
-    write_tables(tmp_path, ORDER)
+    """Also: the matrix is of the cells of another locator only where there are none of the checkpoint's own."""
+    fill(mini, Answers(right=6, task=None), *(cell(tmp_path, mini, task, locator="last") for task in ORDER[:2]))
+    write_tables(tmp_path, ORDER, "last")
+    assert matrix(tmp_path) == ["count,50.0,50.0,"]
     assert not (tmp_path / "locator.csv").exists()
     fill(mini, Answers(task=2), cell(tmp_path, mini, "count"), cell(tmp_path, mini))
     fill(mini, Answers(task=1), cell(tmp_path, mini, "count", locator="oracle"))
-    write_tables(tmp_path, ORDER)
+    write_tables(tmp_path, ORDER, "last")
     assert (tmp_path / "locator.csv").read_text().splitlines() == [
         "after,locator,task,located,count",
         "count,prototype,colour,colour,9",
@@ -277,15 +271,7 @@ def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> No
         "count,prototype,count,colour,9",
         "count,prototype,count,count,3",
     ]
-
-
-def test_the_matrix_is_the_own_locators_or_the_only_ones(tmp_path: Path, mini: Benchmark) -> None:
-    fill(mini, Answers(right=6), *(cell(tmp_path, mini, task, locator="last") for task in ORDER[:2]))
-    write_tables(tmp_path, ORDER, "last")
-    assert matrix(tmp_path) == ["count,50.0,50.0,"]
-    fill(mini, Answers(right=3), cell(tmp_path, mini, "count"))
-    write_tables(tmp_path, ORDER, "last")
-    assert matrix(tmp_path) == ["count,,25.0,"]
+    assert matrix(tmp_path) == ["count,25.0,25.0,"]
 
 
 def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
@@ -295,56 +281,44 @@ def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
         "count": {"colour": 6, "count": 9, "count.oracle": 12},
         "side": {"colour": 3, "count": 6, "side": 12, "side.oracle": 12},
     })  # fmt: skip
-    result = write_tables(tmp_path, ORDER)
+    result = tables(tmp_path)
     assert matrix(tmp_path) == [
         "zero_shot,25.0,0.0,50.0", "colour,100.0,,", "count,50.0,75.0,", "side,25.0,50.0,100.0",
     ]  # fmt: skip
     assert (tmp_path / "immediate.csv").read_text().splitlines()[1] == "immediate,100.0,100.0,100.0"
-    assert json.loads((tmp_path / "metrics.json").read_text()) == result
     assert (result["bwt_n"], result["bwt_known"]) == pytest.approx((-100 / 3, 175 / 3 - 100))
+    assert cell(tmp_path, mini, scoring="official", learned=ORDER[:1], identity="colour").settled()
+    write_tables(tmp_path, ORDER, scoring="official")
+    assert matrix(tmp_path) == ["colour,100.0,,"], "the other cells are in the other mode still"
+    assert not (tmp_path / "immediate.csv").exists()
+    assert cell(tmp_path, mini, learned=ORDER[:1], identity="colour").settled()
     write_tables(tmp_path, ORDER[::-1])
     assert matrix(tmp_path)[:2] == ["zero_shot,50.0,0.0,25.0", "side,100.0,50.0,25.0"]
 
 
 def test_the_bare_model_is_a_row_of_its_own_and_the_end_of_its_own_sequence(tmp_path: Path, mini: Benchmark) -> None:
     fill_rows(tmp_path, mini, {"zero_shot": {"colour": 3, "count": 0, "side": 6}})
-    assert write_tables(tmp_path, ORDER)["last"] is None, "of a run that trains, which has only begun"
+    assert tables(tmp_path)["last"] is None, "of a run that trains, which has only begun"
     assert matrix(tmp_path) == ["zero_shot,25.0,0.0,50.0"]
-    assert write_tables(tmp_path, ORDER, untrained=True)["last"] == pytest.approx(25)
+    assert tables(tmp_path, untrained=True)["last"] == pytest.approx(25)
     assert matrix(tmp_path) == ["zero_shot,25.0,0.0,50.0", "side,25.0,0.0,50.0"]
     assert not (tmp_path / "immediate.csv").exists()
-
-
-def test_tables_show_one_scoring_mode(tmp_path: Path, mini: Benchmark) -> None:
-    fill_rows(tmp_path, mini, {"colour": {"colour": 12, "colour.oracle": 12}, "count": {"colour": 6, "count": 9}})
-    assert cell(tmp_path, mini, scoring="official", learned=ORDER[:1], identity="colour").settled()
-    write_tables(tmp_path, ORDER, scoring="official")
-    assert matrix(tmp_path) == ["colour,100.0,,"]
-    assert not (tmp_path / "immediate.csv").exists(), "the cell with the task known is in the other mode still"
-    write_tables(tmp_path, ORDER)
-    assert matrix(tmp_path) == ["count,50.0,75.0,"]
-    assert (tmp_path / "immediate.csv").is_file()
 
 
 # Commands on checkpoints
 
 
-def test_a_models_own_answers_are_scored(runs: Runs, tmp_path: Path) -> None:
-    """Some are right and some wrong, so the cell tells them apart; the rule is equality here."""
-    runs.evaluate(runs.chain("lora")[1], tmp_path)
-    lines = summary_path(tmp_path, TASKS[1], TASKS[1]).with_suffix(".jsonl").read_text().splitlines()
-    right = [row["text"] == row["answer"] for row in map(json.loads, lines)]
-    assert 0 < sum(right) < len(right) == 12
-    assert float(matrix(tmp_path)[0].split(",")[2]) == 100 * sum(right) / 12
-
-
-def test_the_last_row_has_no_limit(runs: Runs, tmp_path: Path) -> None:
-    """It is the result."""
+def test_a_limit_asks_a_sample_except_in_the_last_row(runs: Runs, tmp_path: Path, mini: Benchmark) -> None:
     first, second = ORDER[:2]
     for done in runs.chain("lora"):
         runs.evaluate(done, tmp_path, "evaluation.limit=3", order=f"{first},{second}")
-    paths = [summary_path(tmp_path, after, task) for after, task in ((first, first), (second, first), (second, second))]
-    assert [json.loads(path.read_text())["questions"] for path in paths] == [3, 12, 12]
+    cells = ((first, first), (second, first), (second, second))
+    asked = [summary_path(tmp_path, *cell).with_suffix(".jsonl").read_text().splitlines() for cell in cells]
+    assert [len(rows) for rows in asked] == [3, 12, 12]
+    wanted = sampled(task_questions(mini.task(first)), 3)
+    assert [json.loads(row)["question_id"] for row in asked[0]] == [question.question_id for question in wanted]
+    right = [row["text"] == row["answer"] for row in map(json.loads, asked[2])]  # the rule is equality here
+    assert float(matrix(tmp_path)[1].split(",")[2]) == 100 * sum(right) / 12 and 0 < sum(right) < 12
 
 
 def test_an_adapter_is_not_evaluated_on_other_weights(
@@ -414,6 +388,17 @@ def test_a_folder_holds_one_order(runs: Runs, tmp_path: Path, capsys: pytest.Cap
         check_run_order(run, longer_or_shorter.split(","))
 
 
+def mean_gates(done: Finished) -> dict[tuple[str, str, str], float]:
+    """By task, block and expert."""
+    statistics = zip(done.lineage.tasks, load_statistics(done.folder / "statistics.safetensors"), strict=True)
+    return {
+        (task, block, str(expert)): float(share)
+        for task, blocks in statistics
+        for block, values in blocks.items()
+        for expert, share in enumerate(values["gate_mean"])
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "names"),
     [
@@ -437,24 +422,13 @@ def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(
         plan = json.loads((done[1].folder / "expansion.json").read_text())
         assert json.loads((tmp_path / "expansion.json").read_text()) == plan
         assert [entry["task"] for entry in plan] == ORDER[:2]
+    if method == "clmoe":
+        rows = list(csv.DictReader((tmp_path / "usage.csv").read_text().splitlines()))
+        found = {(row["task"], row["block"], row["expert"]): float(row["share"]) for row in rows}
+        assert found == pytest.approx(mean_gates(done[1]), abs=1e-6)
+        assert list(dict.fromkeys(row["task"] for row in rows)) == ORDER[:2]
     record_checkpoint(tmp_path, done[0], ORDER)
     assert contents(tmp_path) == before
-
-
-def test_usage_is_the_checkpoints_mean_gates(runs: Runs, tmp_path: Path) -> None:
-    done = read_checkpoint(runs.chain("clmoe")[1])
-    record_checkpoint(tmp_path, done, ORDER)
-    rows = list(csv.DictReader((tmp_path / "usage.csv").read_text().splitlines()))
-    assert list(dict.fromkeys(row["task"] for row in rows)) == done.lineage.tasks
-    statistics = load_statistics(done.folder / "statistics.safetensors")
-    expected = {
-        (task, block, str(expert)): float(share)
-        for task, blocks in zip(done.lineage.tasks, statistics, strict=True)
-        for block, values in blocks.items()
-        for expert, share in enumerate(values["gate_mean"])
-    }
-    found = {(row["task"], row["block"], row["expert"]): float(row["share"]) for row in rows}
-    assert found == pytest.approx(expected, abs=1e-6)
 
 
 # An interrupted cell continues, to the same bytes
@@ -505,19 +479,6 @@ def test_only_what_is_missing_is_answered(
     runs.evaluate(checkpoint, tmp_path, *SMALL)
     assert sizes == computed
     assert finished(tmp_path) == finished(straight)
-
-
-def test_what_a_crash_left_beside_a_complete_cell_goes(
-    tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = cell(tmp_path, mini)
-    with monkeypatch.context() as patch:
-        patch.setattr(Cell, "_remove_hidden_files", die)
-        with pytest.raises(Killed):
-            fill(mini, Answers(), one)
-    assert list(one.path.parent.glob(".*"))
-    assert one.settled()
-    assert not list(one.path.parent.glob(".*"))
 
 
 def test_answers_of_all_processes_are_kept_for_the_same_questions(

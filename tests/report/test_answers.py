@@ -61,11 +61,10 @@ def test_the_end_is_the_runs_own_and_the_last_task_is_not_counted(tmp_path: Path
     assert explore(group_runs([run]))[0].values.tolist() == [["moe", "box", 0, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("locator", ["random", "nearest_mean"])
-def test_a_run_that_was_measured_with_another_locator(tmp_path: Path, locator: str) -> None:
+def test_a_run_that_was_measured_with_another_locator(tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0)
     for after in ("count", "box"):
-        predict(run, after, f"count.{locator}", {"a": RIGHT})
+        predict(run, after, "count.nearest_mean", {"a": RIGHT})
     assert outcomes(run, "count") == {"a": "kept"}
     predict(run, "box", "count", {"a": WRONG})  # the checkpoint's own locator counts wherever it was measured
     assert outcomes(run, "count") == {"a": None}
@@ -81,7 +80,7 @@ def test_answers_with_line_breaks_of_unicode_and_cells_never_finished(tmp_path: 
     assert outcomes(run, "box") == {}
 
 
-@pytest.mark.parametrize(("field", "value"), [("text", 3), ("score", "1"), ("score", float("nan")), ("image", 1)])
+@pytest.mark.parametrize(("field", "value"), [("text", 3), ("score", "1"), ("image", 1)])
 def test_malformed_rows_are_named(tmp_path: Path, field: str, value: object) -> None:
     run = make_run(tmp_path, "moe", 0)
     path = run / "predictions/box/box.jsonl"
@@ -122,12 +121,12 @@ def test_forgotten_ones_come_first_and_each_label_has_its_turn(tmp_path: Path) -
 
 
 def test_thumbnails_are_small_and_stay_in_their_folder(tmp_path: Path) -> None:
-    for name, size in {
-        "a.png": (56, 40),
-        "wide.png": (1200, 300),
-        "../outside.png": (5, 5),
-        "C:/x.png": (5, 5),
-    }.items():
+    for name, size in (
+        ("a.png", (56, 40)),
+        ("wide.png", (1200, 300)),
+        ("../outside.png", (5, 5)),
+        ("C:/x.png", (5, 5)),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", size, "#102030").save(tmp_path / name)
     for name, size in (("a.png", (56, 40)), ("wide.png", (224, 56))):

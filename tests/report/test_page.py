@@ -94,6 +94,10 @@ def test_every_figure_offers_its_numbers_and_says_what_it_shows(tmp_path: Path) 
     assert list(downloads) == ["report.csv", "tasks.csv", "matrices.csv", "forgetting.csv"]
     for name, uri in downloads.items():
         assert b64decode(uri.partition("base64,")[2]) == (tmp_path / "out" / name).read_bytes()
+    rows = list(csv.DictReader((tmp_path / "out/report.csv").open()))
+    assert [(row["label"], row["seed"], float(row["last"]), row["bwt_known"]) for row in rows][:1] == [
+        ("a", "0", 60, "")
+    ]
     drawn = [attrs["aria-label"] for tag, attrs in tags if tag == "svg"]
     assert len(drawn) == 1 + 2 + 3  # comparison, a matrix per label, a curve per task
     assert all(any(task in text for task in TASKS) for text in drawn[1:]) and "a: " in drawn[0]
@@ -115,12 +119,11 @@ def test_sample_answers_as_csv(tmp_path: Path) -> None:
     assert "image file not found: a.png" in page and "no image" in page and "2 of the 2 test questions" in page
 
 
-@pytest.mark.parametrize("output", [None, "elsewhere"])
-def test_the_command(tmp_path: Path, output: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, "moe", 0)
-    folder = tmp_path / output if output else run / "report"
-    cli.main(["report", str(run), "--format", "md", *(["--output", str(folder)] if output else [])])
-    text = capsys.readouterr().out
-    assert (folder / "report.md").is_file() and str(folder / "report.md") in text and "60.00" in text
+    for folder, options in ((run / "report", []), (tmp_path / "out", ["--output", str(tmp_path / "out")])):
+        cli.main(["report", str(run), "--format", "csv", *options])
+        text = capsys.readouterr().out
+        assert (folder / "report.csv").is_file() and str(folder / "report.csv") in text and "60.00" in text
     cli.main(["report", str(run), "--json"])
     assert '"last": 60.0' in capsys.readouterr().out

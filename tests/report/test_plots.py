@@ -40,16 +40,6 @@ def test_heat_maps_draw_scores_frame_the_diagonal_and_leave_blanks(tmp_path: Pat
     assert panel.alt.endswith("box: colour_letter 0, count 0, box 80")
 
 
-def test_many_rows_are_drawn_without_numbers(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "moe", 0)
-    lines = [f"count,{layer(i)},{e},0.25" for i in range(64) for e in range(4)]
-    (panel,) = plots.usage(group_runs([write(run / "usage.csv", "task,block,expert,share", *lines)])).panels
-    ax = drawn(panel)
-    assert texts(ax) == {} and panel.cells.shape == (64, 4)
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names[:2] == ["layer 0 mlp", "layer 2 mlp"] and len(names) == 32
-
-
 def test_forgetting_curves_are_means_and_deviations_of_the_first_order(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "moe", seed, last) for seed, last in ((0, 50.0), (1, 44.0))]
     runs += [make_run(tmp_path, "moe", 2, 0.0, order=TASKS[::-1]), make_run(tmp_path, "plain", 0, 20.0)]

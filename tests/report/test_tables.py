@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
 from clmoe.report import tables
 from clmoe.report.page import write_report
@@ -132,8 +131,8 @@ def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
     assert r"58.00 $\pm$ 2.83" in tables.to_latex(comparison_table(group_runs(two_seeds(tmp_path))))
 
 
-@pytest.mark.parametrize("width", [100, 80])
-def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> None:
+def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path) -> None:
+    width = 80
     runs = [make_run(tmp_path, f"variant_with_a_long_name_{i}", s, 40.0 + s) for i in range(3) for s in range(2)]
     text = tables.report_text(runs, width)
     assert max(len(line) for line in text.splitlines()) <= width
@@ -142,17 +141,6 @@ def test_terminal_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> Non
         assert shown in text or table.cells.empty
         assert all(cell in shown for row in table.cells.itertuples(index=False) for cell in row)
         assert all(name in shown for name in table.cells.columns[table.keys :])
-
-
-def test_csv_files_hold_raw_numbers(tmp_path: Path) -> None:
-    write_report(two_seeds(tmp_path), tmp_path / "out", ["csv"])
-    report, cells, curves = (pd.read_csv(tmp_path / f"out/{n}.csv") for n in ("report", "matrices", "forgetting"))
-    found = report[["label", "method", "seed", "last", "trainable_parameters"]].values.tolist()
-    assert found == [["moe", "moelora", seed, last, 90624] for seed, last in ((0, 56), (1, 60))]
-    assert report["immediate_known"].isna().all()
-    assert cells.loc[cells["seed"] == 1, "value"].tolist() == [80, 70, 80, 50, 50, 80]
-    row = curves.set_index(["task", "after"]).loc[("count", "box")]
-    assert (row["mean"], row["std"]) == (47, pytest.approx(18**0.5, rel=1e-8))  # of 50 and 44
 
 
 def test_a_limit_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:

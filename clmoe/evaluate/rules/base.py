@@ -1,4 +1,4 @@
-"""What a scoring rule is, and how it reads a question's gold answer."""
+"""What a scoring rule is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,17 +32,3 @@ def unfit(question: Question, field: str, needed: str) -> ClmoeError:
     """The error for a question whose gold answer does not fit its rule."""
     value = question.answer if field == "answer" else question.extra.get(field)
     return ClmoeError(f"question {question.question_id}: field {field!r} is {value!r}, but its scorer needs {needed}")
-
-
-def accepted(question: Question) -> list[str]:
-    """The gold answer, or the list of accepted ones. Raises ClmoeError if there is neither."""
-    answers = [question.answer] if question.answer else question.extra.get("answers")
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise unfit(question, "answers", "a list of texts here, or one in field 'answer'")
-    return answers
-
-
-def shown_answer(question: Question) -> str:
-    """The expected answer for people to read: the answer, the accepted ones, the captions, or the box."""
-    several = question.extra.get("answers") or question.extra.get("captions") or []
-    return question.answer or " | ".join(dict.fromkeys(map(str, several))) or str(question.extra.get("answer_bbox", ""))

@@ -57,10 +57,9 @@ def references(question: Question) -> list[str]:
 
 
 def _tokenized(texts: list[list[str]]) -> list[list[str]]:
-    """Every text through the package's tokenizer.
+    """Every text through the package's tokenizer, which reads lines and loses some without words.
 
-    The tokenizer reads lines and METEOR reads fields between bars, so texts must hold neither. The tokenizer loses some
-    lines without words, so it does not get them.
+    METEOR reads fields between bars, so texts must not hold these either.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

@@ -68,8 +68,7 @@ def agreement(prediction: str, answers: list[str]) -> float:
 def normalise(text: str) -> str:
     """Normalise as VQA's evaluation server does: lower case, no articles or punctuation, digits for number words.
 
-    A punctuation mark next to a blank disappears, one between letters becomes a blank. Full stops disappear unless a
-    digit follows. Contractions get their missing apostrophes back, and the genitive's 's becomes a word. (The original
+    A punctuation mark between letters becomes a blank. Contractions get their missing apostrophes back. (The original
     stops after the 32nd full stop; this does not.)
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")

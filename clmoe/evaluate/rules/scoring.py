@@ -1,12 +1,10 @@
 """The scoring rules by name, and the score of a task's answers.
 
 Every rule has two modes. ``fixed``, the default, scores what the metric means. ``official`` computes what the
-benchmark's published script computes, faults included. Some of those faults lie in how a script reads a file of
-answers; only ``score_file``, for answers that were written elsewhere, can reproduce these.
+benchmark's published script computes, faults included; ``scripts/score.py`` adds those of reading a file of answers.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
@@ -35,17 +33,6 @@ SCORERS: dict[str, Scorer] = {
 CAPTIONS = "captions"
 """The one rule that needs all answers of a task at once; the same in both modes."""
 
-# Published scripts find a line's question by its id and divide by the number of lines, except these.
-PAIRED_BY_POSITION = ("class_name", CAPTIONS)
-DIVIDED_BY_QUESTIONS = ("option_letter", "gqa")
-
-
-class FileScore(NamedTuple):
-    """Score in percent, and the number of samples that it claims to cover."""
-
-    percent: float
-    samples: int
-
 
 def check_scorer(name: str, mode: Mode = "fixed") -> None:
     """Raise ClmoeError if there is no such scorer or mode, or if the scorer needs something that is not installed."""
@@ -58,9 +45,9 @@ def check_scorer(name: str, mode: Mode = "fixed") -> None:
 
 def gold_problem(scorer: str, question: Question) -> str | None:
     """Why no answer to the question, not even its gold answer, can be right under this rule; None if one can."""
-    _check_name(scorer)
     several = question.extra.get("answers")
     golden = [question.answer, *(several if isinstance(several, list) else []), question.extra.get("answer_bbox")]
+    _check_name(scorer)
     try:
         if scorer == CAPTIONS:
             references(question)
@@ -104,35 +91,10 @@ def score_answers(
     return CorpusScore(sum(rows) / len(rows), rows, {})
 
 
-def score_file(
-    scorer: str, lines: Sequence[tuple[str | int, str]], questions: Sequence[Question], mode: Mode = "fixed"
-) -> FileScore:
-    """Score a file of answers (question id and text, in file order) that may lack lines or have another order.
-
-    ``fixed`` finds each line's question by its id, compared as text; a question without a line is wrong. ``official``
-    does what the scorer's published script does, but does not stop at ids that are numbers in one file and text in the
-    other.
-
-    Raises:
-        ClmoeError: a line for an unknown question, two lines for one, or as ``score_answers``.
-    """
-    asked = {str(question.question_id): question for question in questions}
-    answers: dict[str, str] = {}
-    for number, (name, text) in enumerate(lines, 1):
-        if str(name) in answers or str(name) not in asked:
-            why = "has a second line; keep one" if str(name) in answers else "is not in the test file; take its answers"
-            raise ClmoeError(f"line {number}: question_id {name!r} {why}")
-        answers[str(name)] = text
-    if mode == "fixed" or scorer in DIVIDED_BY_QUESTIONS:
-        texts = [answers.get(name, "") for name in asked]  # under these rules "" is never right
-        return FileScore(100 * score_answers(scorer, texts, questions, mode).score, len(questions))
-    if not lines:
-        raise ClmoeError("the file of answers is empty; published scripts divide by its length")
-    in_order = scorer in PAIRED_BY_POSITION
-    paired = list(questions[: len(lines)]) if in_order else [asked[name] for name in answers]
-    result = score_answers(scorer, list(answers.values()), paired, mode)
-    samples = 0 if scorer == "ocr_vqa" else len(lines)  # its script prints the length of a list that it never fills
-    return FileScore(100 * result.score, samples)
+def shown_answer(question: Question) -> str:
+    """The expected answer for people to read: the answer, the accepted ones, the captions, or the box."""
+    several = question.extra.get("answers") or question.extra.get("captions") or []
+    return question.answer or " | ".join(dict.fromkeys(map(str, several))) or str(question.extra.get("answer_bbox", ""))
 
 
 def _check_name(scorer: str) -> None:

@@ -9,11 +9,19 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from clmoe.data.records import Question
-from clmoe.evaluate.rules.base import Mode, Scorer, accepted
+from clmoe.evaluate.rules.base import Mode, Scorer, unfit
 from clmoe.evaluate.rules.letters import parse_letter
 
 Match = Callable[[str, str], bool]
 """``(prediction, gold answer)``"""
+
+
+def accepted(question: Question) -> list[str]:
+    """The gold answer, or the list of accepted ones. Raises ClmoeError if there is neither."""
+    answers = [question.answer] if question.answer else question.extra.get("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise unfit(question, "answers", "a list of texts here, or one in field 'answer'")
+    return answers
 
 
 def any_matches(fixed: Match, official: Match) -> Scorer:
@@ -38,11 +46,7 @@ def has_words(text: str, gold: str) -> bool:
 
 
 def official_words(text: str, gold: str) -> bool:
-    """eval_ai2d.py: "Unanswerable" is never right, and an answer with a blank in it may be any piece of text.
-
-    Another answer loses its full stops; in a prediction with a blank it needs a blank before it, or a blank, full stop
-    or comma after it.
-    """
+    """MLLM-DCL's eval_ai2d.py: a word needs a blank on one side, or a full stop or comma after it; a phrase nothing."""
     if "Unanswerable" in text:
         return False
     text, gold = text.lower(), gold.lower()
@@ -77,10 +81,9 @@ _exact_source = any_matches(same_words, lambda text, gold: text.lower() == gold.
 def science(prediction: str, question: Question, mode: Mode) -> float:
     """Science: exact match for images of AI2D, TQA, VQA and SciVerse; MapQA's "Which states" gives partial credit.
 
-    A question's source is the beginning of its image's file name. For "Which states" the score is the share of the gold
-    states that the prediction names, the largest of several accepted answers. ``official`` looks for each state, blanks
-    included, anywhere in the prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the two lists.
-    MapQA's other questions follow ``contains_answer``.
+    For "Which states" the score is the share of the gold states that the prediction names. ``official`` looks for each,
+    blanks included, anywhere in the prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the
+    lists. MapQA's other questions follow ``contains_answer``.
     """
     if PurePosixPath(question.image or "").name.startswith(("AI2D", "TQA", "VQA", "SciVerse")):
         return _exact_source(prediction, question, mode)
@@ -93,8 +96,7 @@ def science(prediction: str, question: Question, mode: Mode) -> float:
 def stock(prediction: str, question: Question, mode: Mode) -> float:
     """Finance (StockQA): an option's letter, or yes or no.
 
-    ``official`` removes blanks and full stops from the prediction and compares: "B. rising" becomes "brising", which is
-    not "b". ``fixed`` reads letters as ``option_letter`` does.
+    ``official`` compares what is left without blanks and full stops, so that "B. rising" is not "b".
     """
     golden = accepted(question)
     if mode == "official":
