@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from clmoe.utils.paths import repository_root
+from clmoe.utils.paths import shipped_root
 
 AMPERE = (8, 0)  # compute capability that bfloat16 and flash-attention 2 need
 # packages with compiled code, which may have been built for another torch
@@ -43,14 +44,14 @@ class Device:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown: each package is ours or of an extra that users install.
-
-    Raises:
-        ClmoeError: the package lies in no checkout.
-    """
+    """All findings, in the order in which they are shown: each package is ours or of an extra that users install."""
     gpus = devices()
-    wanted = [(extra, package) for extra, package in requirements() if extra != "dev" and package.name != "clmoe"]
-    packages = {package.name: _package(extra, package) for extra, package in wanted}
+    wanted = [
+        (extra, package)
+        for extra, package in requirements()
+        if extra not in ("dev", "docs") and package.name != "clmoe"
+    ]
+    packages = {package.name: _package(extra, package) for extra, package in ours if package.name != "clmoe"}
     return [
         Finding("python", "ok", platform.python_version()),
         *packages.values(),
@@ -98,10 +99,20 @@ def devices() -> list[Device]:
 
 
 def requirements() -> Iterator[tuple[str, Requirement]]:
-    """(extra or "", requirement) of the checkout's pyproject.toml: what is recorded at installation may be older."""
-    project = tomllib.loads((repository_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
-        yield from ((extra, Requirement(line)) for line in lines)
+    """(extra or "", requirement) of this package: from the checkout's pyproject.toml, else as a wheel recorded them.
+
+    What is recorded at an editable installation may be older than the file.
+    """
+    file = shipped_root() / "pyproject.toml"
+    if file.is_file():
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+            yield from ((extra, Requirement(line)) for line in lines)
+        return
+    for line in metadata.requires("clmoe") or []:
+        requirement = Requirement(line)
+        extra = re.search(r'extra == "(.+?)"', str(requirement.marker))
+        yield (extra[1] if extra else "", requirement)
 
 
 def _package(extra: str, requirement: Requirement) -> Finding:
@@ -149,7 +160,7 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
 
 def _base() -> Finding:
     """The embedded base."""
-    base = repository_root() / "playground" / "base"
+    base = shipped_root() / "playground" / "base"
     if (base / "model.safetensors").is_file():
         return Finding("playground/base", "ok", str(base))
     fix = "git checkout playground/base, or build it: bash scripts/playground/build_base.sh"

@@ -75,7 +75,7 @@ def test_what_is_usable(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not_ok(machine()) == {"GPU", "flash-attention 2", "4-bit base"}
     assert not_ok(machine(A100, V100)) == {"bfloat16", "flash-attention 2"}  # one old GPU decides what all can do
     assert not_ok(machine(A100, deepspeed=None)) == {"deepspeed", "ZeRO"}
-    monkeypatch.setattr(doctor, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr(doctor, "shipped_root", lambda: tmp_path)
     assert not_ok(machine(A100)) == {"playground/base"}
 
 

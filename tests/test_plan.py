@@ -37,7 +37,7 @@ from clmoe.plan import (
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import total_steps
 from clmoe.train.loss import TrainedModel, enable_checkpointing
-from clmoe.utils.paths import known_configs, repository_root
+from clmoe.utils.paths import known_configs, shipped_root
 from tests.runs import Runs
 from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, tiny_config, write_benchmark
 
@@ -76,7 +76,7 @@ def test_published_counts(
 
 
 def on_results_page(what: str) -> str:
-    paper = yaml.safe_load((repository_root() / "docs/results/paper.yaml").read_text(encoding="utf-8"))
+    paper = yaml.safe_load((shipped_root() / "docs/results/paper.yaml").read_text(encoding="utf-8"))
     (ours,) = [entry["ours"] for entry in paper["counts"] if entry["what"].startswith(what)]
     return str(ours)
 
@@ -373,7 +373,7 @@ def test_where_shapes_are_found(tiny_folder: Path, tmp_path: Path, monkeypatch: 
     assert shapes_file(ModelConfig(path=str(tiny_folder), architecture=str(other))) == tiny_folder / "config.json"
     assert shapes_file(ModelConfig(path="some/hub-name", architecture=str(other))) == other
     monkeypatch.chdir(tmp_path)
-    shipped = repository_root() / "configs" / "models" / "llava-1.5-13b.config.json"
+    shipped = shipped_root() / "configs" / "models" / "llava-1.5-13b.config.json"
     assert shapes_file(load_config("lora", {}, [], "llava-1.5-13b").model) == shipped
     with pytest.raises(ClmoeError, match=r"some/hub-name.*llava-1\.5-7b.*model\.architecture"):
         shapes_file(ModelConfig(path="some/hub-name"))

@@ -33,7 +33,7 @@ from clmoe.data import images
 from clmoe.data.batches import Encoder
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
-from clmoe.utils.paths import known_configs, repository_root, resolve_model_path
+from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
 
 PROJECTOR = "multi_modal_projector"
 
@@ -159,7 +159,7 @@ def shapes_file(config: ModelConfig) -> Path:
     """
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:
-        for file in (Path(name).expanduser(), repository_root() / name):
+        for file in (Path(name).expanduser(), shipped_root() / name):
             if file.is_file():
                 return file
     raise ClmoeError(

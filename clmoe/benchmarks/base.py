@@ -19,7 +19,7 @@ from clmoe.data.batches import epoch_permutation
 from clmoe.data.records import Failed, Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import find_config, repository_root
+from clmoe.utils.paths import find_config, shipped_root
 
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
@@ -174,7 +174,7 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
-    built_in = path.parent == (repository_root() / "configs" / "benchmarks").resolve()
+    built_in = path.parent == (shipped_root() / "configs" / "benchmarks").resolve()
     where = f"{path}: benchmark"
     entry = build(_BenchmarkEntry, read_yaml(path), where)
     _require(entry, ("name", "root", "tasks"), where)

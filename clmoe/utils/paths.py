@@ -9,21 +9,15 @@ EMBEDDED_BASE = "playground/base"
 """The one model path that is a name: the base that is shipped, unless the user's folder holds one of this path."""
 
 
-def repository_root() -> Path:
-    """The folder that ships ``configs`` and ``playground``, wherever the command is run.
-
-    Raises:
-        ClmoeError: the package was installed without them.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "configs" / "benchmarks").is_dir():
-        raise ClmoeError(f"no folder {root / 'configs'}: install clmoe from its checkout (pip install -e .)")
-    return root
+def shipped_root() -> Path:
+    """The folder that holds ``configs`` and ``playground/base``: the package in a wheel, else the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package if (package / "configs").is_dir() else package.parent
 
 
 def known_configs(kind: str, ending: str = ".yaml") -> list[str]:
     """Names of the files in ``configs/<kind>``, sorted."""
-    return sorted(path.stem for path in (repository_root() / "configs" / kind).glob(f"*{ending}"))
+    return sorted(path.stem for path in (shipped_root() / "configs" / kind).glob(f"*{ending}"))
 
 
 def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
@@ -37,7 +31,7 @@ def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
         if not path.is_file():
             raise ClmoeError(f"{path}: no such file")
         return path
-    path = repository_root() / "configs" / kind / f"{name}{ending}"
+    path = shipped_root() / "configs" / kind / f"{name}{ending}"
     if not path.is_file():
         message = unknown(kind.removesuffix("s"), name, known_configs(kind, ending))
         raise ClmoeError(message + f", or the path of a {ending} file")
@@ -54,7 +48,7 @@ def resolve_model_path(path: str) -> str:
     if folder.is_dir():
         return str(folder)
     if path == EMBEDDED_BASE:
-        return str(repository_root() / path)
+        return str(shipped_root() / path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         names = ", ".join(known_configs("models"))
         raise ClmoeError(f"model {path}: no such folder, and no name in configs/models ({names})")

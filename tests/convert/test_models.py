@@ -19,7 +19,7 @@ from clmoe.cli import main
 from clmoe.config import ModelConfig
 from clmoe.convert import weights
 from clmoe.convert.weights import llava_config, read_tower
-from clmoe.utils.paths import repository_root
+from clmoe.utils.paths import shipped_root
 from tests.convert import sources
 
 OWN_TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -170,7 +170,7 @@ def test_real_configurations_become_llava_hfs(name: str, width: int, ffn: int, b
     }  # fmt: skip
     tower, _ = read_tower(sources.clip_configuration(tmp_path, sources.VIT_L_336))
     made = llava_config(real, tower, real, (32000, 32001)).to_dict()
-    shipped = json.loads((repository_root() / f"configs/models/llava-1.5-{name}.config.json").read_text())
+    shipped = json.loads((shipped_root() / f"configs/models/llava-1.5-{name}.config.json").read_text())
     assert made["text_config"].pop("pad_token_id") == shipped.pop("pad_token_id")
     for part in ("text_config", "vision_config"):
         wanted = shipped.pop(part)
