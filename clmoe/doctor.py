@@ -46,7 +46,7 @@ class Device:
 def examine() -> list[Finding]:
     """All findings, in the order in which they are shown: each package is ours or of an extra that users install."""
     gpus = devices()
-    wanted = [
+    ours = [
         (extra, package)
         for extra, package in requirements()
         if extra not in ("dev", "docs") and package.name != "clmoe"
