@@ -6,7 +6,7 @@ shared prefixes, G groups of prompts, P and S tokens of the longest prefix and t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -21,13 +21,17 @@ from clmoe.bases.inputs import SharedPrompts
 from clmoe.bases.llava import decoder_layers
 from clmoe.config import FeatureKind
 from clmoe.data.prompts import IGNORE
-from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
 
 CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 MB
+
+
+def adapted_base(model: PeftModel) -> PreTrainedModel:
+    """The base inside, with its modules patched."""
+    return cast(PreTrainedModel, model.base_model.model)
 
 
 def answered(labels: Tensor) -> Tensor:

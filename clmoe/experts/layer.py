@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 
 from clmoe.bases.llava import block_of
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.routers import InstanceRouter, RouterBank, rows_of
+from clmoe.experts.routing import InstanceRouter, RouterBank, rows_of
 from clmoe.utils.names import derived_seed
 
 INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096 as in CL-MoE's released code
@@ -285,3 +285,24 @@ class ExpertMLP(ExpertLayer):
         g, u = project("gate_proj", x), project("up_proj", x)
         product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None
         return project("down_proj", mlp.act_fn(g) * u, product)  # type: ignore[operator]
+
+
+class Float32Linear(nn.Linear):
+    """Keeps its weights in float32 and computes in its input's dtype, as the experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """All patched modules by name, in model order."""
+    return {module.name: module for module in model.modules() if isinstance(module, ExpertLayer)}
+
+
+def experts_by_linear(model: nn.Module) -> dict[str, Experts]:
+    """The active adapter's experts of every linear, by the linear's full name."""
+    return {
+        layer.name if isinstance(layer, ExpertLinear) else f"{layer.name}.{name}": experts
+        for layer in expert_layers(model).values()
+        for name, experts in layer.experts.items()
+    }

@@ -14,14 +14,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
-from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Experts
-from clmoe.experts.routers import InstanceRouter
-from clmoe.experts.routing import current_routing
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
+from clmoe.experts.routing import InstanceRouter, current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, trainable
 
@@ -123,13 +121,6 @@ def tensor_name(module: str, inner: str) -> str:
     return f"base_model.model.{module}.{inner}"
 
 
-class _Float32Linear(nn.Linear):
-    """Keeps its weights in float32 and computes in its input's dtype, as the experts do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
 @torch.no_grad()
 def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> None:
     """Turn the linears of the adapter's copy of the projector into float32 ones, with the values of ``saved``.
@@ -141,34 +132,15 @@ def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> N
             for part in wrapper.modules_to_save.values():
                 for module in part.modules():
                     if type(module) is nn.Linear:
-                        module.float().__class__ = _Float32Linear
+                        module.float().__class__ = Float32Linear
                 if saved is not None:
                     for name, parameter in part.named_parameters():
                         parameter.copy_(saved[f"{path}.{name}"])
 
 
-def adapted_base(model: PeftModel) -> PreTrainedModel:
-    """The base inside, with its modules patched."""
-    return cast(PreTrainedModel, model.base_model.model)
-
-
 def expert_config(model: PeftModel) -> ExpertConfig:
     """The live configuration of the model's LoRA-expert adapter."""
     return model.peft_config[model.active_adapter]  # type: ignore[return-value]
-
-
-def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
-    """All patched modules by name, in model order."""
-    return {module.name: module for module in model.modules() if isinstance(module, ExpertLayer)}
-
-
-def experts_by_linear(model: nn.Module) -> dict[str, Experts]:
-    """The active adapter's experts of every linear, by the linear's full name."""
-    return {
-        layer.name if isinstance(layer, ExpertLinear) else f"{layer.name}.{name}": experts
-        for layer in expert_layers(model).values()
-        for name, experts in layer.experts.items()
-    }
 
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:

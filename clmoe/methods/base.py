@@ -18,7 +18,8 @@ from clmoe.config import AdapterConfig, Config, NoOptions, build
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.model import adapted_base, attach_adapter, detach_adapter, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
 
 R = TypeVar("R")

@@ -5,14 +5,8 @@ from torch import Tensor
 
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import (
-    attach_adapter,
-    detach_adapter,
-    expert_layers,
-    freeze_experts,
-    grow_experts,
-    tensor_name,
-)
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import attach_adapter, detach_adapter, freeze_experts, grow_experts, tensor_name
 from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, Method, TaskContext, lora_parts_adapter
 from clmoe.methods.lora import Lora

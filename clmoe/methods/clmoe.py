@@ -5,7 +5,7 @@ In the paper's order:
 - eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``; training is MoELoRA's.
 - eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``gate_statistics``).
 - figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
-- eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routers.py``).
+- eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routing.py``).
 - eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
   for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate``).
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import add_task_gates, expert_layers, tensor_name
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import add_task_gates, tensor_name
 from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, over_router_outputs
 from clmoe.methods.moelora import MoeLora

@@ -17,8 +17,7 @@ from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.data.batches import collate_train, sample_records
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import answer_logits, answer_tokens
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, answer_tokens
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora

@@ -27,8 +27,8 @@ from clmoe.config import Config
 from clmoe.data.batches import sample_records
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import seeded
-from clmoe.experts.model import add_routers, expert_config, expert_layers, freeze_experts, grow_experts
+from clmoe.experts.layer import expert_layers, seeded
+from clmoe.experts.model import add_routers, expert_config, freeze_experts, grow_experts
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace
 from clmoe.methods.base import (
     EXPANSION,

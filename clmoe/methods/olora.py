@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clmoe.bases.llava import LoadedBase
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import seeded
-from clmoe.experts.model import expert_layers, experts_by_linear, freeze_experts, grow_experts
+from clmoe.experts.layer import expert_layers, experts_by_linear, seeded
+from clmoe.experts.model import freeze_experts, grow_experts
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import Method, TaskContext, lora_parts_adapter, lora_scaling
 

@@ -13,8 +13,7 @@ from clmoe.bases.inputs import over_train_batches, train_dataset
 from clmoe.data.batches import sample_records
 from clmoe.data.records import Part, TrainRecord, Turn, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import answer_logits, answer_rows, mean_over_samples
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, answer_rows, mean_over_samples
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import Phase, TaskContext
 from clmoe.methods.lora import Lora

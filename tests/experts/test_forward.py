@@ -16,8 +16,7 @@ from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.prompts import encode_prompt
 from clmoe.experts import forward
-from clmoe.experts.forward import answer_loss, copied_rows, empty_cache
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_loss, copied_rows, empty_cache
 from clmoe.experts.routing import routing
 from tests import support
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, logits, routed

@@ -14,7 +14,7 @@ from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
-from clmoe.experts.layer import seeded
+from clmoe.experts.layer import experts_by_linear, seeded
 from tests import support
 from tests.experts.adapters import (
     SCOPES,
@@ -165,7 +165,7 @@ def test_a_batch_with_several_routers_equals_its_samples_one_by_one(
     model = attached(new_base(), scope)
     grow(model, owner=1, count=2)
     grow(model, owner=2, count=1)
-    assert [e.count for e in ours.experts_by_linear(model).values()] == [6] * 6
+    assert [e.count for e in experts_by_linear(model).values()] == [6] * 6
     together = logits(model, even, routed(1, 0, 2))
     for number, router in enumerate((1, 0, 2)):
         alone = row(even, number)

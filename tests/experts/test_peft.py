@@ -17,6 +17,7 @@ from peft.utils import PeftType
 from torch import Tensor
 
 from clmoe.experts import model as ours
+from clmoe.experts.layer import experts_by_linear
 from tests.experts.adapters import NewBase, attached, config, logits
 
 
@@ -80,7 +81,7 @@ def test_two_adapters_switch_and_only_the_active_one_trains(new_base: NewBase, b
         model.set_adapter(name)
         trainable = [parameter for parameter, tensor in model.named_parameters() if tensor.requires_grad]
         assert trainable and all(f".{name}." in parameter for parameter in trainable)
-        assert {experts.count for experts in ours.experts_by_linear(model).values()} == {expected}
+        assert {experts.count for experts in experts_by_linear(model).values()} == {expected}
     assert torch.equal(logits(model, batch), first)
     model.delete_adapter("second")
     assert torch.equal(logits(model, batch), first)

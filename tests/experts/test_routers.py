@@ -8,8 +8,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from clmoe.experts.routers import InstanceRouter, RouterBank, RouterLogits, gate_from_logits
-from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, current_routing, routing
+from clmoe.experts.routing import (
+    InstanceRouter,
+    RouterBank,
+    RouterLogits,
+    RouteSelection,
+    RouteTrace,
+    checkpoint_contexts,
+    current_routing,
+    gate_from_logits,
+    routing,
+)
 from tests.experts.adapters import routed
 
 DIN = 6

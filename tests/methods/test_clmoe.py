@@ -17,7 +17,9 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import adapted_base, expert_layers, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.methods.clmoe import ClMoe, load_statistics
 from tests.runs import Runs, same_bits, tensors, texts

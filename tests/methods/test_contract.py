@@ -20,7 +20,8 @@ import clmoe
 from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
-from clmoe.experts.model import adapter_tensors, attach_adapter, expert_layers, load_adapter
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import adapter_tensors, attach_adapter, load_adapter
 from clmoe.methods import method_class, methods
 from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.train import task as task_module

@@ -14,9 +14,9 @@ from torch import Tensor
 from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import TrainRecord, load_train
-from clmoe.experts.model import adapted_base, expert_layers
-from clmoe.experts.routers import gate_from_logits
-from clmoe.experts.routing import NEWEST_ROUTER, routing
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.routing import NEWEST_ROUTER, gate_from_logits, routing
 from clmoe.methods.base import TaskContext
 from clmoe.methods.llava_cmoe import (
     BlockDecision,

@@ -21,8 +21,9 @@ from clmoe.config import Config
 from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import last_prompt_features
-from clmoe.experts.model import adapted_base, adapter_tensors, expert_layers, load_adapter
+from clmoe.experts.forward import adapted_base, last_prompt_features
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import adapter_tensors, load_adapter
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators.vae import Options as VaeOptions
 from clmoe.locators.vae import fit_vae

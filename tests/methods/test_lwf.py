@@ -14,7 +14,8 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
 from clmoe.data.records import load_train
-from clmoe.experts.model import adapted_base, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.lwf import divergence

@@ -13,7 +13,8 @@ from clmoe.config import LocatorConfig
 from clmoe.data.batches import PromptDataset, TrainDataset
 from clmoe.data.images import read_pixels
 from clmoe.data.records import Question, TrainRecord, Turn
-from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import adapter_tensors, attach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.locators.base import Asked
 from clmoe.locators.prototype import Prototype

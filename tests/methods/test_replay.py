@@ -18,7 +18,8 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
-from clmoe.experts.model import adapted_base, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import TaskContext
 from clmoe.methods.replay import LOGITS, MEMORY, Remembered, mixed
