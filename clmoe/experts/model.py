@@ -154,7 +154,8 @@ def freeze_experts(model: PeftModel, before: int) -> None:
     for layer in expert_layers(model).values():
         for experts in layer.experts.values():
             experts.freeze()
-        layer.routers.freeze()
+        for router in layer.routers.instance:
+            cast(InstanceRouter, router).freeze()
     expert_config(model).frozen_before = before
 
 

@@ -57,8 +57,7 @@ class RouteSelection:
 class RouterOutput(NamedTuple):
     """One router's answer, each ``[B, T, e]`` float32.
 
-    ``logits`` and ``gate`` are the instance router's. ``weights`` mix the experts: the gate, or its mix with the task
-    router's.
+    ``logits`` and ``gate`` are the instance router's; ``weights`` mix the experts: ``gate``, maybe with the task's.
     """
 
     logits: Tensor
@@ -68,7 +67,7 @@ class RouterOutput(NamedTuple):
 
 @dataclass
 class RouteTrace:
-    """What each router answered in its last forward pass, by router name; the layers write here."""
+    """What each router answered in its last forward pass, by name; the routers write here."""
 
     outputs: dict[str, RouterOutput] = field(default_factory=dict)
 
@@ -174,10 +173,7 @@ class InstanceRouter(nn.Module):
 
 
 class TaskRouter(nn.Module):
-    """One fixed gate per task, derived from what the instance router did on it (CL-MoE eq. 7).
-
-    ``gates [N, E]`` float32, a persistent buffer: row ``t`` belongs to task ``t``. None before the first task ends.
-    """
+    """One fixed gate per task (CL-MoE eq. 7): ``gates [N, E]`` float32, a buffer; None before the first task ends."""
 
     gates: Tensor | None
 
@@ -195,9 +191,8 @@ class RouterBank(nn.Module):
     """All routers of one layer: instance routers, oldest first, and the task router.
 
     A sample uses the instance router that the ``RouteSelection`` in force names (the newest by default), mixed with its
-    task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Each router sees only
-    the experts it spans. Without instance routers the gate is fixed: 1 for every expert, or with ``pick`` ``task`` for
-    those of one owner.
+    task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance
+    routers the gate is 1 for every expert, or with ``pick`` ``task`` for those of one owner.
 
     ``owners``: owner task of each of the layer's experts, oldest first.
     """
@@ -207,11 +202,6 @@ class RouterBank(nn.Module):
         self.name, self.top_k, self.owners, self.pick = name, top_k, list(owners), pick
         self.instance = nn.ModuleList()
         self.task = TaskRouter()
-
-    def freeze(self) -> None:
-        """Freeze all instance routers."""
-        for router in self.instance:
-            cast(InstanceRouter, router).freeze()
 
     def forward(self, x: Tensor) -> Tensor:
         """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
@@ -223,8 +213,7 @@ class RouterBank(nn.Module):
         if not len(self.instance):
             return self._fixed(x, selection)
         if len(self.instance) == 1 or selection.router is None:
-            logits = self.instance[-1](x)
-            gate = gate_from_logits(logits, self.top_k)
+            logits, gate = self._own(x, -1)
         else:
             logits, gate = self._mixed(x, selection, selection.router)
         weights = gate
@@ -234,6 +223,11 @@ class RouterBank(nn.Module):
         if trace is not None:
             trace.outputs[self.name] = RouterOutput(logits, gate, weights)
         return weights
+
+    def _own(self, x: Tensor, router: int) -> tuple[Tensor, Tensor]:
+        """Logits and gate of one instance router."""
+        logits = self.instance[router](x)
+        return logits, gate_from_logits(logits, self.top_k)
 
     def _fixed(self, x: Tensor, selection: RouteSelection) -> Tensor:
         """The gate ``[B, T, E]`` without routers."""
@@ -254,16 +248,15 @@ class RouterBank(nn.Module):
         graph = torch.compiler.is_compiling()  # its shapes cannot depend on the routing: every router on every sample
         used = range(len(self.instance)) if graph else list(selection.by_router)
         if len(used) == 1:
-            logits = self.instance[used[0]](x)
-            return logits, gate_from_logits(logits, self.top_k)
+            return self._own(x, used[0])
         width = max(len(cast(Tensor, self.instance[i].weight)) for i in used)
         logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
         gate = torch.zeros_like(logits)
         for i in used:
             rows = slice(None) if graph else selection.by_router[i]
-            answer = self.instance[i](x[rows])
-            missing = (0, width - answer.shape[-1])
-            mine = (pad(answer, missing, value=float("-inf")), pad(gate_from_logits(answer, self.top_k), missing))
+            own_logits, own_gate = self._own(x[rows], i)
+            missing = (0, width - own_gate.shape[-1])
+            mine = (pad(own_logits, missing, value=float("-inf")), pad(own_gate, missing))
             if graph:
                 here = (chosen == i).view(-1, 1, 1)
                 logits, gate = torch.where(here, mine[0], logits), torch.where(here, mine[1], gate)
