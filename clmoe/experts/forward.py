@@ -1,7 +1,6 @@
 """Forward passes of an adapted model: at the answers' tokens, and on prompts.
 
-Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary; with
-shared prefixes, G groups of prompts, P and S tokens of the longest prefix and the longest rest.
+Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary.
 """
 
 from __future__ import annotations

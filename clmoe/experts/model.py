@@ -1,7 +1,4 @@
-"""The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load.
-
-After ``import clmoe``, peft's own functions work as they do for LoRA. Adapters stay float32 on a base of any dtype.
-"""
+"""The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load. It is float32 on a base of any dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,11 +65,7 @@ register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertMo
 
 
 def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap ``base`` with a fresh adapter, the LoRA-expert one or any of peft's own.
-
-    Raises:
-        ClmoeError: no module of the language model matches the adapter's targets.
-    """
+    """Wrap ``base`` with a fresh adapter, ours or one of peft's. Raises ClmoeError if no module matches its targets."""
     try:
         model = get_peft_model(base, config)
     except NoMatchingPeftModuleError as error:
@@ -92,10 +85,9 @@ def detach_adapter(model: PeftModel) -> None:
 
 
 def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """Load an adapter folder onto ``base`` and verify that every tensor of the file arrived, bit for bit.
+    """Load an adapter folder onto ``base``.
 
-    Raises:
-        ClmoeError: a file cannot be read, or a tensor is missing, unexpected, or differs after loading.
+    Raises ClmoeError if a file cannot be read, or not every tensor, and no other, arrived bit for bit.
     """
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     file = folder / "adapter_model.safetensors"
@@ -162,8 +154,7 @@ def freeze_experts(model: PeftModel, before: int) -> None:
 def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
     """Append trainable experts of task ``owner``: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
 
-    Raises:
-        ValueError: the linears of a block would differ in number of experts.
+    Raises ValueError if the linears of a block would differ in number of experts.
     """
     config, layers = expert_config(model), expert_layers(model)
     for name, by_linear in factors.items():

@@ -135,9 +135,9 @@ class RouterLogits(torch.autograd.Function):
 
 
 def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
-    """Softmax over all experts, or over the ``top_k`` largest logits with zeros elsewhere (LLaVA-CMoE eq. 1).
+    """Softmax of ``[..., E]``, or of the ``top_k`` largest with zeros elsewhere (LLaVA-CMoE eq. 1).
 
-    ``logits [..., E]`` float32 -> gate ``[..., E]`` that sums to 1. Ties go to the lower index.
+    Ties go to the lower index.
     """
     if top_k is None or top_k >= logits.shape[-1]:
         return logits.softmax(-1)
@@ -206,8 +206,7 @@ class RouterBank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
 
-        Raises:
-            ClmoeError: a sample's task owns no experts (``pick`` ``task``).
+        Raises ClmoeError if a sample's task owns no experts (``pick`` ``task``).
         """
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         if not len(self.instance):

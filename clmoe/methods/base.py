@@ -1,7 +1,4 @@
-"""The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from.
-
-One method is one class in a file of this folder, one YAML in configs/methods, one row in the contract test.
-"""
+"""The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,10 +121,7 @@ class Method:
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        """Raise ClmoeError if a file is missing that training reads besides the task's own, before anything is loaded.
-
-        ``previous`` and ``data`` are as in ``TaskContext``.
-        """
+        """Raise ClmoeError if a file is missing that training reads besides the task's own; nothing is loaded yet."""
 
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""
@@ -135,9 +129,8 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
-        with ``reads_logits`` ``logits [N, V]`` float32 with gradient, at the positions that predict the answers' N
-        tokens.
+        ``batch``: what the model was given, ``labels``, ``rows [B]`` int64, places in the phase's records, and with
+        ``reads_logits`` ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
         """
         return None
 

@@ -14,20 +14,13 @@ from clmoe.utils.tensors import load_tensors
 
 
 class Multitask(Lora):
-    """LoRA on the union of all tasks, the bound that sees everything at once.
-
-    Trained once; ``training.steps`` counts per task, so the union gets the same number of samples of each.
-    """
+    """LoRA on the union of all tasks, trained once; ``training.steps`` counts per task."""
 
     chain = "union"
 
 
 class Separate(Lora):
-    """A LoRA of its own for every task, trained from the bare base and frozen afterwards.
-
-    With ``locator=oracle``, the default, its scores are what each task reaches alone. With another locator it is the
-    plainest method that isolates tasks: all that it can lose is the sample's task.
-    """
+    """A LoRA of its own for every task, trained from the bare base: all that it can lose is a sample's task."""
 
     chain = "fresh"
     keeps_parts = True

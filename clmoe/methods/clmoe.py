@@ -190,18 +190,12 @@ def salient_experts(score: Tensor, top_k: int) -> set[int]:
 
 
 def keep_weights(now: set[int], before: set[int], experts: int, gamma: float) -> Tensor:
-    """How much of the old weights each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11).
-
-    Task-specific experts (salient now, not before) keep ``1 - gamma``; shared and all others keep ``gamma``.
-    """
+    """What each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11): ``1 - gamma`` if salient now and not before."""
     return torch.tensor([1 - gamma if i in now - before else gamma for i in range(experts)], dtype=torch.float64)
 
 
 def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
-    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side.
-
-    ``keep`` broadcasts against the tensors.
-    """
+    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side."""
     mixed = (keep * old.double() + (1 - keep) * new.double()).to(old.dtype)
     keep = keep.expand_as(mixed)
     return torch.where(keep == 1, old, torch.where(keep == 0, new, mixed))
@@ -217,10 +211,9 @@ def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], 
 
 
 def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``left @ right`` without forming it: QR of both sides, SVD of the small core.
+    """Best rank-``rank`` factors of ``left [dout, k] @ right [k, din]``, float64, without forming it.
 
-    ``left [dout, k]``, ``right [k, din]`` float64 -> ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``.
-    Signs are fixed by the largest entry of each column of U, so that the result is reproducible.
+    ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``; the largest entry of each column of U is positive.
     """
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.t())

@@ -120,6 +120,7 @@ class LlavaCMoe(MoeLora):
         if adapter.train_projector:
             raise ClmoeError("llava_cmoe freezes all that is older than the task: set adapter.train_projector=false")
         self._balance_weight = self.options.balance_weight
+        self._probe_seed = config.seed + self.options.probe_seed
         self._decisions: dict[str, BlockDecision] = {}
         self._sources: Factors = {}
 
@@ -163,10 +164,6 @@ class LlavaCMoe(MoeLora):
         drawn = sample_records(records, max(2, round(self.options.probe_share * len(records))), self._probe_seed)
         kept = min(len(drawn) - 1, max(1, round(self.options.probe_held_out * len(drawn))))
         return drawn[kept:], drawn[:kept]
-
-    @property
-    def _probe_seed(self) -> int:
-        return self.config.seed + self.options.probe_seed
 
     def _add_probes(self, context: TaskContext) -> None:
         """Every block gets probes that start as the average of its experts; all older is frozen."""
@@ -272,11 +269,7 @@ def decide(activations: Tensor, probes: int, alpha: float) -> BlockDecision:
 
 
 def choose_blocks(decisions: dict[str, BlockDecision], where: Where, seed: int) -> dict[str, int]:
-    """Number of experts to add to each block, by the probes or by an ablation.
-
-    ``random`` gives the probes' numbers to blocks drawn at random (same total); ``every`` adds one expert to each
-    block; ``none`` adds nothing.
-    """
+    """Number of experts to add to each block; ``random`` gives the probes' numbers to blocks drawn at random."""
     if where in ("none", "every"):
         return dict.fromkeys(decisions, int(where == "every"))
     counts = [decision.probed for decision in decisions.values()]
@@ -306,14 +299,10 @@ def extend_router(weight: Tensor, rows: int, generator: torch.Generator) -> Tens
 
 
 def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """Switch Transformer's balance loss of one router, a mean over samples.
+    """Switch Transformer's balance loss of one router, ``E * sum_e f_e P_e``, a mean over samples; 1 when balanced.
 
-    ``E * sum_e f_e P_e`` with ``f_e`` the share of picks and ``P_e`` the mean softmax probability, both over one
-    sample's non-padding tokens, so that the loss does not depend on how a batch is cut. 1 when balanced.
-
-    Args:
-        logits, gate: ``[B, T, E]`` float32; an expert is picked where its gate is positive.
-        mask: ``[B, T]``, nonzero where a token is real.
+    ``f_e`` is the share of picks (gate ``[B, T, E]`` positive), ``P_e`` the mean softmax probability (of logits
+    ``[B, T, E]``), over one sample's real tokens (mask ``[B, T]``), so that it does not matter how a batch is cut.
     """
     real = mask.unsqueeze(-1).to(logits.dtype)
     tokens = real.sum(1)
@@ -326,10 +315,7 @@ def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
 def measure_activations(
     context: TaskContext, records: Sequence[TrainRecord], kind: Literal["frequency", "logit"]
 ) -> dict[str, Tensor]:
-    """Activation of every expert of every patched module under the newest routers, ``[E]`` float64.
-
-    ``frequency``: share of non-padding tokens whose top-k holds the expert, from int64 counts; ``logit``: mean logit.
-    """
+    """Each expert's share of real tokens whose top-k holds it, or its mean logit: patched module -> ``[E]`` float64."""
 
     def count(output: RouterOutput, mask: Tensor) -> tuple[Tensor, Tensor]:
         real = mask.bool()

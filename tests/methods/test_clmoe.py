@@ -142,16 +142,6 @@ def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> No
             np.testing.assert_allclose(result[B][:, rows].numpy() @ result[A][rows].numpy(), best, atol=1e-5)
 
 
-def test_gamma_one_with_the_same_salient_set_gives_theta_back(runs: Runs, parent: Path) -> None:
-    """Every expert is salient before and now, so gamma = 1 keeps all experts of the parent bit for bit."""
-    settings = ("options.gamma=1", f"options.top_k={E}")
-    theta = runs.train(runs.root / "gamma-one" / TASKS[1], "clmoe", TASKS[1], *settings, previous=parent)
-    old, result = tensors(parent), tensors(theta)
-    for name in old:
-        if "clmoe_experts" in name:
-            assert same_bits(result[name], old[name]), name
-
-
 def test_statistics_are_the_mean_gate_over_real_tokens(
     runs: Runs, tiny_base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
