@@ -24,7 +24,7 @@ from clmoe.config import Config
 from clmoe.data.records import count_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.model import expert_layers, experts_by_linear
+from clmoe.experts.layer import expert_layers, experts_by_linear
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, attach_on_meta
 from clmoe.train.loop import BatchPlan, total_steps

@@ -23,7 +23,8 @@ from clmoe.benchmarks.base import Benchmark
 from clmoe.config import LINEARS, Config, dump_config, load_config, merge
 from clmoe.convert.weights import PROJECTOR, check_tensors, check_written, open_tensors, renamed
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import adapted_base, adapter_tensors, count_parameters
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import adapter_tensors, count_parameters
 from clmoe.methods import method_class
 from clmoe.methods.base import attach_on_meta
 from clmoe.train.checkpoint import CONFIG, LINEAGE, Lineage, build_folder, lineage_of, read_checkpoint

@@ -16,8 +16,9 @@ from clmoe.data.images import to_rgb
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.generate import Answerer, open_answerer
-from clmoe.experts.layer import ExpertLinear
-from clmoe.experts.model import adapted_base, expert_config, expert_layers
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import ExpertLinear, expert_layers
+from clmoe.experts.model import expert_config
 from clmoe.experts.routing import RouteSelection, RouteTrace, routing
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.names import unknown

@@ -17,8 +17,9 @@ from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem
 from clmoe.data.records import Question, load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import prefill
-from clmoe.experts.model import adapted_base, experts_by_linear, load_adapter
+from clmoe.experts.forward import adapted_base, prefill
+from clmoe.experts.layer import experts_by_linear
+from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE

@@ -1,12 +1,11 @@
 """Forward passes of an adapted model: at the answers' tokens, and on prompts.
 
-Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary; with
-shared prefixes, G groups of prompts, P and S tokens of the longest prefix and the longest rest.
+Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -21,13 +20,17 @@ from clmoe.bases.inputs import SharedPrompts
 from clmoe.bases.llava import decoder_layers
 from clmoe.config import FeatureKind
 from clmoe.data.prompts import IGNORE
-from clmoe.experts.model import adapted_base
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
 
 CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 MB
+
+
+def adapted_base(model: PeftModel) -> PreTrainedModel:
+    """The base inside, with its modules patched."""
+    return cast(PreTrainedModel, model.base_model.model)
 
 
 def answered(labels: Tensor) -> Tensor:
@@ -48,9 +51,7 @@ def answer_rows(labels: Tensor) -> Tensor:
 def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
     """States ``[N, D]`` after the final norm that predict the answer tokens of a right-padded batch of records.
 
-    Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (each ``[B, T]`` int64), maybe ``pixel_values``.
-        weights: replace the parameters of ``model.base_model`` with these names, in this pass alone.
+    ``weights`` replace the parameters of ``model.base_model`` with these names, in this pass alone.
     """
     names = ("input_ids", "attention_mask", "pixel_values")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
@@ -89,8 +90,7 @@ def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
 class _RoomyLayer(DynamicLayer):
     """One layer's keys and values as views of buffers with room for what comes first and ``room`` more tokens.
 
-    transformers' own dynamic layer copies all earlier keys and values for every token. With its fixed-size one,
-    attention reads the whole buffer.
+    transformers' dynamic layer copies everything for every token; with its fixed-size one, attention reads all of it.
     """
 
     def __init__(self, room: int) -> None:
@@ -124,10 +124,10 @@ def copied_rows(cache: Cache, rows: Tensor, room: int) -> Cache:
 
 
 class Prefill(NamedTuple):
-    """Prompts that have been read.
+    """Prompts that have been read: ``hidden [B, D]`` is the last token's state after the final norm.
 
-    ``hidden [B, D]`` is the last token's state after the final norm, ``attention_mask [B, T]`` int64 says which of the
-    cache's positions are tokens, and ``next_position [B]`` int64 is where each row goes on.
+    ``attention_mask [B, T]`` int64 says which of the cache's positions are tokens, ``next_position [B]`` int64 where
+    each row goes on.
     """
 
     hidden: Tensor
@@ -168,9 +168,7 @@ def _read(
 def last_prompt_features(model: PreTrainedModel, batch: Prompts, kind: FeatureKind = "last") -> Tensor:
     """Hidden state of the last token, ``[B, D]`` float32, of left-padded prompts (LLaVA-CMoE section 3.3, F_end).
 
-    Args:
-        kind: ``last`` is the state after the last layer and the final norm; ``pooled`` is the mean over the outputs of
-            all decoder layers (the ablation of the paper's Table 5).
+    ``last``: after the final norm; ``pooled``: the mean over all decoder layers' outputs (the paper's Table 5).
     """
     wanted = {"output_hidden_states": kind == "pooled"}
     if isinstance(batch, SharedPrompts):

@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 
 from clmoe.bases.llava import block_of
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.routers import InstanceRouter, RouterBank, rows_of
+from clmoe.experts.routing import InstanceRouter, RouterBank, rows_of
 from clmoe.utils.names import derived_seed
 
 INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096 as in CL-MoE's released code
@@ -94,19 +94,16 @@ class _AddExperts(torch.autograd.Function):
 def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
     """The same sum, one expert at a time: the definition that tests and benchmarks compare with."""
     E = gate.shape[-1]
-    r = A.shape[0] // E
-    for i in range(E):
-        A_i, B_i = A[i * r : (i + 1) * r].to(x.dtype), B[:, i * r : (i + 1) * r].to(x.dtype)
-        out = out + scaling * gate[..., i : i + 1].to(x.dtype) * (x @ A_i.t() @ B_i.t())
+    for g, A_i, B_i in zip(gate.split(1, -1), A.chunk(E), B.chunk(E, 1), strict=True):
+        out = out + scaling * g.to(x.dtype) * (x @ A_i.to(x.dtype).t() @ B_i.to(x.dtype).t())
     return out
 
 
 class Experts(nn.Module):
-    """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in two packed float32 tensors.
+    """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in two packed float32 tensors, oldest first.
 
-    Experts are ordered by age. The oldest are frozen: persistent buffers, which peft's ``set_adapter`` cannot re-enable
-    and an optimizer's casts cannot round. The others are parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None
-    when there are none.
+    The oldest may be frozen: buffers, which peft's ``set_adapter`` cannot re-enable and an optimizer's casts cannot
+    round. The others are parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None when there are none.
     """
 
     frozen_A: Tensor | None
@@ -144,10 +141,7 @@ class Experts(nn.Module):
             self.A = self.B = None
 
     def freeze_as(self, dtype: torch.dtype) -> None:
-        """Freeze in the dtype that the forward pass computes in, so that it need not join and cast every time.
-
-        The outputs stay the same; the experts are no longer fit for saving.
-        """
+        """Freeze in the dtype that the forward pass computes in, which saves casts; no longer fit for saving."""
         self.freeze()
         self.frozen_A, self.frozen_B = (factor.to(dtype) for factor in self.packed())
 
@@ -178,10 +172,7 @@ class Experts(nn.Module):
         return packed_experts(dropped, gate, A, B, self.scaling, out, frozen_rank, product, frozen)
 
     def _takes_over(self, base: nn.Linear, x: Tensor) -> bool:
-        """Whether the experts' backward pass can include the frozen linear's part.
-
-        Not for a linear that is 4-bit, trained, sharded (ZeRO-3), has a bias, or sees another input (dropout).
-        """
+        """Not a linear that is 4-bit, trained, sharded (ZeRO-3), has a bias, or sees another input (dropout)."""
         return (
             type(base) is nn.Linear
             and base.bias is None
@@ -238,9 +229,10 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         generator = seeded(config.seed, f"{self.name}.router")
         for owner in config.router_owners:
             span = sum(expert_owner <= owner for expert_owner in owners)
-            bank.instance.append(InstanceRouter.fresh(din, span, generator))
+            router = InstanceRouter.fresh(din, span, generator)
+            bank.instance.append(router)
             if owner < config.frozen_before:
-                bank.freeze()
+                router.freeze()
         if config.task_gates:
             bank.task.gates = torch.zeros(config.task_gates, len(owners))
         self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank
@@ -285,3 +277,24 @@ class ExpertMLP(ExpertLayer):
         g, u = project("gate_proj", x), project("up_proj", x)
         product = (g, u) if isinstance(mlp.act_fn, SiLUActivation) else None
         return project("down_proj", mlp.act_fn(g) * u, product)  # type: ignore[operator]
+
+
+class Float32Linear(nn.Linear):
+    """Keeps its weights in float32 and computes in its input's dtype, as the experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """All patched modules by name, in model order."""
+    return {module.name: module for module in model.modules() if isinstance(module, ExpertLayer)}
+
+
+def experts_by_linear(model: nn.Module) -> dict[str, Experts]:
+    """The active adapter's experts of every linear, by the linear's full name."""
+    return {
+        layer.name if isinstance(layer, ExpertLinear) else f"{layer.name}.{name}": experts
+        for layer in expert_layers(model).values()
+        for name, experts in layer.experts.items()
+    }

@@ -1,7 +1,4 @@
-"""The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load.
-
-After ``import clmoe``, peft's own functions work as they do for LoRA. Adapters stay float32 on a base of any dtype.
-"""
+"""The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load. It is float32 on a base of any dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +11,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
-from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Experts
-from clmoe.experts.routers import InstanceRouter
-from clmoe.experts.routing import current_routing
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
+from clmoe.experts.routing import InstanceRouter, current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, trainable
 
@@ -70,11 +65,7 @@ register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertMo
 
 
 def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap ``base`` with a fresh adapter, the LoRA-expert one or any of peft's own.
-
-    Raises:
-        ClmoeError: no module of the language model matches the adapter's targets.
-    """
+    """Wrap ``base`` with a fresh adapter, ours or one of peft's. Raises ClmoeError if no module matches its targets."""
     try:
         model = get_peft_model(base, config)
     except NoMatchingPeftModuleError as error:
@@ -94,10 +85,9 @@ def detach_adapter(model: PeftModel) -> None:
 
 
 def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """Load an adapter folder onto ``base`` and verify that every tensor of the file arrived, bit for bit.
+    """Load an adapter folder onto ``base``.
 
-    Raises:
-        ClmoeError: a file cannot be read, or a tensor is missing, unexpected, or differs after loading.
+    Raises ClmoeError if a file cannot be read, or not every tensor, and no other, arrived bit for bit.
     """
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     file = folder / "adapter_model.safetensors"
@@ -123,13 +113,6 @@ def tensor_name(module: str, inner: str) -> str:
     return f"base_model.model.{module}.{inner}"
 
 
-class _Float32Linear(nn.Linear):
-    """Keeps its weights in float32 and computes in its input's dtype, as the experts do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
 @torch.no_grad()
 def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> None:
     """Turn the linears of the adapter's copy of the projector into float32 ones, with the values of ``saved``.
@@ -141,34 +124,15 @@ def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> N
             for part in wrapper.modules_to_save.values():
                 for module in part.modules():
                     if type(module) is nn.Linear:
-                        module.float().__class__ = _Float32Linear
+                        module.float().__class__ = Float32Linear
                 if saved is not None:
                     for name, parameter in part.named_parameters():
                         parameter.copy_(saved[f"{path}.{name}"])
 
 
-def adapted_base(model: PeftModel) -> PreTrainedModel:
-    """The base inside, with its modules patched."""
-    return cast(PreTrainedModel, model.base_model.model)
-
-
 def expert_config(model: PeftModel) -> ExpertConfig:
     """The live configuration of the model's LoRA-expert adapter."""
     return model.peft_config[model.active_adapter]  # type: ignore[return-value]
-
-
-def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
-    """All patched modules by name, in model order."""
-    return {module.name: module for module in model.modules() if isinstance(module, ExpertLayer)}
-
-
-def experts_by_linear(model: nn.Module) -> dict[str, Experts]:
-    """The active adapter's experts of every linear, by the linear's full name."""
-    return {
-        layer.name if isinstance(layer, ExpertLinear) else f"{layer.name}.{name}": experts
-        for layer in expert_layers(model).values()
-        for name, experts in layer.experts.items()
-    }
 
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:
@@ -182,15 +146,15 @@ def freeze_experts(model: PeftModel, before: int) -> None:
     for layer in expert_layers(model).values():
         for experts in layer.experts.values():
             experts.freeze()
-        layer.routers.freeze()
+        for router in layer.routers.instance:
+            cast(InstanceRouter, router).freeze()
     expert_config(model).frozen_before = before
 
 
 def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
     """Append trainable experts of task ``owner``: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
 
-    Raises:
-        ValueError: the linears of a block would differ in number of experts.
+    Raises ValueError if the linears of a block would differ in number of experts.
     """
     config, layers = expert_config(model), expert_layers(model)
     for name, by_linear in factors.items():

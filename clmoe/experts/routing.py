@@ -1,17 +1,21 @@
-"""Routing as data: what steers the routers of one forward pass, and what they answered.
+"""Routing: what steers the routers of a forward pass, as data, and the routers, which read it.
 
-``routing(...)`` installs it around the call, because ``LlamaMLP`` takes no further arguments. Layers hold none of it.
+``routing(...)`` installs a selection around the call, because ``LlamaMLP`` takes no further arguments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import local
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, pad
+
+from clmoe.errors import ClmoeError
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,7 @@ class RouteSelection:
 class RouterOutput(NamedTuple):
     """One router's answer, each ``[B, T, e]`` float32.
 
-    ``logits`` and ``gate`` are the instance router's. ``weights`` mix the experts: the gate, or its mix with the task
-    router's.
+    ``logits`` and ``gate`` are the instance router's; ``weights`` mix the experts: ``gate``, maybe with the task's.
     """
 
     logits: Tensor
@@ -64,7 +67,7 @@ class RouterOutput(NamedTuple):
 
 @dataclass
 class RouteTrace:
-    """What each router answered in its last forward pass, by router name; the layers write here."""
+    """What each router answered in its last forward pass, by name; the routers write here."""
 
     outputs: dict[str, RouterOutput] = field(default_factory=dict)
 
@@ -98,3 +101,164 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     """``context_fn`` of ``torch.utils.checkpoint``: recompute under the first forward's routing, without its trace."""
     selection, _ = _current.routing or (NEWEST_ROUTER, None)
     return nullcontext(), routing(selection)
+
+
+# ---- Routers
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[..., n] -> [N, n]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class RouterLogits(torch.autograd.Function):
+    """``x W^T`` in float32 (CL-MoE eq. 5). Keeps ``x`` as it came, which the experts keep anyway.
+
+    ``x [..., din]`` any float dtype, ``weight [E, din]`` float32 -> ``[..., E]`` float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_logits @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = (rows_of(d_logits).t() @ rows_of(x).float()).to(weight.dtype)
+        return d_x, d_weight
+
+
+def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
+    """Softmax of ``[..., E]``, or of the ``top_k`` largest with zeros elsewhere (LLaVA-CMoE eq. 1).
+
+    Ties go to the lower index.
+    """
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits.softmax(-1)
+    order = logits.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    return torch.full_like(logits, float("-inf")).scatter(-1, order, logits.gather(-1, order)).softmax(-1)
+
+
+class InstanceRouter(nn.Module):
+    """Linear router on each token, over the ``E`` experts that existed when its task ended. ``weight [E, din]``."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    @classmethod
+    def fresh(cls, din: int, experts: int, generator: torch.Generator) -> "InstanceRouter":
+        """Uniform in +-1/sqrt(din), as ``nn.Linear`` starts."""
+        return cls((torch.rand(experts, din, generator=generator) * 2 - 1) / din**0.5)
+
+    def freeze(self) -> None:
+        """Turn the weight into a buffer, bit for bit."""
+        if isinstance(self.weight, nn.Parameter):
+            weight = self.weight.detach().clone()
+            del self.weight
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return RouterLogits.apply(x, self.weight)
+
+
+class TaskRouter(nn.Module):
+    """One fixed gate per task (CL-MoE eq. 7): ``gates [N, E]`` float32, a buffer; None before the first task ends."""
+
+    gates: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gates", None)
+
+    def append(self, gate: Tensor) -> None:
+        """Add the next task's gate ``[E]``."""
+        row = gate.float().unsqueeze(0)
+        self.gates = row if self.gates is None else torch.cat([self.gates, row.to(self.gates)])
+
+
+class RouterBank(nn.Module):
+    """All routers of one layer: instance routers, oldest first, and the task router.
+
+    A sample uses the instance router that the ``RouteSelection`` in force names (the newest by default), mixed with its
+    task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance
+    routers the gate is 1 for every expert, or with ``pick`` ``task`` for those of one owner.
+
+    ``owners``: owner task of each of the layer's experts, oldest first.
+    """
+
+    def __init__(self, name: str, top_k: int | None, owners: Sequence[int] = (), pick: str = "sum") -> None:
+        super().__init__()
+        self.name, self.top_k, self.owners, self.pick = name, top_k, list(owners), pick
+        self.instance = nn.ModuleList()
+        self.task = TaskRouter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
+
+        Raises ClmoeError if a sample's task owns no experts (``pick`` ``task``).
+        """
+        selection, trace = current_routing() or (NEWEST_ROUTER, None)
+        if not len(self.instance):
+            return self._fixed(x, selection)
+        if len(self.instance) == 1 or selection.router is None:
+            logits, gate = self._own(x, -1)
+        else:
+            logits, gate = self._mixed(x, selection, selection.router)
+        weights = gate
+        if selection.task is not None and selection.beta != 1:
+            fixed = self.task.gates[selection.task].unsqueeze(1)  # type: ignore[index]
+            weights = selection.beta * gate + (1 - selection.beta) * fixed
+        if trace is not None:
+            trace.outputs[self.name] = RouterOutput(logits, gate, weights)
+        return weights
+
+    def _own(self, x: Tensor, router: int) -> tuple[Tensor, Tensor]:
+        """Logits and gate of one instance router."""
+        logits = self.instance[router](x)
+        return logits, gate_from_logits(logits, self.top_k)
+
+    def _fixed(self, x: Tensor, selection: RouteSelection) -> Tensor:
+        """The gate ``[B, T, E]`` without routers."""
+        gate = x.new_ones((*x.shape[:-1], len(self.owners)), dtype=torch.float32)
+        if self.pick == "sum":
+            return gate
+        known, router = set(self.owners), selection.router
+        looks = router is not None and not torch.compiler.is_compiling()
+        if looks and (unknown := selection.by_router.keys() - known):
+            raise ClmoeError(f"{self.name}: no experts of task {min(unknown)}, only of {sorted(known)}")
+        chosen = self.owners[-1] if router is None else router.unsqueeze(1)
+        for expert, owner in enumerate(self.owners):
+            gate[..., expert] = chosen == owner
+        return gate
+
+    def _mixed(self, x: Tensor, selection: RouteSelection, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and gate, each sample by its own router; narrower ones are padded."""
+        graph = torch.compiler.is_compiling()  # its shapes cannot depend on the routing: every router on every sample
+        used = range(len(self.instance)) if graph else list(selection.by_router)
+        if len(used) == 1:
+            return self._own(x, used[0])
+        width = max(len(cast(Tensor, self.instance[i].weight)) for i in used)
+        logits = x.new_full((*x.shape[:-1], width), float("-inf"), dtype=torch.float32)
+        gate = torch.zeros_like(logits)
+        for i in used:
+            rows = slice(None) if graph else selection.by_router[i]
+            own_logits, own_gate = self._own(x[rows], i)
+            missing = (0, width - own_gate.shape[-1])
+            mine = (pad(own_logits, missing, value=float("-inf")), pad(own_gate, missing))
+            if graph:
+                here = (chosen == i).view(-1, 1, 1)
+                logits, gate = torch.where(here, mine[0], logits), torch.where(here, mine[1], gate)
+            else:
+                logits[rows], gate[rows] = mine
+        return logits, gate

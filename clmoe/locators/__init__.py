@@ -20,11 +20,7 @@ LOCATORS: dict[str, type[Locator]] = {
 
 
 def make_locator(config: LocatorConfig, seed: int) -> Locator:
-    """The locator that a configuration names, without any task yet.
-
-    Raises:
-        ClmoeError: no locator is named, or an unknown one.
-    """
+    """The locator that a configuration names, without any task yet. Raises ClmoeError if it names none."""
     if config.name not in LOCATORS:
         raise ClmoeError(f"locator.name: {unknown('locator', config.name, LOCATORS)}")
     return LOCATORS[config.name](config, seed)

@@ -1,7 +1,4 @@
-"""What a locator is, and the frozen base's features that it looks at.
-
-A locator names the task of a test sample; the method, chosen independently, decides how such a sample is routed.
-"""
+"""A locator names the task of a test sample; and the frozen base's features that it looks at."""
 
 import json
 import os
@@ -25,8 +22,7 @@ from clmoe.utils.files import file_sha256, json_sha256
 from clmoe.utils.processes import from_main, in_order, is_main
 from clmoe.utils.tensors import load_tensors, metadata, replace_tensors, save_tensors
 
-FILE = "locator.safetensors"
-"""A checkpoint's locator."""
+FILE = "locator.safetensors"  # a checkpoint's locator
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,10 @@ class Locator:
         """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another."""
         stored = json.loads(metadata(path).get("settings", "{}"))
         for name, value in self._settings().items():
-            if stored.get(name) != value:
-                was = f"{path}: was fitted with {name}={stored.get(name)}, not {value}"
-                raise ClmoeError(f"{was}: it cannot change within a sequence")
+            if (was := stored.get(name)) != value:
+                raise ClmoeError(
+                    f"{path}: was fitted with {name}={was}, not {value}: it cannot change within a sequence"
+                )
         self.load_state(load_tensors(path))
 
     def _settings(self) -> dict[str, Any]:
@@ -103,11 +100,8 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file is named after all that decides its content: base and image processor, kind, batches, prompts and images.
-
-    Attributes:
-        folder: of the files; None computes anew each time.
-        share_images: prompts of one image read its tokens once.
+    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. With
+    ``share_images``, prompts of one image read its tokens once.
     """
 
     base: LoadedBase

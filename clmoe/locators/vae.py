@@ -94,11 +94,9 @@ class TaskVae(nn.Module):
         self.register_buffer("primitive", torch.tensor([0.0, 1.0], dtype=torch.float64))
 
     def log_p_rec(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(log p_rec [B], KL [B])``: log of the mean density over the draws, computed as log: it may underflow.
+        """``(log p_rec [B], KL [B])`` of features ``[B, D]``; p_rec, the mean density over the draws, may underflow.
 
-        Args:
-            features: ``[B, D]``.
-            noise: ``[draws, (B,) latent]``, by default the stored draws.
+        ``noise [draws, (B,) latent]`` is by default the stored one.
         """
         x = (features - self.shift) / self.scale
         mean, sigma = self.encoder(x)
@@ -116,10 +114,7 @@ class TaskVae(nn.Module):
 
 
 def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
-    """Fit one task's VAE on ``features [M, D]`` float32, on their device; the same result there for the same seed.
-
-    Warns if the task is too small or constant for a reliable primitive.
-    """
+    """Fit one task's VAE on ``features [M, D]`` float32; warns if they are too few or constant for the primitive."""
     generator, device = torch.Generator().manual_seed(seed), features.device
     order = torch.randperm(len(features), generator=generator)
     kept = max(1, round(settings.held_out * len(features))) if settings.primitive_on == "held_out" else 0

@@ -25,23 +25,22 @@ def methods() -> dict[str, type[Method]]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of that name, or the only one of a Python file (``my_method.py``).
+    """The method of that name, or of a Python file (``my_method.py``), which must register exactly one.
 
-    Raises:
-        ClmoeError: unknown name, or a file that does not register exactly one method.
+    Raises ClmoeError for an unknown name and for a file that does not.
     """
     if name.endswith(".py"):
-        return _from_file(str(Path(name).expanduser().resolve()))
+        return _from_file(Path(name).expanduser().resolve())
     if name not in methods():
         raise ClmoeError(unknown("method", name, methods()))
     return methods()[name]
 
 
 @cache
-def _from_file(path: str) -> type[Method]:
-    if not Path(path).is_file():
+def _from_file(path: Path) -> type[Method]:
+    if not path.is_file():
         raise ClmoeError(f"method {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"clmoe_method_{Path(path).stem}", path)
+    spec = importlib.util.spec_from_file_location(f"clmoe_method_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,12 +1,10 @@
-"""The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from.
-
-One method is one class in a file of this folder, one YAML in configs/methods, one row in the contract test.
-"""
+"""The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -18,17 +16,13 @@ from clmoe.config import AdapterConfig, Config, NoOptions, build
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.model import adapted_base, attach_adapter, detach_adapter, load_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
 
-R = TypeVar("R")
-
 ADAPTER_FILE = "adapter_model.safetensors"
-STATISTICS = "statistics.safetensors"
-"""What the routers did on each task so far; the report shows it."""
-
-EXPANSION = "expansion.json"
-"""A growing method's record of what each task added; the report shows it."""
+STATISTICS = "statistics.safetensors"  # what the routers did on each task so far; the report shows it
+EXPANSION = "expansion.json"  # what each task added to a growing method; the report shows it
 
 
 @dataclass
@@ -40,10 +34,8 @@ class TaskContext:
         records, image_root: its training set.
         config: the resolved configuration.
         model: base with adapter.
-        work: folder that becomes the checkpoint; a method's state files go here. Every process runs the method with a
-            folder of its own, and the main one's becomes the checkpoint.
-        sealed: folder that holds, under each finished phase's name, the adapter exactly as that phase left it; in the
-            main process's ``work``.
+        work: for a method's state files; each process has a folder of its own, the main one's becomes the checkpoint.
+        sealed: holds, under each finished phase's name, the adapter exactly as that phase left it.
         trained: the newest of those.
         previous: the parent checkpoint, or None.
         data: the benchmark's folder, below which the images of every task are found.
@@ -73,8 +65,7 @@ class Phase:
     """One training of a task; most methods have one.
 
     Attributes:
-        name: of the phase, and of the folder its adapter is sealed in until the task ends.
-        records, image_root: what it trains on.
+        name: also of the folder its adapter is sealed in until the task ends.
         begin: called before training: grow, freeze, choose what trains.
         end: called when the trained adapter is sealed, also when an earlier process sealed it.
         learning_rate, steps: None for the configuration's.
@@ -130,15 +121,7 @@ class Method:
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        """Check that the files exist that training reads besides the task's own; called before anything is loaded.
-
-        Args:
-            previous: the parent checkpoint, None where the task starts a sequence.
-            data: the benchmark's folder.
-
-        Raises:
-            ClmoeError: one is missing.
-        """
+        """Raise ClmoeError if a file is missing that training reads besides the task's own; nothing is loaded yet."""
 
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""
@@ -146,9 +129,8 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given (``labels`` too), ``rows [B]`` int64, its places in the phase's records, and
-        with ``reads_logits`` ``logits [N, V]`` float32 with gradient, at the positions that predict the answers' N
-        tokens.
+        ``batch``: what the model was given, ``labels``, ``rows [B]`` int64, places in the phase's records, and with
+        ``reads_logits`` ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
         """
         return None
 
@@ -166,26 +148,9 @@ def attach_on_meta(method: Method, base: LoadedBase) -> PeftModel:
         return attach_adapter(base.model, method.adapter(base))
 
 
-def saved_modules(adapter: AdapterConfig) -> list[str] | None:
-    """peft's ``modules_to_save``: the projector when it is trained."""
-    return [PROJECTOR] if adapter.train_projector else None
-
-
 def lora_scaling(adapter: AdapterConfig) -> float:
     """``alpha / rank``, or the effective scale itself: plain LoRA has no gate."""
     return adapter.alpha / adapter.rank if adapter.scale is None else adapter.scale
-
-
-def lora_adapter(config: Config) -> LoraConfig:
-    """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
-    adapter = config.adapter
-    return LoraConfig(
-        r=adapter.rank,
-        lora_alpha=lora_scaling(adapter) * adapter.rank,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=language_model_pattern(adapter.targets),
-        modules_to_save=saved_modules(adapter),
-    )
 
 
 def mean_gate(adapter: AdapterConfig) -> float:
@@ -199,11 +164,7 @@ def expert_scaling(adapter: AdapterConfig) -> float:
 
 
 def expert_rank(adapter: AdapterConfig) -> int:
-    """Rank of one expert.
-
-    Raises:
-        ClmoeError: a total rank that the number of experts does not divide.
-    """
+    """Rank of one expert. Raises ClmoeError for a total rank that the number of experts does not divide."""
     if adapter.rank_is == "per_expert":
         return adapter.rank
     if adapter.rank % adapter.experts:
@@ -211,22 +172,24 @@ def expert_rank(adapter: AdapterConfig) -> int:
     return adapter.rank // adapter.experts
 
 
+def lora_adapter(config: Config) -> LoraConfig:
+    """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
+    adapter = config.adapter
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=lora_scaling(adapter) * adapter.rank,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=language_model_pattern(adapter.targets),
+        modules_to_save=_saved_modules(adapter),
+    )
+
+
 def expert_adapter(config: Config, base: LoadedBase, owner: int = 0) -> ExpertConfig:
     """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block."""
     adapter = config.adapter
-    return ExpertConfig(
-        rank=expert_rank(adapter),
-        scaling=expert_scaling(adapter),
-        dropout=adapter.dropout,
-        projections=list(adapter.targets),
-        router_scope=adapter.router_scope,
-        router_top_k=adapter.router_top_k,
-        layout={str(block): [owner] * adapter.experts for block in range(len(decoder_layers(base.model)))},
-        router_owners=[owner],
-        frozen_before=owner,
-        seed=config.seed,
-        modules_to_save=saved_modules(adapter),
-    )
+    routers = {"router_scope": adapter.router_scope, "router_top_k": adapter.router_top_k, "router_owners": [owner]}
+    rank, scaling = expert_rank(adapter), expert_scaling(adapter)
+    return _experts(config, base, [owner] * adapter.experts, rank, scaling, frozen_before=owner, **routers)
 
 
 def lora_parts_adapter(
@@ -234,38 +197,51 @@ def lora_parts_adapter(
 ) -> ExpertConfig:
     """LoRAs of ``owners`` as experts without router, in every block: added up, or picked by the sample's task."""
     adapter = config.adapter
+    return _experts(config, base, owners, adapter.rank, lora_scaling(adapter), router_owners=[], pick=pick)
+
+
+def _experts(
+    config: Config, base: LoadedBase, owners: list[int], rank: int, scaling: float, **fields: Any
+) -> ExpertConfig:
     return ExpertConfig(
-        rank=adapter.rank,
-        scaling=lora_scaling(adapter),
-        dropout=adapter.dropout,
-        projections=list(adapter.targets),
+        rank=rank,
+        scaling=scaling,
+        dropout=config.adapter.dropout,
+        projections=list(config.adapter.targets),
         layout={str(block): list(owners) for block in range(len(decoder_layers(base.model)))},
-        router_owners=[],
-        pick=pick,
         seed=config.seed,
-        modules_to_save=saved_modules(adapter),
+        modules_to_save=_saved_modules(config.adapter),
+        **fields,
     )
 
 
-@torch.no_grad()
-def over_router_outputs(
-    context: TaskContext, records: Sequence[TrainRecord], compute: Callable[[RouterOutput, Tensor], R]
-) -> list[dict[str, R]]:
-    """``compute`` of what the newest routers answer on whole training records, dropout off, without gradient.
+def _saved_modules(adapter: AdapterConfig) -> list[str] | None:
+    return [PROJECTOR] if adapter.train_projector else None
 
-    It is called with a router's output and the mask ``[B, T]`` of real tokens, and should return something small on the
-    CPU: the processes share the batches, and all get all results. Returns for each batch, in order, the results by
-    patched module; added up in that order they do not depend on the number of processes.
+
+@torch.no_grad()
+def router_sums(
+    context: TaskContext,
+    records: Sequence[TrainRecord],
+    count: Callable[[RouterOutput, Tensor], tuple[Tensor, ...]],
+) -> dict[str, list[Tensor]]:
+    """Sums over whole training records of what the newest routers answer, dropout off, by patched module.
+
+    ``count`` is called with a router's output and the mask ``[B, T]`` of real tokens, and returns the small tensors, on
+    the CPU, to be added up. The processes share the batches; their number does not change the sums.
     """
     base, config = context.base, context.config
     adapted = adapted_base(context.model.eval())
     dataset = train_dataset(base, records, context.image_root, config.training.max_length)
 
-    def one(batch: dict[str, Tensor]) -> dict[str, R]:
+    def one(batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
         del batch["labels"]
-        trace = RouteTrace()
-        with routing(NEWEST_ROUTER, trace):
+        with routing(NEWEST_ROUTER, trace := RouteTrace()):
             adapted.model(**batch, use_cache=False)
-        return {name: compute(output, batch["attention_mask"]) for name, output in trace.outputs.items()}
+        return {name: count(output, batch["attention_mask"]) for name, output in trace.outputs.items()}
 
-    return over_train_batches(base, dataset, config.evaluation.batch_size, one)
+    batches = over_train_batches(base, dataset, config.evaluation.batch_size, one)
+    return {
+        name: [reduce(torch.add, parts) for parts in zip(*(batch[name] for batch in batches), strict=True)]
+        for name in batches[0]
+    }

@@ -5,14 +5,8 @@ from torch import Tensor
 
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import (
-    attach_adapter,
-    detach_adapter,
-    expert_layers,
-    freeze_experts,
-    grow_experts,
-    tensor_name,
-)
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import attach_adapter, detach_adapter, freeze_experts, grow_experts, tensor_name
 from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, Method, TaskContext, lora_parts_adapter
 from clmoe.methods.lora import Lora
@@ -20,20 +14,13 @@ from clmoe.utils.tensors import load_tensors
 
 
 class Multitask(Lora):
-    """LoRA on the union of all tasks, the bound that sees everything at once.
-
-    Trained once; ``training.steps`` counts per task, so the union gets the same number of samples of each.
-    """
+    """LoRA on the union of all tasks, trained once; ``training.steps`` counts per task."""
 
     chain = "union"
 
 
 class Separate(Lora):
-    """A LoRA of its own for every task, trained from the bare base and frozen afterwards.
-
-    With ``locator=oracle``, the default, its scores are what each task reaches alone. With another locator it is the
-    plainest method that isolates tasks: all that it can lose is the sample's task.
-    """
+    """A LoRA of its own for every task, trained from the bare base: all that it can lose is a sample's task."""
 
     chain = "fresh"
     keeps_parts = True

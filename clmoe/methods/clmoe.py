@@ -5,7 +5,7 @@ In the paper's order:
 - eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``; training is MoELoRA's.
 - eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``gate_statistics``).
 - figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
-- eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routers.py``).
+- eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routing.py``).
 - eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
   for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate``).
 
@@ -13,7 +13,6 @@ Where the paper is silent the choice is an option of ``Options``, whose docstrin
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import add_task_gates, expert_layers, tensor_name
-from clmoe.experts.routing import RouteSelection
-from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, over_router_outputs
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import add_task_gates, tensor_name
+from clmoe.experts.routing import RouterOutput, RouteSelection
+from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, router_sums
 from clmoe.methods.moelora import MoeLora
 from clmoe.utils.tensors import load_tensors, save_tensors
 
@@ -107,17 +107,14 @@ class ClMoe(MoeLora):
         *earlier, now = self.salient_sets(history)
         if self.options.before == "last":
             earlier = earlier[-1:]
+        before = {name: set().union(*(sets[name] for sets in earlier)) for name in now}
         experts = {name: len(values["gate_mean"]) for name, values in history[-1].items()}
-        return {
-            name: keep_weights(
-                now[name], set().union(*(sets[name] for sets in earlier)), experts[name], self.options.gamma
-            )
-            for name in now
-        }
+        return {name: keep_weights(now[name], before[name], experts[name], self.options.gamma) for name in now}
 
     def _consolidate(self, context: TaskContext, history: list[Statistics]) -> None:
         """theta_t from theta_{t-1} (the parent's file) and phi_t (the trained file), never from live weights."""
         assert context.previous is not None
+        merge = consolidate_factors if self.options.merge_space == "factors" else consolidate_delta
         theta = load_tensors(context.previous / ADAPTER_FILE)
         phi = load_tensors(context.trained / ADAPTER_FILE)
         keep = self.keep_by_module(history)
@@ -125,8 +122,8 @@ class ClMoe(MoeLora):
             for name, layer in expert_layers(context.model).items():
                 for linear, experts in layer.experts.items():
                     keys = [tensor_name(name, f"clmoe_experts.{linear}.{factor}") for factor in ("A", "B")]
-                    old, new = (tuple(source[key] for key in keys) for source in (theta, phi))
-                    A, B = consolidate(old, new, keep[name], self.options.merge_space)  # type: ignore[arg-type]
+                    old, new = ((source[keys[0]], source[keys[1]]) for source in (theta, phi))
+                    A, B = merge(old, new, keep[name])
                     experts.A.copy_(A)  # type: ignore[union-attr]
                     experts.B.copy_(B)  # type: ignore[union-attr]
                 if self.options.momentum_on == "experts_and_routers":
@@ -138,41 +135,28 @@ class ClMoe(MoeLora):
         return RouteSelection(task=tasks.to(model.device), beta=self.options.beta)
 
 
-@dataclass
-class GateCount:
-    """Sums of one router over non-padding tokens, on the CPU.
-
-    Attributes:
-        total: ``[E]`` float64, sum of gates.
-        picks: ``[E]`` int64, how often an expert is among the ``top_k`` largest gates; ties go to the lower index.
-        tokens: int64 scalar.
-    """
-
-    total: Tensor
-    picks: Tensor
-    tokens: Tensor
-
-    @classmethod
-    def of(cls, gate: Tensor, mask: Tensor, top_k: int) -> "GateCount":
-        """Count one batch: ``gate [B, T, E]``, ``mask [B, T]`` nonzero where a token is real."""
-        real = gate[mask.bool()]
-        order = real.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-        picks = torch.bincount(order.flatten(), minlength=gate.shape[-1])
-        return cls(real.double().sum(0).cpu(), picks.cpu(), mask.bool().sum().cpu())
-
-    def __add__(self, other: "GateCount") -> "GateCount":
-        return GateCount(self.total + other.total, self.picks + other.picks, self.tokens + other.tokens)
-
-    def summary(self) -> dict[str, Tensor]:
-        """``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
-        return {"gate_mean": self.total / self.tokens, "topk_counts": self.picks, "tokens": self.tokens}
-
-
 def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
     """Instance-gate statistics of every patched module on at most ``samples`` training records."""
-    records = sample_records(context.records, samples, context.config.seed)
-    batches = over_router_outputs(context, records, lambda output, mask: GateCount.of(output.gate, mask, top_k))
-    return {name: reduce(GateCount.__add__, [counts[name] for counts in batches]).summary() for name in batches[0]}
+
+    def count(output: RouterOutput, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return count_gates(output.gate, mask, top_k)
+
+    sums = router_sums(context, sample_records(context.records, samples, context.config.seed), count)
+    return {
+        name: {"gate_mean": total / tokens, "topk_counts": picks, "tokens": tokens}
+        for name, (total, picks, tokens) in sums.items()
+    }
+
+
+def count_gates(gate: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of gates ``[E]`` float64, how often each is among the ``top_k`` largest ``[E]`` int64, and tokens int64.
+
+    ``gate [B, T, E]``, ``mask [B, T]`` nonzero where a token is real. Ties go to the lower index.
+    """
+    real = gate[mask.bool()]
+    order = real.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    picks = torch.bincount(order.flatten(), minlength=gate.shape[-1])
+    return real.double().sum(0).cpu(), picks.cpu(), mask.bool().sum().cpu()
 
 
 def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
@@ -202,48 +186,34 @@ def load_statistics(path: Path) -> list[Statistics]:
 
 def salient_experts(score: Tensor, top_k: int) -> set[int]:
     """The ``top_k`` experts of largest score ``[E]``; ties go to the lower index."""
-    order = sorted(range(len(score)), key=lambda i: (-float(score[i]), i))
-    return set(order[:top_k])
+    return set(score.argsort(descending=True, stable=True)[:top_k].tolist())
 
 
 def keep_weights(now: set[int], before: set[int], experts: int, gamma: float) -> Tensor:
-    """How much of the old weights each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11).
-
-    Task-specific experts (salient now, not before) keep ``1 - gamma``; shared and all others keep ``gamma``.
-    """
+    """What each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11): ``1 - gamma`` if salient now and not before."""
     return torch.tensor([1 - gamma if i in now - before else gamma for i in range(experts)], dtype=torch.float64)
 
 
 def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
-    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side.
-
-    ``keep`` broadcasts against the tensors.
-    """
+    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side."""
     mixed = (keep * old.double() + (1 - keep) * new.double()).to(old.dtype)
     keep = keep.expand_as(mixed)
     return torch.where(keep == 1, old, torch.where(keep == 0, new, mixed))
 
 
 def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix the factors A and B on their own, the paper's rule.
+    """Mix the factors A and B on their own, the paper's rule, which gives the product cross terms.
 
-    The mean of the factors is not the factor of the mean: ``(a B + b B')(a A + b A')`` has cross terms that
-    ``a BA + b B'A'`` lacks; ``consolidate_delta`` mixes the products instead.
-
-    Args:
-        old, new: ``(A [E*r, din], B [dout, E*r])`` before and after training.
-        keep: ``[E]`` float64.
+    ``old`` and ``new`` are ``(A [E*r, din], B [dout, E*r])`` before and after training, ``keep [E]`` float64.
     """
-    r = old[0].shape[0] // len(keep)
-    per_rank = keep.repeat_interleave(r)
+    per_rank = keep.repeat_interleave(len(old[0]) // len(keep))
     return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
 
 
 def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``left @ right`` without forming it: QR of both sides, SVD of the small core.
+    """Best rank-``rank`` factors of ``left [dout, k] @ right [k, din]``, float64, without forming it.
 
-    ``left [dout, k]``, ``right [k, din]`` float64 -> ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``.
-    Signs are fixed by the largest entry of each column of U, so that the result is reproducible.
+    ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``; the largest entry of each column of U is positive.
     """
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.t())
@@ -257,7 +227,7 @@ def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def consolidate_delta(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
     """Mix each expert's product BA and return to rank r by SVD in float64. Arguments as ``consolidate_factors``."""
-    r = old[0].shape[0] // len(keep)
+    r = len(old[0]) // len(keep)
     A, B = old[0].clone(), old[1].clone()
     for i, weight in enumerate(keep.tolist()):
         rows = slice(i * r, (i + 1) * r)
@@ -267,17 +237,9 @@ def consolidate_delta(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], ke
             A[rows], B[:, rows] = new[0][rows], new[1][:, rows]
             continue
         left = torch.cat([weight * old[1][:, rows].double(), (1 - weight) * new[1][:, rows].double()], dim=1)
-        right = torch.cat([old[0][rows].double(), new[0][rows].double()])
-        A_i, B_i = factorise(left, right, r)
+        A_i, B_i = factorise(left, torch.cat([old[0][rows], new[0][rows]]).double(), r)
         A[rows], B[:, rows] = A_i.to(A), B_i.to(B)
     return A, B
-
-
-def consolidate(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor, space: Literal["factors", "delta"]
-) -> tuple[Tensor, Tensor]:
-    """Consolidated ``(A, B)`` of one linear's experts in the chosen space."""
-    return (consolidate_factors if space == "factors" else consolidate_delta)(old, new, keep)
 
 
 METHODS = {"clmoe": ClMoe}

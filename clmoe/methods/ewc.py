@@ -17,8 +17,7 @@ from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.data.batches import collate_train, sample_records
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import answer_logits, answer_tokens
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, answer_tokens
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
@@ -91,8 +90,7 @@ class HeldByImportance(Lora):
         newest = self.importance(context, records)
         state = {} if context.previous is None else load_tensors(context.previous / STATE)
         if self.options.anchors == "online":
-            for key, old in state.items():
-                _, kind, name = key.split(".", 2)
+            for (_, kind, name), old in ((key.split(".", 2), value) for key, value in state.items()):
                 if kind == "importance":
                     newest[name] = newest[name] + self.options.decay * old
             state = {}
@@ -104,10 +102,9 @@ class HeldByImportance(Lora):
     def importance(self, context: TaskContext, records: Sequence[TrainRecord]) -> dict[str, Tensor]:
         """The mean over ``records`` of each one's folded gradient: float32 on the CPU, by parameter.
 
-        One record at a time, because the square of a mean gradient is not the mean square. Dropout is off. The
-        processes share the records; sums are float64, so that their number changes a result by rounding at most.
+        One record at a time: the square of a mean gradient is not the mean square. Dropout is off. The processes share
+        the records; sums are float64, so that their number changes a result by rounding at most.
         """
-
         adapted, base = adapted_base(context.model.eval()), context.base
         parameters = trainable(context.model)
         totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
@@ -128,8 +125,8 @@ class EwcOptions(ImportanceOptions):
     """EWC's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of the penalty ``lambda / 2 * F (theta - theta*)^2``. It depends on the scale of the task's
-            gradients, so no value of a paper carries over.
+        weight: lambda of ``lambda / 2 * F (theta - theta*)^2``; depends on the scale of the task's gradients, so no
+            value of a paper carries over.
     """
 
     weight: float = 1e3
@@ -154,8 +151,8 @@ class MasOptions(ImportanceOptions):
     """MAS's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of the penalty ``lambda * Omega (theta - theta*)^2``. It depends on the scale of the logits, so
-            the 1 of the authors' code does not carry over.
+        weight: lambda of ``lambda * Omega (theta - theta*)^2``; depends on the scale of the logits, so the 1 of the
+            authors' code does not carry over.
     """
 
     weight: float = 1e-4

@@ -14,9 +14,9 @@ Where the paper is silent the choice is an option of ``Options``, whose docstrin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,23 +27,17 @@ from clmoe.config import Config
 from clmoe.data.batches import sample_records
 from clmoe.data.records import TrainRecord, load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import seeded
-from clmoe.experts.model import add_routers, expert_config, expert_layers, freeze_experts, grow_experts
+from clmoe.experts.layer import expert_layers, seeded
+from clmoe.experts.model import add_routers, expert_config, freeze_experts, grow_experts
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace
-from clmoe.methods.base import (
-    EXPANSION,
-    Method,
-    Phase,
-    TaskContext,
-    expert_adapter,
-    expert_scaling,
-    mean_gate,
-    over_router_outputs,
-)
+from clmoe.methods.base import EXPANSION, Phase, TaskContext, expert_adapter, router_sums
+from clmoe.methods.moelora import MoeLora
 from clmoe.utils.files import read_json, write_json
 
 WARM_UP_OWNER = -1
 Where = Literal["probed", "random", "every", "none"]
+Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
+"""Patched module -> linear -> ``A [n*r, din]``, ``B [dout, n*r]``."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Options:
     initial_experts_from: Literal["warmup", "first_task"] = "warmup"
     warmup_train: str = ""
     warmup_images: str = ""
-    extend: Literal["probed", "random", "every", "none"] = "probed"
+    extend: Where = "probed"
     probe_share: float = 0.1
     probe_held_out: float = 0.2
     probe_experts: int = 1
@@ -97,7 +91,7 @@ class Options:
             )
 
 
-class LlavaCMoe(Method):
+class LlavaCMoe(MoeLora):
     """Initial experts, then for each task: probe, decide, extend, train; a VAE per task at the end."""
 
     keeps_parts = True
@@ -105,28 +99,30 @@ class LlavaCMoe(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.adapter.router_scope != "per_block":
+        adapter, top_k = config.adapter, config.adapter.router_top_k
+        if adapter.router_scope != "per_block":
             raise ClmoeError("llava_cmoe grows whole blocks: set adapter.router_scope=per_block")
-        if (config.adapter.router_top_k or config.adapter.experts) < 2:
+        if (top_k or adapter.experts) < 2:
             raise ClmoeError(
                 "adapter.router_top_k must be at least 2: a renormalised top-1 gives the router no gradient"
             )
-        if config.adapter.router_top_k is None and self.options.activation == "frequency":
+        if top_k is None and self.options.activation == "frequency":
             raise ClmoeError(
                 "options.activation=frequency needs adapter.router_top_k: a dense gate uses every expert on every "
                 "token and probes never stand out; set adapter.router_top_k=2 or options.activation=logit"
             )
-        experts = config.adapter.experts + self.options.probe_experts
-        if self.grows and experts <= (config.adapter.router_top_k or 0):
+        experts = adapter.experts + self.options.probe_experts
+        if self.grows and experts <= (top_k or 0):
             raise ClmoeError(
-                f"adapter.router_top_k {config.adapter.router_top_k} takes every one of the {experts} experts and "
-                "probes of a block, so that no probe stands out: lower it or start with more adapter.experts"
+                f"adapter.router_top_k {top_k} takes every one of the {experts} experts and probes of a block, so that "
+                "no probe stands out: lower it or start with more adapter.experts"
             )
-        if config.adapter.train_projector:
+        if adapter.train_projector:
             raise ClmoeError("llava_cmoe freezes all that is older than the task: set adapter.train_projector=false")
         self._balance_weight = self.options.balance_weight
+        self._probe_seed = config.seed + self.options.probe_seed
         self._decisions: dict[str, BlockDecision] = {}
-        self._sources: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._sources: Factors = {}
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         owner = WARM_UP_OWNER if self.options.initial_experts_from == "warmup" else 0
@@ -140,35 +136,26 @@ class LlavaCMoe(Method):
             if not path.exists():
                 raise ClmoeError(f"options.{name}: {path} does not exist")
 
-    def effective_scale(self) -> float:
-        return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
-
     @property
     def grows(self) -> bool:
         return self.options.extend != "none"
 
     def phases(self, context: TaskContext) -> list[Phase]:
         """Initial experts with the first task, probes, then the task itself."""
-        options, first = self.options, context.previous is None
-        main = Phase("trained", context.records, context.image_root, self._extend, self.end_task)
+        options, training, first = self.options, self.config.training, context.previous is None
+        phases = []
+        if first and options.initial_experts_from == "warmup":
+            images = context.data / options.warmup_images
+            records = load_train(context.data / options.warmup_train, images)
+            phases = [Phase("initial", records, images, self.begin_task, lambda context: None, of_task=False)]
         if options.extend == "none" or (first and options.initial_experts_from == "first_task"):
-            plain = Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)
-            return [*self._initial_phase(context), plain]
+            return [*phases, *super().phases(context)]
         train, self._held_out = self._probe_split(context.records)
-        training = self.config.training
         steps = max(options.probe_min_steps, -(-len(train) * options.probe_epochs // training.batch_size))
         rate = options.probe_rate * training.learning_rate
         probe = Phase("probe", train, context.image_root, self._add_probes, self._decide, rate, steps)
-        return [*self._initial_phase(context), probe, main]
-
-    def _initial_phase(self, context: TaskContext) -> list[Phase]:
-        """Training of the initial experts on the warm-up data, before the first task."""
-        options = self.options
-        if context.previous is not None or options.initial_experts_from != "warmup":
-            return []
-        images = context.data / options.warmup_images
-        records = load_train(context.data / options.warmup_train, images)
-        return [Phase("initial", records, images, self.begin_task, lambda context: None, of_task=False)]
+        main = Phase("trained", context.records, context.image_root, self._extend, self.end_task)
+        return [*phases, probe, main]
 
     def _probe_split(self, records: Sequence[TrainRecord]) -> tuple[list[TrainRecord], list[TrainRecord]]:
         """Two disjoint parts of a share of the records: to train the probes, and to measure their activations."""
@@ -178,36 +165,29 @@ class LlavaCMoe(Method):
         kept = min(len(drawn) - 1, max(1, round(self.options.probe_held_out * len(drawn))))
         return drawn[kept:], drawn[:kept]
 
-    @property
-    def _probe_seed(self) -> int:
-        return self.config.seed + self.options.probe_seed
-
     def _add_probes(self, context: TaskContext) -> None:
         """Every block gets probes that start as the average of its experts; all older is frozen."""
         self._balance_weight = self.options.probe_balance_weight
-        copies = self.options.probe_experts
-        factors = {
-            name: {k: average_expert(*e.packed(), e.rank, copies) for k, e in layer.experts.items()}
+        averages = {
+            name: {k: average_expert(*e.packed(), e.rank) for k, e in layer.experts.items()}
             for name, layer in expert_layers(context.model).items()
         }
-        self._grow(context, factors, dict.fromkeys(factors, copies), "probe", self._probe_seed)
+        self._grow(context, averages, dict.fromkeys(averages, self.options.probe_experts), "probe", self._probe_seed)
 
-    def _grow(
-        self,
-        context: TaskContext,
-        factors: dict[str, dict[str, tuple[Tensor, Tensor]]],
-        added: dict[str, int],
-        purpose: str,
-        seed: int,
-    ) -> None:
-        """Freeze what is there, add a router for the task to every block and the given experts."""
+    def _grow(self, context: TaskContext, source: Factors, added: dict[str, int], purpose: str, seed: int) -> None:
+        """Freeze what is there; every block gets a router for the task, and so many copies of its source expert."""
+        factors = {
+            name: {linear: (A.repeat(added[name], 1), B.repeat(1, added[name])) for linear, (A, B) in by_linear.items()}
+            for name, by_linear in source.items()
+            if added[name]
+        }
         routers = {}
         for name, layer in expert_layers(context.model).items():
             generator = seeded(seed, f"{purpose}:{context.index}:{name}")
             newest = layer.routers.instance[-1].weight
             routers[name] = extend_router(newest, added[name], generator).to(newest.device)  # type: ignore[arg-type]
         freeze_experts(context.model, context.index)
-        grow_experts(context.model, context.index, {name: f for name, f in factors.items() if added[name]})
+        grow_experts(context.model, context.index, factors)
         add_routers(context.model, context.index, routers)
 
     def _decide(self, context: TaskContext) -> None:
@@ -226,19 +206,17 @@ class LlavaCMoe(Method):
         """Drop the probes and add the experts that were decided, each a copy of its block's most active one."""
         context.load(context.sealed / "initial" if context.previous is None else context.previous)
         self._balance_weight = self.options.balance_weight
-        added = choose_blocks(self._decisions, self.options.extend, self.config.seed + context.index)
-        factors = {
-            name: {linear: (A.repeat(added[name], 1), B.repeat(1, added[name])) for linear, (A, B) in by_linear.items()}
-            for name, by_linear in self._sources.items()
-        }
-        self._grow(context, factors, added, "extend", self.config.seed)
+        self._grow(context, self._sources, self._added(context), "extend", self.config.seed)
+
+    def _added(self, context: TaskContext) -> dict[str, int]:
+        return choose_blocks(self._decisions, self.options.extend, self.config.seed + context.index)
 
     def end_task(self, context: TaskContext) -> None:
         """Record what the probes said and what was added."""
         old = [] if context.previous is None else read_json(context.previous / EXPANSION)
-        added = choose_blocks(self._decisions, self.options.extend, self.config.seed + context.index)
-        newest = {"task": context.task, "blocks": decisions_as_json(self._decisions, added)}
-        write_json(context.work / EXPANSION, [*old, newest])
+        added = self._added(context)
+        blocks = {name: asdict(decision) | {"added": added[name]} for name, decision in self._decisions.items()}
+        write_json(context.work / EXPANSION, [*old, {"task": context.task, "blocks": blocks}])
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """Switch balance loss, summed over the blocks' routers."""
@@ -256,21 +234,21 @@ class LlavaCMoe(Method):
 
 @dataclass(frozen=True)
 class BlockDecision:
-    """What the probes said of one block.
+    """What the probes said of one block, as it stands in the file.
 
     Attributes:
         activations: ``[E + N_p]`` of the block's experts, probes last.
         probes: how many of them are probes.
         threshold: mean - alpha * std (population) over ``activations``.
-        extend: ``N_s``, the number of experts to add.
         margin: distance of the probe nearest to the limit from it; the decision is safe where this is not small.
+        probed: ``N_s``, the number of experts to add.
     """
 
     activations: list[float]
     probes: int
     threshold: float
-    extend: int
     margin: float
+    probed: int
 
     @property
     def most_active(self) -> int:
@@ -279,50 +257,32 @@ class BlockDecision:
 
 
 def decide(activations: Tensor, probes: int, alpha: float) -> BlockDecision:
-    """Count the probes whose activation is strictly above ``max(mean - alpha * std, 0)``.
+    """Count the probes, the last of ``activations [E + probes]``, that are above ``max(mean - alpha * std, 0)``.
 
     With concentrated routing ``mean - alpha * std`` is negative and a probe that is never used would pass; the floor
     at 0 stops that.
-
-    Args:
-        activations: ``[E + probes]``, the last ``probes`` entries are the probes'.
-        alpha: 0.8 in the paper.
     """
     values = activations.double()
     threshold = float(values.mean() - alpha * values.std(unbiased=False))
-    limit = max(threshold, 0.0)
-    probed = values[-probes:]
-    return BlockDecision(
-        values.tolist(), probes, threshold, int((probed > limit).sum()), float((probed - limit).abs().min())
-    )
+    above = values[-probes:] - max(threshold, 0.0)
+    return BlockDecision(values.tolist(), probes, threshold, float(above.abs().min()), int((above > 0).sum()))
 
 
 def choose_blocks(decisions: dict[str, BlockDecision], where: Where, seed: int) -> dict[str, int]:
-    """Number of experts to add to each block, by the probes or by an ablation.
-
-    ``random`` gives the probes' numbers to blocks drawn at random (same total); ``every`` adds one expert to each
-    block; ``none`` adds nothing.
-    """
-    if where == "none":
-        return dict.fromkeys(decisions, 0)
-    if where == "every":
-        return dict.fromkeys(decisions, 1)
-    counts = {block: decision.extend for block, decision in decisions.items()}
+    """Number of experts to add to each block; ``random`` gives the probes' numbers to blocks drawn at random."""
+    if where in ("none", "every"):
+        return dict.fromkeys(decisions, int(where == "every"))
+    counts = [decision.probed for decision in decisions.values()]
     if where == "random":
-        blocks = list(counts)
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
-        return {block: counts[blocks[k]] for block, k in zip(blocks, order, strict=True)}
-    return counts
+        order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist()
+        counts = [counts[k] for k in order]
+    return dict(zip(decisions, counts, strict=True))
 
 
-def average_expert(A: Tensor, B: Tensor, rank: int, copies: int) -> tuple[Tensor, Tensor]:
-    """``copies`` experts that each equal the mean of the factors of all given ones: how probes start.
-
-    ``A [E*r, din]``, ``B [dout, E*r]`` -> ``A [copies*r, din]``, ``B [dout, copies*r]``.
-    """
+def average_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The mean of the factors of all experts, how probes start: ``A [E*r, din]``, ``B [dout, E*r]`` -> of one."""
     mean_A = A.detach().view(-1, rank, A.shape[1]).mean(0)
-    mean_B = B.detach().reshape(B.shape[0], -1, rank).mean(1)
-    return mean_A.repeat(copies, 1), mean_B.repeat(1, copies)
+    return mean_A, B.detach().reshape(B.shape[0], -1, rank).mean(1)
 
 
 def pick_expert(A: Tensor, B: Tensor, rank: int, index: int) -> tuple[Tensor, Tensor]:
@@ -339,14 +299,10 @@ def extend_router(weight: Tensor, rows: int, generator: torch.Generator) -> Tens
 
 
 def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """Switch Transformer's balance loss of one router, a mean over samples.
+    """Switch Transformer's balance loss of one router, ``E * sum_e f_e P_e``, a mean over samples; 1 when balanced.
 
-    ``E * sum_e f_e P_e`` with ``f_e`` the share of picks and ``P_e`` the mean softmax probability, both over one
-    sample's non-padding tokens, so that the loss does not depend on how a batch is cut. 1 when balanced.
-
-    Args:
-        logits, gate: ``[B, T, E]`` float32; an expert is picked where its gate is positive.
-        mask: ``[B, T]``, nonzero where a token is real.
+    ``f_e`` is the share of picks (gate ``[B, T, E]`` positive), ``P_e`` the mean softmax probability (of logits
+    ``[B, T, E]``), over one sample's real tokens (mask ``[B, T]``), so that it does not matter how a batch is cut.
     """
     real = mask.unsqueeze(-1).to(logits.dtype)
     tokens = real.sum(1)
@@ -356,40 +312,18 @@ def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
     return (logits.shape[-1] * (share * probability).sum(-1)).mean()
 
 
-def decisions_as_json(decisions: dict[str, BlockDecision], added: dict[str, int]) -> dict[str, Any]:
-    """As saved: per block the activations, the threshold, its margin, and what was added."""
-    return {
-        block: {
-            "activations": decision.activations,
-            "probes": decision.probes,
-            "threshold": decision.threshold,
-            "margin": decision.margin,
-            "probed": decision.extend,
-            "added": added[block],
-        }
-        for block, decision in decisions.items()
-    }
-
-
 def measure_activations(
     context: TaskContext, records: Sequence[TrainRecord], kind: Literal["frequency", "logit"]
 ) -> dict[str, Tensor]:
-    """Activation of every expert of every patched module under the newest routers, ``[E]`` float64.
+    """Each expert's share of real tokens whose top-k holds it, or its mean logit: patched module -> ``[E]`` float64."""
 
-    ``frequency``: share of non-padding tokens whose top-k holds the expert, from int64 counts; ``logit``: mean logit.
-    """
-
-    def total(output: RouterOutput, mask: Tensor) -> tuple[Tensor, int]:
+    def count(output: RouterOutput, mask: Tensor) -> tuple[Tensor, Tensor]:
         real = mask.bool()
         values = (output.gate[real] > 0).sum(0) if kind == "frequency" else output.logits[real].double().sum(0)
-        return values.cpu(), int(real.sum())
+        return values.cpu(), real.sum().cpu()
 
-    batches = over_router_outputs(context, records, total)
-    activations = {}
-    for name in batches[0]:
-        values, tokens = zip(*(batch[name] for batch in batches), strict=True)
-        activations[name] = torch.stack(values).sum(0).double() / sum(tokens)
-    return activations
+    sums = router_sums(context, records, count)
+    return {name: values.double() / tokens for name, (values, tokens) in sums.items()}
 
 
 METHODS = {"llava_cmoe": LlavaCMoe}

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import answer_logits, mean_over_samples
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, mean_over_samples
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from clmoe.bases.llava import LoadedBase
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import seeded
-from clmoe.experts.model import expert_layers, experts_by_linear, freeze_experts, grow_experts
+from clmoe.experts.layer import expert_layers, experts_by_linear, seeded
+from clmoe.experts.model import freeze_experts, grow_experts
 from clmoe.experts.routing import RouteTrace
-from clmoe.methods.base import Method, TaskContext, lora_parts_adapter, lora_scaling
+from clmoe.methods.base import TaskContext, lora_parts_adapter
+from clmoe.methods.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
             raise ClmoeError(f"options.weight {self.weight} must not be negative")
 
 
-class OLora(Method):
+class OLora(Lora):
     """The tasks' LoRAs are experts without a router: all are added up, and the older ones stay frozen, bit for bit."""
 
     Options = Options
@@ -40,20 +41,15 @@ class OLora(Method):
     def adapter(self, base: LoadedBase) -> PeftConfig:
         return lora_parts_adapter(self.config, base, "sum", owners=[0])
 
-    def effective_scale(self) -> float:
-        return lora_scaling(self.config.adapter)
-
     def begin_task(self, context: TaskContext) -> None:
         """Freeze what is there and add the task's LoRA, fresh: A random, B zero."""
         if context.previous is None:
             return
-        factors = {}
+        device, factors = context.base.device, {}
         for name, layer in expert_layers(context.model).items():
             generator = seeded(self.config.seed, f"olora:{context.index}:{name}")
             fresh = {linear: experts.fresh(1, generator) for linear, experts in layer.experts.items()}
-            factors[name] = {
-                linear: (A.to(context.base.device), B.to(context.base.device)) for linear, (A, B) in fresh.items()
-            }
+            factors[name] = {linear: (A.to(device), B.to(device)) for linear, (A, B) in fresh.items()}
         freeze_experts(context.model, context.index)
         grow_experts(context.model, context.index, factors)
 

@@ -1,9 +1,9 @@
 """Records of past tasks are seen again: replay, and DER++ (NeurIPS 2020), which also keeps the logits of then."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from peft import PeftModel
@@ -13,8 +13,7 @@ from clmoe.bases.inputs import over_train_batches, train_dataset
 from clmoe.data.batches import sample_records
 from clmoe.data.records import Part, TrainRecord, Turn, UnionRecords
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import answer_logits, answer_rows, mean_over_samples
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, answer_rows, mean_over_samples
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import Phase, TaskContext
 from clmoe.methods.lora import Lora
@@ -28,11 +27,9 @@ LOGITS = "memory_logits.safetensors"
 
 @dataclass(frozen=True)
 class Remembered:
-    """What is kept of one past task.
+    """What is kept of one past task, the size of its training set, and the run's seed.
 
-    Attributes:
-        task, drawn_from, seed: where the records come from: the task's training set, its size, the run's seed.
-        records: images are relative to the benchmark's folder, ids begin with the task's name.
+    Images are relative to the benchmark's folder, ids begin with the task's name.
     """
 
     task: str
@@ -48,45 +45,22 @@ class Remembered:
         drawn = sample_records(records, size, derived_seed(seed, f"memory of {task}"))
         return cls(task, len(records), seed, UnionRecords([Part.of(task, drawn, image_root, data)])[:])
 
-    def as_json(self) -> dict[str, Any]:
-        records = [
-            {"id": r.id, "image": r.image, "turns": [[turn.question, turn.answer] for turn in r.turns]}
-            for r in self.records
-        ]
-        return {"task": self.task, "drawn_from": self.drawn_from, "seed": self.seed, "records": records}
-
 
 def save_memory(memory: Sequence[Remembered], path: Path) -> None:
-    """A JSON list, one entry for each past task, oldest first."""
-    write_json(path, [remembered.as_json() for remembered in memory])
+    """A JSON list, one entry for each past task, oldest first; a turn is a pair."""
+    entries = [asdict(remembered) for remembered in memory]
+    for record in (record for entry in entries for record in entry["records"]):
+        record["turns"] = [list(turn.values()) for turn in record["turns"]]
+    write_json(path, entries)
 
 
-def load_memory(path: Path) -> list[Remembered]:
-    """What ``save_memory`` wrote."""
-    return [
-        Remembered(
-            entry["task"],
-            entry["drawn_from"],
-            entry["seed"],
-            [TrainRecord(r["id"], r["image"], tuple(Turn(*turn) for turn in r["turns"])) for r in entry["records"]],
-        )
-        for entry in read_json(path)
-    ]
-
-
-def check_images(memory: Sequence[Remembered], path: Path, data: Path) -> None:
-    """Every image that the memory points to is still there.
-
-    Raises:
-        ClmoeError: naming the file, the record, and the image.
-    """
-    for remembered in memory:
-        for record in remembered.records:
-            if record.image is not None and not (data / record.image).is_file():
-                raise ClmoeError(
-                    f"{path}: record {record.id!r}: no file {data / record.image}; past tasks' images are read where "
-                    "they lay: put them back, or say with --data where the benchmark is now"
-                )
+def load_memory(checkpoint: Path | None) -> list[Remembered]:
+    """What ``save_memory`` wrote; nothing without a checkpoint."""
+    entries = [] if checkpoint is None else read_json(checkpoint / MEMORY)
+    for entry in entries:
+        turns = [tuple(Turn(*turn) for turn in record["turns"]) for record in entry["records"]]
+        entry["records"] = [TrainRecord(**r | {"turns": t}) for r, t in zip(entry["records"], turns, strict=True)]
+    return [Remembered(**entry) for entry in entries]
 
 
 def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecords:
@@ -101,7 +75,7 @@ class ReplayOptions:
 
     Attributes:
         per_task: training records kept of each past task.
-        ratio: share of them among the samples of a later task's training.
+        ratio: their share of the samples of a later task's training.
     """
 
     per_task: int = 100
@@ -120,29 +94,28 @@ class Replay(Lora):
     Options = ReplayOptions
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        if previous is not None:
-            check_images(load_memory(previous / MEMORY), previous / MEMORY, data)
+        """Every image that the memory points to is still there."""
+        for record in (record for past in load_memory(previous) for record in past.records):
+            if record.image is not None and not (data / record.image).is_file():
+                raise ClmoeError(
+                    f"{previous}/{MEMORY}: record {record.id!r}: no file {data / record.image}; past tasks' images are "
+                    "read where they lay: put them back, or say with --data where the benchmark is now"
+                )
 
     def phases(self, context: TaskContext) -> list[Phase]:
         """One training, on the task's records and the memory's."""
         if context.previous is None:
             return super().phases(context)
-        memory = [record for past in load_memory(context.previous / MEMORY) for record in past.records]
+        memory = [record for past in load_memory(context.previous) for record in past.records]
         own = Part.of(context.task, context.records, context.image_root, context.data)
         records = mixed(own, memory, self.options.ratio)
         return [Phase("trained", records, context.data, self.begin_task, self.end_task)]
 
     def end_task(self, context: TaskContext) -> None:
         """Draw from the task's own records and add them to the parent's memory."""
-        self.remember(context)
-
-    def remember(self, context: TaskContext) -> list[TrainRecord]:
-        """Write the memory with this task's records; returns those."""
-        memory = [] if context.previous is None else load_memory(context.previous / MEMORY)
         size, seed = self.options.per_task, context.config.seed
         newest = Remembered.draw(context.task, context.records, size, seed, context.image_root, context.data)
-        save_memory([*memory, newest], context.work / MEMORY)
-        return newest.records
+        save_memory([*load_memory(context.previous), newest], context.work / MEMORY)
 
 
 @dataclass(frozen=True)
@@ -170,7 +143,7 @@ class Der(Replay):
     def begin_task(self, context: TaskContext) -> None:
         """Read the parent's logits; a memory record's place among them is its place in the memory."""
         self._own = len(context.records)
-        self._logits = [] if context.previous is None else load_logits(context.previous / LOGITS)
+        self._logits = load_logits(context.previous)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """``mean over samples and their tokens of |z - h|^2 / V``; samples of the new task count as 0."""
@@ -187,8 +160,9 @@ class Der(Replay):
 
     def end_task(self, context: TaskContext) -> None:
         """Draw the task's records, and store what the trained model says to them."""
-        records, config, base = self.remember(context), context.config, context.base
-        adapted = adapted_base(context.model.eval())
+        super().end_task(context)
+        config, base, adapted = context.config, context.base, adapted_base(context.model.eval())
+        records = load_memory(context.work)[-1].records
 
         def one(batch: dict[str, Tensor]) -> list[Tensor]:
             lengths = torch.bincount(answer_rows(batch["labels"]), minlength=len(batch["labels"]))
@@ -197,14 +171,14 @@ class Der(Replay):
         dataset = train_dataset(base, records, context.data, config.training.max_length)
         with torch.no_grad():
             batches = over_train_batches(base, dataset, config.evaluation.batch_size, one)
-        old = [] if context.previous is None else load_logits(context.previous / LOGITS)
+        old = load_logits(context.previous)
         every = [*old, *(logits for batch in batches for logits in batch)]
         save_tensors({f"{i:06}": logits.clone() for i, logits in enumerate(every)}, context.work / LOGITS)
 
 
-def load_logits(path: Any) -> list[Tensor]:
-    """``[n, V]`` float32 of each record of the memory, in its order."""
-    return [logits for _, logits in sorted(load_tensors(path).items())]
+def load_logits(checkpoint: Path | None) -> list[Tensor]:
+    """``[n, V]`` float32 of each record of the memory, in its order; nothing without a checkpoint."""
+    return [] if checkpoint is None else [logits for _, logits in sorted(load_tensors(checkpoint / LOGITS).items())]
 
 
 METHODS = {"replay": Replay, "der": Der}

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clmoe.bases.llava import projector_of
-from clmoe.experts.forward import answer_loss, answer_states, answer_tokens
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
 from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
 from clmoe.methods.base import Method
 

@@ -27,7 +27,7 @@ from clmoe.config import EvaluationConfig
 from clmoe.data.batches import collate_prompts
 from clmoe.data.records import Question
 from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base
 
 
 @torch.no_grad()

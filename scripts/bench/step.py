@@ -25,8 +25,8 @@ from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.data.batches import collate_train
 from clmoe.data.prompts import IGNORE
 from clmoe.experts import layer
+from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import loop_experts
-from clmoe.experts.model import adapted_base
 from clmoe.train.loss import TrainedModel
 
 

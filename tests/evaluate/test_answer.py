@@ -14,8 +14,8 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
-from clmoe.experts.forward import base_features
-from clmoe.experts.model import adapted_base, expert_layers
+from clmoe.experts.forward import adapted_base, base_features
+from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import Asked

@@ -16,7 +16,7 @@ from clmoe.data.batches import PromptDataset, collate_prompts
 from clmoe.data.records import Question, load_questions
 from clmoe.evaluate import generate
 from clmoe.evaluate.generate import Answer, Answerer
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base
 from clmoe.experts.routing import routing
 from clmoe.locators.vae import Vae
 from clmoe.methods import method_class

@@ -7,8 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from clmoe.experts.forward import answer_states
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_states
 from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, routing
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, routed, same
 

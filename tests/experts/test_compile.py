@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.experts.model import expert_layers
+from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteSelection, RouteTrace, routing
 from tests import support
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, routed

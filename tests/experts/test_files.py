@@ -14,6 +14,7 @@ from torch import Tensor
 from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
+from clmoe.experts.layer import experts_by_linear
 from clmoe.experts.routing import RouteSelection, routing
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, logits, old_router, randomise, routed, same
 
@@ -104,7 +105,7 @@ def test_the_task_gate_reaches_the_output(new_base: NewBase, batch: dict[str, Te
     model = attached(new_base(), "per_block")
     ours.add_task_gates(model, {name: torch.tensor([0.0, 0.0, 1.0]) for name in ours.expert_layers(model)})
     got = logits(model, batch, RouteSelection(task=torch.zeros(3, dtype=torch.int64), beta=0.0))
-    for experts in ours.experts_by_linear(model).values():
+    for experts in experts_by_linear(model).values():
         with torch.no_grad():
             experts.A.copy_(experts.A[4:].repeat(3, 1))
             experts.B.copy_(experts.B[:, 4:].repeat(1, 3))

@@ -12,12 +12,11 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from clmoe.bases import inputs
-from clmoe.bases.llava import PROJECTOR, LoadedBase
+from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.prompts import encode_prompt
 from clmoe.experts import forward
-from clmoe.experts.forward import answer_loss, copied_rows, empty_cache
-from clmoe.experts.model import adapted_base
+from clmoe.experts.forward import adapted_base, answer_loss, copied_rows, empty_cache
 from clmoe.experts.routing import routing
 from tests import support
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, logits, routed
@@ -127,18 +126,3 @@ def test_prompts_read_into_a_cache_go_on_as_whole_prompts_without_one(scope: str
             states = llava.base_model(**longer, use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(read.hidden[row], states[-2], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(after[row], states[-1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["last", "pooled"])
-@pytest.mark.parametrize("form", ["shared", "whole"])
-def test_features_are_those_of_lone_prompts_on_the_bare_base(
-    kind: forward.FeatureKind, form: str, new_base: NewBase, pristine_base: LoadedBase
-) -> None:
-    model = attached(new_base(), modules_to_save=[PROJECTOR])
-    alone, batches = prompts(pristine_base)
-    for prompt, feature in zip(alone, forward.base_features(model, batches[form], kind), strict=form == "shared"):
-        with torch.no_grad():
-            output = pristine_base.model.model(**prompt, output_hidden_states=True)
-        blocks = torch.stack([hidden[0, -1] for hidden in output.hidden_states[1:]])
-        expected = output.last_hidden_state[0, -1] if kind == "last" else blocks.mean(0)
-        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)

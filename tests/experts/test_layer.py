@@ -66,13 +66,6 @@ def test_inputs_may_lack_the_batch_dimension_and_have_strides() -> None:
         close(packed(strided_x, gate, A, B, form), expected, 1e-14)
 
 
-def test_the_frozen_output_is_used_up() -> None:
-    x, gate, A, B, out = case()
-    given = out.clone()
-    assert packed_experts(x, gate, A, B, SCALING, given) is given, "no tensor of its size is made"
-    assert not torch.equal(given, out)
-
-
 def test_a_recomputed_product_is_not_kept_and_changes_no_bit_of_a_gradient() -> None:
     _, gate, A, B, out = case()
     g, u = (torch.randn(2, 5, DIN, dtype=torch.float64, requires_grad=True) for _ in range(2))

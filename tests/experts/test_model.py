@@ -14,7 +14,7 @@ from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
-from clmoe.experts.layer import seeded
+from clmoe.experts.layer import experts_by_linear, seeded
 from tests import support
 from tests.experts.adapters import (
     SCOPES,
@@ -52,20 +52,20 @@ def test_fresh_disabled_and_detached_adapters_leave_the_bases_logits_bit_equal(
     assert [type(module) for module in base.modules()] == [type(module) for module in plain.modules()]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_only_the_language_models_blocks_are_patched(scope: str, new_base: NewBase) -> None:
-    model = attached(new_base(), scope)
-    names = {"mlp"} if scope == "per_block" else {f"mlp.{name}" for name in FFN_PROJECTIONS}
+@pytest.mark.parametrize(
+    ("scope", "projections", "names"),
+    [
+        ("per_linear", FFN_PROJECTIONS, [f"mlp.{name}" for name in FFN_PROJECTIONS]),
+        ("per_block", FFN_PROJECTIONS, ["mlp"]),
+        ("per_linear", ("q_proj", "o_proj", "down_proj"), ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]),
+    ],
+)
+def test_only_the_language_models_blocks_are_patched(
+    scope: str, projections: tuple[str, ...], names: list[str], new_base: NewBase, batch: dict[str, Tensor]
+) -> None:
+    model = attached(new_base(), scope, projections=list(projections))
     expected = {f"model.language_model.layers.{block}.{name}" for block in (0, 1) for name in names}
     assert set(ours.expert_layers(model)) == expected
-    others = {name for name, _ in model.named_modules() if name.endswith(".mlp") and "language_model" not in name}
-    assert len(others) == support.SIZES.vision_layers
-
-
-def test_attention_linears_can_carry_experts_too(new_base: NewBase, batch: dict[str, Tensor]) -> None:
-    model = attached(new_base(), projections=["q_proj", "o_proj", "down_proj"])
-    parts = {name.split("layers.0.")[1] for name in ours.expert_layers(model) if "layers.0." in name}
-    assert parts == {"self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"}
     assert logits(model, batch).isfinite().all()
 
 
@@ -165,7 +165,7 @@ def test_a_batch_with_several_routers_equals_its_samples_one_by_one(
     model = attached(new_base(), scope)
     grow(model, owner=1, count=2)
     grow(model, owner=2, count=1)
-    assert [e.count for e in ours.experts_by_linear(model).values()] == [6] * 6
+    assert [e.count for e in experts_by_linear(model).values()] == [6] * 6
     together = logits(model, even, routed(1, 0, 2))
     for number, router in enumerate((1, 0, 2)):
         alone = row(even, number)

@@ -17,7 +17,6 @@ from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
-from clmoe.experts.forward import last_prompt_features
 from clmoe.experts.model import load_adapter
 from clmoe.locators import base as features_module
 from clmoe.locators.base import FeatureStore, feature_folder
@@ -58,6 +57,10 @@ def mean_of_layers(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([output.reshape(-1, output.shape[-1])[-1:] for output in outputs]).mean(0)
 
 
+def last_state(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
+    return base.model.model(**batch).last_hidden_state[:, -1]
+
+
 @pytest.mark.parametrize("kind", ["last", "pooled"])
 @pytest.mark.parametrize("share", [False, True])
 def test_features_are_the_bare_bases_one_by_one(
@@ -70,7 +73,7 @@ def test_features_are_the_bare_bases_one_by_one(
     )
     found = FeatureStore(tiny_base, kind, 7, None, share).features(model, *asked)
     assert [isinstance(batch, SharedPrompts) for batch in batches] == [share] * 3
-    oracle = mean_of_layers if kind == "pooled" else lambda base, batch: last_prompt_features(base.model, batch)
+    oracle = mean_of_layers if kind == "pooled" else last_state
     with torch.no_grad():
         alone = prompt_batches(pristine_base, prompt_dataset(pristine_base, *asked), 1)
         expected = torch.cat([oracle(pristine_base, batch) for batch in alone])

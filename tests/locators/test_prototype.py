@@ -7,14 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.config import LocatorConfig
-from clmoe.experts.forward import base_features, last_prompt_features
 from clmoe.locators.base import Asked
 from clmoe.locators.nearest_mean import NearestMean
 from clmoe.locators.prototype import STD_FLOOR, Prototype
-from tests import support
-from tests.experts.adapters import attached, grow, logits
 
 WIDTH = 5
 SIZES = (7, 1, 12)
@@ -92,19 +88,6 @@ def test_the_file_holds_every_bit(tmp_path: Path) -> None:
         assert torch.equal(getattr(read, name), getattr(index, name))
     read.fit(torch.randn(3, WIDTH))
     assert read.count.tolist() == [*SIZES, 3] and read.mean.shape == (4, WIDTH)
-
-
-def test_base_features_ignore_the_adapter_and_a_tuned_projector(
-    tiny_base: LoadedBase, pristine_base: LoadedBase, batch: dict[str, Tensor]
-) -> None:
-    expected = last_prompt_features(pristine_base.model, batch)
-    model = attached(tiny_base, modules_to_save=[PROJECTOR])
-    grow(model)
-    adapted = logits(model, batch)
-    features = base_features(model, batch)
-    assert torch.equal(features, expected)
-    assert features.dtype == torch.float32 and features.shape == (3, support.SIZES.text_hidden)
-    assert torch.equal(logits(model, batch), adapted)  # adapter and projector are on again
 
 
 def test_nearest_mean_is_the_distance_to_each_plain_mean(tmp_path: Path) -> None:

@@ -67,10 +67,8 @@ def test_log_density_of_4096_dimensions_is_finite_where_the_density_underflows()
     vae = fresh(4096)
     features = 3 * torch.randn(5, 4096, generator=torch.Generator().manual_seed(1))
     log_p, kl = vae.log_p_rec(features)
-    assert log_p.isfinite().all()
-    assert kl.isfinite().all()
-    assert not log_p.exp().any(), "the density itself is 0 in float32"
-    assert (log_p < -800).all(), "and in float64"
+    assert log_p.isfinite().all() and kl.isfinite().all()
+    assert (log_p < -800).all(), "the density itself is 0 in float32 and in float64"
 
 
 def test_log_p_rec_equals_the_mean_of_the_densities() -> None:
@@ -113,21 +111,14 @@ def test_three_tasks_are_told_apart_by_standard_scores(bank: Vae) -> None:
         assert 0.5 < float(scores[:, task].std()) < 2
 
 
-def test_a_tie_goes_to_the_older_task(bank: Vae) -> None:
-    twice = locator(vaes=[bank.vaes[0], bank.vaes[0]])
-    assert not z_scores(twice, cluster(0, 20)).argmax(1).any()
-
-
 def test_adding_a_task_changes_nothing_of_the_others(bank: Vae) -> None:
     grown = locator(vaes=list(bank.vaes[:2]))
     features = torch.cat([cluster(task, 20, seed=3) for task in range(4)])
     before = z_scores(grown, features)
-    states = [{name: value.clone() for name, value in vae.state_dict().items()} for vae in grown.vaes]
+    state = {name: value.clone() for name, value in grown.state().items()}
     grown.fit(cluster(3, 200))
     assert same_bits(z_scores(grown, features)[:, :2].contiguous(), before)
-    for vae, state in zip(grown.vaes, states, strict=False):
-        for name, value in state.items():
-            assert same_bits(vae.state_dict()[name], value), name
+    assert all(same_bits(grown.state()[name], value) for name, value in state.items())
 
 
 def test_a_saved_bank_of_eleven_tasks_is_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -9,19 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
 
-from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.data.batches import first_questions, sample_records
-from clmoe.data.records import load_train
+from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import adapted_base, expert_layers, load_adapter
-from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, routing
 from clmoe.methods.clmoe import ClMoe, load_statistics
+from tests.methods.helpers import same_adapter, task_data, task_records, watch_inputs
 from tests.runs import Runs, same_bits, tensors, texts
-from tests.support import TASKS, prompt_batches, tiny_config, train_batches
+from tests.support import TASKS, tiny_config, train_batches
 
 E, GAMMA = 4, 0.7
 PREFIX = "base_model.model."
@@ -49,10 +50,6 @@ def second(runs: Runs, parent: Path, *options: str) -> Path:
     return runs.made[key][0]
 
 
-def modules(checkpoint: Path) -> list[str]:
-    return list(load_statistics(checkpoint / "statistics.safetensors")[0])
-
-
 def top(values: np.ndarray, k: int = 2) -> set[int]:
     return set(np.lexsort((np.arange(len(values)), -values))[:k].tolist())
 
@@ -71,30 +68,29 @@ def keep_of(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 def assert_consolidated(
     theta_1: Path, phi_2: Path, theta_2: Path, kind: str = "gate_mean", routers: bool = False
 ) -> None:
-    """Every tensor of ``theta_2`` is what the closed form says, bit for bit."""
+    """Every tensor of ``theta_2`` is what the closed form says, bit for bit; the gates are the statistic's."""
     old, new, result = tensors(theta_1), tensors(phi_2), tensors(theta_2)
-    before, now = load_statistics(theta_2 / "statistics.safetensors")
+    history = load_statistics(theta_2 / "statistics.safetensors")
     assert result.keys() == new.keys()
-    touched = set()
-    for name in now:
-        keep = keep_of(now[name][kind].numpy().astype(float), before[name][kind].numpy().astype(float))
-        stem = f"{PREFIX}{name}"
-        linear = name.rpartition(".")[2]
+    expected = dict(new)
+    for name in history[1]:
+        before, now = (task[name][kind].double() for task in history)
+        keep = torch.from_numpy(keep_of(now.numpy(), before.numpy()))
+        stem, linear = f"{PREFIX}{name}", name.rpartition(".")[2]
         A, B = f"{stem}.clmoe_experts.{linear}.A", f"{stem}.clmoe_experts.{linear}.B"
-        r = old[A].shape[0] // E
-        per_rank = np.repeat(keep, r)
-        assert same_bits(result[A], mixed(old[A], new[A], per_rank[:, None])), A
-        assert same_bits(result[B], mixed(old[B], new[B], per_rank[None, :])), B
-        touched |= {A, B}
+        per_rank = keep.repeat_interleave(old[A].shape[0] // E)
+        weights = {A: per_rank[:, None], B: per_rank[None, :]}
         if routers:
-            router = f"{stem}.clmoe_routers.instance.0.weight"
-            assert same_bits(result[router], mixed(old[router], new[router], keep[:, None])), router
-            touched.add(router)
-    untouched = result.keys() - touched
-    assert any("multi_modal_projector" in name for name in untouched)
-    assert routers or any("instance" in name for name in untouched)
-    for name in untouched:
-        assert same_bits(result[name], new[name]), f"{name} must be phi's"
+            weights[f"{stem}.clmoe_routers.instance.0.weight"] = keep[:, None]
+        expected |= {key: mixed(old[key], new[key], weight.numpy()) for key, weight in weights.items()}
+        gates = f"{stem}.clmoe_routers.task.gates"
+        expected[gates] = torch.stack([before / before.sum(), now / now.sum()]).float()
+        assert same_bits(result[gates][:1], old[gates]), "older rows stay"
+    for name, value in result.items():
+        if name.endswith("task.gates"):
+            torch.testing.assert_close(value, expected[name])
+        else:
+            assert same_bits(value, expected[name]), name
 
 
 def test_second_task_is_the_closed_form_of_phi_and_theta(runs: Runs, parent: Path, phi: Path) -> None:
@@ -105,12 +101,8 @@ def test_second_task_is_the_closed_form_of_phi_and_theta(runs: Runs, parent: Pat
     assert_consolidated(parent, phi, theta)
 
 
-def test_first_task_is_taken_as_it_is(runs: Runs, parent: Path) -> None:
-    plain = runs.chain("clmoe", "options.consolidation=none", tasks=TASKS[:1])[0]
-    assert (plain / "adapter_model.safetensors").read_bytes() == (parent / "adapter_model.safetensors").read_bytes()
-
-
-def test_training_moved_what_is_consolidated(parent: Path, phi: Path) -> None:
+def test_only_a_later_task_is_consolidated_and_training_moved_everything(runs: Runs, parent: Path, phi: Path) -> None:
+    assert same_adapter(runs.chain("clmoe", "options.consolidation=none", tasks=TASKS[:1])[0], parent)
     old, new = tensors(parent), tensors(phi)
     for name in old:
         if "gates" not in name:
@@ -128,12 +120,6 @@ def test_option_topk_counts_decides_gates_and_salience(runs: Runs) -> None:
     phi = runs.train(runs.root / "phi-counts" / TASKS[1], "clmoe", TASKS[1], counted, "options.consolidation=none",
                      previous=parent)  # fmt: skip
     assert_consolidated(parent, phi, theta, kind="topk_counts")
-    for row, statistics in enumerate(load_statistics(theta / "statistics.safetensors")):
-        for name, values in statistics.items():
-            counts = values["topk_counts"].double()
-            assert int(counts.sum()) == 2 * int(values["tokens"])
-            expected = (counts / counts.sum()).float()
-            assert same_bits(tensors(theta)[f"{PREFIX}{name}.clmoe_routers.task.gates"][row], expected)
 
 
 def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> None:
@@ -156,44 +142,16 @@ def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> No
             np.testing.assert_allclose(result[B][:, rows].numpy() @ result[A][rows].numpy(), best, atol=1e-5)
 
 
-def test_gamma_one_with_the_same_salient_set_gives_theta_back(runs: Runs, parent: Path) -> None:
-    """Every expert is salient before and now, so gamma = 1 keeps all experts of the parent bit for bit."""
-    settings = ("options.gamma=1", f"options.top_k={E}")
-    theta = runs.train(runs.root / "gamma-one" / TASKS[1], "clmoe", TASKS[1], *settings, previous=parent)
-    old, result = tensors(parent), tensors(theta)
-    for name in old:
-        if "clmoe_experts" in name:
-            assert same_bits(result[name], old[name]), name
-
-
-def test_task_gates_grow_by_one_row_and_older_rows_stay(runs: Runs) -> None:
-    first, later = runs.chain("clmoe")
-    history = load_statistics(later / "statistics.safetensors")
-    for name in modules(later):
-        key = f"{PREFIX}{name}.clmoe_routers.task.gates"
-        old, gates = tensors(first)[key], tensors(later)[key]
-        assert old.shape == (1, E)
-        assert gates.shape == (2, E)
-        assert same_bits(gates[:1], old)
-        assert same_bits(gates[1], history[1][name]["gate_mean"].float())
-        torch.testing.assert_close(gates.sum(1), torch.ones(2))
-
-
 def test_statistics_are_the_mean_gate_over_real_tokens(
     runs: Runs, tiny_base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
     """Oracle: records one by one, so nothing is padded; the gate from each linear's own input, without dropout."""
     phi = runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], "adapter.dropout=0.2")
     model = load_adapter(tiny_base.model, phi, trainable=False).eval()
-    inputs: dict[str, Tensor] = {}
     layers = expert_layers(model)
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-    folder = mini_yaml.parent / TASKS[1]
-    records = load_train(folder / "train.json", folder / "images")
-    dataset = train_dataset(tiny_base, records, folder / "images", 2048)
+    inputs = watch_inputs(layers)
     gates: dict[str, list[np.ndarray]] = {name: [] for name in layers}
-    for batch in train_batches(tiny_base, dataset, 1):
+    for batch in train_batches(tiny_base, task_data(tiny_base, mini_yaml, TASKS[1]), 1):
         batch.pop("labels")
         with torch.no_grad(), routing(NEWEST_ROUTER):
             adapted_base(model).model(**batch)
@@ -248,19 +206,6 @@ def test_options_out_of_range_are_refused(option: str) -> None:
         method(option)
 
 
-@pytest.fixture
-def asked(runs: Runs, tiny_base: LoadedBase, mini_yaml: Path) -> tuple[Path, PeftModel, list[dict[str, Tensor]]]:
-    """The checkpoint of two tasks, loaded, and a batch of six training questions of each task."""
-    checkpoint = runs.chain("clmoe")[1]
-    model = load_adapter(tiny_base.model, checkpoint, trainable=False)
-    batches = []
-    for task in TASKS[:2]:
-        folder = mini_yaml.parent / task
-        questions = first_questions(load_train(folder / "train.json", folder / "images")[:6])
-        batches += prompt_batches(tiny_base, prompt_dataset(tiny_base, questions, folder / "images"), 6)
-    return checkpoint, model, batches
-
-
 def test_the_nearest_centre_is_the_samples_task(runs: Runs, tmp_path: Path) -> None:
     """The tasks' questions differ, so it must be right."""
     runs.evaluate(runs.chain("clmoe")[1], tmp_path)
@@ -270,41 +215,23 @@ def test_the_nearest_centre_is_the_samples_task(runs: Runs, tmp_path: Path) -> N
 
 def test_options_of_the_counts(runs: Runs, parent: Path, tiny_base: LoadedBase) -> None:
     theta = second(runs, parent, "samples=7", "top_k=3")
-    folder = runs.benchmark.parent / TASKS[1]
-    records = sample_records(load_train(folder / "train.json", folder / "images"), 7, 0)
-    dataset = train_dataset(tiny_base, records, folder / "images", 2048)
+    records, images = task_records(runs.benchmark, TASKS[1])
+    dataset = train_dataset(tiny_base, sample_records(records, 7, 0), images, 2048)
     tokens = sum(len(dataset[row].input_ids) for row in range(7))
     for values in load_statistics(theta / "statistics.safetensors")[1].values():
         assert (int(values["tokens"]), int(values["topk_counts"].sum())) == (tokens, 3 * tokens)
 
 
-def test_the_chosen_tasks_gates_are_mixed_in(asked: tuple[Path, PeftModel, list[dict[str, Tensor]]]) -> None:
-    selection = method("beta=0.25").selection(asked[1], torch.tensor([1, 0]))
-    assert (selection.beta, selection.task.tolist()) == (0.25, [1, 0])  # type: ignore[union-attr]
-
-
-def test_beta_mixes_the_instance_gate_with_the_tasks_gate(
-    asked: tuple[Path, PeftModel, list[dict[str, Tensor]]],
-) -> None:
-    _, model, batches = asked
-    llava = adapted_base(model)
-
-    def logits(selection: RouteSelection) -> Tensor:
-        with torch.no_grad(), routing(selection):
-            return llava(**batches[0]).logits
-
-    alone = logits(NEWEST_ROUTER)
-    one, half = (method(f"beta={beta}").selection(model, torch.zeros(6, dtype=torch.int64)) for beta in (1, 0.5))
-    assert same_bits(logits(one), alone), "beta = 1 is the instance router alone"
-    assert not torch.equal(logits(half), alone)
-
+def test_beta_mixes_the_instance_gate_with_the_chosen_tasks_gate(runs: Runs, tiny_base: LoadedBase) -> None:
+    model = load_adapter(tiny_base.model, runs.chain("clmoe")[1], trainable=False)
     layer = next(iter(expert_layers(model).values()))
-    x = torch.randn(6, 3, layer.routers.instance[0].weight.shape[1])
-    trace = RouteTrace()
-    with torch.no_grad(), routing(half, trace):
-        gate = layer.routers(x)
-    own = layer.routers.task.gates[0]
-    torch.testing.assert_close(gate, 0.5 * trace.outputs[layer.name].gate + 0.5 * own.expand_as(gate))
+    x = torch.randn(2, 3, layer.routers.instance[0].weight.shape[1])
+    for beta in (0.25, 1):
+        selection = method(f"beta={beta}").selection(model, torch.tensor([1, 0]))
+        with torch.no_grad(), routing(selection, trace := RouteTrace()):
+            gate = layer.routers(x)
+        chosen = layer.routers.task.gates[[1, 0]].unsqueeze(1)
+        torch.testing.assert_close(gate, beta * trace.outputs[layer.name].gate + (1 - beta) * chosen)
 
 
 def test_beta_one_answers_without_the_task_router(runs: Runs, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +18,15 @@ import clmoe
 from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
-from clmoe.experts.model import adapter_tensors, attach_adapter, expert_layers, load_adapter
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import adapter_tensors, attach_adapter, load_adapter
 from clmoe.methods import method_class, methods
 from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer
 from clmoe.train.task import prepare_request, train_task
+from tests.methods.helpers import Killed, same_adapter
 from tests.runs import Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
@@ -139,14 +139,6 @@ def test_a_fresh_adapter_changes_nothing(name: str, tiny_base: LoadedBase, prist
         assert same_bits(model.eval()(**batch).logits, before)
 
 
-@contextmanager
-def using(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``train_task`` takes this very base instead of loading one."""
-    with monkeypatch.context() as patch:
-        patch.setattr(task_module, "load_base", lambda *arguments: base)
-        yield
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_leaves_the_base_bit_identical(
     name: str, mini: Benchmark, tiny_folder: Path, new_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,9 +148,8 @@ def test_training_leaves_the_base_bit_identical(
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     config = load_config(name, mini.recipe, list(ROWS[name].overrides), str(tiny_folder))
     task = "all" if ROWS[name].chain == "union" else TASKS[0]
-    with using(base, monkeypatch):
-        returned = train_task(prepare_request(config, mini, task, list(TASKS), None, tmp_path / task))
-    assert returned is base
+    monkeypatch.setattr(task_module, "load_base", lambda *arguments: base)
+    assert train_task(prepare_request(config, mini, task, list(TASKS), None, tmp_path / task)) is base
     after = base.model.state_dict()
     assert after.keys() == before.keys(), "the adapter was taken off again"
     for key, value in before.items():
@@ -170,6 +161,9 @@ def test_training_leaves_the_base_bit_identical(
 def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Runs, tiny_base: LoadedBase) -> None:
     checkpoint = first(runs, name)
     assert {path.name for path in checkpoint.iterdir()} == COMMON_FILES | set(ROWS[name].state)
+    for path in checkpoint.iterdir():
+        assert str(runs.root).encode() not in path.read_bytes(), "no file holds a path"
+        assert f"{datetime.now(UTC):%Y-%m-}".encode() not in path.read_bytes(), "nor a time"
     saved = tensors(checkpoint)
     live = adapter_tensors(load_adapter(tiny_base.model, checkpoint, trainable=False))
     assert saved.keys() == live.keys()
@@ -178,15 +172,6 @@ def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Run
     lineage = read_checkpoint(checkpoint).lineage
     assert lineage.method == name
     assert lineage.trainable_parameters == sum(v.numel() for k, v in saved.items() if "task.gates" not in k)
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_no_file_holds_a_path_or_a_time(name: str, runs: Runs) -> None:
-    checkpoint = first(runs, name)
-    for path in checkpoint.iterdir():
-        content = path.read_bytes()
-        assert str(runs.root).encode() not in content, path.name
-        assert f"{datetime.now(UTC):%Y-%m-}".encode() not in content, path.name
 
 
 @pytest.mark.parametrize("name", CONTINUED)
@@ -209,10 +194,6 @@ def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
     assert start.keys() == saved.keys()
     for key, value in saved.items():
         assert same_bits(start[key].contiguous(), value), key
-
-
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
 
 
 @pytest.mark.parametrize("name", CHAINED)
@@ -248,9 +229,14 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     assert contents(tmp_path / TASKS[1]) == contents(straight)
 
 
-def test_a_union_refuses_a_parent(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_union_takes_every_tasks_steps_and_refuses_a_parent(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    union = first(runs, "multitask")
+    lineage = read_checkpoint(union).lineage
+    assert (lineage.tasks, lineage.steps) == (list(TASKS), 4 * len(TASKS))
     with pytest.raises(SystemExit):
-        runs.train(tmp_path / "all", "multitask", "all", previous=first(runs, "multitask"))
+        runs.train(tmp_path / "all", "multitask", "all", previous=union)
     assert "--previous" in capsys.readouterr().err
 
 
@@ -287,10 +273,20 @@ def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path)
     assert len({answer.text, loaded.answer(None, "How many things are there?", max_new_tokens=6, **told), ""}) == 3
 
 
-def test_union_takes_every_tasks_steps_and_records(runs: Runs) -> None:
-    lineage = read_checkpoint(first(runs, "multitask")).lineage
-    assert lineage.tasks == list(TASKS)
-    assert lineage.steps == 4 * len(TASKS)
+PLAINER = {
+    "lwf": (("options.weight=0",), "lora", ()),
+    "ewc": (("options.weight=0",), "lora", ()),
+    "mas": (("options.weight=0",), "lora", ()),
+    "replay": (("options.ratio=0",), "lora", ()),
+    "der": (("options.per_task=5", "options.weight=0"), "replay", ("options.per_task=5",)),
+}
+
+
+@pytest.mark.parametrize("name", PLAINER)
+def test_a_method_without_its_own_term_is_the_plainer_one(name: str, runs: Runs) -> None:
+    settings, plainer, others = PLAINER[name]
+    for mine, other in zip(runs.chain(name, *settings), runs.chain(plainer, *others), strict=True):
+        assert same_adapter(mine, other)
 
 
 STOCK = """

@@ -15,15 +15,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clmoe.bases.inputs import prompt_dataset, train_dataset
+from clmoe.bases.inputs import prompt_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.config import Config
 from clmoe.data.batches import first_questions, sample_records
-from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import last_prompt_features
-from clmoe.experts.model import adapted_base, adapter_tensors, expert_layers, load_adapter
-from clmoe.experts.routing import RouteSelection, routing
+from clmoe.experts.forward import adapted_base, last_prompt_features
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import adapter_tensors, load_adapter
+from clmoe.experts.routing import routing
 from clmoe.locators.vae import Options as VaeOptions
 from clmoe.locators.vae import fit_vae
 from clmoe.methods.base import Method, TaskContext
@@ -32,6 +31,7 @@ from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer
 from clmoe.train.loss import TrainedModel
+from tests.methods.helpers import Killed, same_adapter, task_data, task_records, watch_inputs
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS as THREE
 from tests.support import prompt_batch, prompt_batches, tiny_config, train_batches
@@ -96,7 +96,15 @@ def plan(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def read_decision(row: dict[str, Any]) -> BlockDecision:
-    return BlockDecision(row["activations"], row["probes"], row["threshold"], row["probed"], row["margin"])
+    return BlockDecision(**{name: value for name, value in row.items() if name != "added"})
+
+
+def second(runs: Runs, output: Path, *options: str) -> Path:
+    """The second task after a first one without warm-up, under more settings of its own."""
+    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
+    return runs.train(
+        output / TASKS[1], "llava_cmoe", TASKS[1], *settings(runs, "first_task"), *options, previous=parent
+    )
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -165,145 +173,97 @@ def test_only_the_tasks_own_experts_and_routers_train(start: str, runs: Runs) ->
 
 
 def test_initial_experts_learn_on_the_warm_up_data(runs: Runs) -> None:
-    """Warm-up: after the phase no expert is as it started (all B are zero then)."""
-    checkpoint = chain(runs, "warmup", tasks=TASKS[:1])[0]
-    saved = tensors(checkpoint)
+    """No expert is as it started (all B are zero then)."""
+    saved = tensors(chain(runs, "warmup", tasks=TASKS[:1])[0])
     for block in BLOCKS:
         for linear in LINEARS:
-            B = packed(saved, block, linear)[1]
-            assert all(B[:, 8 * e : 8 * (e + 1)].any() for e in range(B.shape[1] // 8)), f"{block}.{linear}"
-    phases = [line["phase"] for line in events(checkpoint.parent, "trained")][:3]
-    assert phases == ["initial", "probe", "trained"]
+            assert all(expert.any() for expert in packed(saved, block, linear)[1].split(8, 1)), f"{block}.{linear}"
 
 
-class Watched:
-    """The adapter's tensors after each step of a task's phases."""
+def test_probes_and_new_experts_start_where_they_should(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes, stages, decisions = 3, {}, {}
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.after: dict[str, dict[str, Tensor]] = {}
-        self.decisions: dict[str, BlockDecision] = {}
-        for step in ("_add_probes", "_decide", "_extend"):
-            patch.setattr(LlavaCMoe, step, self._watch(step, getattr(LlavaCMoe, step)))
+    def watch(step: str) -> None:
+        real = getattr(LlavaCMoe, step)
 
-    def _watch(self, step: str, real: Callable[..., None]) -> Callable[..., None]:
         def call(method: LlavaCMoe, context: TaskContext) -> None:
             real(method, context)
             live = adapter_tensors(context.model)
-            self.after[step] = {name: value.detach().clone().contiguous() for name, value in live.items()}
-            self.decisions = method._decisions
+            stages[step] = {name: value.detach().clone().contiguous() for name, value in live.items()}
+            decisions.update(method._decisions)
 
-        return call
+        monkeypatch.setattr(LlavaCMoe, step, call)
 
-
-@pytest.mark.parametrize("probes", [1, 3])
-def test_probes_and_new_experts_start_where_they_should(
-    probes: int, runs: Runs, new_base: Callable[[], LoadedBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
-    base = new_base()
-    before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    monkeypatch.setattr(task_module, "load_base", lambda *arguments: base)
-    watched = Watched(monkeypatch)
-    options = settings(runs, "first_task", f"probe_experts={probes}", "alpha=2")
-    child = runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
-    for name, value in base.model.state_dict().items():
-        assert same_bits(value, before[name]), f"base: {name}"
-
-    old, end = tensors(parent), tensors(child)
-    fresh, trained, extended = (watched.after[step] for step in ("_add_probes", "_decide", "_extend"))
-    assert any(decision.extend for decision in watched.decisions.values())
-    for block in BLOCKS:
-        decision = watched.decisions[block]
+    for step in ("_add_probes", "_decide", "_extend"):
+        watch(step)
+    end = tensors(second(runs, tmp_path, f"options.probe_experts={probes}", "options.alpha=2"))
+    old = tensors(chain(runs, "first_task", tasks=TASKS[:1])[0])
+    fresh, trained, extended = stages.values()
+    assert any(decision.probed for decision in decisions.values())
+    for block, decision in decisions.items():
         (router,) = routers(old, block)
-        assert same_bits(routers(fresh, block)[1][:4], router), "the probes' router copies the last one"
-        assert not torch.equal(routers(trained, block)[1], routers(fresh, block)[1]), "probes did not train"
-        assert same_bits(routers(extended, block)[1][:4], router)
-        assert len(routers(extended, block)[1]) == 4 + decision.extend
-        for name in (fresh, trained, extended, end):
-            assert same_bits(routers(name, block)[0], router)
+        for stage in (fresh, extended):
+            assert same_bits(routers(stage, block)[1][:4], router), "the newest router copies the last one"
+        assert len(routers(extended, block)[1]) == 4 + decision.probed
+        for before, after in ((fresh, trained), (extended, end)):
+            assert not torch.equal(routers(after, block)[1], routers(before, block)[1]), "the router did not train"
         for linear in LINEARS:
             A, B = packed(old, block, linear)
-            for stage in (fresh, trained, extended, end):
+            for stage in (*stages.values(), end):
+                assert same_bits(routers(stage, block)[0], router)
                 stage_A, stage_B = packed(stage, block, linear)
-                assert same_bits(stage_A[:32], A)
-                assert same_bits(stage_B[:, :32].contiguous(), B)
+                assert same_bits(stage_A[:32], A) and same_bits(stage_B[:, :32].contiguous(), B)
             probe_A, probe_B = packed(fresh, block, linear)
-            assert len(probe_A) == 32 + 8 * probes
-            mean_A = A.numpy().reshape(4, 8, -1).mean(0)
-            mean_B = B.numpy().reshape(len(B), 4, 8).mean(1)
-            for k in range(4, 4 + probes):
-                np.testing.assert_allclose(probe_A[8 * k : 8 * k + 8].numpy(), mean_A, atol=1e-6)
-                np.testing.assert_allclose(probe_B[:, 8 * k : 8 * k + 8].numpy(), mean_B, atol=1e-6)
+            mean_A, mean_B = A.numpy().reshape(4, 8, -1).mean(0), B.numpy().reshape(len(B), 4, 8).mean(1)
+            np.testing.assert_allclose(probe_A[32:].numpy(), np.tile(mean_A, (probes, 1)), atol=1e-6)
+            np.testing.assert_allclose(probe_B[:, 32:].numpy(), np.tile(mean_B, (1, probes)), atol=1e-6)
             source_A, source_B = packed(trained, block, linear)
             assert not torch.equal(source_B, probe_B), "probes did not train"
-            rows = slice(8 * decision.most_active, 8 * decision.most_active + 8)
+            rows, copies = slice(8 * decision.most_active, 8 * decision.most_active + 8), decision.probed
             new_A, new_B = packed(extended, block, linear)
-            assert len(new_A) == 32 + 8 * decision.extend
-            for k in range(4, 4 + decision.extend):
-                assert same_bits(new_A[8 * k : 8 * k + 8], source_A[rows])
-                assert same_bits(new_B[:, 8 * k : 8 * k + 8].contiguous(), source_B[:, rows].contiguous())
-            if decision.extend:
-                assert not torch.equal(packed(end, block, linear)[1], new_B), "new experts did not train"
-        assert not torch.equal(routers(end, block)[1], routers(extended, block)[1]), "the router did not train"
+            assert torch.equal(new_A[32:], source_A[rows].repeat(copies, 1))
+            assert torch.equal(new_B[:, 32:], source_B[:, rows].repeat(1, copies))
+            assert not copies or not torch.equal(packed(end, block, linear)[1], new_B), "new experts did not train"
 
 
-def test_probe_training_has_its_own_rate_and_length(
+def test_each_phase_has_its_own_rate_length_and_balance_weight(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainings: list[tuple[float, int, int]] = []
+    """Also when the probes were sealed by an interrupted run. 12 records, 3 measured; 9 three times in batches of 8."""
+    trainings: list[tuple[float, int, int, float]] = []
     real = TaskTrainer.train
 
     def spy(self: TaskTrainer) -> Any:
-        trainings.append((self.config.learning_rate, self.steps, len(self.train_dataset)))  # type: ignore[arg-type]
+        weight = self.model.method._balance_weight  # type: ignore[union-attr]
+        trainings.append((self.config.learning_rate, self.steps, len(self.train_dataset), weight))  # type: ignore[arg-type]
         return real(self)
 
     monkeypatch.setattr(TaskTrainer, "train", spy)
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
-    options = settings(runs, "first_task", "probe_min_steps=1", "probe_epochs=3", "probe_held_out=0.25")
-    runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
-    probe, main = trainings
-    assert probe == (pytest.approx(0.015), 4, 9), "12 records, 3 of them measured; 9 three times in batches of 8"
-    assert main == (0.01, 4, 24)
-
-
-def test_balance_weights_of_probes_and_task(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each phase has its own; also when the probes were sealed by an interrupted run."""
-    weights: list[float] = []
-    real = TaskTrainer.train
-
-    def spy(self: TaskTrainer) -> Any:
-        weights.append(self.model.method._balance_weight)  # type: ignore[union-attr]
-        return real(self)
-
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
-    options = settings(runs, "first_task", "balance_weight=0.25", "probe_balance_weight=0.5", "probe_min_steps=1")
-    monkeypatch.setattr(TaskTrainer, "train", spy)
-    runs.train(tmp_path / "whole" / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
-    assert weights == [0.5, 0.25]
+    options = ["probe_min_steps=1", "probe_epochs=3", "probe_held_out=0.25", "balance_weight=0.25"]
+    options = [f"options.{option}" for option in [*options, "probe_balance_weight=0.5"]]
     with monkeypatch.context() as patch:
         patch.setattr(LlavaCMoe, "_decide", kill)
         with pytest.raises(Killed):
-            runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
-    runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent)
-    assert weights[2:] == [0.5, 0.25]
+            second(runs, tmp_path, *options)
+    second(runs, tmp_path, *options)
+    assert trainings == [(pytest.approx(0.015), 4, 9, 0.5), (0.01, 4, 24, 0.25)]
 
 
 def test_the_loss_holds_the_balance_loss_however_the_batch_is_cut(runs: Runs, tiny_base: LoadedBase) -> None:
     """Oracle: the gate of each sample alone, so without padding, from each block's own input."""
     method = method_of("options.balance_weight=0.5")
     model = load_adapter(tiny_base.model, chain(runs, "first_task")[1], trainable=True)
-    folder = runs.benchmark.parent / TASKS[1]
-    dataset = train_dataset(
-        tiny_base, load_train(folder / "train.json", folder / "images")[:8], folder / "images", 2048
+    dataset = task_data(tiny_base, runs.benchmark, TASKS[1], 8)
+    trained, plain = (
+        TrainedModel(model, method, 8).eval(),
+        TrainedModel(model, Method(tiny_config("lora", Path("nowhere"))), 8).eval(),
     )
-    trained, plain = TrainedModel(model, method, 8).eval(), TrainedModel(model, Method(lora()), 8).eval()
     (whole,) = train_batches(tiny_base, dataset, 8)
     answers = (whole["labels"] != -100).sum()
     expected = 0.0
-    inputs: dict[str, Tensor] = {}
-    for name, layer in expert_layers(model).items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-    cut = torch.zeros(())
+    inputs, cut = watch_inputs(expert_layers(model)), torch.zeros(())
     for batch in train_batches(tiny_base, dataset, 1):
         with torch.no_grad():
             cut += trained(**batch, num_items_in_batch=answers)["loss"]
@@ -321,16 +281,12 @@ def test_the_loss_holds_the_balance_loss_however_the_batch_is_cut(runs: Runs, ti
 
 
 def test_gradient_checkpointing_changes_no_bit(runs: Runs, tmp_path: Path) -> None:
-    first, second = chain(runs, "first_task")[:2]
-    options = [*settings(runs, "first_task"), "training.gradient_checkpointing=true"]
-    again = runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=first)
-    for name, value in tensors(second).items():
-        assert same_bits(tensors(again)[name], value), name
+    again = second(runs, tmp_path, "training.gradient_checkpointing=true")
+    assert same_adapter(again, chain(runs, "first_task")[1])
 
 
 def test_probe_records_are_disjoint_parts_of_a_share(runs: Runs) -> None:
-    folder = runs.benchmark.parent / TASKS[0]
-    records = load_train(folder / "train.json", folder / "images")
+    records, _ = task_records(runs.benchmark, TASKS[0])
     method = method_of("options.probe_share=0.5")
     train, held_out = method._probe_split(records)
     assert (len(train), len(held_out)) == (10, 2)
@@ -343,69 +299,35 @@ def test_probe_records_are_disjoint_parts_of_a_share(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_with_a_known_router_nothing_is_forgotten(start: str, runs: Runs, tmp_path: Path) -> None:
-    """The lines of every prediction are the same right after a task and at the sequence's end."""
-    checkpoints = chain(runs, start)
+def test_with_a_known_task_nothing_is_forgotten(start: str, runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
+    """A task's logits at the end are those of its own checkpoint, bit for bit; the newest router's are others.
 
-    def lines(checkpoint: Path, task: str, locator: str) -> str:
-        run = runs.evaluate(checkpoint, tmp_path / checkpoint.name, tasks=task, locator=locator)
-        return (run / "predictions" / checkpoint.name / f"{task}.{locator}.jsonl").read_text()
+    With warm-up the first router is the initial experts' own, so a task's is one further.
+    """
+    checkpoints, method = chain(runs, start), method_of(*settings(runs, start))
+    models = [load_adapter(new_base().model, folder, trainable=False).eval() for folder in checkpoints]
+    batch = prompt_batch(new_base(), ["What is it?", "How many things are there?"])
 
-    others = []
-    for checkpoint, task in zip(checkpoints, TASKS, strict=True):
-        immediate = lines(checkpoint, task, "oracle")
-        assert lines(checkpoints[-1], task, "oracle") == immediate
-        others.append(lines(checkpoints[-1], task, "last").replace(TASKS[-1], task) != immediate)
-    assert any(others[:-1]), "the newest router answers as the task's own: this shows nothing"
+    def logits(model: Any, task: int) -> Tensor:
+        selection = method.selection(model, torch.tensor([task] * 2))
+        if selection.router is not None:
+            assert selection.router.tolist() == [task + (start == "warmup")] * 2
+        with torch.no_grad(), routing(selection):
+            return adapted_base(model)(**batch).logits
 
-
-def test_a_tasks_logits_are_bit_identical_at_the_end(runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
-    checkpoints = chain(runs, "first_task")
-    bases = [new_base() for _ in checkpoints]
-    batch = prompt_batch(bases[0], ["What is it?", "How many things are there?"])
-    models = [load_adapter(b.model, c, trainable=False).eval() for b, c in zip(bases, checkpoints, strict=True)]
     for index, model in enumerate(models):
-        own = answer(model, batch, [index] * 2)
-        assert same_bits(answer(models[-1], batch, [index] * 2), own)
-        assert index == 3 or not torch.equal(answer(models[-1], batch, [3] * 2), own)
-
-
-def answer(model: Any, batch: dict[str, Tensor], chosen: list[int]) -> Tensor:
-    with torch.no_grad(), routing(RouteSelection(router=torch.tensor(chosen))):
-        return adapted_base(model)(**batch).logits
-
-
-def test_routers_mixed_in_a_batch_equal_one_by_one(runs: Runs, tiny_base: LoadedBase) -> None:
-    model = load_adapter(tiny_base.model, chain(runs, "first_task")[-1], trainable=False).eval()
-    batch = prompt_batch(tiny_base, ["What is it?"] * 6)
-    chosen = [3, 0, 1, 1, 2, 0]
-    together = answer(model, batch, chosen)
-    for row, router in enumerate(chosen):
-        one = {key: value[row : row + 1] for key, value in batch.items()}
-        torch.testing.assert_close(together[row], answer(model, one, [router])[0], atol=1e-5, rtol=1e-5)
-    assert (together - answer(model, batch, [2] * 6)).abs().max() > 1e-3
-
-
-def lora() -> Config:
-    return tiny_config("lora", Path("nowhere"))
+        own = logits(model, index)
+        assert same_bits(logits(models[-1], index), own)
+        assert index == 3 or not torch.equal(logits(models[-1], 3), own)
 
 
 def method_of(*overrides: str) -> LlavaCMoe:
     return LlavaCMoe(tiny_config("llava_cmoe", Path("nowhere"), "adapter.train_projector=false", *overrides))
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_a_samples_tasks_router_serves_it(start: str, runs: Runs, tiny_base: LoadedBase) -> None:
-    """With warm-up the first router is the initial experts' own, so a task's is one further."""
-    model = load_adapter(tiny_base.model, chain(runs, start)[-1], trainable=False)
-    chosen = method_of(*settings(runs, start)).selection(model, torch.tensor([1, 2, 0]))
-    assert chosen.router.tolist() == ([2, 3, 1] if start == "warmup" else [1, 2, 0])  # type: ignore[union-attr]
-
-
 def test_probes_are_measured_on_records_that_they_did_not_train_on(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
     measured: list[dict[str, Tensor]] = []
     real = LlavaCMoe._decide
 
@@ -415,9 +337,7 @@ def test_probes_are_measured_on_records_that_they_did_not_train_on(
         real(self, context)
 
     monkeypatch.setattr(LlavaCMoe, "_decide", decide_watched)
-    output = tmp_path / TASKS[1]
-    runs.train(output, "llava_cmoe", TASKS[1], *settings(runs, "first_task"), previous=parent)
-    for block, row in plan(output)[-1]["blocks"].items():
+    for block, row in plan(second(runs, tmp_path))[-1]["blocks"].items():
         held_out, all_records = (values[block].tolist() for values in measured)
         assert row["activations"] == held_out != all_records
 
@@ -428,11 +348,10 @@ def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callab
     key = [*settings(runs, "first_task"), "locator.feature=pooled", f"locator.samples={samples}"]
     made = runs.chain("llava_cmoe", *key, tasks=TASKS[:2])
     for index, checkpoint in enumerate(made):
-        folder, base = runs.benchmark.parent / TASKS[index], new_base()
-        records = sample_records(load_train(folder / "train.json", folder / "images"), samples, 0)
-        batches = prompt_batches(base, prompt_dataset(base, first_questions(records), folder / "images"), samples)
-        with torch.no_grad():
-            (features,) = (last_prompt_features(base.model, batch, "pooled") for batch in batches)
+        (records, images), base = task_records(runs.benchmark, TASKS[index]), new_base()
+        questions = first_questions(sample_records(records, samples, 0))
+        (batch,) = prompt_batches(base, prompt_dataset(base, questions, images), samples)
+        features = last_prompt_features(base.model, batch, "pooled")
         config = read_checkpoint(checkpoint).config
         expected = fit_vae(features, VaeOptions(**config.locator.options), seed=index).state_dict()
         saved = load_file(checkpoint / "locator.safetensors")
@@ -442,16 +361,11 @@ def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callab
 
 def test_the_probe_seed_changes_the_probes_alone(runs: Runs, tmp_path: Path) -> None:
     """Without extension in either plan the task's training is the same, bit for bit."""
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
-    made = []
-    for seed in (0, 1):
-        options = settings(runs, "first_task", "alpha=-9", f"probe_seed={seed}")
-        made.append(runs.train(tmp_path / str(seed) / TASKS[1], "llava_cmoe", TASKS[1], *options, previous=parent))
+    made = [second(runs, tmp_path / seed, "options.alpha=-9", f"options.probe_seed={seed}") for seed in "01"]
     plans = [plan(checkpoint)[-1]["blocks"] for checkpoint in made]
     assert all(row["added"] == 0 for blocks in plans for row in blocks.values()), "alpha = -9: no probe passes"
     assert plans[0] != plans[1]
-    first, second = (tensors(checkpoint) for checkpoint in made)
-    assert all(same_bits(first[name], second[name]) for name in first)
+    assert same_adapter(*made)
 
 
 def test_a_missing_warm_up_file_is_named_before_the_model_is_loaded(
@@ -466,23 +380,17 @@ def test_a_missing_warm_up_file_is_named_before_the_model_is_loaded(
 
 
 def test_samples_are_located_and_the_task_is_recorded(runs: Runs, tmp_path: Path) -> None:
-    checkpoint = chain(runs, "first_task")[2]
-    run = runs.evaluate(checkpoint, tmp_path)
+    folder = runs.evaluate(chain(runs, "first_task")[2], tmp_path) / "predictions" / TASKS[2]
     found = []
     for task in THREE:
-        rows = [
-            json.loads(line) for line in (run / "predictions" / TASKS[2] / f"{task}.jsonl").read_text().splitlines()
-        ]
-        share = 100 * sum(row["task"] == task for row in rows) / len(rows)
-        summary = json.loads((run / "predictions" / TASKS[2] / f"{task}.json").read_text())
-        assert summary["located"] == pytest.approx(share)
-        assert {row["task"] for row in rows} <= set(THREE)
-        found.append(share)
+        named = [json.loads(line)["task"] for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+        assert set(named) <= set(THREE)
+        found.append(100 * named.count(task) / len(named))
+        assert json.loads((folder / f"{task}.json").read_text())["located"] == pytest.approx(found[-1])
     assert sum(found) / 3 >= 70, f"the tasks' questions differ, so most samples are found: {found}"
-    assert (run / "immediate.csv").exists()
 
 
-def test_extend_none_trains_everything_and_adds_nothing(runs: Runs) -> None:
+def test_extend_none_trains_everything_adds_nothing_and_answers(runs: Runs, tmp_path: Path) -> None:
     first, second = chain(runs, "first_task", "extend=none", tasks=TASKS[:2])
     old, new = tensors(first), tensors(second)
     assert old.keys() == new.keys()
@@ -492,11 +400,7 @@ def test_extend_none_trains_everything_and_adds_nothing(runs: Runs) -> None:
     assert [row["blocks"] for row in plan(second)] == [{}, {}]
     assert adapter_config(second)["router_owners"] == [0]
     assert {line["phase"] for line in events(second.parent, "trained")} == {"trained"}
-    assert {name.split(".")[1] for name in load_file(second / "locator.safetensors")} == {"0", "1"}
-
-
-def test_extend_none_answers(runs: Runs, tmp_path: Path) -> None:
-    run = runs.evaluate(chain(runs, "first_task", "extend=none", tasks=TASKS[:2])[1], tmp_path)
+    run = runs.evaluate(second, tmp_path)
     rows = (run / "predictions" / TASKS[1] / f"{TASKS[0]}.jsonl").read_text().splitlines()
     assert {json.loads(row)["task"] for row in rows} <= set(TASKS[:2])
 
@@ -516,38 +420,25 @@ def test_ablations_of_where_to_extend(where: str, runs: Runs) -> None:
 
 
 def test_activation_by_logit(runs: Runs, tmp_path: Path) -> None:
-    parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
-    child = runs.train(tmp_path / TASKS[1], "llava_cmoe", TASKS[1], *settings(runs, "first_task", "activation=logit"),
-                       previous=parent)  # fmt: skip
-    for row in plan(child)[1]["blocks"].values():
+    for row in plan(second(runs, tmp_path, "options.activation=logit"))[1]["blocks"].values():
         assert sum(row["activations"]) != pytest.approx(2), "not shares"
         assert row["added"] == int(row["activations"][4] > max(row["threshold"], 0))
-
-
-class Killed(BaseException):
-    """Not an Exception: nobody may catch it, as nobody catches kill -9."""
 
 
 def kill(*unused: Any, **also_unused: Any) -> None:
     raise Killed
 
 
-def second_training(patch: pytest.MonkeyPatch) -> None:
+def kill_second_training(patch: pytest.MonkeyPatch) -> None:
     real = TaskTrainer.train
     calls = iter(range(1))
-
-    def train(self: TaskTrainer) -> Any:
-        if next(calls, None) is None:
-            raise Killed
-        return real(self)
-
-    patch.setattr(TaskTrainer, "train", train)
+    patch.setattr(TaskTrainer, "train", lambda self: kill() if next(calls, None) is None else real(self))
 
 
-MOMENTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "probes_trained": lambda patch: patch.setattr(LlavaCMoe, "_decide", kill),
-    "extended": second_training,
-    "trained": lambda patch: patch.setattr(LlavaCMoe, "end_task", kill),
+MOMENTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
+    "initial experts trained": ("warmup", lambda patch: patch.setattr(LlavaCMoe, "_add_probes", kill)),
+    "probes trained": ("first_task", lambda patch: patch.setattr(LlavaCMoe, "_decide", kill)),
+    "extended": ("first_task", kill_second_training),
 }
 
 
@@ -555,30 +446,19 @@ MOMENTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def test_killed_after_a_phase_a_rerun_ends_in_the_same_bytes(
     moment: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = chain(runs, "first_task")[:2]
-    output, options = tmp_path / TASKS[1], settings(runs, "first_task")
+    """No phase is trained twice to its end. A kill at the very end is in ``test_contract.py``."""
+    start, interrupt = MOMENTS[moment]
+    made, index = chain(runs, start), int(start == "first_task")
+    task, previous = TASKS[index], made[0] if index else None
     with monkeypatch.context() as patch:
-        MOMENTS[moment](patch)
+        interrupt(patch)
         with pytest.raises(Killed):
-            runs.train(output, "llava_cmoe", TASKS[1], *options, previous=first)
-    runs.train(output, "llava_cmoe", TASKS[1], *options, previous=first)
-    assert contents(output) == contents(second)
+            runs.train(tmp_path / task, "llava_cmoe", task, *settings(runs, start), previous=previous)
+    runs.train(tmp_path / task, "llava_cmoe", task, *settings(runs, start), previous=previous)
+    assert contents(tmp_path / task) == contents(made[index])
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    trained = [line["phase"] for line in events(tmp_path, "trained")]
-    assert sorted(trained) == ["probe", "trained"], "no phase was trained twice to its end"
-
-
-def test_killed_after_the_warm_up_a_rerun_ends_in_the_same_bytes(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output, options = tmp_path / TASKS[0], settings(runs, "warmup")
-    with monkeypatch.context() as patch:
-        patch.setattr(LlavaCMoe, "_add_probes", kill)
-        with pytest.raises(Killed):
-            runs.train(output, "llava_cmoe", TASKS[0], *options)
-    runs.train(output, "llava_cmoe", TASKS[0], *options)
-    assert contents(output) == contents(chain(runs, "warmup")[0])
-    assert [line["phase"] for line in events(tmp_path, "trained")] == ["initial", "probe", "trained"]
+    phases = ["initial", "probe", "trained"][-2 if index else -3 :]
+    assert [line["phase"] for line in events(tmp_path, "trained")] == phases
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.config import load_config
-from clmoe.data.records import load_train
-from clmoe.experts.model import adapted_base, load_adapter
-from clmoe.methods import method_class
-from clmoe.methods.base import Method, TaskContext
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import load_adapter
+from clmoe.methods.base import Method
 from clmoe.methods.lwf import divergence
 from clmoe.train.loss import TrainedModel, enable_checkpointing
-from tests.runs import Runs, same_bits, tensors
+from tests.methods.helpers import begun, task_data
+from tests.runs import Runs, same_bits
 from tests.support import TASKS, tiny_config, train_batches
 
-SECOND = TASKS[1]
 NewBase = Callable[[], LoadedBase]
 
 
@@ -45,12 +42,6 @@ def test_the_divergence_of_three_tokens() -> None:
         expected = [kl(b, n, temperature) for b, n in zip(before.double().numpy(), now.double().numpy(), strict=True)]
         assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
         assert expected[1] == 0 and expected[0] > 0
-    # one worked by hand: uniform against (1, e^-5, 1) / (2 + e^-5)
-    one = divergence(torch.zeros(1, 3), torch.tensor([[5.0, 0.0, 5.0]]), 1.0)
-    total = 2 + np.exp(-5.0)
-    assert float(one) == pytest.approx(
-        -np.log(3) - (2 * np.log(1 / total) + np.log(np.exp(-5.0) / total)) / 3, rel=1e-5
-    )
 
 
 def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray]:
@@ -64,16 +55,6 @@ def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray
     ]
 
 
-def begun(base: LoadedBase, runs: Runs, previous: Path, *overrides: str) -> tuple[Method, TaskContext]:
-    config = load_config("lwf", {}, list(overrides), str(runs.model))
-    model = load_adapter(base.model, previous, trainable=True)
-    here, root = Path("unused"), runs.benchmark.parent
-    context = TaskContext(SECOND, 1, [], root, config, base, model, here, here, here, previous, root)
-    method = method_class("lwf")(config)
-    method.begin_task(context)
-    return method, context
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
     checkpointing: bool, runs: Runs, new_base: NewBase
@@ -81,21 +62,19 @@ def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
     """Also with dropout: the parent has none. Records differ in length and turns; some hold no image."""
     previous = runs.chain("lwf", tasks=TASKS[:1])[0]
     base = new_base()
-    method, context = begun(base, runs, previous, "options.weight=0.7")
-    folder = runs.benchmark.parent / TASKS[2]
-    records = [*load_train(folder / "train.json", folder / "images")[:6]]
-    dataset = train_dataset(base, records, folder / "images", 2048)
+    method, model = begun("lwf", base, runs, previous, "options.weight=0.7")
+    dataset = task_data(base, runs.benchmark, TASKS[2], 6)
     generator = torch.Generator().manual_seed(0)
-    for p in context.model.parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
-    before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
-    size = sum(p.numel() for p in context.model.parameters())
-    trained = TrainedModel(context.model, method, len(records)).train()
-    plain = TrainedModel(context.model, Method(tiny_config("lora", Path("nowhere"))), len(records)).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    size = sum(p.numel() for p in model.parameters())
+    trained = TrainedModel(model, method, 6).train()
+    plain = TrainedModel(model, Method(tiny_config("lora", Path("nowhere"))), 6).train()
     if checkpointing:
-        enable_checkpointing(context.model)
-    (whole,) = train_batches(base, dataset, len(records))
+        enable_checkpointing(model)
+    (whole,) = train_batches(base, dataset, 6)
     count = (whole["labels"] != -100).sum()
     loss = trained(**whole, num_items_in_batch=count)["loss"]
     difference = loss - plain(**whole, num_items_in_batch=count)["loss"]
@@ -103,46 +82,39 @@ def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
     cut = sum(float(trained(**one, num_items_in_batch=count)["loss"].detach()) for one in singles)
 
     parent = load_adapter(new_base().model, previous, trainable=False).eval()
-    context.model.eval()
+    model.eval()
     expected = 0.0
     for one in singles:
-        pairs = list(zip(answers(parent, one), answers(context.model, one), strict=True))
-        expected += 0.7 * sum(kl(old, new, 2.0) for old, new in pairs) / len(pairs) / len(records)
+        pairs = list(zip(answers(parent, one), answers(model, one), strict=True))
+        expected += 0.7 * sum(kl(old, new, 2.0) for old, new in pairs) / len(pairs) / 6
     assert expected > 1e-3
     assert float(difference.detach()) == pytest.approx(expected, rel=1e-3)
     assert cut == pytest.approx(float(loss.detach()), rel=1e-5)
 
     loss.backward()
-    for name, p in context.model.named_parameters():
+    for name, p in model.named_parameters():
         assert same_bits(p.detach(), before[name]), "the parent's tensors were there for one pass only"
         assert (p.grad is not None) == p.requires_grad
-    assert sum(p.numel() for p in context.model.parameters()) == size, "one base, one adapter"
+    assert sum(p.numel() for p in model.parameters()) == size, "one base, one adapter"
 
 
 def test_nothing_pulls_at_the_start_and_the_parent_has_no_dropout(runs: Runs, new_base: NewBase) -> None:
     settings = ("adapter.dropout=0.3",)
     previous = runs.chain("lwf", *settings, tasks=TASKS[:1])[0]
     base = new_base()
-    method, context = begun(base, runs, previous, *settings)
-    folder = runs.benchmark.parent / SECOND
-    dataset = train_dataset(base, load_train(folder / "train.json", folder / "images")[:4], folder / "images", 2048)
-    (batch,) = train_batches(base, dataset, 4)
+    method, model = begun("lwf", base, runs, previous, *settings)
+    (batch,) = train_batches(base, task_data(base, runs.benchmark, TASKS[1], 4), 4)
     count = (batch["labels"] != -100).sum()
     plain = Method(tiny_config("lora", Path("nowhere")))
     losses = {}
     for training in (False, True):
         for name, kind in (("lwf", method), ("plain", plain)):
             torch.manual_seed(0)
-            model = TrainedModel(context.model, kind, 4).train(training)
-            losses[name, training] = float(model(**batch, num_items_in_batch=count)["loss"].detach())
-            assert context.model.training == training, "the mode is put back"
+            trained = TrainedModel(model, kind, 4).train(training)
+            losses[name, training] = float(trained(**batch, num_items_in_batch=count)["loss"].detach())
+            assert model.training == training, "the mode is put back"
     assert losses["lwf", False] == pytest.approx(losses["plain", False], abs=1e-6)
     assert losses["lwf", True] > losses["plain", True] + 1e-4, "the student drops inputs"
     given = {**batch, "logits": torch.zeros(int(count), base.model.config.text_config.vocab_size)}
-    pulls = [float(method.extra_loss(context.model.train(mode), None, given)) for mode in (True, False)]  # type: ignore[arg-type]
+    pulls = [float(method.extra_loss(model.train(mode), None, given)) for mode in (True, False)]  # type: ignore[arg-type]
     assert pulls[0] == pulls[1] > 0, "the parent does not"
-
-
-def test_without_weight_it_is_lora(runs: Runs) -> None:
-    for mine, plain in zip(runs.chain("lwf", "options.weight=0"), runs.chain("lora"), strict=True):
-        assert all(same_bits(value, tensors(plain)[name]) for name, value in tensors(mine).items())

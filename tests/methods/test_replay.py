@@ -16,14 +16,13 @@ from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.config import load_config
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
-from clmoe.experts.model import adapted_base, load_adapter
-from clmoe.methods import method_class
-from clmoe.methods.base import TaskContext
-from clmoe.methods.replay import LOGITS, MEMORY, Remembered, mixed
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import load_adapter
+from clmoe.methods.replay import LOGITS, MEMORY, Remembered, load_memory, mixed
 from clmoe.train import task as task_module
-from tests.runs import Runs, same_bits, tensors
+from tests.methods.helpers import begun, task_records
+from tests.runs import Runs, same_bits
 from tests.support import TASKS, train_batches
 
 FIRST, SECOND, THIRD = TASKS
@@ -93,12 +92,6 @@ def test_it_trains_on_the_task_and_the_memory(runs: Runs, tmp_path: Path, monkey
     assert len(memory(tmp_path / THIRD)) == 3
 
 
-def test_without_old_records_it_is_lora(runs: Runs) -> None:
-    """Ratio 0: the same batches, read by another path."""
-    for mine, plain in zip(runs.chain("replay", "options.ratio=0"), runs.chain("lora"), strict=True):
-        assert all(same_bits(value, tensors(plain)[name]) for name, value in tensors(mine).items())
-
-
 def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,16 +116,16 @@ def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
 
 def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: NewBase) -> None:
     """transformers' own logits, one record at a time, after each task; older ones are kept bit for bit."""
-    root = runs.benchmark.parent
     checkpoints = runs.chain("der", *FEW)
     stored = [load_file(checkpoint / LOGITS) for checkpoint in checkpoints]
     assert [len(logits) for logits in stored] == [5, 10]
     for name, value in stored[0].items():
         assert same_bits(stored[1][name], value)
     for position, checkpoint in enumerate(checkpoints):
-        base = new_base()
+        base, records = new_base(), load_memory(checkpoint)[position].records
         model = adapted_base(load_adapter(base.model, checkpoint, trainable=False).eval())
-        for number, batch in enumerate(train_batches(base, remembered(base, checkpoint, position, root), 1)):
+        dataset = train_dataset(base, records, runs.benchmark.parent, 2048)
+        for number, batch in enumerate(train_batches(base, dataset, 1)):
             labels = batch.pop("labels")[0]
             with torch.no_grad():
                 logits = model(**batch).logits[0, :-1][labels[1:] != -100]
@@ -140,29 +133,16 @@ def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: New
             torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
-def remembered(base: LoadedBase, checkpoint: Path, task: int, root: Path) -> Any:
-    from clmoe.methods.replay import load_memory
-
-    return train_dataset(base, load_memory(checkpoint / MEMORY)[task].records, root, 2048)
-
-
 def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: NewBase) -> None:
     """Rows 0 and 23 are the new task's, 24 and 24 + 5 the memory's first record, 27 its fourth."""
-    root = runs.benchmark.parent
+    root, base = runs.benchmark.parent, new_base()
     first = runs.chain("der", *FEW, tasks=TASKS[:1])[0]
-    base = new_base()
-    config = load_config("der", {}, ["options.weight=0.3"], str(runs.model))
-    model = load_adapter(base.model, first, trainable=True).eval()
-    own = load_train(root / SECOND / "train.json", root / SECOND / "images")
-    here = Path("unused")
-    context = TaskContext(SECOND, 1, own, root / SECOND / "images", config, base, model, here, here, here, first, root)
-    method = method_class("der")(config)
-    method.begin_task(context)
-    from clmoe.methods.replay import load_memory
-
-    old = load_memory(first / MEMORY)[0].records
+    own, images = task_records(runs.benchmark, SECOND)
+    method, model = begun("der", base, runs, first, "options.weight=0.3", records=own)
+    model.eval()
+    old = load_memory(first)[0].records
     rows = [23, 24, 0, 27, 29]
-    named = UnionRecords([Part.of(SECOND, own, root / SECOND / "images", root)])
+    named = UnionRecords([Part.of(SECOND, own, images, root)])
     records = [named[row] if row < 24 else old[(row - 24) % 5] for row in rows]
     (batch,) = train_batches(base, train_dataset(base, records, root, 2048), 5)
     labels = batch["labels"]
@@ -190,8 +170,3 @@ def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: Ne
     of = answered.nonzero()[:, 0]
     assert not given.grad[(of == 0) | (of == 2)].any()
     assert given.grad[of == 1].any()
-
-
-def test_without_weight_it_is_replay(runs: Runs) -> None:
-    for mine, plain in zip(runs.chain("der", *FEW, "options.weight=0"), runs.chain("replay", *FEW), strict=True):
-        assert all(same_bits(value, tensors(plain)[name]) for name, value in tensors(mine).items())

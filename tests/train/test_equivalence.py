@@ -12,7 +12,8 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import PROJECTOR, LoadedBase
 from clmoe.data.batches import collate_train
 from clmoe.data.records import load_train
-from clmoe.experts.model import adapted_base, adapter_tensors, attach_adapter
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint

@@ -1,0 +1,61 @@
+"""What the tests of methods share: a task's records, a method at a task's beginning, inputs of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.config import load_config
+from clmoe.data.batches import TrainDataset
+from clmoe.data.records import TrainRecord, load_train
+from clmoe.experts.model import load_adapter
+from clmoe.methods import method_class
+from clmoe.methods.base import Method, TaskContext
+from tests.runs import Runs, same_bits, tensors
+from tests.support import TASKS
+
+
+class Killed(BaseException):
+    """Nobody may catch it, as nobody catches kill -9."""
+
+
+def task_records(benchmark: Path, task: str, count: int | None = None) -> tuple[list[TrainRecord], Path]:
+    """The first training records of a task, and their image folder."""
+    folder = benchmark.parent / task
+    return list(load_train(folder / "train.json", folder / "images"))[:count], folder / "images"
+
+
+def task_data(base: LoadedBase, benchmark: Path, task: str, count: int | None = None) -> TrainDataset:
+    return train_dataset(base, *task_records(benchmark, task, count), 2048)
+
+
+def begun(
+    method: str, base: LoadedBase, runs: Runs, previous: Path, *overrides: str, records: Sequence[TrainRecord] = ()
+) -> tuple[Method, PeftModel]:
+    """The method at the beginning of the second task, which follows ``previous``, and its model."""
+    config = load_config(method, {}, list(overrides), str(runs.model))
+    model = load_adapter(base.model, previous, trainable=True)
+    here, root = Path("unused"), runs.benchmark.parent
+    images = root / TASKS[1] / "images"
+    started = method_class(method)(config)
+    started.begin_task(TaskContext(TASKS[1], 1, records, images, config, base, model, here, here, here, previous, root))
+    return started, model
+
+
+def watch_inputs(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The input of each module in its newest forward pass, by name."""
+    inputs: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+    return inputs
+
+
+def same_adapter(first: Path, second: Path) -> bool:
+    """Equal bits under equal names."""
+    mine, other = tensors(first), tensors(second)
+    return mine.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in mine.items())
