@@ -19,7 +19,7 @@ from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
 from tests.methods.test_contract import ROWS
-from tests.runs import Runs, contents, same_bits, tensors, texts
+from tests.runs import Killed, Runs, contents, same_bits, tensors, texts
 from tests.support import TASKS
 
 UNCOMPARED = ("events.jsonl", "timing.json")
@@ -85,10 +85,6 @@ def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, mo
     again = run(runs, whole.run, "clmoe")
     assert again.metrics == whole.metrics
     assert {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")} == before
-
-
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
 
 
 def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:

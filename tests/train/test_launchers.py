@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from clmoe.train.checkpoint import identity, read_checkpoint, seal
-from clmoe.train.loop import OneDevice, TaskTrainer
+from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
-from tests.runs import Runs, contents, events, same_bits, tensors
+from tests.runs import Killed, Runs, contents, events, on_step, same_bits, tensors
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
@@ -116,24 +115,14 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
 
 
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
-
-
 @needs_deepspeed
 def test_two_processes_go_on_where_one_was_killed(
     alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, moments and step of a state that one process wrote, spread by DeepSpeed over two."""
-    output, made, real = tmp_path / FIRST, 30, TaskTrainer.training_step
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == made:
-            raise Killed
-        return real(self, *args, **kwargs)
-
+    output, made = tmp_path / FIRST, 30
     with monkeypatch.context() as patch:
-        patch.setattr(TaskTrainer, "training_step", step)
+        on_step(patch, made)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", FIRST, *STEPS, f"training.save_steps={made}")
     before, expected = len(losses(tmp_path)), losses(alone.parent)[made:]
