@@ -28,17 +28,7 @@ from clmoe.utils.processes import from_main
 
 def run(options: argparse.Namespace) -> str:
     """``clmoe run``: the whole sequence of a benchmark."""
-    result = sequence.run(
-        options.method,
-        options.benchmark,
-        order=options.order,
-        seed=options.seed,
-        output=options.output,
-        base=options.base,
-        data=options.data,
-        deepspeed=options.deepspeed,
-        settings=options.settings,
-    )
+    result = sequence.run(**{name: value for name, value in vars(options).items() if name != "verb"})
     shown = {name: value for name, value in result.metrics.items() if value is not None}
     return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 

@@ -42,9 +42,15 @@ from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 
-def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
-    return steps if steps is not None else max(1, -(-round(records * epochs) // batch_size))
+def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
+    """Optimizer steps over ``records``; a partial last batch is filled from the next epoch.
+
+    ``training.steps`` counts per task, so the union takes them once for each of its ``tasks``. ``passes`` multiplies
+    the epochs.
+    """
+    if training.steps is not None:
+        return training.steps * tasks
+    return max(1, -(-round(records * (training.epochs * passes)) // training.batch_size))
 
 
 @dataclass(frozen=True)

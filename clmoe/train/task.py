@@ -340,15 +340,12 @@ def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel
 
 
 def _phase_steps(request: TrainRequest, phase: Phase) -> int:
-    """Optimizer steps; ``training.steps`` counts per task, so the union takes them once for each of its tasks."""
     if phase.steps is not None:
         return phase.steps
-    training = request.config.training
-    union = request.task == UNION
-    steps = None if training.steps is None else training.steps * (len(request.order) if union else 1)
-    # the union's records hold a task's passes already
-    epochs = training.epochs * (request.benchmark.task(request.task).passes if phase.of_task and not union else 1)
-    return total_steps(len(phase.records), training.batch_size, epochs, steps)
+    training, records = request.config.training, len(phase.records)
+    if request.task == UNION:  # its records hold every task's passes already
+        return total_steps(training, records, tasks=len(request.order))
+    return total_steps(training, records, request.benchmark.task(request.task).passes if phase.of_task else 1)
 
 
 def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
