@@ -319,11 +319,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        ClmoeError: unreadable file, broken YAML (with its line), or not a mapping.
-    """
+    """A YAML mapping. Raises ClmoeError: unreadable file, broken YAML (with its line), or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

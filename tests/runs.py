@@ -29,6 +29,13 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "deleted": lambda path: path.unlink(),
 }
 
+LLAVA_CMOE = (
+    "adapter.train_projector=false",
+    "options.initial_experts_from=first_task",
+    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+)
+"""Settings with which it is trained in seconds."""
+
 
 class Killed(BaseException):
     """Not an Exception: nobody may catch it, as nobody catches kill -9."""

@@ -142,8 +142,8 @@ def finished(request: TrainRequest) -> bool:
     if not (output / MANIFEST).is_file():
         raise ClmoeError(f"--output {output} exists and is not a finished checkpoint: choose another or delete it")
     check_same(read_checkpoint(output), request.identity)
-    if is_main():
-        _remove_phases(output)  # left by a command that was stopped right after publishing
+    if is_main():  # left by a command that was stopped right after publishing
+        shutil.rmtree(output / PHASES, ignore_errors=True)
     return True
 
 
@@ -249,12 +249,6 @@ def _own_folder(building: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _remove_phases(output: Path) -> None:
-    """A published checkpoint no longer needs them."""
-    if (output / PHASES).exists():
-        shutil.rmtree(output / PHASES)
-
-
 def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
     """Add the task to the parent's locator, on features of its training data."""
     config = request.config
@@ -295,7 +289,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
     )
     write_json(work / LINEAGE, asdict(lineage))
     publish(work, request.output)
-    _remove_phases(request.output)
+    shutil.rmtree(request.output / PHASES)
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:

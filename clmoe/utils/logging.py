@@ -71,20 +71,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Display:
-    """The one live display of this process: a row for the sequence and one for what is under way."""
-
-    def __init__(self) -> None:
-        columns = ("[bold]{task.description}", BarColumn(10), MofNCompleteColumn(), "{task.fields[state]}")
-        self.bars = RichProgress(
-            *(TextColumn(column) if isinstance(column, str) else column for column in columns),
-            console=Console(stderr=True),
-            disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
-        )
-        self.sequence: TaskID | None = None
+def _live() -> RichProgress:
+    return RichProgress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(10),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=Console(stderr=True),
+        disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
+    )
 
 
-_shown: list[_Display] = []
+_shown: list[tuple[RichProgress, TaskID]] = []  # the one live display of this process, and its row for the sequence
 
 
 @contextmanager
@@ -93,11 +91,10 @@ def display(title: str, tasks: int) -> Iterator[None]:
 
     Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
     """
-    shown = _Display()
-    shown.sequence = shown.bars.add_task(title, total=tasks, state="")
-    _shown.append(shown)
+    bars = _live()
+    _shown.append((bars, bars.add_task(title, total=tasks, state="")))
     try:
-        with shown.bars:
+        with bars:
             yield
     finally:
         _shown.pop()
@@ -107,8 +104,8 @@ def say(line: str) -> None:
     """Print a line for people, above the display where there is one; a sequence's row counts it as a finished task."""
     if is_main():
         print(line, flush=True)
-        if _shown and _shown[-1].sequence is not None:
-            _shown[-1].bars.advance(_shown[-1].sequence)
+        for bars, sequence in _shown:
+            bars.advance(sequence)
 
 
 class Progress:
@@ -118,7 +115,7 @@ class Progress:
         self.total, self.events, self.stage = total, events, stage
         self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
         self.own = not _shown
-        self.bars = (_Display() if self.own else _shown[-1]).bars
+        self.bars = _live() if self.own else _shown[-1][0]
         self.row = self.bars.add_task(title, total=total, state="")
 
     def __enter__(self) -> "Progress":

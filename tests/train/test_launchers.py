@@ -15,19 +15,12 @@ from clmoe.train.checkpoint import identity, read_checkpoint, seal
 from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
-from tests.runs import Killed, Runs, contents, events, on_step, same_bits, tensors
+from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, same_bits, tensors
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
 # Rounding errors grow with the learning rate, whoever makes them.
 STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
-LLAVA_CMOE = (
-    "adapter.train_projector=false",
-    "options.initial_experts_from=first_task",
-    "options.probe_share=0.5",
-    "options.probe_min_steps=4",
-    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
-)
 
 
 def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
@@ -135,8 +128,9 @@ def test_two_processes_go_on_where_one_was_killed(
 @needs_deepspeed
 def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
     """LLaVA-CMoE's second task: probes, decision, extension, VAE, then the evaluation of all it has learned."""
-    first, second = runs.chain("llava_cmoe", *LLAVA_CMOE)
-    more = ["--previous", str(first), "--deepspeed", "zero2", *LLAVA_CMOE]
+    settings = (*LLAVA_CMOE, "options.probe_share=0.5", "options.probe_min_steps=4")
+    first, second = runs.chain("llava_cmoe", *settings)
+    more = ["--previous", str(first), "--deepspeed", "zero2", *settings]
     launch(2, *train_line(runs, tmp_path / "two" / SECOND, "llava_cmoe", SECOND, *more))
     launch(2, *eval_line(runs, tmp_path / "two" / SECOND))
     two = tmp_path / "two" / SECOND

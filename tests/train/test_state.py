@@ -17,7 +17,7 @@ from clmoe.train.state import find_state, state_folder, states
 from clmoe.utils.processes import EXIT_CODE
 from clmoe.utils.tensors import trainable
 from tests.launch import stop_when
-from tests.runs import DAMAGES, Killed, Runs, contents, events, on_step
+from tests.runs import DAMAGES, LLAVA_CMOE, Killed, Runs, contents, events, on_step
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
@@ -30,9 +30,8 @@ def terminate() -> None:
 
 
 def settings(method: str, *more: str) -> list[str]:
-    own = ["adapter.train_projector=false", "options.initial_experts_from=first_task", "options.probe_min_steps=4"]
-    fast = [f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")]
-    return [*SETTINGS, *([*own, *fast] if method == "llava_cmoe" else []), *more]
+    own = (*LLAVA_CMOE, "options.probe_min_steps=4") if method == "llava_cmoe" else ()
+    return [*SETTINGS, *own, *more]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -115,11 +114,19 @@ def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, 
 def test_weights_that_ran_away_are_not_kept(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between two logged losses nobody looks: neither a state nor the phase may hold a NaN."""
+    """Between two logged losses nobody looks: neither a state nor the phase may hold a gradient's NaN."""
     output = tmp_path / FIRST
+    real = TaskTrainer.training_step
     for number, when in ((1, "step 2"), (6, "the end of phase trained")):
+
+        def step(self: TaskTrainer, *args: Any, number: int = number, **kwargs: Any) -> Any:
+            loss = real(self, *args, **kwargs)
+            if self.state.global_step == number:
+                next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+            return loss
+
         with monkeypatch.context() as patch:
-            poison(patch, number)
+            patch.setattr(TaskTrainer, "training_step", step)
             with pytest.raises(SystemExit) as stop:
                 runs.train(output, "lora", FIRST, *settings("lora"))
         assert stop.value.code == 2
@@ -143,20 +150,6 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     assert stop.value.code == 2
     assert "the loss is not finite at step 3: lower training.learning_rate" in capsys.readouterr().err
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2]
-
-
-def poison(patch: pytest.MonkeyPatch, number: int) -> None:
-    """The ``number``-th step's gradient (from 0) is not a number; the loss that is logged is."""
-    real, seen = TaskTrainer.training_step, []
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        loss = real(self, *args, **kwargs)
-        if len(seen) == number:
-            next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
-        seen.append(loss)
-        return loss
-
-    patch.setattr(TaskTrainer, "training_step", step)
 
 
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

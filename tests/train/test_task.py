@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from clmoe.methods.base import TaskContext
 from clmoe.methods.clmoe import ClMoe
@@ -71,52 +70,17 @@ def test_killed_after_training_a_rerun_ends_in_the_same_bytes_without_another(
     assert list(tmp_path.rglob(".*")) == [], "no working folder is left"
 
 
-def twin(benchmark: Path, folder: Path) -> Path:
-    """YAML of a benchmark that differs in its name and in the first task's records."""
-    values = yaml.safe_load(benchmark.read_text())
-    first, second, *_ = values["tasks"]
-    first |= {"train": second["train"], "images": second["images"]}
-    (folder / "twin.yaml").write_text(yaml.safe_dump(values | {"name": "twin"}))
-    return folder / "twin.yaml"
-
-
-@pytest.mark.parametrize(
-    ("other", "named"),
-    [("config", "seed 7 there, 0 here"), ("parent", "parent"), ("benchmark", "benchmark twin there, mini here")],
-)
 def test_an_interrupted_training_of_another_command_is_refused_and_kept(
-    other: str,
-    named: str,
-    runs: Runs,
-    chain: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = FIRST if other == "benchmark" else SECOND
-    output, previous = tmp_path / "run" / task, None if other == "benchmark" else chain[0]
-    settings, parent, options = [], previous, {}
-    if other == "config":
-        settings = ["seed=7"]
-    elif other == "parent":
-        (parent,) = runs.chain("clmoe", "options.consolidation=none", "training.steps=3", tasks=TASKS[:1])
-    else:
-        options = {"benchmark": str(twin(runs.benchmark, tmp_path))}
+    output = tmp_path / "run" / SECOND
     with monkeypatch.context() as patch:
         patch.setattr(ClMoe, "end_task", kill)
         with pytest.raises(Killed):
-            runs.train(output, "clmoe", task, *settings, previous=parent, **options)
-    assert named in refused(runs, capsys, output, "clmoe", task, previous=previous)
-    finished = runs.train(output, "clmoe", task, *settings, previous=parent, **options)
+            runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0])
+    assert "seed 7 there, 0 here" in refused(runs, capsys, output, "clmoe", SECOND, previous=chain[0])
+    verify(runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0]))
     assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
-    verify(finished)
-
-
-def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")}
-    monkeypatch.setattr(task_module, "load_base", kill)
-    runs.train(chain[1], "clmoe", SECOND, previous=chain[0])
-    assert {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")} == before
 
 
 def refused(
