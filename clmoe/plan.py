@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from clmoe.bases.llava import decoder_layers, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, Task
-from clmoe.config import Config
+from clmoe.config import FFN_PROJECTIONS, Config
 from clmoe.data.records import count_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
@@ -158,8 +158,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
     ``b`` bytes of the base's type, ``N`` tokens, ``D`` hidden size, ``F`` FFN, ``Q`` heads x head size, ``L`` blocks,
-    ``V`` vocabulary. A frozen linear keeps nothing. The peak is in the loss, or in the backward pass of the last norm
-    or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
+    ``V`` vocabulary, ``W`` the tower's width. A frozen linear keeps nothing. The peak is in the loss, or in the
+    backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
     """
     base, adapter = cast(PreTrainedModel, first.model.get_base_model()), first.method.config.adapter
     text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
@@ -175,11 +175,15 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
         adapted += b * D * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
         adapted += b * F * ("down_proj" in names and not per_block)
     cast_experts = 0 if lora or not half else sum(b * x.parameters // x.blocks for x in first.linears)
-    block = N * (2 * FLOAT32 * D + 4 * b * Q + 3 * b * F + adapted) + cast_experts  # norms, attention, SwiGLU, adapter
-    kept = L * block
+    attention = N * (2 * FLOAT32 * D + 4 * b * Q)  # with both norms
+    block = attention + N * (3 * b * F + adapted) + cast_experts
+    kept, images, W, tuned = L * block, samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
+    if not tuned and names <= set(FFN_PROJECTIONS):
+        kept -= attention  # of the first block, where nothing before the FFN trains
     if recompute:
-        tower = (samples * first.image_tokens + samples) * vision.hidden_size * (vision.num_hidden_layers + 1)
-        kept = b * ((L + 1) * D * N + tower)
+        kept = b * ((L + 1) * D * N + (images + samples) * W * (vision.num_hidden_layers + 1))
+    if tuned:
+        kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
     last_block = (block if recompute else 0) + (4 * b if per_block else 8) * F * N
     return kept + max(loss, 20 * D * N, last_block)

@@ -46,8 +46,15 @@ def compared(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """CL-MoE on three tasks; never changed."""
-    return run(runs, tmp_path_factory.mktemp("sequence") / "clmoe", "clmoe")
+    """CL-MoE on three tasks, for which the base is loaded once; never changed."""
+    loads: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (task_module, answer_module):
+            real = module.load_base
+            patch.setattr(module, "load_base", lambda *args, real=real: loads.append(args) or real(*args))
+        result = run(runs, tmp_path_factory.mktemp("sequence") / "clmoe", "clmoe")
+    assert len(loads) == 1
+    return result
 
 
 def test_it_is_task_by_task_training_and_evaluation(whole: Result, runs: Runs, tmp_path: Path) -> None:
@@ -68,15 +75,6 @@ def test_the_result_is_the_runs_tables(whole: Result) -> None:
     last = whole.matrix.row(TASKS[2])
     assert whole.metrics["last"] == pytest.approx(sum(value or 0 for value in last) / 3)
     assert clmoe.load(whole.checkpoints[-1]).answer(None, "How many things are there?", max_new_tokens=2)
-
-
-def test_the_base_is_loaded_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[Any] = []
-    for module in (task_module, answer_module):
-        real = module.load_base
-        monkeypatch.setattr(module, "load_base", lambda *args, real=real: loads.append(args) or real(*args))
-    run(runs, tmp_path / "run", "lora")
-    assert len(loads) == 1
 
 
 def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
