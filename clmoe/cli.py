@@ -17,14 +17,13 @@ from clmoe.errors import ClmoeError, Interrupted
 USER_ERROR = 2
 OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers check their processes at least once a second
 BAD_SHOWN = 50  # so many bad rows are printed
-OLD_OPTIONS = {
+OLD = {
     "--router": "write locator=oracle, locator=last, ... among the key=value settings",
     "--then-eval": "clmoe run trains and evaluates; clmoe eval evaluates a checkpoint",
     "--steps": "clmoe run goes through a whole sequence",
+    "card": "clmoe no longer writes model cards; clmoe report prints a run's scores",
 }
-"""Options of clmoe 0.1, and what serves instead."""
-
-OLD_VERBS = {"card": "clmoe no longer writes model cards; clmoe report prints a run's scores"}
+"""Options and a verb of clmoe 0.1, and what serves instead."""
 
 
 def metrics(options: argparse.Namespace) -> Any:
@@ -88,23 +87,26 @@ def _at_least_one(text: str) -> int:
 
 def _benchmark_arguments(sub: argparse.ArgumentParser, *, option: bool) -> None:
     """Which benchmark, and where its data is."""
+    name: dict[str, Any] = {"required": True} if option else {"metavar": "BENCHMARK"}
     text = "a name in configs/benchmarks or a YAML file"
-    if option:
-        sub.add_argument("--benchmark", required=True, help=text)
-    else:
-        sub.add_argument("benchmark", metavar="BENCHMARK", help=text)
+    sub.add_argument("--benchmark" if option else "benchmark", help=text, **name)
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
 
 
-def _sequence_arguments(sub: argparse.ArgumentParser, example: str = "training.steps=20 locator=oracle") -> None:
-    """Base, order and settings."""
+def _sequence_arguments(
+    sub: argparse.ArgumentParser, example: str = "training.steps=20 locator=oracle", *, trains: bool = True
+) -> None:
+    """ZeRO for what trains, base, order and settings."""
+    if trains:
+        sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
     sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
     sub.add_argument("settings", nargs="*", metavar="key=value", help=f"for instance {example}")
 
 
-def _deepspeed_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
+def _method_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
+    _benchmark_arguments(sub, option=True)
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -112,17 +114,14 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     _benchmark_arguments(sub, option=False)
     sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/BENCHMARK/METHOD-seedSEED)")
-    _deepspeed_argument(sub)
     _sequence_arguments(sub)
 
 
 def _train_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
-    _benchmark_arguments(sub, option=True)
+    _method_arguments(sub)
     sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
     sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
     sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
-    _deepspeed_argument(sub)
     _sequence_arguments(sub)
 
 
@@ -138,7 +137,7 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
         default="fixed",
         help="what a metric means, or what the benchmark's published scripts print",
     )
-    _sequence_arguments(sub, "locator=oracle evaluation.batch_size=16")
+    _sequence_arguments(sub, "locator=oracle evaluation.batch_size=16", trains=False)
 
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
@@ -156,8 +155,7 @@ def _metrics_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", required=True, help="method: a name in configs/methods, a YAML or a Python file")
-    _benchmark_arguments(sub, option=True)
+    _method_arguments(sub)
     sub.add_argument("--gpus", type=_at_least_one, default=1, metavar="N", help="processes, one per GPU")
     sub.add_argument(
         "--tokens", type=_at_least_one, metavar="T", help="of a sample (default: the image's and 64 of text)"
@@ -166,7 +164,6 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
     )
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
-    _deepspeed_argument(sub)
     _sequence_arguments(sub)
 
 
@@ -217,8 +214,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 """Verb -> what it does, and its arguments."""
 
 
+LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}
+"""Verbs that need neither transformers nor peft."""
+
+
 def _command(verb: str) -> Callable[[argparse.Namespace], Any]:
-    """The function that carries a verb out."""
     if verb in LIGHT:
         return LIGHT[verb]
     from clmoe.commands import COMMANDS
@@ -226,11 +226,8 @@ def _command(verb: str) -> Callable[[argparse.Namespace], Any]:
     return COMMANDS[verb]
 
 
-LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}
-"""Verbs that need neither transformers nor peft."""
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options, with ``key=value`` settings accepted anywhere among them."""
     parser = argparse.ArgumentParser(
         prog="clmoe",
         description="Continual instruction tuning of LLaVA-1.5 with LoRA-expert mixture-of-experts.",
@@ -238,12 +235,6 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (text, add_arguments) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=text, description=text))
-    return parser
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Options, with ``key=value`` settings accepted anywhere among them."""
-    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     strangers = [part for part in rest if part.startswith("-") or "=" not in part]
     if strangers or (rest and not hasattr(options, "settings")):
@@ -278,16 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _refuse_old(arguments: list[str]) -> None:
     """Say what replaced a verb or option of clmoe 0.1."""
-    if arguments and arguments[0] in OLD_VERBS:
-        _exit(f"clmoe {arguments[0]}: {OLD_VERBS[arguments[0]]}")
-    for argument in arguments:
-        if argument.split("=")[0] in OLD_OPTIONS:
-            _exit(f"clmoe: {argument} is gone: {OLD_OPTIONS[argument.split('=')[0]]}")
-
-
-def _exit(message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(USER_ERROR)
+    for position, argument in enumerate(arguments):
+        name = argument.split("=")[0]
+        if name in OLD and (position == 0 or name.startswith("--")):
+            print(f"clmoe: {name} is gone: {OLD[name]}", file=sys.stderr)
+            sys.exit(USER_ERROR)
 
 
 def _silence_libraries() -> None:

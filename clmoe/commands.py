@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from clmoe import sequence
-from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.base import Benchmark
 from clmoe.benchmarks.prepare import open_benchmark
-from clmoe.config import load_config
+from clmoe.config import Config, load_config
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
@@ -21,24 +21,14 @@ from clmoe.report.runs import read_run
 from clmoe.report.tables import report_text
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import use_deepspeed
-from clmoe.train.task import prepare_request, train_task
+from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.files import locked
 from clmoe.utils.processes import from_main
 
 
 def run(options: argparse.Namespace) -> str:
     """``clmoe run``: the whole sequence of a benchmark."""
-    result = sequence.run(
-        options.method,
-        options.benchmark,
-        order=options.order,
-        seed=options.seed,
-        output=options.output,
-        base=options.base,
-        data=options.data,
-        deepspeed=options.deepspeed,
-        settings=options.settings,
-    )
+    result = sequence.run(**{name: value for name, value in vars(options).items() if name != "verb"})
     shown = {name: value for name, value in result.metrics.items() if value is not None}
     return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
@@ -46,16 +36,19 @@ def run(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     """``clmoe train``: one task, from the checkpoint before it to the next."""
     deepspeed = use_deepspeed(options.deepspeed)
-    described = load_benchmark(options.benchmark, options.data, check_files=False)
-    config = load_config(options.config, described.recipe, options.settings, options.base)
-    order = described.order(options.order, config.seed)
-    needed = order if options.task == "all" else [options.task]
+    _, config, order = _chosen(options)
+    needed = order if options.task == UNION else [options.task]
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
     previous = None if options.previous is None else read_checkpoint(options.previous)
     request = prepare_request(config, benchmark, options.task, order, previous, options.output, deepspeed)
     with locked(request.run):
         done = train_task(request) is None
     return f"{request.output}: {'finished before' if done else 'trained'}"
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Benchmark, Config, list[str]]:
+    given = {"order": options.order, "base": options.base, "data": options.data}
+    return sequence.chosen(options.config, options.benchmark, options.settings, **given)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -90,13 +83,9 @@ def report(options: argparse.Namespace) -> Any:
 
 def plan(options: argparse.Namespace) -> Any:
     """``clmoe plan``: what a sequence trains and needs, before it is run."""
-    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
-    config = load_config(options.config, benchmark.recipe, options.settings, options.base)
-    method = method_class(config.method)(config)
-    order = benchmark.order(options.order, config.seed)
-    values = make_plan(
-        method, benchmark, order, options.gpus, options.deepspeed, options.tokens, options.extended_blocks
-    )
+    benchmark, config, order = _chosen(options)
+    settings = options.gpus, options.deepspeed, options.tokens, options.extended_blocks
+    values = make_plan(method_class(config.method)(config), benchmark, order, *settings)
     options.exit_code = int(bool(values["missing"]))
     return values if options.json else plan_text(values)
 

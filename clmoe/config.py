@@ -268,8 +268,6 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         ClmoeError: ``locator`` is neither a name nor a mapping.
     """
     below, above = _locator(low), _locator(high)
-    if not isinstance(above, dict):
-        raise ClmoeError(f"locator: expected a name or a mapping, got {above!r}")
     named = below.get("name")
     if named is not None and above.get("name", named) != named:
         below = {key: value for key, value in below.items() if key != "options"}
@@ -277,8 +275,10 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged | {"locator": _merge(below, above)} if "locator" in merged else merged
 
 
-def _locator(values: dict[str, Any]) -> Any:
+def _locator(values: dict[str, Any]) -> dict[str, Any]:
     part = values.get("locator", {})
+    if not isinstance(part, str | dict):
+        raise ClmoeError(f"locator: expected a name or a mapping, got {part!r}")
     return {"name": part} if isinstance(part, str) else part
 
 
@@ -319,11 +319,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        ClmoeError: unreadable file, broken YAML (with its line), or not a mapping.
-    """
+    """A YAML mapping. Raises ClmoeError: unreadable file, broken YAML (with its line), or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

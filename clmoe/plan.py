@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from clmoe.bases.llava import decoder_layers, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, Task
-from clmoe.config import Config
+from clmoe.config import FFN_PROJECTIONS, Config
 from clmoe.data.records import count_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
@@ -37,7 +37,6 @@ TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a sample, for the memory figure
 FLOAT32 = 4
 FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum for 64 of them, and for 256 maxima
 REDUCE_BUCKET = 5e8  # elements, DeepSpeed's default
-READS = {"q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention", "down_proj": "product"}
 PARTS = {"expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "projector": ("modules_to_save.",)}
 
 
@@ -158,54 +157,36 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
 def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: bool) -> int:
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
-    ``b`` bytes of the base's type, ``N`` tokens, ``D`` hidden size, ``F`` FFN, ``H`` heads, ``Q`` = H x head size,
-    ``L`` blocks, ``V`` vocabulary, ``W`` the tower's width. A frozen linear keeps nothing. The peak is in the loss, or
-    in the backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
+    ``b`` bytes of the base's type, ``N`` tokens, ``D`` hidden size, ``F`` FFN, ``Q`` heads x head size, ``L`` blocks,
+    ``V`` vocabulary, ``W`` the tower's width. A frozen linear keeps nothing. The peak is in the loss, or in the
+    backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
     """
-    base, tuned = cast(PreTrainedModel, first.model.get_base_model()), first.count("projector") > 0
+    base, adapter = cast(PreTrainedModel, first.model.get_base_model()), first.method.config.adapter
     text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
     b, N, D, F = base.dtype.itemsize, samples * tokens, text.hidden_size, text.intermediate_size
-    L, V, W, H = text.num_hidden_layers, text.vocab_size, vision.hidden_size, text.num_attention_heads
-    Q, images = H * text.head_dim, samples * first.image_tokens
-    norms = 2 * (FLOAT32 * D + FLOAT32)  # per token, as the next two: their float32 inputs
-    attention = 4 * b * Q + FLOAT32 * H + (b * tokens if samples > 1 else 0)  # q, k, v, output; sums; padding mask
-    per_block = first.experts is not None and first.experts.router_scope == "per_block"
-    adapter, copies, gradient = _adapter_kept(first, b, per_block)
-    block = N * (norms + attention + 3 * b * F + adapter) + copies
-    kept = L * block
-    if not tuned and all(READS.get(x.name) in (None, "product") for x in first.linears):
-        kept -= N * (norms + attention)  # of the first block, where nothing before the FFN trains
+    L, V, Q = text.num_hidden_layers, text.vocab_size, text.num_attention_heads * text.head_dim
+    lora, half = first.experts is None, b < FLOAT32
+    per_block = not lora and adapter.router_scope == "per_block"
+    names, own = {x.name for x in first.linears}, FLOAT32 if lora else b
+    adapted = sum(own * x.experts * x.rank for x in first.linears)  # per token: what lies between A and B, then inputs
+    if adapter.dropout or (lora and half):  # a copy for every linear, and dropout's mask
+        adapted += sum(x.din * (own + (adapter.dropout > 0)) for x in first.linears)
+    if not lora or not (adapter.dropout or half):  # once where linears or routers read the same
+        adapted += b * D * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
+        adapted += b * F * ("down_proj" in names and not per_block)
+    cast_experts = 0 if lora or not half else sum(b * x.parameters // x.blocks for x in first.linears)
+    attention = N * (2 * FLOAT32 * D + 4 * b * Q)  # with both norms
+    block = attention + N * (3 * b * F + adapted) + cast_experts
+    kept, images, W, tuned = L * block, samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
+    if not tuned and names <= set(FFN_PROJECTIONS):
+        kept -= attention  # of the first block, where nothing before the FFN trains
     if recompute:
-        kept = (L + 1) * b * D * N + b * (images + samples) * W * (vision.num_hidden_layers + 1)
+        kept = b * ((L + 1) * D * N + (images + samples) * W * (vision.num_hidden_layers + 1))
     if tuned:
-        kept += images * b * (W + 2 * D) + (b * (W * D + D * D) if b < FLOAT32 else 0)
-    ends = kept + FLOAT32 * D * N  # with the last norm
-    loss = samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
-    wide = (4 * b if per_block else 8) * F * N
-    return max(ends + loss, ends + 20 * D * N, kept + (block if recompute else 0) + wide + gradient)
-
-
-def _adapter_kept(first: FirstTask, b: int, per_block: bool) -> tuple[int, int, int]:
-    """Bytes in one block: per token; experts cast to a 16-bit base's type; the largest gradient of one linear.
-
-    Inputs of linears and routers count once, and not at all where they are kept anyway (attention's output) or made
-    again (down_proj's, with one router per block). Dropout, and LoRA on a 16-bit base, make a copy for every linear.
-    """
-    lora, half, dropout = first.experts is None, b < FLOAT32, first.method.config.adapter.dropout > 0
-    own = dropout or (lora and half)
-    inputs = {"norm2": b * first.linears[0].din} if per_block else {}
-    ranks = 0
-    for x in first.linears:
-        if own:
-            inputs[x.name] = x.din * ((FLOAT32 if lora else b) + dropout)  # and a byte of dropout's mask
-        if not own or not (lora or per_block):
-            inputs[READS.get(x.name, "norm2")] = b * x.din
-        ranks += FLOAT32 * x.rank if lora else b * x.experts * (x.rank + 1)
-    again = {"attention", "product"} if per_block else {"attention"}
-    per_token = ranks + sum(size for name, size in inputs.items() if name not in again)
-    gates = 0 if lora else 20 * first.linears[0].experts * (1 if per_block else len(first.linears))
-    sizes = [b * x.parameters // x.blocks for x in first.linears]
-    return per_token + gates, 0 if lora or not half else sum(sizes), max(sizes)
+        kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
+    loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
+    last_block = (block if recompute else 0) + (4 * b if per_block else 8) * F * N
+    return kept + max(loss, 20 * D * N, last_block)
 
 
 def make_plan(
@@ -247,11 +228,9 @@ def make_plan(
     if None in trained:
         notes.append("what a later task trains depends on the blocks that it extends: say --extended-blocks X")
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
+    tokens = min(tokens or first.image_tokens + TEXT_TOKENS, training.max_length)
     memory = state_bytes(first, gpus, deepspeed)
-    state, tokens = sum(memory.values()), min(tokens or first.image_tokens + TEXT_TOKENS, training.max_length)
-    for name, again in (("", False), ("_checkpointed", True)):
-        size = activation_bytes(first, cut.micro, tokens, again)
-        memory |= {f"activations{name}": size, f"total{name}": state + size}
+    memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     values |= {
         "shapes": str(first.file),
         "base_parameters": first.base_parameters,
@@ -262,7 +241,7 @@ def make_plan(
         "growth": growth,
         "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
         "gradient_checkpointing": training.gradient_checkpointing,
-        "memory": {"tokens": tokens, **memory},
+        "memory": {"tokens": tokens, **memory, "total": sum(memory.values())},
     }
     return values | found
 
@@ -273,13 +252,12 @@ def _training(tasks: list[Task], config: Config, missing: list[str]) -> dict[str
     train, test = ([_records(getattr(t, kind), missing) for t in tasks] for kind in ("train", "test"))
     times = [task.passes if union else 1 for task in tasks]
     records = None if None in train else sum(n * k for n, k in zip(train, times, strict=True) if n)
-    fixed, epochs = training.steps, training.epochs * (1 if union else tasks[0].passes)
-    steps = total_steps(records or 0, training.batch_size, epochs, fixed and fixed * len(tasks))
+    steps = total_steps(training, records or 0, 1 if union else tasks[0].passes, len(tasks))
     return {
         "task": "all" if union else tasks[0].name,
         "train_records": records,
         "test_records": None if None in test else sum(n for n in test if n),
-        "steps": steps if fixed or records else None,
+        "steps": steps if training.steps or records else None,
     }
 
 

@@ -59,31 +59,60 @@ def run(
     deepspeed: str | None = None,
     settings: Mapping[str, Any] | Iterable[str] = (),
 ) -> Result:
-    """``clmoe run``: a method on the whole sequence of a benchmark.
+    """``clmoe run``: a method on the whole sequence of a benchmark, or on from where an earlier call stopped.
 
     Args:
         method: a name in configs/methods, a YAML file, or a Python file that registers a method.
         benchmark: a name in configs/benchmarks or a YAML file.
         order: ``norm``, ``rev``, ``rand`` or task names separated by commas.
-        output: run folder; by default ``runs/<benchmark>/<method>-seed<seed>`` below the current folder.
+        output: run folder; by default ``runs/<benchmark>/<method>-seed<seed>`` below the current folder. Checkpoints
+            become ``01_<task>``, ``02_<task>``, ...
         base: a name in configs/models, a model folder or a hub name.
         data: the benchmark's data folder.
         deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
 
     Raises:
-        ClmoeError: whatever the user can fix.
+        ClmoeError: the folder holds a run with other settings (they are named, nothing is touched), files are missing
+            or hold rows that cannot be used, or what training and evaluation raise.
     """
     if isinstance(settings, Mapping):
         settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     pairs = [*([] if seed is None else [f"seed={seed}"]), *settings]
     root = None if data is None else Path(data)
-    described = load_benchmark(benchmark, root, check_files=False)
-    config = load_config(method, described.recipe, pairs, base)
-    tasks = described.order(order, config.seed)
+    described, config, tasks = chosen(method, benchmark, pairs, order=order, base=base, data=root)
     opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
     folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
-    return run_sequence(config, opened, tasks, folder, deepspeed=deepspeed)
+    zero = use_deepspeed(deepspeed)
+    kind = method_class(config.method)(config)
+    trained = {"none": [], "union": [UNION]}.get(kind.chain, tasks)
+    steps = [(folder / f"{number:02}_{task}", task) for number, task in enumerate(trained, 1)]
+    with locked(folder):
+        values = from_main(lambda: _settings(config, opened, tasks))
+        from_main(lambda: _check_settings(folder, values))
+        check_tasks(opened, tasks)  # those of later tasks too: they would stop the sequence after hours
+        if not all(checkpoint.exists() for checkpoint, _ in steps):
+            from_main(lambda: _check_rows(opened, tasks))
+            kind.check_inputs(None, opened.root)
+        from_main(lambda: write_json(folder / SETTINGS, values))
+        with display(f"{config.name} on {opened.name}", len(tasks)):
+            if kind.chain == "none":
+                say(evaluate_checkpoint(folder, opened, None, config, tasks)[0])
+            _train_all(config, opened, tasks, steps, zero)
+    matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
+    return Result(folder, [checkpoint for checkpoint, _ in steps], matrix, read_json(folder / "metrics.json"))
+
+
+def chosen(
+    method: str, benchmark: str, settings: list[str], *, order: str, base: str | None, data: Path | None
+) -> tuple[Benchmark, Config, list[str]]:
+    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks.
+
+    Arguments are those of ``run``.
+    """
+    described = load_benchmark(benchmark, data, check_files=False)
+    config = load_config(method, described.recipe, settings, base)
+    return described, config, described.order(order, config.seed)
 
 
 def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
@@ -92,66 +121,18 @@ def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
     return Path("runs") / benchmark / f"{Path(method).stem}{suffix}-seed{seed}"
 
 
-def run_sequence(
-    config: Config, benchmark: Benchmark, order: list[str], run: Path, *, deepspeed: str | None = None
-) -> Result:
-    """Train and evaluate a method on all tasks of a benchmark, or continue where an earlier call stopped.
-
-    Args:
-        order: task names in training order.
-        run: folder of the sequence; checkpoints become ``01_<task>``, ``02_<task>``, ...
-        deepspeed: ZeRO's settings, a name in configs/deepspeed or a JSON file.
-
-    Raises:
-        ClmoeError: the folder holds a run with other settings (they are named, nothing is touched), files are missing
-            or hold rows that cannot be used, or what training and evaluation raise.
-    """
-    zero = use_deepspeed(deepspeed)
-    method = method_class(config.method)(config)
-    steps = _steps(method.chain, order)
-    with locked(run):
-        settings = from_main(lambda: _settings(config, benchmark, order))
-        from_main(lambda: _check_settings(run, settings))
-        check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
-        if not all((run / name).exists() for name, _ in steps):
-            from_main(lambda: _check_rows(benchmark, order))
-            method.check_inputs(None, benchmark.root)
-        from_main(lambda: write_json(run / SETTINGS, settings))
-        with display(f"{config.name} on {benchmark.name}", len(order)):
-            if method.chain == "none":
-                say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
-            checkpoints = _train_all(config, benchmark, order, run, steps, zero)
-    matrix = AccuracyMatrix.read_csv(run / "matrix.csv")
-    return Result(run, checkpoints, matrix, read_json(run / "metrics.json"))
-
-
-def _steps(chain: str, order: list[str]) -> list[tuple[str, str]]:
-    """Folder and task of every training."""
-    if chain == "none":
-        return []
-    return [(f"{number:02}_{task}", task) for number, task in enumerate([UNION] if chain == "union" else order, 1)]
-
-
 def _train_all(
-    config: Config,
-    benchmark: Benchmark,
-    order: list[str],
-    run: Path,
-    steps: list[tuple[str, str]],
-    deepspeed: Path | None,
-) -> list[Path]:
+    config: Config, benchmark: Benchmark, order: list[str], steps: list[tuple[Path, str]], deepspeed: Path | None
+) -> None:
     """Train and evaluate task after task on one base, which is loaded when it is first needed."""
     base: LoadedBase | None = None
     done: Finished | None = None
-    checkpoints: list[Path] = []
-    for name, task in steps:
-        request = prepare_request(config, benchmark, task, order, done, run / name, deepspeed)
+    for number, (checkpoint, task) in enumerate(steps, 1):
+        request = prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed)
         base = train_task(request, base)
-        done = read_checkpoint(request.output)
-        row, base = evaluate_checkpoint(run, benchmark, done, config, order, base=base)
-        say(f"{len(checkpoints) + 1}/{len(order)} {row}")
-        checkpoints.append(request.output)
-    return checkpoints
+        done = read_checkpoint(checkpoint)
+        row, base = evaluate_checkpoint(checkpoint.parent, benchmark, done, config, order, base=base)
+        say(f"{number}/{len(order)} {row}")
 
 
 def _check_rows(benchmark: Benchmark, order: list[str]) -> None:

@@ -5,20 +5,58 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe import cli
+from clmoe.train.loop import TaskTrainer
 from tests.support import TASKS
 
 _SEEDS = count(1000)
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-2] + bytes([path.read_bytes()[-2] ^ 1, 10])),
+    "deleted": lambda path: path.unlink(),
+}
+
+LLAVA_CMOE = (
+    "adapter.train_projector=false",
+    "options.initial_experts_from=first_task",
+    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
+)
+"""Settings with which it is trained in seconds."""
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody may catch it, as nobody catches kill -9."""
+
+
+def kill(*unused: Any, **also_unused: Any) -> None:
+    raise Killed
+
+
+def on_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None] = kill) -> list[int]:
+    """``act`` before the ``number``-th forward pass from now (from 0); the list grows with every pass."""
+    real, seen = TaskTrainer.training_step, []
+
+    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if len(seen) == number:
+            act()
+        seen.append(self.state.global_step)
+        return real(self, *args, **kwargs)
+
+    patch.setattr(TaskTrainer, "training_step", step)
+    return seen
 
 
 @dataclass

@@ -27,20 +27,14 @@ from clmoe.methods import method_class
 from clmoe.utils.paths import find_config, known_configs
 
 
-@pytest.mark.parametrize(
-    ("override", "wrong", "nearest"),
-    [
+def test_an_unknown_key_option_or_locator_names_the_nearest() -> None:
+    for override, wrong, nearest in (
         ("training.step=3", "step", "steps"),
         ("trainng.steps=3", "trainng", "training"),
         ("locator.features=last", "features", "feature"),
-    ],
-)
-def test_an_unknown_key_names_the_nearest(override: str, wrong: str, nearest: str) -> None:
-    with pytest.raises(ClmoeError, match=f"'{wrong}'.*'{nearest}'"):
-        load_config("clmoe", {}, [override])
-
-
-def test_an_unknown_option_or_locator_names_the_nearest() -> None:
+    ):
+        with pytest.raises(ClmoeError, match=f"'{wrong}'.*'{nearest}'"):
+            load_config("clmoe", {}, [override])
     with pytest.raises(ClmoeError, match=r"options.*'gama'.*'gamma'"):
         method_class("clmoe")(load_config("clmoe", {}, ["options.gama=0.5"]))
     with pytest.raises(ClmoeError, match=r"options.*'beta'"):
@@ -89,10 +83,10 @@ def test_a_wrong_value_names_the_field(override: str, field: str, found: str) ->
         load_config("lora", {}, [override])
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("0.001", 1e-3), ("1", 1.0), ("5.0e-5", 5e-5)])
-def test_numbers_may_be_written_as_people_write_them(text: str, value: float) -> None:
-    read = load_config("lora", {}, [f"training.learning_rate={text}"]).training.learning_rate
-    assert (read, type(read)) == (value, float)
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    for text, value in (("1e-3", 1e-3), ("0.001", 1e-3), ("1", 1.0), ("5.0e-5", 5e-5)):
+        read = load_config("lora", {}, [f"training.learning_rate={text}"]).training.learning_rate
+        assert (read, type(read)) == (value, float)
 
 
 def test_a_file_may_extend_one_other(tmp_path: Path) -> None:
@@ -166,14 +160,12 @@ def test_a_frozen_config_is_read_back_and_has_stable_bytes(tmp_path: Path) -> No
     assert reload_config(path, ["evaluation.limit=7"]).evaluation.limit == 7
 
 
-@pytest.mark.parametrize("text", ["method: [", "- lora\n", "just text\n", "\x00"])
-def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
-    (path := tmp_path / "broken.yaml").write_text(text)
-    with pytest.raises(ClmoeError, match=r"broken\.yaml"):
-        load_config(str(path), {}, [])
-
-
-def test_a_missing_file_name_or_field_is_named() -> None:
+def test_a_broken_or_missing_file_name_or_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    for text in ("method: [", "- lora\n", "just text\n", "\x00"):
+        path.write_text(text)
+        with pytest.raises(ClmoeError, match=r"broken\.yaml"):
+            load_config(str(path), {}, [])
     for source, named in (("nowhere.yaml", r"nowhere\.yaml"), ("clmo", "'clmoe'")):
         with pytest.raises(ClmoeError, match=named):
             load_config(source, {}, [])

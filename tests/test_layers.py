@@ -117,12 +117,9 @@ def test_only_optional_packages_are_imported_late() -> None:
     others = [(module, name) for module, name, _ in late if module != "cli"]
     assert {module: {name for m, name in others if m == module} for module, _ in others} == LATE
     assert len(set(late)) <= 20
+    assert [module for module, path in FILES.items() if "TYPE_CHECKING" in path.read_text()] == []
     by_name = {module for module, path in FILES.items() if "import_module" in path.read_text()}
     assert by_name == {"doctor", "methods"}, "the one tries packages, the other finds the files of its own folder"
-
-
-def test_no_import_is_for_the_type_checker_only() -> None:
-    assert [module for module, path in FILES.items() if "TYPE_CHECKING" in path.read_text()] == []
 
 
 def test_only_bases_and_convert_know_the_names_of_a_base() -> None:

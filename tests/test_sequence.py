@@ -1,5 +1,6 @@
 """`clmoe run`: the whole sequence in one program, wherever it is stopped, and every method with every locator."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
 from tests.methods.test_contract import ROWS
-from tests.runs import Runs, contents, same_bits, tensors, texts
+from tests.runs import Killed, Runs, contents, same_bits, tensors, texts
 from tests.support import TASKS
 
 UNCOMPARED = ("events.jsonl", "timing.json")
@@ -45,8 +46,15 @@ def compared(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """CL-MoE on three tasks; never changed."""
-    return run(runs, tmp_path_factory.mktemp("sequence") / "clmoe", "clmoe")
+    """CL-MoE on three tasks, for which the base is loaded once; never changed."""
+    loads: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (task_module, answer_module):
+            real = module.load_base
+            patch.setattr(module, "load_base", lambda *args, real=real: loads.append(args) or real(*args))
+        result = run(runs, tmp_path_factory.mktemp("sequence") / "clmoe", "clmoe")
+    assert len(loads) == 1
+    return result
 
 
 def test_it_is_task_by_task_training_and_evaluation(whole: Result, runs: Runs, tmp_path: Path) -> None:
@@ -69,26 +77,14 @@ def test_the_result_is_the_runs_tables(whole: Result) -> None:
     assert clmoe.load(whole.checkpoints[-1]).answer(None, "How many things are there?", max_new_tokens=2)
 
 
-def test_the_base_is_loaded_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[Any] = []
-    for module in (task_module, answer_module):
-        real = module.load_base
-        monkeypatch.setattr(module, "load_base", lambda *args, real=real: loads.append(args) or real(*args))
-    run(runs, tmp_path / "run", "lora")
-    assert len(loads) == 1
-
-
 def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")}
     for module in (task_module, answer_module):
         monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
-    again = run(runs, whole.run, "clmoe")
-    assert again.metrics == whole.metrics
+    free = ("training.micro_batch_size=4", "training.save_steps=7", "evaluation.batch_size=5")
+    for settings in ((), free):
+        assert run(runs, whole.run, "clmoe", *settings).metrics == whole.metrics
     assert {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")} == before
-
-
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
 
 
 def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,22 +141,22 @@ def test_the_same_folder_with_another_option_is_refused_and_kept(
     assert contents(whole.run) == before
 
 
-def test_what_does_not_decide_the_result_may_change(whole: Result, runs: Runs) -> None:
-    run(runs, whole.run, "clmoe", "training.micro_batch_size=4", "training.save_steps=7", "evaluation.batch_size=5")
+def with_file(benchmark: Path, folder: Path, task: int, kind: str, text: str) -> str:
+    """YAML of a benchmark in ``folder`` that differs in one file of one task."""
+    values = yaml.safe_load(benchmark.read_text())
+    (folder / f"{kind}.json").write_text(text)
+    values["tasks"][task][kind] = str(folder / f"{kind}.json")
+    (folder / "mini.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "mini.yaml")
 
 
 def test_changed_training_data_are_named(runs: Runs, mini_yaml: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load(mini_yaml.read_text())
     rows = (mini_yaml.parent / TASKS[0] / "train.json").read_text()
-    (tmp_path / "train.json").write_text(rows)
-    values["tasks"] = [values["tasks"][0] | {"train": str(tmp_path / "train.json")}]
-    benchmark = tmp_path / "mini.yaml"
-    benchmark.write_text(yaml.safe_dump(values))
-    given = {"base": str(runs.model), "output": tmp_path / "run", "settings": ["training.steps=1"]}
-    clmoe.run("lora", str(benchmark), **given)
-    (tmp_path / "train.json").write_text(rows.replace("Which", "What"))
+    given: dict[str, Any] = {"base": str(runs.model), "output": tmp_path / "run", "settings": ["training.steps=1"]}
+    clmoe.run("lora", with_file(mini_yaml, tmp_path, 0, "train", rows), **given, order=TASKS[0])
     with pytest.raises(ClmoeError, match=rf"train\.{TASKS[0]}"):
-        clmoe.run("lora", str(benchmark), **given)
+        changed = rows.replace("Which", "What")
+        clmoe.run("lora", with_file(mini_yaml, tmp_path, 0, "train", changed), **given, order=TASKS[0])
 
 
 def test_a_sequence_can_be_made_longer(runs: Runs, whole: Result, tmp_path: Path) -> None:
@@ -169,11 +165,10 @@ def test_a_sequence_can_be_made_longer(runs: Runs, whole: Result, tmp_path: Path
     assert [verify(folder) for folder in longer.checkpoints] == [verify(folder) for folder in whole.checkpoints]
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "multitask", "moelora"])
-def test_every_way_of_chaining_ends_in_a_table(method: str, runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "checkpoints"), [("zero_shot", 0), ("multitask", 1), ("moelora", 3)])
+def test_every_way_of_chaining_ends_in_a_table(method: str, checkpoints: int, runs: Runs, tmp_path: Path) -> None:
     result = run(runs, tmp_path / "run", method, "training.steps=1", *ROWS[method].overrides)
-    expected = {"zero_shot": 0, "multitask": 1, "moelora": 3}[method]
-    assert len(result.checkpoints) == expected
+    assert len(result.checkpoints) == checkpoints
     assert None not in result.matrix.row(TASKS[2])
 
 
@@ -186,13 +181,9 @@ def test_every_locator_works_with_every_method_that_keeps_parts(method: str, run
         out = tmp_path / name
         runs.evaluate(trained.checkpoints[1], out, *FAST.get(name, ()), locator=name, order=",".join(TASKS[:2]))
         suffix = "" if name == "vae" else f".{name}"
-        rows = [
-            yaml.safe_load(line)
-            for task in TASKS[:2]
-            for line in (out / "predictions" / TASKS[1] / f"{task}{suffix}.jsonl").read_text().splitlines()
-        ]
-        assert {row["task"] for row in rows} <= set(TASKS[:2])
-        found = [row["task"] for row in rows]
+        files = [out / "predictions" / TASKS[1] / f"{task}{suffix}.jsonl" for task in TASKS[:2]]
+        found = [json.loads(line)["task"] for file in files for line in file.read_text().splitlines()]
+        assert set(found) <= set(TASKS[:2])
         if name == "oracle":
             assert found == [TASKS[0]] * 12 + [TASKS[1]] * 12
         elif name == "last":
@@ -262,11 +253,7 @@ def test_the_command_line(
 
 
 def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(runs: Runs, mini_yaml: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load(mini_yaml.read_text())
-    values["root"] = str(mini_yaml.parent)
-    (tmp_path / "test.json").write_text('[{"question_id": "1", "text": "What?"}]')
-    values["tasks"][2]["test"] = str(tmp_path / "test.json")
-    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(values))
+    spoiled = with_file(mini_yaml, tmp_path, 2, "test", '[{"question_id": "1", "text": "What?"}]')
     with pytest.raises(ClmoeError, match=r"test\.json: row 0"):
-        clmoe.run("lora", str(tmp_path / "mini.yaml"), base=str(runs.model), output=tmp_path / "run")
+        clmoe.run("lora", spoiled, base=str(runs.model), output=tmp_path / "run")
     assert not list((tmp_path).glob("run/0*"))

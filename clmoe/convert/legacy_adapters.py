@@ -27,7 +27,7 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import adapter_tensors, count_parameters
 from clmoe.methods import method_class
 from clmoe.methods.base import attach_on_meta
-from clmoe.train.checkpoint import CONFIG, LINEAGE, Lineage, build_folder, lineage_of, read_checkpoint
+from clmoe.train.checkpoint import CONFIG, LINEAGE, Lineage, build_folder, read_checkpoint
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.tensors import save_tensors
@@ -93,10 +93,17 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     adapted = attach_on_meta(method, meta_base(shapes_file(config.model)))
     tensors = read_tensors(source, {name: tensor.shape for name, tensor in adapter_tensors(adapted).items()}, settings)
     base = base_fingerprint(resolve_model_path(config.model.path))
-    trainable, _ = count_parameters(adapted)
-    # their files do not say how the adapter was trained: no steps, no parent
-    lineage = lineage_of(
-        method, adapted, benchmark=benchmark.name, tasks=tasks, parent=None, base=base, steps=0, trainable=trainable
+    lineage = Lineage(
+        method=config.method,
+        benchmark=benchmark.name,
+        tasks=tasks,
+        seed=config.seed,
+        parent=None,
+        base=base,
+        steps=0,  # their files do not say how the adapter was trained
+        trainable_parameters=count_parameters(adapted)[0],
+        adapter_parameters=count_parameters(adapted)[1],
+        effective_scale=method.effective_scale(),
     )
     build_folder(target, lambda work: _write(work, adapted, tensors, config, lineage))
     read_checkpoint(target)

@@ -10,7 +10,7 @@ from clmoe.errors import ClmoeError
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.methods.base import EXPANSION
-from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, build_folder, training_identity
+from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, build_folder
 from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.tensors import load_tensors
 
@@ -43,8 +43,9 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
         for name in files.keys() - set(DROPPED):
             shutil.copy(source / name, folder / (EXPANSION if name == "plan.json" else name))
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-        changed = {"config_sha256": training_identity(config), "method": config.method}
-        write_json(folder / LINEAGE, read_json(source / LINEAGE) | changed)
+        lineage = read_json(source / LINEAGE) | {"method": config.method}
+        lineage.pop("config_sha256", None)  # of the settings under their old names
+        write_json(folder / LINEAGE, lineage)
         if bank is not None:
             locator = make_locator(config.locator, config.seed)
             locator.load_state(load_tensors(source / bank))

@@ -8,18 +8,14 @@ or absolute path, so equal runs give equal bytes. ``continual.json`` says what t
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from clmoe.config import Config, LocatorConfig, recorded, reload_config
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import count_parameters
-from clmoe.methods.base import Method
-from clmoe.utils.files import file_sha256, flush, json_sha256, json_text, read_json, write_json
+from clmoe.utils.files import file_sha256, flush, json_text, read_json, write_json
 
 FORMAT_VERSION = "2"
 OLD_FORMAT = "1"
@@ -34,10 +30,9 @@ RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:
-    """The files that a manifest vouches for, by relative name: all but itself, README.md, and hidden files.
+    """The files that a manifest vouches for, by relative name.
 
-    A README.md is for readers and may be written later; hidden files are what the hub and its downloads add
-    (``.gitattributes``, ``.cache``).
+    A README.md may be written later, and the hub and its downloads add hidden files (``.gitattributes``, ``.cache``).
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     exempt = (MANIFEST, "README.md")
@@ -125,6 +120,11 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
     publish(work, target)
 
 
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the result."""
+    return {name: version(name) for name in RECORDED_VERSIONS}
+
+
 @dataclass(frozen=True)
 class Lineage:
     """Content of ``continual.json``.
@@ -133,7 +133,6 @@ class Lineage:
         tasks: learned so far, oldest first.
         parent: manifest sha256 of the checkpoint it continues, None for the first.
         base: fingerprint of the frozen base.
-        config_sha256: of everything that determines the training, see ``training_identity``.
         steps: optimizer steps of this task.
         trainable_parameters: while training this task; ``adapter_parameters`` counts frozen ones too.
         effective_scale: ``s`` times the mean gate, None where it has no meaning.
@@ -145,12 +144,11 @@ class Lineage:
     seed: int
     parent: str | None
     base: str
-    config_sha256: str
     steps: int
     trainable_parameters: int
     adapter_parameters: int
     effective_scale: float | None
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=versions)
 
 
 @dataclass(frozen=True)
@@ -170,57 +168,12 @@ class Finished:
     locator: LocatorConfig
 
 
-def lineage_of(
-    method: Method,
-    model: PeftModel,
-    *,
-    benchmark: str,
-    tasks: list[str],
-    parent: Finished | None,
-    base: str,
-    steps: int,
-    trainable: int,
-) -> Lineage:
-    """That of a checkpoint of this adapted model; ``base`` is the frozen base's fingerprint."""
-    return Lineage(
-        method=method.config.method,
-        benchmark=benchmark,
-        tasks=tasks,
-        seed=method.config.seed,
-        parent=None if parent is None else parent.identity,
-        base=base,
-        config_sha256=training_identity(method.config),
-        steps=steps,
-        trainable_parameters=trainable,
-        adapter_parameters=count_parameters(model)[1],
-        effective_scale=method.effective_scale(),
-        versions=versions(),
-    )
-
-
-def training_identity(config: Config) -> str:
-    """sha256 over what determines a task's training."""
-    return json_sha256(decisive(config))
-
-
 def lasting(config: Config) -> dict[str, Any]:
     """All settings but those that change a training's result by rounding at most."""
     values = recorded(config)
     for key in FREE_TRAINING_KEYS:
         del values["training"][key]
     return values
-
-
-def decisive(config: Config) -> dict[str, Any]:
-    """What determines a training: the lasting settings but the evaluation's and the label."""
-    values = lasting(config)
-    del values["evaluation"], values["label"]
-    return values
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the result."""
-    return {name: version(name) for name in RECORDED_VERSIONS}
 
 
 def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:
@@ -231,8 +184,10 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
     """
     identity = verify(folder)
     try:
-        lineage = Lineage(**read_json(folder / LINEAGE))
-    except TypeError as error:
+        values = dict(read_json(folder / LINEAGE))
+        values.pop("config_sha256", None)  # checkpoints of clmoe 0.2.0 have it
+        lineage = Lineage(**values)
+    except (TypeError, ValueError) as error:
         raise ClmoeError(f"{folder / LINEAGE}: {error}") from error
     sealed, config = (reload_config(folder / CONFIG, pairs) for pairs in ([], overrides or []))
     return Finished(folder, identity, lineage, config, sealed.locator)
@@ -240,7 +195,9 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
 
 def identity(config: Config, benchmark: str, parent: str | None, tasks: list[str]) -> dict[str, Any]:
     """All that decides a checkpoint; ``parent`` is the manifest's sha256 of the checkpoint that it continues."""
-    return {**decisive(config), "benchmark": benchmark, "parent": parent, "tasks": tasks}
+    values = lasting(config)
+    del values["evaluation"], values["label"]
+    return {**values, "benchmark": benchmark, "parent": parent, "tasks": tasks}
 
 
 def check_same(done: Finished, wanted: dict[str, Any]) -> None:

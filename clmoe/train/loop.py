@@ -7,7 +7,7 @@ DeepSpeed's are tied to the number of processes.
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,16 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.optimization import get_cosine_schedule_with_warmup
 
 from clmoe.bases.llava import PROJECTOR
 from clmoe.config import TrainingConfig
-from clmoe.data.batches import (
-    NumberedDataset,
-    TrainDataset,
-    collate_numbered,
-    epoch_permutation,
-)
+from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.train.loss import TrainedModel
 from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
@@ -44,30 +38,24 @@ from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
 from clmoe.utils.names import derived_seed
 from clmoe.utils.paths import find_config
-from clmoe.utils.processes import any_of_them, rank
+from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 
-def total_steps(records: int, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of a task; a partial last batch is filled from the next epoch."""
-    return steps if steps is not None else max(1, -(-round(records * epochs) // batch_size))
+def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
+    """Optimizer steps over ``records``; a partial last batch is filled from the next epoch.
 
-
-def step_seed(seed: int, phase: str, step: int, rank: int) -> int:
-    """Seed of what is random within one optimizer step (dropout), so that no generator's state has to be kept."""
-    return derived_seed(seed, f"{phase}:{step}:{rank}")
+    ``training.steps`` counts per task, so the union takes them once for each of its ``tasks``. ``passes`` multiplies
+    the epochs.
+    """
+    if training.steps is not None:
+        return training.steps * tasks
+    return max(1, -(-round(records * (training.epochs * passes)) // training.batch_size))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How global batches are cut over accumulation steps and processes.
-
-    Attributes:
-        records: size of the training set.
-        batch_size: global batch.
-        micro_batch_size: samples per forward.
-        processes: number of data-parallel processes.
-    """
+    """How the global batches of ``batch_size`` out of ``records`` are cut over accumulation steps and processes."""
 
     seed: int
     records: int
@@ -84,6 +72,7 @@ class BatchPlan:
 
     @property
     def micro(self) -> int:
+        """Samples per forward pass."""
         return self.micro_batch_size or max(1, self.batch_size // self.processes)
 
     @property
@@ -117,13 +106,12 @@ class MicroBatches:
 
 
 def parameter_groups(model: nn.Module, lr: float, projector_lr: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups, so that the projector keeps its own learning rate."""
-    named = trainable(model).items()
-    groups: list[dict[str, object]] = [
-        {"params": [p for name, p in named if PROJECTOR not in name], "lr": lr},
-        {"params": [p for name, p in named if PROJECTOR in name], "lr": projector_lr},
-    ]
-    return [group for group in groups if group["params"]]
+    """Trainable parameters in up to two groups, so that the projector keeps its own learning rate."""
+    groups: list[dict[str, object]] = []
+    for inside, rate in ((False, lr), (True, projector_lr)):
+        parameters = [p for name, p in trainable(model).items() if (PROJECTOR in name) == inside]
+        groups += [{"params": parameters, "lr": rate}] if parameters else []
+    return groups
 
 
 def deepspeed_settings(name: str) -> Path:
@@ -152,19 +140,13 @@ def use_deepspeed(name: str | None) -> Path | None:
     if name is None:
         return None
     path = deepspeed_settings(name)
-    _stand_alone()
+    if "RANK" not in os.environ:  # no launcher: DeepSpeed insists on being told that this process is the only one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
     return path
-
-
-def _stand_alone() -> None:
-    """Without a launcher: say in the environment that this process is the only one, which DeepSpeed insists on."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 class Report(TrainerCallback):
@@ -186,23 +168,27 @@ class Report(TrainerCallback):
 
 
 class Snapshots(TrainerCallback):
-    """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step."""
+    """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step.
+
+    So no generator's state has to be kept.
+    """
 
     def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer = self.trainer
-        torch.manual_seed(step_seed(trainer.plan.seed, trainer.phase.name, state.global_step, rank()))
+        torch.manual_seed(derived_seed(trainer.plan.seed, f"{trainer.phase.name}:{state.global_step}:{rank()}"))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer, step = self.trainer, state.global_step
         if step == trainer.steps:  # the phase is about to be sealed, which is the better state
             return
-        stop = any_of_them(trainer.stop_asked())
+        stop = any_of_them(trainer.asked.now)
         due = trainer.config.save_steps and step % trainer.config.save_steps == 0
         if stop or due:
-            trainer.save_state(step)
+            trained = cast(TrainedModel, trainer.model)
+            save_state(trainer.phase, step, trained, trainer.moments(), trainer.config.keep_states)
         if stop:
             raise Interrupted(f"stopped by SIGTERM after step {step} of {trainer.steps}; its state is saved")
 
@@ -210,7 +196,7 @@ class Snapshots(TrainerCallback):
 class OneDevice(TrainingArguments):
     """A process computes on one GPU. With several visible, transformers would split each batch over all of them.
 
-    It would then take the mean of the parts' losses, where ours are shares of one sum.
+    It would take the mean of the parts' losses; ours are shares of one sum.
     """
 
     @property
@@ -220,10 +206,7 @@ class OneDevice(TrainingArguments):
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A data worker ignores the signal that a launcher sends to all processes: the step under way needs its batches.
-
-    It ends when the training process ends it.
-    """
+    """A data worker ignores the signal that a launcher sends to all processes: the step under way needs its batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -240,10 +223,15 @@ class TaskTrainer(Trainer):
         steps: int,
         report: Report,
         phase: Path,
+        asked: Asked,
         deepspeed: Path | None = None,
     ) -> None:
-        """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings."""
-        self.plan, self.steps, self.config, self.pad_id, self.phase = plan, steps, config, pad_id, phase
+        """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings.
+
+        `train` raises Interrupted after the step in which `asked` was set, with the state saved.
+        """
+        self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
+        self.phase, self.asked = phase, asked
         self.found = find_state(phase)
         self.first_step = 0 if self.found is None else load_weights(self.found, model)
         arguments = OneDevice(
@@ -252,6 +240,8 @@ class TaskTrainer(Trainer):
             per_device_train_batch_size=plan.micro,
             gradient_accumulation_steps=plan.accumulation,
             max_grad_norm=config.max_grad_norm,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(config.warmup_ratio * steps),
             logging_steps=config.logging_steps,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -270,20 +260,11 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
 
-    def run(self, stop_asked: Callable[[], bool]) -> None:
-        """Train to the last step, unless ``stop_asked``, which is called after each step but the last.
-
-        Raises:
-            Interrupted: it was asked; the state is saved.
-        """
-        self.stop_asked = stop_asked
-        self.train()
-
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         """Trainer's own preparation of model and optimizer, then the moments and the step of the state found."""
         prepared = super()._prepare_for_training(*arguments, **named)
         if self.found is not None:
-            load_moments(self.found, self.model, self._moments(), self.first_step)  # type: ignore[arg-type]
+            load_moments(self.found, self.model, self.moments(), self.first_step)  # type: ignore[arg-type]
             self.state.global_step = self.first_step
             self._schedule_from(self.first_step)
         return prepared
@@ -296,11 +277,7 @@ class TaskTrainer(Trainer):
         for group, rate in zip(self._adamw.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def save_state(self, step: int) -> None:
-        """Write the state after ``step`` steps; called by every process."""
-        save_state(self.phase, step, self.model, self._moments(), self.config.keep_states)  # type: ignore[arg-type]
-
-    def _moments(self) -> PlainOptimizer:
+    def moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
 
     def release(self) -> None:
@@ -327,12 +304,5 @@ class TaskTrainer(Trainer):
         config = self.config
         trained = cast(TrainedModel, self.model)
         groups = parameter_groups(trained, config.learning_rate, config.projector_learning_rate)
-        self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        self.optimizer = self._adamw
+        self.optimizer = self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         return self._adamw
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Linear warm-up, cosine decay to zero."""
-        warmup = round(self.config.warmup_ratio * num_training_steps)
-        self.lr_scheduler = get_cosine_schedule_with_warmup(self._adamw, warmup, num_training_steps)
-        return self.lr_scheduler

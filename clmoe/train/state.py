@@ -35,7 +35,6 @@ class PlainOptimizer:
         return self.adamw.state[parameter][key].cpu()
 
     def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """Set a moment, after ``start_at``."""
         self.adamw.state[parameter][key].copy_(value)
 
     def start_at(self, step: int) -> None:

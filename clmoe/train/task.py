@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,13 +28,13 @@ from clmoe.train.checkpoint import (
     LINEAGE,
     MANIFEST,
     Finished,
+    Lineage,
     build_folder,
     check_same,
     check_successor,
     differences,
     identity,
     is_complete,
-    lineage_of,
     publish,
     read_checkpoint,
     work_folder,
@@ -55,14 +54,14 @@ IDENTITY = "identity.json"
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One task to train.
+    """One task to train; ``prepare_request`` makes it.
 
     Attributes:
         task: its name, ``all`` for methods that train on the union.
         order: the whole sequence, for progress and for the union.
-        previous: parent checkpoint, verified, or None.
+        previous: parent checkpoint, verified.
         output: folder that becomes the checkpoint.
-        deepspeed: ZeRO's settings, None to train without DeepSpeed.
+        deepspeed: ZeRO's settings.
     """
 
     config: Config
@@ -106,7 +105,7 @@ def prepare_request(
     output: Path,
     deepspeed: Path | None = None,
 ) -> TrainRequest:
-    """Check all that can be checked without loading a model.
+    """A request, after all checks that need no model.
 
     Raises:
         ClmoeError: unknown task, a parent that does not fit, or a way of chaining that the method does not use.
@@ -124,9 +123,9 @@ def prepare_request(
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
-    if previous is not None and method.chain == "union":
-        raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
     if previous is not None:
+        if method.chain == "union":
+            raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
         check_successor(previous, config, benchmark.name, task)
     return TrainRequest(config, benchmark, task, order, previous, output, deepspeed)
 
@@ -137,40 +136,34 @@ def finished(request: TrainRequest) -> bool:
     Raises:
         ClmoeError: the output holds something else, or is damaged.
     """
-    if not request.output.exists():
+    output = request.output
+    if not output.exists():
         return False
-    if not (request.output / MANIFEST).is_file():
-        raise ClmoeError(
-            f"--output {request.output} exists and is not a finished checkpoint: choose another or delete it"
-        )
-    done = read_checkpoint(request.output)
-    check_same(done, request.identity)
-    if is_main():
-        _remove_phases(request.output)  # left by a command that was stopped right after publishing
+    if not (output / MANIFEST).is_file():
+        raise ClmoeError(f"--output {output} exists and is not a finished checkpoint: choose another or delete it")
+    check_same(read_checkpoint(output), request.identity)
+    if is_main():  # left by a command that was stopped right after publishing
+        shutil.rmtree(output / PHASES, ignore_errors=True)
     return True
 
 
 def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     """The training records, and the folder that their images are relative to."""
-    benchmark = request.benchmark
+    root = request.benchmark.root
+    names = request.order if request.task == UNION else [request.task]
+    tasks = [request.benchmark.task(name) for name in names]
+    loaded = [load_train(task.train, task.image_root) for task in tasks]
     if request.task != UNION:
-        task = benchmark.task(request.task)
-        return load_train(task.train, task.image_root), task.image_root
-    parts = []
-    for name in request.order:
-        task = benchmark.task(name)
-        records = load_train(task.train, task.image_root)
-        parts.append(Part.of(name, records, task.image_root, benchmark.root, task.passes))
-    return UnionRecords(parts), benchmark.root
+        return loaded[0], tasks[0].image_root
+    pairs = zip(tasks, loaded, strict=True)
+    return UnionRecords([Part.of(t.name, records, t.image_root, root, t.passes) for t, records in pairs]), root
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
     """Train one task and publish its checkpoint; does nothing when it is finished.
 
-    Args:
-        base: loaded before, by the task before it; None loads it.
-
-    Returns the base, as it was, for what follows; ``base`` itself if nothing had to be done.
+    ``base``, as the task before it returned it, saves loading it. Returns the base as it was, for what follows, or what
+    was given if nothing had to be done.
     """
     if finished(request):
         return base
@@ -182,7 +175,8 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     from_main(lambda: check_work(request.output, request.identity))
     if base is None:
         base = load_base(request.config.model, device())
-    _check_base(request, base)
+    if request.previous is not None and request.previous.lineage.base != base.fingerprint:
+        raise ClmoeError(f"--previous {previous} was trained on another base than {request.config.model.path}")
     building = from_main(lambda: open_work(request.output, request.identity))
     sealed = building / PHASES
     with _own_folder(building) as work:
@@ -227,9 +221,9 @@ def check_work(output: Path, identity: dict[str, Any]) -> None:
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> Path:
-    """The folder to build ``output`` in, after ``check_work``; called by the main process.
+    """The folder to build ``output`` in, after ``check_work``.
 
-    What an interrupted command of the same ``identity`` finished there is kept; its unfinished files are removed.
+    What an interrupted command finished there is kept; its unfinished files are removed.
     """
     work = work_folder(output)
     phases = work / PHASES
@@ -255,15 +249,9 @@ def _own_folder(building: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _remove_phases(output: Path) -> None:
-    """A published checkpoint no longer needs them."""
-    if (output / PHASES).exists():
-        shutil.rmtree(output / PHASES)
-
-
 def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
     """Add the task to the parent's locator, on features of its training data."""
-    config = context.config
+    config = request.config
     locator = make_locator(config.locator, config.seed)
     if not locator.looks:
         return
@@ -284,22 +272,24 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
 
     ``parameters``: trained in the last phase.
     """
-    work = context.work
+    work, config = context.work, request.config
     save_adapter(context.model, work)
-    (work / CONFIG).write_text(dump_config(request.config), encoding="utf-8")
-    lineage = lineage_of(
-        method,
-        context.model,
+    (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    lineage = Lineage(
+        method=config.method,
         benchmark=request.benchmark.name,
         tasks=request.learned,
-        parent=request.previous,
+        seed=config.seed,
+        parent=None if request.previous is None else request.previous.identity,
         base=context.base.fingerprint,
         steps=_phase_steps(request, phases[-1]),
-        trainable=parameters,
+        trainable_parameters=parameters,
+        adapter_parameters=count_parameters(context.model)[1],
+        effective_scale=method.effective_scale(),
     )
     write_json(work / LINEAGE, asdict(lineage))
     publish(work, request.output)
-    _remove_phases(request.output)
+    shutil.rmtree(request.output / PHASES)
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:
@@ -322,11 +312,7 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
 
 
 def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPlan:
-    """How this task's global batches are cut.
-
-    Raises:
-        ClmoeError: they cannot be cut over the processes.
-    """
+    """How this task's global batches are cut. Raises ClmoeError if the processes cannot divide them."""
     training = request.config.training
     return BatchPlan(request.config.seed, len(records), training.batch_size, training.micro_batch_size, count())
 
@@ -339,13 +325,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's own, an empty form
 
 
-def _check_base(request: TrainRequest, base: LoadedBase) -> None:
-    if request.previous is not None and request.previous.lineage.base != base.fingerprint:
-        raise ClmoeError(
-            f"--previous {request.previous.folder} was trained on another base than {request.config.model.path}"
-        )
-
-
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
     """The adapter as the parent left it, or a fresh one."""
     if request.previous is not None and method.chain == "sequence":
@@ -355,15 +334,12 @@ def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel
 
 
 def _phase_steps(request: TrainRequest, phase: Phase) -> int:
-    """Optimizer steps; ``training.steps`` counts per task, so the union takes them once for each of its tasks."""
     if phase.steps is not None:
         return phase.steps
-    training = request.config.training
-    union = request.task == UNION
-    steps = None if training.steps is None else training.steps * (len(request.order) if union else 1)
-    # the union's records hold a task's passes already
-    epochs = training.epochs * (request.benchmark.task(request.task).passes if phase.of_task and not union else 1)
-    return total_steps(len(phase.records), training.batch_size, epochs, steps)
+    training, records = request.config.training, len(phase.records)
+    if request.task == UNION:  # its records hold every task's passes already
+        return total_steps(training, records, tasks=len(request.order))
+    return total_steps(training, records, request.benchmark.task(request.task).passes if phase.of_task else 1)
 
 
 def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
@@ -386,10 +362,12 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
             report = Report(progress, log, request.task, plan.batch_size)
             trained = TrainedModel(context.model, method, plan.batch_size)
             folder, pad = context.trained, base.tokenizer.pad_token_id
-            trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, folder, request.deepspeed)
+            trainer = TaskTrainer(
+                trained, dataset, pad, training, plan, steps, report, folder, asked, request.deepspeed
+            )
             progress.skip(trainer.first_step)
-            trainer.run(lambda: asked.now)
-        from_main(partial(_seal, context.model, folder))
+            trainer.train()
+        from_main(lambda: _seal(context.model, folder))
     trainer.release()
     return type(trainer.model_wrapped).__name__
 

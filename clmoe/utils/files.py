@@ -82,11 +82,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of ours.
-
-    Raises:
-        ClmoeError: unreadable or broken; the file is named.
-    """
+    """A JSON file of ours. Raises ClmoeError: unreadable or broken; the file is named."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -31,10 +31,9 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append ``{"time", "event", ...fields}``; of several processes only the main one does."""
-        if not is_main():
-            return
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
-        append_json_lines(self.path, [line])
+        if is_main():
+            time = datetime.now(UTC).isoformat(timespec="milliseconds")
+            append_json_lines(self.path, [{"time": time, "event": event, **fields}])
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -49,27 +48,19 @@ class Stage:
     index: int
     total: int
 
-    def next(self) -> "Stage":
-        """The task after this one."""
-        return Stage(self.index + 1, self.total)
 
+def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
+    """Seconds until the whole sequence ends, ``here`` of them for what is under way.
 
-def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float | None) -> float:
-    """Seconds until the whole sequence ends.
-
-    ``here``: seconds that this task's training will still take, None before it begins. Every later task is expected to
-    take the mean time of the finished ones (training) and, for evaluation, the mean time per evaluated task times the
-    tasks seen by then.
+    Every later task is expected to take the mean time of the finished ones (training) and, for evaluation, the mean
+    time per evaluated task times the tasks seen by then.
     """
-    if stage.index >= stage.total:
-        return 0.0
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
     tasks = {e["task"] for e in events if e["event"] == "trained"}  # one may have several phases
-    per_training = sum(trained) / len(tasks) if trained else here or 0.0
+    per_training = sum(trained) / len(tasks) if trained else here
     per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
     evaluations = sum(range(stage.index + 1, stage.total + 1))
-    here = per_training if here is None else here
     return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations
 
 
@@ -80,20 +71,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Display:
-    """The one live display of this process: a row for the sequence and one for what is under way."""
-
-    def __init__(self) -> None:
-        columns = ("[bold]{task.description}", BarColumn(10), MofNCompleteColumn(), "{task.fields[state]}")
-        self.bars = RichProgress(
-            *(TextColumn(column) if isinstance(column, str) else column for column in columns),
-            console=Console(stderr=True),
-            disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
-        )
-        self.sequence: TaskID | None = None
+def _live() -> RichProgress:
+    return RichProgress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(10),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=Console(stderr=True),
+        disable=not is_main() or not sys.stderr.isatty() or os.environ.get("CLMOE_PROGRESS") == "0",
+    )
 
 
-_shown: list[_Display] = []
+_shown: list[tuple[RichProgress, TaskID]] = []  # the one live display of this process, and its row for the sequence
 
 
 @contextmanager
@@ -102,11 +91,10 @@ def display(title: str, tasks: int) -> Iterator[None]:
 
     Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
     """
-    shown = _Display()
-    shown.sequence = shown.bars.add_task(title, total=tasks, state="")
-    _shown.append(shown)
+    bars = _live()
+    _shown.append((bars, bars.add_task(title, total=tasks, state="")))
     try:
-        with shown.bars:
+        with bars:
             yield
     finally:
         _shown.pop()
@@ -114,11 +102,10 @@ def display(title: str, tasks: int) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line for people, above the display where there is one; a sequence's row counts it as a finished task."""
-    if not is_main():
-        return
-    print(line, flush=True)
-    if _shown and _shown[-1].sequence is not None:
-        _shown[-1].bars.advance(_shown[-1].sequence)
+    if is_main():
+        print(line, flush=True)
+        for bars, sequence in _shown:
+            bars.advance(sequence)
 
 
 class Progress:
@@ -128,7 +115,7 @@ class Progress:
         self.total, self.events, self.stage = total, events, stage
         self.start, self.skipped, self.done, self.samples, self.loss = time.monotonic(), 0, 0, 0, ""
         self.own = not _shown
-        self.bars = (_Display() if self.own else _shown[-1]).bars
+        self.bars = _live() if self.own else _shown[-1][0]
         self.row = self.bars.add_task(title, total=total, state="")
 
     def __enter__(self) -> "Progress":
@@ -207,16 +194,14 @@ def provenance() -> dict[str, str | None]:
 
 
 def _commit(checkout: Path) -> str | None:
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
     if not (checkout / ".git").exists():
         return None
-    commit = _git(checkout, "rev-parse", "--short=12", "HEAD")
-    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
-    return None if commit is None or changed is None else commit + ("+" if changed else "")
-
-
-def _git(checkout: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -49,9 +50,7 @@ def device() -> str:
 
 def start() -> None:
     """Join the other processes; does nothing when there are none, or when it is done already."""
-    if count() == 1:
-        return
-    if dist.is_initialized():
+    if count() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -111,9 +110,7 @@ def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
     them should be on the CPU.
     """
     mine = [compute(item) for item in items[rank() :: count()]]
-    if count() == 1:
-        return mine
-    shares = _gather(mine)
+    shares = _gather(mine) if count() > 1 else [mine]
     return [shares[k % count()][k // count()] for k in range(len(items))]
 
 
@@ -137,14 +134,15 @@ EXIT_CODE = 75
 """Of a command that was told to stop and continues when it is given again (EX_TEMPFAIL of sysexits.h)."""
 
 
-class _Asked:
+@dataclass
+class Asked:
     """Whether SIGTERM has come, and whether a block defers it."""
 
-    def __init__(self) -> None:
-        self.now, self.deferred = False, False
+    now: bool = False
+    deferred: bool = False
 
 
-_asked = _Asked()
+_asked = Asked()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -165,7 +163,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[_Asked]:
+def deferred() -> Iterator[Asked]:
     """Within the block SIGTERM only sets ``now``; the block checks it and raises ``Interrupted`` at a safe point.
 
     Raises:

@@ -14,11 +14,7 @@ from clmoe.errors import ClmoeError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU.
-
-    Raises:
-        ClmoeError: no safetensors file, or a damaged one; it is named.
-    """
+    """All tensors of a file, on the CPU. Raises ClmoeError: no safetensors file, or a damaged one; it is named."""
     with _reading(path):
         return load_file(path)
 

@@ -20,7 +20,7 @@ from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import BatchPlan
 from clmoe.train.loss import TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import trainable
-from tests.runs import Runs, contents, events, same_bits, tensors
+from tests.runs import Runs, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
 
 METHODS = ["lora", "moelora"]
@@ -42,16 +42,17 @@ def reference(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[flo
     return method, *trained(runs, runs.root / f"reference-{method}", method)
 
 
-@pytest.mark.parametrize("override", ["training.gradient_checkpointing=true", "training.workers=2"])
+@pytest.mark.parametrize("override", ["training.gradient_checkpointing=true", "training.workers=2", "seed=1"])
 def test_bit_for_bit_the_same(
     override: str, reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path
 ) -> None:
+    """Recomputed, or loaded by other processes; another seed shows that the comparison can fail."""
     method, losses, checkpoint = reference
     again, other = trained(runs, tmp_path, method, override)
     assert len(losses) == 4
-    assert again == losses
+    assert (again == losses) == (override != "seed=1")
     for name, value in tensors(checkpoint).items():
-        assert same_bits(tensors(other)[name], value), name
+        assert same_bits(tensors(other)[name], value) == (override != "seed=1"), name
 
 
 def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
@@ -97,11 +98,6 @@ def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_pa
     assert saved.keys() == expected.keys()
     for name, value in saved.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_the_seed_matters(reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path) -> None:
-    method, losses, _ = reference
-    assert trained(runs, tmp_path, method, "seed=1")[0] != losses
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -172,17 +168,6 @@ def test_a_batch_of_text_alone(method: str, tiny_base: LoadedBase) -> None:
     assert sum(bool(grad.any()) for grad in adapter) > len(adapter) // 2  # type: ignore[union-attr]
 
 
-def test_a_share_of_the_batch_is_a_share_of_its_loss(tiny_base: LoadedBase) -> None:
-    """Rows with long answers weigh more: the mean is over the global batch's tokens, not over rows or micro-batches."""
-    model = model_of("lora", tiny_base)
-    rows = [("What is it?", "red"), ("What is it?", "it is a thing on the left side"), ("Are you sure?", "yes")]
-    whole = train_batch(tiny_base, rows)
-    answers = (whole["labels"] != -100).sum()
-    together = model(**whole, num_items_in_batch=answers)["loss"]
-    parts = [model(**train_batch(tiny_base, [row]), num_items_in_batch=answers)["loss"] for row in rows]
-    torch.testing.assert_close(together, sum(parts), rtol=1e-5, atol=0)
-
-
 def test_every_step_has_a_dropout_mask_of_its_own(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Tensor] = []
     real = Dropout.forward
@@ -196,10 +181,3 @@ def test_every_step_has_a_dropout_mask_of_its_own(runs: Runs, tmp_path: Path, mo
     trained(runs, tmp_path, "moelora", "adapter.dropout=0.2", "training.steps=3")
     masks = {tuple(mask.tolist()) for mask in kept[:: len(kept) // 3]}
     assert len(masks) == 3, "the first layer's of each step"
-
-
-def test_dropout_follows_the_seed(runs: Runs, tmp_path: Path) -> None:
-    settings = ("adapter.dropout=0.2", "training.steps=2")
-    first, other = (trained(runs, tmp_path / name, "moelora", *settings) for name in ("a", "b"))
-    assert contents(first[1]) == contents(other[1])
-    assert trained(runs, tmp_path / "c", "moelora", "training.steps=2")[0] != first[0]

@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,11 @@ from clmoe.errors import ClmoeError
 from clmoe.train.checkpoint import MANIFEST, read_checkpoint, seal, verify
 from clmoe.utils.tensors import load_tensors
 from tests.launch import environment
-from tests.runs import Runs, contents
+from tests.runs import DAMAGES, LLAVA_CMOE, Runs, contents
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
-LLAVA_CMOE = (
-    "adapter.train_projector=false",
-    "options.initial_experts_from=first_task",
-    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
-)
 CHAINS = {"clmoe": (), "llava_cmoe": LLAVA_CMOE}
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-2] + bytes([path.read_bytes()[-2] ^ 1, 10])),
-    "deleted": lambda path: path.unlink(),
-}
 
 
 class Canary:

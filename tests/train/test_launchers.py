@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,22 +12,15 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from clmoe.train.checkpoint import identity, read_checkpoint, seal
-from clmoe.train.loop import OneDevice, TaskTrainer
+from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
-from tests.runs import Runs, contents, events, same_bits, tensors
+from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, same_bits, tensors
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
 # Rounding errors grow with the learning rate, whoever makes them.
 STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
-LLAVA_CMOE = (
-    "adapter.train_projector=false",
-    "options.initial_experts_from=first_task",
-    "options.probe_share=0.5",
-    "options.probe_min_steps=4",
-    *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
-)
 
 
 def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
@@ -116,24 +108,14 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
 
 
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
-
-
 @needs_deepspeed
 def test_two_processes_go_on_where_one_was_killed(
     alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, moments and step of a state that one process wrote, spread by DeepSpeed over two."""
-    output, made, real = tmp_path / FIRST, 30, TaskTrainer.training_step
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == made:
-            raise Killed
-        return real(self, *args, **kwargs)
-
+    output, made = tmp_path / FIRST, 30
     with monkeypatch.context() as patch:
-        patch.setattr(TaskTrainer, "training_step", step)
+        on_step(patch, made)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", FIRST, *STEPS, f"training.save_steps={made}")
     before, expected = len(losses(tmp_path)), losses(alone.parent)[made:]
@@ -146,8 +128,9 @@ def test_two_processes_go_on_where_one_was_killed(
 @needs_deepspeed
 def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
     """LLaVA-CMoE's second task: probes, decision, extension, VAE, then the evaluation of all it has learned."""
-    first, second = runs.chain("llava_cmoe", *LLAVA_CMOE)
-    more = ["--previous", str(first), "--deepspeed", "zero2", *LLAVA_CMOE]
+    settings = (*LLAVA_CMOE, "options.probe_share=0.5", "options.probe_min_steps=4")
+    first, second = runs.chain("llava_cmoe", *settings)
+    more = ["--previous", str(first), "--deepspeed", "zero2", *settings]
     launch(2, *train_line(runs, tmp_path / "two" / SECOND, "llava_cmoe", SECOND, *more))
     launch(2, *eval_line(runs, tmp_path / "two" / SECOND))
     two = tmp_path / "two" / SECOND

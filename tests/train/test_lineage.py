@@ -20,8 +20,6 @@ from clmoe.train.checkpoint import (
     identity,
     read_checkpoint,
     seal,
-    training_identity,
-    versions,
 )
 
 
@@ -32,11 +30,7 @@ def config(*overrides: str, method: str = "clmoe") -> Config:
 def write(folder: Path, settings: Config, tasks: list[str], parent: str | None = None) -> Finished:
     """A finished checkpoint without weights."""
     folder.mkdir(parents=True)
-    lineage = Lineage(
-        method=settings.method, benchmark="mini", tasks=tasks, seed=0, parent=parent, base="base",
-        config_sha256=training_identity(settings), steps=4, trainable_parameters=1, adapter_parameters=1,
-        effective_scale=2.0, versions=versions(),
-    )  # fmt: skip
+    lineage = Lineage(settings.method, "mini", tasks, 0, parent, "base", 4, 1, 1, 2.0)
     (folder / "continual.json").write_text(json.dumps(dataclasses.asdict(lineage)))
     (folder / "config.yaml").write_text(dump_config(settings))
     seal(folder)
@@ -50,65 +44,34 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert done.lineage.tasks == ["colour"]
     assert done.lineage.versions.keys() >= {"torch", "transformers", "peft"}
     assert len(done.identity) == 64
+    assert read_checkpoint(done.folder, ["evaluation.limit=3"]).config.evaluation.limit == 3
 
 
-def test_evaluation_overrides_change_the_config_that_is_read(tmp_path: Path) -> None:
-    write(tmp_path / "a", config(), ["colour"])
-    assert read_checkpoint(tmp_path / "a", ["evaluation.limit=3"]).config.evaluation.limit == 3
+def test_lineages_of_0_2_0_are_read_and_foreign_ones_named(tmp_path: Path) -> None:
+    done = write(tmp_path / "a", config(), ["colour"])
+    path, lineage = done.folder / "continual.json", dataclasses.asdict(done.lineage)
+    path.write_text(json.dumps(lineage | {"config_sha256": "0" * 64}))
+    seal(done.folder)
+    assert read_checkpoint(done.folder).lineage == done.lineage
+    for foreign in ({"tasks": ["colour"]}, lineage | {"more": 1}, [], "text"):
+        path.write_text(json.dumps(foreign))
+        seal(done.folder)
+        with pytest.raises(ClmoeError, match=r"continual\.json"):
+            read_checkpoint(done.folder)
 
 
-def test_a_foreign_lineage_file_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "a", config(), ["colour"])
-    (tmp_path / "a" / "continual.json").write_text('{"tasks": ["colour"]}')
-    (tmp_path / "a" / "manifest.json").unlink()
-    seal(tmp_path / "a")
-    with pytest.raises(ClmoeError, match=r"continual\.json"):
-        read_checkpoint(tmp_path / "a")
-
-
-def test_identity_covers_what_decides_a_training() -> None:
-    same = training_identity(config())
-    assert training_identity(config("evaluation.limit=3", "evaluation.exact=false", "label=x")) == same
-    for free in ("micro_batch_size=2", "gradient_checkpointing=true", "workers=2", "save_steps=7", "keep_states=1"):
-        assert training_identity(config(f"training.{free}")) == same, free
-    changes = [
-        "seed=1",
-        "training.steps=3",
-        "training.batch_size=2",
-        "adapter.rank=8",
-        "options.gamma=0.5",
-        "model.path=x",
-    ]
-    assert len({same, *(training_identity(config(change)) for change in changes)}) == len(changes) + 1
-
-
-@pytest.mark.parametrize(
-    ("overrides", "method", "message"),
-    [
-        ((), "moelora", "method clmoe there, moelora here"),
-        (("adapter.rank=32",), "clmoe", r"adapter\.rank 64 there, 32 here"),
-        (("model.path=elsewhere",), "clmoe", r"model\.path .* there, elsewhere here"),
-    ],
-)
-def test_a_parent_of_another_kind_is_refused(
-    tmp_path: Path, overrides: tuple[str, ...], method: str, message: str
-) -> None:
-    parent = write(tmp_path / "a", config(), ["colour"])
-    with pytest.raises(ClmoeError, match=message):
-        check_successor(parent, config(*overrides, method=method), "mini", "count")
-
-
-def test_a_parent_from_another_benchmark_is_refused(tmp_path: Path) -> None:
-    parent = write(tmp_path / "a", config(), ["colour"])
-    with pytest.raises(ClmoeError, match="benchmark mini there, other here"):
-        check_successor(parent, config(), "other", "count")
-
-
-def test_a_learned_task_is_refused(tmp_path: Path) -> None:
-    parent = write(tmp_path / "a", config(), ["colour", "count"])
-    with pytest.raises(ClmoeError, match="has learned 'count' already"):
-        check_successor(parent, config(), "mini", "count")
+def test_what_may_follow_a_checkpoint(tmp_path: Path) -> None:
+    parent = write(tmp_path / "a", config(), TASKS)
     check_successor(parent, config("evaluation.limit=2"), "mini", "side")
+    for settings, benchmark, task, message in (
+        (config(method="moelora"), "mini", "side", "method clmoe there, moelora here"),
+        (config("adapter.rank=32"), "mini", "side", r"adapter\.rank 64 there, 32 here"),
+        (config("model.path=elsewhere"), "mini", "side", r"model\.path .* there, elsewhere here"),
+        (config(), "other", "side", "benchmark mini there, other here"),
+        (config(), "mini", "count", "has learned 'count' already"),
+    ):
+        with pytest.raises(ClmoeError, match=message):
+            check_successor(parent, settings, benchmark, task)
 
 
 TASKS = ["colour", "count"]
@@ -137,18 +100,22 @@ def another(value: Any, annotation: Any) -> Any:
     return 3 if value is None else value / 2 + 7
 
 
+def identity_of(settings: Config) -> str:
+    return json.dumps(identity(settings, "mini", None, TASKS), sort_keys=True)
+
+
 def identities(settings: Config) -> dict[str, str]:
     """The identity after each field of the configuration was changed alone, by the field's name."""
-    found = {"label": training_identity(dataclasses.replace(settings, label="x"))}
-    found["seed"] = training_identity(dataclasses.replace(settings, seed=1))
+    found = {"label": identity_of(dataclasses.replace(settings, label="x"))}
+    found["seed"] = identity_of(dataclasses.replace(settings, seed=1))
     for section in ("model", "adapter", "locator", "training", "evaluation"):
         old = getattr(settings, section)
         for name, annotation in typing.get_type_hints(type(old)).items():
             value = 0.1 if name == "dropout" else another(getattr(old, name), annotation)
             new = dataclasses.replace(old, **{name: value})
-            found[f"{section}.{name}"] = training_identity(dataclasses.replace(settings, **{section: new}))
+            found[f"{section}.{name}"] = identity_of(dataclasses.replace(settings, **{section: new}))
     for name, options in one_changed(settings.options):
-        found[f"options.{name}"] = training_identity(dataclasses.replace(settings, options=options))
+        found[f"options.{name}"] = identity_of(dataclasses.replace(settings, options=options))
     return found
 
 
@@ -167,8 +134,8 @@ def test_all_that_can_change_a_training_is_part_of_its_identity(method: str) -> 
     settings = config(*own_needs, method=method)
     options = build(method_class(method).Options, settings.options, "options")
     settings = dataclasses.replace(settings, options=dataclasses.asdict(options))
-    found, own = identities(settings), training_identity(settings)
-    assert {name for name, identity in found.items() if identity == own} == FREE
+    found, own = identities(settings), identity_of(settings)
+    assert {name for name, other in found.items() if other == own} == FREE
     assert len(set(found.values())) == len(found) - len(FREE) + 1, "each of the others is an identity of its own"
 
 

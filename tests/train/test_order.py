@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from clmoe.config import TrainingConfig
 from clmoe.data.batches import epoch_permutation
 from clmoe.errors import ClmoeError
 from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, total_steps
@@ -74,8 +75,7 @@ def test_what_is_random_differs_by_seed_phase_step_and_process(monkeypatch: pyte
 
 
 def test_total_steps() -> None:
-    assert total_steps(100, 8, 1.0, None) == 13
-    assert total_steps(96, 8, 1.0, None) == 12
-    assert total_steps(100, 8, 0.5, None) == 7
-    assert total_steps(3, 8, 1.0, None) == 1
-    assert total_steps(100, 8, 3.0, 20) == 20
+    for records, epochs, passes, steps in ((100, 1.0, 1, 13), (96, 1.0, 1, 12), (100, 0.5, 1, 7), (3, 1.0, 1, 1)):
+        assert total_steps(TrainingConfig(batch_size=8, epochs=epochs), records, passes) == steps
+    assert total_steps(TrainingConfig(batch_size=8, epochs=0.5), 100, passes=3) == 19
+    assert total_steps(TrainingConfig(steps=20, epochs=3.0), 100, passes=2, tasks=3) == 60

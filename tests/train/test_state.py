@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from clmoe.errors import ClmoeError
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train.checkpoint import MANIFEST, seal
 from clmoe.train.loop import TaskTrainer
-from clmoe.train.state import find_state, load_weights, state_folder, states
+from clmoe.train.state import find_state, state_folder, states
 from clmoe.utils.processes import EXIT_CODE
 from clmoe.utils.tensors import trainable
 from tests.launch import stop_when
-from tests.runs import Runs, contents, events
+from tests.runs import DAMAGES, LLAVA_CMOE, Killed, Runs, contents, events, on_step
 from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
@@ -27,22 +25,13 @@ SETTINGS = ("training.steps=7", "training.save_steps=2", "adapter.dropout=0.2", 
 METHODS = ("lora", "clmoe", "llava_cmoe")
 
 
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
-
-
-def kill() -> None:
-    raise Killed
-
-
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def settings(method: str, *more: str) -> list[str]:
-    own = ["adapter.train_projector=false", "options.initial_experts_from=first_task", "options.probe_min_steps=4"]
-    fast = [f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")]
-    return [*SETTINGS, *([*own, *fast] if method == "llava_cmoe" else []), *more]
+    own = (*LLAVA_CMOE, "options.probe_min_steps=4") if method == "llava_cmoe" else ()
+    return [*SETTINGS, *own, *more]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -50,20 +39,6 @@ def straight(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[Path
     """A method and its two checkpoints, trained without interruption."""
     method = request.param
     return method, runs.chain(method, *settings(method))
-
-
-def on_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> list[int]:
-    """``act`` before the ``number``-th forward pass from now (from 0); the list grows with every pass."""
-    real, seen = TaskTrainer.training_step, []
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if len(seen) == number:
-            act()
-        seen.append(self.state.global_step)
-        return real(self, *args, **kwargs)
-
-    patch.setattr(TaskTrainer, "training_step", step)
-    return seen
 
 
 # llava_cmoe's second task begins with four steps of its probes.
@@ -76,11 +51,11 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
         pytest.skip("this method's second task has seven steps")
     output = tmp_path / SECOND
     with monkeypatch.context() as patch:
-        on_step(patch, stop, kill)
+        on_step(patch, stop)
         with pytest.raises(Killed):
             runs.train(output, method, SECOND, *settings(method), previous=first)
     with monkeypatch.context() as patch:
-        made = on_step(patch, -1, kill)
+        made = on_step(patch, -1)
         runs.train(output, method, SECOND, *settings(method), previous=first)
     lost = stop % 2 if stop < 4 or method != "llava_cmoe" else (stop - 4) % 2
     total = 11 if method == "llava_cmoe" else 7
@@ -105,7 +80,7 @@ def test_sigterm_saves_and_says_so(
     assert stop.value.code == EXIT_CODE == 75
     assert "after step 3" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        made = on_step(patch, -1, kill)
+        made = on_step(patch, -1)
         runs.train(output, method, SECOND, *settings(method), previous=first)
     assert made[0] == 3, "the step during which the signal came is not lost"
     assert contents(output) == contents(second)
@@ -119,7 +94,7 @@ def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monk
             runs.train(output, "lora", FIRST, *settings("lora"))
     assert stop.value.code == EXIT_CODE
     with monkeypatch.context() as patch:
-        made = on_step(patch, -1, kill)
+        made = on_step(patch, -1)
         runs.train(output, "lora", FIRST, *settings("lora"))
     assert made == [], "the phase was sealed before the command ended"
     assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
@@ -139,11 +114,19 @@ def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, 
 def test_weights_that_ran_away_are_not_kept(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between two logged losses nobody looks: neither a state nor the phase may hold a NaN."""
+    """Between two logged losses nobody looks: neither a state nor the phase may hold a gradient's NaN."""
     output = tmp_path / FIRST
+    real = TaskTrainer.training_step
     for number, when in ((1, "step 2"), (6, "the end of phase trained")):
+
+        def step(self: TaskTrainer, *args: Any, number: int = number, **kwargs: Any) -> Any:
+            loss = real(self, *args, **kwargs)
+            if self.state.global_step == number:
+                next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+            return loss
+
         with monkeypatch.context() as patch:
-            poison(patch, number)
+            patch.setattr(TaskTrainer, "training_step", step)
             with pytest.raises(SystemExit) as stop:
                 runs.train(output, "lora", FIRST, *settings("lora"))
         assert stop.value.code == 2
@@ -169,20 +152,6 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2]
 
 
-def poison(patch: pytest.MonkeyPatch, number: int) -> None:
-    """The ``number``-th step's gradient (from 0) is not a number; the loss that is logged is."""
-    real, seen = TaskTrainer.training_step, []
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        loss = real(self, *args, **kwargs)
-        if len(seen) == number:
-            next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
-        seen.append(loss)
-        return loss
-
-    patch.setattr(TaskTrainer, "training_step", step)
-
-
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = runs.chain("clmoe", *settings("clmoe"))
     with monkeypatch.context() as patch:
@@ -200,40 +169,31 @@ def interrupted(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The output of a task that was killed in its seventh step, and the folder of its training phase."""
     output = tmp_path / FIRST
     with monkeypatch.context() as patch:
-        on_step(patch, 6, kill)
+        on_step(patch, 6)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", FIRST, *settings("clmoe"))
     return output, tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
 
 
-def test_the_newest_states_are_kept(interrupted: tuple[Path, Path]) -> None:
-    _, phase = interrupted
-    assert states(phase) == [state_folder(phase, 6), state_folder(phase, 4)]
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
-    "deleted": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("state.safetensors", "truncated"), ("state.safetensors", "flipped"), ("state.json", "deleted")],
+)
 def test_a_damaged_state_is_named_and_the_one_before_used(
     file: str, damage: str, interrupted: tuple[Path, Path], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, phase = interrupted
     DAMAGES[damage](state_folder(phase, 6) / file)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"{phase.name}.step-00000006/{file}"):
-        made = on_step(patch, -1, kill)
+        made = on_step(patch, -1)
         runs.train(output, "clmoe", FIRST, *settings("clmoe"))
     assert made[0] == 4
     assert contents(output) == contents(runs.chain("clmoe", *settings("clmoe"))[0])
 
 
-def test_without_its_manifest_a_state_does_not_exist(interrupted: tuple[Path, Path]) -> None:
+def test_the_newest_two_are_kept_and_one_without_manifest_does_not_exist(interrupted: tuple[Path, Path]) -> None:
     _, phase = interrupted
+    assert states(phase) == [state_folder(phase, 6), state_folder(phase, 4)]
     (state_folder(phase, 6) / MANIFEST).unlink()
     assert find_state(phase) == state_folder(phase, 4)
     assert find_state(phase.with_name("probe")) is None
@@ -252,21 +212,3 @@ def test_a_state_of_other_parameters_is_refused(
         runs.train(output, "clmoe", FIRST, *settings("clmoe"))
     assert stop.value.code == 2
     assert "weight.other" in (error := capsys.readouterr().err) and "unmatched" in error
-
-
-def test_a_state_holds_weights_and_moments_by_name(interrupted: tuple[Path, Path], runs: Runs) -> None:
-    _, phase = interrupted
-    tensors = load_file(state_folder(phase, 6) / "state.safetensors")
-    kinds = {kind: {n.split(".", 1)[1] for n in tensors if n.startswith(f"{kind}.")} for kind in ("weight", "exp_avg")}
-    assert kinds["weight"] == kinds["exp_avg"] and len(tensors) == 3 * len(kinds["weight"])
-    assert any("multi_modal_projector" in name for name in kinds["weight"])
-
-
-def test_weights_of_a_state_fit_its_model_only(interrupted: tuple[Path, Path]) -> None:
-    import torch
-
-    _, phase = interrupted
-    other = torch.nn.Linear(2, 2)
-    with pytest.raises(ClmoeError, match="unmatched"):
-        load_weights(state_folder(phase, 6), other)
-    assert set(trainable(other)) == {"weight", "bias"}

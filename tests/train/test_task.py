@@ -5,25 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from clmoe.methods.base import TaskContext
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
-from tests.runs import Runs, contents, events
+from tests.runs import Killed, Runs, contents, events, kill
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
-
-
-class Killed(BaseException):
-    """Not an Exception: nobody may catch it, as nobody catches kill -9."""
-
-
-def kill(*unused: Any, **also_unused: Any) -> None:
-    raise Killed
 
 
 @pytest.fixture
@@ -53,20 +44,7 @@ def half_way_through_cleaning(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shutil, "rmtree", cut)
 
 
-def during_training(patch: pytest.MonkeyPatch) -> None:
-    real = TaskTrainer.training_step
-    steps = iter(range(3))
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if next(steps, None) is None:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    patch.setattr(TaskTrainer, "training_step", step)
-
-
 PHASES = {
-    "training": during_training,
     "after_training": lambda patch: patch.setattr(ClMoe, "end_task", kill),
     "after_consolidation": after_end_task,
     "saving": lambda patch: patch.setattr(task_module, "dump_config", kill),
@@ -76,7 +54,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_in_any_phase_a_rerun_ends_in_the_same_bytes(
+def test_killed_after_training_a_rerun_ends_in_the_same_bytes_without_another(
     phase: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / SECOND
@@ -85,78 +63,24 @@ def test_killed_in_any_phase_a_rerun_ends_in_the_same_bytes(
         with pytest.raises(Killed):
             runs.train(output, "clmoe", SECOND, previous=chain[0])
     assert output.exists() == (phase == "cleaning"), "nothing is removed before the checkpoint is in its place"
-    runs.train(output, "clmoe", SECOND, previous=chain[0])
-    assert contents(output) == contents(chain[1])
-    assert list(tmp_path.rglob(".*")) == [], "no working folder is left"
-
-
-@pytest.mark.parametrize("phase", ["after_training", "publishing"])
-def test_training_is_not_repeated_once_it_is_saved(
-    phase: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / SECOND
-    with monkeypatch.context() as patch:
-        PHASES[phase](patch)
-        with pytest.raises(Killed):
-            runs.train(output, "clmoe", SECOND, previous=chain[0])
     monkeypatch.setattr(TaskTrainer, "train", kill)
     runs.train(output, "clmoe", SECOND, previous=chain[0])
     assert contents(output) == contents(chain[1])
     assert len(events(tmp_path, "trained")) == 1
+    assert list(tmp_path.rglob(".*")) == [], "no working folder is left"
 
 
-def twin(benchmark: Path, folder: Path) -> Path:
-    """YAML of a benchmark that differs in its name and in the first task's records."""
-    values = yaml.safe_load(benchmark.read_text())
-    first, second, *_ = values["tasks"]
-    first |= {"train": second["train"], "images": second["images"]}
-    (folder / "twin.yaml").write_text(yaml.safe_dump(values | {"name": "twin"}))
-    return folder / "twin.yaml"
-
-
-@pytest.mark.parametrize(
-    ("other", "named"),
-    [("config", "seed 7 there, 0 here"), ("parent", "parent"), ("benchmark", "benchmark twin there, mini here")],
-)
 def test_an_interrupted_training_of_another_command_is_refused_and_kept(
-    other: str,
-    named: str,
-    runs: Runs,
-    chain: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = FIRST if other == "benchmark" else SECOND
-    output, previous = tmp_path / "run" / task, None if other == "benchmark" else chain[0]
-    settings, parent, options = [], previous, {}
-    if other == "config":
-        settings = ["seed=7"]
-    elif other == "parent":
-        (parent,) = runs.chain("clmoe", "options.consolidation=none", "training.steps=3", tasks=TASKS[:1])
-    else:
-        options = {"benchmark": str(twin(runs.benchmark, tmp_path))}
+    output = tmp_path / "run" / SECOND
     with monkeypatch.context() as patch:
         patch.setattr(ClMoe, "end_task", kill)
         with pytest.raises(Killed):
-            runs.train(output, "clmoe", task, *settings, previous=parent, **options)
-    assert named in refused(runs, capsys, output, "clmoe", task, previous=previous)
-    finished = runs.train(output, "clmoe", task, *settings, previous=parent, **options)
+            runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0])
+    assert "seed 7 there, 0 here" in refused(runs, capsys, output, "clmoe", SECOND, previous=chain[0])
+    verify(runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0]))
     assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
-    verify(finished)
-
-
-def test_the_same_command_twice_does_nothing(runs: Runs, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")}
-    monkeypatch.setattr(task_module, "load_base", kill)
-    runs.train(chain[1], "clmoe", SECOND, previous=chain[0])
-    assert {path: path.stat().st_mtime_ns for path in chain[1].parent.rglob("*")} == before
-
-
-def test_two_runs_give_the_same_bytes(runs: Runs, chain: list[Path], tmp_path: Path) -> None:
-    first = runs.train(tmp_path / "deep" / "er" / FIRST, "clmoe", FIRST)
-    assert contents(first) == contents(chain[0])
-    assert verify(first) == verify(chain[0])
 
 
 def refused(
@@ -182,53 +106,15 @@ def test_other_settings_in_the_same_output_are_refused(
     assert "parent" in refused(runs, capsys, chain[1], "clmoe", SECOND)
 
 
-def test_another_base_is_refused(
-    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Both by its name, and when other weights lie under the same name."""
+def test_another_base_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other weights under the same name."""
     other = str(save_tiny(tmp_path / "other", seed=1))
-    output = tmp_path / "run" / SECOND
-    error = refused(runs, capsys, output, "clmoe", SECOND, previous=chain[0], model=other)
-    assert "model.path" in error
     swapped = Runs(tmp_path / "swapped", Path(other), runs.benchmark)
     parent = swapped.train(tmp_path / "swapped" / FIRST, "lora", FIRST)
     shutil.rmtree(other)
     shutil.copytree(runs.model, other)
-    error = refused(swapped, capsys, output, "lora", SECOND, previous=parent)
+    error = refused(swapped, capsys, tmp_path / "run" / SECOND, "lora", SECOND, previous=parent)
     assert "was trained on another base" in error
-
-
-def test_another_method_is_refused(
-    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refused(runs, capsys, tmp_path / "run" / SECOND, "moelora", SECOND, previous=chain[0])
-    assert "method clmoe there, moelora here" in error
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "statistics.safetensors", "continual.json"])
-def test_a_damaged_parent_is_refused(
-    name: str, runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parent = runs.copy(chain[0], tmp_path / "parent")
-    content = bytearray((parent / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (parent / name).write_bytes(content)
-    error = refused(runs, capsys, tmp_path / "run" / SECOND, "clmoe", SECOND, previous=parent)
-    assert f"{name} is damaged" in error
-
-
-def test_a_parent_that_is_no_checkpoint_is_refused(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refused(runs, capsys, tmp_path / "run" / SECOND, "clmoe", SECOND, previous=tmp_path / "nowhere")
-    assert "not a finished checkpoint" in error
-
-
-def test_a_learned_task_is_refused(
-    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refused(runs, capsys, tmp_path / "run" / FIRST, "clmoe", FIRST, previous=chain[1])
-    assert "has learned 'colour' already" in error
 
 
 def test_an_output_that_holds_something_else_is_refused(
@@ -240,15 +126,13 @@ def test_an_output_that_holds_something_else_is_refused(
     assert "is not a finished checkpoint" in refused(runs, capsys, output, "clmoe", FIRST)
 
 
-def test_an_indivisible_batch_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(runs, capsys, tmp_path / "run" / FIRST, "lora", FIRST, "training.micro_batch_size=3")
-    assert "cannot be cut" in error
-
-
-def test_union_only_methods_and_single_tasks_are_told_apart(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_trained_is_refused(
+    runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run" / "x"
+    assert "has learned 'colour' already" in refused(runs, capsys, output, "clmoe", FIRST, previous=chain[1])
+    assert "leave out --previous" in refused(runs, capsys, output, "multitask", "all", previous=chain[1])
+    assert "cannot be cut" in refused(runs, capsys, output, "lora", FIRST, "training.micro_batch_size=3")
     assert "--task all only" in refused(runs, capsys, output, "multitask", FIRST)
     assert "one task at a time" in refused(runs, capsys, output, "lora", "all")
     assert "trains nothing" in refused(runs, capsys, output, "zero_shot", FIRST)

@@ -43,21 +43,15 @@ def test_a_second_command_is_refused_until_the_first_is_dead(
         runs.train(run / TASKS[0], "lora", TASKS[0])
     assert stop.value.code == 2
     assert f"{run} is in use by process {holder.pid} on " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runs.evaluate("base", run, model=str(runs.model))
+    assert "in use by" in capsys.readouterr().err
     assert [path.name for path in sorted(run.iterdir())] == [LOCK, f"{LOCK}.holder"]
     holder.kill()
     holder.wait()
     with locked(run):
         assert (run / LOCK).is_file()
     assert not (run / LOCK).exists()
-
-
-def test_evaluation_holds_it_too(
-    holder: subprocess.Popen[str], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = runs.chain("lora", tasks=TASKS[:1])[0]
-    with pytest.raises(SystemExit):
-        runs.evaluate(checkpoint, tmp_path / "run")
-    assert "in use by" in capsys.readouterr().err
 
 
 def test_it_is_released_after_an_error_and_a_new_empty_folder_goes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What several processes agree on, in two real ones."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -40,8 +41,6 @@ processes.stop()
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    import json
-
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launch(2, str(script), str(tmp_path))
