@@ -62,8 +62,9 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); pr
 # PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say). Offline, from a
 # folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder.
 setup() {
-  local extras=$1 python="" stamp log="$ROOT/.venv/setup.log" start=$SECONDS
+  local extras=$1 python="" stamp log="$ROOT/.venv/setup.log" start
   cd "$ROOT"
+  start=$(date +%s)
   stamp=".venv/installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${extras:-base}"
   if [ -e "$stamp" ] || [ -e "${stamp%-*}-dev" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
@@ -87,7 +88,7 @@ setup() {
     }
   PATH="$ROOT/.venv/bin:$PATH"
   touch "$stamp"
-  echo "Installed in $((SECONDS - start)) s."
+  echo "Installed in $(($(date +%s) - start)) s."
 }
 
 # install ARGUMENTS: pip's, through uv where it is present; quiet but for the log.
