@@ -125,7 +125,7 @@ def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
     vae.shift.copy_(train.mean(0))
     vae.scale.copy_(train.std(0, unbiased=False).clamp(min=settings.feature_floor))
     vae.noise.copy_(torch.randn(vae.noise.shape, generator=generator))
-    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate, fused=True)
     for _ in range(settings.steps):
         batch = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
         noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator).to(device)
