@@ -9,7 +9,6 @@ The runs are scripts/grid.py's: the same line again skips what is finished and g
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,12 +18,16 @@ from pathlib import Path
 
 import grid
 import numpy as np
+import pandas as pd
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.errors import ClmoeError
+from clmoe.report.page import write_report
+from clmoe.report.runs import group_runs
+from clmoe.report.tables import located_frame, metrics_frame
 from clmoe.utils.logging import clock, read_events
 
 BENCHMARK = "playground-coin"
@@ -130,6 +133,23 @@ def follow(runs: Runs, finished: list[Future[None]]) -> None:
             progress.update(row, completed=elapsed, total=elapsed + left, description=f"{clock(left)} left: {at}")
 
 
+def table(folders: list[Path]) -> str:
+    """The methods' scores in percent, best first, and what the columns mean."""
+    groups = group_runs(folders)
+    frame = metrics_frame(groups).set_index("label").sort_values("last", ascending=False)
+    located = located_frame(groups).query("task == 'overall'").groupby("label")["value"].mean()
+    columns = {"last": frame["last"], "immediate": frame["immediate"], "backward transfer": frame["bwt_n_minus_1"]}
+    shown = pd.DataFrame(columns | {"tasks found": located, "minutes": frame["minutes"]}).loc[frame.index]
+    text = shown.rename_axis(None).to_string(float_format="{:.1f}".format, na_rep="-")
+    return f"""
+{text}
+
+last                mean score over all tasks at the end
+immediate           mean score of each task right after its own training
+backward transfer   what the earlier tasks gained or lost from then to the end
+tasks found         test questions whose task the locator names"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all methods, eight tasks, the full schedule")
@@ -152,12 +172,10 @@ def main() -> int:
     )  # fmt: skip
     forecast = Forecast(rounds_per_second(own.jobs), quick["cost"], len(benchmark.order(order, own.seed)), steps)
     runs = Runs(args, forecast)
-    names = ", ".join(row.label for row in runs.chosen)
-    print(
-        f"{names}: {forecast.tasks} tasks of {BENCHMARK} ({order}), {steps} steps each, {own.jobs} methods at a time."
-    )
     seconds = forecast.together([], runs.waiting, own.jobs)
-    print(f"By a calibration of this machine it takes about {clock(seconds)}." if runs.waiting else "All is finished.")
+    print(f"{', '.join(row.label for row in runs.chosen)} on {forecast.tasks} tasks of {BENCHMARK}: {order}")
+    print(f"{steps} steps a task, {own.jobs} methods at a time.", end=" ")
+    print(f"About {clock(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, runs.stop)
     # one folder for what the frozen vision tower makes of an image, which all methods and their tests see
@@ -170,11 +188,12 @@ def main() -> int:
     if runs.stopped:
         print(runs.stopped, file=sys.stderr)
         return runs.code
-    folders = [str(out / f"{row.label}-seed{own.seed}") for row in runs.chosen]
-    report = out / "report"
-    code = subprocess.call([*grid.CLMOE, "report", *folders, "--format", "md,csv,html", "--output", str(report)])
-    print(f"Open {report}/report.html in a browser. For clmoe in your own shell: source .venv/bin/activate")
-    return code
+    folders, report = [out / f"{row.label}-seed{own.seed}" for row in runs.chosen], out / "report"
+    write_report(folders, report, ("md", "csv", "html"))
+    print(table(folders))
+    print(f"\nOpen {report}/report.html in a browser: curves, matrices, and what each method answered then and now.")
+    print(f"All tables: {report}/report.md. For clmoe in your own shell: source .venv/bin/activate")
+    return 0
 
 
 if __name__ == "__main__":

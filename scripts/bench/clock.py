@@ -6,9 +6,11 @@ import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 R = TypeVar("R")
@@ -63,6 +65,31 @@ def flops(work: Callable[[], object]) -> int:
 def _product_in_place(out: torch.Size, a: torch.Size, b: torch.Size, *unused: object, **named: object) -> int:
     """torch counts ``addmm`` only."""
     return 2 * a[0] * a[1] * b[1]
+
+
+class Products(TorchDispatchMode):
+    """The matrix products of what runs inside, to be repeated on random numbers without all the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+            a, b = [value for value in args if isinstance(value, Tensor)][-2:]
+            self.pairs.append((_alike(a), _alike(b)))
+        return func(*args, **(kwargs or {}))
+
+    def repeat(self) -> None:
+        """Compute them again, one after the other."""
+        for a, b in self.pairs:
+            a @ b
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    """Random numbers with the shape, strides and type of ``tensor``."""
+    size = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return torch.randn(size, device=tensor.device).to(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def best_rate(dtype: torch.dtype) -> float:
