@@ -46,7 +46,7 @@ def data(options: argparse.Namespace) -> str:
     from clmoe.benchmarks.base import load_benchmark
     from clmoe.benchmarks.check import check_benchmark
     from clmoe.benchmarks.prepare import prepare_benchmark
-    from clmoe.evaluate.rules.scoring import gold_problem
+    from clmoe.evaluate.scoring import gold_problem
     from clmoe.utils.files import write_text
 
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)

@@ -23,8 +23,8 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.generate import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
-from clmoe.evaluate.rules.base import Mode
-from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers, shown_answer
+from clmoe.evaluate.rules import Mode
+from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator, feature_folder
 from clmoe.methods import method_class

@@ -14,7 +14,7 @@ from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.scoring import check_scorer
+from clmoe.evaluate.scoring import check_scorer
 from clmoe.utils import paths
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"

@@ -8,8 +8,8 @@ import pytest
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules import captions as rules
-from clmoe.evaluate.rules.scoring import score_answers
+from clmoe.evaluate import scoring as rules
+from clmoe.evaluate.scoring import score_answers
 
 needs_captions = pytest.mark.skipif(
     find_spec("pycocoevalcap") is None or shutil.which("java") is None,

@@ -8,8 +8,8 @@ import pytest
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.consensus import agreement, normalise
-from clmoe.evaluate.rules.scoring import SCORERS, check_gold, check_scorer, gold_problem, score_answers, shown_answer
+from clmoe.evaluate.rules import agreement, normalise
+from clmoe.evaluate.scoring import SCORERS, check_gold, check_scorer, gold_problem, score_answers, shown_answer
 from tests.support import load_script
 
 GOLD = "[0.12, 0.30, 0.50, 0.94]"
