@@ -44,10 +44,7 @@ def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path
 
 def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
     """Move a batch to the base's device; pixels take the base's dtype."""
-    return {
-        key: value.to(base.device, base.dtype if value.is_floating_point() else value.dtype)
-        for key, value in batch.items()
-    }
+    return {k: v.to(base.device, base.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
 
 def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compute: Compute[R]) -> list[R]:
@@ -65,12 +62,11 @@ def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compu
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """A batch of prompts in two parts.
+    """A batch of prompts in two parts, each with ``input_ids`` and ``attention_mask``, left-padded int64.
 
     Attributes:
-        prefixes: what is read once for each group, left-padded: ``input_ids`` and ``attention_mask [G, P]`` int64, and
-            ``pixel_values [I, 3, H, W]`` of the groups that have an image, in order.
-        rests: what follows, left-padded: ``input_ids`` and ``attention_mask [B, S]`` int64; every row has a token.
+        prefixes: ``[G, P]``, with ``pixel_values [I, 3, H, W]`` of the groups that have an image, in order.
+        rests: ``[B, S]``; every row has a token.
         group: ``[B]`` int64, each row's prefix.
         first: ``[G]`` int64, the first row of each group.
     """
@@ -87,10 +83,10 @@ class SharedPrompts:
 
 
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
-    """An order of rows in which those of one image are neighbours, a pure function of its arguments.
+    """An order of rows in which those of one image are neighbours.
 
-    Without ``lengths``, images come in order of first appearance. With it, images (and the rows of each) are ordered by
-    length, an image by its longest row, and rows without image (None) come last.
+    Images come in order of first appearance; with ``lengths``, they and their rows are ordered by length, an image by its
+    longest row, and rows without image (None) come last.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):
@@ -107,9 +103,8 @@ def prompt_inputs(
 ) -> dict[str, Tensor] | SharedPrompts:
     """A batch on the base's device, split into common prefixes and rests unless that would save little.
 
-    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: a router
-    chosen for the whole sample changes the prefix's states. The prefix ends before the first token that differs
-    between them; a row that is alone is cut after its image.
+    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: the sample's
+    router changes the prefix's states. It ends before the first token that differs; a lone row is cut after its image.
     """
     pad, image_token = base.tokenizer.pad_token_id, base.tokenizer.image_token_id
     members: dict[Hashable, list[int]] = {}

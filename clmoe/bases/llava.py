@@ -74,10 +74,7 @@ def count_image_tokens(model: PreTrainedModel) -> int:
 class LoadedBase:
     """The frozen base and, as a ``clmoe.data.batches.Encoder``, what turns records into its inputs.
 
-    Attributes:
-        image_token_count: number of tokens of one image.
-        fingerprint: identity of config and weights, see ``base_fingerprint``.
-        vision: image features on disk, if the environment asks for them.
+    ``fingerprint`` is that of ``base_fingerprint``, ``vision`` the kept image features, if wanted.
     """
 
     model: LlavaForConditionalGeneration
@@ -112,8 +109,8 @@ class LoadedBase:
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
-    Raises ClmoeError: the folder is not a LLaVA in transformers' format, a tensor is missing or does not fit
-    config.json, attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
+    Raises ClmoeError: not a LLaVA in transformers' format, a tensor is missing or does not fit config.json, attention
+    or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
     """
     _check_means(config, torch.device(device))
     disable_progress_bar()
@@ -153,10 +150,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 
 
 def shapes_file(config: ModelConfig) -> Path:
-    """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
-
-    Raises ClmoeError: neither exists.
-    """
+    """The model folder's config.json, or the file that ``architecture`` names. Raises ClmoeError: neither exists."""
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:
         for file in (Path(name).expanduser(), shipped_root() / name):
@@ -169,10 +163,7 @@ def shapes_file(config: ModelConfig) -> Path:
 
 
 def meta_base(file: Path) -> LoadedBase:
-    """A base with the shapes of a transformers config.json: on the meta device, without weights and tokenizer.
-
-    Raises ClmoeError if the file is not the configuration of a LLaVA.
-    """
+    """The shapes of a LLaVA's config.json (else ClmoeError) on the meta device, without weights and tokenizer."""
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "llava":
@@ -190,10 +181,8 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
     """Raise ClmoeError if attention or 4-bit weights need a package or setting that is absent, before loading."""
     flash = config.attention == "flash_attention_2"
     if flash and not is_flash_attn_2_available():
-        raise ClmoeError(
-            "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
-            "pip install 'clmoe[flash]', or model.attention=sdpa"
-        )
+        needs = "needs the package flash-attn and a CUDA device: pip install 'clmoe[flash]', or model.attention=sdpa"
+        raise ClmoeError(f"model.attention flash_attention_2 {needs}")
     if flash and config.dtype == "float32":
         raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
     if config.load_in_4bit and find_spec("bitsandbytes") is None:
@@ -203,7 +192,7 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
 
 
 def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314).
+    """NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314), as arguments of ``from_pretrained``.
 
     Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides margins.
     """
@@ -229,8 +218,7 @@ def _check_report(report: dict[str, set[Any]]) -> None:
 def base_fingerprint(folder: str) -> str:
     """sha256 over ``config.json`` and every weight file's name, size and sixteen evenly spaced MiB.
 
-    Bases that differ in training differ everywhere, so the sample tells them apart without reading 14 GB; files of up
-    to 16 MiB are covered whole. A hub name gives the hash of the name.
+    Trainings differ everywhere, so the sample tells them apart without reading 14 GB. A hub name gives the name's hash.
     """
     root, sample = Path(folder), 1 << 20
     if not root.is_dir():

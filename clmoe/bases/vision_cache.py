@@ -104,10 +104,7 @@ def _content(image: str, modified: int, size: int) -> str:
 def attach_cache(
     model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, fingerprint: str
 ) -> VisionCache | None:
-    """The cache that the environment names, if any, with the model's tower prepared for it.
-
-    Raises ClmoeError if the model reads several layers of its tower.
-    """
+    """The cache that the environment names; prepares the tower. Raises ClmoeError if several layers are read."""
     root = os.environ.get(VARIABLE)
     if not root:
         return None

@@ -1,7 +1,6 @@
 """Putting a benchmark's data in place: the builders by the name in the field `prepare`.
 
-Order, files and scorers of the tasks are in ``configs/benchmarks``. A task that has a training or test file is left
-alone.
+A task that has a training or test file is left alone.
 """
 
 import json
@@ -25,10 +24,7 @@ _PARTS = ("train2014", "val2014")
 
 
 def padded_box(box: Sequence[float], width: int, height: int) -> str:
-    """COCO's ``[x, y, w, h]`` in pixels as ``[x1, y1, x2, y2]`` in fractions of the square-padded image, two decimals.
-
-    The square's side is the longer side of the image, which lies in its middle.
-    """
+    """COCO's ``[x, y, w, h]`` in pixels as ``[x1, y1, x2, y2]`` in fractions of the square around the image."""
     x, y, w, h = box
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
@@ -40,10 +36,8 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     """Write training and test file of task ``Grounding`` where neither exists.
 
     Each sentence of split ``train`` in a ``RefCOCO/<name>/refs.json`` becomes a record, each of ``test``, ``testA`` and
-    ``testB`` a question. A box that has no area after rounding would be a malformed answer: such training records are
-    left out and counted. Returns what was done, one line each.
-
-    Raises ClmoeError: broken annotations, or a box of the test split has no area after rounding.
+    ``testB`` a question. Training records whose box has no area after rounding are left out and counted. Returns what
+    was done, one line each. Raises ClmoeError: broken annotations, or such a box in the test split.
     """
     task, annotations = benchmark.task("Grounding"), benchmark.root / "RefCOCO"
     if task.train.is_file() and task.test.is_file():
@@ -57,10 +51,8 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     test = [row for split, row in rows if split in ("test", "testA", "testB")]
     for row in test:
         if not _has_area(row["answer_bbox"]):
-            raise ClmoeError(
-                f"{annotations}: sentence {row['question_id']} about {row['image']}: box {row['answer_bbox']} has no "
-                "area after rounding, so no answer would be right; remove its reference"
-            )
+            where = f"{annotations}: sentence {row['question_id']} about {row['image']}: box {row['answer_bbox']}"
+            raise ClmoeError(f"{where} has no area after rounding, so no answer would be right; remove its reference")
     train = [training_record(row, row["answer_bbox"]) for split, row in rows if split == "train"]
     kept = [record for record in train if _has_area(record["conversations"][1]["value"])]
     write_json(task.train, kept)
@@ -106,9 +98,7 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
 
     Of ``VQACL/karpathy_{train,test}_q_<task>.json`` only ``question_id`` is used. Training answers are the most common
     ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was done, one
-    line each.
-
-    Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
+    line each. Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
     """
     lines = [task.half_there for task in benchmark.tasks if task.half_there]
     tasks = [task for task in benchmark.tasks if not task.train.is_file() and not task.test.is_file()]
@@ -183,10 +173,7 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 
 
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
-    """The benchmark with its data in place; the embedded ones are drawn on first use.
-
-    Arguments and errors are those of ``load_benchmark``; with ``tasks`` only their files are required.
-    """
+    """As ``load_benchmark``, but embedded data is drawn on first use; with ``tasks`` only their files are required."""
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
         _draw(benchmark)
@@ -195,9 +182,9 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
 
 
 def prepare_benchmark(benchmark: Benchmark) -> str:
-    """Build what can be built from the downloads that are there; returns what was done, one line each.
+    """Build what can be built from the downloads that are there; what was done, one line each.
 
-    Raises ClmoeError if files are still missing: what was done, and each file with its source.
+    Raises ClmoeError, which says the same and names each file that is still missing with its source.
     """
     lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()

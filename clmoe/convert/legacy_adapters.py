@@ -46,10 +46,7 @@ PLAIN = {
 
 
 def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """``peft_type``, and our configuration's ``adapter`` section.
-
-    Raises ClmoeError for another kind of adapter, or a setting that changes the formula above.
-    """
+    """``peft_type``, and our ``adapter`` section. Raises ClmoeError for a kind or setting that changes the formula."""
     where = folder / "adapter_config.json"
     values = read_json(where)
     kind, targets = values.get("peft_type"), values.get("target_modules")
@@ -77,11 +74,7 @@ def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark, tasks: list[str]) -> str:
-    """Write the checkpoint; return what was found.
-
-    Args:
-        model: what the adapter was trained on; only its shapes and identity are read.
-        tasks: learned so far, oldest first.
+    """Write the checkpoint of these learned tasks; return what was found. Of the ``model`` only shapes are read.
 
     Raises ClmoeError where a file or tensor is missing, unknown, hostile or does not fit.
     """
@@ -92,17 +85,17 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
     method = method_class(config.method)(config)
     adapted = attach_on_meta(method, meta_base(shapes_file(config.model)))
     tensors = read_tensors(source, {name: tensor.shape for name, tensor in adapter_tensors(adapted).items()}, settings)
-    base = base_fingerprint(resolve_model_path(config.model.path))
+    trainable, stored = count_parameters(adapted)
     lineage = Lineage(
         method=config.method,
         benchmark=benchmark.name,
         tasks=tasks,
         seed=config.seed,
         parent=None,
-        base=base,
+        base=base_fingerprint(resolve_model_path(config.model.path)),
         steps=0,  # their files do not say how the adapter was trained
-        trainable_parameters=count_parameters(adapted)[0],
-        adapter_parameters=count_parameters(adapted)[1],
+        trainable_parameters=trainable,
+        adapter_parameters=stored,
         effective_scale=method.effective_scale(),
     )
     build_folder(target, lambda work: _write(work, adapted, tensors, config, lineage))
@@ -113,10 +106,7 @@ def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark
 
 
 def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under our names, in float32, which holds all 16-bit numbers exactly.
-
-    ``wanted``: name -> shape of every tensor of our adapter. Raises as ``convert_adapter``.
-    """
+    """The tensors under our names (with their shapes in ``wanted``), in float32, which holds 16-bit numbers exactly."""
     tensors: dict[str, Tensor] = {}
     for path in (folder / "adapter_model.bin", *([folder / PROJECTOR_FILE] if settings["train_projector"] else [])):
         pieces = {

@@ -1,7 +1,7 @@
 """The neutral mixture that the base is pre-trained on: captions and namings of every kind of scene.
 
-Each skill has several wordings (`mixture.yaml`), and no task uses any of them. Answers begin with what was asked and go
-on ("red tint."): the base looks at the image before its first answer word but never answers in a task's format.
+No task uses any of their wordings (`mixture.yaml`). Answers begin with what was asked and go on ("red tint."): the base
+looks at the image before its first answer word but never answers in a task's format.
 """
 
 from pathlib import Path

@@ -1,10 +1,8 @@
 """Scenes: what can be drawn, how it is drawn, and random scenes of a split.
 
-A scene is a handful of integers, and drawing it gives the same image every time. Its parameters also decide its split:
-pre-training of the base, training and test share no scene, whatever seed draws them.
-
-The words, the fields' names and the order in which random numbers are taken decide every file of the benchmark: raise
-`build.VERSION` with any change to them.
+A scene is a handful of integers, which decide its image and its split: pre-training of the base, training and test
+share no scene, whatever seed draws them. Words, fields' names and the order in which random numbers are taken decide every
+file of the benchmark: raise `build.VERSION` with any change to them.
 """
 
 from __future__ import annotations
@@ -268,13 +266,13 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: Pattern) -> None:
             draw.ellipse((x, y, x + step * 0.6, y + step * 0.6), fill=fill)
 
 
+_font = cache(ImageFont.load_default)
+
+
 def _draw_word(draw: ImageDraw.ImageDraw, lettering: Lettering) -> None:
     centre = (lettering.x * OVERSAMPLING, lettering.y * OVERSAMPLING)
     fill, font = COLOURS[lettering.colour].rgb, _font(lettering.size * OVERSAMPLING)
     draw.text(centre, lettering.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
-
-
-_font = cache(ImageFont.load_default)
 
 
 def _paste_digit(image: Image.Image, writing: Handwriting, ink: tuple[int, ...]) -> None:
@@ -291,11 +289,10 @@ Sampler = Callable[[Random, str, Sequence[str]], Scene]
 
 
 def draw(sampler: Sampler, split: str, rng: Random, backgrounds: Sequence[str] = EVERY_BACKGROUND) -> Scene:
-    """One scene of a split ('base', 'train' or 'test') on one of the backgrounds."""
-    while True:
-        scene = sampler(rng, split, backgrounds)
-        if scene.split == split:
-            return scene
+    """One scene of a split on one of the backgrounds."""
+    while (scene := sampler(rng, split, backgrounds)).split != split:
+        pass
+    return scene
 
 
 def draw_distinct(

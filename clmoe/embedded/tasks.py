@@ -18,9 +18,9 @@ SMALLEST_SINGLE = 20  # pixels; things in groups are smaller
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task: which scenes it draws, and every question that it asks about one.
+    """Which scenes a task draws, a fraction `blur` of them blurred, and every question that it asks about one.
 
-    A test row takes the first question, a training row up to `max_turns`. `blur` is the blurred fraction of the scenes.
+    A test row takes the first question, a training row up to `max_turns`.
     """
 
     name: str

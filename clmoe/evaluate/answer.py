@@ -75,10 +75,8 @@ class LoadedCheckpoint:
         """Answer one question about one image (a path, a PIL image, or None for text only).
 
         The checkpoint's own locator finds the task; ``locator="oracle"`` takes ``task``, ``"last"`` the newest task,
-        and ``"random"`` one drawn from the question.
-
-        Raises:
-            ClmoeError: another kind of image, the oracle without a learned task, or a task without the oracle.
+        and ``"random"`` one drawn from the question. Raises ClmoeError: another kind of image, the oracle without a
+        learned task, or a task without the oracle.
         """
         with _asked(image, question) as (asked, root):
             (answer,) = self.answerer.answer([asked], root, max_new_tokens, locator, self._oracle(locator, task))
@@ -95,8 +93,7 @@ class LoadedCheckpoint:
     ) -> Explanation:
         """As ``answer``, with the reasons: the task, every task's score, and the experts' weights.
 
-        Args:
-            watch: called with the reasons before the first token, and with the text so far before every further one.
+        ``watch`` gets the reasons before the first token, and with the text so far before every further one.
         """
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
@@ -166,11 +163,8 @@ def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSele
 def load(folder: Path | str, model: str | None = None) -> LoadedCheckpoint:
     """Open a checkpoint folder: ``clmoe.load("runs/x/08_digits").answer("photo.png", "What is this?")``.
 
-    Args:
-        model: folder or hub name of the checkpoint's base, if it is no longer where the training found it.
-
-    Raises:
-        ClmoeError: not a finished checkpoint, damaged, or its base cannot be loaded or is another one.
+    ``model``: folder or hub name of its base, if it is no longer where the training found it. Raises ClmoeError: not a
+    finished checkpoint, damaged, or its base cannot be loaded or is another one.
     """
     done = read_checkpoint(Path(folder), [] if model is None else [f"model.path={json.dumps(model)}"])
     return LoadedCheckpoint(open_answerer(done.config, done), done.lineage.tasks)

@@ -37,10 +37,9 @@ class Answer:
     """One question's answer.
 
     Attributes:
-        text: what was generated.
         margin: the smallest gap between the two best logits on the way.
         redone: it was answered again alone.
-        task: the one that it was taken for, in training order; None for methods without parts.
+        task: position of the one that it was taken for; None for methods without parts.
     """
 
     text: str
@@ -50,12 +49,10 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA questions.
+    """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
 
-    Attributes:
-        learned: number of tasks that the model has learned.
-        own: the locator that it was opened with; None for methods that keep no parts.
-        store: the locator's features; without a folder they are computed for every call.
+    ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives the locator's
+    features, computed for every call unless there is a folder for them.
     """
 
     def __init__(
@@ -85,7 +82,7 @@ class Answerer:
             locator: ``oracle``, ``last`` or ``random`` instead of the answerer's own.
             task: the questions' true task, for the oracle.
             known: answers by question id; batches that it holds completely are not computed.
-            finish: called with each batch that this process computed, as question ids and answers.
+            finish: called with each batch that this process computed.
         """
         scores = self.task_scores(questions, image_root, locator, task)
         found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
@@ -117,11 +114,7 @@ class Answerer:
         return [answers[row] for row in range(len(questions))]
 
     def locator(self, name: str = "") -> Locator | None:
-        """The answerer's own locator, or by name one that does not look at questions; None without parts.
-
-        Raises:
-            ClmoeError: a locator of that name would have to be fitted first.
-        """
+        """The answerer's own locator, or by name one that needs no fit (else ClmoeError); None without parts."""
         if self.own is None or not name or name == self.own.config.name:
             return self.own
         locator = make_locator(LocatorConfig(name), self.method.config.seed)
@@ -132,10 +125,7 @@ class Answerer:
     def task_scores(
         self, questions: Sequence[Question], image_root: Path, locator: str = "", task: int | None = None
     ) -> Tensor | None:
-        """How typical each question is of each learned task, ``[M, N]`` float64 on the CPU; None without parts.
-
-        Arguments as for ``answer``.
-        """
+        """How typical each question is of each learned task, ``[M, N]`` float64 on the CPU; None without parts."""
         finder = self.locator(locator)
         if finder is None:
             return None
@@ -167,9 +157,7 @@ class Answerer:
         """Texts and margins of one batch: the likeliest token again and again, until every row has said ``</s>``.
 
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
-
-        Args:
-            watch: called with the texts so far before every further token.
+        ``watch`` gets the texts so far before every further token.
         """
         tokenizer, count = self.base.tokenizer, len(items)
         decoded = partial(tokenizer.batch_decode, skip_special_tokens=True)
@@ -207,12 +195,8 @@ def open_answerer(
 ) -> Answerer:
     """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already.
 
-    Args:
-        features: folder that keeps the locator's features.
-        benchmark: its training data fit a locator that is not the sealed one.
-
-    Raises:
-        ClmoeError: the checkpoint was trained on another base, or another locator than its own has no benchmark.
+    The folder ``features`` keeps the locator's features; the benchmark's training data fit a locator that is not the
+    sealed one. Raises ClmoeError: trained on another base, or another locator without a benchmark.
     """
     base = base or load_base(config.model, device())
     method = method_class(config.method)(config)

@@ -60,7 +60,7 @@ def parse_letter(text: str) -> str | None:
 
 
 def official_letter(text: str) -> str | None:
-    """The option letter as CoIN's ScienceQA script reads it: a stray "a" counts, and so does the "s" of "it's"."""
+    """As CoIN's ScienceQA script reads it: a stray "a" counts."""
     if text[:1] in tuple("ABCDE") and (len(text) == 1 or text[1:3] == ". "):
         return text[0]
     word = re.search(r"\b\w\b", text)
@@ -69,8 +69,8 @@ def official_letter(text: str) -> str | None:
 
 # ---- Short answers
 #
-# MLLM-DCL's published rules (`contains_...`, `science`) look for the gold answer anywhere in the prediction and find "no"
-# in "none" and in "it is not". Their `fixed` versions look for whole words.
+# MLLM-DCL's published rules (`contains_...`, `science`) look for the gold answer anywhere in the prediction and find
+# "no" in "none" and in "it is not". Their `fixed` versions look for whole words.
 
 Match = Callable[[str, str], bool]
 """``(prediction, gold answer)``"""
@@ -141,9 +141,9 @@ _exact_source = any_matches(same_words, lambda text, gold: text.lower() == gold.
 def science(prediction: str, question: Question, mode: Mode) -> float:
     """Science: exact match for images of AI2D, TQA, VQA and SciVerse; MapQA's "Which states" gives partial credit.
 
-    For "Which states" the score is the share of the gold states that the prediction names. ``official`` looks for each,
-    blanks included, anywhere in the prediction and so finds "Virginia" in "West Virginia"; ``fixed`` compares the
-    lists. MapQA's other questions follow ``contains_answer``.
+    The credit is the share of the gold states that the prediction names. ``official`` looks for each, blanks included,
+    anywhere in it ("Virginia" in "West Virginia"); ``fixed`` compares the lists. MapQA's other questions follow
+    ``contains_answer``.
     """
     if PurePosixPath(question.image or "").name.startswith(("AI2D", "TQA", "VQA", "SciVerse")):
         return _exact_source(prediction, question, mode)
@@ -243,10 +243,9 @@ def agreement(prediction: str, answers: list[str]) -> float:
 
 @lru_cache(maxsize=2**16)  # annotators use few different answers
 def normalise(text: str) -> str:
-    """Normalise as VQA's evaluation server does: lower case, no articles or punctuation, digits for number words.
+    """As VQA's evaluation server, whose own stops after the 32nd full stop: lower case, no articles or punctuation.
 
-    A punctuation mark between letters becomes a blank. Contractions get their missing apostrophes back. (The original
-    stops after the 32nd full stop; this does not.)
+    Number words become digits, a mark between letters a blank, and contractions get their missing apostrophes back.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.strip().replace("\n", " ").replace("\t", " ").strip()

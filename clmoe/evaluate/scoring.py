@@ -1,7 +1,7 @@
 """The scoring rules by name, and the score of a task's answers.
 
-UCIT's captions (VizWiz and Flickr30k) are scored by pycocoevalcap, whose tokenizer and METEOR are Java programs. Without
-the package or Java nothing is scored: the mean of fewer figures would be another metric under the same name.
+pycocoevalcap scores UCIT's captions; its tokenizer and METEOR are Java programs. Without the package or Java nothing is
+scored: the mean of fewer figures would be another metric under the same name.
 """
 
 import shutil
@@ -35,12 +35,9 @@ CAPTIONS = "captions"
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """The score of a list of answers.
+    """The score of a list of answers, one figure per answer, and the parts of the score, if it has several.
 
-    Attributes:
-        score: of the whole list, usually in [0, 1].
-        rows: one figure per answer; ``score`` need not be their mean.
-        parts: the figures that make up ``score``, if there are several.
+    ``score`` is usually in [0, 1]; it need not be the mean of ``rows``.
     """
 
     score: float
@@ -90,12 +87,7 @@ def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed")
 def score_answers(
     scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> CorpusScore:
-    """Score a task's answers, one for each question, aligned.
-
-    Raises:
-        ClmoeError: no questions, or as ``check_gold``.
-        ValueError: unequal lengths.
-    """
+    """Score a task's answers. Raises ClmoeError for no questions and as ``check_gold``, ValueError if the lengths differ."""
     check_scorer(scorer, mode)
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")
@@ -124,8 +116,7 @@ _WITHOUT = "; a sequence without caption tasks (ORDER=...) needs neither"
 def captions(predictions: Sequence[str], questions: Sequence[Question]) -> CorpusScore:
     """UCIT's score: the mean of seven figures over the whole list, BLEU-1, -2, -3, -4, METEOR, ROUGE-L and CIDEr.
 
-    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures. An empty
-    prediction counts as a caption without words. Reference captions are in ``question.extra["captions"]``.
+    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures.
     """
     require_captions()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -163,10 +154,7 @@ def references(question: Question) -> list[str]:
 
 
 def _tokenized(texts: list[list[str]]) -> list[list[str]]:
-    """Every text through the package's tokenizer, which reads lines and loses some without words.
-
-    METEOR reads fields between bars, so texts must not hold these either.
-    """
+    """Through the package's tokenizer, which reads lines and loses some without words; METEOR's fields end at bars."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     clean = {(i, k): " ".join(t.replace("|||", " ").split()) for i, row in enumerate(texts) for k, t in enumerate(row)}

@@ -39,8 +39,7 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
     """All questions of a task that were asked then or at the end, one row each.
 
     Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
-    then, now (texts), then_right, now_right (None where not asked, or where a rule judges all answers at once, as
-    for captions), outcome (one of `OUTCOMES`, None if not judged both times).
+    then, now (texts), then_right, now_right (None where not judged, as captions), outcome (of `OUTCOMES`, or None).
     """
     folder = run.path / "predictions"
     cells = [folder / after / name for after in run.order for name in run.order]
@@ -61,8 +60,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one. The answers
-    have the columns of `read_answers` and `asked`, the task's number of questions. One task is in memory at a time.
+    The counts leave out each run's last task, whose two answers are one. The answers have the columns of `read_answers`
+    and `asked`, the task's number of questions. One task is in memory at a time.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
