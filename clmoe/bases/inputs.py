@@ -85,8 +85,8 @@ class SharedPrompts:
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
     """An order of rows in which those of one image are neighbours.
 
-    Images come in order of first appearance; with ``lengths``, they and their rows are ordered by length, an image by its
-    longest row, and rows without image (None) come last.
+    Images come in order of first appearance; with ``lengths``, they and their rows are ordered by length, an image by
+    its longest row, and rows without image (None) come last.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):

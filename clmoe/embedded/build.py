@@ -17,9 +17,8 @@ from random import Random
 from typing import Any
 
 from clmoe.data.records import Turn
-from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import SIDE, Scene, draw_distinct, render
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec
+from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec, sample_scene, sample_turns
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 

@@ -1,8 +1,8 @@
 """Scenes: what can be drawn, how it is drawn, and random scenes of a split.
 
 A scene is a handful of integers, which decide its image and its split: pre-training of the base, training and test
-share no scene, whatever seed draws them. Words, fields' names and the order in which random numbers are taken decide every
-file of the benchmark: raise `build.VERSION` with any change to them.
+share no scene, whatever seed draws them. Words, fields' names and the order in which random numbers are taken decide
+every file of the benchmark: raise `build.VERSION` with any change to them.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Pattern(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows: things in sorted order, or one word, digit or pattern, on a background.
+    """Things in sorted order, or one word, digit or pattern, on a background.
 
     `blur` (pixels) makes it unreadable and is not part of the key: a scene and its blurred twin share a split.
     """

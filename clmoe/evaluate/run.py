@@ -21,7 +21,7 @@ from clmoe.benchmarks.base import Benchmark, Task, sampled, task_questions
 from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.generate import Answer, Answerer, open_answerer
+from clmoe.evaluate.answer import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.rules import Mode
 from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer

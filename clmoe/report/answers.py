@@ -81,10 +81,10 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
 
 
 def choose(answers: pd.DataFrame, number: int) -> list[str]:
-    """Questions of a task to show, in a fixed pseudo-random order that only their names decide.
+    """Questions of a task to show, in a pseudo-random order that only their names decide.
 
     The labels take turns to choose a question that they forgot, up to `FORGOTTEN_SHARE` of the number; the others are
-    drawn from all questions, those asked twice before those asked once.
+    drawn from all, those asked twice before those asked once.
     """
     names = [f"{row.task}:{row.question}".encode("utf-8", "replace") for row in answers.itertuples()]
     ranks = answers.assign(rank=[hashlib.sha256(name).digest() for name in names])

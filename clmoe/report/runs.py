@@ -1,7 +1,4 @@
-"""Read run folders, check them, and group the runs of one label over their seeds.
-
-Only run.json and matrix.csv must be there; the metrics are computed from the matrix.
-"""
+"""Read run folders (only run.json and matrix.csv must be there), and group the runs of one label over their seeds."""
 
 import math
 import re
@@ -70,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Of expansion.json: a task and its blocks by name."""
+    """Of expansion.json."""
 
     task: str
     blocks: dict[str, Any]
@@ -119,8 +116,7 @@ def read_run(folder: Path) -> Run:
 def group_runs(folders: Sequence[Path]) -> list[Group]:
     """Read run folders and group them by label, labels in the order given and runs by seed.
 
-    Raises:
-        ClmoeError: no folder, a label with the same seed twice, or another benchmark, scoring mode or set of tasks.
+    Raises ClmoeError: no folder, a label with one seed twice, or another benchmark, scoring mode or set of tasks.
     """
     if not folders:
         raise ClmoeError("no run folder given")

@@ -1,8 +1,4 @@
-"""Tables of a report and their renderings.
-
-A table holds formatted cells ("59.23 ± 0.31": mean and sample standard deviation over seeds), made from tidy frames of
-raw numbers with one row per run and quantity.
-"""
+"""Tables of a report ("59.23 ± 0.31": mean and sample standard deviation over seeds) and their renderings."""
 
 import json
 import re
@@ -65,7 +61,7 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the run's end.
+    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the end.
 
     The task "overall" counts the questions of all, if none lacks any.
     """
@@ -98,7 +94,7 @@ def run_frame(groups: Sequence[Group], name: str) -> pd.DataFrame:
 
 
 def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
-    """Title -> score after training (row) on a task (column): mean over the seeds of a label, one for each task order.
+    """Title -> score after training (row) on a task (column): mean over a label's seeds, for each task order.
 
     A cell is NaN unless all seeds have it; a stage that none has is left out.
     """
@@ -222,7 +218,7 @@ def show_count(value: float) -> str:
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
-    """The runs of all groups, in order."""
+    """In order."""
     return [run for group in groups for run in group.runs]
 
 

@@ -6,9 +6,8 @@ import numpy as np
 from scipy import ndimage
 
 from clmoe.embedded import scenes
-from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import DIGIT_SOURCES, Scene, Thing, digit_sources, draw, draw_distinct, render
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, relation, side_of
+from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, relation, sample_scene, sample_turns, side_of
 from tests.embedded.support import every_answer_word, ink_mask
 
 ALL_TASKS = COIN_TASKS + CL4VQA_TASKS

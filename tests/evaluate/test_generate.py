@@ -14,8 +14,8 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
 from clmoe.data.batches import PromptDataset, collate_prompts
 from clmoe.data.records import Question, load_questions
-from clmoe.evaluate import generate
-from clmoe.evaluate.generate import Answer, Answerer
+from clmoe.evaluate import answer as generate
+from clmoe.evaluate.answer import Answer, Answerer
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.routing import routing
 from clmoe.locators.vae import Vae

@@ -15,7 +15,7 @@ from clmoe.config import Config, LocatorConfig, load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import run as module
-from clmoe.evaluate.generate import Answer, Answerer
+from clmoe.evaluate.answer import Answer, Answerer
 from clmoe.evaluate.run import (
     Cell,
     check_questions,
