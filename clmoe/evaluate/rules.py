@@ -49,7 +49,12 @@ def option_letter(prediction: str, question: Question, mode: Mode) -> float:
     gold = question.answer.strip().upper()
     if not re.fullmatch("[A-Z]", gold):
         raise unfit(question, "answer", "one letter; 'short_answer' takes any text")
-    return float((parse_letter if mode == "fixed" else official_letter)(prediction) == gold)
+    if mode == "fixed":
+        return float(parse_letter(prediction) == gold)
+    if re.match(r"[A-E](?:$|\. )", prediction):
+        return float(prediction[0] == gold)
+    word = re.search(r"\b\w\b", prediction)
+    return float(word is not None and word[0].upper() == gold and gold in "ABCDE")
 
 
 def parse_letter(text: str) -> str | None:
@@ -57,14 +62,6 @@ def parse_letter(text: str) -> str | None:
     text = text.strip()
     match = _LONE_LETTER.fullmatch(text) or _LEADING_LETTER.match(text) or _NAMED_LETTER.search(text)
     return match[match.lastindex].upper() if match and match.lastindex else None
-
-
-def official_letter(text: str) -> str | None:
-    """As CoIN's ScienceQA script reads it: a stray "a" counts."""
-    if text[:1] in tuple("ABCDE") and (len(text) == 1 or text[1:3] == ". "):
-        return text[0]
-    word = re.search(r"\b\w\b", text)
-    return word[0].upper() if word and word[0].upper() in tuple("ABCDE") else None
 
 
 # ---- Short answers
@@ -270,16 +267,20 @@ def iou(prediction: str, question: Question, mode: Mode) -> float:
 
     Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; ``question.extra["answer_bbox"]`` is a
     string or a list. ``fixed`` computes exactly with the printed decimals. ``official`` keeps CoIN's parser, which cuts
-    a character off either end, and its pixels: both boxes times the larger of ``question.extra["size"]``, if given.
+    a character off either end within the brackets ("0.12, 0.94" becomes .12, .9; "1.00, ..." 0.0, ...), and its pixels:
+    both boxes times the larger of ``question.extra["size"]``, if given.
     """
     gold = _gold_box(question)
     if mode == "fixed":
         box = parse_box(prediction)
         return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
-    side, cut = _side(question), official_box(prediction)
-    if cut is None:
+    side = _side(question)
+    inner = prediction.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
+    try:
+        x1, y1, x2, y2 = (float(part) * side for part in inner.split(","))
+    except ValueError:
         return 0.0
-    return float(_overlap([value * side for value in cut], [float(value) * side for value in gold]) > 0.5)
+    return float(_overlap([x1, y1, x2, y2], [float(value) * side for value in gold]) > 0.5)
 
 
 def parse_box(text: str) -> Box | None:
@@ -289,19 +290,6 @@ def parse_box(text: str) -> Box | None:
         return None
     x1, y1, x2, y2 = (Fraction(number) for number in match.groups()[1:])
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def official_box(text: str) -> tuple[float, float, float, float] | None:
-    """Read a box as CoIN's grounding script does: it removes the brackets, then cuts one more character at each end.
-
-    "[0.12, 0.30, 0.50, 0.94]" becomes (.12, .30, .50, .9), and a leading "1.00" becomes 0.0.
-    """
-    inner = text.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
-    try:
-        x1, y1, x2, y2 = (float(part) for part in inner.split(","))
-    except ValueError:
-        return None
-    return x1, y1, x2, y2
 
 
 def _gold_box(question: Question) -> Box:

@@ -87,7 +87,7 @@ def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed")
 def score_answers(
     scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> CorpusScore:
-    """Score a task's answers, one a question (else ValueError). Raises ClmoeError for no questions and as ``check_gold``."""
+    """Score a task's answers, one a question. Raises ClmoeError for no questions and as ``check_gold``."""
     check_scorer(scorer, mode)
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")

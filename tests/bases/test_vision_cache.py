@@ -14,15 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
-from clmoe.bases.llava import LoadedBase, load_base, vision_tower_of
-from clmoe.bases.vision_cache import VisionCache, attach_cache
+from clmoe.bases.llava import LoadedBase, VisionCache, attach_cache, load_base, vision_tower_of
 from clmoe.config import ModelConfig
-from clmoe.data import images as images_module
-from clmoe.data.batches import collate_train
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from tests.runs import Runs, contents, events, tensors, texts
-from tests.support import SIZES, TASKS
+from tests.support import TASKS
 
 NAMES = ("0.png", "1.png", "2.png")
 
@@ -47,31 +44,6 @@ def fill(base: LoadedBase, *images: Path) -> dict[str, bytes]:
     """What the cache holds when these are in it."""
     base.vision.fill(vision_tower_of(base.model), images, base.read_pixels)
     return contents(base.vision.folder)
-
-
-def test_records_give_the_same_states(
-    base: LoadedBase, tiny_base: LoadedBase, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = train_dataset(base, RECORDS, images, 256)
-    with monkeypatch.context() as patch:  # from now on neither an image is decoded nor the tower asked
-        patch.setattr(images_module, "load_image", lambda *_: pytest.fail("read again"))
-        patch.setattr(vision_tower_of(base.model).tower, "forward", lambda *_: pytest.fail("encoded again"))
-        items = kept.__getitems__(range(4))
-    assert items[0].pixel_values is not None and items[3].pixel_values is None
-    assert items[0].pixel_values.shape == (1 + (SIZES.image_size // SIZES.patch_size) ** 2, SIZES.vision_hidden)
-    pixels = train_dataset(tiny_base, RECORDS, images, 256).__getitems__(range(4))
-    states = []
-    for model, batch in ((base.model, items), (tiny_base.model, pixels)):
-        inputs = collate_train(batch, 0)
-        inputs.pop("labels")
-        with torch.no_grad():
-            states.append(model.model(**inputs).last_hidden_state)
-    torch.testing.assert_close(*states, rtol=0, atol=1e-5)
-    with torch.no_grad():  # not because all images look alike
-        other = base.model.model(**inputs | {"pixel_values": inputs["pixel_values"].roll(1, 0)}).last_hidden_state
-        # a picture that is handed over, as the demo's, lies in no file: pixels are still encoded
-        assert torch.equal(base.model.model(**inputs).last_hidden_state, states[1])
-    assert (other - states[1]).abs().max() > 1e-3
 
 
 def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, images: Path) -> None:

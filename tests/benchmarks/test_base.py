@@ -110,15 +110,6 @@ def test_missing_files_name_task_field_and_path(data: Path) -> None:
             open_benchmark("mine", tasks=tasks)
 
 
-def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Path) -> None:
-    loaded = load_benchmark("other")
-    assert loaded.built_on_first_use and not loaded.root.exists()
-    fill(loaded.root)
-    (loaded.root / "one" / "train.json").unlink()
-    with pytest.raises(ClmoeError, match=r"'train'.*`clmoe data prepare other`"):
-        load_benchmark("other")
-
-
 def test_opening_draws_the_embedded_benchmark_into_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

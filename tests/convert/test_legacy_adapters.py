@@ -198,19 +198,3 @@ def test_what_does_not_fit_is_named(
         convert(source)
     assert stop.value.code == 2 and named in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["legacy"], "nothing is left behind, and nothing was run"
-
-
-def test_an_adapter_needs_its_model_and_tasks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mini_yaml: Path
-) -> None:
-    source = write(tmp_path / "legacy", "MOE_LORA_CoIN", {})
-    common = ["--model", "playground", "--benchmark", str(mini_yaml)]
-    for given, named in (
-        ([], "give --model"),
-        (common, "give --tasks"),
-        ([*common, "--tasks", "colour", "--vision", "c"], "leave out --vision"),
-        ([*common, "--tasks", "colours"], "'colours'"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["convert", str(source), str(tmp_path / "out"), *given])
-        assert named in capsys.readouterr().err

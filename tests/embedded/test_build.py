@@ -9,8 +9,7 @@ from transformers import AutoTokenizer
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.data.images import load_image
 from clmoe.data.records import load_questions, load_train
-from clmoe.embedded import build, scenes
-from clmoe.embedded.tasks import COIN_TASKS
+from clmoe.embedded import build
 from clmoe.errors import ClmoeError
 from tests.embedded.support import BASE
 
@@ -49,29 +48,6 @@ def test_another_drawing_is_another_version(name: str, tmp_path: Path) -> None:
         if path.name != build.MARKER:
             digest.update(load_image(path).tobytes() if path.suffix == ".png" else path.read_bytes())
     assert digest.hexdigest()[:16] == DRAWN[name, build.VERSION]
-
-
-def test_same_question_other_format(small_coin: Path) -> None:
-    answers: dict[tuple[str, str], set[str]] = {}
-    for task in COIN_TASKS:
-        for record in load_train(small_coin / task.name / "train.json", small_coin / task.name / "images"):
-            for turn in record.turns:
-                answers.setdefault((turn.question.split("\n")[0], task.name), set()).add(turn.answer)
-    count = "How many shapes are there?"
-    assert answers[count, "gqa"] <= set(scenes.COUNT_WORDS) and answers[count, "vqa"] <= set("12345")
-    colour = "What colour is the shape?"
-    assert answers[colour, "sqa"] <= set("ABCDEF") and "unanswerable" in answers[colour, "viz"]
-    written = "What is written in the image?"
-    assert answers[written, "text"] <= set(scenes.WORDS) and answers[written, "digits"] <= set("0123456789")
-
-
-def test_the_warm_up_data_is_the_mixture_and_no_tasks(small_coin: Path) -> None:
-    records = load_train(small_coin / build.WARMUP / "train.json", small_coin / build.WARMUP / "images")
-    assert len(records) == 24 and max(len(record.turns) for record in records) > 1
-    asked = {turn.question for record in records for turn in record.turns}
-    for task in COIN_TASKS:
-        rows = load_train(small_coin / task.name / "train.json", small_coin / task.name / "images")
-        assert not asked & {turn.question for record in rows for turn in record.turns}, task.name
 
 
 def test_prepare_is_idempotent_and_replaces_another_version(small_coin: Path, monkeypatch: pytest.MonkeyPatch) -> None:

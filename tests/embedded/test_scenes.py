@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from clmoe.embedded import scenes
-from clmoe.embedded.scenes import DIGIT_SOURCES, Scene, Thing, digit_sources, draw, draw_distinct, render
+from clmoe.embedded.scenes import DIGIT_SOURCES, Scene, Thing, digit_sources, draw, draw_distinct
 from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, relation, sample_scene, sample_turns, side_of
 from tests.embedded.support import every_answer_word, ink_mask
 
@@ -42,13 +42,6 @@ def test_relation_and_side_agree_with_centres_of_mass() -> None:
     assert {side: side_of(Thing("circle", "red", *place, 22)) for side, place in places.items()} == {
         s: s for s in places
     }
-
-
-def test_same_scene_same_bytes_and_blur_keeps_the_split() -> None:
-    scene = draw(scenes.one_word, "base", Random(4))
-    blurred = scene.blurred(Random(0))
-    assert render(scene).tobytes() == render(scene).tobytes() != render(blurred).tobytes()
-    assert (blurred.split, blurred.key) == (scene.split, scene.key)
 
 
 def test_base_train_and_test_share_no_scene_and_no_digit() -> None:

@@ -92,20 +92,13 @@ def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Asked, b
         assert {a.task for a in alone} == {0, 1}
 
 
-def test_every_question_is_located_as_if_it_were_alone(locating: Answerer, mixed: Asked) -> None:
-    questions, root = mixed
-    alone = [ask(locating, ([question], root), batch_size=1)[0] for question in questions]
-    assert [a.task for a in alone] == [TASKS.index(q.question_id.split("-")[0]) for q in questions]
-    together = ask(locating, mixed, batch_size=5)
-    assert [(a.text, a.task) for a in together] == [(a.text, a.task) for a in alone]
-
-
-def test_every_question_gets_its_answer_in_order(locating: Answerer, mixed: Asked) -> None:
+def test_every_question_is_located_and_gets_its_answer_in_order(locating: Answerer, mixed: Asked) -> None:
     """Also where a question comes twice; what is known already is not computed."""
     finished: list[list[tuple[str, Answer]]] = []
     locating.config = EvaluationConfig(batch_size=5)
     twice = [*mixed[0], *mixed[0][:3]]
     answers = locating.answer(twice, mixed[1], 4, finish=finished.append)
+    assert [a.task for a in answers] == [TASKS.index(q.question_id.split("-")[0]) for q in twice]
     assert [len(batch) for batch in finished] == [5, 5, 5, 5, 5, 2]
     assert [a.text for a in answers[:3]] == [a.text for a in answers[-3:]]
     by_id = {name: answer for batch in finished for name, answer in batch}
@@ -138,16 +131,6 @@ def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Asked,
     first, *lone = batches
     assert isinstance(first, SharedPrompts)
     assert [len(batch["input_ids"]) for batch in lone] == [1] * sum(redone)
-
-
-def test_a_prefix_is_shared_within_image_and_router(answerer: Answerer, shared: Asked, batches: list[Any]) -> None:
-    answers = ask(answerer, shared, "random", exact=False)
-    (batch,) = batches
-    pairs = {(q.image, a.task) for q, a in zip(shared[0], answers, strict=True)}
-    assert len(batch.first) == len(pairs)
-    images = len(batch.prefixes["pixel_values"])
-    assert images == len({pair for pair in pairs if pair[0] is not None})
-    assert 5 <= images < 21
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
