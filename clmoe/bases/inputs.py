@@ -116,7 +116,10 @@ def prompt_inputs(
         ids = [items[row].input_ids for row in rows]
         most = min(map(len, ids)) - 1  # every row keeps at least one token to itself
         same = torch.stack([whole[:most] == ids[0][:most] for whole in ids]).all(0)
-        length = int(same.cumprod(0).sum()) if len(rows) > 1 else _after_image(ids[0], image_token)
+        length = int(same.cumprod(0).sum())
+        if len(rows) == 1:  # cut a text without image anywhere
+            image_at = (ids[0] == image_token).nonzero()
+            length = int(image_at[-1]) + 1 if len(image_at) else len(ids[0]) // 2
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))
         for row, whole in zip(rows, ids, strict=True):
             rests[row], group[row] = PromptItem(whole[length:], None), number
@@ -129,9 +132,3 @@ def prompt_inputs(
         group.to(base.device),
         torch.tensor([rows[0] for rows in members.values()], device=base.device),
     )
-
-
-def _after_image(ids: Tensor, image_token: int) -> int:
-    """Position after the last image token; half of a text without image, which only needs to be cut in two."""
-    found = (ids == image_token).nonzero()
-    return int(found[-1]) + 1 if len(found) else len(ids) // 2

@@ -122,10 +122,7 @@ class VisionCache:
         return load_tensors(self.path(image))["features"]
 
     def fill(self, tower: nn.Module, images: Iterable[Path], read_pixels: Callable[[Path], Tensor]) -> None:
-        """Compute what is missing with the model's ``CachedTower``; the processes share the work, and all must call it.
-
-        Raises ClmoeError: an image is missing, or the disk is full.
-        """
+        """Compute what is missing; all processes call it. Raises ClmoeError: no such image, or the disk is full."""
         assert isinstance(tower, CachedTower)
         missing = from_main(lambda: self._missing(set(images)))
         if not missing:
@@ -179,10 +176,7 @@ def attach_cache(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBase:
-    """The frozen base and, as a ``clmoe.data.batches.Encoder``, what turns records into its inputs.
-
-    ``fingerprint`` is that of ``base_fingerprint``, ``vision`` the kept image features, if wanted.
-    """
+    """The frozen base and, as an ``Encoder``, what turns records into its inputs; ``vision``: kept image features."""
 
     model: LlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast

@@ -30,11 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Task:
-    """One task; the paths are absolute.
-
-    ``suffix`` is added to every test question, ``passes`` go over the training records in each epoch, and ``gold`` is
-    None where the test file holds the expected answers.
-    """
+    """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch."""
 
     name: str
     train: Path
@@ -57,11 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A sequence of tasks in the order ``norm``.
-
-    ``prepare`` names the builder of its data, None if users bring the files; ``sources`` says where these come from, by
-    file or folder relative to the root.
-    """
+    """Tasks in the order ``norm``; ``sources``: where files come from, by file or folder relative to the root."""
 
     name: str
     tasks: tuple[Task, ...]

@@ -131,8 +131,7 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
 def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """UCIT: the reference captions of each question's image, in ``extra["captions"]``.
 
-    In the published files image n belongs to the n-th question, from 1; where the images' ids are the question ids,
-    those decide. A ``file_name`` of an image must be the question's.
+    Image n belongs to the n-th question, from 1, unless the images' ids are the question ids. A ``file_name`` must fit.
     """
     (file,) = files
     data = entries(file)

@@ -1,22 +1,40 @@
 """``clmoe convert``: another project's model or adapter, or a checkpoint that clmoe 0.1 sealed (format 1) -> ours."""
 
 import copy
+import re
 import shutil
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clmoe.benchmarks.base import load_benchmark
-from clmoe.config import Config, build, dump_config, read_yaml
-from clmoe.convert.legacy_adapters import convert_adapter
-from clmoe.convert.weights import convert_liuhaotian, convert_vicuna
+import torch
+from peft import PeftModel
+from torch import Size, Tensor
+
+from clmoe.bases.llava import base_fingerprint, meta_base, shapes_file
+from clmoe.benchmarks.base import Benchmark, load_benchmark
+from clmoe.config import LINEARS, Config, build, dump_config, load_config, merge, read_yaml
+from clmoe.convert.weights import (
+    PROJECTOR,
+    check_tensors,
+    check_written,
+    convert_liuhaotian,
+    convert_vicuna,
+    open_tensors,
+    renamed,
+)
 from clmoe.errors import ClmoeError
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.model import adapter_tensors, count_parameters
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
-from clmoe.methods.base import EXPANSION
-from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, build_folder
+from clmoe.methods import method_class
+from clmoe.methods.base import EXPANSION, attach_on_meta
+from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, Lineage, build_folder, read_checkpoint
 from clmoe.utils.files import file_sha256, read_json, write_json
-from clmoe.utils.tensors import load_tensors
+from clmoe.utils.paths import resolve_model_path
+from clmoe.utils.tensors import load_tensors, save_tensors
 
 LIUHAOTIAN, LLAMA, ADAPTER = "an original LLaVA", "a LLaMA or Vicuna", "an adapter of CoIN or CL-MoE"
 OLD = "a checkpoint that clmoe 0.1 sealed"
@@ -115,3 +133,140 @@ def _upgraded(old: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         own = vae if name == "vae" else {}
     values["locator"] = locator | {"options": own}
     return values, bank
+
+
+# ---- Adapters that CoIN's and CL-MoE's training code saved
+#
+# `adapter_config.json` names the kind, `adapter_model.bin` holds a pair of matrices per expert and a router per linear,
+# `non_lora_trainables.bin` the tuned projector. Both projects' `forward` computes, per token and linear,
+#
+#     y = W0 x + alpha / r * sum_i softmax(W_r x)_i * B_i A_i x,      A_i: r/E x din, B_i: dout x r/E
+#
+# which is MoELoRA's formula here with `rank_is: total`. CL-MoE's adapters become `moelora` too: their files hold no
+# task gates, centres or statistics, which the method `clmoe` needs.
+
+METHODS = {"MOE_LORA_CoIN": "moelora", "MOE_LORA_CLMoE": "moelora", "LORA": "lora"}  # their peft_type -> our method
+PROJECTOR_FILE = "non_lora_trainables.bin"
+START = "base_model.model.model."
+PLACES = {f"{START}language_model.": START, **{START + ours: f"base_model.model.{p}" for ours, p in PROJECTOR.items()}}
+"""Beginning of a name in our file -> in theirs; ``_pieces`` has the ends."""
+
+PLAIN = {
+    "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_to_transform": None,
+    "layers_pattern": None, "use_rslora": False, "use_dora": False, "alpha_pattern": {}, "rank_pattern": {},
+}  # fmt: skip
+"""Settings under which the formula above holds."""
+
+
+def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+    """``peft_type``, and our ``adapter`` section. Raises ClmoeError for a kind or setting that changes the formula."""
+    where = folder / "adapter_config.json"
+    values = read_json(where)
+    kind, targets = values.get("peft_type"), values.get("target_modules")
+    if kind not in METHODS:
+        raise ClmoeError(f"{where}: peft_type is {kind!r}, known are {', '.join(METHODS)}")
+    for name, plain in PLAIN.items():
+        if (values.get(name) or plain) != plain:
+            raise ClmoeError(f"{where}: {name} is {values[name]!r}, expected {plain!r}")
+    if not isinstance(targets, list) or not targets or not set(targets) <= set(LINEARS):
+        raise ClmoeError(f"{where}: target_modules is {targets!r}, expected a list of {', '.join(LINEARS)}")
+    sizes = {"rank": "r", "alpha": "lora_alpha"} | ({} if kind == "LORA" else {"experts": "expert_num"})
+    for theirs in sizes.values():
+        if not isinstance(values.get(theirs), int) or values[theirs] < 1:
+            raise ClmoeError(f"{where}: {theirs} is {values.get(theirs)!r}, expected a positive number")
+    return kind, {
+        **{ours: values[theirs] for ours, theirs in sizes.items()},
+        "rank_is": "total",
+        "scale": None,
+        "dropout": float(values.get("lora_dropout") or 0),
+        "targets": [name for name in LINEARS if name in targets],
+        "router_scope": "per_linear",
+        "router_top_k": None,
+        "train_projector": (folder / PROJECTOR_FILE).is_file(),
+    }
+
+
+def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark, tasks: list[str]) -> str:
+    """Write the checkpoint of these learned tasks; return what was found. Of the ``model`` only shapes are read.
+
+    Raises ClmoeError where a file or tensor is missing, unknown, hostile or does not fit.
+    """
+    for task in tasks:
+        benchmark.task(task)
+    kind, settings = read_settings(source)
+    config = load_config(METHODS[kind], merge(benchmark.recipe, {"adapter": settings}), [], model)
+    method = method_class(config.method)(config)
+    adapted = attach_on_meta(method, meta_base(shapes_file(config.model)))
+    tensors = read_tensors(source, {name: tensor.shape for name, tensor in adapter_tensors(adapted).items()}, settings)
+    trainable, stored = count_parameters(adapted)
+    lineage = Lineage(
+        method=config.method,
+        benchmark=benchmark.name,
+        tasks=tasks,
+        seed=config.seed,
+        parent=None,
+        base=base_fingerprint(resolve_model_path(config.model.path)),
+        steps=0,  # their files do not say how the adapter was trained
+        trainable_parameters=trainable,
+        adapter_parameters=stored,
+        effective_scale=method.effective_scale(),
+    )
+    build_folder(target, lambda work: _write(work, adapted, tensors, config, lineage))
+    read_checkpoint(target)
+    size = f"{settings['experts']} experts" if "experts" in settings else "one pair of matrices"
+    tuned = "with" if settings["train_projector"] else "without"
+    return f"adapter {source}: {kind}, {size} on {', '.join(settings['targets'])}, {tuned} a tuned projector"
+
+
+def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors under our names (with their shapes in ``wanted``), in float32, which holds 16-bit numbers exactly."""
+    tensors: dict[str, Tensor] = {}
+    for path in (folder / "adapter_model.bin", *([folder / PROJECTOR_FILE] if settings["train_projector"] else [])):
+        pieces = {
+            name: _pieces(theirs, wanted[name], settings.get("experts", 0))
+            for theirs, name in renamed(wanted, PLACES).items()
+            if ("mm_projector" in theirs) == (path.name == PROJECTOR_FILE)
+        }
+        found = _without_twins(open_tensors(path), path)
+        check_tensors(found, {there: shape for names, shape, _ in pieces.values() for there in names}, path)
+        for name, (names, _, dim) in pieces.items():
+            tensors[name] = torch.cat([found[there].float() for there in names], dim)
+    return tensors
+
+
+def _pieces(name: str, shape: Size, experts: int) -> tuple[list[str], Size, int]:
+    """Names and shape of their tensors that make up one of ours, and the dimension to join them in.
+
+    Our ``A [E*r, din]`` and ``B [dout, E*r]`` hold all experts, theirs one; routers and plain LoRA are alike.
+    """
+    packed = re.fullmatch(r"(.+)\.clmoe_experts\.\w+\.([AB])", name)
+    if packed is None:
+        return [name.replace(".clmoe_routers.instance.0.", ".lora_router.")], shape, 0
+    place, factor = packed.groups()
+    dim, sizes = "AB".index(factor), list(shape)
+    sizes[dim] //= experts
+    return [f"{place}.lora_{factor}.lora{factor}.{i}.weight" for i in range(experts)], Size(sizes), dim
+
+
+def _without_twins(found: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Keep one of an expert's two names, ``loraA.0.weight`` and ``loraA.0.mlp.weight``; they must not differ."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        short = re.sub(r"\.(lora[AB]\.\d+)\.mlp\.weight$", r".\1.weight", name)
+        twin = kept.setdefault(short, tensor)
+        if twin.dtype != tensor.dtype or not twin.equal(tensor):
+            raise ClmoeError(f"{path}: {name} differs from {short}, which is another name of the same matrix")
+    return kept
+
+
+def _write(work: Path, adapted: PeftModel, tensors: dict[str, Tensor], config: Config, lineage: Lineage) -> None:
+    """The files of a checkpoint, as ``save_adapter`` and the end of a training write them."""
+    llava = type(adapted_base(adapted))
+    shape = adapted.peft_config[adapted.active_adapter]
+    shape.inference_mode, shape.base_model_name_or_path = True, config.model.path
+    origin = {"base_model_class": llava.__name__, "parent_library": llava.__module__}
+    shape.save_pretrained(str(work), auto_mapping_dict=origin)
+    save_tensors(tensors, work / "adapter_model.safetensors", {"format": "pt"})
+    check_written(work, tensors)
+    (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_json(work / LINEAGE, asdict(lineage))

@@ -67,10 +67,7 @@ def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a pickle, mapped; a pickle in torch's format before 1.6 is read whole.
-
-    Raises ClmoeError: the file is missing or damaged, or it asks for anything but dense tensors; nothing of it is run.
-    """
+    """A file's tensors, mapped; nothing of it is run. Raises ClmoeError: missing, damaged, or no dense tensors."""
     if not path.is_file():
         raise ClmoeError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -97,10 +94,7 @@ def _reason(error: Exception) -> str:
 
 
 def model_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder, of safetensors rather than pickles, as ``open_tensors``.
-
-    Raises ClmoeError: there are no weights, their index is broken, or two files hold the same name.
-    """
+    """A model folder's tensors, from safetensors rather than pickles. Raises ClmoeError as ``open_tensors``."""
     for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = file.with_name(f"{file.name}.index.json")
         if file.is_file():
@@ -216,8 +210,8 @@ def llava_config(
 def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
     """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
 
-    ``tokenizer.model`` goes first. SentencePiece merges by score; transformers 5.23 orders the merges by piece number
-    and so splits runs of blanks differently. Raises ClmoeError if there is no readable one.
+    SentencePiece merges ``tokenizer.model`` by score; transformers 5.23 orders the merges by piece number and so splits
+    runs of blanks differently. Raises ClmoeError if there is no readable one.
     """
     settings: dict[str, Any] = {"extra_special_tokens": {"image_token": IMAGE_MARK}, "padding_side": "left"}
     try:

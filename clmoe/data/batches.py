@@ -78,11 +78,7 @@ class _Items(Dataset[Item]):
 
 
 class TrainDataset(_Items[TrainItem]):
-    """Training records as items.
-
-    Raises ClmoeError at once for no records or a tokenizer that does not fit the first one; on access for a bad image
-    or an answer beyond ``max_length``.
-    """
+    """Training records as items. Raises ClmoeError at once for none, or if the first does not fit the tokenizer."""
 
     def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
         if not records:

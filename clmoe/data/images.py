@@ -15,10 +15,7 @@ from clmoe.errors import ClmoeError
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB.
-
-    Raises ClmoeError if it cannot be decoded, has more than 8 bits per channel, or more than 179 megapixels.
-    """
+    """Decode as RGB. Raises ClmoeError if that fails, or for more than 8 bits per channel or 179 megapixels."""
     try:
         with Image.open(path) as image:
             return to_rgb(image, str(path))

@@ -304,7 +304,7 @@ class LookedUpRecords(Sequence[TrainRecord]):
 
 
 class StoredRecords(LookedUpRecords):
-    """The records of an Arrow file, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
+    """An Arrow file's, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as stream:

@@ -77,7 +77,10 @@ def _write(folder: Path, benchmark: str) -> None:
         for split, count in ROWS.items():
             rng = Random(f"0/{benchmark}/{task.name}/{split}")
             if shared:
-                pairs = _from_pool(task, pools[split], rng, count)
+                asked = [
+                    (image, task.turns(scene, rng)) for image, scene in rng.sample(pools[split], len(pools[split]))
+                ]
+                pairs: Iterable[tuple[str, list[Turn]]] = [(image, turns) for image, turns in asked if turns][:count]
             else:
                 pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
             named = [(f"{task.name}-{i}", *pair) for i, pair in enumerate(pairs)]
@@ -115,14 +118,6 @@ def _scene_pool(split: str, images: Path) -> list[tuple[str, Scene]]:
     pool = [scene for sampler in POOL_SAMPLERS for scene in draw_distinct(sampler, split, rng, ROWS[split])]
     rng.shuffle(pool)
     return [(_save(scene, images, f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
-
-
-def _from_pool(
-    task: TaskSpec, pool: list[tuple[str, Scene]], rng: Random, count: int
-) -> Iterable[tuple[str, list[Turn]]]:
-    """(image path, turns) of the pool's images that the task can ask about."""
-    asked = [(image, task.turns(scene, rng)) for image, scene in rng.sample(pool, len(pool))]
-    return [(image, turns) for image, turns in asked if turns][:count]
 
 
 def _save(scene: Scene, images: Path, name: str) -> str:

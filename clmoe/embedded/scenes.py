@@ -204,6 +204,8 @@ def digit_value(source: int) -> int:
 
 # ---- drawing ----
 
+_font = cache(ImageFont.load_default)
+
 
 def render(scene: Scene) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels."""
@@ -213,11 +215,17 @@ def render(scene: Scene) -> Image.Image:
         _draw_thing(draw, thing)
     if scene.pattern:
         _draw_pattern(draw, scene.pattern)
-    if scene.lettering:
-        _draw_word(draw, scene.lettering)
+    if word := scene.lettering:
+        centre = (word.x * OVERSAMPLING, word.y * OVERSAMPLING)
+        fill, font = COLOURS[word.colour].rgb, _font(word.size * OVERSAMPLING)
+        draw.text(centre, word.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
     image = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
-    if scene.handwriting:
-        _paste_digit(image, scene.handwriting, (245,) * 3 if scene.background == "black" else (20,) * 3)
+    if digit := scene.handwriting:
+        mask = Image.fromarray(_digits()[0][digit.source])
+        mask = mask.resize((digit.size, digit.size), Image.Resampling.BICUBIC)
+        x, y = digit.x - digit.size // 2, digit.y - digit.size // 2
+        ink = (245,) * 3 if scene.background == "black" else (20,) * 3
+        image.paste(ink, (x, y, x + digit.size, y + digit.size), mask)
     return image.filter(ImageFilter.GaussianBlur(scene.blur)) if scene.blur else image
 
 
@@ -264,22 +272,6 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: Pattern) -> None:
     if pattern.name == "dots":
         for x, y in ((x, y) for x in columns for y in rows):
             draw.ellipse((x, y, x + step * 0.6, y + step * 0.6), fill=fill)
-
-
-_font = cache(ImageFont.load_default)
-
-
-def _draw_word(draw: ImageDraw.ImageDraw, lettering: Lettering) -> None:
-    centre = (lettering.x * OVERSAMPLING, lettering.y * OVERSAMPLING)
-    fill, font = COLOURS[lettering.colour].rgb, _font(lettering.size * OVERSAMPLING)
-    draw.text(centre, lettering.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
-
-
-def _paste_digit(image: Image.Image, writing: Handwriting, ink: tuple[int, ...]) -> None:
-    mask = Image.fromarray(_digits()[0][writing.source])
-    mask = mask.resize((writing.size, writing.size), Image.Resampling.BICUBIC)
-    x, y = writing.x - writing.size // 2, writing.y - writing.size // 2
-    image.paste(ink, (x, y, x + writing.size, y + writing.size), mask)
 
 
 # ---- random scenes, one function for each kind of image ----

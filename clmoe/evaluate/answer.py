@@ -61,8 +61,7 @@ class Answer:
 class Answerer:
     """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
 
-    ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives the locator's
-    features, computed for every call unless there is a folder for them.
+    ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives its features.
     """
 
     def __init__(
@@ -315,10 +314,7 @@ class LoadedCheckpoint:
         task: str | None = None,
         watch: Callable[[Explanation], None] = lambda partial: None,
     ) -> Explanation:
-        """As ``answer``, with the reasons: the task, every task's score, and the experts' weights.
-
-        ``watch`` gets the reasons before the first token, and with the text so far before every further one.
-        """
+        """As ``answer``, with the reasons, which ``watch`` gets before the first token, then with the text so far."""
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
             found = answerer.task_scores([asked], root, locator, oracle)

@@ -151,10 +151,7 @@ def science(prediction: str, question: Question, mode: Mode) -> float:
 
 
 def stock(prediction: str, question: Question, mode: Mode) -> float:
-    """Finance (StockQA): an option's letter, or yes or no.
-
-    ``official`` compares what is left without blanks and full stops, so that "B. rising" is not "b".
-    """
+    """Finance (StockQA): an option's letter, yes or no. ``official`` only drops blanks and full stops ("B. rising")."""
     golden = accepted(question)
     if mode == "official":
         return float(prediction.lower().replace(" ", "").replace(".", "") in [gold.lower() for gold in golden])
@@ -208,8 +205,7 @@ _FULL_FORMS = {
 def textvqa(prediction: str, question: Question, mode: Mode) -> float:
     """TextVQA: VQA accuracy over the ten answers in ``question.extra["answers"]``.
 
-    The modes differ in one point: ``fixed`` never accepts a prediction without text; ``official`` does if an
-    annotator's answer is empty after normalising ("the").
+    ``official`` accepts a prediction without text if an annotator's answer is empty after normalising ("the").
     """
     if mode == "fixed" and not prediction.strip():
         return 0.0

@@ -57,9 +57,7 @@ def evaluate_checkpoint(
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
-        order: all tasks of the run.
-        tasks: by default all that were learned (the base: all), and the newest again with its task known if the method
-            keeps parts.
+        tasks: of ``order``; by default all learned ones (the base: all), and with parts the newest again as oracle.
 
     Raises ClmoeError before the first answer: another base or order, or a question cannot be read or scored.
     """
@@ -133,8 +131,7 @@ class Cell:
     """One score of a run: a model asked a task's questions.
 
     Attributes:
-        locator: another locator than the checkpoint's own: the configured one, or ``oracle``; empty for the own.
-        limit: questions asked; None asks all.
+        locator: another than the checkpoint's own (the configured one, or ``oracle``); empty for the own.
         identity: sha256 of the checkpoint's manifest, or the bare base's fingerprint.
         learned: the model's tasks, oldest first; none for the bare base.
     """
@@ -185,10 +182,7 @@ class Cell:
         return {"scoring": self.scoring, "scorer": self.task.scorer, "gold": gold}
 
     def settled(self) -> bool:
-        """Filled with these settings; if only the scoring or gold answers differ, the answers are scored again.
-
-        Does not look at images. Removes the hidden files that a crash left.
-        """
+        """Filled with these settings; if only scoring or gold answers differ, scores again. Needs no image."""
         if not self.path.is_file():
             return False
         summary, questions = read_json(self.path), self.questions(images=False)
@@ -205,10 +199,7 @@ class Cell:
         return True
 
     def fill(self, questions: list[Question], answerer: Answerer, advance: Callable[[int], None]) -> float:
-        """Answer the questions, score the answers, and return the score in percent.
-
-        Every process appends its batches to a hidden file, from which an interrupted evaluation continues.
-        """
+        """Answer and score; the score in percent. Goes on from the hidden files to which processes append batches."""
         evaluation, task = self.config.evaluation, self.task
         key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
         mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
@@ -349,11 +340,8 @@ def write_tables(
 ) -> None:
     """Write ``matrix.csv``, ``immediate.csv``, ``locator.csv`` and ``metrics.json`` from the run's cells.
 
-    Args:
-        locator: whose cells the matrix shows in a folder without any of the checkpoints' own.
-        scoring: cells in the other mode are blank.
-        untrained: the method trains nothing, so its sequence ends as it began.
-        always_known: the matrix itself is measured with the task known.
+    The matrix shows cells of ``locator`` where there are none of the checkpoints' own. ``untrained``: the sequence ends
+    as it began. ``always_known``: the matrix itself is measured with the task known.
     """
     stages = (ZERO_SHOT, *order)
     if any(summary_path(run, after, task).is_file() for after in stages for task in order):

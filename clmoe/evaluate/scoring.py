@@ -35,10 +35,7 @@ CAPTIONS = "captions"
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """The score of a list of answers, one figure per answer, and the parts of the score, if it has several.
-
-    ``score`` is usually in [0, 1]; it need not be the mean of ``rows``.
-    """
+    """The score of a list of answers (not always the mean of its rows), of each one, and the parts it consists of."""
 
     score: float
     rows: list[float]
@@ -72,10 +69,7 @@ def gold_problem(scorer: str, question: Question) -> str | None:
 
 
 def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
-    """Raise ClmoeError, naming the question, unless all can be scored, whatever the answers.
-
-    A question that no answer gets right (see ``gold_problem``) passes: published scores count such questions.
-    """
+    """Raise ClmoeError, naming the question, unless all can be scored; published files hold some none can get right."""
     check_scorer(scorer, mode)
     for question in questions:
         if scorer == CAPTIONS:

@@ -60,8 +60,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts leave out each run's last task, whose two answers are one. The answers have the columns of `read_answers`
-    and `asked`, the task's number of questions. One task is in memory at a time.
+    The counts leave out each run's last task, whose two answers are one. The answers are those of `read_answers`, with
+    `asked`, the task's number of questions.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]

@@ -150,10 +150,7 @@ def _build(kind: type[T], values: Any, where: str) -> T:
 
 
 def _read_table(path: Path, keys: dict[str, Any], values: dict[str, Any]) -> pd.DataFrame:
-    """A CSV file with these columns, of which the keys together name a row; no rows if there is no file.
-
-    A column holds whole numbers (int), shares (float), any text (str), or one of some names.
-    """
+    """A CSV file (or none) of whole numbers, shares (float), text or given names; the keys name a row."""
     columns, rows = keys | values, {}
     if not path.exists():
         return pd.DataFrame(columns=list(columns))

@@ -225,10 +225,7 @@ def all_runs(groups: Sequence[Group]) -> list[Run]:
 def _spread(
     groups: Sequence[Group], frame: pd.DataFrame, keys: list[str], shown: Mapping[str, Callable[[float], str]]
 ) -> pd.DataFrame:
-    """A row for each value of `keys`, a column for each name that any run has a value of: mean ± deviation over seeds.
-
-    The frame's last two columns hold the name and the value; `shown`: name -> how to write its values.
-    """
+    """A row per value of `keys`, a column per name in `shown` (how to write it): mean ± deviation over seeds."""
     seeds, column = {group.label: len(group.runs) for group in groups}, frame.columns[-2]
     found = over_seeds(frame, [*keys, column])
     texts = []
