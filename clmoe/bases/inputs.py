@@ -85,8 +85,7 @@ class SharedPrompts:
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
     """An order of rows in which those of one image are neighbours.
 
-    Images come in order of first appearance; with ``lengths``, they and their rows are ordered by length, an image by
-    its longest row, and rows without image (None) come last.
+    Images come by first appearance or, with ``lengths``, all by length (an image by its longest row), None last.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):
@@ -103,8 +102,8 @@ def prompt_inputs(
 ) -> dict[str, Tensor] | SharedPrompts:
     """A batch on the base's device, split into common prefixes and rests unless that would save little.
 
-    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: the sample's
-    router changes the prefix's states. It ends before the first token that differs; a lone row is cut after its image.
+    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: another one
+    changes its states. It ends before the first token that differs; a lone row is cut after its image.
     """
     pad, image_token = base.tokenizer.pad_token_id, base.tokenizer.image_token_id
     members: dict[Hashable, list[int]] = {}

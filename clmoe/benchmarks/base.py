@@ -75,10 +75,7 @@ class Benchmark:
         return by_name[name]
 
     def order(self, spec: str, seed: int) -> list[str]:
-        """Task names in training order: ``norm``, ``rev``, ``rand``, or names separated by commas, some left out.
-
-        ``rand`` sorts by the SHA-256 of seed and name, so it is the same on every platform and Python version.
-        """
+        """Task names: ``norm``, ``rev``, ``rand`` (by the SHA-256 of seed and name), or some, separated by commas."""
         names = [task.name for task in self.tasks]
         if spec in ("norm", "rev"):
             return names if spec == "norm" else names[::-1]

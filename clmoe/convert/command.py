@@ -15,15 +15,7 @@ from torch import Size, Tensor
 from clmoe.bases.llava import base_fingerprint, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import LINEARS, Config, build, dump_config, load_config, merge, read_yaml
-from clmoe.convert.weights import (
-    PROJECTOR,
-    check_tensors,
-    check_written,
-    convert_liuhaotian,
-    convert_vicuna,
-    open_tensors,
-    renamed,
-)
+from clmoe.convert import weights
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import adapter_tensors, count_parameters
@@ -53,9 +45,9 @@ def convert_any(options: Namespace) -> str:
     if target.exists():
         raise ClmoeError(f"{target} exists: choose another folder or delete it")
     if kind == LIUHAOTIAN:
-        found = convert_liuhaotian(source, target, options.vision)
+        found = weights.convert_liuhaotian(source, target, options.vision)
     elif kind == LLAMA:
-        found = convert_vicuna(source, target, options.vision, options.projector)
+        found = weights.convert_vicuna(source, target, options.vision, options.projector)
     elif kind == OLD:
         found = convert_old_checkpoint(source, target)
     else:
@@ -148,7 +140,8 @@ def _upgraded(old: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 METHODS = {"MOE_LORA_CoIN": "moelora", "MOE_LORA_CLMoE": "moelora", "LORA": "lora"}  # their peft_type -> our method
 PROJECTOR_FILE = "non_lora_trainables.bin"
 START = "base_model.model.model."
-PLACES = {f"{START}language_model.": START, **{START + ours: f"base_model.model.{p}" for ours, p in PROJECTOR.items()}}
+PLACES = {START + ours: f"base_model.model.{theirs}" for ours, theirs in weights.PROJECTOR.items()}
+PLACES |= {f"{START}language_model.": START}
 """Beginning of a name in our file -> in theirs; ``_pieces`` has the ends."""
 
 PLAIN = {
@@ -187,10 +180,7 @@ def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark, tasks: list[str]) -> str:
-    """Write the checkpoint of these learned tasks; return what was found. Of the ``model`` only shapes are read.
-
-    Raises ClmoeError where a file or tensor is missing, unknown, hostile or does not fit.
-    """
+    """Write the checkpoint of these tasks; return what was found. Raises ClmoeError where anything does not fit."""
     for task in tasks:
         benchmark.task(task)
     kind, settings = read_settings(source)
@@ -224,21 +214,18 @@ def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]
     for path in (folder / "adapter_model.bin", *([folder / PROJECTOR_FILE] if settings["train_projector"] else [])):
         pieces = {
             name: _pieces(theirs, wanted[name], settings.get("experts", 0))
-            for theirs, name in renamed(wanted, PLACES).items()
+            for theirs, name in weights.renamed(wanted, PLACES).items()
             if ("mm_projector" in theirs) == (path.name == PROJECTOR_FILE)
         }
-        found = _without_twins(open_tensors(path), path)
-        check_tensors(found, {there: shape for names, shape, _ in pieces.values() for there in names}, path)
+        found = _without_twins(weights.open_tensors(path), path)
+        weights.check_tensors(found, {there: shape for names, shape, _ in pieces.values() for there in names}, path)
         for name, (names, _, dim) in pieces.items():
             tensors[name] = torch.cat([found[there].float() for there in names], dim)
     return tensors
 
 
 def _pieces(name: str, shape: Size, experts: int) -> tuple[list[str], Size, int]:
-    """Names and shape of their tensors that make up one of ours, and the dimension to join them in.
-
-    Our ``A [E*r, din]`` and ``B [dout, E*r]`` hold all experts, theirs one; routers and plain LoRA are alike.
-    """
+    """Names and shape of their tensors (one an expert) that make up one of ours, and the dimension to join them in."""
     packed = re.fullmatch(r"(.+)\.clmoe_experts\.\w+\.([AB])", name)
     if packed is None:
         return [name.replace(".clmoe_routers.instance.0.", ".lora_router.")], shape, 0
@@ -267,6 +254,6 @@ def _write(work: Path, adapted: PeftModel, tensors: dict[str, Tensor], config: C
     origin = {"base_model_class": llava.__name__, "parent_library": llava.__module__}
     shape.save_pretrained(str(work), auto_mapping_dict=origin)
     save_tensors(tensors, work / "adapter_model.safetensors", {"format": "pt"})
-    check_written(work, tensors)
+    weights.check_written(work, tensors)
     (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
     write_json(work / LINEAGE, asdict(lineage))

@@ -37,7 +37,7 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """Pad with the processor's mean colour, then let the processor resize and normalise: ``[3, H, W]`` float32.
 
     As in LLaVA-1.5's ``expand2square``, an odd remainder puts the extra line on the right or at the bottom. Raises
-    ClmoeError if the processor would crop the padded square, or the image has more than 8 bits per channel.
+    ClmoeError if the processor would crop the padded square.
     """
     if getattr(image_processor, "do_center_crop", False):  # harmless only if it keeps the whole resized square
         size, crop = dict(image_processor.size), dict(image_processor.crop_size)

@@ -114,10 +114,7 @@ def read_run(folder: Path) -> Run:
 
 
 def group_runs(folders: Sequence[Path]) -> list[Group]:
-    """Read run folders and group them by label, labels in the order given and runs by seed.
-
-    Raises ClmoeError: no folder, a label with one seed twice, or another benchmark, scoring mode or set of tasks.
-    """
+    """Groups by label, in the order given. Raises ClmoeError: no folder, one seed twice, or what cannot be compared."""
     if not folders:
         raise ClmoeError("no run folder given")
     runs = [read_run(folder) for folder in folders]

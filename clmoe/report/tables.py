@@ -94,10 +94,7 @@ def run_frame(groups: Sequence[Group], name: str) -> pd.DataFrame:
 
 
 def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
-    """Title -> score after training (row) on a task (column): mean over a label's seeds, for each task order.
-
-    A cell is NaN unless all seeds have it; a stage that none has is left out.
-    """
+    """By title: score after training (row) on a task (column), mean over a label's seeds, NaN unless all have it."""
     found = {}
     for group in groups:
         orders = list(dict.fromkeys(run.matrix.tasks for run in group.runs))

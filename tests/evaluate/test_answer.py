@@ -26,7 +26,6 @@ from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
-from clmoe.locators.vae import Vae
 from clmoe.methods import method_class
 from clmoe.utils.files import read_json
 from tests.evaluate.opened import checkpoints, opened
@@ -334,16 +333,3 @@ def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
     assert (first.margin, second.margin) == (2.0, 4.0)
     assert (first.task, first.redone) == (None, False)
     assert head.step == 3, "20 tokens were allowed, all rows had ended after 3"
-
-
-def test_many_questions_are_scored_in_pieces(
-    runs: Runs, tiny_base: LoadedBase, shared: Questions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answerer = opened(runs, tiny_base, "llava_cmoe")
-    whole = answerer.task_scores(*shared)
-    seen: list[int] = []
-    real = Vae.scores
-    monkeypatch.setattr(Vae, "scores", lambda self, asked: seen.append(len(asked.ids)) or real(self, asked))
-    monkeypatch.setattr(answer, "SCORED_AT_ONCE", 10)
-    torch.testing.assert_close(answerer.task_scores(*shared), whole, rtol=1e-6, atol=1e-5)
-    assert seen == [10, 10, 4]
