@@ -90,6 +90,17 @@ def test_published_coin_divides_by_n() -> None:
     assert result["bwt_n_minus_1"] == pytest.approx(-37.3, abs=0.05)
 
 
+def test_published_disco_divides_by_n_minus_1() -> None:
+    """MCITlib prints -7.45 for DISCO on six tasks with mean last 69.66 and mean immediate 75.87."""
+    tasks = tuple("abcdef")
+    rows = {task: tuple(75.87 if i == t else None for i in range(6)) for t, task in enumerate(tasks)}
+    last = (69.66 * 6 - 75.87) / 5
+    rows["f"] = (last,) * 5 + (75.87,)
+    result = metrics(AccuracyMatrix(tasks, rows))
+    assert result["last"] == pytest.approx(69.66)
+    assert f"{result['bwt_n_minus_1']:.2f}" == "-7.45"
+
+
 def test_csv_round_trip_is_exact(tmp_path: Path) -> None:
     matrix = AccuracyMatrix(TASKS, {**ROWS, "b": (100 / 3, None, 0.1 + 0.2)})
     matrix.write_csv(tmp_path / "m.csv")

@@ -249,6 +249,13 @@ SCRIPT = load_script("score")
 LINES = [(3, "d"), ("0", "a"), (1, "wrong")]
 
 
+def test_score_file_counts_unanswered_questions_and_ignores_order_and_id_type() -> None:
+    for scorer in ("short_answer", "class_name", "gqa", "ocr_vqa"):
+        assert SCRIPT.score_file(scorer, LINES, questions_of(*"abcd")) == (50.0, 4)
+    for mode in ("fixed", "official"):  # ScienceQA's script counts a lost question, too
+        assert SCRIPT.score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"), mode) == (50.0, 4)
+
+
 @pytest.mark.parametrize(
     ("scorer", "percent", "samples"),
     [
