@@ -83,8 +83,7 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
 def choose(answers: pd.DataFrame, number: int) -> list[str]:
     """Questions of a task to show, in a pseudo-random order that only their names decide.
 
-    The labels take turns to choose a question that they forgot, up to `FORGOTTEN_SHARE` of the number; the others are
-    drawn from all, those asked twice before those asked once.
+    Up to `FORGOTTEN_SHARE` are forgotten ones, each label's in turn; the others come from all, those asked twice first.
     """
     names = [f"{row.task}:{row.question}".encode("utf-8", "replace") for row in answers.itertuples()]
     ranks = answers.assign(rank=[hashlib.sha256(name).digest() for name in names])

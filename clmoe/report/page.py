@@ -1,7 +1,4 @@
-"""A report folder from run folders: tables, pictures, and one page that needs no other file and no network.
-
-The page's content security policy lets only its own script run and loads nothing: no model's answer can become active.
-"""
+"""A report folder from run folders. Its page needs no other file; its policy lets no model's answer become active."""
 
 import base64
 import hashlib
