@@ -44,9 +44,8 @@ def data(options: argparse.Namespace) -> str:
         ClmoeError: files are missing (each is named with its source), or rows are bad (they are listed).
     """
     from clmoe.benchmarks.base import load_benchmark
-    from clmoe.benchmarks.check import check_benchmark
-    from clmoe.benchmarks.prepare import prepare_benchmark
-    from clmoe.evaluate.rules.scoring import gold_problem
+    from clmoe.benchmarks.prepare import check_benchmark, prepare_benchmark
+    from clmoe.evaluate.scoring import gold_problem
     from clmoe.utils.files import write_text
 
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)

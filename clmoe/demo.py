@@ -14,7 +14,7 @@ import pandas as pd
 from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
-from clmoe.evaluate.rules.scoring import shown_answer
+from clmoe.evaluate.scoring import shown_answer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine
 
@@ -47,8 +47,7 @@ class Example(NamedTuple):
 def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 2) -> list[Example]:
     """The first ``per_task`` test questions of every learned task.
 
-    Raises:
-        ClmoeError: the benchmark holds none of the tasks, or a file is missing or malformed.
+    Raises ClmoeError: the benchmark holds none of the tasks, or a file is missing or malformed.
     """
     tasks = [task for task in benchmark.tasks if task.name in learned]
     if not tasks:

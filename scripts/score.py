@@ -17,8 +17,8 @@ from typing import NamedTuple
 from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.base import MODES, Mode
-from clmoe.evaluate.rules.scoring import CAPTIONS, score_answers
+from clmoe.evaluate.rules import MODES, Mode
+from clmoe.evaluate.scoring import CAPTIONS, score_answers
 
 # Published scripts find a line's question by its id and divide by the number of lines, except these.
 PAIRED_BY_POSITION = ("class_name", CAPTIONS)

@@ -29,7 +29,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER.split(" > ")) for room
 LATE = {
     "commands": {"clmoe"},  # its page needs gradio
     "doctor": {"torch"},  # reports a torch that cannot be imported
-    "evaluate.rules.captions": {"pycocoevalcap"},
+    "evaluate.scoring": {"pycocoevalcap"},
     "train.state": {"deepspeed"},
 }
 """Modules that import a package inside a function because it is optional; ``cli`` may import anything there."""

@@ -12,7 +12,7 @@ import clmoe
 from clmoe import cli
 from clmoe import sequence as sequence_module
 from clmoe.errors import ClmoeError
-from clmoe.evaluate import generate as answer_module
+from clmoe.evaluate import answer as answer_module
 from clmoe.evaluate import run as evaluation_module
 from clmoe.locators import LOCATORS
 from clmoe.sequence import Result, default_folder

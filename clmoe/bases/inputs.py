@@ -44,10 +44,7 @@ def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path
 
 def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
     """Move a batch to the base's device; pixels take the base's dtype."""
-    return {
-        key: value.to(base.device, base.dtype if value.is_floating_point() else value.dtype)
-        for key, value in batch.items()
-    }
+    return {k: v.to(base.device, base.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
 
 def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compute: Compute[R]) -> list[R]:
@@ -65,12 +62,11 @@ def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compu
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """A batch of prompts in two parts.
+    """A batch of prompts in two parts, each with ``input_ids`` and ``attention_mask``, left-padded int64.
 
     Attributes:
-        prefixes: what is read once for each group, left-padded: ``input_ids`` and ``attention_mask [G, P]`` int64, and
-            ``pixel_values [I, 3, H, W]`` of the groups that have an image, in order.
-        rests: what follows, left-padded: ``input_ids`` and ``attention_mask [B, S]`` int64; every row has a token.
+        prefixes: ``[G, P]``, with ``pixel_values [I, 3, H, W]`` of the groups that have an image, in order.
+        rests: ``[B, S]``; every row has a token.
         group: ``[B]`` int64, each row's prefix.
         first: ``[G]`` int64, the first row of each group.
     """
@@ -87,10 +83,9 @@ class SharedPrompts:
 
 
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
-    """An order of rows in which those of one image are neighbours, a pure function of its arguments.
+    """An order of rows in which those of one image are neighbours.
 
-    Without ``lengths``, images come in order of first appearance. With it, images (and the rows of each) are ordered by
-    length, an image by its longest row, and rows without image (None) come last.
+    Images come by first appearance or, with ``lengths``, all by length (an image by its longest row), None last.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):
@@ -107,9 +102,8 @@ def prompt_inputs(
 ) -> dict[str, Tensor] | SharedPrompts:
     """A batch on the base's device, split into common prefixes and rests unless that would save little.
 
-    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: a router
-    chosen for the whole sample changes the prefix's states. The prefix ends before the first token that differs
-    between them; a row that is alone is cut after its image.
+    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: another one
+    changes its states. It ends before the first token that differs; a lone row is cut after its image.
     """
     pad, image_token = base.tokenizer.pad_token_id, base.tokenizer.image_token_id
     members: dict[Hashable, list[int]] = {}
@@ -121,7 +115,10 @@ def prompt_inputs(
         ids = [items[row].input_ids for row in rows]
         most = min(map(len, ids)) - 1  # every row keeps at least one token to itself
         same = torch.stack([whole[:most] == ids[0][:most] for whole in ids]).all(0)
-        length = int(same.cumprod(0).sum()) if len(rows) > 1 else _after_image(ids[0], image_token)
+        length = int(same.cumprod(0).sum())
+        if len(rows) == 1:  # cut a text without image anywhere
+            image_at = (ids[0] == image_token).nonzero()
+            length = int(image_at[-1]) + 1 if len(image_at) else len(ids[0]) // 2
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))
         for row, whole in zip(rows, ids, strict=True):
             rests[row], group[row] = PromptItem(whole[length:], None), number
@@ -134,9 +131,3 @@ def prompt_inputs(
         group.to(base.device),
         torch.tensor([rows[0] for rows in members.values()], device=base.device),
     )
-
-
-def _after_image(ids: Tensor, image_token: int) -> int:
-    """Position after the last image token; half of a text without image, which only needs to be cut in two."""
-    found = (ids == image_token).nonzero()
-    return int(found[-1]) + 1 if len(found) else len(ids) // 2

@@ -1,11 +1,15 @@
-"""LLaVA-1.5, transformers' own class: loading, identity, inputs, and the names of its parts.
+"""LLaVA-1.5, transformers' own class: loading, identity, inputs, the names of its parts, and kept vision features.
 
 Everything else takes a base as a ``PreTrainedModel`` and finds its parts through the functions here.
 """
 
 import hashlib
+import os
 import re
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -24,16 +28,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from clmoe.bases.vision_cache import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data import images
 from clmoe.data.batches import Encoder
 from clmoe.errors import ClmoeError
-from clmoe.utils.files import read_json
+from clmoe.utils.files import file_sha256, json_sha256, read_json
+from clmoe.utils.logging import Progress
 from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
+from clmoe.utils.processes import count, from_main, in_order, is_main
+from clmoe.utils.tensors import load_tensors, replace_tensors
 
 PROJECTOR = "multi_modal_projector"
 
@@ -70,15 +77,106 @@ def count_image_tokens(model: PreTrainedModel) -> int:
     return patches + (model.config.vision_feature_select_strategy == "full")
 
 
+# ---- The frozen tower's output for every image, kept on disk: later passes neither decode nor encode it again
+#
+# Opt-in: `CLMOE_VISION` names the folder, which all runs on one base may share (1.18 MB an image with LLaVA-1.5 in 16
+# bits). Each image is computed alone, so what is kept does not depend on the others; a batch differs by rounding.
+
+VARIABLE = "CLMOE_VISION"
+
+
+class CachedTower(nn.Module):
+    """A vision tower that encodes ``[I, 3, H, W]`` and passes kept features ``[I, P, D]`` on as those of ``layer``."""
+
+    def __init__(self, tower: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.tower, self.layer = tower, layer
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if pixel_values.dim() == 4:
+            return self.tower(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(hidden_states={self.layer: pixel_values})  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """``[3, H, W]`` float32 -> states of ``layer`` ``[P, D]``, class token included, on the CPU, dtype kept."""
+        weight = next(self.parameters())
+        output = self.tower(pixels[None].to(weight.device, weight.dtype), output_hidden_states=True)
+        return output.hidden_states[self.layer][0].cpu().contiguous()
+
+
+@dataclass(frozen=True)
+class VisionCache:
+    """A folder of features of one tower, preprocessing and type: a file for each distinct image content."""
+
+    folder: Path
+
+    def path(self, image: Path) -> Path:
+        """The file of an image's features, whether it exists or not."""
+        status = image.stat()
+        digest = _content(str(image), status.st_mtime_ns, status.st_size)
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def read(self, image: Path) -> Tensor:
+        """Features ``[P, D]`` of an image that ``fill`` was given. Raises ClmoeError with a damaged file's name."""
+        return load_tensors(self.path(image))["features"]
+
+    def fill(self, tower: nn.Module, images: Iterable[Path], read_pixels: Callable[[Path], Tensor]) -> None:
+        """Compute what is missing; all processes call it. Raises ClmoeError: no such image, or the disk is full."""
+        assert isinstance(tower, CachedTower)
+        missing = from_main(lambda: self._missing(set(images)))
+        if not missing:
+            return
+        with Progress("vision features", len(missing), []) as progress:
+
+            def one(image: Path) -> int:
+                features = tower.features(read_pixels(image))
+                replace_tensors({"features": features}, self.path(image))
+                progress.advance_rows(count())
+                return features.nbytes
+
+            sizes = in_order(missing, one)
+        if is_main():
+            text = f"{len(missing):,} images, {sum(sizes) / 2**20:,.1f} MiB added to {self.folder}"
+            print(f"{VARIABLE}: vision features of {text}", file=sys.stderr)
+
+    def _missing(self, images: Iterable[Path]) -> list[Path]:
+        """One image for each content that has no file yet."""
+        found: dict[Path, Path] = {}
+        for image in sorted(images):
+            if not image.is_file():
+                raise ClmoeError(f"{image}: there is no such image")
+            found.setdefault(self.path(image), image)
+        return [image for path, image in found.items() if not path.is_file()]
+
+
+@cache
+def _content(image: str, modified: int, size: int) -> str:
+    """Hash of a file, computed again only when its time or size has changed."""
+    return file_sha256(Path(image))
+
+
+def attach_cache(
+    model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, fingerprint: str
+) -> VisionCache | None:
+    """The cache that the environment names; prepares the tower. Raises ClmoeError if several layers are read."""
+    root = os.environ.get(VARIABLE)
+    if not root:
+        return None
+    layer = model.config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ClmoeError(f"{VARIABLE}: the model reads the tower's layers {layer}; only one can be kept. Unset it")
+    model.model.vision_tower = CachedTower(model.model.vision_tower, layer)
+    what = [fingerprint, layer, str(model.dtype), image_processor.to_dict()]
+    return VisionCache(Path(root) / json_sha256(what)[:16])
+
+
+# ---- The base
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedBase:
-    """The frozen base and, as a ``clmoe.data.batches.Encoder``, what turns records into its inputs.
-
-    Attributes:
-        image_token_count: number of tokens of one image.
-        fingerprint: identity of config and weights, see ``base_fingerprint``.
-        vision: image features on disk, if the environment asks for them.
-    """
+    """The frozen base and, as an ``Encoder``, what turns records into its inputs; ``vision``: kept image features."""
 
     model: LlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
@@ -112,8 +210,8 @@ class LoadedBase:
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
-    Raises ClmoeError: the folder is not a LLaVA in transformers' format, a tensor is missing or does not fit
-    config.json, attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
+    Raises ClmoeError: not a LLaVA in transformers' format, a tensor is missing or does not fit config.json, attention
+    or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
     """
     _check_means(config, torch.device(device))
     disable_progress_bar()
@@ -153,10 +251,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 
 
 def shapes_file(config: ModelConfig) -> Path:
-    """The model folder's config.json, or the file that ``architecture`` names where the folder is not at hand.
-
-    Raises ClmoeError: neither exists.
-    """
+    """The model folder's config.json, or the file that ``architecture`` names. Raises ClmoeError: neither exists."""
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:
         for file in (Path(name).expanduser(), shipped_root() / name):
@@ -169,10 +264,7 @@ def shapes_file(config: ModelConfig) -> Path:
 
 
 def meta_base(file: Path) -> LoadedBase:
-    """A base with the shapes of a transformers config.json: on the meta device, without weights and tokenizer.
-
-    Raises ClmoeError if the file is not the configuration of a LLaVA.
-    """
+    """The shapes of a LLaVA's config.json (else ClmoeError) on the meta device, without weights and tokenizer."""
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "llava":
@@ -190,10 +282,8 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
     """Raise ClmoeError if attention or 4-bit weights need a package or setting that is absent, before loading."""
     flash = config.attention == "flash_attention_2"
     if flash and not is_flash_attn_2_available():
-        raise ClmoeError(
-            "model.attention flash_attention_2 needs the package flash-attn and a CUDA device: "
-            "pip install 'clmoe[flash]', or model.attention=sdpa"
-        )
+        needs = "needs the package flash-attn and a CUDA device: pip install 'clmoe[flash]', or model.attention=sdpa"
+        raise ClmoeError(f"model.attention flash_attention_2 {needs}")
     if flash and config.dtype == "float32":
         raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
     if config.load_in_4bit and find_spec("bitsandbytes") is None:
@@ -203,7 +293,7 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
 
 
 def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314).
+    """NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314), as arguments of ``from_pretrained``.
 
     Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides margins.
     """
@@ -229,8 +319,7 @@ def _check_report(report: dict[str, set[Any]]) -> None:
 def base_fingerprint(folder: str) -> str:
     """sha256 over ``config.json`` and every weight file's name, size and sixteen evenly spaced MiB.
 
-    Bases that differ in training differ everywhere, so the sample tells them apart without reading 14 GB; files of up
-    to 16 MiB are covered whole. A hub name gives the hash of the name.
+    Trainings differ everywhere, so the sample tells them apart without reading 14 GB. A hub name gives the name's hash.
     """
     root, sample = Path(folder), 1 << 20
     if not root.is_dir():

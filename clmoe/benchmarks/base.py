@@ -30,13 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Task:
-    """One task; the paths are absolute.
-
-    Attributes:
-        suffix: added to the text of every test question.
-        passes: over the training records, for each of ``training.epochs``.
-        gold: the files with the expected answers; None where the test file holds them.
-    """
+    """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch."""
 
     name: str
     train: Path
@@ -50,10 +44,7 @@ class Task:
 
     @property
     def half_there(self) -> str:
-        """Why a builder leaves the task alone, if only one of training and test file exists; else empty.
-
-        A second half of our own would mix two selections of the data.
-        """
+        """Why a builder leaves the task alone: one of its files exists, and the other would be another selection."""
         there, lacking = sorted((self.train, self.test), key=lambda path: not path.is_file())
         if lacking.is_file() or not there.is_file():
             return ""
@@ -62,12 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A sequence of tasks in the order ``norm``.
-
-    Attributes:
-        prepare: names the builder of its data; None if users bring the files.
-        sources: where files come from, by file or folder relative to the root.
-    """
+    """Tasks in the order ``norm``; ``sources``: where files come from, by file or folder relative to the root."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -78,22 +64,18 @@ class Benchmark:
 
     @property
     def built_on_first_use(self) -> bool:
-        """Whether its builder needs no downloads, so that its data need not exist yet."""
+        """Its builder needs no downloads, so that its data need not exist yet."""
         return self.prepare == "playground"
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise ClmoeError(f"benchmark {self.name}: {unknown('task', name, [task.name for task in self.tasks])}")
+        by_name = {task.name: task for task in self.tasks}
+        if name not in by_name:
+            raise ClmoeError(f"benchmark {self.name}: {unknown('task', name, by_name)}")
+        return by_name[name]
 
     def order(self, spec: str, seed: int) -> list[str]:
-        """Task names in training order.
-
-        ``spec`` is ``norm``, ``rev``, ``rand``, or names separated by commas, which may leave out tasks. ``rand`` sorts
-        by the SHA-256 of seed and name: the order is the same on every platform and Python version.
-        """
+        """Task names: ``norm``, ``rev``, ``rand`` (by the SHA-256 of seed and name), or some, separated by commas."""
         names = [task.name for task in self.tasks]
         if spec in ("norm", "rev"):
             return names if spec == "norm" else names[::-1]
@@ -168,10 +150,8 @@ class _BenchmarkEntry:
 def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
     """Read a benchmark by its name or by the path of a YAML file (which ends in .yaml or .yml).
 
-    ``check_files`` requires the training, test and gold files. Data that is built on first use may be absent
-    altogether: ``open_benchmark`` builds it.
-
-    Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task, missing file.
+    Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task and, with
+    ``check_files``, a missing file, unless ``open_benchmark`` builds them all.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
     built_in = path.parent == (shipped_root() / "configs" / "benchmarks").resolve()
@@ -226,27 +206,21 @@ def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
 
 
 def task_questions(task: Task, *, images: bool = True) -> list[Question]:
-    """Read and validate the task's test and gold files, and add the task's suffix to the questions.
-
-    ``images=False``: the images need not exist. Raises ClmoeError naming file and row, or gold file and id.
-    """
+    """The questions of the task's test and gold files. Raises ClmoeError naming file and row, or gold file and id."""
     return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
 
 
 def complete(task: Task, questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:
-    """The questions of a test file with the answers of the task's gold files and the task's suffix.
-
-    Errors about questions without an answer go to ``failed``, and those questions are left out; None raises the first.
-    """
+    """Questions of a test file with the gold files' answers and the suffix; ``failed`` as for ``read_gold``."""
     if task.gold is not None:
         questions = read_gold(task.gold, questions, failed)
     return [replace(question, text=question.text + task.suffix) for question in questions]
 
 
 def sampled(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """``limit`` of the questions, in their order; all of them with None.
+    """``limit`` of the questions (None: all), in their order, from the whole file, which may be sorted by difficulty.
 
-    Which ones depends on the number of questions alone, so every stage of every run asks the same, and a smaller sample
-    is part of a larger one. They come from the whole file, because files are often sorted by kind or difficulty.
+    Which ones depends on their number alone: every stage of every run asks the same, a smaller sample is part of a
+    larger one.
     """
     return [questions[row] for row in sorted(epoch_permutation(0, 0, len(questions))[:limit].tolist())]

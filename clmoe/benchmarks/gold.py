@@ -1,7 +1,7 @@
 """Expected answers that are in other files than the questions, and how to read other people's JSON.
 
-A reader takes a task's gold files and its questions, and returns what turns one question into the same with all that
-the task's scorer needs in ``answer`` or ``extra``, or raises ClmoeError naming file and id.
+A reader takes gold files and questions, and returns what puts all that the scorer needs into ``answer`` or ``extra`` of
+one question, or raises ClmoeError naming file and id.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from clmoe.data.records import Failed, Question, read_json_strictly, shown
 from clmoe.errors import ClmoeError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Answered = Callable[[Question], Question]
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,6 @@ class Gold:
 
     reader: str
     files: tuple[Path, ...]
-
-
-Answered = Callable[[Question], Question]
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,8 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
         row = _entry(file, rows, question.question_id)
         answer, where = row.get("answer"), f"{file}: id {question.question_id!r}"
         if row.get("isBalanced") is not True:
-            raise ClmoeError(
-                f"{where}: isBalanced is {row.get('isBalanced')!r}; GQA's score counts balanced questions, so take "
-                "only those into the test file"
-            )
+            fix = "GQA's score counts balanced questions, so take only those into the test file"
+            raise ClmoeError(f"{where}: isBalanced is {row.get('isBalanced')!r}; {fix}")
         if not isinstance(answer, str) or not answer:
             raise ClmoeError(f"{where}: no 'answer'")
         return replace(question, answer=answer)
@@ -135,16 +131,14 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
 def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """UCIT: the reference captions of each question's image, in ``extra["captions"]``.
 
-    The published files number their images by the test file: image n belongs to the n-th question, from 1. Where the
-    images' ids are the question ids themselves, those decide. A ``file_name`` of an image must be the question's.
+    Image n belongs to the n-th question, from 1, unless the images' ids are the question ids. A ``file_name`` must fit.
     """
     (file,) = files
     data = entries(file)
     images = {str(image.get("id")): image for image in listed(file, "images", data)}
     if len(images) != len(questions):
-        raise ClmoeError(
-            f"{file}: {len(images)} images for {len(questions)} questions; take both files of the same release"
-        )
+        counts = f"{len(images)} images for {len(questions)} questions"
+        raise ClmoeError(f"{file}: {counts}; take both files of the same release")
     captions: dict[str, list[str]] = {}
     for row in listed(file, "annotations", data):
         captions.setdefault(str(row.get("image_id")), []).append(str(row.get("caption", "")))
@@ -158,9 +152,9 @@ def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed:
             raise ClmoeError(f"{file}: no captions of image {name!r} for question_id {question.question_id!r}")
         of_image = images[name].get("file_name")
         if of_image and PurePosixPath(str(of_image)).name != PurePosixPath(question.image or "").name:
+            asked = f"question_id {question.question_id!r} is about {question.image!r}"
             raise ClmoeError(
-                f"{file}: image {name!r} is {of_image!r}, but question_id {question.question_id!r} is about "
-                f"{question.image!r}; take both files of the same release"
+                f"{file}: image {name!r} is {of_image!r}, but {asked}; take both files of the same release"
             )
         return replace(question, extra={**question.extra, "captions": texts})
 

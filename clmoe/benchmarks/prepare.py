@@ -1,20 +1,26 @@
-"""Putting a benchmark's data in place: the builders by the name in the field `prepare`.
+"""Putting a benchmark's data in place, and reading all of it to list what is bad (``clmoe data prepare``, ``check``).
 
-Order, files and scorers of the tasks are in ``configs/benchmarks``. A task that has a training or test file is left
-alone.
+The field `prepare` names the builder; a task that has one of its files is left alone.
 """
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clmoe.benchmarks.base import Benchmark, load_benchmark, training_record
-from clmoe.benchmarks.gold import entries, listed
-from clmoe.data.records import json_rows, read_json_strictly
+from clmoe.benchmarks.base import Benchmark, Task, complete, load_benchmark, training_record
+from clmoe.benchmarks.gold import READERS, entries, listed
+from clmoe.data.images import load_image
+from clmoe.data.records import Question, iterate_train, json_rows, load_questions, read_json_strictly
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import write_json
+
+GoldProblem = Callable[[str, Question], str | None]
+"""``(scorer, question)``: what is wrong with the expected answer, or None."""
 
 _QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 _SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -25,10 +31,7 @@ _PARTS = ("train2014", "val2014")
 
 
 def padded_box(box: Sequence[float], width: int, height: int) -> str:
-    """COCO's ``[x, y, w, h]`` in pixels as ``[x1, y1, x2, y2]`` in fractions of the square-padded image, two decimals.
-
-    The square's side is the longer side of the image, which lies in its middle.
-    """
+    """COCO's ``[x, y, w, h]`` in pixels as ``[x1, y1, x2, y2]`` in fractions of the square around the image."""
     x, y, w, h = box
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
@@ -40,10 +43,8 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     """Write training and test file of task ``Grounding`` where neither exists.
 
     Each sentence of split ``train`` in a ``RefCOCO/<name>/refs.json`` becomes a record, each of ``test``, ``testA`` and
-    ``testB`` a question. A box that has no area after rounding would be a malformed answer: such training records are
-    left out and counted. Returns what was done, one line each.
-
-    Raises ClmoeError: broken annotations, or a box of the test split has no area after rounding.
+    ``testB`` a question. Training records whose box has no area after rounding are left out and counted. Returns what
+    was done, one line each. Raises ClmoeError: broken annotations, or such a box in the test split.
     """
     task, annotations = benchmark.task("Grounding"), benchmark.root / "RefCOCO"
     if task.train.is_file() and task.test.is_file():
@@ -57,10 +58,8 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     test = [row for split, row in rows if split in ("test", "testA", "testB")]
     for row in test:
         if not _has_area(row["answer_bbox"]):
-            raise ClmoeError(
-                f"{annotations}: sentence {row['question_id']} about {row['image']}: box {row['answer_bbox']} has no "
-                "area after rounding, so no answer would be right; remove its reference"
-            )
+            where = f"{annotations}: sentence {row['question_id']} about {row['image']}: box {row['answer_bbox']}"
+            raise ClmoeError(f"{where} has no area after rounding, so no answer would be right; remove its reference")
     train = [training_record(row, row["answer_bbox"]) for split, row in rows if split == "train"]
     kept = [record for record in train if _has_area(record["conversations"][1]["value"])]
     write_json(task.train, kept)
@@ -106,9 +105,7 @@ def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
 
     Of ``VQACL/karpathy_{train,test}_q_<task>.json`` only ``question_id`` is used. Training answers are the most common
     ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was done, one
-    line each.
-
-    Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
+    line each. Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
     """
     lines = [task.half_there for task in benchmark.tasks if task.half_there]
     tasks = [task for task in benchmark.tasks if not task.train.is_file() and not task.test.is_file()]
@@ -183,10 +180,7 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 
 
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
-    """The benchmark with its data in place; the embedded ones are drawn on first use.
-
-    Arguments and errors are those of ``load_benchmark``; with ``tasks`` only their files are required.
-    """
+    """As ``load_benchmark``, but embedded data is drawn on first use; with ``tasks`` only their files are required."""
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
         _draw(benchmark)
@@ -195,12 +189,84 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
 
 
 def prepare_benchmark(benchmark: Benchmark) -> str:
-    """Build what can be built from the downloads that are there; returns what was done, one line each.
-
-    Raises ClmoeError if files are still missing: what was done, and each file with its source.
-    """
+    """What was built from the downloads that are there, a line each; ClmoeError adds the missing files."""
     lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()
     if missing:
         raise ClmoeError("\n".join([*lines, f"{len(missing)} file(s) are missing below {benchmark.root}:", *missing]))
     return "\n".join(lines)
+
+
+# ---- checks ----
+
+
+@dataclass
+class Checked:
+    """What was found: the counts of each task, what is no fault but worth knowing, and each bad row, image or file."""
+
+    lines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+    def failed(self, error: ClmoeError) -> None:
+        self.bad.append(str(error))
+
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """List the error that ends the block: the file itself cannot be read."""
+        try:
+            yield
+        except ClmoeError as error:
+            self.failed(error)
+
+
+def check_benchmark(benchmark: Benchmark, gold_problem: GoldProblem) -> Checked:
+    """Read all rows, gold files and images (each image once); nothing bad stops the check."""
+    result = Checked(bad=benchmark.missing_files())
+    images: set[Path] = set()
+    if result.bad and benchmark.prepare is not None:
+        result.notes.append(f"`clmoe data prepare {benchmark.name}` builds what can be built")
+    for task in benchmark.tasks:
+        _check_task(task, result, images, gold_problem)
+    paths = sorted(images)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's global lock
+        for start in range(0, len(paths), 4096):  # a waiting task takes more memory than a path
+            result.bad += filter(None, pool.map(_image_problem, paths[start : start + 4096]))
+    result.lines.append(f"{len(paths)} different images decoded")
+    return result
+
+
+def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: GoldProblem) -> None:
+    bad, trained, repeated, questions = len(result.bad), 0, 0, list[Question]()
+    if task.train.is_file():
+        with result.listing():
+            for record in iterate_train(task.train, task.image_root, result.failed):
+                trained += 1
+                repeated += "#" in record.id
+                if record.image:
+                    images.add(task.image_root / record.image)
+    if task.test.is_file():
+        before = len(result.bad)
+        with result.listing():
+            questions = load_questions(task.test, task.image_root, result.failed, answered=task.gold is None)
+        images.update(task.image_root / question.image for question in questions if question.image)
+        if task.gold is not None and len(result.bad) > before and READERS[task.gold.reader].whole:
+            result.notes.append(f"{task.name}: expected answers are checked once all rows of the test file are good")
+        elif task.gold is None or all(path.is_file() for path in task.gold.files):
+            with result.listing():
+                completed = complete(task, questions, result.failed)
+                problems = (gold_problem(task.scorer, question) for question in completed)
+                result.bad += [f"{task.test}: {problem}" for problem in problems if problem]
+                if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
+                    result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
+    if repeated:
+        result.notes.append(f"{task.name}: {repeated} training ids hold a '#'; repeated ones are numbered #2, #3, ...")
+    result.lines.append(f"{task.name:<16}{trained:>7} train {len(questions):>7} test {len(result.bad) - bad:>7} bad")
+
+
+def _image_problem(path: Path) -> str | None:
+    try:
+        load_image(path)
+    except ClmoeError as error:
+        return str(error)
+    return None

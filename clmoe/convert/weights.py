@@ -67,10 +67,7 @@ def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a pickle, mapped; a pickle in torch's format before 1.6 is read whole.
-
-    Raises ClmoeError: the file is missing or damaged, or it asks for anything but dense tensors; nothing of it is run.
-    """
+    """A file's tensors, mapped; nothing of it is run. Raises ClmoeError: missing, damaged, or no dense tensors."""
     if not path.is_file():
         raise ClmoeError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -97,10 +94,7 @@ def _reason(error: Exception) -> str:
 
 
 def model_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder, of safetensors rather than pickles, as ``open_tensors``.
-
-    Raises ClmoeError: there are no weights, their index is broken, or two files hold the same name.
-    """
+    """A model folder's tensors, from safetensors rather than pickles. Raises ClmoeError as ``open_tensors``."""
     for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = file.with_name(f"{file.name}.index.json")
         if file.is_file():
@@ -125,10 +119,7 @@ def _merged(files: list[Path]) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], shapes: dict[str, Size], where: Path) -> None:
-    """Raise ClmoeError unless the tensors are those in ``shapes``, in 16- or 32-bit floating point.
-
-    ``LEFT_OUT`` may be there as well.
-    """
+    """Raise ClmoeError unless the tensors are those in ``shapes`` (and ``LEFT_OUT``), in 16- or 32-bit floats."""
     unknown = [name for name in found.keys() - shapes.keys() if not LEFT_OUT.search(name)]
     for problem, names in (("lacks", shapes.keys() - found.keys()), ("should not hold", unknown)):
         if names:
@@ -164,10 +155,7 @@ puts a second one before it, and transformers does not."""
 
 
 def read_tower(folder: Path) -> tuple[Any, Any]:
-    """``CLIPVisionConfig`` and image processor of a CLIP folder, a whole CLIP or its vision model alone.
-
-    Raises ClmoeError for another kind of model, or an image processor that is missing or crops to another size.
-    """
+    """``CLIPVisionConfig`` and image processor of a CLIP, whole or its vision model alone; ClmoeError if unfit."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ClmoeError(f"--vision: {folder / 'config.json'}: model_type is {kind!r}, expected 'clip'")
@@ -197,10 +185,7 @@ def check_connection(values: dict[str, Any], where: Path) -> None:
 def llava_config(
     language: dict[str, Any], tower: Any, connection: dict[str, Any], added: tuple[int, int]
 ) -> LlavaConfig:
-    """The written model's configuration, from two config.json and the ids of ``<image>`` and ``<pad>``.
-
-    ``connection`` holds LLaVA's ``mm_*`` fields; those it lacks are LLaVA-1.5's.
-    """
+    """From two config.json, LLaVA's ``mm_*`` fields (or LLaVA-1.5's) and the ids of ``<image>`` and ``<pad>``."""
     with_class = connection.get("mm_vision_select_feature") == "cls_patch"
     text = LlamaConfig(
         **{name: language[name] for name in TEXT_FIELDS if name in language},
@@ -225,8 +210,8 @@ def llava_config(
 def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
     """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
 
-    ``tokenizer.model`` goes before ``tokenizer.json``. SentencePiece merges by score; transformers 5.23 orders the
-    merges by piece number and so splits runs of blanks differently. Raises ClmoeError if there is no readable one.
+    SentencePiece merges ``tokenizer.model`` by score; transformers 5.23 orders the merges by piece number and so splits
+    runs of blanks differently. Raises ClmoeError if there is no readable one.
     """
     settings: dict[str, Any] = {"extra_special_tokens": {"image_token": IMAGE_MARK}, "padding_side": "left"}
     try:
@@ -254,8 +239,8 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
 def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
     """Write LLaVA-1.5 as its authors publish it (liuhaotian/llava-v1.5-7b, 13b); return what was found.
 
-    The tower's weights come from the checkpoint where it has them, for it may have trained them, else from the CLIP
-    folder, which says how images are scaled in either case. Raises ClmoeError as ``_assemble``.
+    A tower in the checkpoint may be trained and is taken before the CLIP folder's, which says how images are scaled.
+    Raises ClmoeError as ``_assemble``.
     """
     values = read_json(source / "config.json")
     check_connection(values, source / "config.json")
@@ -271,9 +256,8 @@ def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
 def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) -> str:
     """Write the papers' start from a LLaMA (Vicuna), a CLIP and a projector; return what was put together.
 
-    LLaVA-1.5's first stage trains ``mm_projector.bin`` on captions with both models frozen. A config.json that it left
-    beside the file says which of the tower's features are taken; without one they are LLaVA-1.5's. Raises ClmoeError as
-    ``_assemble``.
+    A config.json that LLaVA-1.5's first stage left beside ``mm_projector.bin`` says which of the tower's features are
+    taken; without one they are LLaVA-1.5's. Raises ClmoeError as ``_assemble``.
     """
     beside = projector.with_name("config.json")
     connection = read_json(beside) if beside.is_file() else {"mm_projector_type": "mlp2x_gelu"}
@@ -288,14 +272,10 @@ def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) ->
 
 
 def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, Any], parts: list[Part]) -> int:
-    """Write a LLaVA folder, whole or not at all; return its number of tensors.
+    """Write a LLaVA folder from ``parts`` that cover it, whole or not at all; return its number of tensors.
 
-    Args:
-        source: folder with the language model's config.json and tokenizer.
-        connection: as in ``llava_config``.
-        parts: together they cover the model.
-
-    Raises ClmoeError: a size, the tokenizer or a tensor does not fit, or the disk does not hold what was written.
+    ``source`` has the language model's config.json and tokenizer. Raises ClmoeError: a size, the tokenizer or a tensor
+    does not fit, or the disk does not hold what was written.
     """
     language, (tokenizer, ids) = read_json(source / "config.json"), read_tokenizer(source)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -303,10 +283,8 @@ def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, An
             raise ClmoeError(f"{source / 'config.json'}: {name} is {language.get(name)!r}, expected a number")
     vocabulary, added = language["vocab_size"], (tokenizer.image_token_id, tokenizer.pad_token_id)
     if added != (vocabulary, vocabulary + 1):
-        raise ClmoeError(
-            f"{source}: the tokenizer puts {IMAGE_MARK} and {PAD} at {added}, but config.json says vocab_size "
-            f"{vocabulary}: they do not belong together"
-        )
+        apart = f"the tokenizer puts {IMAGE_MARK} and {PAD} at {added}, but config.json says vocab_size {vocabulary}"
+        raise ClmoeError(f"{source}: {apart}: they do not belong together")
     tower, images = read_tower(vision)
     config = llava_config(language, tower, connection, added)
     with torch.device("meta"):
@@ -344,8 +322,7 @@ def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, An
 def _widen(tensor: Tensor, rows: int) -> Tensor:
     """``[V, D]`` -> ``[rows, D]``: ``<image>``, ``<pad>`` and the filling get the mean of all rows.
 
-    llava-hf draws them around that mean. No prompt holds a filling row, the picture's features replace the image's, and
-    as an output the mean row's logit is the mean logit, which no greedy answer picks.
+    llava-hf draws them around that mean. As an output its logit is the mean logit, which no greedy answer picks.
     """
     mean = tensor.mean(0, dtype=torch.float64).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])

@@ -78,11 +78,7 @@ class _Items(Dataset[Item]):
 
 
 class TrainDataset(_Items[TrainItem]):
-    """Training records as items.
-
-    Raises ClmoeError at once if there are no records or the first one shows that the tokenizer does not fit the
-    template; on access for a bad image or a record whose answer lies beyond ``max_length``.
-    """
+    """Training records as items. Raises ClmoeError at once for none, or if the first does not fit the tokenizer."""
 
     def __init__(self, records: Sequence[TrainRecord], image_root: Path, encoder: Encoder, max_length: int) -> None:
         if not records:
@@ -125,9 +121,8 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
 def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch, padded on the right.
 
-    Returns ``input_ids``, ``attention_mask`` (1 = token) and ``labels`` (padding is -100), ``[B, T]`` int64, and
-    ``pixel_values [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image, in order;
-    the key is absent if none has.
+    ``input_ids``, ``attention_mask`` (1 = token) and ``labels`` (padding is -100) are ``[B, T]`` int64, ``pixel_values
+    [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image; absent if none has.
     """
     return _collate(items, pad_id, "right") | {"labels": _pad([item.labels for item in items], IGNORE, "right")}
 
@@ -143,12 +138,9 @@ def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tenso
 
 
 def _collate(items: Sequence[PromptItem], pad_id: int, side: str) -> dict[str, Tensor]:
-    masks = [torch.ones_like(item.input_ids) for item in items]
+    ids = [item.input_ids for item in items]
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
-    batch = {
-        "input_ids": _pad([item.input_ids for item in items], pad_id, side),
-        "attention_mask": _pad(masks, 0, side),
-    }
+    batch = {"input_ids": _pad(ids, pad_id, side), "attention_mask": _pad([*map(torch.ones_like, ids)], 0, side)}
     return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
 
 

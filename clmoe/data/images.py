@@ -15,11 +15,7 @@ from clmoe.errors import ClmoeError
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB.
-
-    Raises ClmoeError if it cannot be decoded, has more than 8 bits per channel, or is so large (179 megapixels) that
-    Pillow suspects a decompression bomb.
-    """
+    """Decode as RGB. Raises ClmoeError if that fails, or for more than 8 bits per channel or 179 megapixels."""
     try:
         with Image.open(path) as image:
             return to_rgb(image, str(path))
@@ -41,26 +37,18 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """Pad with the processor's mean colour, then let the processor resize and normalise: ``[3, H, W]`` float32.
 
     As in LLaVA-1.5's ``expand2square``, an odd remainder puts the extra line on the right or at the bottom. Raises
-    ClmoeError if the processor (with ``image_mean``: CLIP's or alike) would crop the padded square, or the image has
-    more than 8 bits per channel.
+    ClmoeError if the processor would crop the padded square.
     """
-    _refuse_cropping(image_processor)
+    if getattr(image_processor, "do_center_crop", False):  # harmless only if it keeps the whole resized square
+        size, crop = dict(image_processor.size), dict(image_processor.crop_size)
+        sides, kept = ({s.get(key) for key in ("shortest_edge", "height", "width")} - {None} for s in (size, crop))
+        if not image_processor.do_resize or len(sides) != 1 or sides != kept:
+            found = f"resizes to {size} (do_resize {image_processor.do_resize}), crops to {crop}"
+            fix = "so it would cut the image; set 'size' and 'crop_size' to the same length"
+            raise ClmoeError(f"image processor: {found}, {fix}")
     side = max(image.size)
     width, height = (side - length for length in image.size)
     border = (width // 2, height // 2, width - width // 2, height - height // 2)
     background = tuple(int(value * 255) for value in image_processor.image_mean)
     square = ImageOps.expand(to_rgb(image), border, background)
     return image_processor(images=square, return_tensors="pt")["pixel_values"][0].to(torch.float32).contiguous()
-
-
-def _refuse_cropping(image_processor: Any) -> None:
-    """After padding, a centre crop is harmless only if it keeps the whole resized square."""
-    if not getattr(image_processor, "do_center_crop", False):
-        return
-    size, crop = dict(image_processor.size), dict(image_processor.crop_size)
-    sides, kept = ({s.get(key) for key in ("shortest_edge", "height", "width")} - {None} for s in (size, crop))
-    if not image_processor.do_resize or len(sides) != 1 or sides != kept:
-        raise ClmoeError(
-            f"image processor: resizes to {size} (do_resize {image_processor.do_resize}), crops to {crop}, "
-            "so it would cut the image; set 'size' and 'crop_size' to the same length"
-        )

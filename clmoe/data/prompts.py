@@ -4,9 +4,8 @@ As in LLaVA, the texts before and after ``<image>`` are tokenised separately, wi
 image token between them. LLaMA's tokenizer marks the beginning of the second text: the tokens after an image are ``▁``,
 ``<0x0A>``, where a single string gives ``<0x0A>`` alone. Only the first text gets a ``<s>``, if the tokenizer adds one.
 
-The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn, and
-equal what LLaVA's ``preprocess_v1`` leaves unmasked. Where that function loses count and masks a whole conversation
-with a warning (text that holds ``ASSISTANT: ``, a tokenizer that it does not know), they are still these tokens.
+The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn, what
+LLaVA's ``preprocess_v1`` leaves unmasked, and also where that loses count (``ASSISTANT: `` in the text) and masks all.
 """
 
 from bisect import bisect_left
@@ -47,8 +46,8 @@ def encode_training(
 ) -> Encoded:
     """Token ids and labels of a record, truncated on the right to ``max_length`` tokens, the image's included.
 
-    Raises ClmoeError: the tokenizer does not fit the template, the text holds a special token (``</s>``, ``<image>``),
-    or truncation leaves no answer token. The message names the record.
+    Raises ClmoeError naming the record: the tokenizer does not fit the template, the text holds a special token
+    (``</s>``, ``<image>``), or truncation leaves no answer token.
     """
     where = f"record {record.id!r}"
     has_image = record.image is not None
@@ -58,16 +57,12 @@ def encode_training(
     labels = _answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
     prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, image_tokens, 0, where)
     if ids[: len(prompt)] != prompt or any(label != IGNORE for label in labels[: len(prompt)]):
-        raise ClmoeError(
-            f"{where}: the prompt's tokens are not the beginning of the training tokens, so training and "
-            "evaluation would differ; this tokenizer does not fit the vicuna_v1 template"
-        )
+        differ = "the prompt's tokens are not the beginning of the training tokens"
+        raise ClmoeError(f"{where}: {differ}; this tokenizer does not fit the vicuna_v1 template")
     encoded = Encoded(ids[:max_length], labels[:max_length])
     if all(label == IGNORE for label in encoded.labels):
-        raise ClmoeError(
-            f"{where}: {len(ids)} tokens, and no answer token is among the first {max_length}; "
-            "raise the maximum length or shorten the record"
-        )
+        cut = f"{len(ids)} tokens, and no answer token is among the first {max_length}"
+        raise ClmoeError(f"{where}: {cut}; raise the maximum length or shorten the record")
     return encoded
 
 
@@ -97,10 +92,8 @@ def _tokenise(
     if tokenizer.eos_token != END:
         raise ClmoeError(f"tokenizer: the end token is {tokenizer.eos_token!r}; the vicuna_v1 template needs {END!r}")
     if image_tokens and getattr(tokenizer, "image_token", None) != IMAGE_MARK:
-        raise ClmoeError(
-            f"tokenizer: no image token {IMAGE_MARK!r}; "
-            f"add it with extra_special_tokens={{'image_token': '{IMAGE_MARK}'}}"
-        )
+        fix = f"add it with extra_special_tokens={{'image_token': '{IMAGE_MARK}'}}"
+        raise ClmoeError(f"tokenizer: no image token {IMAGE_MARK!r}; {fix}")
     image_id: Any = getattr(tokenizer, "image_token_id", None)
     ids: list[int] = []
     offsets: Spans = []
@@ -115,10 +108,8 @@ def _tokenise(
         start = len(part) + len(IMAGE_MARK)
     for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, image_tokens)):
         if ids.count(token_id) != wanted:
-            raise ClmoeError(
-                f"{where}: {ids.count(token_id)} tokens {token}, the template has {wanted}; remove it from the "
-                "text or, if it is not there, fix the tokenizer: one special token, never appended"
-            )
+            fix = "remove it from the text or, if it is not there, fix the tokenizer: one special token, never appended"
+            raise ClmoeError(f"{where}: {ids.count(token_id)} tokens {token}, the template has {wanted}; {fix}")
     return ids, offsets
 
 

@@ -126,9 +126,8 @@ class Question:
 def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
     """Read and check a file of ``{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
 
-    The images must exist; they are not decoded. Published LLaVA files repeat ids, so the second and later rows of an id
-    get ``#2``, ``#3``, ... in file order. Records of a file of LARGE_FILE bytes or more stay on disk.
-    Raises ClmoeError at the first bad row.
+    The images must exist; they are not decoded. Published LLaVA files repeat ids: later rows of an id get ``#2``,
+    ``#3``, ... Records of a file of LARGE_FILE bytes or more stay on disk. Raises ClmoeError at the first bad row.
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size >= LARGE_FILE:
@@ -159,13 +158,8 @@ def load_questions(
     """Read and check a file of ``{"question_id", "image"?, "text", "answer", ...}``; other keys end up in ``extra``.
 
     Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
-
-    Args:
-        answered: every row must have one of GOLD_FIELDS; False if another file holds the expected answers.
-        images: False if the images need not exist.
-
-    Raises ClmoeError at the first bad row (a repeated question id makes a row bad). With ``failed``, bad rows are
-    reported to it and skipped.
+    ``answered``: every row must have one of GOLD_FIELDS. ``images``: the images must exist. Raises ClmoeError at the
+    first bad row, as one with a repeated id; with ``failed``, bad rows are reported to it and skipped.
     """
     known: set[str] | None = set() if images else None
     first_row: dict[str, int] = {}
@@ -299,7 +293,7 @@ def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
 
 
 class LookedUpRecords(Sequence[TrainRecord]):
-    """Records that are made on access; subclasses give the length and make the record at a valid position."""
+    """Subclasses give the length and make the record at a valid position."""
 
     @abstractmethod
     def record(self, position: int) -> TrainRecord: ...
@@ -310,7 +304,7 @@ class LookedUpRecords(Sequence[TrainRecord]):
 
 
 class StoredRecords(LookedUpRecords):
-    """The records of an Arrow file, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
+    """An Arrow file's, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as stream:
@@ -336,8 +330,8 @@ def _record(row: dict[str, Any]) -> TrainRecord:
 def _stored_train(path: Path, image_root: Path) -> StoredRecords:
     """The records of a training file, which the first process that asks for them checks and stores.
 
-    The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of the content and the image root, so a
-    changed file is checked again. Images are not: one that has gone is an error when it is read.
+    The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of content and image root, so a changed
+    file is checked again. An image that has gone is an error when it is read.
     """
     key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
     file = Path(os.environ.get("CLMOE_CACHE") or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
@@ -362,9 +356,7 @@ def _stored_train(path: Path, image_root: Path) -> StoredRecords:
 class Part:
     """One task's records in a union, where they occur ``passes`` times.
 
-    Attributes:
-        name: prefix of the records' ids; none if empty.
-        folder: the task's image folder, relative to the union's image root.
+    ``name`` is the prefix of their ids, none if empty; ``folder`` holds the images, relative to the union's root.
     """
 
     name: str

@@ -17,9 +17,8 @@ from random import Random
 from typing import Any
 
 from clmoe.data.records import Turn
-from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import SIDE, Scene, draw_distinct, render
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec
+from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec, sample_scene, sample_turns
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
@@ -36,9 +35,9 @@ ROWS = {"train": 2_000, "test": 300}
 
 
 def prepare(benchmark_name: str, target: Path) -> Path:
-    """Make sure that the folder `target` holds the whole benchmark, and return it.
+    """Make sure that the folder `target` holds the whole benchmark of this version, and return it.
 
-    Replaces a folder that another version wrote. Raises ClmoeError for an unknown name, or a folder of somebody else.
+    Raises ClmoeError for an unknown name, or a folder of somebody else.
     """
     if benchmark_name not in TASKS:
         raise ClmoeError(unknown("embedded benchmark", benchmark_name, TASKS))
@@ -66,7 +65,7 @@ def prepare(benchmark_name: str, target: Path) -> Path:
 
 
 def _is_complete(target: Path, marker: str) -> bool:
-    """Whether the folder was written to the end, by this version of the generator and in these sizes."""
+    """The folder was written to the end, by this version of the generator and in these sizes."""
     return (target / MARKER).is_file() and (target / MARKER).read_text() == marker
 
 
@@ -78,24 +77,25 @@ def _write(folder: Path, benchmark: str) -> None:
         for split, count in ROWS.items():
             rng = Random(f"0/{benchmark}/{task.name}/{split}")
             if shared:
-                pairs = _from_pool(task, pools[split], rng, count)
+                asked = [
+                    (image, task.turns(scene, rng)) for image, scene in rng.sample(pools[split], len(pools[split]))
+                ]
+                pairs: Iterable[tuple[str, list[Turn]]] = [(image, turns) for image, turns in asked if turns][:count]
             else:
                 pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
-            make = _train_row if split == "train" else _test_row
-            rows = [make(task, f"{task.name}-{i}", image, turns) for i, (image, turns) in enumerate(pairs)]
+            named = [(f"{task.name}-{i}", *pair) for i, pair in enumerate(pairs)]
+            if split == "train":
+                rows = [_record(name, image, turns[: task.max_turns]) for name, image, turns in named]
+            else:
+                rows = [_test_row(task, *row) for row in named]
             _write_json(folder / task.name / f"{split}.json", rows)
-    _write_warmup(folder / WARMUP)
-
-
-def _write_warmup(folder: Path) -> None:
-    """The mixture that the base was pre-trained on: its scenes are in no task's training or test set."""
-    rng = Random(f"0/{WARMUP}")
-    records = []
+    # the mixture that the base was pre-trained on: its scenes are in no task's training or test set
+    rng, records = Random(f"0/{WARMUP}"), []
     for i in range(ROWS["train"]):
         scene = sample_scene(rng)
         turns = sample_turns(scene, rng, WARMUP_TURNS)
-        records.append(_record(f"{WARMUP}-{i}", _save(scene, folder / "images", f"{i:05d}.png"), turns))
-    _write_json(folder / "train.json", records)
+        records.append(_record(f"{WARMUP}-{i}", _save(scene, folder / WARMUP / "images", f"{i:05d}.png"), turns))
+    _write_json(folder / WARMUP / "train.json", records)
 
 
 def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, images: Path) -> Iterator[tuple[str, list[Turn]]]:
@@ -120,23 +120,11 @@ def _scene_pool(split: str, images: Path) -> list[tuple[str, Scene]]:
     return [(_save(scene, images, f"{split}/{i:05d}.png"), scene) for i, scene in enumerate(pool)]
 
 
-def _from_pool(
-    task: TaskSpec, pool: list[tuple[str, Scene]], rng: Random, count: int
-) -> Iterable[tuple[str, list[Turn]]]:
-    """(image path, turns) of the pool's images that the task can ask about."""
-    asked = [(image, task.turns(scene, rng)) for image, scene in rng.sample(pool, len(pool))]
-    return [(image, turns) for image, turns in asked if turns][:count]
-
-
 def _save(scene: Scene, images: Path, name: str) -> str:
     path = images / name
     path.parent.mkdir(parents=True, exist_ok=True)
     render(scene).save(path, compress_level=1)
     return name
-
-
-def _train_row(task: TaskSpec, name: str, image: str, turns: list[Turn]) -> dict[str, Any]:
-    return _record(name, image, turns[: task.max_turns])
 
 
 def _record(name: str, image: str, turns: list[Turn]) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Scenes: what can be drawn, how it is drawn, and random scenes of a split.
 
-A scene is a handful of integers, and drawing it gives the same image every time. Its parameters also decide its split:
-pre-training of the base, training and test share no scene, whatever seed draws them.
-
-The words, the fields' names and the order in which random numbers are taken decide every file of the benchmark: raise
-`build.VERSION` with any change to them.
+A scene is a handful of integers, which decide its image and its split: pre-training of the base, training and test
+share no scene, whatever seed draws them. Words, fields' names and the order in which random numbers are taken decide
+every file of the benchmark: raise `build.VERSION` with any change to them.
 """
 
 from __future__ import annotations
@@ -145,7 +143,7 @@ class Pattern(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows: things in sorted order, or one word, digit or pattern, on a background.
+    """Things in sorted order, or one word, digit or pattern, on a background.
 
     `blur` (pixels) makes it unreadable and is not part of the key: a scene and its blurred twin share a split.
     """
@@ -206,6 +204,8 @@ def digit_value(source: int) -> int:
 
 # ---- drawing ----
 
+_font = cache(ImageFont.load_default)
+
 
 def render(scene: Scene) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels."""
@@ -215,11 +215,17 @@ def render(scene: Scene) -> Image.Image:
         _draw_thing(draw, thing)
     if scene.pattern:
         _draw_pattern(draw, scene.pattern)
-    if scene.lettering:
-        _draw_word(draw, scene.lettering)
+    if word := scene.lettering:
+        centre = (word.x * OVERSAMPLING, word.y * OVERSAMPLING)
+        fill, font = COLOURS[word.colour].rgb, _font(word.size * OVERSAMPLING)
+        draw.text(centre, word.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
     image = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
-    if scene.handwriting:
-        _paste_digit(image, scene.handwriting, (245,) * 3 if scene.background == "black" else (20,) * 3)
+    if digit := scene.handwriting:
+        mask = Image.fromarray(_digits()[0][digit.source])
+        mask = mask.resize((digit.size, digit.size), Image.Resampling.BICUBIC)
+        x, y = digit.x - digit.size // 2, digit.y - digit.size // 2
+        ink = (245,) * 3 if scene.background == "black" else (20,) * 3
+        image.paste(ink, (x, y, x + digit.size, y + digit.size), mask)
     return image.filter(ImageFilter.GaussianBlur(scene.blur)) if scene.blur else image
 
 
@@ -268,22 +274,6 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: Pattern) -> None:
             draw.ellipse((x, y, x + step * 0.6, y + step * 0.6), fill=fill)
 
 
-def _draw_word(draw: ImageDraw.ImageDraw, lettering: Lettering) -> None:
-    centre = (lettering.x * OVERSAMPLING, lettering.y * OVERSAMPLING)
-    fill, font = COLOURS[lettering.colour].rgb, _font(lettering.size * OVERSAMPLING)
-    draw.text(centre, lettering.word.upper(), fill=fill, font=font, anchor="mm", stroke_width=1, stroke_fill=fill)
-
-
-_font = cache(ImageFont.load_default)
-
-
-def _paste_digit(image: Image.Image, writing: Handwriting, ink: tuple[int, ...]) -> None:
-    mask = Image.fromarray(_digits()[0][writing.source])
-    mask = mask.resize((writing.size, writing.size), Image.Resampling.BICUBIC)
-    x, y = writing.x - writing.size // 2, writing.y - writing.size // 2
-    image.paste(ink, (x, y, x + writing.size, y + writing.size), mask)
-
-
 # ---- random scenes, one function for each kind of image ----
 
 Sampler = Callable[[Random, str, Sequence[str]], Scene]
@@ -291,11 +281,10 @@ Sampler = Callable[[Random, str, Sequence[str]], Scene]
 
 
 def draw(sampler: Sampler, split: str, rng: Random, backgrounds: Sequence[str] = EVERY_BACKGROUND) -> Scene:
-    """One scene of a split ('base', 'train' or 'test') on one of the backgrounds."""
-    while True:
-        scene = sampler(rng, split, backgrounds)
-        if scene.split == split:
-            return scene
+    """One scene of a split on one of the backgrounds."""
+    while (scene := sampler(rng, split, backgrounds)).split != split:
+        pass
+    return scene
 
 
 def draw_distinct(

@@ -1,29 +1,252 @@
-"""A checkpoint that answers questions from Python, with its reasons if asked for them."""
+"""Answer questions: batches of an evaluation, and one question of a loaded checkpoint, with its reasons if asked for.
+
+Each question's task is found, then it is routed and answered greedily; close calls are repeated alone.
+"""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from peft import PeftModel
 from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import prompt_dataset, to_device
+from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, to_device
+from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
-from clmoe.data.records import Question
+from clmoe.data.records import Question, load_train
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.generate import Answerer, open_answerer
-from clmoe.experts.forward import adapted_base
-from clmoe.experts.layer import ExpertLinear, expert_layers
-from clmoe.experts.model import expert_config
-from clmoe.experts.routing import RouteSelection, RouteTrace, routing
-from clmoe.train.checkpoint import read_checkpoint
+from clmoe.experts.forward import adapted_base, prefill
+from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
+from clmoe.experts.model import expert_config, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from clmoe.locators import make_locator
+from clmoe.locators.base import FILE as LOCATOR_FILE
+from clmoe.locators.base import Asked, FeatureStore, Locator
+from clmoe.methods import method_class
+from clmoe.methods.base import Method
+from clmoe.train.checkpoint import Finished, read_checkpoint
 from clmoe.utils.names import unknown
+from clmoe.utils.processes import device, from_main, in_order
 
 ImageSource = Path | str | Image.Image | None
+SCORED_AT_ONCE = 256  # questions: a VAE then keeps several [draws, questions, D] tensors alive
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer.
+
+    Attributes:
+        margin: the smallest gap between the two best logits on the way.
+        redone: it was answered again alone.
+        task: position of the one that it was taken for; None for methods without parts.
+    """
+
+    text: str
+    margin: float
+    redone: bool
+    task: int | None
+
+
+class Answerer:
+    """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
+
+    ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives its features.
+    """
+
+    def __init__(
+        self, base: LoadedBase, model: PeftModel | PreTrainedModel, method: Method, learned: int, features: Path | None
+    ) -> None:
+        self.base, self.method, self.config = base, method, method.config.evaluation
+        self.model, self.learned = model.eval(), learned
+        self.own: Locator | None = None
+        self.store = FeatureStore.of(base, method.config, features)
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        image_root: Path,
+        max_new_tokens: int,
+        locator: str = "",
+        task: int | None = None,
+        known: Mapping[str, Answer] | None = None,
+        finish: Callable[[list[tuple[str, Answer]]], None] = lambda batch: None,
+    ) -> list[Answer]:
+        """One answer per question, in order; several processes share the batches, and all get all answers.
+
+        With ``exact``, a row whose two best logits came closer than ``margin`` is answered again in a batch of its own,
+        so that the batch's rounding cannot decide.
+
+        Args:
+            locator: ``oracle``, ``last`` or ``random`` instead of the answerer's own.
+            task: the questions' true task, for the oracle.
+            known: answers by question id; batches that it holds completely are not computed.
+            finish: called with each batch that this process computed.
+        """
+        scores = self.task_scores(questions, image_root, locator, task)
+        found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
+        dataset = prompt_dataset(self.base, questions, image_root)
+        ids, known = [question.question_id for question in questions], known or {}
+        size, share = self.config.batch_size, self.config.share_images
+        images = [question.image and (question.image if share else str(row)) for row, question in enumerate(questions)]
+        order = image_order(images, [len(question.text) for question in questions])
+
+        def generated(rows: list[int], redone: bool) -> list[Answer]:
+            tasks = [found[row] for row in rows]
+            texts, margins = self.generate(dataset.__getitems__(rows), self.selection(tasks), max_new_tokens)
+            said = zip(texts, margins, tasks, strict=True)
+            return [Answer(text.strip(), margin, redone, task) for text, margin, task in said]
+
+        def answered(rows: list[int]) -> list[Answer]:
+            if all(ids[row] in known for row in rows):
+                return [known[ids[row]] for row in rows]
+            answers = generated(rows, redone=False)
+            if self.config.exact:
+                for k, answer in enumerate(answers):
+                    if answer.margin < self.config.margin:
+                        (answers[k],) = generated([rows[k]], redone=True)
+            finish([(ids[row], answer) for row, answer in zip(rows, answers, strict=True)])
+            return answers
+
+        batches = in_order([order[start : start + size] for start in range(0, len(order), size)], answered)
+        answers = dict(zip(order, [answer for batch in batches for answer in batch], strict=True))
+        return [answers[row] for row in range(len(questions))]
+
+    def locator(self, name: str = "") -> Locator | None:
+        """The answerer's own locator, or by name one that needs no fit (else ClmoeError); None without parts."""
+        if self.own is None or not name or name == self.own.config.name:
+            return self.own
+        locator = make_locator(LocatorConfig(name), self.method.config.seed)
+        if locator.looks:
+            raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` does so")
+        return locator
+
+    def task_scores(
+        self, questions: Sequence[Question], image_root: Path, locator: str = "", task: int | None = None
+    ) -> Tensor | None:
+        """How typical each question is of each learned task, ``[M, N]`` float64 on the CPU; None without parts."""
+        finder = self.locator(locator)
+        if finder is None:
+            return None
+        ids = [question.question_id for question in questions]
+        if not finder.looks:
+            return finder.scores(Asked(ids, self.learned, task=task))
+        features = self.store.features(self.model, questions, image_root)
+
+        def scored(start: int) -> Tensor:
+            part = slice(start, start + SCORED_AT_ONCE)
+            return finder.scores(Asked(ids[part], self.learned, features[part]))
+
+        return torch.cat(in_order(range(0, len(ids), SCORED_AT_ONCE), scored))
+
+    def selection(self, tasks: Sequence[int | None]) -> RouteSelection:
+        """The routing of a batch of questions that belong to these tasks, None for methods without parts."""
+        if self.own is None:
+            return NEWEST_ROUTER
+        return self.method.selection(self.model, torch.tensor(tasks))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        items: list[PromptItem],
+        selection: RouteSelection,
+        max_new_tokens: int,
+        watch: Callable[[list[str]], None] | None = None,
+    ) -> tuple[list[str], list[float]]:
+        """Texts and margins of one batch: the likeliest token again and again, until every row has said ``</s>``.
+
+        With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
+        ``watch`` gets the texts so far before every further token.
+        """
+        tokenizer, count = self.base.tokenizer, len(items)
+        decoded = partial(tokenizer.batch_decode, skip_special_tokens=True)
+        llava = adapted_base(self.model) if isinstance(self.model, PeftModel) else self.model
+        routes = selection.keys(count) if self.config.share_images else range(count)
+        read = prefill(llava, prompt_inputs(self.base, items, routes), selection, max_new_tokens)
+        hidden, mask, position = read.hidden, read.attention_mask, read.next_position
+        tokens = mask.new_empty(count, 0)
+        finished = torch.zeros(count, dtype=torch.bool, device=mask.device)
+        margins = torch.full((count,), float("inf"), device=mask.device)
+        while True:
+            logits = llava.get_output_embeddings()(hidden.unsqueeze(1))[:, -1].float()
+            best = logits.topk(2, dim=-1).values
+            margins = torch.where(finished, margins, torch.minimum(margins, best[:, 0] - best[:, 1]))
+            said = torch.where(finished, tokenizer.pad_token_id, logits.argmax(-1)).unsqueeze(1)
+            tokens = torch.cat([tokens, said], dim=1)
+            finished = finished | (said[:, 0] == tokenizer.eos_token_id)
+            if tokens.shape[1] == max_new_tokens or bool(finished.all()):
+                return decoded(tokens), margins.tolist()
+            if watch is not None:
+                watch(decoded(tokens))
+            mask = torch.cat([mask, torch.ones_like(said)], dim=1)
+            inputs = {"input_ids": said, "attention_mask": mask, "position_ids": position.unsqueeze(1)}
+            with routing(selection):
+                output = llava.base_model(**inputs, past_key_values=read.cache, use_cache=True)
+            hidden, position = output.last_hidden_state[:, -1], position + 1
+
+
+def open_answerer(
+    config: Config,
+    done: Finished | None = None,
+    base: LoadedBase | None = None,
+    features: Path | None = None,
+    benchmark: Benchmark | None = None,
+) -> Answerer:
+    """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already.
+
+    The folder ``features`` keeps the locator's features; the benchmark's training data fit a locator that is not the
+    sealed one. Raises ClmoeError: trained on another base, or another locator without a benchmark.
+    """
+    base = base or load_base(config.model, device())
+    method = method_class(config.method)(config)
+    if done is None:
+        return Answerer(base, base.model, method, 0, None)
+    if done.lineage.base != base.fingerprint:
+        raise ClmoeError(f"{done.folder} was trained on another base than {config.model.path}")
+    model = load_adapter(base.model, done.folder, trainable=False)
+    for experts in experts_by_linear(model).values():
+        experts.freeze_as(base.model.dtype)
+    answerer = Answerer(base, model, method, len(done.lineage.tasks), features)
+    if method.keeps_parts:
+        answerer.own = _open_locator(config, done, answerer, benchmark)
+    return answerer
+
+
+def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> Locator:
+    """The checkpoint's own locator, or another one, fitted on the training data of all learned tasks."""
+    locator = make_locator(config.locator, config.seed)
+    if not locator.looks:
+        return locator
+    if config.locator == done.locator:
+        locator.load(done.folder / LOCATOR_FILE)
+        return locator
+    if benchmark is None:
+        raise ClmoeError(f"{done.folder} was sealed with locator={done.locator.name}: another one needs training data")
+    features = []
+    for task in map(benchmark.task, done.lineage.tasks):
+        records = load_train(task.train, task.image_root)
+        features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
+
+    def fit() -> dict[str, Tensor]:
+        for of_task in features:
+            locator.fit(of_task)
+        return locator.state()
+
+    locator.load_state(from_main(fit))
+    return locator
+
+
+# ---- One question
 
 
 @dataclass(frozen=True)
@@ -75,10 +298,8 @@ class LoadedCheckpoint:
         """Answer one question about one image (a path, a PIL image, or None for text only).
 
         The checkpoint's own locator finds the task; ``locator="oracle"`` takes ``task``, ``"last"`` the newest task,
-        and ``"random"`` one drawn from the question.
-
-        Raises:
-            ClmoeError: another kind of image, the oracle without a learned task, or a task without the oracle.
+        and ``"random"`` one drawn from the question. Raises ClmoeError: another kind of image, the oracle without a
+        learned task, or a task without the oracle.
         """
         with _asked(image, question) as (asked, root):
             (answer,) = self.answerer.answer([asked], root, max_new_tokens, locator, self._oracle(locator, task))
@@ -93,11 +314,7 @@ class LoadedCheckpoint:
         task: str | None = None,
         watch: Callable[[Explanation], None] = lambda partial: None,
     ) -> Explanation:
-        """As ``answer``, with the reasons: the task, every task's score, and the experts' weights.
-
-        Args:
-            watch: called with the reasons before the first token, and with the text so far before every further one.
-        """
+        """As ``answer``, with the reasons, which ``watch`` gets before the first token, then with the text so far."""
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
             found = answerer.task_scores([asked], root, locator, oracle)
@@ -166,11 +383,8 @@ def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSele
 def load(folder: Path | str, model: str | None = None) -> LoadedCheckpoint:
     """Open a checkpoint folder: ``clmoe.load("runs/x/08_digits").answer("photo.png", "What is this?")``.
 
-    Args:
-        model: folder or hub name of the checkpoint's base, if it is no longer where the training found it.
-
-    Raises:
-        ClmoeError: not a finished checkpoint, damaged, or its base cannot be loaded or is another one.
+    ``model``: folder or hub name of its base, if it is no longer where the training found it. Raises ClmoeError: not a
+    finished checkpoint, damaged, or its base cannot be loaded or is another one.
     """
     done = read_checkpoint(Path(folder), [] if model is None else [f"model.path={json.dumps(model)}"])
     return LoadedCheckpoint(open_answerer(done.config, done), done.lineage.tasks)

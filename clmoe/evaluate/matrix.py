@@ -39,10 +39,7 @@ Scores = tuple[float | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class AccuracyMatrix:
-    """Scores in percent: ``rows[after][i]`` on ``tasks[i]`` after training task ``after``; None is not measured.
-
-    Any row may be missing. A method that trains on all tasks at once has one, under the last task's name.
-    """
+    """Scores in percent: ``rows[after][i]`` on ``tasks[i]`` after training ``after``; None or no row: not measured."""
 
     tasks: tuple[str, ...]
     rows: Mapping[str, Scores]

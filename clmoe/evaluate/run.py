@@ -21,10 +21,10 @@ from clmoe.benchmarks.base import Benchmark, Task, sampled, task_questions
 from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.generate import Answer, Answerer, open_answerer
+from clmoe.evaluate.answer import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
-from clmoe.evaluate.rules.base import Mode
-from clmoe.evaluate.rules.scoring import check_gold, check_scorer, score_answers, shown_answer
+from clmoe.evaluate.rules import Mode
+from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator, feature_folder
 from clmoe.methods import method_class
@@ -57,13 +57,9 @@ def evaluate_checkpoint(
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
-        order: all tasks of the run, in training order.
-        tasks: by default all that were learned (the base: all), and the newest once more with its task known if the
-            method keeps parts.
+        tasks: of ``order``; by default all learned ones (the base: all), and with parts the newest again as oracle.
 
-    Raises:
-        ClmoeError: before the first answer: the checkpoint has another base, the run folder another order, or a
-            question cannot be read or scored.
+    Raises ClmoeError before the first answer: another base or order, or a question cannot be read or scored.
     """
     learned = [] if done is None else done.lineage.tasks
     names = tasks or learned or order
@@ -105,7 +101,7 @@ def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
 
 
 def check_questions(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Raise ClmoeError, naming file and row or question, unless all questions can be read and scored, images aside."""
+    """Raise ClmoeError, naming file and row or question, unless all can be read and scored, images aside."""
     for task in map(benchmark.task, names):
         _check_gold(task, task_questions(task, images=False), "fixed")
 
@@ -130,20 +126,12 @@ def summary_path(run: Path, after: str, task: str, locator: str = "") -> Path:
     return run / "predictions" / after / (f"{task}.{locator}.json" if locator else f"{task}.json")
 
 
-def read_score(run: Path, after: str, task: str, locator: str, scoring: str) -> float | None:
-    """A cell's score in percent; None if it was not measured, or in another scoring mode."""
-    path = summary_path(run, after, task, locator)
-    summary = read_json(path) if path.is_file() else None
-    return summary["score"] if summary and summary["settings"]["scoring"] == scoring else None
-
-
 @dataclass(frozen=True)
 class Cell:
     """One score of a run: a model asked a task's questions.
 
     Attributes:
-        locator: another locator than the checkpoint's own: the configured one, or ``oracle``; empty for the own.
-        limit: questions asked; None asks all.
+        locator: another than the checkpoint's own (the configured one, or ``oracle``); empty for the own.
         identity: sha256 of the checkpoint's manifest, or the bare base's fingerprint.
         learned: the model's tasks, oldest first; none for the bare base.
     """
@@ -194,10 +182,7 @@ class Cell:
         return {"scoring": self.scoring, "scorer": self.task.scorer, "gold": gold}
 
     def settled(self) -> bool:
-        """The cell is filled with these settings. If only the scoring or gold answers differ, scores its answers again.
-
-        Does not look at images. Removes the hidden files that a crash left.
-        """
+        """Filled with these settings; if only scoring or gold answers differ, scores again. Needs no image."""
         if not self.path.is_file():
             return False
         summary, questions = read_json(self.path), self.questions(images=False)
@@ -214,10 +199,7 @@ class Cell:
         return True
 
     def fill(self, questions: list[Question], answerer: Answerer, advance: Callable[[int], None]) -> float:
-        """Answer the questions, score the answers, and return the score in percent.
-
-        Every process appends its batches to a hidden file, from which an interrupted evaluation continues.
-        """
+        """Answer and score; the score in percent. Goes on from the hidden files to which processes append batches."""
         evaluation, task = self.config.evaluation, self.task
         key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
         mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
@@ -358,40 +340,42 @@ def write_tables(
 ) -> None:
     """Write ``matrix.csv``, ``immediate.csv``, ``locator.csv`` and ``metrics.json`` from the run's cells.
 
-    Args:
-        locator: whose cells the matrix shows in a folder without any of the checkpoints' own.
-        scoring: cells in the other mode are blank.
-        untrained: the method trains nothing, so its sequence ends as it began.
-        always_known: the matrix itself is measured with the task known.
+    The matrix shows cells of ``locator`` where there are none of the checkpoints' own. ``untrained``: the sequence ends
+    as it began. ``always_known``: the matrix itself is measured with the task known.
     """
     stages = (ZERO_SHOT, *order)
     if any(summary_path(run, after, task).is_file() for after in stages for task in order):
         locator = ""
-    rows = {after: tuple(read_score(run, after, task, locator, scoring) for task in order) for after in stages}
-    rows = {after: scores for after, scores in rows.items() if any(score is not None for score in scores)}
+
+    def summary(after: str, task: str, by: str) -> dict[str, Any]:
+        path = summary_path(run, after, task, by)
+        return read_json(path) if path.is_file() else {"settings": {"scoring": scoring}}
+
+    def score(after: str, task: str, by: str) -> float | None:
+        found = summary(after, task, by)
+        return found.get("score") if found["settings"]["scoring"] == scoring else None
+
+    rows = {after: tuple(score(after, task, locator) for task in order) for after in stages}
+    rows = {after: scores for after, scores in rows.items() if set(scores) != {None}}
     if untrained and list(rows) == [ZERO_SHOT]:
         rows[order[-1]] = rows[ZERO_SHOT]
-    known = [read_score(run, task, task, locator if always_known else "oracle", scoring) for task in order]
-    if any(score is not None for score in known):
+    known = [score(task, task, locator if always_known else "oracle") for task in order]
+    if set(known) != {None}:
         write_immediate_csv(run / "immediate.csv", order, known)
     else:
         (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
-    _write_located(run, order, locator)
+    located = [
+        (after, finder, task, name, counts[name])
+        for after, task in product(order, order)
+        for finder, counts in summary(after, task, locator).get("locators", {}).items()
+        for name in order
+        if name in counts
+    ]
+    if located:
+        write_text(run / "locator.csv", csv_text([("after", "locator", "task", "located", "count"), *located]))
     matrix = AccuracyMatrix(tuple(order), rows)
     matrix.write_csv(run / "matrix.csv")
     write_json(run / "metrics.json", metrics(matrix, known))
-
-
-def _write_located(run: Path, order: list[str], locator: str) -> None:
-    """``locator.csv``: after each task, the tasks that the locator took each task's questions for."""
-    rows: list[tuple[object, ...]] = []
-    for after, task in product(order, order):
-        path = summary_path(run, after, task, locator)
-        counts = read_json(path).get("locators", {}) if path.is_file() else {}
-        for finder, located in counts.items():
-            rows += [(after, finder, task, name, located[name]) for name in order if name in located]
-    if rows:
-        write_text(run / "locator.csv", csv_text([("after", "locator", "task", "located", "count"), *rows]))
 
 
 def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
@@ -404,7 +388,11 @@ def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
     trained = [newest, lineage.trainable_parameters, lineage.adapter_parameters]
     _merge_rows(run / "parameters.csv", ["task", "trainable", "stored"], [trained], order)
     if (done.folder / STATISTICS).is_file():
-        usage = _gate_means(done.folder / STATISTICS, lineage.tasks)
+        usage: list[list[Any]] = []
+        for key, shares in sorted(load_tensors(done.folder / STATISTICS).items()):
+            if match := re.fullmatch(r"(\d+)\.(.+)\.gate_mean", key):
+                task = lineage.tasks[int(match[1])]
+                usage += [[task, match[2], i, f"{share:.6f}"] for i, share in enumerate(shares.tolist())]
         _merge_rows(run / "usage.csv", ["task", "block", "expert", "share"], usage, order)
     if (done.folder / EXPANSION).is_file():
         path = run / "expansion.json"
@@ -419,12 +407,3 @@ def _merge_rows(path: Path, header: list[str], rows: list[list[Any]], order: lis
     new = {row[0] for row in rows}
     old = [cells for _, cells in files.read_csv(path)[1:] if cells[0] not in new] if path.is_file() else []
     write_text(path, csv_text([header, *(row for task in order for row in [*old, *rows] if row[0] == task)]))
-
-
-def _gate_means(path: Path, tasks: list[str]) -> list[list[Any]]:
-    """Rows of ``usage.csv``."""
-    rows: list[list[Any]] = []
-    for key, shares in sorted(load_tensors(path).items()):
-        if match := re.fullmatch(r"(\d+)\.(.+)\.gate_mean", key):
-            rows += [[tasks[int(match[1])], match[2], i, f"{x:.6f}"] for i, x in enumerate(shares.tolist())]
-    return rows

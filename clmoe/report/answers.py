@@ -39,8 +39,7 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
     """All questions of a task that were asked then or at the end, one row each.
 
     Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
-    then, now (texts), then_right, now_right (None where not asked, or where a rule judges all answers at once, as
-    for captions), outcome (one of `OUTCOMES`, None if not judged both times).
+    then, now (texts), then_right, now_right (None where not judged, as captions), outcome (of `OUTCOMES`, or None).
     """
     folder = run.path / "predictions"
     cells = [folder / after / name for after in run.order for name in run.order]
@@ -61,8 +60,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts (label, task, then the `OUTCOMES`) leave out each run's last task, whose two answers are one. The answers
-    have the columns of `read_answers` and `asked`, the task's number of questions. One task is in memory at a time.
+    The counts leave out each run's last task, whose two answers are one. The answers are those of `read_answers`, with
+    `asked`, the task's number of questions.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
@@ -82,10 +81,9 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
 
 
 def choose(answers: pd.DataFrame, number: int) -> list[str]:
-    """Questions of a task to show, in a fixed pseudo-random order that only their names decide.
+    """Questions of a task to show, in a pseudo-random order that only their names decide.
 
-    The labels take turns to choose a question that they forgot, up to `FORGOTTEN_SHARE` of the number; the others are
-    drawn from all questions, those asked twice before those asked once.
+    Up to `FORGOTTEN_SHARE` are forgotten ones, each label's in turn; the others come from all, those asked twice first.
     """
     names = [f"{row.task}:{row.question}".encode("utf-8", "replace") for row in answers.itertuples()]
     ranks = answers.assign(rank=[hashlib.sha256(name).digest() for name in names])

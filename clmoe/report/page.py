@@ -1,7 +1,4 @@
-"""A report folder from run folders: tables, pictures, and one page that needs no other file and no network.
-
-The page's content security policy lets only its own script run and loads nothing: no model's answer can become active.
-"""
+"""A report folder from run folders. Its page needs no other file; its policy lets no model's answer become active."""
 
 import base64
 import hashlib
@@ -44,13 +41,8 @@ def write_report(
     """Write a report of run folders into the folder `output`, and return the paths; same runs, same bytes.
 
     csv: `report.csv` (one line per run) and the numbers behind each other section; pdf: each picture. Pictures are also
-    written as PNG unless html is the only format.
-
-    Args:
-        data: where the benchmark's data folder is now, for the images on the page.
-
-    Raises:
-        ClmoeError: an unknown format, or what `clmoe.report.runs.group_runs` raises.
+    written as PNG unless html is the only format. `data` is the benchmark's data folder now, for the page's images.
+    Raises ClmoeError for an unknown format and as `group_runs`.
     """
     for name in formats:
         if name not in FORMATS:
@@ -80,7 +72,7 @@ def write_report(
 
 
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
-    """All sections that have something to show; `counts` are the outcomes from `clmoe.report.answers.explore`."""
+    """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
     comparison, costs, scores, located, *matrices = tables.report_tables(groups)
     found = [
         Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
@@ -97,7 +89,7 @@ def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
 
 
 def page(groups: Sequence[Group], found: Sequence[Section], shown: pd.DataFrame, data: Path | None = None) -> str:
-    """The whole page; `shown` are the answers from `clmoe.report.answers.explore`."""
+    """The whole page."""
     script = (files("clmoe.report") / "templates" / "answers.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     columns = ["label", "seed", "task", "question", "prompt", "reference", "then", "then_right", "now", "now_right"]

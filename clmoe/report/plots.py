@@ -1,7 +1,4 @@
-"""Figures of a report, for the page (SVG) and for papers (PDF, PNG); the same runs give the same bytes.
-
-A figure is a list of small panels: apart on the page, so that they fit a phone, and on one grid in a file.
-"""
+"""Figures of a report: panels apart on the page (SVG), to fit a phone, and on one grid for papers (PDF, PNG)."""
 
 import html
 import io

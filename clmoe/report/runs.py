@@ -1,7 +1,4 @@
-"""Read run folders, check them, and group the runs of one label over their seeds.
-
-Only run.json and matrix.csv must be there; the metrics are computed from the matrix.
-"""
+"""Read run folders (only run.json and matrix.csv must be there), and group the runs of one label over their seeds."""
 
 import math
 import re
@@ -70,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Of expansion.json: a task and its blocks by name."""
+    """Of expansion.json."""
 
     task: str
     blocks: dict[str, Any]
@@ -117,11 +114,7 @@ def read_run(folder: Path) -> Run:
 
 
 def group_runs(folders: Sequence[Path]) -> list[Group]:
-    """Read run folders and group them by label, labels in the order given and runs by seed.
-
-    Raises:
-        ClmoeError: no folder, a label with the same seed twice, or another benchmark, scoring mode or set of tasks.
-    """
+    """Groups by label, in the order given. Raises ClmoeError: no folder, one seed twice, or what cannot be compared."""
     if not folders:
         raise ClmoeError("no run folder given")
     runs = [read_run(folder) for folder in folders]
@@ -154,10 +147,7 @@ def _build(kind: type[T], values: Any, where: str) -> T:
 
 
 def _read_table(path: Path, keys: dict[str, Any], values: dict[str, Any]) -> pd.DataFrame:
-    """A CSV file with these columns, of which the keys together name a row; no rows if there is no file.
-
-    A column holds whole numbers (int), shares (float), any text (str), or one of some names.
-    """
+    """A CSV file (or none) of whole numbers, shares (float), text or given names; the keys name a row."""
     columns, rows = keys | values, {}
     if not path.exists():
         return pd.DataFrame(columns=list(columns))

@@ -1,8 +1,4 @@
-"""Tables of a report and their renderings.
-
-A table holds formatted cells ("59.23 ± 0.31": mean and sample standard deviation over seeds), made from tidy frames of
-raw numbers with one row per run and quantity.
-"""
+"""Tables of a report ("59.23 ± 0.31": mean and sample standard deviation over seeds) and their renderings."""
 
 import json
 import re
@@ -65,7 +61,7 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the run's end.
+    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the end.
 
     The task "overall" counts the questions of all, if none lacks any.
     """
@@ -98,10 +94,7 @@ def run_frame(groups: Sequence[Group], name: str) -> pd.DataFrame:
 
 
 def mean_matrices(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
-    """Title -> score after training (row) on a task (column): mean over the seeds of a label, one for each task order.
-
-    A cell is NaN unless all seeds have it; a stage that none has is left out.
-    """
+    """By title: score after training (row) on a task (column), mean over a label's seeds, NaN unless all have it."""
     found = {}
     for group in groups:
         orders = list(dict.fromkeys(run.matrix.tasks for run in group.runs))
@@ -222,17 +215,14 @@ def show_count(value: float) -> str:
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
-    """The runs of all groups, in order."""
+    """In order."""
     return [run for group in groups for run in group.runs]
 
 
 def _spread(
     groups: Sequence[Group], frame: pd.DataFrame, keys: list[str], shown: Mapping[str, Callable[[float], str]]
 ) -> pd.DataFrame:
-    """A row for each value of `keys`, a column for each name that any run has a value of: mean ± deviation over seeds.
-
-    The frame's last two columns hold the name and the value; `shown`: name -> how to write its values.
-    """
+    """A row per value of `keys`, a column per name in `shown` (how to write it): mean ± deviation over seeds."""
     seeds, column = {group.label: len(group.runs) for group in groups}, frame.columns[-2]
     found = over_seeds(frame, [*keys, column])
     texts = []

@@ -26,7 +26,7 @@ from clmoe.bases.inputs import prompt_dataset, to_device
 from clmoe.config import EvaluationConfig
 from clmoe.data.batches import collate_prompts
 from clmoe.data.records import Question
-from clmoe.evaluate.generate import Answer, Answerer
+from clmoe.evaluate.answer import Answer, Answerer
 from clmoe.experts.forward import adapted_base
 
 

@@ -24,7 +24,7 @@ from five_questions import QUESTIONS, figures, open_base, questions, records, wr
 
 from clmoe import cli
 from clmoe.data.records import Question
-from clmoe.evaluate.generate import Answerer, open_answerer
+from clmoe.evaluate.answer import Answerer, open_answerer
 from clmoe.locators.base import Asked, FeatureStore
 from clmoe.train.checkpoint import read_checkpoint
 

@@ -28,9 +28,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from clmoe.data.prompts import SYSTEM, Encoded, encode_training
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.embedded import scenes
-from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIDE, WORDS, Scene, digit_value, draw, render
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS
+from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, sample_scene, sample_turns
 from clmoe.utils.files import json_sha256
 
 IGNORE = -100

@@ -14,7 +14,7 @@ from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.scoring import check_scorer
+from clmoe.evaluate.scoring import check_scorer
 from clmoe.utils import paths
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
@@ -108,15 +108,6 @@ def test_missing_files_name_task_field_and_path(data: Path) -> None:
     for tasks in (None, ["one", "two"]):
         with pytest.raises(ClmoeError, match=rf"mine.* 'two'.* 'test'.*{data}/two/test\.json"):
             open_benchmark("mine", tasks=tasks)
-
-
-def test_data_that_a_builder_makes_may_be_absent_but_not_incomplete(shipped: Path) -> None:
-    loaded = load_benchmark("other")
-    assert loaded.built_on_first_use and not loaded.root.exists()
-    fill(loaded.root)
-    (loaded.root / "one" / "train.json").unlink()
-    with pytest.raises(ClmoeError, match=r"'train'.*`clmoe data prepare other`"):
-        load_benchmark("other")
 
 
 def test_opening_draws_the_embedded_benchmark_into_the_current_folder(

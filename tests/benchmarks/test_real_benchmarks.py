@@ -15,7 +15,7 @@ from clmoe.benchmarks.base import load_benchmark, task_questions
 from clmoe.benchmarks.prepare import padded_box
 from clmoe.data.records import load_train
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.rules.scoring import gold_problem, score_answers
+from clmoe.evaluate.scoring import gold_problem, score_answers
 from tests.support import load_script
 from tests.trees import ROWS, TREES, draw, write
 

@@ -13,14 +13,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
-    GenerationConfig,
     LlamaConfig,
-    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.llama_vocabulary import train_vocabulary
 
@@ -150,23 +146,6 @@ def clip_configuration(folder: Path, vision: dict[str, Any]) -> Path:
         "feature_extractor_type": "CLIPFeatureExtractor",
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", images)
-    return folder
-
-
-def llava_hf(folder: Path, model: LlavaForConditionalGeneration) -> Path:
-    """As llava-hf/llava-1.5-7b-hf: the language model under ``language_model.``, the tower with ``vision_model.``."""
-    tensors = {f"language_model.{name}": tensor for name, tensor in llama_tensors(model, ROWS).items()}
-    tensors |= half(model.model.multi_modal_projector, "multi_modal_projector.")
-    write_shards(folder, tensors | tower_tensors(model, "vision_tower.vision_model."), False)
-    model.config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(folder)
-    vocabulary = train_vocabulary(folder.with_name("vocabulary"))
-    tokenizer = LlamaTokenizer.from_pretrained(vocabulary, extra_special_tokens={"image_token": "<image>"})
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
-    )
-    LlavaProcessor(images, tokenizer, PATCH, "default", num_additional_image_tokens=1).save_pretrained(folder)
     return folder
 
 

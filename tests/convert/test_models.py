@@ -84,10 +84,6 @@ def same_logits(folder: Path, model: LlavaForConditionalGeneration) -> None:
 # ---- The three sources
 
 
-def test_llava_hf_is_loaded_as_it_is(model: LlavaForConditionalGeneration, tmp_path: Path) -> None:
-    same_logits(sources.llava_hf(tmp_path / "hf", model), model)
-
-
 @pytest.mark.parametrize("kind", ["llava", "llava_llama"])
 @pytest.mark.parametrize("own_tower", [False, True], ids=["clip", "own"])
 def test_liuhaotian(

@@ -162,10 +162,3 @@ def test_errors_of_a_dataset(image_root: Path) -> None:
         TrainDataset([], image_root, ENCODER, 512)
     with pytest.raises(ClmoeError, match="record 'r0'"):
         TrainDataset(RECORDS, image_root, replace(ENCODER, tokenizer=make.merging_across_answers()), 512)
-
-
-def test_a_broken_image_is_named_from_workers_too(image_root: Path) -> None:
-    (image_root / "1.png").write_bytes(b"")
-    loader = DataLoader(train_dataset(image_root), collate_fn=partial(collate_train, pad_id=PAD), num_workers=2)
-    with pytest.raises(ClmoeError, match=r"1\.png"):
-        list(loader)

@@ -8,7 +8,6 @@ import sys
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +74,6 @@ def test_the_first_test_questions_of_every_learned_task(mini: Benchmark, mini_ya
         images = mini_yaml.parent / task / "images"
         assert mine == [(row["text"], row["answer"], str(images / row["image"])) for row in rows]
     assert read_examples(mini, ["count"], per_task=12)[7].image is None
-
-
-def test_the_expected_answer_of_ten_annotators_and_of_a_box(mini: Benchmark, tmp_path: Path) -> None:
-    """Not the first of the further fields: those of VQA v2 and RefCOCO hold a size or a type before the answers."""
-    row = {"question_id": "1", "text": "What is it?"}
-    annotated = {**row, "question_type": "what is", "answers": ["cup"] * 7 + ["mug"] * 3}
-    box = {**row, "question_id": "2", "size": [640, 480], "answer_bbox": [0.1, 0.2, 0.3, 0.4]}
-    path = tmp_path / "test.json"
-    path.write_text(json.dumps([annotated, box]))
-    task = replace(mini.task("colour"), test=path, scorer="vqa")
-    examples = read_examples(replace(mini, tasks=(task,)), ["colour"])
-    assert [example.answer for example in examples] == ["cup | mug", "[0.1, 0.2, 0.3, 0.4]"]
 
 
 def test_reports_come_while_the_work_goes_on_and_its_error_comes_last() -> None:

@@ -13,8 +13,8 @@ from clmoe.data.images import preprocess
 from clmoe.data.prompts import SYSTEM, encode_prompt, encode_training
 from clmoe.data.records import TrainRecord
 from clmoe.embedded import scenes
-from clmoe.embedded.mixture import sample_scene, sample_turns
 from clmoe.embedded.scenes import digit_value, draw, render
+from clmoe.embedded.tasks import sample_scene, sample_turns
 from tests.embedded.support import BASE, every_answer_word, ink_mask, pretrain
 from tests.support import TinySizes, build_tiny
 

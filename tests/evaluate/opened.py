@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clmoe.bases.llava import LoadedBase
-from clmoe.evaluate.generate import Answerer, open_answerer
+from clmoe.evaluate.answer import Answerer, open_answerer
 from clmoe.train.checkpoint import read_checkpoint
 from tests.runs import Runs
 

@@ -1,28 +1,36 @@
-"""Answers from Python, with reasons: the text of the batch answerer, scores and weights as computed apart from it."""
+"""Answers: of batches the same as one by one, and from Python, with reasons that are computed apart from it."""
 
+import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import clmoe
-from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
-from clmoe.data.records import Question
+from clmoe.config import EvaluationConfig
+from clmoe.data.batches import collate_prompts
+from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
+from clmoe.evaluate import answer
+from clmoe.evaluate.answer import Answer, Answerer, Explanation, LoadedCheckpoint
 from clmoe.experts.forward import adapted_base, base_features
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
+from clmoe.methods import method_class
 from clmoe.utils.files import read_json
 from tests.evaluate.opened import checkpoints, opened
 from tests.runs import Runs
-from tests.support import TASKS, prompt_batches
+from tests.support import TASKS, prompt_batches, tiny_config
 
 QUESTION = "How many things are there?"
 
@@ -164,3 +172,164 @@ def test_load_opens_a_checkpoint_folder(runs: Runs, image: Path) -> None:
     assert loaded.answer(image, QUESTION, 6)
     with pytest.raises(ClmoeError, match="not a finished checkpoint"):
         clmoe.load(image.parent)
+
+
+# ---- Batches
+
+FIVE = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
+Questions = tuple[list[Question], Path]
+
+
+@pytest.fixture
+def mixed(mini_yaml: Path) -> Questions:
+    """Of two tasks, so that prompts have different lengths; some have no image."""
+    root = mini_yaml.parent
+    mixed = []
+    for task in TASKS[:2]:
+        for question in load_questions(root / task / "test.json", root / task / "images"):
+            image = None if question.image is None else f"{task}/images/{question.image}"
+            mixed.append(dataclasses.replace(question, image=image))
+    return mixed[::2] + mixed[1::2], root
+
+
+@pytest.fixture
+def shared(mini_yaml: Path) -> Questions:
+    """Four images with five questions each, scattered; one with a single question; three questions without image."""
+    folder = mini_yaml.parent / "colour"
+    rows = load_questions(folder / "test.json", folder / "images")
+    asked = [dataclasses.replace(rows[k], text=text, question_id=f"{k}-{text}") for text in FIVE for k in range(4)]
+    asked += [rows[5], *(Question(f"text-{text}", None, text, "", {}) for text in FIVE[:3])]
+    return asked, folder / "images"
+
+
+@pytest.fixture(params=["lora", "clmoe", "llava_cmoe"])
+def answerer(request: pytest.FixtureRequest, runs: Runs, tiny_base: LoadedBase) -> Answerer:
+    return opened(runs, tiny_base, request.param)
+
+
+@pytest.fixture
+def locating(runs: Runs, tiny_base: LoadedBase) -> Answerer:
+    """CL-MoE, whose router depends on the sample."""
+    return opened(runs, tiny_base, "clmoe")
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that is read before a generation."""
+    seen: list[Any] = []
+    real = answer.prefill
+    monkeypatch.setattr(
+        answer, "prefill", lambda model, prompts, *rest: seen.append(prompts) or real(model, prompts, *rest)
+    )
+    return seen
+
+
+def ask(answerer: Answerer, asked: Questions, locator: str = "", **settings: Any) -> list[Answer]:
+    answerer.config = dataclasses.replace(EvaluationConfig(), **settings)
+    return answerer.answer(*asked, 4, locator)
+
+
+def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Questions, batches: list[Any]) -> None:
+    alone = ask(answerer, shared, "random", batch_size=1)
+    assert not any(isinstance(batch, SharedPrompts) for batch in batches)
+    for size, share in ((7, True), (64, True), (7, False)):
+        batches.clear()
+        together = ask(answerer, shared, "random", batch_size=size, share_images=share)
+        assert any(isinstance(batch, SharedPrompts) for batch in batches) == share
+        assert [(a.text, a.task) for a in together] == [(a.text, a.task) for a in alone]
+        for a, b in zip(together, alone, strict=True):
+            assert a.margin == pytest.approx(b.margin, abs=1e-4)
+    assert len({a.text for a in alone}) > 2, "all answers are equal: the order of answers would not be tested"
+    if answerer.method.keeps_parts:
+        assert {a.task for a in alone} == {0, 1}
+
+
+def test_every_question_is_located_and_gets_its_answer_in_order(locating: Answerer, mixed: Questions) -> None:
+    """Also where a question comes twice; what is known already is not computed."""
+    finished: list[list[tuple[str, Answer]]] = []
+    locating.config = EvaluationConfig(batch_size=5)
+    twice = [*mixed[0], *mixed[0][:3]]
+    answers = locating.answer(twice, mixed[1], 4, finish=finished.append)
+    assert [a.task for a in answers] == [TASKS.index(q.question_id.split("-")[0]) for q in twice]
+    assert [len(batch) for batch in finished] == [5, 5, 5, 5, 5, 2]
+    assert [a.text for a in answers[:3]] == [a.text for a in answers[-3:]]
+    by_id = {name: answer for batch in finished for name, answer in batch}
+    assert answers == [by_id[question.question_id] for question in twice]
+    lacking = {name: answer for batch in finished[1:] for name, answer in batch}
+    again: list[list[tuple[str, Answer]]] = []
+    assert locating.answer(mixed[0], mixed[1], 4, known=by_id, finish=again.append) == answers[:-3]
+    assert again == []
+    assert locating.answer(twice, mixed[1], 4, known=lacking, finish=again.append) == answers
+    assert again == finished[:1]
+
+
+def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Questions, batches: list[Any]) -> None:
+    """Their images too: the computation for a lone question decides."""
+    margins = [a.margin for a in ask(answerer, shared, "random", exact=False)]
+    threshold = sorted(margins)[len(margins) // 2]
+    batches.clear()
+    redone = [a.redone for a in ask(answerer, shared, "random", exact=True, margin=threshold)]
+    assert redone == [margin < threshold for margin in margins]
+    first, *lone = batches
+    assert isinstance(first, SharedPrompts)
+    assert [len(batch["input_ids"]) for batch in lone] == [1] * sum(redone)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_is_transformers_own(answerer: Answerer, shared: Questions, attention: str) -> None:
+    """Oracle: ``generate`` of one prompt at a time, its texts and its logits. What is watched are the beginnings."""
+    llava = adapted_base(answerer.model)
+    llava.set_attn_implementation(attention)
+    base, tokenizer = answerer.base, answerer.base.tokenizer
+    items = prompt_dataset(base, shared[0][:10], shared[1]).__getitems__(range(10))
+    routes = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0]).tolist() if answerer.method.keeps_parts else [None] * 10
+    seen: list[list[str]] = []
+    texts, margins = answerer.generate(items, answerer.selection(routes), 4, seen.append)
+    assert len(seen) == 3
+    plan = GenerationConfig(
+        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    for row, item in enumerate(items):
+        with torch.no_grad(), routing(answerer.selection([routes[row]])):
+            said = llava.generate(**collate_prompts([item], tokenizer.pad_token_id), generation_config=plan)
+        assert texts[row] == tokenizer.decode(said.sequences[0, len(item.input_ids) :], skip_special_tokens=True)
+        gaps = [logits[0].topk(2).values.diff().abs().item() for logits in said.logits]
+        assert margins[row] == pytest.approx(min(gaps), abs=1e-4)
+        assert all(texts[row].startswith(so_far[row]) for so_far in seen)
+
+
+class Scripted(nn.Module):
+    """In the place of the head: row ``b`` says ``script[b][t]`` at step ``t``, ahead of the next token by ``gap``."""
+
+    def __init__(self, script: list[list[tuple[int, float]]], vocabulary: int) -> None:
+        super().__init__()
+        self.script, self.vocabulary, self.step = script, vocabulary, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = torch.zeros(*hidden.shape[:2], self.vocabulary)
+        for row, said in enumerate(self.script):
+            token, gap = said[min(self.step, len(said) - 1)]
+            logits[row, :, token] = gap
+        self.step += 1
+        return logits
+
+
+def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
+    """What comes after ``</s>`` is neither said nor counted in the margin, and all rows ended stops the batch."""
+    tokenizer = tiny_base.tokenizer
+    end = tokenizer.eos_token_id
+    red, green = (tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ("red", "green"))
+    assert len(red) == len(green) == 1
+    script = [[(red[0], 3.0), (end, 2.0), (green[0], 0.1)], [(green[0], 5.0), (red[0], 4.0), (end, 6.0)]]
+    head = Scripted(script, len(tokenizer))
+    tiny_base.model.lm_head = head
+    method = method_class("zero_shot")(tiny_config("zero_shot", Path("nowhere")))
+    answerer = Answerer(tiny_base, tiny_base.model, method, 0, None)
+    answerer.config = EvaluationConfig(exact=False)
+    asked = [Question(str(i), None, "What is it?", "red", {}) for i in range(2)]
+    first, second = answerer.answer(asked, Path(), 20)
+    assert (first.text, second.text) == ("red", "green red")
+    assert (first.margin, second.margin) == (2.0, 4.0)
+    assert (first.task, first.redone) == (None, False)
+    assert head.step == 3, "20 tokens were allowed, all rows had ended after 3"

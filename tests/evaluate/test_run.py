@@ -15,7 +15,7 @@ from clmoe.config import Config, LocatorConfig, load_config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import run as module
-from clmoe.evaluate.generate import Answer, Answerer
+from clmoe.evaluate.answer import Answer, Answerer
 from clmoe.evaluate.run import (
     Cell,
     check_questions,
@@ -31,7 +31,7 @@ from clmoe.locators.base import Locator
 from clmoe.methods.clmoe import load_statistics
 from clmoe.train.checkpoint import Finished, read_checkpoint
 from tests.evaluate.opened import checkpoints
-from tests.runs import Runs, contents, events, texts
+from tests.runs import Killed, Runs, contents, events, kill, texts
 from tests.support import TASKS, save_tiny
 
 ORDER = list(TASKS)
@@ -61,14 +61,6 @@ class Answers:
 
     def locator(self, name: str) -> Locator | None:
         return None if self.task is None else make_locator(LocatorConfig(name or "prototype"), 0)
-
-
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
-
-
-def die(*unused: Any, **named: Any) -> None:
-    raise Killed
 
 
 def cell(run: Path, benchmark: Benchmark, task: str = "colour", **changed: Any) -> Cell:
@@ -217,7 +209,7 @@ def test_a_crash_before_or_after_the_summary_leaves_an_empty_or_a_clean_cell(
     one = cell(tmp_path, mini)
     for step, settled in (("_remove_hidden_files", True), ("write_json", False)):
         with monkeypatch.context() as patch:
-            patch.setattr(Cell if settled else module, step, die)
+            patch.setattr(Cell if settled else module, step, kill)
             with pytest.raises(Killed):
                 fill(mini, Answers(), one if settled else dataclasses.replace(one, identity="other"))
         assert list(one.path.parent.glob(".*"))
@@ -296,18 +288,6 @@ def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
     assert matrix(tmp_path)[:2] == ["zero_shot,50.0,0.0,25.0", "side,100.0,50.0,25.0"]
 
 
-def test_the_bare_model_is_a_row_of_its_own_and_the_end_of_its_own_sequence(tmp_path: Path, mini: Benchmark) -> None:
-    fill_rows(tmp_path, mini, {"zero_shot": {"colour": 3, "count": 0, "side": 6}})
-    assert tables(tmp_path)["last"] is None, "of a run that trains, which has only begun"
-    assert matrix(tmp_path) == ["zero_shot,25.0,0.0,50.0"]
-    assert tables(tmp_path, untrained=True)["last"] == pytest.approx(25)
-    assert matrix(tmp_path) == ["zero_shot,25.0,0.0,50.0", "side,25.0,0.0,50.0"]
-    assert not (tmp_path / "immediate.csv").exists()
-
-
-# Commands on checkpoints
-
-
 def test_a_limit_asks_a_sample_except_in_the_last_row(runs: Runs, tmp_path: Path, mini: Benchmark) -> None:
     first, second = ORDER[:2]
     for done in runs.chain("lora"):
@@ -340,7 +320,7 @@ def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkey
     checkpoint = runs.chain("clmoe")[1]
     runs.evaluate(checkpoint, tmp_path)
     before = matrix(tmp_path)
-    monkeypatch.setattr(module, "open_answerer", die)
+    monkeypatch.setattr(module, "open_answerer", kill)
     runs.evaluate(checkpoint, tmp_path)
     assert matrix(tmp_path) == before
     runs.evaluate(checkpoint, tmp_path, scoring="official")
@@ -358,18 +338,6 @@ def test_the_bare_models_row_leaves_a_training_runs_file_as_it_is(runs: Runs, tm
         found.append((info["method"], info["limit"], info["locator"]))
     assert found == [("zero_shot", None, ""), ("lora", 5, ""), ("lora", 5, "")]
     assert [line.split(",")[0] for line in matrix(tmp_path)] == ["zero_shot", "count"]
-
-
-def test_another_locators_cells_have_names_of_their_own(runs: Runs, tmp_path: Path) -> None:
-    """It looks too, so it is fitted, and what it said stands in ``locator.csv``."""
-    runs.evaluate(runs.chain("clmoe")[1], tmp_path, locator="nearest_mean")
-    names = {path.name for path in (tmp_path / "predictions" / TASKS[1]).iterdir()}
-    assert names == {f"{task}.nearest_mean.{kind}" for task in TASKS[:2] for kind in ("json", "jsonl")}
-    assert json.loads((tmp_path / "run.json").read_text())["locator"] == "nearest_mean"
-    rows = list(csv.DictReader((tmp_path / "locator.csv").read_text().splitlines()))
-    assert {row["locator"] for row in rows} == {"nearest_mean"}
-    assert sum(int(row["count"]) for row in rows) == 24
-    assert matrix(tmp_path)[0].startswith("count,")
 
 
 def test_a_folder_holds_one_order(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

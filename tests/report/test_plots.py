@@ -83,17 +83,6 @@ def test_experts_and_probes_of_each_block(tmp_path: Path) -> None:
     assert texts(drawn(panel)) == shares
 
 
-def test_parameter_lines_are_the_means_and_equal_ones_stay_visible(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, "grown", seed) for seed in (0, 1)] + [make_run(tmp_path, "same", 0)]
-    for run, box in zip(runs, (0, 1000, 500), strict=True):
-        lines = ["task,trainable,stored", "colour_letter,90,90", "count,10,100", f"box,{box},{box}"]
-        write(run / "parameters.csv", *lines)
-    trained, _ = plots.parameters(group_runs(runs)).panels
-    wide, narrow = drawn(trained).lines
-    assert list(wide.get_ydata()) == list(narrow.get_ydata()) == [90, 10, 500]
-    assert wide.get_linewidth() > narrow.get_linewidth()
-
-
 def test_svg_takes_the_pages_colours_and_no_name_can_leave_it(tmp_path: Path) -> None:
     label = '<b onclick="x">$\\frac{1}{0}$ & more'
     picture = plots.matrices(group_runs([make_run(tmp_path, label, 0, benchmark="x", order=["a$b$", "<i>", "c"])]))

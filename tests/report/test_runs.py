@@ -9,7 +9,7 @@ import pytest
 
 from clmoe.errors import ClmoeError
 from clmoe.report.page import write_report
-from clmoe.report.runs import block_names, group_runs, read_run
+from clmoe.report.runs import group_runs, read_run
 from tests.report.folders import TASKS, block, layer, make_run, write, write_expansion
 
 PARAMETERS, USAGE = "task,trainable,stored", "task,block,expert,share"
@@ -58,19 +58,6 @@ def test_expansion_gives_decisions_and_the_usage_of_experts_and_probes(tmp_path:
     shares = [(0, "expert", 0.5), (1, "expert", 0.25), (2, "probe", 0.25)]
     assert rows(run.usage)[:3] == [("count", "layer 10 mlp", *share) for share in shares]
     assert list(run.usage["kind"][3:]) == ["expert", "probe", "probe", "probe"]
-
-
-@pytest.mark.parametrize(
-    ("names", "short"),
-    [
-        (["m.layers.10.mlp", "m.layers.9.mlp"], {"m.layers.9.mlp": "layer 9 mlp", "m.layers.10.mlp": "layer 10 mlp"}),
-        (["layers.0.a", "layers.0"], {"layers.0": "layer 0", "layers.0.a": "layer 0 a"}),
-        (["projector"], {"projector": "projector"}),
-        ([], {}),
-    ],
-)
-def test_block_names(names: list[str], short: dict[str, str]) -> None:
-    assert list(block_names(names).items()) == list(short.items())
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""The scoring rules by kind; ``scoring.py`` names them."""

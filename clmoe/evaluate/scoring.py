@@ -1,0 +1,160 @@
+"""The scoring rules by name, and the score of a task's answers.
+
+pycocoevalcap scores UCIT's captions; its tokenizer and METEOR are Java programs. Without the package or Java nothing is
+scored: the mean of fewer figures would be another metric under the same name.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from clmoe.data.records import Question
+from clmoe.errors import ClmoeError
+from clmoe.evaluate import rules
+from clmoe.evaluate.rules import MODES, Mode, Scorer, unfit
+from clmoe.utils.names import unknown
+
+SCORERS: dict[str, Scorer] = {
+    "short_answer": rules.short_answer,
+    "option_letter": rules.option_letter,
+    "iou": rules.iou,
+    "vqa": rules.vqa,
+    "textvqa": rules.textvqa,
+    "class_name": rules.class_name,
+    "gqa": rules.gqa,
+    "ocr_vqa": rules.ocr_vqa,
+    "contains_words": rules.contains_words,
+    "contains_answer": rules.contains_answer,
+    "science": rules.science,
+    "stock": rules.stock,
+}
+CAPTIONS = "captions"
+"""The one rule that needs all answers of a task at once; the same in both modes."""
+
+
+@dataclass(frozen=True)
+class CorpusScore:
+    """The score of a list of answers (not always the mean of its rows), of each one, and the parts it consists of."""
+
+    score: float
+    rows: list[float]
+    parts: Mapping[str, float]
+
+
+def check_scorer(name: str, mode: Mode = "fixed") -> None:
+    """Raise ClmoeError if there is no such scorer or mode, or if the scorer needs something that is not installed."""
+    _check_name(name)
+    if mode not in MODES:
+        raise ClmoeError(unknown("scoring mode", mode, MODES))
+    if name == CAPTIONS:
+        require_captions()
+
+
+def gold_problem(scorer: str, question: Question) -> str | None:
+    """Why no answer to the question, not even its gold answer, can be right under this rule; None if one can."""
+    several = question.extra.get("answers")
+    golden = [question.answer, *(several if isinstance(several, list) else []), question.extra.get("answer_bbox")]
+    _check_name(scorer)
+    try:
+        if scorer == CAPTIONS:
+            references(question)
+            return None
+        if any(SCORERS[scorer](str(answer), question, "fixed") > 0 for answer in golden):
+            return None
+    except ClmoeError as error:
+        return str(error)
+    shown = question.answer or several
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+
+
+def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
+    """Raise ClmoeError, naming the question, unless all can be scored; published files hold some none can get right."""
+    check_scorer(scorer, mode)
+    for question in questions:
+        if scorer == CAPTIONS:
+            references(question)
+        else:
+            SCORERS[scorer]("?", question, mode)  # not "": for that, a rule may not read the gold answer
+
+
+def score_answers(
+    scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
+) -> CorpusScore:
+    """Score a task's answers, one a question. Raises ClmoeError for no questions and as ``check_gold``."""
+    check_scorer(scorer, mode)
+    if not questions:
+        raise ClmoeError("there are no questions to score; check the task's test file")
+    if scorer == CAPTIONS:
+        return captions(predictions, questions)
+    rows = [SCORERS[scorer](text, question, mode) for text, question in zip(predictions, questions, strict=True)]
+    return CorpusScore(sum(rows) / len(rows), rows, {})
+
+
+def shown_answer(question: Question) -> str:
+    """The expected answer for people to read: the answer, the accepted ones, the captions, or the box."""
+    several = question.extra.get("answers") or question.extra.get("captions") or []
+    return question.answer or " | ".join(dict.fromkeys(map(str, several))) or str(question.extra.get("answer_bbox", ""))
+
+
+def _check_name(scorer: str) -> None:
+    if scorer not in (*SCORERS, CAPTIONS):
+        raise ClmoeError(unknown("scorer", scorer, (*SCORERS, CAPTIONS)))
+
+
+# ---- Captions
+
+_WITHOUT = "; a sequence without caption tasks (ORDER=...) needs neither"
+
+
+def captions(predictions: Sequence[str], questions: Sequence[Question]) -> CorpusScore:
+    """UCIT's score: the mean of seven figures over the whole list, BLEU-1, -2, -3, -4, METEOR, ROUGE-L and CIDEr.
+
+    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures.
+    """
+    require_captions()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    count = len(predictions)
+    tokens = _tokenized([[p] for p in predictions] + [references(question) for question in questions])
+    said, wanted = dict(enumerate(tokens[:count])), dict(enumerate(tokens[count:]))
+    bleu, bleu_rows = Bleu(4).compute_score(wanted, said, verbose=0)
+    figures = {f"BLEU-{n}": (score, rows) for n, (score, rows) in enumerate(zip(bleu, bleu_rows, strict=True), 1)}
+    for name, scorer in (("METEOR", Meteor()), ("ROUGE-L", Rouge()), ("CIDEr", Cider())):
+        figures[name] = scorer.compute_score(wanted, said)
+    parts = {name: float(score) for name, (score, _) in figures.items()}
+    by_row = zip(*(rows for _, rows in figures.values()), strict=True)
+    return CorpusScore(sum(parts.values()) / len(parts), [sum(map(float, row)) / len(parts) for row in by_row], parts)
+
+
+def require_captions() -> None:
+    """Raise ClmoeError, saying what to install, if captions cannot be scored here."""
+    if find_spec("pycocoevalcap") is None:
+        raise ClmoeError(f"scorer 'captions' needs the package pycocoevalcap: pip install 'clmoe[captions]'{_WITHOUT}")
+    if shutil.which("java") is None:
+        install = "apt-get install default-jre-headless, or conda install openjdk"
+        raise ClmoeError(f"scorer 'captions' needs Java 8 or newer, with `java` on the PATH ({install}){_WITHOUT}")
+
+
+def references(question: Question) -> list[str]:
+    """The question's reference captions; ClmoeError names a question without any."""
+    texts = question.extra.get("captions")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise unfit(question, "captions", "a list of reference captions; the task's 'gold' file may hold them")
+    return texts
+
+
+def _tokenized(texts: list[list[str]]) -> list[list[str]]:
+    """Through the package's tokenizer, which reads lines and loses some without words; METEOR's fields end at bars."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    clean = {(i, k): " ".join(t.replace("|||", " ").split()) for i, row in enumerate(texts) for k, t in enumerate(row)}
+    full = {key: [{"caption": text}] for key, text in clean.items() if text}
+    tokens = PTBTokenizer().tokenize(full) if full else {}
+    lost = [key for key in full if len(tokens.get(key, [])) != 1]
+    if lost:
+        raise ClmoeError(f"captions: the tokenizer returned no line for {clean[lost[0]]!r}; check that Java runs")
+    return [[tokens[i, k][0] if clean[i, k] else "" for k in range(len(row))] for i, row in enumerate(texts)]
