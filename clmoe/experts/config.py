@@ -36,10 +36,8 @@ class ExpertConfig(PeftConfig):
         router_scope: ``per_linear`` (each linear has its own router) or ``per_block`` (one router per FFN).
         router_top_k: experts kept per token; None keeps all.
         layout: block -> owner task of each expert, oldest first.
-        router_owners: owner task of each instance router, oldest first. A router spans the experts whose owner is
-            not younger than its own. Without any router, ``pick`` decides.
-        pick: without routers, ``sum`` adds all experts up; ``task`` uses, with weight 1, the experts whose owner is
-            the task that ``RouteSelection.router`` names for the sample (None: the newest owner).
+        router_owners: owner task of each instance router, oldest first; it spans the experts that are not younger.
+        pick: without routers: ``sum`` of all experts, or those of the ``task`` that ``RouteSelection.router`` names.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
         seed: of the initial weights.
@@ -73,6 +71,6 @@ class ExpertConfig(PeftConfig):
 
     @property
     def needs_routing(self) -> bool:
-        """True when several tasks share the checkpoint and each sample needs its task chosen."""
+        """Several tasks share the checkpoint, so each sample needs its task chosen."""
         owners = {owner for block in self.layout.values() for owner in block}
         return len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1)

@@ -24,7 +24,6 @@ from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
-
 CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 MB
 
 
@@ -88,7 +87,7 @@ def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
 
 
 class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values as views of buffers with room for what comes first and ``room`` more tokens.
+    """One layer's keys and values as views of buffers with room for ``room`` more tokens than the first ones.
 
     transformers' dynamic layer copies everything for every token; with its fixed-size one, attention reads all of it.
     """
@@ -126,8 +125,7 @@ def copied_rows(cache: Cache, rows: Tensor, room: int) -> Cache:
 class Prefill(NamedTuple):
     """Prompts that have been read: ``hidden [B, D]`` is the last token's state after the final norm.
 
-    ``attention_mask [B, T]`` int64 says which of the cache's positions are tokens, ``next_position [B]`` int64 where
-    each row goes on.
+    ``attention_mask [B, T]`` int64 is the cache's; each row goes on at ``next_position [B]`` int64.
     """
 
     hidden: Tensor

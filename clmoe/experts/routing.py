@@ -23,8 +23,7 @@ class RouteSelection:
     """How the samples of one batch are routed; lives through a whole generation.
 
     Attributes:
-        router: ``[B]`` int64, index into each layer's router bank, or with ``pick`` ``task`` the owner of the experts;
-            None uses the newest.
+        router: ``[B]`` int64, index into each layer's router bank, or the experts' owner; None uses the newest.
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
     """
@@ -93,7 +92,7 @@ def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Itera
 
 
 def current_routing() -> tuple[RouteSelection, RouteTrace | None] | None:
-    """What the innermost ``routing`` block installed, or None."""
+    """What the innermost ``routing`` block installed."""
     return _current.routing
 
 
@@ -190,11 +189,9 @@ class TaskRouter(nn.Module):
 class RouterBank(nn.Module):
     """All routers of one layer: instance routers, oldest first, and the task router.
 
-    A sample uses the instance router that the ``RouteSelection`` in force names (the newest by default), mixed with its
-    task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance
-    routers the gate is 1 for every expert, or with ``pick`` ``task`` for those of one owner.
-
-    ``owners``: owner task of each of the layer's experts, oldest first.
+    A sample uses the instance router that the ``RouteSelection`` in force names, mixed with its task's gate where a
+    task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance routers the gate is 1 for
+    every expert, or with ``pick`` ``task`` for those of one of the ``owners``, which are the experts' tasks.
     """
 
     def __init__(self, name: str, top_k: int | None, owners: Sequence[int] = (), pick: str = "sum") -> None:
@@ -204,10 +201,7 @@ class RouterBank(nn.Module):
         self.task = TaskRouter()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
-
-        Raises ClmoeError if a sample's task owns no experts (``pick`` ``task``).
-        """
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest in use; ``x [B, T, din]``."""
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         if not len(self.instance):
             return self._fixed(x, selection)
@@ -224,7 +218,6 @@ class RouterBank(nn.Module):
         return weights
 
     def _own(self, x: Tensor, router: int) -> tuple[Tensor, Tensor]:
-        """Logits and gate of one instance router."""
         logits = self.instance[router](x)
         return logits, gate_from_logits(logits, self.top_k)
 

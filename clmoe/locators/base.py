@@ -27,12 +27,9 @@ FILE = "locator.safetensors"  # a checkpoint's locator
 
 @dataclass(frozen=True)
 class Asked:
-    """M samples whose task is wanted.
+    """M samples whose task, one of ``tasks``, is wanted; their true one is ``task``, from 0, where it is known.
 
-    Attributes:
-        tasks: N, how many tasks have been learned.
-        features: ``[M, D]`` float32 on the CPU; None for locators that do not look.
-        task: the samples' true task, counted in training order from 0; None where it is unknown.
+    ``features [M, D]`` float32 on the CPU are None for locators that do not look.
     """
 
     ids: Sequence[str]
@@ -100,8 +97,7 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. With
-    ``share_images``, prompts of one image read its tokens once.
+    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew.
     """
 
     base: LoadedBase
@@ -112,7 +108,6 @@ class FeatureStore:
 
     @classmethod
     def of(cls, base: LoadedBase, config: Config, folder: Path | None) -> "FeatureStore":
-        """The store that a configuration asks for."""
         evaluation = config.evaluation
         return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images)
 

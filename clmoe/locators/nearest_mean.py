@@ -18,7 +18,6 @@ class NearestMean(Locator):
         self.means.append(features.double().cpu().mean(0))
 
     def scores(self, asked: Asked) -> Tensor:
-        """The negative distances."""
         assert asked.features is not None
         centres = torch.stack(self.means[: asked.tasks])
         return -torch.cdist(asked.features.double(), centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -27,11 +27,9 @@ class Options:
 
 
 class Prototype(Locator):
-    """Centre and spread of every task's features, which are standardised over all tasks' samples together.
+    """Mean and population variance ``[N, D]`` float64 of every task's features, and the ``count [N]`` behind them.
 
-    Attributes:
-        mean, variance: ``[N, D]`` float64 per task (population variance).
-        count: ``[N]`` int64 samples behind them.
+    Features are standardised over all tasks' samples together.
     """
 
     Options = Options
@@ -55,7 +53,6 @@ class Prototype(Locator):
         return mean, variance.sqrt().clamp(min=STD_FLOOR)
 
     def scores(self, asked: Asked) -> Tensor:
-        """The negative distances."""
         assert asked.features is not None
         mean, std = self.standardisation()
         z = (asked.features.double().cpu() - mean) / std

@@ -25,11 +25,9 @@ class Options:
         steps, batch_size, learning_rate: of the fit.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
         held_out: share of the features kept for the primitive, where it is computed on such.
-        primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last ``primitive_last`` of those
-            trained on, which are then all.
+        primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last so many of those trained on.
         objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
-        feature_floor, sigma_floor, primitive_floor: smallest standard deviations of a feature, of decoder and latent,
-            and of the primitive.
+        feature_floor, sigma_floor, primitive_floor: smallest deviations: of a feature, of decoder and latent, of it.
     """
 
     latent: int = 64
@@ -73,10 +71,8 @@ class Gaussian(nn.Module):
 class TaskVae(nn.Module):
     """VAE of one task's features.
 
-    Attributes:
-        shift, scale: ``[D]``, the standardisation of the features.
-        noise: ``[draws, latent]``, drawn once, so that a decision does not depend on batching.
-        primitive: ``[2]`` float64, mean and deviation of log p_rec over instances of the task.
+    ``shift`` and ``scale [D]`` standardise the features, ``noise [draws, latent]`` is drawn once, ``primitive [2]``
+    float64 is mean and deviation of log p_rec over instances of the task.
     """
 
     shift: Tensor
@@ -166,7 +162,6 @@ class Vae(Locator):
 
     @torch.no_grad()
     def scores(self, asked: Asked) -> Tensor:
-        """Every task's ``z_score``."""
         assert asked.features is not None
         features = asked.features.float().to(device())
         vaes = self.vaes[: asked.tasks]

@@ -27,10 +27,7 @@ LOGITS = "memory_logits.safetensors"
 
 @dataclass(frozen=True)
 class Remembered:
-    """What is kept of one past task, the size of its training set, and the run's seed.
-
-    Images are relative to the benchmark's folder, ids begin with the task's name.
-    """
+    """What is kept of one past task; images are relative to the benchmark's folder, ids begin with the task's name."""
 
     task: str
     drawn_from: int

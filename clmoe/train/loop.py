@@ -18,14 +18,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from clmoe.bases.llava import PROJECTOR
@@ -45,8 +38,7 @@ from clmoe.utils.tensors import check_finite, trainable
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
     """Optimizer steps over ``records``; a partial last batch is filled from the next epoch.
 
-    ``training.steps`` counts per task, so the union takes them once for each of its ``tasks``. ``passes`` multiplies
-    the epochs.
+    ``training.steps`` counts per task, the union has several. ``passes`` multiplies the epochs.
     """
     if training.steps is not None:
         return training.steps * tasks
@@ -55,7 +47,7 @@ def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batches of ``batch_size`` out of ``records`` are cut over accumulation steps and processes."""
+    """How global batches are cut over processes and ``accumulation`` forward passes of ``micro`` samples."""
 
     seed: int
     records: int
@@ -72,12 +64,10 @@ class BatchPlan:
 
     @property
     def micro(self) -> int:
-        """Samples per forward pass."""
         return self.micro_batch_size or max(1, self.batch_size // self.processes)
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
         return self.batch_size // (self.processes * self.micro)
 
     def batch(self, step: int) -> list[int]:
@@ -115,11 +105,7 @@ def parameter_groups(model: nn.Module, lr: float, projector_lr: float) -> list[d
 
 
 def deepspeed_settings(name: str) -> Path:
-    """``zero2`` -> ``configs/deepspeed/zero2.json``; the path of a JSON file is taken as it is.
-
-    Raises:
-        ClmoeError: no such settings, DeepSpeed is not installed, it would round all parameters, or it is not ZeRO.
-    """
+    """``zero2`` -> ``configs/deepspeed/zero2.json``, or a JSON file. Raises ClmoeError if they cannot work."""
     path = find_config("deepspeed", name, ".json")
     settings = read_json(path)
     if find_spec("deepspeed") is None:
@@ -168,10 +154,7 @@ class Report(TrainerCallback):
 
 
 class Snapshots(TrainerCallback):
-    """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step.
-
-    So no generator's state has to be kept.
-    """
+    """Saves the state every few steps and on SIGTERM; dropout follows from the step, so no generator is saved."""
 
     def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
@@ -194,14 +177,10 @@ class Snapshots(TrainerCallback):
 
 
 class OneDevice(TrainingArguments):
-    """A process computes on one GPU. With several visible, transformers would split each batch over all of them.
-
-    It would take the mean of the parts' losses; ours are shares of one sum.
-    """
+    """A process computes on one GPU. transformers would split each batch over all, and average our shares of a sum."""
 
     @property
     def n_gpu(self) -> int:
-        """0 on the CPU, else 1."""
         return min(1, super().n_gpu)
 
 
@@ -226,9 +205,9 @@ class TaskTrainer(Trainer):
         asked: Asked,
         deepspeed: Path | None = None,
     ) -> None:
-        """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings.
+        """``phase`` is the folder that will be sealed; states lie beside it.
 
-        `train` raises Interrupted after the step in which `asked` was set, with the state saved.
+        ``train`` raises Interrupted after the step in which ``asked`` was set, with the state saved.
         """
         self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
         self.phase, self.asked = phase, asked
@@ -281,7 +260,7 @@ class TaskTrainer(Trainer):
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
 
     def release(self) -> None:
-        """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""
+        """Take DeepSpeed's hooks off the model and forget its settings: another training can follow."""
         if self.deepspeed:
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
@@ -301,8 +280,7 @@ class TaskTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a group of its own for the projector."""
-        config = self.config
-        trained = cast(TrainedModel, self.model)
+        config, trained = self.config, cast(TrainedModel, self.model)
         groups = parameter_groups(trained, config.learning_rate, config.projector_learning_rate)
         self.optimizer = self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         return self._adamw

@@ -13,8 +13,7 @@ from clmoe.methods.base import Method
 class TrainedModel(nn.Module):
     """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
 
-    Logits are computed at answer positions only: exact, and the head is skipped for the other ~99 % of tokens. Unless
-    the method reads them, no more than a piece of them exists at a time.
+    Logits exist at answer positions only, which is exact, and piece by piece unless the method reads them.
     """
 
     def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
@@ -30,13 +29,10 @@ class TrainedModel(nn.Module):
         pixel_values: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss of one micro-batch as its share of the global batch's loss.
+        """Loss of one micro-batch as its share of the global batch's, which has ``num_items_in_batch`` answer tokens.
 
-        Args:
-            input_ids, attention_mask, labels: ``[B, T]`` int64, right-padded; labels -100 outside the answers.
-            num_items_in_batch: answer tokens of the whole global batch.
-            pixel_values: ``[I, 3, H, W]`` or None for text-only rows.
-            rows: ``[B]`` int64, the samples' places in the phase's records, for methods that keep something by them.
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels -100 outside the
+        answers. ``rows [B]`` int64 are the samples' places in the phase's records.
         """
         adapted = adapted_base(self.model)
         trace = RouteTrace()

@@ -56,12 +56,8 @@ IDENTITY = "identity.json"
 class TrainRequest:
     """One task to train; ``prepare_request`` makes it.
 
-    Attributes:
-        task: its name, ``all`` for methods that train on the union.
-        order: the whole sequence, for progress and for the union.
-        previous: parent checkpoint, verified.
-        output: folder that becomes the checkpoint.
-        deepspeed: ZeRO's settings.
+    ``task`` is ``all`` for methods that train on the union. ``order`` is the whole sequence, ``previous`` the verified
+    parent, ``output`` the folder that becomes the checkpoint.
     """
 
     config: Config
@@ -74,7 +70,6 @@ class TrainRequest:
 
     @property
     def run(self) -> Path:
-        """The run folder that holds the checkpoint, its events and tables."""
         return self.output.parent
 
     @property
@@ -105,11 +100,7 @@ def prepare_request(
     output: Path,
     deepspeed: Path | None = None,
 ) -> TrainRequest:
-    """A request, after all checks that need no model.
-
-    Raises:
-        ClmoeError: unknown task, a parent that does not fit, or a way of chaining that the method does not use.
-    """
+    """A request, after all checks that need no model. Raises ClmoeError if method, task and parent do not fit."""
     method = method_class(config.method)(config)
     if method.chain == "none":
         raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
@@ -131,11 +122,7 @@ def prepare_request(
 
 
 def finished(request: TrainRequest) -> bool:
-    """True where the output exists already, made by this very request.
-
-    Raises:
-        ClmoeError: the output holds something else, or is damaged.
-    """
+    """True where the output exists already. Raises ClmoeError if it is damaged or not what this request makes."""
     output = request.output
     if not output.exists():
         return False
@@ -162,8 +149,7 @@ def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
     """Train one task and publish its checkpoint; does nothing when it is finished.
 
-    ``base``, as the task before it returned it, saves loading it. Returns the base as it was, for what follows, or what
-    was given if nothing had to be done.
+    ``base``, as the task before returned it, saves loading it. Returns the base as it was, for the next task.
     """
     if finished(request):
         return base
@@ -221,10 +207,7 @@ def check_work(output: Path, identity: dict[str, Any]) -> None:
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> Path:
-    """The folder to build ``output`` in, after ``check_work``.
-
-    What an interrupted command finished there is kept; its unfinished files are removed.
-    """
+    """The folder to build ``output`` in; what an interrupted command left unfinished there is removed."""
     work = work_folder(output)
     phases = work / PHASES
     marker = phases / IDENTITY
@@ -268,10 +251,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
 
 
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int) -> None:
-    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them.
-
-    ``parameters``: trained in the last phase.
-    """
+    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them."""
     work, config = context.work, request.config
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -293,10 +273,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:
-    """Train and seal one phase, or take it as an interrupted run sealed it; then end it.
-
-    Returns the number of parameters that it trained.
-    """
+    """Train and seal one phase, or take it as an interrupted run sealed it; then end it. Returns what it trained."""
     context.trained = context.sealed / phase.name
     if not from_main(lambda: is_complete(context.trained)):
         phase.begin(context)
@@ -343,10 +320,7 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
 
 
 def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
-    """Train a phase from its newest saved state, seal it, and remove the states.
-
-    Returns what the model was wrapped in: ``DeepSpeedEngine``, ``DistributedDataParallel``, or its own class.
-    """
+    """Train a phase from its newest saved state and seal it; returns the class that the model was wrapped in."""
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
@@ -355,29 +329,23 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
         enable_checkpointing(context.model)
     plan = batch_plan(request, phase.records)
     stage = request.stage
-    title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
-    title += "" if phase.name == "trained" else f" ({phase.name})"
+    part = "" if phase.name == "trained" else f" ({phase.name})"
+    title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}{part}"
     with deferred() as asked:
         with Progress(title, steps, read_events(log.path), stage) as progress:
             report = Report(progress, log, request.task, plan.batch_size)
             trained = TrainedModel(context.model, method, plan.batch_size)
-            folder, pad = context.trained, base.tokenizer.pad_token_id
-            trainer = TaskTrainer(
-                trained, dataset, pad, training, plan, steps, report, folder, asked, request.deepspeed
-            )
+            pad, zero = base.tokenizer.pad_token_id, request.deepspeed
+            trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, context.trained, asked, zero)
             progress.skip(trainer.first_step)
             trainer.train()
-        from_main(lambda: _seal(context.model, folder))
+        from_main(lambda: _seal(context.model, context.trained))
     trainer.release()
     return type(trainer.model_wrapped).__name__
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
-    """Save a phase's adapter; the states of its training are no longer needed.
-
-    Raises:
-        ClmoeError: a weight is not finite.
-    """
+    """Save a phase's adapter and remove its states. Raises ClmoeError if a weight is not finite."""
     check_finite(trainable(model), f"the end of phase {folder.name}")
     build_folder(folder, lambda target: save_adapter(model, target))
     for state in states(folder):
