@@ -270,12 +270,8 @@ def _refuse_old(arguments: list[str]) -> None:
 def _silence_libraries() -> None:
     """Drop remarks that users can do nothing about."""
     # transformers on its own deprecated property, accelerate on DDP's, DeepSpeed on torch's
-    for message in (
-        "`is_gradient_checkpointing` is deprecated",
-        "`broadcast_buffers` is deprecated",
-        "`torch.distributed",
-    ):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    remarks = r"`(is_gradient_checkpointing` is deprecated|broadcast_buffers` is deprecated|torch\.distributed)"
+    warnings.filterwarnings("ignore", message=remarks, category=FutureWarning)
     # where it is installed on a machine without a GPU, DeepSpeed says so in every command, used or not
     logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 

@@ -35,7 +35,7 @@ class ModelConfig:
         dtype: of the frozen base; adapters and the projector are always float32.
         attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
-        architecture: config.json with the shapes, for ``clmoe plan`` without weights; here or beside ``configs``.
+        architecture: a config.json with the shapes, for ``clmoe plan`` where the weights are not at hand.
     """
 
     path: str = "playground/base"
@@ -79,7 +79,7 @@ class AdapterConfig:
         rank, rank_is: LoRA rank, over all experts together (``total``) or of each one (``per_expert``).
         experts: experts per adapted module at the start; plain LoRA methods ignore it.
         alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
-        scale: the *effective* scale, ``s`` times the mean gate; replaces ``alpha`` and compares with and without gates.
+        scale: the *effective* scale, ``s`` times the mean gate, the same with and without one; replaces ``alpha``.
         dropout: on the adapter's input.
         targets: the linears of each decoder block that are adapted.
         router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
@@ -165,7 +165,7 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: questions per batch.
-        exact: answer again, alone, each question whose two best logits were closer than ``margin``, whatever the batch.
+        exact: answer alone, too, if the two best logits came closer than ``margin``: no answer depends on its batch.
         margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
         share_images: questions of one image and router read its tokens once.
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.

@@ -66,7 +66,7 @@ class FirstTask:
 
     @cached_property
     def experts(self) -> ExpertConfig | None:
-        """The shape of a LoRA-expert adapter, None of plain LoRA."""
+        """None for plain LoRA."""
         config = self.model.peft_config[self.model.active_adapter]
         return config if isinstance(config, ExpertConfig) else None
 

@@ -1,7 +1,4 @@
-"""A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated.
-
-Every step leaves a finished file or none, so the same call continues after any interruption and ends in the same bytes.
-"""
+"""A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated."""
 
 import json
 import zlib

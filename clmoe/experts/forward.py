@@ -50,7 +50,7 @@ def answer_rows(labels: Tensor) -> Tensor:
 def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
     """States ``[N, D]`` after the final norm that predict the answer tokens of a right-padded batch of records.
 
-    ``weights`` replace the parameters of ``model.base_model`` with these names, in this pass alone.
+    ``weights`` replace parameters of ``model.base_model`` in this pass.
     """
     names = ("input_ids", "attention_mask", "pixel_values")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
@@ -60,15 +60,12 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
 
 
 def answer_logits(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
-    """Logits ``[N, V]`` float32 for the answer tokens; arguments as for ``answer_states``."""
+    """Logits ``[N, V]`` float32 for the answer tokens."""
     return model.get_output_embeddings()(answer_states(model, batch, weights)).float()
 
 
 def answer_loss(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``tokens [N]`` under the head's logits of ``states [N, D]``, in float32.
-
-    More than ``CHUNK`` tokens are taken in pieces whose logits the backward pass recomputes.
-    """
+    """Sum of the cross-entropies of ``tokens [N]`` at ``states [N, D]``, in float32; long ones in recomputed pieces."""
 
     def piece(states: Tensor, tokens: Tensor) -> Tensor:
         return cross_entropy(head(states).float(), tokens, reduction="sum")
@@ -163,24 +160,20 @@ def _read(
 
 
 @torch.no_grad()
-def last_prompt_features(model: PreTrainedModel, batch: Prompts, kind: FeatureKind = "last") -> Tensor:
-    """Hidden state of the last token, ``[B, D]`` float32, of left-padded prompts (LLaVA-CMoE section 3.3, F_end).
+def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor:
+    """The bare base's state of the last token of left-padded prompts, ``[B, D]`` float32 on the CPU.
 
-    ``last``: after the final norm; ``pooled``: the mean over all decoder layers' outputs (the paper's Table 5).
+    ``last``: after the final norm (LLaVA-CMoE section 3.3, F_end); ``pooled``: the mean over all decoder layers'
+    outputs (its Table 5).
     """
-    wanted = {"output_hidden_states": kind == "pooled"}
-    if isinstance(batch, SharedPrompts):
-        output, _ = _read(model, batch, NEWEST_ROUTER, 0, **wanted)
-    else:
-        positions = position_ids(batch["attention_mask"])
-        output = model.base_model(**batch, position_ids=positions, use_cache=False, **wanted)
-    if kind == "last":
-        return output.last_hidden_state[:, -1].float()
-    # the first entry is the embedding, not a layer's output
-    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)
-
-
-def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind = "last") -> Tensor:
-    """``last_prompt_features`` on the CPU, with the adapter and a tuned projector off."""
+    base, wanted = adapted_base(model), {"output_hidden_states": kind == "pooled"}
     with model.disable_adapter():
-        return last_prompt_features(adapted_base(model), batch, kind).cpu()
+        if isinstance(batch, SharedPrompts):
+            output, _ = _read(base, batch, NEWEST_ROUTER, 0, **wanted)
+        else:
+            positions = position_ids(batch["attention_mask"])
+            output = base.base_model(**batch, position_ids=positions, use_cache=False, **wanted)
+    if kind == "last":
+        return output.last_hidden_state[:, -1].float().cpu()
+    # the first entry is the embedding, not a layer's output
+    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0).cpu()

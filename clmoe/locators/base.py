@@ -43,8 +43,7 @@ class Locator:
 
     Class attributes:
         looks: it needs features of the samples, and of each task's training samples before.
-        Options: dataclass of its own options, ``locator.options`` in a configuration.
-        decisive: those that a fitted state belongs to; they cannot change within a sequence.
+        decisive: the options that a fitted state belongs to; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
@@ -89,7 +88,7 @@ class Locator:
 
 
 def feature_folder(run: Path) -> Path:
-    """Where a run keeps its features: ``CLMOE_FEATURES`` (runs on one base may share it), else in the run folder."""
+    """Where a run keeps its features: ``CLMOE_FEATURES``, which runs on one base may share, or the run folder."""
     return Path(os.environ.get("CLMOE_FEATURES") or run / "features")
 
 

@@ -1,4 +1,4 @@
-"""CL-MoE's task index (CVPR 2025, figure 2): a sample belongs to the nearest centre of standardised features."""
+"""A sample belongs to the nearest centre: of plain features, or of standardised ones, CL-MoE's task index."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,28 @@ from clmoe.config import LocatorConfig
 from clmoe.locators.base import Asked, Locator
 
 STD_FLOOR = 1e-6
+
+
+class NearestMean(Locator):
+    """Euclidean distance to the mean of each task's training features, without any standardisation."""
+
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.means: list[Tensor] = []
+
+    def fit(self, features: Tensor) -> None:
+        self.means.append(features.double().cpu().mean(0))
+
+    def scores(self, asked: Asked) -> Tensor:
+        assert asked.features is not None
+        centres = torch.stack(self.means[: asked.tasks])
+        return -torch.cdist(asked.features.double(), centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": torch.stack(self.means)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.means = list(state["means"])
 
 
 @dataclass(frozen=True)
@@ -27,9 +49,9 @@ class Options:
 
 
 class Prototype(Locator):
-    """Mean and population variance ``[N, D]`` float64 of every task's features, and the ``count [N]`` behind them.
+    """CL-MoE's (CVPR 2025, figure 2), on features that are standardised over all tasks' samples together.
 
-    Features are standardised over all tasks' samples together.
+    ``mean`` and population ``variance`` of each task are ``[N, D]`` float64, its ``count [N]`` int64.
     """
 
     Options = Options

@@ -122,7 +122,7 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given, ``labels``, ``rows [B]`` int64, places in the phase's records, and with
+        ``batch``: the model's inputs, ``labels``, ``rows [B]`` int64 (places in the phase's records), and with
         ``reads_logits`` ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
         """
         return None

@@ -27,8 +27,8 @@ from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, router_sum
 from clmoe.methods.lora import MoeLora
 from clmoe.utils.tensors import load_tensors, save_tensors
 
+# Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64.
 Statistics = dict[str, dict[str, Tensor]]
-"""Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class ClMoe(MoeLora):
         for statistics in history:
             scores = {name: self._score(values) for name, values in statistics.items()}
             if self.options.salience == "global":
-                total = sum(scores.values())
-                scores = dict.fromkeys(scores, total)  # type: ignore[arg-type]
+                scores = dict.fromkeys(scores, sum(scores.values()))  # type: ignore[arg-type]
             sets.append({name: salient_experts(score, self.options.top_k) for name, score in scores.items()})
         return sets
 
@@ -155,8 +154,7 @@ def count_gates(gate: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor,
 
 def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
     """Append the task's statistics to its parent's and write all; returns all tasks' statistics, oldest first."""
-    history = [] if previous is None else load_statistics(previous / path.name)
-    history.append(newest)
+    history = [*([] if previous is None else load_statistics(previous / path.name)), newest]
     tensors = {
         f"{task}.{name}.{kind}": value
         for task, statistics in enumerate(history)
@@ -196,10 +194,7 @@ def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
 
 
 def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix the factors A and B on their own, the paper's rule, which gives the product cross terms.
-
-    ``old`` and ``new`` are ``(A [E*r, din], B [dout, E*r])`` before and after training, ``keep [E]`` float64.
-    """
+    """Mix ``(A [E*r, din], B [dout, E*r])`` on their own, the paper's rule; ``keep [E]`` float64."""
     per_rank = keep.repeat_interleave(len(old[0]) // len(keep))
     return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
 

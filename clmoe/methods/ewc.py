@@ -1,7 +1,7 @@
 """Weights that mattered to old tasks are held in place: EWC (PNAS 2017, online form ICML 2018) and MAS (ECCV 2018).
 
 Both add ``factor * weight * sum_k I_k (theta - theta_k)^2`` to the loss, with ``theta_k`` the weights at the end of an
-old task and ``I_k >= 0`` how much each of them mattered to it. They differ in how ``I`` is measured.
+old task and ``I_k >= 0`` how much each mattered to it, measured in two ways.
 """
 
 from collections.abc import Sequence

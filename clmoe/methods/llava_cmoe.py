@@ -4,9 +4,8 @@ In the paper's order:
 
 - eq. 1-2: every FFN mixes LoRA experts under a top-k router; a task owns a router per block that spans the experts of
   its time. Everything older than the task is frozen, bit for bit.
-- section 3.2 (PGKE): probe experts, the average of a block's experts, train on a share of the task's data; a block
-  gets as many new experts as probes are activated above ``mean - alpha std`` (``decide``), each a copy of the block's
-  most activated expert.
+- section 3.2 (PGKE): probes, averages of a block's experts, train on a share of the data; a block gets as many copies
+  of its most activated expert as probes are activated above ``mean - alpha std`` (``decide``).
 - training adds the Switch Transformer's balance loss (``balance_loss``).
 - section 3.3 (PTL): a VAE per task finds the task of a test sample (``locators/vae.py``).
 """
@@ -34,8 +33,7 @@ from clmoe.utils.files import read_json, write_json
 
 WARM_UP_OWNER = -1
 Where = Literal["probed", "random", "every", "none"]
-Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
-"""Patched module -> linear -> ``A [n*r, din]``, ``B [dout, n*r]``."""
+Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]  # module -> linear -> ``A [n*r, din]``, ``B [dout, n*r]``
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Options:
         alpha: of the threshold mean - alpha * std, 0.8.
         activation: *open*: share of tokens whose top-k holds the expert, or the mean logit.
         balance_weight, probe_balance_weight: of the Switch balance loss, 1e-3.
-        probe_seed: added to the run's seed for the probes' records, order and router rows, to vary decisions alone.
+        probe_seed: added to the run's seed for the probes' records, order and router rows: are decisions stable?
     """
 
     initial_experts_from: Literal["warmup", "first_task"] = "warmup"
@@ -87,7 +85,7 @@ class Options:
 
 
 class LlavaCMoe(MoeLora):
-    """Initial experts, then for each task: probe, decide, extend, train; a VAE per task at the end."""
+    """Initial experts, then for each task: probe, decide, extend, train."""
 
     keeps_parts = True
     Options = Options

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with our sample order, optimizer groups, log and mid-training state.
+"""The training loop: the loss, and transformers' Trainer with our sample order, optimizer groups, log and states.
 
 It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and
 DeepSpeed's are tied to the number of processes.
@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from clmoe.bases.llava import PROJECTOR
+from clmoe.bases.llava import PROJECTOR, projector_of
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.train.loss import TrainedModel
+from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
+from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
+from clmoe.methods.base import Method
 from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
@@ -33,6 +37,62 @@ from clmoe.utils.names import derived_seed
 from clmoe.utils.paths import find_config
 from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
+
+
+class TrainedModel(nn.Module):
+    """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
+
+    Logits exist at answer positions only, which is exact, and piece by piece unless the method reads them.
+    """
+
+    def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.method, self.batch_size = model, method, batch_size
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor,
+        pixel_values: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one micro-batch as its share of the global batch's, which has ``num_items_in_batch`` answer tokens.
+
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels -100 outside the
+        answers. ``rows [B]`` int64 are the samples' places in the phase's records.
+        """
+        adapted = adapted_base(self.model)
+        trace = RouteTrace()
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
+        loss: Tensor | float = 0.0
+        if pixel_values is None:
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
+            # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
+            tuned = (p for p in projector_of(adapted).parameters() if p.requires_grad)
+            loss = 0.0 * sum(p.sum() for p in tuned)
+        with routing(NEWEST_ROUTER, trace):
+            states = answer_states(adapted, batch)
+        if self.method.reads_logits:
+            batch["logits"] = adapted.lm_head(states).float()
+            answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
+        else:
+            answers = answer_loss(adapted.lm_head, states, answer_tokens(labels))
+        loss = loss + answers / num_items_in_batch
+        batch |= {} if rows is None else {"rows": rows}
+        extra = self.method.extra_loss(self.model, trace, batch)
+        if extra is not None:
+            loss = loss + extra * (len(input_ids) / self.batch_size)
+        return {"loss": loss}
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute activations in the backward pass, each block under the routing of its own forward."""
+    adapted_base(model).activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    )
 
 
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
@@ -240,21 +300,17 @@ class TaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
-        """Trainer's own preparation of model and optimizer, then the moments and the step of the state found."""
+        """Trainer's own preparation, then moments, step and learning rates of the state found."""
         prepared = super()._prepare_for_training(*arguments, **named)
         if self.found is not None:
-            load_moments(self.found, self.model, self.moments(), self.first_step)  # type: ignore[arg-type]
-            self.state.global_step = self.first_step
-            self._schedule_from(self.first_step)
+            step, scheduler = self.first_step, cast(LambdaLR, self.lr_scheduler)
+            load_moments(self.found, self.model, self.moments(), step)  # type: ignore[arg-type]
+            self.state.global_step = step
+            rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
+            for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+                group["lr"] = rate
         return prepared
-
-    def _schedule_from(self, step: int) -> None:
-        """The learning rates as they are after ``step`` steps."""
-        scheduler = cast(LambdaLR, self.lr_scheduler)
-        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
-        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)

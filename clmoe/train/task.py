@@ -1,8 +1,7 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,8 +38,7 @@ from clmoe.train.checkpoint import (
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, total_steps
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, enable_checkpointing, total_steps
 from clmoe.train.state import states
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
@@ -136,14 +134,12 @@ def finished(request: TrainRequest) -> bool:
 
 def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     """The training records, and the folder that their images are relative to."""
-    root = request.benchmark.root
-    names = request.order if request.task == UNION else [request.task]
-    tasks = [request.benchmark.task(name) for name in names]
-    loaded = [load_train(task.train, task.image_root) for task in tasks]
     if request.task != UNION:
-        return loaded[0], tasks[0].image_root
-    pairs = zip(tasks, loaded, strict=True)
-    return UnionRecords([Part.of(t.name, records, t.image_root, root, t.passes) for t, records in pairs]), root
+        task = request.benchmark.task(request.task)
+        return load_train(task.train, task.image_root), task.image_root
+    root, tasks = request.benchmark.root, [request.benchmark.task(name) for name in request.order]
+    parts = [Part.of(t.name, load_train(t.train, t.image_root), t.image_root, root, t.passes) for t in tasks]
+    return UnionRecords(parts), root
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
@@ -153,33 +149,23 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     """
     if finished(request):
         return base
-    method = method_class(request.config.method)(request.config)
-    records, image_root = load_records(request)
+    config, learned, data = request.config, request.learned, request.benchmark.root
+    method = method_class(config.method)(config)
+    records, images = load_records(request)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
-    method.check_inputs(previous, request.benchmark.root)
+    method.check_inputs(previous, data)
     from_main(lambda: check_work(request.output, request.identity))
     if base is None:
-        base = load_base(request.config.model, device())
+        base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
-        raise ClmoeError(f"--previous {previous} was trained on another base than {request.config.model.path}")
+        raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
     building = from_main(lambda: open_work(request.output, request.identity))
     sealed = building / PHASES
-    with _own_folder(building) as work:
-        context = TaskContext(
-            request.learned[-1],
-            len(request.learned) - 1,
-            records,
-            image_root,
-            request.config,
-            base,
-            _model(request, method, base),
-            work,
-            sealed,
-            sealed,
-            previous,
-            request.benchmark.root,
-        )
+    with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
+        work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
+        model = _model(request, method, base)
+        context = TaskContext(task, index, records, images, config, base, model, work, sealed, sealed, previous, data)
         log = EventLog(request.run / "events.jsonl")
         log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
@@ -220,16 +206,6 @@ def open_work(output: Path, identity: dict[str, Any]) -> Path:
         if leftover.is_dir() and not (leftover / MANIFEST).is_file():
             shutil.rmtree(leftover)
     return work
-
-
-@contextmanager
-def _own_folder(building: Path) -> Iterator[Path]:
-    """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
-    if is_main():
-        yield building
-        return
-    with TemporaryDirectory(prefix="clmoe-") as scratch:
-        yield Path(scratch)
 
 
 def _fit_locator(request: TrainRequest, context: TaskContext) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
-EMBEDDED_BASE = "playground/base"
-"""The one model path that is a name: the base that is shipped, unless the user's folder holds one of this path."""
+EMBEDDED_BASE = "playground/base"  # a model path that is a name, unless the user's folder holds one
 
 
 def shipped_root() -> Path:

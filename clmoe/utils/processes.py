@@ -35,7 +35,6 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """True for the process that writes."""
     return rank() == 0
 
 
@@ -91,7 +90,6 @@ def wait_for_all() -> None:
 
 
 def any_of_them(mine: bool) -> bool:
-    """True if it is true in any process."""
     return mine if count() == 1 else any(_gather(mine))
 
 
@@ -118,8 +116,7 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-EXIT_CODE = 75
-"""Of a command that was told to stop and continues when it is given again (EX_TEMPFAIL of sysexits.h)."""
+EXIT_CODE = 75  # of a command that was stopped and continues when it is given again (sysexits.h: EX_TEMPFAIL)
 
 
 @dataclass

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from clmoe.config import LocatorConfig
 from clmoe.locators.base import Asked
-from clmoe.locators.nearest_mean import NearestMean
-from clmoe.locators.prototype import STD_FLOOR, Prototype
+from clmoe.locators.prototype import STD_FLOOR, NearestMean, Prototype
 
 WIDTH = 5
 SIZES = (7, 1, 12)

@@ -19,7 +19,7 @@ from clmoe.bases.inputs import prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions, sample_records
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import adapted_base, last_prompt_features
+from clmoe.experts.forward import adapted_base, base_features
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import adapter_tensors, load_adapter
 from clmoe.experts.routing import routing
@@ -29,8 +29,7 @@ from clmoe.methods.base import Method, TaskContext
 from clmoe.methods.llava_cmoe import BlockDecision, LlavaCMoe, choose_blocks, decide, measure_activations
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import TaskTrainer
-from clmoe.train.loss import TrainedModel
+from clmoe.train.loop import TaskTrainer, TrainedModel
 from tests.methods.helpers import Killed, same_adapter, task_data, task_records, watch_inputs
 from tests.runs import Runs, contents, events, same_bits, tensors
 from tests.support import TASKS as THREE
@@ -351,7 +350,7 @@ def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callab
         (records, images), base = task_records(runs.benchmark, TASKS[index]), new_base()
         questions = first_questions(sample_records(records, samples, 0))
         (batch,) = prompt_batches(base, prompt_dataset(base, questions, images), samples)
-        features = last_prompt_features(base.model, batch, "pooled")
+        features = base_features(load_adapter(base.model, checkpoint, trainable=False), batch, "pooled")
         config = read_checkpoint(checkpoint).config
         expected = fit_vae(features, VaeOptions(**config.locator.options), seed=index).state_dict()
         saved = load_file(checkpoint / "locator.safetensors")

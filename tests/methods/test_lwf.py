@@ -15,7 +15,7 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.methods.base import Method
 from clmoe.methods.lwf import divergence
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.loop import TrainedModel, enable_checkpointing
 from tests.methods.helpers import begun, task_data
 from tests.runs import Runs, same_bits
 from tests.support import TASKS, tiny_config, train_batches
