@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,18 +107,6 @@ def test_unknown_names(runs: Runs, tmp_path: Path, refused: Refused) -> None:
     assert "no such folder" in refused(*arguments)
     arguments[arguments.index("--model") + 1] = str(tmp_path)
     assert "config.json" in refused(*arguments)
-
-
-def test_a_checkpoint_of_another_method_or_base(runs: Runs, tmp_path: Path, refused: Refused) -> None:
-    parent = runs.chain("lora", tasks=(FIRST,))[0]
-    out = tmp_path / "out" / SECOND
-    arguments = train_arguments(runs, runs.benchmark, out, SECOND, "moelora")
-    assert "method lora there, moelora here" in refused(*arguments, "--previous", parent)
-    other = tmp_path / "other"
-    shutil.copytree(runs.model, other)
-    arguments = train_arguments(runs, runs.benchmark, out, SECOND)
-    arguments[arguments.index("--model") + 1] = str(other)
-    assert "model.path" in refused(*arguments, "--previous", parent)
 
 
 def test_what_cannot_be_evaluated(runs: Runs, tmp_path: Path, refused: Refused) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from clmoe.config import LocatorConfig, load_config
 from clmoe.errors import ClmoeError
-from clmoe.locators import LOCATORS, make_locator
+from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
 
 IDS = [f"q{i}" for i in range(40)]
@@ -32,22 +32,6 @@ def test_random_does_not_depend_on_the_batch() -> None:
 def test_the_oracle_needs_a_learned_task(task: int | None) -> None:
     with pytest.raises(ClmoeError, match="locator=oracle"):
         found("oracle", ["q"], 2, task)
-
-
-def test_an_unknown_locator_names_the_nearest() -> None:
-    with pytest.raises(ClmoeError, match=r"locator\.name: unknown locator 'vea'.*'vae'"):
-        make_locator(LocatorConfig("vea"), 0)
-    with pytest.raises(ClmoeError, match=r"locator\.options: unknown key 'steep'.*'steps'"):
-        make_locator(LocatorConfig("vae", options={"steep": 3}), 0)
-
-
-@pytest.mark.parametrize("name", LOCATORS)
-def test_a_setting_chooses_the_locator_and_drops_the_options_of_another(name: str) -> None:
-    recipe = {"methods": {"llava_cmoe": {"locator": {"name": "vae", "options": {"hidden": 16}}}}}
-    chosen = load_config("llava_cmoe", recipe, [f"locator={name}", "locator.samples=7"]).locator
-    assert (chosen.name, chosen.samples) == (name, 7)
-    assert chosen.options == ({"hidden": 16} if name == "vae" else {})
-    assert load_config("llava_cmoe", recipe, ["locator.options.steps=5"]).locator.options == {"hidden": 16, "steps": 5}
 
 
 def test_the_papers_pairs_are_the_defaults() -> None:

@@ -72,12 +72,6 @@ def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:
             assert (-scores).argmax(1).tolist() == [0] * 4
 
 
-def test_a_decision_does_not_depend_on_the_batch() -> None:
-    index, queries = index_of(tasks()), torch.randn(8, WIDTH) * 3
-    alone = torch.cat([distances(index, query.unsqueeze(0)) for query in queries])
-    assert torch.equal(distances(index, queries), alone)
-
-
 def test_the_file_holds_every_bit(tmp_path: Path) -> None:
     index = index_of(tasks())
     index.save(tmp_path / "locator.safetensors")

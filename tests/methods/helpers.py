@@ -20,10 +20,6 @@ from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS
 
 
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
-
-
 def task_records(benchmark: Path, task: str, count: int | None = None) -> tuple[list[TrainRecord], Path]:
     """The first training records of a task, and their image folder."""
     folder = benchmark.parent / task

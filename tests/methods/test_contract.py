@@ -1,6 +1,5 @@
 """What every method owes its users: one row each; a method without a row fails here."""
 
-import json
 import re
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer
 from clmoe.train.task import prepare_request, train_task
-from tests.methods.helpers import Killed, same_adapter
-from tests.runs import Runs, contents, same_bits, tensors
+from tests.methods.helpers import same_adapter
+from tests.runs import Killed, Runs, contents, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
@@ -91,12 +90,6 @@ def first(runs: Runs, method: str) -> Path:
     return runs.chain(method, *ROWS[method].overrides, tasks=TASKS[:1])[0]
 
 
-def adapted(name: str, base: LoadedBase) -> tuple[Any, Method]:
-    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
-    method = method_class(name)(config)
-    return attach_adapter(base.model, method.adapter(base)), method
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -121,22 +114,19 @@ def test_the_effective_scale_is_the_layers_factor_times_its_gate(
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_trains_only_what_it_may(name: str, tiny_base: LoadedBase) -> None:
-    model, _ = adapted(name, tiny_base)
+def test_a_fresh_adapter_changes_nothing_and_trains_only_what_it_may(
+    name: str, tiny_base: LoadedBase, pristine_base: LoadedBase
+) -> None:
+    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
+    model = attach_adapter(tiny_base.model, method_class(name)(config).adapter(tiny_base))
+    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
+    with torch.no_grad():
+        assert same_bits(model.eval()(**batch).logits, pristine_base.model(**batch).logits)
     trainable = [parameter for parameter, p in model.named_parameters() if p.requires_grad]
     for pattern in ROWS[name].trains:
         assert any(re.search(pattern, parameter) for parameter in trainable), f"{pattern} does not train"
     wrong = [parameter for parameter in trainable if not any(re.search(p, parameter) for p in ROWS[name].trains)]
     assert not wrong
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_fresh_adapter_changes_nothing(name: str, tiny_base: LoadedBase, pristine_base: LoadedBase) -> None:
-    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
-    with torch.no_grad():
-        before = pristine_base.model(**batch).logits
-        model, _ = adapted(name, tiny_base)
-        assert same_bits(model.eval()(**batch).logits, before)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -172,6 +162,9 @@ def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Run
     lineage = read_checkpoint(checkpoint).lineage
     assert lineage.method == name
     assert lineage.trainable_parameters == sum(v.numel() for k, v in saved.items() if "task.gates" not in k)
+    assert lineage.adapter_parameters == sum(value.numel() for value in saved.values())
+    union = ROWS[name].chain == "union"
+    assert (lineage.tasks, lineage.steps) == ((list(TASKS), 12) if union else ([TASKS[0]], 4))
 
 
 @pytest.mark.parametrize("name", CONTINUED)
@@ -229,39 +222,6 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     assert contents(tmp_path / TASKS[1]) == contents(straight)
 
 
-def test_a_union_takes_every_tasks_steps_and_refuses_a_parent(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    union = first(runs, "multitask")
-    lineage = read_checkpoint(union).lineage
-    assert (lineage.tasks, lineage.steps) == (list(TASKS), 4 * len(TASKS))
-    with pytest.raises(SystemExit):
-        runs.train(tmp_path / "all", "multitask", "all", previous=union)
-    assert "--previous" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_runs_through_the_commands(name: str, runs: Runs, tmp_path: Path) -> None:
-    row = ROWS[name]
-    if row.chain == "none":
-        runs.evaluate("base", tmp_path, config=name, model=str(runs.model))
-        learned = list(TASKS)
-    else:
-        learned = list(TASKS) if row.chain == "union" else [TASKS[0]]
-        runs.evaluate(first(runs, name), tmp_path)
-    after = "zero_shot" if row.chain == "none" else learned[-1]
-    for task in learned:
-        lines = (tmp_path / "predictions" / after / f"{task}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["question_id"] for line in lines] == [f"{task}-{i}" for i in range(24, 36)]
-    header, *rows = (tmp_path / "matrix.csv").read_text().splitlines()
-    assert header == "after,colour,count,side"
-    assert after in [line.split(",")[0] for line in rows]
-    assert (tmp_path / "immediate.csv").exists() == method_class(name).keeps_parts
-    info = json.loads((tmp_path / "run.json").read_text())
-    assert info["method"] == name
-    assert (info["trainable_parameters"] > 0) == (row.chain != "none")
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path) -> None:
     loaded = clmoe.load(first(runs, name))
@@ -287,6 +247,7 @@ def test_a_method_without_its_own_term_is_the_plainer_one(name: str, runs: Runs)
     settings, plainer, others = PLAINER[name]
     for mine, other in zip(runs.chain(name, *settings), runs.chain(plainer, *others), strict=True):
         assert same_adapter(mine, other)
+    assert not same_adapter(runs.chain(name)[1], runs.chain(plainer)[1]), "its term has an effect"
 
 
 STOCK = """

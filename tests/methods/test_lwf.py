@@ -98,23 +98,16 @@ def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
     assert sum(p.numel() for p in model.parameters()) == size, "one base, one adapter"
 
 
-def test_nothing_pulls_at_the_start_and_the_parent_has_no_dropout(runs: Runs, new_base: NewBase) -> None:
+def test_the_parent_has_no_dropout(runs: Runs, new_base: NewBase) -> None:
     settings = ("adapter.dropout=0.3",)
     previous = runs.chain("lwf", *settings, tasks=TASKS[:1])[0]
     base = new_base()
     method, model = begun("lwf", base, runs, previous, *settings)
     (batch,) = train_batches(base, task_data(base, runs.benchmark, TASKS[1], 4), 4)
     count = (batch["labels"] != -100).sum()
-    plain = Method(tiny_config("lora", Path("nowhere")))
-    losses = {}
-    for training in (False, True):
-        for name, kind in (("lwf", method), ("plain", plain)):
-            torch.manual_seed(0)
-            trained = TrainedModel(model, kind, 4).train(training)
-            losses[name, training] = float(trained(**batch, num_items_in_batch=count)["loss"].detach())
-            assert model.training == training, "the mode is put back"
-    assert losses["lwf", False] == pytest.approx(losses["plain", False], abs=1e-6)
-    assert losses["lwf", True] > losses["plain", True] + 1e-4, "the student drops inputs"
     given = {**batch, "logits": torch.zeros(int(count), base.model.config.text_config.vocab_size)}
-    pulls = [float(method.extra_loss(model.train(mode), None, given)) for mode in (True, False)]  # type: ignore[arg-type]
-    assert pulls[0] == pulls[1] > 0, "the parent does not"
+    pulls = []
+    for mode in (True, False):
+        pulls.append(float(method.extra_loss(model.train(mode), None, given)))  # type: ignore[arg-type]
+        assert model.training == mode, "the mode is put back"
+    assert pulls[0] == pulls[1] > 0

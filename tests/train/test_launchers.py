@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from clmoe.train.checkpoint import identity, read_checkpoint, seal
 from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
 from tests.launch import launch, needs_deepspeed, stop_when
@@ -182,32 +181,6 @@ def test_second_tasks_of_baselines_are_those_of_one_process(
         found = load_file(two / state)
         for name, value in load_file(one / state).items():
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4 * float(value.abs().max()), msg=name)
-
-
-@needs_deepspeed
-def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path, tmp_path: Path) -> None:
-    """CL-MoE's end of a task, from one and the same trained adapter."""
-    sealed = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
-    own = (*STEPS, "options.samples=21", "locator.samples=21", "evaluation.batch_size=4")
-    line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *own)
-    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *own)
-    _hand_over(one, sealed, runs, tmp_path)
-    launch(2, *line)
-    assert events(tmp_path, "trained") == [], "it took the sealed phase"
-    for name in ("statistics.safetensors", "locator.safetensors"):
-        assert (tmp_path / FIRST / name).read_bytes() == (one / name).read_bytes(), name
-
-
-def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
-    """Put the trained adapter of ``one`` where an interrupted command of ``run`` would have sealed it."""
-    done = read_checkpoint(one)
-    sealed.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(one / name, sealed / name)
-    seal(sealed)
-    lineage = done.lineage
-    wanted = identity(done.config, lineage.benchmark, None, lineage.tasks)
-    (sealed.parent / "identity.json").write_text(json.dumps(wanted))
 
 
 def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

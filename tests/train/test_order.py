@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from clmoe.bases.llava import PROJECTOR
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, total_steps
+from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, parameter_groups, total_steps
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])
@@ -72,6 +73,15 @@ def test_what_is_random_differs_by_seed_phase_step_and_process(monkeypatch: pyte
     masks = [drawn(), drawn(seed=4), drawn(phase="probe"), drawn(step=3), drawn(rank="1")]
     assert len(set(masks)) == 5
     assert drawn() == masks[0]
+
+
+def test_the_projectors_learning_rate_reaches_its_group_and_no_other() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in (PROJECTOR, "experts", "frozen")})
+    model["frozen"].requires_grad_(False)
+    groups = {group["lr"]: group["params"] for group in parameter_groups(model, 0.1, 0.02)}
+    assert {rate: list(map(id, p)) for rate, p in groups.items()} == {
+        rate: list(map(id, model[name].parameters())) for rate, name in ((0.1, "experts"), (0.02, PROJECTOR))
+    }
 
 
 def test_total_steps() -> None:
