@@ -151,10 +151,8 @@ def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tupl
         for projection, (A, B) in by_linear.items():
             layers[name].experts[projection].append(A, B)
     for block, owners in config.layout.items():
-        counts = {e.count for layer in layers.values() if layer.block == block for e in layer.experts.values()}
-        if len(counts) != 1:
-            raise ValueError(f"the linears of block {block} would have different numbers of experts: {sorted(counts)}")
-        owners += [owner] * (counts.pop() - len(owners))
+        count = max(e.count for layer in layers.values() if layer.block == block for e in layer.experts.values())
+        owners += [owner] * (count - len(owners))
     for layer in layers.values():
         layer.routers.owners = list(config.layout[layer.block])
 

@@ -1,8 +1,7 @@
 """What every method owes its users: one row each; a method without a row fails here."""
 
+import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import clmoe
 from clmoe.bases.llava import LoadedBase
@@ -23,10 +23,9 @@ from clmoe.methods import method_class, methods
 from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import TaskTrainer
 from clmoe.train.task import prepare_request, train_task
 from tests.methods.helpers import same_adapter
-from tests.runs import Killed, Runs, contents, same_bits, tensors
+from tests.runs import Killed, Runs, contents, kill, on_step, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
@@ -196,28 +195,14 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     """The second task with dropout: killed in its last training's third step, then when that training is sealed."""
     settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
     previous, straight = runs.chain(name, *settings)
-    killed: list[str] = []
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.phase.name == "trained" and self.state.global_step == 2 and "step" not in killed:
-            killed.append("step")
-            raise Killed
-        return real_step(self, *args, **kwargs)
-
-    def end(self: Method, context: TaskContext) -> None:
-        if "end" not in killed:
-            killed.append("end")
-            raise Killed
-        real_end(self, context)
-
-    real_step, kind = TaskTrainer.training_step, method_class(name)
-    real_end = kind.end_task
-    monkeypatch.setattr(TaskTrainer, "training_step", step)
-    monkeypatch.setattr(kind, "end_task", end)
-    for expected in (["step"], ["step", "end"]):
-        with pytest.raises(Killed):
+    probes = 2 if name == "llava_cmoe" else 0
+    for at_the_end in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if at_the_end:
+                patch.setattr(method_class(name), "end_task", kill)
+            else:
+                on_step(patch, probes + 2)
             runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
-        assert killed == expected
     runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
     assert contents(tmp_path / TASKS[1]) == contents(straight)
 
@@ -250,32 +235,14 @@ def test_a_method_without_its_own_term_is_the_plainer_one(name: str, runs: Runs)
     assert not same_adapter(runs.chain(name)[1], runs.chain(plainer)[1]), "its term has an effect"
 
 
-STOCK = """
-import sys
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
-base, checkpoint, inputs, outputs = sys.argv[1:]
-model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), checkpoint).eval()
-with torch.no_grad():
-    save_file({"logits": model(**load_file(inputs)).logits}, outputs)
-assert not [name for name in sys.modules if name.split(".")[0] == "clmoe"]
-"""
-
-
-def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
-    """In a process that never imports this package, LoRA and tuned projector give the same logits."""
+def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase) -> None:
+    """By transformers' and peft's own loaders, LoRA and tuned projector give the same logits."""
     checkpoint = first(runs, "lora")
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"] == "LORA"
     batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
-    save_file(batch, tmp_path / "inputs.safetensors")
-    command = [sys.executable, "-c", STOCK, str(runs.model), str(checkpoint)]
-    subprocess.run(
-        [*command, str(tmp_path / "inputs.safetensors"), str(tmp_path / "out.safetensors")], check=True, cwd=tmp_path
-    )
-    stock = load_file(tmp_path / "out.safetensors")["logits"]
+    loaded = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(runs.model), checkpoint).eval()
     with torch.no_grad():
-        plain = tiny_base.model(**batch).logits
+        plain, stock = tiny_base.model(**batch).logits, loaded(**batch).logits
         ours = load_adapter(tiny_base.model, checkpoint, trainable=False).eval()(**batch).logits
     torch.testing.assert_close(stock, ours, atol=1e-5, rtol=1e-5)
     assert (stock - plain).abs().max() > 1e-2, "the adapter has an effect"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
@@ -113,36 +112,6 @@ def test_a_router_keeps_its_rows_and_gets_new_ones_of_their_spread() -> None:
     assert same_bits(extend_router(old, 2, generator(4)), longer)
     assert not torch.equal(extend_router(old, 2, generator(5))[6:], longer[6:])
     assert same_bits(extend_router(old, 0, generator(4)), old.detach())
-
-
-def routed(samples: int, tokens: int, experts: int, top_k: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    logits = 2 * torch.randn(samples, tokens, experts, generator=generator(seed))
-    lengths = torch.randint(1, tokens + 1, (samples,), generator=generator(seed + 1))
-    mask = (torch.arange(tokens) < lengths.unsqueeze(1)).long()
-    return logits, gate_from_logits(logits, top_k), mask
-
-
-def loop_balance(logits: Tensor, gate: Tensor, mask: Tensor) -> float:
-    losses = []
-    for row in range(len(logits)):
-        experts = logits.shape[-1]
-        picks, probability, tokens = [0] * experts, [0.0] * experts, 0
-        for t in range(logits.shape[1]):
-            if not mask[row, t]:
-                continue
-            tokens += 1
-            weights = [math.exp(float(v)) for v in logits[row, t]]
-            for e in range(experts):
-                picks[e] += int(gate[row, t, e] > 0)
-                probability[e] += weights[e] / sum(weights)
-        losses.append(experts * sum(p / sum(picks) * q / tokens for p, q in zip(picks, probability, strict=True)))
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_balance_loss_equals_a_loop_over_samples(seed: int) -> None:
-    logits, gate, mask = routed(5, 7, 6, seed=seed)
-    assert float(balance_loss(logits, gate, mask)) == pytest.approx(loop_balance(logits, gate, mask), rel=1e-5)
 
 
 def test_balance_loss_is_one_when_balanced_and_e_over_k_when_collapsed() -> None:

@@ -48,13 +48,6 @@ def test_micro_batches_of_all_processes_are_the_global_batch(processes: int, mic
         assert sorted(seen) == sorted(BatchPlan(3, 21, 8).batch(step))
 
 
-def test_a_later_start_continues_the_same_order() -> None:
-    plan = BatchPlan(3, 21, 8, 2)
-    late = MicroBatches(plan, 6, first_step=4)
-    assert list(late) == list(MicroBatches(plan, 6))[-len(late) :]
-    assert len(late) == 2 * plan.accumulation
-
-
 @pytest.mark.parametrize(("micro", "processes"), [(3, 1), (8, 2), (None, 3), (16, 1)])
 def test_an_indivisible_batch_is_an_error(micro: int | None, processes: int) -> None:
     with pytest.raises(ClmoeError, match="batch_size 8 cannot be cut"):
