@@ -61,7 +61,7 @@ def run(
         method: a name in configs/methods, a YAML file, or a Python file that registers a method.
         benchmark: a name in configs/benchmarks or a YAML file.
         order: ``norm``, ``rev``, ``rand`` or task names separated by commas.
-        output: run folder, ``runs/<benchmark>/<method>-seed<seed>``; checkpoints become ``01_<task>``, ...
+        output: run folder (default: ``runs/<benchmark>/<method>-seed<seed>``) for checkpoints ``01_<task>``, ...
         base: a name in configs/models, a model folder or a hub name.
         data: the benchmark's data folder.
         deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.

@@ -1,4 +1,4 @@
-"""A sample belongs to the nearest centre: of plain features, or of standardised ones, CL-MoE's task index."""
+"""A sample belongs to the nearest centre, of plain features or of standardised ones."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -49,7 +49,7 @@ class Options:
 
 
 class Prototype(Locator):
-    """CL-MoE's (CVPR 2025, figure 2), on features that are standardised over all tasks' samples together.
+    """CL-MoE's task index (CVPR 2025, figure 2): features are standardised over all tasks' samples together.
 
     ``mean`` and population ``variance`` of each task are ``[N, D]`` float64, its ``count [N]`` int64.
     """

@@ -135,7 +135,7 @@ def test_option_topk_counts_decides_gates_and_salience(runs: Runs) -> None:
 
 
 def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> None:
-    """``test_clmoe.py`` has the oracle of the merge itself."""
+    """The merge itself has an oracle below."""
     theta = second(runs, parent, "merge_space=delta")
     old, new, result = tensors(parent), tensors(phi), tensors(theta)
     before, now = load_statistics(theta / "statistics.safetensors")
