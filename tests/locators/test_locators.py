@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clmoe.config import LocatorConfig, load_config
 from clmoe.errors import ClmoeError
-from clmoe.locators import make_locator
+from clmoe.locators import LOCATORS, make_locator
 from clmoe.locators.base import Asked
 from clmoe.locators.prototype import STD_FLOOR, NearestMean, Prototype
 
@@ -127,6 +127,12 @@ def test_random_does_not_depend_on_the_batch() -> None:
 def test_the_oracle_needs_a_learned_task(task: int | None) -> None:
     with pytest.raises(ClmoeError, match="locator=oracle"):
         found("oracle", ["q"], 2, task)
+
+
+@pytest.mark.parametrize("name", LOCATORS)
+def test_a_setting_chooses_the_locator(name: str) -> None:
+    chosen = load_config("llava_cmoe", {}, [f"locator={name}"]).locator
+    assert isinstance(make_locator(chosen, 0), LOCATORS[name])
 
 
 def test_the_papers_pairs_are_the_defaults() -> None:
