@@ -17,13 +17,12 @@ from clmoe.errors import ClmoeError, Interrupted
 USER_ERROR = 2
 OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers check their processes at least once a second
 BAD_SHOWN = 50  # so many bad rows are printed
-OLD = {
+OLD = {  # options and a verb of clmoe 0.1
     "--router": "write locator=oracle, locator=last, ... among the key=value settings",
     "--then-eval": "clmoe run trains and evaluates; clmoe eval evaluates a checkpoint",
     "--steps": "clmoe run goes through a whole sequence",
     "card": "clmoe no longer writes model cards; clmoe report prints a run's scores",
 }
-"""Options and a verb of clmoe 0.1, and what serves instead."""
 
 
 def metrics(options: argparse.Namespace) -> Any:
@@ -38,11 +37,7 @@ def metrics(options: argparse.Namespace) -> Any:
 
 
 def data(options: argparse.Namespace) -> str:
-    """``clmoe data prepare|check``: build what can be built, or read every row and decode every image.
-
-    Raises:
-        ClmoeError: files are missing (each is named with its source), or rows are bad (they are listed).
-    """
+    """``clmoe data prepare|check``; raises ClmoeError if files are missing or rows bad, which are listed."""
     from clmoe.benchmarks.base import load_benchmark
     from clmoe.benchmarks.prepare import check_benchmark, prepare_benchmark
     from clmoe.evaluate.scoring import gold_problem
@@ -210,11 +205,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments),
     "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments),
 }  # fmt: skip
-"""Verb -> what it does, and its arguments."""
-
-
-LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}
-"""Verbs that need neither transformers nor peft."""
+LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}  # need neither transformers nor peft
 
 
 def _command(verb: str) -> Callable[[argparse.Namespace], Any]:
@@ -278,12 +269,8 @@ def _refuse_old(arguments: list[str]) -> None:
 def _silence_libraries() -> None:
     """Drop remarks that users can do nothing about."""
     # transformers on its own deprecated property, accelerate on DDP's, DeepSpeed on torch's
-    for message in (
-        "`is_gradient_checkpointing` is deprecated",
-        "`broadcast_buffers` is deprecated",
-        "`torch.distributed",
-    ):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    remarks = r"`(is_gradient_checkpointing` is deprecated|broadcast_buffers` is deprecated|torch\.distributed)"
+    warnings.filterwarnings("ignore", message=remarks, category=FutureWarning)
     # where it is installed on a machine without a GPU, DeepSpeed says so in every command, used or not
     logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 
@@ -291,8 +278,7 @@ def _silence_libraries() -> None:
 def _leave(message: str, code: int) -> NoReturn:
     """Stop with this code and say why.
 
-    The main process reports what stops all of them. After an error the launcher ends the others as soon as one has
-    left; a process that is still there after a moment is the only one that knows.
+    The main process reports what stops all. A process that the launcher has not ended after a moment knows alone.
     """
     from clmoe.utils.processes import is_main, leave, rank
 

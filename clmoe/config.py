@@ -1,8 +1,7 @@
 """Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
 
 Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's ``recipe``,
-what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line. Every checkpoint holds
-the result as ``config.yaml``.
+what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
 """The linears of a LLaMA decoder block."""
 
-FeatureKind = Literal["last", "pooled"]
-"""What a locator sees of a sample; see ``LocatorConfig``."""
+FeatureKind = Literal["last", "pooled"]  # see ``LocatorConfig``
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,7 @@ class ModelConfig:
         dtype: of the frozen base; adapters and the projector are always float32.
         attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
-        architecture: transformers config.json to take shapes from where the weights are not at hand; only for
-            ``clmoe plan``. Relative to the user's folder or to the folder that ships ``configs``.
+        architecture: a config.json with the shapes, for ``clmoe plan`` where the weights are not at hand.
     """
 
     path: str = "playground/base"
@@ -53,10 +50,8 @@ class LocatorConfig:
     """Who finds the task of a test sample, for methods that keep parts per task.
 
     Attributes:
-        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``; empty for methods that need
-            none. ``locator=vae`` is short for ``locator.name=vae``.
-        feature: what it sees, all from the frozen base: the last prompt token's hidden state after the final norm
-            (``last``), or its mean over the outputs of all layers (``pooled``).
+        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``; empty if none is needed.
+        feature: the bare base's state of the last prompt token: after the final norm, or ``pooled``, over all layers.
         samples: of a task's training records, at most so many are looked at.
         options: the locator's own fields, checked by its ``Options`` dataclass.
     """
@@ -84,8 +79,7 @@ class AdapterConfig:
         rank, rank_is: LoRA rank, over all experts together (``total``) or of each one (``per_expert``).
         experts: experts per adapted module at the start; plain LoRA methods ignore it.
         alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
-        scale: the *effective* scale, ``s`` times the mean gate; when set it replaces ``alpha``, so that methods
-            with and without a gate start with equally large updates.
+        scale: the *effective* scale, ``s`` times the mean gate, the same with and without one; replaces ``alpha``.
         dropout: on the adapter's input.
         targets: the linears of each decoder block that are adapted.
         router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
@@ -171,10 +165,8 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: questions per batch.
-        exact: answer again, alone, every question whose two best logits were ever closer than ``margin``, so that
-            answers do not depend on the batching.
-        margin: see ``exact``. Logits of bfloat16 lie up to 0.125 apart (between 16 and 32), so that this one finds
-            equal ones only; a wider margin answers more questions twice.
+        exact: answer alone, too, if the two best logits came closer than ``margin``: no answer depends on its batch.
+        margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
         share_images: questions of one image and router read its tokens once.
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
     """
@@ -245,8 +237,7 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
 def build(kind: type[T], values: Any, where: str) -> T:
     """Fill the dataclass ``kind`` from a mapping.
 
-    Raises:
-        ClmoeError: not a mapping, an unknown key (the nearest known one is named), or a value of the wrong type.
+    Raises ClmoeError for an unknown key, naming the nearest known one, and for a value of the wrong type.
     """
     if not isinstance(values, dict):
         raise ClmoeError(f"{where}: expected a mapping, got {values!r}")
@@ -262,11 +253,7 @@ def build(kind: type[T], values: Any, where: str) -> T:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; another name drops its options.
-
-    Raises:
-        ClmoeError: ``locator`` is neither a name nor a mapping.
-    """
+    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; another drops its options."""
     below, above = _locator(low), _locator(high)
     named = below.get("name")
     if named is not None and above.get("name", named) != named:
@@ -291,14 +278,13 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-RENAMED = {
+RENAMED = {  # keys of clmoe 0.1
     "options.decider": "locator (vae, nearest_mean, prototype, ...)",
     "options.feature": "locator.feature",
     "options.locator": "locator.options",
     "options.distance": "locator.options.distance",
     "options.radius": "locator.options.radius",
 }
-"""Keys of clmoe 0.1 and what they are called now."""
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -330,14 +316,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model: str | None = None) -> Config:
-    """Resolve a method's configuration on a benchmark.
+    """A method's configuration on a benchmark, whose defaults are ``recipe``, under ``key=value`` overrides.
 
-    Args:
-        source: name of a file in ``configs/methods``, the path of a YAML file, or of a Python file that registers a
-            method. A YAML's key ``extends`` names the file that it changes.
-        recipe: the benchmark's defaults.
-        overrides: ``key=value`` pairs.
-        model: name of a file in ``configs/models``, a path to one, or a model folder / hub name.
+    ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), or a Python file
+    that registers a method; ``model`` a file in ``configs/models``, a path to one, or a model folder or hub name.
     """
     if source.endswith(".py"):
         path, values = Path(source), {"method": source}

@@ -1,7 +1,4 @@
-"""What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU.
-
-The method's adapter is attached to a model on the meta device: real modules without weights, and no downloads.
-"""
+"""What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -69,7 +66,7 @@ class FirstTask:
 
     @cached_property
     def experts(self) -> ExpertConfig | None:
-        """The shape of a LoRA-expert adapter, None of plain LoRA."""
+        """None for plain LoRA."""
         config = self.model.peft_config[self.model.active_adapter]
         return config if isinstance(config, ExpertConfig) else None
 
@@ -91,7 +88,7 @@ class FirstTask:
 
 
 def first_task(method: Method) -> FirstTask:
-    """Attach the adapter of the method's first task to a meta model; raises ClmoeError if its shapes are unknown."""
+    """Attach the adapter of the method's first task to a meta model."""
     config = method.config.model
     file = shapes_file(config)
     base = meta_base(file)
@@ -109,9 +106,6 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
 
     A later task of a growing method trains the experts that it adds to ``X`` blocks on average, and in every block a
     router, a copy of the newest with a row more for each new expert. Without ``X`` these counts are None.
-
-    Raises:
-        ClmoeError: there are fewer than ``X`` blocks, or it is negative.
     """
     whole = first.count()
     if not first.method.grows or first.experts is None:
@@ -134,8 +128,7 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
     """What a GPU holds through the whole training; trained parameters are float32. DeepSpeed need not be installed.
 
     AdamW keeps two moments, and DDP a copy of the gradients. ZeRO cuts moments and float32 masters over the GPUs, from
-    stage 2 the gradients too. Offloading moves gradients, masters and moments to the host. Raises ClmoeError if there
-    are no settings of that name.
+    stage 2 the gradients too; offloading moves all three to the host.
     """
     settings = {} if deepspeed is None else read_json(find_config("deepspeed", deepspeed, ".json"))
     zero = settings.get("zero_optimization", {})
@@ -157,9 +150,8 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
 def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: bool) -> int:
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
-    ``b`` bytes of the base's type, ``N`` tokens, ``D`` hidden size, ``F`` FFN, ``Q`` heads x head size, ``L`` blocks,
-    ``V`` vocabulary, ``W`` the tower's width. A frozen linear keeps nothing. The peak is in the loss, or in the
-    backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
+    ``b`` bytes of the base's type, ``N`` tokens, ``Q`` heads x head size, ``W`` the tower's width. The peak is in the
+    loss, or in the backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
     """
     base, adapter = cast(PreTrainedModel, first.model.get_base_model()), first.method.config.adapter
     text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
@@ -200,13 +192,8 @@ def make_plan(
 ) -> dict[str, Any]:
     """The figures of ``clmoe plan``, memory in bytes; None where a file is missing, or growth decides.
 
-    Args:
-        deepspeed: name of the ZeRO settings.
-        tokens: of a sample; by default its image's and 64 of text.
-        extended_blocks: blocks that a later task extends by one expert, on average.
-
-    Raises:
-        ClmoeError: unknown shapes, a batch that the GPUs do not divide, or ``extended_blocks`` without a meaning.
+    A sample has ``tokens``, by default its image's and 64 of text; a later task extends ``extended_blocks`` by one
+    expert, on average. Raises ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
     """
     config, training = method.config, method.config.training
     if extended_blocks is not None and not method.grows:

@@ -1,7 +1,4 @@
-"""A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated.
-
-Every step leaves a finished file or none, so the same call continues after any interruption and ends in the same bytes.
-"""
+"""A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated."""
 
 import json
 import zlib
@@ -26,8 +23,7 @@ from clmoe.utils.files import file_sha256, locked, read_json, write_json
 from clmoe.utils.logging import display, say
 from clmoe.utils.processes import from_main
 
-SETTINGS = "sequence.json"
-"""What a run folder was started with."""
+SETTINGS = "sequence.json"  # what a run folder was started with
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,14 @@ def run(
         method: a name in configs/methods, a YAML file, or a Python file that registers a method.
         benchmark: a name in configs/benchmarks or a YAML file.
         order: ``norm``, ``rev``, ``rand`` or task names separated by commas.
-        output: run folder; by default ``runs/<benchmark>/<method>-seed<seed>`` below the current folder. Checkpoints
-            become ``01_<task>``, ``02_<task>``, ...
+        output: run folder (default: ``runs/<benchmark>/<method>-seed<seed>``) for checkpoints ``01_<task>``, ...
         base: a name in configs/models, a model folder or a hub name.
         data: the benchmark's data folder.
         deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
 
-    Raises:
-        ClmoeError: the folder holds a run with other settings (they are named, nothing is touched), files are missing
-            or hold rows that cannot be used, or what training and evaluation raise.
+    Raises ClmoeError if the folder holds a run with other settings (they are named, nothing is touched), if files are
+    missing or hold rows that cannot be used, and where training or evaluation does.
     """
     if isinstance(settings, Mapping):
         settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -84,32 +78,16 @@ def run(
     opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
     folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
     zero = use_deepspeed(deepspeed)
-    kind = method_class(config.method)(config)
-    trained = {"none": [], "union": [UNION]}.get(kind.chain, tasks)
-    steps = [(folder / f"{number:02}_{task}", task) for number, task in enumerate(trained, 1)]
     with locked(folder):
-        values = from_main(lambda: _settings(config, opened, tasks))
-        from_main(lambda: _check_settings(folder, values))
-        check_tasks(opened, tasks)  # those of later tasks too: they would stop the sequence after hours
-        if not all(checkpoint.exists() for checkpoint, _ in steps):
-            from_main(lambda: _check_rows(opened, tasks))
-            kind.check_inputs(None, opened.root)
-        from_main(lambda: write_json(folder / SETTINGS, values))
-        with display(f"{config.name} on {opened.name}", len(tasks)):
-            if kind.chain == "none":
-                say(evaluate_checkpoint(folder, opened, None, config, tasks)[0])
-            _train_all(config, opened, tasks, steps, zero)
+        checkpoints = _go_on(config, opened, tasks, folder, zero)
     matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
-    return Result(folder, [checkpoint for checkpoint, _ in steps], matrix, read_json(folder / "metrics.json"))
+    return Result(folder, checkpoints, matrix, read_json(folder / "metrics.json"))
 
 
 def chosen(
     method: str, benchmark: str, settings: list[str], *, order: str, base: str | None, data: Path | None
 ) -> tuple[Benchmark, Config, list[str]]:
-    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks.
-
-    Arguments are those of ``run``.
-    """
+    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks."""
     described = load_benchmark(benchmark, data, check_files=False)
     config = load_config(method, described.recipe, settings, base)
     return described, config, described.order(order, config.seed)
@@ -121,18 +99,28 @@ def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
     return Path("runs") / benchmark / f"{Path(method).stem}{suffix}-seed{seed}"
 
 
-def _train_all(
-    config: Config, benchmark: Benchmark, order: list[str], steps: list[tuple[Path, str]], deepspeed: Path | None
-) -> None:
-    """Train and evaluate task after task on one base, which is loaded when it is first needed."""
+def _go_on(config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None) -> list[Path]:
+    """Train and evaluate task after task on one base, which is loaded when it is first needed; the checkpoints."""
+    method = method_class(config.method)(config)
+    trained = {"none": [], "union": [UNION]}.get(method.chain, order)
+    steps = [(run / f"{number:02}_{task}", task) for number, task in enumerate(trained, 1)]
+    values = from_main(lambda: _settings(config, benchmark, order, run))
+    check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
+    if not all(checkpoint.exists() for checkpoint, _ in steps):
+        from_main(lambda: _check_rows(benchmark, order))
+        method.check_inputs(None, benchmark.root)
+    from_main(lambda: write_json(run / SETTINGS, values))
     base: LoadedBase | None = None
     done: Finished | None = None
-    for number, (checkpoint, task) in enumerate(steps, 1):
-        request = prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed)
-        base = train_task(request, base)
-        done = read_checkpoint(checkpoint)
-        row, base = evaluate_checkpoint(checkpoint.parent, benchmark, done, config, order, base=base)
-        say(f"{number}/{len(order)} {row}")
+    with display(f"{config.name} on {benchmark.name}", len(order)):
+        if method.chain == "none":
+            say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
+        for number, (checkpoint, task) in enumerate(steps, 1):
+            base = train_task(prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed), base)
+            done = read_checkpoint(checkpoint)
+            row, base = evaluate_checkpoint(run, benchmark, done, config, order, base=base)
+            say(f"{number}/{len(order)} {row}")
+    return [checkpoint for checkpoint, _ in steps]
 
 
 def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
@@ -143,24 +131,19 @@ def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
     check_questions(benchmark, order)
 
 
-def _settings(config: Config, benchmark: Benchmark, order: list[str]) -> dict[str, Any]:
-    """Everything that decides the run's files."""
+def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path) -> dict[str, Any]:
+    """All that decides the run's files. Raises ClmoeError if the folder holds another run's; it may become longer."""
     values = lasting(config)
     del values["evaluation"]["batch_size"]
     train = {name: file_sha256(benchmark.task(name).train) for name in order}
-    return {**values, "benchmark": benchmark.name, "order": order, "train": train}
-
-
-def _check_settings(run: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder of another run before anything is written; a sequence may be made longer."""
-    if not (run / SETTINGS).is_file():
-        return
-    there, here = read_json(run / SETTINGS), dict(settings)
-    if here["order"][: len(there["order"])] == there["order"]:
-        here["order"], here["train"] = there["order"], {name: here["train"][name] for name in there["order"]}
-    changed = differences(there, here)
-    if changed:
+    values |= {"benchmark": benchmark.name, "order": order, "train": train}
+    there = read_json(run / SETTINGS) if (run / SETTINGS).is_file() else values
+    old, here = there["order"], values
+    if order[: len(old)] == old:
+        here = values | {"order": old, "train": {name: train[name] for name in old}}
+    if changed := differences(there, here):
         raise ClmoeError(
             f"{run} holds a run with other settings ({changed}): give the same settings to continue it, or choose "
             "another --output"
         )
+    return values

@@ -16,7 +16,6 @@ from clmoe.config import (
     build,
     dump_config,
     load_config,
-    merge,
     model_values,
     parse_overrides,
     reload_config,
@@ -144,12 +143,6 @@ def test_overrides() -> None:
     for wrong in ("training.steps", "=3", "", "training.trackers=[wandb"):
         with pytest.raises(ClmoeError, match=f"override {re.escape(repr(wrong))}"):
             parse_overrides([wrong])
-
-
-def test_merge_replaces_values_and_joins_mappings() -> None:
-    low = {"a": {"x": 1, "y": 2}, "b": [1, 2]}
-    assert merge(low, {"a": {"y": 3}, "b": [4], "c": None}) == {"a": {"x": 1, "y": 3}, "b": [4], "c": None}
-    assert low == {"a": {"x": 1, "y": 2}, "b": [1, 2]}
 
 
 def test_a_frozen_config_is_read_back_and_has_stable_bytes(tmp_path: Path) -> None:

@@ -190,11 +190,3 @@ def test_the_picture_pairs_methods_and_locators_as_the_configurations_do() -> No
     assert {(m.get("data-method"), m.get("data-locator")) for m in marks if m.get("class") == "default"} == defaults
     listed = [text.text or "" for text in picture.iter(f"{SVG}text") if text.get("class") == "mono same"]
     assert set(" ".join(listed).split()) == methods().keys() - keepers
-
-
-def test_the_reader_sees_every_form_of_import() -> None:
-    source = (
-        "import clmoe.cli\nfrom clmoe import config\nclass A:\n  def f(self):\n    from clmoe.train.task import UNION\n"
-    )
-    found = [(target(name), inside) for _, name, inside in imports(source)]
-    assert found == [("cli", False), ("config", False), ("train.task", True)]

@@ -36,7 +36,7 @@ from clmoe.plan import (
     state_bytes,
 )
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.paths import known_configs, shipped_root
 from tests.runs import Runs
 from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, tiny_config, write_benchmark

@@ -11,17 +11,13 @@ from clmoe.config import FFN_PROJECTIONS
 PEFT_NAME = "clmoe"
 
 
-def _extend_peft_type(name: str) -> PeftType:
-    """Add a member to peft's enum, which offers no public way to do this."""
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    return member
-
-
-CLMOE = _extend_peft_type(PEFT_NAME.upper())
+# A member more in peft's enum, which offers no public way to do this.
+MEMBER = PEFT_NAME.upper()
+CLMOE = str.__new__(PeftType, MEMBER)
+CLMOE._name_ = CLMOE._value_ = MEMBER
+PeftType._member_names_.append(MEMBER)
+PeftType._member_map_[MEMBER] = PeftType._value2member_map_[MEMBER] = CLMOE
+type.__setattr__(PeftType, MEMBER, CLMOE)
 
 
 @dataclass
@@ -36,10 +32,8 @@ class ExpertConfig(PeftConfig):
         router_scope: ``per_linear`` (each linear has its own router) or ``per_block`` (one router per FFN).
         router_top_k: experts kept per token; None keeps all.
         layout: block -> owner task of each expert, oldest first.
-        router_owners: owner task of each instance router, oldest first. A router spans the experts whose owner is
-            not younger than its own. Without any router, ``pick`` decides.
-        pick: without routers, ``sum`` adds all experts up; ``task`` uses, with weight 1, the experts whose owner is
-            the task that ``RouteSelection.router`` names for the sample (None: the newest owner).
+        router_owners: owner task of each instance router, oldest first; a router spans no younger task's experts.
+        pick: without routers: the ``sum`` of all experts, or those of the ``task`` in ``RouteSelection.router``.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
         seed: of the initial weights.
@@ -73,6 +67,6 @@ class ExpertConfig(PeftConfig):
 
     @property
     def needs_routing(self) -> bool:
-        """True when several tasks share the checkpoint and each sample needs its task chosen."""
+        """Several tasks share the checkpoint, so each sample needs its task chosen."""
         owners = {owner for block in self.layout.values() for owner in block}
         return len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1)

@@ -24,7 +24,6 @@ from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
-
 CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 MB
 
 
@@ -51,7 +50,7 @@ def answer_rows(labels: Tensor) -> Tensor:
 def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
     """States ``[N, D]`` after the final norm that predict the answer tokens of a right-padded batch of records.
 
-    ``weights`` replace the parameters of ``model.base_model`` with these names, in this pass alone.
+    ``weights`` replace parameters of ``model.base_model`` in this pass.
     """
     # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
     names = ("input_ids", "pixel_values")
@@ -62,15 +61,12 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
 
 
 def answer_logits(model: PreTrainedModel, batch: Tensors, weights: Tensors | None = None) -> Tensor:
-    """Logits ``[N, V]`` float32 for the answer tokens; arguments as for ``answer_states``."""
+    """Logits ``[N, V]`` float32 for the answer tokens."""
     return model.get_output_embeddings()(answer_states(model, batch, weights)).float()
 
 
 def answer_loss(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``tokens [N]`` under the head's logits of ``states [N, D]``, in float32.
-
-    More than ``CHUNK`` tokens are taken in pieces whose logits the backward pass recomputes.
-    """
+    """Sum of the cross-entropies of ``tokens [N]`` at ``states [N, D]``, in float32; long ones in recomputed pieces."""
 
     def piece(states: Tensor, tokens: Tensor) -> Tensor:
         return cross_entropy(head(states).float(), tokens, reduction="sum")
@@ -89,7 +85,7 @@ def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
 
 
 class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values as views of buffers with room for what comes first and ``room`` more tokens.
+    """One layer's keys and values as views of buffers with room for ``room`` more tokens than the first ones.
 
     transformers' dynamic layer copies everything for every token; with its fixed-size one, attention reads all of it.
     """
@@ -127,8 +123,7 @@ def copied_rows(cache: Cache, rows: Tensor, room: int) -> Cache:
 class Prefill(NamedTuple):
     """Prompts that have been read: ``hidden [B, D]`` is the last token's state after the final norm.
 
-    ``attention_mask [B, T]`` int64 says which of the cache's positions are tokens, ``next_position [B]`` int64 where
-    each row goes on.
+    ``attention_mask [B, T]`` int64 is the cache's; each row goes on at ``next_position [B]`` int64.
     """
 
     hidden: Tensor
@@ -166,24 +161,20 @@ def _read(
 
 
 @torch.no_grad()
-def last_prompt_features(model: PreTrainedModel, batch: Prompts, kind: FeatureKind = "last") -> Tensor:
-    """Hidden state of the last token, ``[B, D]`` float32, of left-padded prompts (LLaVA-CMoE section 3.3, F_end).
+def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor:
+    """The bare base's state of the last token of left-padded prompts, ``[B, D]`` float32 on the CPU.
 
-    ``last``: after the final norm; ``pooled``: the mean over all decoder layers' outputs (the paper's Table 5).
+    ``last``: after the final norm (LLaVA-CMoE section 3.3, F_end); ``pooled``: the mean over all decoder layers'
+    outputs (its Table 5).
     """
-    wanted = {"output_hidden_states": kind == "pooled"}
-    if isinstance(batch, SharedPrompts):
-        output, _ = _read(model, batch, NEWEST_ROUTER, 0, **wanted)
-    else:
-        positions = position_ids(batch["attention_mask"])
-        output = model.base_model(**batch, position_ids=positions, use_cache=False, **wanted)
-    if kind == "last":
-        return output.last_hidden_state[:, -1].float()
-    # the first entry is the embedding, not a layer's output
-    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0)
-
-
-def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind = "last") -> Tensor:
-    """``last_prompt_features`` on the CPU, with the adapter and a tuned projector off."""
+    base, wanted = adapted_base(model), {"output_hidden_states": kind == "pooled"}
     with model.disable_adapter():
-        return last_prompt_features(adapted_base(model), batch, kind).cpu()
+        if isinstance(batch, SharedPrompts):
+            output, _ = _read(base, batch, NEWEST_ROUTER, 0, **wanted)
+        else:
+            positions = position_ids(batch["attention_mask"])
+            output = base.base_model(**batch, position_ids=positions, use_cache=False, **wanted)
+    if kind == "last":
+        return output.last_hidden_state[:, -1].float().cpu()
+    # the first entry is the embedding, not a layer's output
+    return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0).cpu()

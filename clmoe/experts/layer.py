@@ -39,13 +39,11 @@ def packed_experts(
 
     Args:
         x: ``[..., din]``, the linear's input, after dropout.
-        gate: ``[..., E]`` float32.
-        A, B: ``[E*r, din]`` and ``[dout, E*r]``.
+        gate, A, B: ``[..., E]`` float32, ``[E*r, din]`` and ``[dout, E*r]``.
         out: ``[..., dout]``, the frozen linear's output; overwritten and returned.
         frozen_rank: this many ranks, the first ones, get no gradient.
         product: ``(g, u)`` with ``x = silu(g) * u``; the backward pass recomputes ``x`` instead of keeping it.
-        frozen: ``W0 [dout, din]`` if ``out`` has no graph; the backward pass then adds the frozen linear's part of
-            ``x``'s gradient.
+        frozen: ``W0 [dout, din]`` if ``out`` has no graph: the backward pass adds its part of ``x``'s gradient.
     """
     weights = (gate * scaling).to(x.dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
@@ -100,10 +98,10 @@ def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, 
 
 
 class Experts(nn.Module):
-    """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in two packed float32 tensors, oldest first.
+    """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in packed float32 tensors, oldest first.
 
-    The oldest may be frozen: buffers, which peft's ``set_adapter`` cannot re-enable and an optimizer's casts cannot
-    round. The others are parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None when there are none.
+    The oldest may be frozen: buffers, which peft cannot re-enable and an optimizer cannot round. The others are
+    parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None when there are none.
     """
 
     frozen_A: Tensor | None
@@ -152,10 +150,9 @@ class Experts(nn.Module):
         return (self.frozen_A, self.frozen_B) if self.A is None else (self.A, self.B)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, gate: Tensor, base: nn.Linear, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``base(x)`` plus the experts' mixture, ``[..., dout]``; ``x [..., din]``.
+        """``base(x)`` plus the experts' mixture, ``[..., dout]``; ``product`` as in ``packed_experts``.
 
-        ``gate [..., e]`` of fewer than all experts means the ``e`` oldest, the span of an older router. ``product`` is
-        as in ``packed_experts``, unused under dropout.
+        ``gate [..., e]`` of fewer than all experts means the ``e`` oldest, the span of an older router.
         """
         A, B = self.packed()
         rank = gate.shape[-1] * self.rank
@@ -195,18 +192,16 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         self.clmoe_routers = nn.ModuleDict()
 
     def linears(self, config: ExpertConfig) -> dict[str, nn.Linear]:
-        """The frozen linears that carry experts, by their own names."""
+        """The frozen linears that carry experts."""
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
     @property
     def experts(self) -> dict[str, Experts]:
-        """The active adapter's experts, by linear."""
         (adapter,) = self.active_adapters
         return dict(self.clmoe_experts[adapter].items())  # type: ignore[operator]
 
     @property
     def routers(self) -> RouterBank:
-        """The active adapter's routers."""
         (adapter,) = self.active_adapters
         return self.clmoe_routers[adapter]  # type: ignore[return-value]
 

@@ -85,10 +85,7 @@ def detach_adapter(model: PeftModel) -> None:
 
 
 def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """Load an adapter folder onto ``base``.
-
-    Raises ClmoeError if a file cannot be read, or not every tensor, and no other, arrived bit for bit.
-    """
+    """Load an adapter folder onto ``base``. Raises ClmoeError unless its tensors, and no others, arrive bit for bit."""
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     file = folder / "adapter_model.safetensors"
     saved = load_tensors(file)
@@ -115,10 +112,7 @@ def tensor_name(module: str, inner: str) -> str:
 
 @torch.no_grad()
 def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> None:
-    """Turn the linears of the adapter's copy of the projector into float32 ones, with the values of ``saved``.
-
-    peft copies and loads in the base's dtype. In bfloat16 a learning rate of 2e-5 would round most updates away.
-    """
+    """Make the adapter's copy of the projector float32, with the values of ``saved``: peft's has the base's dtype."""
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             for part in wrapper.modules_to_save.values():
@@ -131,7 +125,6 @@ def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> N
 
 
 def expert_config(model: PeftModel) -> ExpertConfig:
-    """The live configuration of the model's LoRA-expert adapter."""
     return model.peft_config[model.active_adapter]  # type: ignore[return-value]
 
 
@@ -152,19 +145,14 @@ def freeze_experts(model: PeftModel, before: int) -> None:
 
 
 def grow_experts(model: PeftModel, owner: int, factors: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
-    """Append trainable experts of task ``owner``: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``.
-
-    Raises ValueError if the linears of a block would differ in number of experts.
-    """
+    """Append trainable experts of task ``owner``: patched module -> linear -> ``(A [n*r, din], B [dout, n*r])``."""
     config, layers = expert_config(model), expert_layers(model)
     for name, by_linear in factors.items():
         for projection, (A, B) in by_linear.items():
             layers[name].experts[projection].append(A, B)
     for block, owners in config.layout.items():
-        counts = {e.count for layer in layers.values() if layer.block == block for e in layer.experts.values()}
-        if len(counts) != 1:
-            raise ValueError(f"the linears of block {block} would have different numbers of experts: {sorted(counts)}")
-        owners += [owner] * (counts.pop() - len(owners))
+        count = max(e.count for layer in layers.values() if layer.block == block for e in layer.experts.values())
+        owners += [owner] * (count - len(owners))
     for layer in layers.values():
         layer.routers.owners = list(config.layout[layer.block])
 

@@ -1,7 +1,4 @@
-"""Routing: what steers the routers of a forward pass, as data, and the routers, which read it.
-
-``routing(...)`` installs a selection around the call, because ``LlamaMLP`` takes no further arguments.
-"""
+"""Routing as data, installed around a forward pass because ``LlamaMLP`` takes no further arguments; and the routers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,8 +20,7 @@ class RouteSelection:
     """How the samples of one batch are routed; lives through a whole generation.
 
     Attributes:
-        router: ``[B]`` int64, index into each layer's router bank, or with ``pick`` ``task`` the owner of the experts;
-            None uses the newest.
+        router: ``[B]`` int64, index into each layer's router bank, without routers a task; None uses the newest.
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
     """
@@ -55,10 +51,7 @@ class RouteSelection:
 
 
 class RouterOutput(NamedTuple):
-    """One router's answer, each ``[B, T, e]`` float32.
-
-    ``logits`` and ``gate`` are the instance router's; ``weights`` mix the experts: ``gate``, maybe with the task's.
-    """
+    """``[B, T, e]`` float32 each: the instance router's ``logits`` and ``gate``, and the experts' ``weights``."""
 
     logits: Tensor
     gate: Tensor
@@ -93,7 +86,7 @@ def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Itera
 
 
 def current_routing() -> tuple[RouteSelection, RouteTrace | None] | None:
-    """What the innermost ``routing`` block installed, or None."""
+    """What the innermost ``routing`` block installed."""
     return _current.routing
 
 
@@ -112,10 +105,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 class RouterLogits(torch.autograd.Function):
-    """``x W^T`` in float32 (CL-MoE eq. 5). Keeps ``x`` as it came, which the experts keep anyway.
-
-    ``x [..., din]`` any float dtype, ``weight [E, din]`` float32 -> ``[..., E]`` float32.
-    """
+    """``x [..., din] W^T [din, E]`` in float32 (CL-MoE eq. 5). Keeps ``x`` as it came, as the experts do anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -135,10 +125,7 @@ class RouterLogits(torch.autograd.Function):
 
 
 def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
-    """Softmax of ``[..., E]``, or of the ``top_k`` largest with zeros elsewhere (LLaVA-CMoE eq. 1).
-
-    Ties go to the lower index.
-    """
+    """Softmax of ``[..., E]``, or of the ``top_k`` largest (LLaVA-CMoE eq. 1); ties go to the lower index."""
     if top_k is None or top_k >= logits.shape[-1]:
         return logits.softmax(-1)
     order = logits.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
@@ -190,11 +177,9 @@ class TaskRouter(nn.Module):
 class RouterBank(nn.Module):
     """All routers of one layer: instance routers, oldest first, and the task router.
 
-    A sample uses the instance router that the ``RouteSelection`` in force names (the newest by default), mixed with its
-    task's gate where a task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance
-    routers the gate is 1 for every expert, or with ``pick`` ``task`` for those of one owner.
-
-    ``owners``: owner task of each of the layer's experts, oldest first.
+    A sample uses the instance router that the ``RouteSelection`` in force names, mixed with its task's gate where a
+    task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance routers the gate is 1 for
+    every expert, or with ``pick`` ``task`` for those of one of the ``owners``, which are the experts' tasks.
     """
 
     def __init__(self, name: str, top_k: int | None, owners: Sequence[int] = (), pick: str = "sum") -> None:
@@ -204,10 +189,7 @@ class RouterBank(nn.Module):
         self.task = TaskRouter()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest span in use; ``x [B, T, din]``.
-
-        Raises ClmoeError if a sample's task owns no experts (``pick`` ``task``).
-        """
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest in use; ``x [B, T, din]``."""
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         if not len(self.instance):
             return self._fixed(x, selection)
@@ -224,7 +206,6 @@ class RouterBank(nn.Module):
         return weights
 
     def _own(self, x: Tensor, router: int) -> tuple[Tensor, Tensor]:
-        """Logits and gate of one instance router."""
         logits = self.instance[router](x)
         return logits, gate_from_logits(logits, self.top_k)
 

@@ -1,11 +1,10 @@
-"""Who finds the task of a test sample: one file per locator, each works with every method that keeps parts per task."""
+"""Who finds the task of a test sample; each locator works with every method that keeps parts per task."""
 
 from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Locator
 from clmoe.locators.known import Last, Oracle, Random
-from clmoe.locators.nearest_mean import NearestMean
-from clmoe.locators.prototype import Prototype
+from clmoe.locators.prototype import NearestMean, Prototype
 from clmoe.locators.vae import Vae
 from clmoe.utils.names import unknown
 

@@ -27,12 +27,9 @@ FILE = "locator.safetensors"  # a checkpoint's locator
 
 @dataclass(frozen=True)
 class Asked:
-    """M samples whose task is wanted.
+    """M samples whose task, one of ``tasks``, is wanted; their true one is ``task``, from 0, where it is known.
 
-    Attributes:
-        tasks: N, how many tasks have been learned.
-        features: ``[M, D]`` float32 on the CPU; None for locators that do not look.
-        task: the samples' true task, counted in training order from 0; None where it is unknown.
+    ``features [M, D]`` float32 on the CPU are None for locators that do not look.
     """
 
     ids: Sequence[str]
@@ -46,8 +43,7 @@ class Locator:
 
     Class attributes:
         looks: it needs features of the samples, and of each task's training samples before.
-        Options: dataclass of its own options, ``locator.options`` in a configuration.
-        decisive: those that a fitted state belongs to; they cannot change within a sequence.
+        decisive: the options that a fitted state belongs to; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
@@ -92,7 +88,7 @@ class Locator:
 
 
 def feature_folder(run: Path) -> Path:
-    """Where a run keeps its features: ``CLMOE_FEATURES`` (runs on one base may share it), else in the run folder."""
+    """Where a run keeps its features: ``CLMOE_FEATURES``, which runs on one base may share, or the run folder."""
     return Path(os.environ.get("CLMOE_FEATURES") or run / "features")
 
 
@@ -100,8 +96,7 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. With
-    ``share_images``, prompts of one image read its tokens once.
+    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew.
     """
 
     base: LoadedBase
@@ -112,7 +107,6 @@ class FeatureStore:
 
     @classmethod
     def of(cls, base: LoadedBase, config: Config, folder: Path | None) -> "FeatureStore":
-        """The store that a configuration asks for."""
         evaluation = config.evaluation
         return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images)
 

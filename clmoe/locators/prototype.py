@@ -1,4 +1,4 @@
-"""CL-MoE's task index (CVPR 2025, figure 2): a sample belongs to the nearest centre of standardised features."""
+"""A sample belongs to the nearest centre, of plain features or of standardised ones."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,28 @@ from clmoe.config import LocatorConfig
 from clmoe.locators.base import Asked, Locator
 
 STD_FLOOR = 1e-6
+
+
+class NearestMean(Locator):
+    """Euclidean distance to the mean of each task's training features, without any standardisation."""
+
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.means: list[Tensor] = []
+
+    def fit(self, features: Tensor) -> None:
+        self.means.append(features.double().cpu().mean(0))
+
+    def scores(self, asked: Asked) -> Tensor:
+        assert asked.features is not None
+        centres = torch.stack(self.means[: asked.tasks])
+        return -torch.cdist(asked.features.double(), centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": torch.stack(self.means)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.means = list(state["means"])
 
 
 @dataclass(frozen=True)
@@ -27,11 +49,9 @@ class Options:
 
 
 class Prototype(Locator):
-    """Centre and spread of every task's features, which are standardised over all tasks' samples together.
+    """CL-MoE's task index (CVPR 2025, figure 2): features are standardised over all tasks' samples together.
 
-    Attributes:
-        mean, variance: ``[N, D]`` float64 per task (population variance).
-        count: ``[N]`` int64 samples behind them.
+    ``mean`` and population ``variance`` of each task are ``[N, D]`` float64, its ``count [N]`` int64.
     """
 
     Options = Options
@@ -55,7 +75,6 @@ class Prototype(Locator):
         return mean, variance.sqrt().clamp(min=STD_FLOOR)
 
     def scores(self, asked: Asked) -> Tensor:
-        """The negative distances."""
         assert asked.features is not None
         mean, std = self.standardisation()
         z = (asked.features.double().cpu() - mean) / std

@@ -25,11 +25,9 @@ class Options:
         steps, batch_size, learning_rate: of the fit.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
         held_out: share of the features kept for the primitive, where it is computed on such.
-        primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last ``primitive_last`` of those
-            trained on, which are then all.
+        primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last so many of those trained on.
         objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
-        feature_floor, sigma_floor, primitive_floor: smallest standard deviations of a feature, of decoder and latent,
-            and of the primitive.
+        feature_floor, sigma_floor, primitive_floor: least deviation of features, of decoder and latent, of log p_rec.
     """
 
     latent: int = 64
@@ -73,10 +71,8 @@ class Gaussian(nn.Module):
 class TaskVae(nn.Module):
     """VAE of one task's features.
 
-    Attributes:
-        shift, scale: ``[D]``, the standardisation of the features.
-        noise: ``[draws, latent]``, drawn once, so that a decision does not depend on batching.
-        primitive: ``[2]`` float64, mean and deviation of log p_rec over instances of the task.
+    ``shift`` and ``scale [D]`` standardise the features, ``noise [draws, latent]`` is drawn once, ``primitive [2]``
+    float64 is mean and deviation of log p_rec over instances of the task.
     """
 
     shift: Tensor
@@ -106,11 +102,6 @@ class TaskVae(nn.Module):
         log_density = -0.5 * (((x - rec) / rec_sigma) ** 2 + 2 * rec_sigma.log() + math.log(2 * math.pi)).sum(-1)
         kl = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1)
         return log_density.logsumexp(0) - math.log(len(draws)), kl
-
-    def z_score(self, features: Tensor) -> Tensor:
-        """Standard scores of log p_rec, ``[B]`` float64."""
-        mean, deviation = self.primitive
-        return (self.log_p_rec(features)[0].double() - mean) / deviation
 
 
 def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
@@ -166,11 +157,13 @@ class Vae(Locator):
 
     @torch.no_grad()
     def scores(self, asked: Asked) -> Tensor:
-        """Every task's ``z_score``."""
+        """Standard scores of log p_rec under each task's primitive."""
         assert asked.features is not None
-        features = asked.features.float().to(device())
-        vaes = self.vaes[: asked.tasks]
-        return torch.stack([vae.to(features.device).z_score(features) for vae in vaes], dim=1).cpu()
+        features, scores = asked.features.float().to(device()), []
+        for vae in self.vaes[: asked.tasks]:
+            mean, deviation = vae.to(features.device).primitive
+            scores.append((vae.log_p_rec(features)[0].double() - mean) / deviation)
+        return torch.stack(scores, dim=1).cpu()
 
     def state(self) -> dict[str, Tensor]:
         return {f"vae.{i}.{name}": value for i, vae in enumerate(self.vaes) for name, value in vae.state_dict().items()}

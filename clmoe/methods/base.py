@@ -30,14 +30,10 @@ class TaskContext:
     """What a method sees of the task being trained.
 
     Attributes:
-        task, index: the task's name and its position in the sequence, from 0.
-        records, image_root: its training set.
-        config: the resolved configuration.
-        model: base with adapter.
+        index: position in the sequence, from 0.
         work: for a method's state files; each process has a folder of its own, the main one's becomes the checkpoint.
-        sealed: holds, under each finished phase's name, the adapter exactly as that phase left it.
-        trained: the newest of those.
-        previous: the parent checkpoint, or None.
+        sealed, trained: the folder of the finished phases' adapters by name, and the newest of them.
+        previous: the parent checkpoint.
         data: the benchmark's folder, below which the images of every task are found.
     """
 
@@ -65,9 +61,7 @@ class Phase:
     """One training of a task; most methods have one.
 
     Attributes:
-        name: also of the folder its adapter is sealed in until the task ends.
-        begin: called before training: grow, freeze, choose what trains.
-        end: called when the trained adapter is sealed, also when an earlier process sealed it.
+        begin, end: called before training, and when its adapter is sealed, also if an earlier process sealed it.
         learning_rate, steps: None for the configuration's.
         of_task: the records are the task's, which the benchmark may ask to pass over several times.
     """
@@ -86,9 +80,8 @@ class Method:
     """A continual-learning method; subclasses override what they need.
 
     Class attributes:
-        chain: how a sequence runs: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each
-            task trains a fresh adapter, and ``end_task`` adds it to the parent's), ``union`` (all tasks at once),
-            ``none`` (nothing is trained).
+        chain: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each trains a fresh adapter,
+            which ``end_task`` adds to the parent's), ``union`` (all tasks at once), ``none`` (nothing is trained).
         keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
         reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
         Options: dataclass of the method's own options.
@@ -129,7 +122,7 @@ class Method:
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
 
-        ``batch``: what the model was given, ``labels``, ``rows [B]`` int64, places in the phase's records, and with
+        ``batch``: the model's inputs, ``labels``, ``rows [B]`` int64 (places in the phase's records), and with
         ``reads_logits`` ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
         """
         return None
@@ -163,15 +156,6 @@ def expert_scaling(adapter: AdapterConfig) -> float:
     return adapter.alpha / adapter.rank if adapter.scale is None else adapter.scale / mean_gate(adapter)
 
 
-def expert_rank(adapter: AdapterConfig) -> int:
-    """Rank of one expert. Raises ClmoeError for a total rank that the number of experts does not divide."""
-    if adapter.rank_is == "per_expert":
-        return adapter.rank
-    if adapter.rank % adapter.experts:
-        raise ClmoeError(f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}")
-    return adapter.rank // adapter.experts
-
-
 def lora_adapter(config: Config) -> LoraConfig:
     """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
     adapter = config.adapter
@@ -185,11 +169,20 @@ def lora_adapter(config: Config) -> LoraConfig:
 
 
 def expert_adapter(config: Config, base: LoadedBase, owner: int = 0) -> ExpertConfig:
-    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block."""
-    adapter = config.adapter
+    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block.
+
+    Raises ClmoeError for a total rank that the number of experts does not divide.
+    """
+    adapter, rank = config.adapter, config.adapter.rank
+    if adapter.rank_is == "total":
+        rank, rest = divmod(rank, adapter.experts)
+        if rest:
+            raise ClmoeError(
+                f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}"
+            )
     routers = {"router_scope": adapter.router_scope, "router_top_k": adapter.router_top_k, "router_owners": [owner]}
-    rank, scaling = expert_rank(adapter), expert_scaling(adapter)
-    return _experts(config, base, [owner] * adapter.experts, rank, scaling, frozen_before=owner, **routers)
+    owners, scaling = [owner] * adapter.experts, expert_scaling(adapter)
+    return _experts(config, base, owners, rank, scaling, frozen_before=owner, **routers)
 
 
 def lora_parts_adapter(
@@ -227,8 +220,7 @@ def router_sums(
 ) -> dict[str, list[Tensor]]:
     """Sums over whole training records of what the newest routers answer, dropout off, by patched module.
 
-    ``count`` is called with a router's output and the mask ``[B, T]`` of real tokens, and returns the small tensors, on
-    the CPU, to be added up. The processes share the batches; their number does not change the sums.
+    ``count`` gets a router's output and the mask ``[B, T]`` of real tokens, and returns tensors on the CPU to add up.
     """
     base, config = context.base, context.config
     adapted = adapted_base(context.model.eval())

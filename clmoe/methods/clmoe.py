@@ -7,9 +7,7 @@ In the paper's order:
 - figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
 - eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routing.py``).
 - eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
-  for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate``).
-
-Where the paper is silent the choice is an option of ``Options``, whose docstring says so.
+  for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate_factors``).
 """
 
 from dataclasses import dataclass
@@ -24,13 +22,13 @@ from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import add_task_gates, tensor_name
-from clmoe.experts.routing import RouterOutput, RouteSelection
+from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, router_sums
-from clmoe.methods.moelora import MoeLora
+from clmoe.methods.lora import MoeLora
 from clmoe.utils.tensors import load_tensors, save_tensors
 
+# Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64.
 Statistics = dict[str, dict[str, Tensor]]
-"""Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,14 @@ class ClMoe(MoeLora):
         for statistics in history:
             scores = {name: self._score(values) for name, values in statistics.items()}
             if self.options.salience == "global":
-                total = sum(scores.values())
-                scores = dict.fromkeys(scores, total)  # type: ignore[arg-type]
+                scores = dict.fromkeys(scores, sum(scores.values()))  # type: ignore[arg-type]
             sets.append({name: salient_experts(score, self.options.top_k) for name, score in scores.items()})
         return sets
 
     def keep_by_module(self, history: list[Statistics]) -> dict[str, Tensor]:
         """What each expert of each module keeps of its old weights, ``[E]`` float64."""
         *earlier, now = self.salient_sets(history)
-        if self.options.before == "last":
-            earlier = earlier[-1:]
+        earlier = earlier[-1:] if self.options.before == "last" else earlier
         before = {name: set().union(*(sets[name] for sets in earlier)) for name in now}
         experts = {name: len(values["gate_mean"]) for name, values in history[-1].items()}
         return {name: keep_weights(now[name], before[name], experts[name], self.options.gamma) for name in now}
@@ -121,8 +117,8 @@ class ClMoe(MoeLora):
         with torch.no_grad():
             for name, layer in expert_layers(context.model).items():
                 for linear, experts in layer.experts.items():
-                    keys = [tensor_name(name, f"clmoe_experts.{linear}.{factor}") for factor in ("A", "B")]
-                    old, new = ((source[keys[0]], source[keys[1]]) for source in (theta, phi))
+                    key_A, key_B = (tensor_name(name, f"clmoe_experts.{linear}.{factor}") for factor in "AB")
+                    old, new = ((source[key_A], source[key_B]) for source in (theta, phi))
                     A, B = merge(old, new, keep[name])
                     experts.A.copy_(A)  # type: ignore[union-attr]
                     experts.B.copy_(B)  # type: ignore[union-attr]
@@ -137,11 +133,8 @@ class ClMoe(MoeLora):
 
 def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
     """Instance-gate statistics of every patched module on at most ``samples`` training records."""
-
-    def count(output: RouterOutput, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return count_gates(output.gate, mask, top_k)
-
-    sums = router_sums(context, sample_records(context.records, samples, context.config.seed), count)
+    records = sample_records(context.records, samples, context.config.seed)
+    sums = router_sums(context, records, lambda output, mask: count_gates(output.gate, mask, top_k))
     return {
         name: {"gate_mean": total / tokens, "topk_counts": picks, "tokens": tokens}
         for name, (total, picks, tokens) in sums.items()
@@ -161,8 +154,7 @@ def count_gates(gate: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor,
 
 def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
     """Append the task's statistics to its parent's and write all; returns all tasks' statistics, oldest first."""
-    history = [] if previous is None else load_statistics(previous / path.name)
-    history.append(newest)
+    history = [*([] if previous is None else load_statistics(previous / path.name)), newest]
     tensors = {
         f"{task}.{name}.{kind}": value
         for task, statistics in enumerate(history)
@@ -202,10 +194,7 @@ def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
 
 
 def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix the factors A and B on their own, the paper's rule, which gives the product cross terms.
-
-    ``old`` and ``new`` are ``(A [E*r, din], B [dout, E*r])`` before and after training, ``keep [E]`` float64.
-    """
+    """Mix ``(A [E*r, din], B [dout, E*r])`` on their own, the paper's rule; ``keep [E]`` float64."""
     per_rank = keep.repeat_interleave(len(old[0]) // len(keep))
     return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
 

@@ -1,7 +1,7 @@
 """Weights that mattered to old tasks are held in place: EWC (PNAS 2017, online form ICML 2018) and MAS (ECCV 2018).
 
 Both add ``factor * weight * sum_k I_k (theta - theta_k)^2`` to the loss, with ``theta_k`` the weights at the end of an
-old task and ``I_k >= 0`` how much each of them mattered to it. They differ in how ``I`` is measured.
+old task and ``I_k >= 0`` how much each mattered to it, measured in two ways.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,7 @@ class ImportanceOptions:
 
     Attributes:
         weight: lambda, the strength of the penalty.
-        anchors: one penalty around the newest weights with the importance of all tasks added up (``online``), or one
-            for each task around the weights that it ended with (``per_task``).
+        anchors: one penalty around the newest weights with all tasks' importance (``online``), or one for each task.
         decay: ``online``: what remains of the older tasks' importance when a task ends; 1 is their plain sum.
         samples: training records behind a task's importance.
     """
@@ -102,8 +101,7 @@ class HeldByImportance(Lora):
     def importance(self, context: TaskContext, records: Sequence[TrainRecord]) -> dict[str, Tensor]:
         """The mean over ``records`` of each one's folded gradient: float32 on the CPU, by parameter.
 
-        One record at a time: the square of a mean gradient is not the mean square. Dropout is off. The processes share
-        the records; sums are float64, so that their number changes a result by rounding at most.
+        One record at a time, as the square of a mean is not the mean square; float64 sums hide how processes share.
         """
         adapted, base = adapted_base(context.model.eval()), context.base
         parameters = trainable(context.model)
@@ -125,8 +123,7 @@ class EwcOptions(ImportanceOptions):
     """EWC's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of ``lambda / 2 * F (theta - theta*)^2``; depends on the scale of the task's gradients, so no
-            value of a paper carries over.
+        weight: lambda of ``lambda / 2 * F (theta - theta*)^2``; no paper's value fits other gradients' scale.
     """
 
     weight: float = 1e3
@@ -151,8 +148,7 @@ class MasOptions(ImportanceOptions):
     """MAS's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of ``lambda * Omega (theta - theta*)^2``; depends on the scale of the logits, so the 1 of the
-            authors' code does not carry over.
+        weight: lambda of ``lambda * Omega (theta - theta*)^2``; the authors' 1 does not fit other logits' scale.
     """
 
     weight: float = 1e-4

@@ -4,13 +4,10 @@ In the paper's order:
 
 - eq. 1-2: every FFN mixes LoRA experts under a top-k router; a task owns a router per block that spans the experts of
   its time. Everything older than the task is frozen, bit for bit.
-- section 3.2 (PGKE): probe experts, the average of a block's experts, train on a share of the task's data; a block
-  gets as many new experts as probes are activated above ``mean - alpha std`` (``decide``), each a copy of the block's
-  most activated expert.
+- section 3.2 (PGKE): probes, averages of a block's experts, train on a share of the data; a block gets as many copies
+  of its most activated expert as probes are activated above ``mean - alpha std`` (``decide``).
 - training adds the Switch Transformer's balance loss (``balance_loss``).
 - section 3.3 (PTL): a VAE per task finds the task of a test sample (``locators/vae.py``).
-
-Where the paper is silent the choice is an option of ``Options``, whose docstring says so.
 """
 
 from collections.abc import Sequence
@@ -31,13 +28,12 @@ from clmoe.experts.layer import expert_layers, seeded
 from clmoe.experts.model import add_routers, expert_config, freeze_experts, grow_experts
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace
 from clmoe.methods.base import EXPANSION, Phase, TaskContext, expert_adapter, router_sums
-from clmoe.methods.moelora import MoeLora
+from clmoe.methods.lora import MoeLora
 from clmoe.utils.files import read_json, write_json
 
 WARM_UP_OWNER = -1
 Where = Literal["probed", "random", "every", "none"]
-Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
-"""Patched module -> linear -> ``A [n*r, din]``, ``B [dout, n*r]``."""
+Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]  # module -> linear -> ``A [n*r, din]``, ``B [dout, n*r]``
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,8 @@ class Options:
     """LLaVA-CMoE's own choices. *Open* marks those the paper does not state.
 
     Attributes:
-        initial_experts_from: *open*: the first experts learn from data disjoint from the sequence (``warmup``, the file
-            in ``warmup_train``), and every task is probed; or from the first task, which then is not.
-        warmup_train, warmup_images: LLaVA-format JSON and its image folder, for ``warmup``; absolute, or relative to
-            the benchmark's data folder.
+        initial_experts_from: *open*: the first experts learn from data of their own, or from an unprobed first task.
+        warmup_train, warmup_images: LLaVA-format JSON and image folder of ``warmup``, absolute or in the data folder.
         extend: where experts are added: ``probed``; ablations ``random`` blocks (the probes' numbers), ``every`` block
             (one each), ``none`` (nothing is added or frozen, one shared router).
         probe_share: share of a task's records behind the probes, 0.1.
@@ -59,8 +53,7 @@ class Options:
         alpha: of the threshold mean - alpha * std, 0.8.
         activation: *open*: share of tokens whose top-k holds the expert, or the mean logit.
         balance_weight, probe_balance_weight: of the Switch balance loss, 1e-3.
-        probe_seed: added to the run's seed for the probes' records, order and router rows, to see how stable the
-            decisions are.
+        probe_seed: added to the run's seed for the probes' records, order and router rows: are decisions stable?
     """
 
     initial_experts_from: Literal["warmup", "first_task"] = "warmup"
@@ -92,7 +85,7 @@ class Options:
 
 
 class LlavaCMoe(MoeLora):
-    """Initial experts, then for each task: probe, decide, extend, train; a VAE per task at the end."""
+    """Initial experts, then for each task: probe, decide, extend, train."""
 
     keeps_parts = True
     Options = Options
@@ -237,8 +230,7 @@ class BlockDecision:
     """What the probes said of one block, as it stands in the file.
 
     Attributes:
-        activations: ``[E + N_p]`` of the block's experts, probes last.
-        probes: how many of them are probes.
+        activations: ``[E + N_p]`` of the block's experts, the ``probes`` last.
         threshold: mean - alpha * std (population) over ``activations``.
         margin: distance of the probe nearest to the limit from it; the decision is safe where this is not small.
         probed: ``N_s``, the number of experts to add.
@@ -259,8 +251,7 @@ class BlockDecision:
 def decide(activations: Tensor, probes: int, alpha: float) -> BlockDecision:
     """Count the probes, the last of ``activations [E + probes]``, that are above ``max(mean - alpha * std, 0)``.
 
-    With concentrated routing ``mean - alpha * std`` is negative and a probe that is never used would pass; the floor
-    at 0 stops that.
+    The floor at 0 stops unused probes where concentrated routing makes ``mean - alpha * std`` negative.
     """
     values = activations.double()
     threshold = float(values.mean() - alpha * values.std(unbiased=False))
@@ -301,8 +292,8 @@ def extend_router(weight: Tensor, rows: int, generator: torch.Generator) -> Tens
 def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
     """Switch Transformer's balance loss of one router, ``E * sum_e f_e P_e``, a mean over samples; 1 when balanced.
 
-    ``f_e`` is the share of picks (gate ``[B, T, E]`` positive), ``P_e`` the mean softmax probability (of logits
-    ``[B, T, E]``), over one sample's real tokens (mask ``[B, T]``), so that it does not matter how a batch is cut.
+    ``f_e`` is the share of picks (gate ``[B, T, E]`` positive) and ``P_e`` the mean probability (softmax of logits
+    ``[B, T, E]``) over one sample's real tokens (mask ``[B, T]``).
     """
     real = mask.unsqueeze(-1).to(logits.dtype)
     tokens = real.sum(1)

@@ -1,9 +1,9 @@
-"""Sequential LoRA: one adapter, fine-tuned on task after task. The baseline that forgets."""
+"""One adapter, fine-tuned on task after task: LoRA, and MoELoRA (CoIN, NeurIPS 2024). The baselines that forget."""
 
 from peft import PeftConfig
 
 from clmoe.bases.llava import LoadedBase
-from clmoe.methods.base import Method, lora_adapter, lora_scaling
+from clmoe.methods.base import Method, expert_adapter, expert_scaling, lora_adapter, lora_scaling, mean_gate
 
 
 class Lora(Method):
@@ -16,4 +16,14 @@ class Lora(Method):
         return lora_scaling(self.config.adapter)
 
 
-METHODS = {"lora": Lora}
+class MoeLora(Method):
+    """LoRA experts under a dense softmax router; all train on every task, without a balance loss."""
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        return expert_adapter(self.config, base)
+
+    def effective_scale(self) -> float:
+        return expert_scaling(self.config.adapter) * mean_gate(self.config.adapter)
+
+
+METHODS = {"lora": Lora, "moelora": MoeLora}

@@ -14,8 +14,7 @@ from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
 from clmoe.utils.tensors import trainable
 
-ADAPTED = "base_model.model.model."
-"""Begins the names of a PeftModel's parameters inside the base's ``model``."""
+ADAPTED = "base_model.model.model."  # begins the names of a PeftModel's parameters inside the base's ``model``
 
 
 @dataclass(frozen=True)

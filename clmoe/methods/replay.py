@@ -21,16 +21,12 @@ from clmoe.utils.files import read_json, write_json
 from clmoe.utils.names import derived_seed
 from clmoe.utils.tensors import load_tensors, save_tensors
 
-MEMORY = "memory.json"
-LOGITS = "memory_logits.safetensors"
+MEMORY, LOGITS = "memory.json", "memory_logits.safetensors"
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """What is kept of one past task, the size of its training set, and the run's seed.
-
-    Images are relative to the benchmark's folder, ids begin with the task's name.
-    """
+    """What is kept of one past task; images are relative to the benchmark's folder, ids begin with the task's name."""
 
     task: str
     drawn_from: int
@@ -177,7 +173,7 @@ class Der(Replay):
 
 
 def load_logits(checkpoint: Path | None) -> list[Tensor]:
-    """``[n, V]`` float32 of each record of the memory, in its order; nothing without a checkpoint."""
+    """``[n, V]`` float32 of each record of the memory, in its order."""
     return [] if checkpoint is None else [logits for _, logits in sorted(load_tensors(checkpoint / LOGITS).items())]
 
 

@@ -1,8 +1,7 @@
 """One checkpoint is one folder, written atomically, trusted only with a valid manifest, and aware of its history.
 
-Files are collected in a sibling folder, flushed to disk, hashed into ``manifest.json`` (written last), and the folder
-is renamed into place. Without a valid manifest a folder does not exist for any reader. No file in it holds a time, host
-or absolute path, so equal runs give equal bytes. ``continual.json`` says what the checkpoint has learned, from where.
+Files are collected in a sibling folder and hashed into ``manifest.json``, which is written last; then the folder is
+renamed into place. No file in it holds a time, host or absolute path, so equal runs give equal bytes.
 """
 
 import json
@@ -52,8 +51,7 @@ def seal(folder: Path) -> None:
 def verify(folder: Path) -> str:
     """Check every file of a sealed folder; return the manifest's own sha256, the checkpoint's identity.
 
-    Raises:
-        ClmoeError: no manifest, or a file that is missing, superfluous, truncated or altered; it is named.
+    Raises ClmoeError, naming the file, if one is missing, superfluous, truncated or altered.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -85,15 +83,8 @@ def verify(folder: Path) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """True for a sealed, undamaged folder, False where nothing was finished.
-
-    Raises:
-        ClmoeError: sealed, but damaged since.
-    """
-    if not (folder / MANIFEST).is_file():
-        return False
-    verify(folder)
-    return True
+    """True for a sealed folder, False where nothing was finished. Raises ClmoeError if it was damaged since."""
+    return (folder / MANIFEST).is_file() and bool(verify(folder))
 
 
 def work_folder(target: Path) -> Path:
@@ -120,22 +111,12 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
     publish(work, target)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the result."""
-    return {name: version(name) for name in RECORDED_VERSIONS}
-
-
 @dataclass(frozen=True)
 class Lineage:
     """Content of ``continual.json``.
 
-    Attributes:
-        tasks: learned so far, oldest first.
-        parent: manifest sha256 of the checkpoint it continues, None for the first.
-        base: fingerprint of the frozen base.
-        steps: optimizer steps of this task.
-        trainable_parameters: while training this task; ``adapter_parameters`` counts frozen ones too.
-        effective_scale: ``s`` times the mean gate, None where it has no meaning.
+    ``tasks`` are those learned so far, oldest first, ``parent`` the manifest's sha256 of the checkpoint it continues,
+    ``base`` the fingerprint of the frozen base. ``steps`` and ``trainable_parameters`` are the last task's.
     """
 
     method: str
@@ -148,18 +129,12 @@ class Lineage:
     trainable_parameters: int
     adapter_parameters: int
     effective_scale: float | None
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in RECORDED_VERSIONS})
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A verified checkpoint.
-
-    Attributes:
-        identity: sha256 of its manifest.
-        config: its configuration, with the overrides that it was read with.
-        locator: the one that it was sealed with, whatever the overrides say.
-    """
+    """A verified checkpoint; ``config`` has the overrides that it was read with, ``locator`` is as it was sealed."""
 
     folder: Path
     identity: str
@@ -177,11 +152,7 @@ def lasting(config: Config) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:
-    """Verify a checkpoint folder and read its lineage; ``overrides`` change its configuration for evaluation.
-
-    Raises:
-        ClmoeError: not a finished checkpoint, or damaged; the file is named.
-    """
+    """Verify a checkpoint folder and read it, under ``overrides`` for evaluation. Raises ClmoeError as ``verify``."""
     identity = verify(folder)
     try:
         values = dict(read_json(folder / LINEAGE))
@@ -194,7 +165,7 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
 
 
 def identity(config: Config, benchmark: str, parent: str | None, tasks: list[str]) -> dict[str, Any]:
-    """All that decides a checkpoint; ``parent`` is the manifest's sha256 of the checkpoint that it continues."""
+    """All that decides a checkpoint; ``parent`` is as in ``Lineage``."""
     values = lasting(config)
     del values["evaluation"], values["label"]
     return {**values, "benchmark": benchmark, "parent": parent, "tasks": tasks}
@@ -211,11 +182,7 @@ def check_same(done: Finished, wanted: dict[str, Any]) -> None:
 
 
 def check_successor(parent: Finished, config: Config, benchmark: str, task: str) -> None:
-    """Check that ``config`` may continue ``parent`` with ``task``.
-
-    Raises:
-        ClmoeError: another benchmark, method, base or adapter, or a task that was learned already.
-    """
+    """Raise ClmoeError, naming what differs, unless ``config`` may continue ``parent`` with ``task``."""
     names = ("method", "model", "adapter")
     there, here = ({name: recorded(c)[name] for name in names} for c in (parent.config, config))
     changed = differences(there | {"benchmark": parent.lineage.benchmark}, here | {"benchmark": benchmark})

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with our sample order, optimizer groups, log and mid-training state.
+"""The training loop: the loss, and transformers' Trainer with our sample order, optimizer groups, log and states.
 
 It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and
 DeepSpeed's are tied to the number of processes.
@@ -15,24 +15,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from clmoe.bases.llava import PROJECTOR
+from clmoe.bases.llava import PROJECTOR, projector_of
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.train.loss import TrainedModel
+from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
+from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
+from clmoe.methods.base import Method
 from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
@@ -42,11 +39,66 @@ from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 
+class TrainedModel(nn.Module):
+    """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
+
+    Logits exist at answer positions only, which is exact, and piece by piece unless the method reads them.
+    """
+
+    def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.method, self.batch_size = model, method, batch_size
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor,
+        pixel_values: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one micro-batch as its share of the global batch's, which has ``num_items_in_batch`` answer tokens.
+
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels -100 outside the
+        answers. ``rows [B]`` int64 are the samples' places in the phase's records.
+        """
+        adapted = adapted_base(self.model)
+        trace = RouteTrace()
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
+        loss: Tensor | float = 0.0
+        if pixel_values is None:
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
+            # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
+            tuned = (p for p in projector_of(adapted).parameters() if p.requires_grad)
+            loss = 0.0 * sum(p.sum() for p in tuned)
+        with routing(NEWEST_ROUTER, trace):
+            states = answer_states(adapted, batch)
+        if self.method.reads_logits:
+            batch["logits"] = adapted.lm_head(states).float()
+            answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
+        else:
+            answers = answer_loss(adapted.lm_head, states, answer_tokens(labels))
+        loss = loss + answers / num_items_in_batch
+        batch |= {} if rows is None else {"rows": rows}
+        extra = self.method.extra_loss(self.model, trace, batch)
+        if extra is not None:
+            loss = loss + extra * (len(input_ids) / self.batch_size)
+        return {"loss": loss}
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute activations in the backward pass, each block under the routing of its own forward."""
+    adapted_base(model).activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    )
+
+
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
     """Optimizer steps over ``records``; a partial last batch is filled from the next epoch.
 
-    ``training.steps`` counts per task, so the union takes them once for each of its ``tasks``. ``passes`` multiplies
-    the epochs.
+    ``training.steps`` counts per task, the union has several. ``passes`` multiplies the epochs.
     """
     if training.steps is not None:
         return training.steps * tasks
@@ -55,7 +107,7 @@ def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batches of ``batch_size`` out of ``records`` are cut over accumulation steps and processes."""
+    """How global batches are cut over processes and ``accumulation`` forward passes of ``micro`` samples."""
 
     seed: int
     records: int
@@ -72,12 +124,10 @@ class BatchPlan:
 
     @property
     def micro(self) -> int:
-        """Samples per forward pass."""
         return self.micro_batch_size or max(1, self.batch_size // self.processes)
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
         return self.batch_size // (self.processes * self.micro)
 
     def batch(self, step: int) -> list[int]:
@@ -115,11 +165,7 @@ def parameter_groups(model: nn.Module, lr: float, projector_lr: float) -> list[d
 
 
 def deepspeed_settings(name: str) -> Path:
-    """``zero2`` -> ``configs/deepspeed/zero2.json``; the path of a JSON file is taken as it is.
-
-    Raises:
-        ClmoeError: no such settings, DeepSpeed is not installed, it would round all parameters, or it is not ZeRO.
-    """
+    """``zero2`` -> ``configs/deepspeed/zero2.json``, or a JSON file. Raises ClmoeError if they cannot work."""
     path = find_config("deepspeed", name, ".json")
     settings = read_json(path)
     if find_spec("deepspeed") is None:
@@ -168,10 +214,7 @@ class Report(TrainerCallback):
 
 
 class Snapshots(TrainerCallback):
-    """Saves the training's state every few steps and when SIGTERM came; makes dropout a function of the step.
-
-    So no generator's state has to be kept.
-    """
+    """Saves the state every few steps and on SIGTERM; dropout follows from the step, so no generator is saved."""
 
     def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
@@ -194,14 +237,10 @@ class Snapshots(TrainerCallback):
 
 
 class OneDevice(TrainingArguments):
-    """A process computes on one GPU. With several visible, transformers would split each batch over all of them.
-
-    It would take the mean of the parts' losses; ours are shares of one sum.
-    """
+    """A process computes on one GPU. transformers would split each batch over all, and average our shares of a sum."""
 
     @property
     def n_gpu(self) -> int:
-        """0 on the CPU, else 1."""
         return min(1, super().n_gpu)
 
 
@@ -226,9 +265,9 @@ class TaskTrainer(Trainer):
         asked: Asked,
         deepspeed: Path | None = None,
     ) -> None:
-        """`phase`: the folder that the phase will be sealed in; states lie beside it. `deepspeed`: ZeRO's settings.
+        """``phase`` is the folder that will be sealed; states lie beside it.
 
-        `train` raises Interrupted after the step in which `asked` was set, with the state saved.
+        ``train`` raises Interrupted after the step in which ``asked`` was set, with the state saved.
         """
         self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
         self.phase, self.asked = phase, asked
@@ -261,27 +300,23 @@ class TaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
-        """Trainer's own preparation of model and optimizer, then the moments and the step of the state found."""
+        """Trainer's own preparation, then moments, step and learning rates of the state found."""
         prepared = super()._prepare_for_training(*arguments, **named)
         if self.found is not None:
-            load_moments(self.found, self.model, self.moments(), self.first_step)  # type: ignore[arg-type]
-            self.state.global_step = self.first_step
-            self._schedule_from(self.first_step)
+            step, scheduler = self.first_step, cast(LambdaLR, self.lr_scheduler)
+            load_moments(self.found, self.model, self.moments(), step)  # type: ignore[arg-type]
+            self.state.global_step = step
+            rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
+            for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+                group["lr"] = rate
         return prepared
-
-    def _schedule_from(self, step: int) -> None:
-        """The learning rates as they are after ``step`` steps."""
-        scheduler = cast(LambdaLR, self.lr_scheduler)
-        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
-        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
 
     def release(self) -> None:
-        """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""
+        """Take DeepSpeed's hooks off the model and forget its settings: another training can follow."""
         if self.deepspeed:
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
@@ -301,8 +336,7 @@ class TaskTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a group of its own for the projector."""
-        config = self.config
-        trained = cast(TrainedModel, self.model)
+        config, trained = self.config, cast(TrainedModel, self.model)
         groups = parameter_groups(trained, config.learning_rate, config.projector_learning_rate)
         self.optimizer = self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         return self._adamw

@@ -67,17 +67,14 @@ class ZeroOptimizer(PlainOptimizer):
         self._link()
 
     def _link(self) -> None:
-        """Tell every parameter where its moments are.
-
-        DeepSpeed does it once, after the first group's first step, when the other groups have no moments yet.
-        """
+        """Tell every parameter where its moments are; DeepSpeed does it once, when only the first group has some."""
         if self.adamw.state:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
 
 def state_folder(phase: Path, step: int) -> Path:
-    """Where the state after ``step`` steps of a phase lies: beside the folder that the phase is sealed in."""
+    """Beside the folder that the phase is sealed in."""
     return phase.with_name(f"{phase.name}.step-{step:08}")
 
 
@@ -90,8 +87,7 @@ def states(phase: Path) -> list[Path]:
 def save_state(phase: Path, step: int, model: nn.Module, optimizer: PlainOptimizer, keep: int) -> None:
     """Write the state after ``step`` steps, then delete all but the ``keep`` newest. Called by every process.
 
-    Raises:
-        ClmoeError: a weight or moment is not finite; nothing is written, and no older state deleted.
+    Raises ClmoeError, before anything is written, if a weight or moment is not finite.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
@@ -130,11 +126,7 @@ def find_state(phase: Path) -> Path | None:
 
 
 def load_weights(folder: Path, model: nn.Module) -> int:
-    """Put a state's weights into the model, before an optimizer is made for it. Returns the step.
-
-    Raises:
-        ClmoeError: the state holds other parameters than the model trains.
-    """
+    """Put a state's weights into the model; returns the step. Raises ClmoeError if it trains other parameters."""
     tensors, parameters = load_tensors(folder / TENSORS), trainable(model)
     expected = {f"{kind}.{name}" for name in parameters for kind in ("weight", *MOMENTS)}
     if tensors.keys() != expected:

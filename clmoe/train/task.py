@@ -1,8 +1,7 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,8 +38,7 @@ from clmoe.train.checkpoint import (
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, total_steps
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, enable_checkpointing, total_steps
 from clmoe.train.state import states
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
@@ -56,12 +54,8 @@ IDENTITY = "identity.json"
 class TrainRequest:
     """One task to train; ``prepare_request`` makes it.
 
-    Attributes:
-        task: its name, ``all`` for methods that train on the union.
-        order: the whole sequence, for progress and for the union.
-        previous: parent checkpoint, verified.
-        output: folder that becomes the checkpoint.
-        deepspeed: ZeRO's settings.
+    ``task`` is ``all`` for methods that train on the union. ``order`` is the whole sequence, ``previous`` the verified
+    parent, ``output`` the folder that becomes the checkpoint.
     """
 
     config: Config
@@ -74,7 +68,6 @@ class TrainRequest:
 
     @property
     def run(self) -> Path:
-        """The run folder that holds the checkpoint, its events and tables."""
         return self.output.parent
 
     @property
@@ -105,11 +98,7 @@ def prepare_request(
     output: Path,
     deepspeed: Path | None = None,
 ) -> TrainRequest:
-    """A request, after all checks that need no model.
-
-    Raises:
-        ClmoeError: unknown task, a parent that does not fit, or a way of chaining that the method does not use.
-    """
+    """A request, after all checks that need no model. Raises ClmoeError if method, task and parent do not fit."""
     method = method_class(config.method)(config)
     if method.chain == "none":
         raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
@@ -131,11 +120,7 @@ def prepare_request(
 
 
 def finished(request: TrainRequest) -> bool:
-    """True where the output exists already, made by this very request.
-
-    Raises:
-        ClmoeError: the output holds something else, or is damaged.
-    """
+    """True where the output exists already. Raises ClmoeError if it is damaged or not what this request makes."""
     output = request.output
     if not output.exists():
         return False
@@ -149,51 +134,38 @@ def finished(request: TrainRequest) -> bool:
 
 def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
     """The training records, and the folder that their images are relative to."""
-    root = request.benchmark.root
-    names = request.order if request.task == UNION else [request.task]
-    tasks = [request.benchmark.task(name) for name in names]
-    loaded = [load_train(task.train, task.image_root) for task in tasks]
     if request.task != UNION:
-        return loaded[0], tasks[0].image_root
-    pairs = zip(tasks, loaded, strict=True)
-    return UnionRecords([Part.of(t.name, records, t.image_root, root, t.passes) for t, records in pairs]), root
+        task = request.benchmark.task(request.task)
+        return load_train(task.train, task.image_root), task.image_root
+    root, tasks = request.benchmark.root, [request.benchmark.task(name) for name in request.order]
+    parts = [Part.of(t.name, load_train(t.train, t.image_root), t.image_root, root, t.passes) for t in tasks]
+    return UnionRecords(parts), root
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
     """Train one task and publish its checkpoint; does nothing when it is finished.
 
-    ``base``, as the task before it returned it, saves loading it. Returns the base as it was, for what follows, or what
-    was given if nothing had to be done.
+    ``base``, as the task before returned it, saves loading it. Returns the base as it was, for the next task.
     """
     if finished(request):
         return base
-    method = method_class(request.config.method)(request.config)
-    records, image_root = load_records(request)
+    config, learned, data = request.config, request.learned, request.benchmark.root
+    method = method_class(config.method)(config)
+    records, images = load_records(request)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
-    method.check_inputs(previous, request.benchmark.root)
+    method.check_inputs(previous, data)
     from_main(lambda: check_work(request.output, request.identity))
     if base is None:
-        base = load_base(request.config.model, device())
+        base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
-        raise ClmoeError(f"--previous {previous} was trained on another base than {request.config.model.path}")
+        raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
     building = from_main(lambda: open_work(request.output, request.identity))
     sealed = building / PHASES
-    with _own_folder(building) as work:
-        context = TaskContext(
-            request.learned[-1],
-            len(request.learned) - 1,
-            records,
-            image_root,
-            request.config,
-            base,
-            _model(request, method, base),
-            work,
-            sealed,
-            sealed,
-            previous,
-            request.benchmark.root,
-        )
+    with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
+        work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
+        model = _model(request, method, base)
+        context = TaskContext(task, index, records, images, config, base, model, work, sealed, sealed, previous, data)
         log = EventLog(request.run / "events.jsonl")
         log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
@@ -221,10 +193,7 @@ def check_work(output: Path, identity: dict[str, Any]) -> None:
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> Path:
-    """The folder to build ``output`` in, after ``check_work``.
-
-    What an interrupted command finished there is kept; its unfinished files are removed.
-    """
+    """The folder to build ``output`` in; what an interrupted command left unfinished there is removed."""
     work = work_folder(output)
     phases = work / PHASES
     marker = phases / IDENTITY
@@ -237,16 +206,6 @@ def open_work(output: Path, identity: dict[str, Any]) -> Path:
         if leftover.is_dir() and not (leftover / MANIFEST).is_file():
             shutil.rmtree(leftover)
     return work
-
-
-@contextmanager
-def _own_folder(building: Path) -> Iterator[Path]:
-    """Where this process's method writes: the folder that becomes the checkpoint, or one that is thrown away."""
-    if is_main():
-        yield building
-        return
-    with TemporaryDirectory(prefix="clmoe-") as scratch:
-        yield Path(scratch)
 
 
 def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
@@ -268,10 +227,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
 
 
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int) -> None:
-    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them.
-
-    ``parameters``: trained in the last phase.
-    """
+    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them."""
     work, config = context.work, request.config
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -293,10 +249,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:
-    """Train and seal one phase, or take it as an interrupted run sealed it; then end it.
-
-    Returns the number of parameters that it trained.
-    """
+    """Train and seal one phase, or take it as an interrupted run sealed it; then end it. Returns what it trained."""
     context.trained = context.sealed / phase.name
     if not from_main(lambda: is_complete(context.trained)):
         phase.begin(context)
@@ -343,10 +296,7 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
 
 
 def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
-    """Train a phase from its newest saved state, seal it, and remove the states.
-
-    Returns what the model was wrapped in: ``DeepSpeedEngine``, ``DistributedDataParallel``, or its own class.
-    """
+    """Train a phase from its newest saved state and seal it; returns the class that the model was wrapped in."""
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
@@ -355,29 +305,23 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
         enable_checkpointing(context.model)
     plan = batch_plan(request, phase.records)
     stage = request.stage
-    title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}"
-    title += "" if phase.name == "trained" else f" ({phase.name})"
+    part = "" if phase.name == "trained" else f" ({phase.name})"
+    title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}{part}"
     with deferred() as asked:
         with Progress(title, steps, read_events(log.path), stage) as progress:
             report = Report(progress, log, request.task, plan.batch_size)
             trained = TrainedModel(context.model, method, plan.batch_size)
-            folder, pad = context.trained, base.tokenizer.pad_token_id
-            trainer = TaskTrainer(
-                trained, dataset, pad, training, plan, steps, report, folder, asked, request.deepspeed
-            )
+            pad, zero = base.tokenizer.pad_token_id, request.deepspeed
+            trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, context.trained, asked, zero)
             progress.skip(trainer.first_step)
             trainer.train()
-        from_main(lambda: _seal(context.model, folder))
+        from_main(lambda: _seal(context.model, context.trained))
     trainer.release()
     return type(trainer.model_wrapped).__name__
 
 
 def _seal(model: PeftModel, folder: Path) -> None:
-    """Save a phase's adapter; the states of its training are no longer needed.
-
-    Raises:
-        ClmoeError: a weight is not finite.
-    """
+    """Save a phase's adapter and remove its states. Raises ClmoeError if a weight is not finite."""
     check_finite(trainable(model), f"the end of phase {folder.name}")
     build_folder(folder, lambda target: save_adapter(model, target))
     for state in states(folder):

@@ -20,7 +20,6 @@ LOCK = ".lock"
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -45,7 +44,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON as our files hold it."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -90,11 +88,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and stripped cells of every row that is not blank.
-
-    Raises:
-        ClmoeError: unreadable; the file is named.
-    """
+    """Line number and stripped cells of every row that is not blank. Raises ClmoeError for an unreadable file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -113,13 +107,9 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for one command at a time; with several processes the main one holds it.
+    """Hold a run folder for one command at a time, in the main process; the system releases it however that ends.
 
-    The system releases the lock when the process ends, however it ends. A refused or failed command that created the
-    folder removes it again if nothing was written there.
-
-    Raises:
-        ClmoeError: another command holds the folder; its process and host are named.
+    A new folder in which nothing was written is removed. Raises ClmoeError, naming the holder, if it is in use.
     """
     new = not run.exists()
     lock, holder = FileLock(run / LOCK, timeout=0), run / f"{LOCK}.holder"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,7 @@ class Stage:
 def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
     """Seconds until the whole sequence ends, ``here`` of them for what is under way.
 
-    Every later task is expected to take the mean time of the finished ones (training) and, for evaluation, the mean
-    time per evaluated task times the tasks seen by then.
+    A later task is expected to train as long as the finished ones did on average, and so for each evaluated cell.
     """
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
@@ -62,13 +61,6 @@ def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> flo
     per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
     evaluations = sum(range(stage.index + 1, stage.total + 1))
     return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations
-
-
-def clock(seconds: float) -> str:
-    """``75 -> 1:15``, ``3700 -> 1:01:40``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _live() -> RichProgress:
@@ -87,10 +79,7 @@ _shown: list[tuple[RichProgress, TaskID]] = []  # the one live display of this p
 
 @contextmanager
 def display(title: str, tasks: int) -> Iterator[None]:
-    """Show a row for a whole sequence of ``tasks``; every ``Progress`` within the block adds its own below.
-
-    Silent when not on a terminal, or with ``CLMOE_PROGRESS=0``, for runs that share one.
-    """
+    """Show a row for a whole sequence, and every ``Progress`` within the block below it; ``CLMOE_PROGRESS=0`` hides."""
     bars = _live()
     _shown.append((bars, bars.add_task(title, total=tasks, state="")))
     try:
@@ -130,7 +119,6 @@ class Progress:
             self.bars.remove_task(self.row)
 
     def show(self, loss: float) -> None:
-        """Set the loss that is displayed."""
         self.loss = f"loss {loss:.3f}, "
 
     def skip(self, steps: int) -> None:
@@ -147,7 +135,8 @@ class Progress:
         state = f"{self.loss}{self.samples / elapsed:.0f}/s, {peak:.1f} GiB"
         if self.stage is not None:
             here = elapsed / self.done * (self.total - self.skipped - self.done)
-            state += f", all done in {clock(seconds_left(self.events, self.stage, here))}"
+            left = seconds_left(self.events, self.stage, here)
+            state += f", all done in {timedelta(seconds=int(left))}"
         self.bars.update(self.row, advance=steps, state=state)
 
     def advance_rows(self, rows: int) -> None:
@@ -157,10 +146,7 @@ class Progress:
 
 @contextmanager
 def timed(log: EventLog, event: str, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Log ``event`` with its duration and the memory used when the block ends without an error.
-
-    The block may add fields.
-    """
+    """Log ``event`` with duration and memory when the block ends without an error; the block may add fields."""
     start = time.monotonic()
     extra: dict[str, Any] = {}
     yield extra
@@ -184,10 +170,9 @@ def write_timing(run: Path) -> None:
 
 
 def provenance() -> dict[str, str | None]:
-    """The checkout that this package lies in, and the command line of this process.
+    """The checkout's commit and this process's command line.
 
-    ``commit`` ends in ``+`` where files differ from it, not counting docs/, where results are written; it is None
-    outside of a checkout or without git.
+    ``commit`` ends in ``+`` where files differ from it, but for docs/; it is None without a checkout or git.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"commit": _commit(Path(__file__).resolve().parents[2]), "command": command}

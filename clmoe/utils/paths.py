@@ -5,8 +5,7 @@ from pathlib import Path
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
-EMBEDDED_BASE = "playground/base"
-"""The one model path that is a name: the base that is shipped, unless the user's folder holds one of this path."""
+EMBEDDED_BASE = "playground/base"  # a model path that is a name, unless the user's folder holds one
 
 
 def shipped_root() -> Path:
@@ -23,8 +22,7 @@ def known_configs(kind: str, ending: str = ".yaml") -> list[str]:
 def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
     """``("methods", "clmoe")`` -> ``configs/methods/clmoe.yaml``; the path of such a file is returned as it is.
 
-    Raises:
-        ClmoeError: no such file, or no such name; the nearest known one is named.
+    Raises ClmoeError, naming the nearest known name, if there is no such file.
     """
     if name.endswith((ending, ".yml")):
         path = Path(name).expanduser()
@@ -39,11 +37,7 @@ def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
 
 
 def resolve_model_path(path: str) -> str:
-    """A model folder, the embedded base, or the name itself, which the hub may know.
-
-    Raises:
-        ClmoeError: something that can only be a folder and does not exist.
-    """
+    """A model folder, the embedded base, or a name that the hub may know. Raises ClmoeError if it can be none."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder)

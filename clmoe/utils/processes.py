@@ -1,8 +1,6 @@
-"""The data-parallel processes of one command: which one is the main one, what they agree on, how they share work.
+"""The data-parallel processes of one command, as a launcher starts them: what they agree on, how they share work.
 
-A launcher (``torchrun``, ``deepspeed``) starts the same command several times and says so in the environment. All
-processes run the same code; only the main one writes files that stay. SIGTERM, which schedulers send before they take a
-machine away, is handled here too: save what can be saved, then leave.
+All run the same code; only the main one writes files that stay. SIGTERM, which schedulers send, is handled here too.
 """
 
 import os
@@ -29,17 +27,14 @@ TIMEOUT = timedelta(hours=2)
 
 
 def count() -> int:
-    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """True for the process that writes."""
     return rank() == 0
 
 
@@ -64,11 +59,7 @@ def stop() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. One of several does so without Python's own teardown.
-
-    During that a communication thread of torch may still let go of a tensor, for which it needs the interpreter; the
-    process then aborts (SIGABRT) after all its work is done, and the launcher takes the whole command for failed.
-    """
+    """End this process; one of several without Python's teardown, in which torch's communication thread may abort."""
     if count() == 1:
         sys.exit(code)
     sys.stdout.flush()
@@ -99,16 +90,11 @@ def wait_for_all() -> None:
 
 
 def any_of_them(mine: bool) -> bool:
-    """True if it is true in any process."""
     return mine if count() == 1 else any(_gather(mine))
 
 
 def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
-    """``[compute(item) for item in items]`` in every process, each computing every n-th item.
-
-    The results do not depend on the number of processes, as long as ``compute`` depends on its item only. Tensors in
-    them should be on the CPU.
-    """
+    """``[compute(item) for item in items]`` in every process, each computing every n-th item; tensors on the CPU."""
     mine = [compute(item) for item in items[rank() :: count()]]
     shares = _gather(mine) if count() > 1 else [mine]
     return [shares[k % count()][k // count()] for k in range(len(items))]
@@ -130,8 +116,7 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-EXIT_CODE = 75
-"""Of a command that was told to stop and continues when it is given again (EX_TEMPFAIL of sysexits.h)."""
+EXIT_CODE = 75  # of a command that was stopped and continues when it is given again (sysexits.h: EX_TEMPFAIL)
 
 
 @dataclass
@@ -164,11 +149,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Asked]:
-    """Within the block SIGTERM only sets ``now``; the block checks it and raises ``Interrupted`` at a safe point.
-
-    Raises:
-        Interrupted: at the block's end, if the signal came after the last check.
-    """
+    """Within the block SIGTERM only sets ``now``, for the block to check; at its end ``Interrupted`` is raised."""
     _asked.deferred = True
     try:
         yield _asked

@@ -34,11 +34,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file. Give at most one metadata key: safetensors writes several in no fixed order.
-
-    Raises:
-        ClmoeError: it cannot be written.
-    """
+    """Write a file. Give at most one metadata key: safetensors writes several in no fixed order."""
     with writing(path):
         save_file(tensors, path, metadata=metadata)
 
@@ -53,11 +49,7 @@ def replace_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say what a failure to write means: a full disk costs what was being written, nothing that is finished.
-
-    Raises:
-        ClmoeError: the block could not write.
-    """
+    """Raise ClmoeError where the block cannot write; a full disk costs nothing that is finished."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -73,14 +65,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_finite(values: Mapping[str, Tensor], when: str) -> None:
-    """Stop before a number that has run away is used or saved.
-
-    Args:
-        when: for the message: ``step 3``.
-
-    Raises:
-        ClmoeError: names the first of the values that holds an infinity or a NaN.
-    """
+    """Raise ClmoeError, naming the first value that holds an infinity or a NaN, and ``when``: ``step 3``."""
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise ClmoeError(

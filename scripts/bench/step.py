@@ -27,7 +27,7 @@ from clmoe.data.prompts import IGNORE
 from clmoe.experts import layer
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import loop_experts
-from clmoe.train.loss import TrainedModel
+from clmoe.train.loop import TrainedModel
 
 
 @contextmanager

@@ -189,19 +189,6 @@ def test_under_dropout_one_mask_serves_all_experts_and_the_frozen_linear_sees_th
     equal_to_the_loop(experts.eval(), linear)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_growth_leaves_the_outputs_under_the_old_gate_unchanged(frozen: bool) -> None:
-    experts, (x, gate, linear) = grown(3), inputs(3)
-    before, old = experts(x, gate, linear).detach(), experts.A
-    if frozen:
-        experts.freeze()
-        old.data.zero_()  # type: ignore[union-attr]
-    experts.append(*random_experts(2))
-    assert (experts.A is experts.packed()[0]) is not frozen
-    assert torch.equal(experts(x, gate, linear), before)
-    close(experts(x, torch.cat([gate, torch.zeros(2, 4, 2)], -1), linear).detach(), before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_frozen_in_the_dtype_of_the_base_give_the_same_bits(dtype: torch.dtype) -> None:
     experts, linear = grown(2, 1).float(), frozen_linear().to(dtype)

@@ -1,4 +1,4 @@
-"""The LoRA-expert adapter on a LLaVA: what it leaves alone, what trains, how it grows and freezes."""
+"""The LoRA-expert adapter on a LLaVA: what it leaves alone, how it trains, grows, freezes, picks and recomputes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
+from clmoe.experts.forward import adapted_base, answer_states
 from clmoe.experts.layer import experts_by_linear, seeded
+from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, routing
 from tests import support
 from tests.experts.adapters import (
     SCOPES,
@@ -130,17 +132,6 @@ def test_every_trainable_parameter_gets_a_gradient(
         assert all(p.grad.abs().sum() > 0 for name, p in trainable.items() if name.endswith(".B"))
 
 
-def test_parameter_counts_include_the_frozen_experts(new_base: NewBase) -> None:
-    model = attached(new_base(), "per_block")
-    D, F, blocks = support.SIZES.text_hidden, support.SIZES.text_ffn, support.SIZES.text_layers
-    one_expert, router_row = 3 * 2 * (D + F), D
-    old = blocks * (3 * one_expert + 3 * router_row)
-    assert ours.count_parameters(model) == (old, old)
-    grow(model)
-    new = blocks * (2 * one_expert + 5 * router_row)
-    assert ours.count_parameters(model) == (new, new + old)
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_growth_and_training_leave_the_old_routers_answers_bit_equal(
@@ -156,22 +147,6 @@ def test_growth_and_training_leave_the_old_routers_answers_bit_equal(
     train_steps(model, batch)
     assert torch.equal(logits(model, batch, old_router(3)), before)
     assert not torch.allclose(logits(model, batch), newest, atol=1e-3)
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_batch_with_several_routers_equals_its_samples_one_by_one(
-    scope: str, new_base: NewBase, even: dict[str, Tensor]
-) -> None:
-    model = attached(new_base(), scope)
-    grow(model, owner=1, count=2)
-    grow(model, owner=2, count=1)
-    assert [e.count for e in experts_by_linear(model).values()] == [6] * 6
-    together = logits(model, even, routed(1, 0, 2))
-    for number, router in enumerate((1, 0, 2)):
-        alone = row(even, number)
-        expected = logits(model, alone, routed(router))
-        torch.testing.assert_close(together[number], expected[0], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(logits(model, alone, routed((router + 1) % 3)), expected, atol=1e-2)
 
 
 def reenable(model: PeftModel) -> None:
@@ -208,14 +183,6 @@ def test_frozen_experts_and_the_base_survive_what_peft_does_to_parameters(
     assert same(base.state_dict(), pristine_base.model.state_dict())
 
 
-def test_linears_of_a_block_must_grow_alike(new_base: NewBase) -> None:
-    model = attached(new_base())
-    name, layer = next(iter(ours.expert_layers(model).items()))
-    linear, experts = next(iter(layer.experts.items()))
-    with pytest.raises(ValueError, match="block 0"):
-        ours.grow_experts(model, 1, {name: {linear: experts.fresh(1, torch.Generator())}})
-
-
 def test_a_tuned_projector_on_a_16_bit_base_starts_as_the_bases_trains_and_is_saved_in_float32(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -238,3 +205,118 @@ def test_a_tuned_projector_on_a_16_bit_base_starts_as_the_bases_trains_and_is_sa
     again = ours.load_adapter(another.model, tmp_path, trainable=True)
     assert same(live, ours.adapter_tensors(again))
     assert sum(p.requires_grad for name, p in again.named_parameters() if "modules_to_save" in name) == 4
+
+
+# ---- Parts without routers, picked by task
+
+
+TASKS = (1, 0, 2)
+
+
+def separate(base: LoadedBase, scope: str = "per_linear", tasks: int = 3) -> PeftModel:
+    """A random LoRA of rank 2 for each task, all but the newest frozen."""
+    model = attached(base, scope, experts=1, router_owners=[], pick="task")
+    for task in range(1, tasks):
+        grow(model, task, count=1, routers=False)
+    return model
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_mixed_batch_equals_each_sample_alone_on_a_base_with_its_lora_merged(
+    scope: str, new_base: NewBase, even: dict[str, Tensor]
+) -> None:
+    """Oracle, in float64: a plain base whose weights are ``W + s B_t A_t``."""
+    model = separate(new_base(), scope).double()
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in even.items()}
+    together = logits(model, batch, routed(*TASKS))
+    for number, task in enumerate(TASKS):
+        plain = new_base().model.double()
+        for name, experts in experts_by_linear(model).items():
+            A, B = experts.packed()
+            ranks = slice(2 * task, 2 * task + 2)
+            plain.get_submodule(name).weight.data += 2.0 * (B[:, ranks] @ A[ranks]).detach()
+        expected = logits(plain, row(batch, number))
+        torch.testing.assert_close(together[number], expected[0], rtol=0, atol=1e-9)
+        alone = logits(model, row(batch, number), routed(task))
+        torch.testing.assert_close(alone, expected, rtol=0, atol=1e-9)
+        assert not torch.allclose(logits(model, row(batch, number), routed((task + 1) % 3)), alone, atol=1e-2)
+
+
+def test_without_a_selection_the_newest_task_trains_and_the_others_keep_every_bit(
+    new_base: NewBase, batch: dict[str, Tensor]
+) -> None:
+    model, older = separate(new_base()), routed(0, 1, 0)
+    assert torch.equal(logits(model, batch), logits(model, batch, routed(2, 2, 2)))
+    before, tensors = logits(model, batch, older), snapshot(model)
+    train_steps(model, batch, steps=2)
+    assert torch.equal(logits(model, batch, older), before)
+    changed = {name for name, tensor in ours.adapter_tensors(model).items() if not torch.equal(tensor, tensors[name])}
+    assert changed == {name for name in tensors if "frozen" not in name}
+
+
+def test_several_tasks_need_a_routing_that_names_their_owners(new_base: NewBase, batch: dict[str, Tensor]) -> None:
+    separate(new_base(), tasks=1)(**batch)
+    model = separate(new_base(), tasks=2)
+    with pytest.raises(ClmoeError, match="routing"):
+        model(**batch)
+    with pytest.raises(ClmoeError, match="task 2"):
+        logits(model, batch, routed(*TASKS))
+
+
+@pytest.mark.parametrize("fields", [{"router_owners": [0]}, {"layout": {"0": [0], "1": [0, 1]}}, {"pick": "newest"}])
+def test_a_block_without_the_tasks_experts_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="pick"):
+        config(**{"pick": "task", "router_owners": [], **fields})  # type: ignore[arg-type]
+
+
+# ---- Activation checkpointing
+
+
+MIXED, OTHER = routed(1, 0, 1), routed(0, 1, 0)
+
+
+def gradients(
+    model: PeftModel, batch: dict[str, Tensor], selection: RouteSelection, interrupt: bool = False
+) -> dict[str, Tensor]:
+    """A loss on the answers' states and on the routers alone, and every trainable parameter's gradient.
+
+    ``interrupt``: between forward and backward comes another forward under another routing.
+    """
+    llava = adapted_base(model).train()
+    with routing(selection, trace := RouteTrace()):
+        loss = answer_states(llava, batch).square().sum()
+    for output in trace.outputs.values():  # of the Switch Transformer's form
+        loss = loss + (output.gate.gt(0).float().mean((0, 1)) * output.gate.mean((0, 1))).sum()
+    if interrupt:
+        with torch.no_grad(), routing(OTHER):
+            answer_states(llava, batch)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("grown", [False, True])
+def test_checkpointing_changes_no_bit_of_loss_and_gradients(
+    scope: str, top_k: int | None, grown: bool, new_base: NewBase, answers: dict[str, Tensor]
+) -> None:
+    def made() -> PeftModel:
+        model = attached(new_base(), scope, router_top_k=top_k)
+        if grown:
+            grow(model)
+        return model
+
+    selection = MIXED if grown else RouteSelection()
+    expected = gradients(made(), answers, selection)
+    checkpointed, calls = made(), []
+    llava = adapted_base(checkpointed)
+    llava.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    )
+    llava.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(True))
+    got = gradients(checkpointed, answers, selection, interrupt=grown)
+    assert len(calls) == 2 + grown, "the block is recomputed"
+    assert same(expected, got) and len(got) == 1 + 2 * (9 if scope == "per_linear" else 7)
+    if grown:
+        other = gradients(made(), answers, OTHER)
+        assert not any(torch.equal(expected[name], other[name]) for name in expected)

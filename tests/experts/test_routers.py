@@ -139,6 +139,13 @@ def test_task_gates_are_mixed_in_with_weight_one_minus_beta(beta: float) -> None
     assert "task.gates" in routers.state_dict()
 
 
+def test_rows_select_the_router_and_the_task_of_each_sample() -> None:
+    whole = RouteSelection(torch.tensor([5, 6, 7]), torch.tensor([2, 1, 0]), 0.3)
+    chosen = whole.rows(torch.tensor([2, 0, 2]))
+    assert (chosen.router.tolist(), chosen.task.tolist(), chosen.beta) == ([7, 5, 7], [0, 2, 0], 0.3)
+    assert RouteSelection(beta=0.3).rows(torch.tensor([1])) == RouteSelection(beta=0.3)
+
+
 def test_blocks_nest_and_restore_even_after_an_error() -> None:
     assert current_routing() is None
     outer, inner = routed(0, 0), routed(1, 1)

@@ -20,7 +20,7 @@ from clmoe.data.records import Question, TrainRecord, Turn, load_questions
 from clmoe.experts.model import load_adapter
 from clmoe.locators import base as features_module
 from clmoe.locators.base import FeatureStore, feature_folder
-from tests.runs import Runs, same_bits
+from tests.runs import Runs
 from tests.support import TASKS, copy_base, prompt_batches
 
 TEXTS = ("What is it?", "Which colour is it?", "How many things are there on it?", "Are you sure?", "left or right?")
@@ -78,16 +78,6 @@ def test_features_are_the_bare_bases_one_by_one(
         alone = prompt_batches(pristine_base, prompt_dataset(pristine_base, *asked), 1)
         expected = torch.cat([oracle(pristine_base, batch) for batch in alone])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_second_call_reads_the_file(
-    model: PeftModel, tiny_base: LoadedBase, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = FeatureStore(tiny_base, "last", 5, tmp_path / "store")
-    first = store.features(model, *asked)
-    monkeypatch.setattr(features_module, "base_features", None)
-    assert same_bits(store.features(model, *asked), first)
-    assert len(list((tmp_path / "store").iterdir())) == 1, "no partial file stays"
 
 
 def test_every_cause_of_other_features_is_another_file(

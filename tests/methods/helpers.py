@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -19,9 +19,7 @@ from clmoe.methods.base import Method, TaskContext
 from tests.runs import Runs, same_bits, tensors
 from tests.support import TASKS
 
-
-class Killed(BaseException):
-    """Nobody may catch it, as nobody catches kill -9."""
+NewBase = Callable[[], LoadedBase]
 
 
 def task_records(benchmark: Path, task: str, count: int | None = None) -> tuple[list[TrainRecord], Path]:

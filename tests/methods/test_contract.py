@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import clmoe
 from clmoe.bases.llava import LoadedBase
@@ -24,10 +23,9 @@ from clmoe.methods import method_class, methods
 from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import TaskTrainer
 from clmoe.train.task import prepare_request, train_task
-from tests.methods.helpers import Killed, same_adapter
-from tests.runs import Runs, contents, same_bits, tensors
+from tests.methods.helpers import same_adapter
+from tests.runs import Killed, Runs, contents, kill, on_step, same_bits, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
@@ -91,12 +89,6 @@ def first(runs: Runs, method: str) -> Path:
     return runs.chain(method, *ROWS[method].overrides, tasks=TASKS[:1])[0]
 
 
-def adapted(name: str, base: LoadedBase) -> tuple[Any, Method]:
-    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
-    method = method_class(name)(config)
-    return attach_adapter(base.model, method.adapter(base)), method
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -121,22 +113,19 @@ def test_the_effective_scale_is_the_layers_factor_times_its_gate(
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_trains_only_what_it_may(name: str, tiny_base: LoadedBase) -> None:
-    model, _ = adapted(name, tiny_base)
+def test_a_fresh_adapter_changes_nothing_and_trains_only_what_it_may(
+    name: str, tiny_base: LoadedBase, pristine_base: LoadedBase
+) -> None:
+    config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
+    model = attach_adapter(tiny_base.model, method_class(name)(config).adapter(tiny_base))
+    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
+    with torch.no_grad():
+        assert same_bits(model.eval()(**batch).logits, pristine_base.model(**batch).logits)
     trainable = [parameter for parameter, p in model.named_parameters() if p.requires_grad]
     for pattern in ROWS[name].trains:
         assert any(re.search(pattern, parameter) for parameter in trainable), f"{pattern} does not train"
     wrong = [parameter for parameter in trainable if not any(re.search(p, parameter) for p in ROWS[name].trains)]
     assert not wrong
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_fresh_adapter_changes_nothing(name: str, tiny_base: LoadedBase, pristine_base: LoadedBase) -> None:
-    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
-    with torch.no_grad():
-        before = pristine_base.model(**batch).logits
-        model, _ = adapted(name, tiny_base)
-        assert same_bits(model.eval()(**batch).logits, before)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -172,6 +161,9 @@ def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Run
     lineage = read_checkpoint(checkpoint).lineage
     assert lineage.method == name
     assert lineage.trainable_parameters == sum(v.numel() for k, v in saved.items() if "task.gates" not in k)
+    assert lineage.adapter_parameters == sum(value.numel() for value in saved.values())
+    union = ROWS[name].chain == "union"
+    assert (lineage.tasks, lineage.steps) == ((list(TASKS), 12) if union else ([TASKS[0]], 4))
 
 
 @pytest.mark.parametrize("name", CONTINUED)
@@ -203,63 +195,16 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     """The second task with dropout: killed in its last training's third step, then when that training is sealed."""
     settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
     previous, straight = runs.chain(name, *settings)
-    killed: list[str] = []
-
-    def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.phase.name == "trained" and self.state.global_step == 2 and "step" not in killed:
-            killed.append("step")
-            raise Killed
-        return real_step(self, *args, **kwargs)
-
-    def end(self: Method, context: TaskContext) -> None:
-        if "end" not in killed:
-            killed.append("end")
-            raise Killed
-        real_end(self, context)
-
-    real_step, kind = TaskTrainer.training_step, method_class(name)
-    real_end = kind.end_task
-    monkeypatch.setattr(TaskTrainer, "training_step", step)
-    monkeypatch.setattr(kind, "end_task", end)
-    for expected in (["step"], ["step", "end"]):
-        with pytest.raises(Killed):
+    probes = 2 if name == "llava_cmoe" else 0
+    for at_the_end in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if at_the_end:
+                patch.setattr(method_class(name), "end_task", kill)
+            else:
+                on_step(patch, probes + 2)
             runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
-        assert killed == expected
     runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
     assert contents(tmp_path / TASKS[1]) == contents(straight)
-
-
-def test_a_union_takes_every_tasks_steps_and_refuses_a_parent(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    union = first(runs, "multitask")
-    lineage = read_checkpoint(union).lineage
-    assert (lineage.tasks, lineage.steps) == (list(TASKS), 4 * len(TASKS))
-    with pytest.raises(SystemExit):
-        runs.train(tmp_path / "all", "multitask", "all", previous=union)
-    assert "--previous" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_runs_through_the_commands(name: str, runs: Runs, tmp_path: Path) -> None:
-    row = ROWS[name]
-    if row.chain == "none":
-        runs.evaluate("base", tmp_path, config=name, model=str(runs.model))
-        learned = list(TASKS)
-    else:
-        learned = list(TASKS) if row.chain == "union" else [TASKS[0]]
-        runs.evaluate(first(runs, name), tmp_path)
-    after = "zero_shot" if row.chain == "none" else learned[-1]
-    for task in learned:
-        lines = (tmp_path / "predictions" / after / f"{task}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["question_id"] for line in lines] == [f"{task}-{i}" for i in range(24, 36)]
-    header, *rows = (tmp_path / "matrix.csv").read_text().splitlines()
-    assert header == "after,colour,count,side"
-    assert after in [line.split(",")[0] for line in rows]
-    assert (tmp_path / "immediate.csv").exists() == method_class(name).keeps_parts
-    info = json.loads((tmp_path / "run.json").read_text())
-    assert info["method"] == name
-    assert (info["trainable_parameters"] > 0) == (row.chain != "none")
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -287,34 +232,17 @@ def test_a_method_without_its_own_term_is_the_plainer_one(name: str, runs: Runs)
     settings, plainer, others = PLAINER[name]
     for mine, other in zip(runs.chain(name, *settings), runs.chain(plainer, *others), strict=True):
         assert same_adapter(mine, other)
+    assert not same_adapter(runs.chain(name)[1], runs.chain(plainer)[1]), "its term has an effect"
 
 
-STOCK = """
-import sys
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
-base, checkpoint, inputs, outputs = sys.argv[1:]
-model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), checkpoint).eval()
-with torch.no_grad():
-    save_file({"logits": model(**load_file(inputs)).logits}, outputs)
-assert not [name for name in sys.modules if name.split(".")[0] == "clmoe"]
-"""
-
-
-def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
-    """In a process that never imports this package, LoRA and tuned projector give the same logits."""
+def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase) -> None:
+    """By transformers' and peft's own loaders, LoRA and tuned projector give the same logits."""
     checkpoint = first(runs, "lora")
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"] == "LORA"
     batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
-    save_file(batch, tmp_path / "inputs.safetensors")
-    command = [sys.executable, "-c", STOCK, str(runs.model), str(checkpoint)]
-    subprocess.run(
-        [*command, str(tmp_path / "inputs.safetensors"), str(tmp_path / "out.safetensors")], check=True, cwd=tmp_path
-    )
-    stock = load_file(tmp_path / "out.safetensors")["logits"]
+    loaded = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(runs.model), checkpoint).eval()
     with torch.no_grad():
-        plain = tiny_base.model(**batch).logits
+        plain, stock = tiny_base.model(**batch).logits, loaded(**batch).logits
         ours = load_adapter(tiny_base.model, checkpoint, trainable=False).eval()(**batch).logits
     torch.testing.assert_close(stock, ours, atol=1e-5, rtol=1e-5)
     assert (stock - plain).abs().max() > 1e-2, "the adapter has an effect"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
-from clmoe.bases.llava import LoadedBase
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.methods.replay import LOGITS, MEMORY, Remembered, load_memory, mixed
 from clmoe.train import task as task_module
-from tests.methods.helpers import begun, task_records
+from tests.methods.helpers import NewBase, begun, task_records
 from tests.runs import Runs, same_bits
 from tests.support import TASKS, train_batches
 
 FIRST, SECOND, THIRD = TASKS
 METHODS = ("replay", "der")
 FEW = ("options.per_task=5", "options.ratio=0.25")
-NewBase = Callable[[], LoadedBase]
 
 
 def memory(checkpoint: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import Dropout
 
 from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import PROJECTOR, LoadedBase
@@ -17,8 +15,7 @@ from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import BatchPlan
-from clmoe.train.loss import TrainedModel, enable_checkpointing
+from clmoe.train.loop import BatchPlan, TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import trainable
 from tests.runs import Runs, events, same_bits, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
@@ -166,18 +163,3 @@ def test_a_batch_of_text_alone(method: str, tiny_base: LoadedBase) -> None:
     assert all(grad is not None and not grad.any() for grad in projector), "zero, but there: processes wait for it"
     assert all(grad is not None for grad in adapter)
     assert sum(bool(grad.any()) for grad in adapter) > len(adapter) // 2  # type: ignore[union-attr]
-
-
-def test_every_step_has_a_dropout_mask_of_its_own(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Tensor] = []
-    real = Dropout.forward
-
-    def forward(self: Dropout, x: Tensor) -> Tensor:
-        if self.training and self.p:
-            kept.append(real(self, torch.ones(64)))
-        return real(self, x)
-
-    monkeypatch.setattr(Dropout, "forward", forward)
-    trained(runs, tmp_path, "moelora", "adapter.dropout=0.2", "training.steps=3")
-    masks = {tuple(mask.tolist()) for mask in kept[:: len(kept) // 3]}
-    assert len(masks) == 3, "the first layer's of each step"

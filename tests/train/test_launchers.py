@@ -1,9 +1,12 @@
-"""Two processes, by torchrun and with DeepSpeed: the same training and the same files as one."""
+"""Two processes, by torchrun and with DeepSpeed: the same training and the same files as one; DeepSpeed's settings."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from clmoe.train.checkpoint import identity, read_checkpoint, seal
+from clmoe.errors import ClmoeError
+from clmoe.train import loop as zero
 from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
-from tests.launch import launch, needs_deepspeed, stop_when
+from tests.launch import REPOSITORY, environment, launch, needs_deepspeed, stop_when
 from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, same_bits, tensors
 from tests.support import TASKS
 
@@ -184,32 +188,6 @@ def test_second_tasks_of_baselines_are_those_of_one_process(
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4 * float(value.abs().max()), msg=name)
 
 
-@needs_deepspeed
-def test_statistics_and_centres_are_those_of_one_process(runs: Runs, alone: Path, tmp_path: Path) -> None:
-    """CL-MoE's end of a task, from one and the same trained adapter."""
-    sealed = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
-    own = (*STEPS, "options.samples=21", "locator.samples=21", "evaluation.batch_size=4")
-    line = train_line(runs, tmp_path / FIRST, "clmoe", FIRST, *own)
-    one = runs.train(tmp_path / "one" / FIRST, "clmoe", FIRST, *own)
-    _hand_over(one, sealed, runs, tmp_path)
-    launch(2, *line)
-    assert events(tmp_path, "trained") == [], "it took the sealed phase"
-    for name in ("statistics.safetensors", "locator.safetensors"):
-        assert (tmp_path / FIRST / name).read_bytes() == (one / name).read_bytes(), name
-
-
-def _hand_over(one: Path, sealed: Path, runs: Runs, run: Path) -> None:
-    """Put the trained adapter of ``one`` where an interrupted command of ``run`` would have sealed it."""
-    done = read_checkpoint(one)
-    sealed.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(one / name, sealed / name)
-    seal(sealed)
-    lineage = done.lineage
-    wanted = identity(done.config, lineage.benchmark, None, lineage.tasks)
-    (sealed.parent / "identity.json").write_text(json.dumps(wanted))
-
-
 def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would spread each micro-batch over all GPUs and take the mean of the parts' losses."""
     settings = OneDevice(output_dir=str(tmp_path), use_cpu=True)
@@ -217,3 +195,71 @@ def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(settings, "_n_gpu", 8)
     assert TrainingArguments.n_gpu.fget(settings) == 8, "what it would be"
     assert settings.n_gpu == 1
+
+
+# ---- Settings and scripts
+
+
+@needs_deepspeed
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    for name in ("zero2", "zero2_offload"):
+        assert zero.deepspeed_settings(str(zero.deepspeed_settings(name))) == zero.deepspeed_settings(name)
+    with pytest.raises(ClmoeError, match=r"'zero22'. Did you mean 'zero2'"):
+        zero.deepspeed_settings("zero22")
+    settings = tmp_path / "mine.json"
+    settings.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    with pytest.raises(ClmoeError, match=r"mine\.json: bf16 would round"):
+        zero.deepspeed_settings(str(settings))
+    for settings_of_zero in ("{}", '{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {"stage": 3}}'):
+        settings.write_text(settings_of_zero)
+        with pytest.raises(ClmoeError, match=r"mine\.json: zero_optimization\.stage must be 1 or 2"):
+            zero.deepspeed_settings(str(settings))
+    settings.write_text("{")
+    with pytest.raises(ClmoeError, match=r"mine\.json: cannot be read"):
+        zero.deepspeed_settings(str(settings))
+
+
+def test_without_deepspeed_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(ClmoeError, match=r"pip install 'clmoe\[train\]'"):
+        zero.deepspeed_settings("zero2")
+
+
+@needs_deepspeed
+def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
+    """The weights of a training with DeepSpeed alone, several phases in one process, are those without it."""
+    warm = runs.benchmark.parent / TASKS[2]
+    own = ["adapter.train_projector=false", "options.initial_experts_from=warmup", "options.probe_min_steps=2"]
+    own += [f"options.warmup_train={warm}/train.json", f"options.warmup_images={warm}/images"]
+    own += ["locator.options.steps=5"]
+    fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(tmp_path / FIRST)]
+    line = ["-m", "clmoe.cli", "train", "--config", "llava_cmoe", "--task", FIRST, *fixed, "--deepspeed", "zero2"]
+    launch(1, *line, *own)
+    assert [e["engine"] for e in events(tmp_path, "trained")] == ["DeepSpeedEngine"] * 3
+    plain = runs.train(tmp_path / "plain" / FIRST, "llava_cmoe", FIRST, *own)
+    for name, value in tensors(plain).items():
+        # DeepSpeed clips gradients by a norm that it sums in another order
+        torch.testing.assert_close(tensors(tmp_path / FIRST)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def sequence_script(runs: Runs, folder: Path, method: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``scripts/sequence.sh`` with a run of two steps a task in ``folder/run``."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables |= {"OUT": str(folder / "run"), "MODEL": str(runs.model), "PATH": path}
+    line = ["bash", "scripts/sequence.sh", str(runs.benchmark), method, "training.steps=2"]
+    return subprocess.run(line, env=environment() | variables, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_sequence_script_starts_several_processes(runs: Runs, tmp_path: Path) -> None:
+    done = sequence_script(runs, tmp_path, "clmoe", GPUS="2", LAUNCHER="torchrun", ORDER=FIRST)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (event,) = events(tmp_path / "run", "trained")
+    assert (event["engine"], event["processes"]) == ("DistributedDataParallel", 2)
+    assert done.stdout.count(f"after {FIRST}: ") == 1, "one process speaks"
+    assert (tmp_path / "run" / "matrix.csv").is_file()
+
+
+def test_an_unknown_launcher_is_named(runs: Runs, tmp_path: Path) -> None:
+    done = sequence_script(runs, tmp_path, "lora", LAUNCHER="mpirun")
+    assert done.returncode == 2
+    assert "LAUNCHER=mpirun is none of python, torchrun, deepspeed" in done.stderr

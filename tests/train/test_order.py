@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from clmoe.bases.llava import PROJECTOR
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, total_steps
+from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, parameter_groups, total_steps
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])
@@ -47,13 +48,6 @@ def test_micro_batches_of_all_processes_are_the_global_batch(processes: int, mic
         assert sorted(seen) == sorted(BatchPlan(3, 21, 8).batch(step))
 
 
-def test_a_later_start_continues_the_same_order() -> None:
-    plan = BatchPlan(3, 21, 8, 2)
-    late = MicroBatches(plan, 6, first_step=4)
-    assert list(late) == list(MicroBatches(plan, 6))[-len(late) :]
-    assert len(late) == 2 * plan.accumulation
-
-
 @pytest.mark.parametrize(("micro", "processes"), [(3, 1), (8, 2), (None, 3), (16, 1)])
 def test_an_indivisible_batch_is_an_error(micro: int | None, processes: int) -> None:
     with pytest.raises(ClmoeError, match="batch_size 8 cannot be cut"):
@@ -72,6 +66,15 @@ def test_what_is_random_differs_by_seed_phase_step_and_process(monkeypatch: pyte
     masks = [drawn(), drawn(seed=4), drawn(phase="probe"), drawn(step=3), drawn(rank="1")]
     assert len(set(masks)) == 5
     assert drawn() == masks[0]
+
+
+def test_the_projectors_learning_rate_reaches_its_group_and_no_other() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in (PROJECTOR, "experts", "frozen")})
+    model["frozen"].requires_grad_(False)
+    groups = {group["lr"]: group["params"] for group in parameter_groups(model, 0.1, 0.02)}
+    assert {rate: list(map(id, p)) for rate, p in groups.items()} == {
+        rate: list(map(id, model[name].parameters())) for rate, name in ((0.1, "experts"), (0.02, PROJECTOR))
+    }
 
 
 def test_total_steps() -> None:

@@ -22,66 +22,44 @@ from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
 SETTINGS = ("training.steps=7", "training.save_steps=2", "adapter.dropout=0.2", "training.learning_rate=0.003")
-METHODS = ("lora", "clmoe", "llava_cmoe")
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def settings(method: str, *more: str) -> list[str]:
-    own = (*LLAVA_CMOE, "options.probe_min_steps=4") if method == "llava_cmoe" else ()
-    return [*SETTINGS, *own, *more]
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def straight(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[Path]]:
-    """A method and its two checkpoints, trained without interruption."""
-    method = request.param
-    return method, runs.chain(method, *settings(method))
-
-
-# llava_cmoe's second task begins with four steps of its probes.
+# The second task begins with four steps of its probes; test_contract.py kills every method once.
 @pytest.mark.parametrize("stop", [1, 3, 5, 10])
 def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
-    stop: int, straight: tuple[str, list[Path]], runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, (first, second) = straight
-    if method != "llava_cmoe" and stop == 10:
-        pytest.skip("this method's second task has seven steps")
-    output = tmp_path / SECOND
+    settings = (*SETTINGS, *LLAVA_CMOE, "options.probe_min_steps=4")
+    (first, second), output = runs.chain("llava_cmoe", *settings), tmp_path / SECOND
     with monkeypatch.context() as patch:
         on_step(patch, stop)
         with pytest.raises(Killed):
-            runs.train(output, method, SECOND, *settings(method), previous=first)
+            runs.train(output, "llava_cmoe", SECOND, *settings, previous=first)
     with monkeypatch.context() as patch:
         made = on_step(patch, -1)
-        runs.train(output, method, SECOND, *settings(method), previous=first)
-    lost = stop % 2 if stop < 4 or method != "llava_cmoe" else (stop - 4) % 2
-    total = 11 if method == "llava_cmoe" else 7
-    assert len(made) == total - stop + lost, "it went on from the newest state"
+        runs.train(output, "llava_cmoe", SECOND, *settings, previous=first)
+    assert len(made) == 11 - stop + stop % 2, "it went on from the newest state"
     assert contents(output) == contents(second)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_sigterm_saves_and_says_so(
-    straight: tuple[str, list[Path]],
-    runs: Runs,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    method, (first, second) = straight
-    output = tmp_path / SECOND
+    (first, second), output = runs.chain("clmoe", *SETTINGS), tmp_path / SECOND
     with monkeypatch.context() as patch:
         on_step(patch, 2, terminate)
         with pytest.raises(SystemExit) as stop:
-            runs.train(output, method, SECOND, *settings(method, "training.save_steps=0"), previous=first)
+            runs.train(output, "clmoe", SECOND, *SETTINGS, "training.save_steps=0", previous=first)
     assert stop.value.code == EXIT_CODE == 75
     assert "after step 3" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         made = on_step(patch, -1)
-        runs.train(output, method, SECOND, *settings(method), previous=first)
+        runs.train(output, "clmoe", SECOND, *SETTINGS, previous=first)
     assert made[0] == 3, "the step during which the signal came is not lost"
     assert contents(output) == contents(second)
 
@@ -91,13 +69,13 @@ def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         on_step(patch, 6, terminate)
         with pytest.raises(SystemExit) as stop:
-            runs.train(output, "lora", FIRST, *settings("lora"))
+            runs.train(output, "lora", FIRST, *SETTINGS)
     assert stop.value.code == EXIT_CODE
     with monkeypatch.context() as patch:
         made = on_step(patch, -1)
-        runs.train(output, "lora", FIRST, *settings("lora"))
+        runs.train(output, "lora", FIRST, *SETTINGS)
     assert made == [], "the phase was sealed before the command ended"
-    assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
+    assert contents(output) == contents(runs.chain("lora", *SETTINGS)[0])
 
 
 def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, tmp_path: Path) -> None:
@@ -128,12 +106,12 @@ def test_weights_that_ran_away_are_not_kept(
         with monkeypatch.context() as patch:
             patch.setattr(TaskTrainer, "training_step", step)
             with pytest.raises(SystemExit) as stop:
-                runs.train(output, "lora", FIRST, *settings("lora"))
+                runs.train(output, "lora", FIRST, *SETTINGS)
         assert stop.value.code == 2
         assert f"is not finite at {when}: lower training.learning_rate" in capsys.readouterr().err
         assert not output.exists()
-    runs.train(output, "lora", FIRST, *settings("lora"))
-    assert contents(output) == contents(runs.chain("lora", *settings("lora"))[0])
+    runs.train(output, "lora", FIRST, *SETTINGS)
+    assert contents(output) == contents(runs.chain("lora", *SETTINGS)[0])
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(
@@ -153,13 +131,13 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
 
 
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = runs.chain("clmoe", *settings("clmoe"))
+    first, second = runs.chain("clmoe", *SETTINGS)
     with monkeypatch.context() as patch:
         patch.setattr(ClMoe, "end_task", lambda *unused: terminate())
         with pytest.raises(SystemExit) as stop:
-            runs.train(tmp_path / SECOND, "clmoe", SECOND, *settings("clmoe"), previous=first)
+            runs.train(tmp_path / SECOND, "clmoe", SECOND, *SETTINGS, previous=first)
     assert stop.value.code == EXIT_CODE
-    runs.train(tmp_path / SECOND, "clmoe", SECOND, *settings("clmoe"), previous=first)
+    runs.train(tmp_path / SECOND, "clmoe", SECOND, *SETTINGS, previous=first)
     assert contents(tmp_path / SECOND) == contents(second)
     assert len(events(tmp_path, "trained")) == 1
 
@@ -171,7 +149,7 @@ def interrupted(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         on_step(patch, 6)
         with pytest.raises(Killed):
-            runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+            runs.train(output, "clmoe", FIRST, *SETTINGS)
     return output, tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
 
 
@@ -186,9 +164,9 @@ def test_a_damaged_state_is_named_and_the_one_before_used(
     DAMAGES[damage](state_folder(phase, 6) / file)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"{phase.name}.step-00000006/{file}"):
         made = on_step(patch, -1)
-        runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+        runs.train(output, "clmoe", FIRST, *SETTINGS)
     assert made[0] == 4
-    assert contents(output) == contents(runs.chain("clmoe", *settings("clmoe"))[0])
+    assert contents(output) == contents(runs.chain("clmoe", *SETTINGS)[0])
 
 
 def test_the_newest_two_are_kept_and_one_without_manifest_does_not_exist(interrupted: tuple[Path, Path]) -> None:
@@ -209,6 +187,6 @@ def test_a_state_of_other_parameters_is_refused(
     save_file(tensors, folder / "state.safetensors")
     seal(folder)
     with pytest.raises(SystemExit) as stop:
-        runs.train(output, "clmoe", FIRST, *settings("clmoe"))
+        runs.train(output, "clmoe", FIRST, *SETTINGS)
     assert stop.value.code == 2
     assert "weight.other" in (error := capsys.readouterr().err) and "unmatched" in error

@@ -45,7 +45,6 @@ def half_way_through_cleaning(patch: pytest.MonkeyPatch) -> None:
 
 
 PHASES = {
-    "after_training": lambda patch: patch.setattr(ClMoe, "end_task", kill),
     "after_consolidation": after_end_task,
     "saving": lambda patch: patch.setattr(task_module, "dump_config", kill),
     "cleaning": half_way_through_cleaning,

@@ -1,14 +1,15 @@
-"""Time left over a sequence, event logs that a crash cut off, and the quiet progress bar."""
+"""Time left over a sequence, event logs that a crash cut off, the progress bar, and the commit behind a result."""
 
 import io
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from clmoe.utils import logging
-from clmoe.utils.logging import EventLog, Progress, Stage, clock, read_events, seconds_left, timed, write_timing
+from clmoe.utils.logging import EventLog, Progress, Stage, read_events, seconds_left, timed, write_timing
 
 EVENTS = [
     {"event": "trained", "task": "a", "phase": "probe", "seconds": 3.0},
@@ -23,7 +24,6 @@ def test_time_left_counts_every_training_and_every_evaluation_to_come() -> None:
     # third of four tasks, 5 s of training left: one more training of 15 s, 3 + 4 evaluations of 3 s
     assert seconds_left(EVENTS, Stage(2, 4), 5.0) == 5 + 15 + 7 * 3
     assert seconds_left([], Stage(2, 4), 5.0) == 10, "the first is all it knows"
-    assert [clock(s) for s in (9, 75, 3700)] == ["0:09", "1:15", "1:01:40"]
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
@@ -60,13 +60,11 @@ def test_steps_of_an_interrupted_command_cost_no_time(monkeypatch: pytest.Monkey
     """90 of 100 steps were done before, and one more took 2 s: nine of 2 s are left."""
     now = iter([100.0, 102.0])
     monkeypatch.setattr(logging.time, "monotonic", lambda: next(now))
-    shown: list[float] = []
-    monkeypatch.setattr(logging, "clock", lambda seconds: shown.append(seconds) or "")
     progress = Progress("x", 100, [], Stage(0, 1))
     progress.skip(90)
     progress.advance(4)
-    assert shown == [18.0]
-    assert progress.bars.tasks[0].completed == 91
+    (row,) = progress.bars.tasks
+    assert row.completed == 91 and row.fields["state"].endswith("all done in 0:00:18")
 
 
 def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +84,33 @@ def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.Monkey
     title, numbers = last.split("(probes)")
     assert title.endswith("llava_cmoe 2/8 digits ")
     assert re.fullmatch(r"[ ━╸╺]+1/120 loss 0\.123, \d+/s, 39\.6 GiB, all done in [0-9:]+ *", numbers)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logging._commit(tmp_path) is None
+    git(tmp_path, "init", "--quiet")
+    assert logging._commit(tmp_path) is None, "no commit yet"
+    (tmp_path / "docs").mkdir()
+    for name in ("a", "docs/results.md"):
+        (tmp_path / name).write_text("1")
+        git(tmp_path, "add", name)
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    commit = git(tmp_path, "rev-parse", "HEAD")[:12]
+    (tmp_path / "run.log").write_text("not the checkout's")
+    (tmp_path / "docs" / "results.md").write_text("the results of these runs")
+    assert logging._commit(tmp_path) == commit
+    (tmp_path / "a").write_text("2")
+    assert logging._commit(tmp_path) == commit + "+"
+    monkeypatch.setenv("PATH", "")
+    assert logging._commit(tmp_path) is None, "no git"
+
+
+def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/x/bin/clmoe", "train", "--data", "my data"])
+    assert logging.provenance()["command"] == "clmoe train --data 'my data'"

@@ -1,13 +1,20 @@
-"""What several processes agree on, in two real ones."""
+"""What several processes agree on, in two real ones, and one command per run folder."""
+
+from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from clmoe.errors import ClmoeError
 from clmoe.utils import processes
+from clmoe.utils.files import LOCK, locked
 from tests.launch import command, environment, launch
+from tests.runs import Runs
+from tests.support import TASKS
 
 SCRIPT = """
 import sys, json, time
@@ -74,3 +81,50 @@ def test_one_of_several_processes_leaves_without_teardown(number: str, printed: 
     variables = environment() | {"WORLD_SIZE": number}
     done = subprocess.run(command(1, "-c", LEAVING), env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, printed), "output is flushed, the code is kept"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from clmoe.utils.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    """A process that holds the lock of ``tmp_path/run``."""
+    line = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process  # type: ignore[misc]
+    process.kill()
+    process.wait()
+
+
+def test_a_second_command_is_refused_until_the_first_is_dead(
+    holder: subprocess.Popen[str], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        runs.train(run / TASKS[0], "lora", TASKS[0])
+    assert stop.value.code == 2
+    assert f"{run} is in use by process {holder.pid} on " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runs.evaluate("base", run, model=str(runs.model))
+    assert "in use by" in capsys.readouterr().err
+    assert [path.name for path in sorted(run.iterdir())] == [LOCK, f"{LOCK}.holder"]
+    holder.kill()
+    holder.wait()
+    with locked(run):
+        assert (run / LOCK).is_file()
+    assert not (run / LOCK).exists()
+
+
+def test_it_is_released_after_an_error_and_a_new_empty_folder_goes(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ClmoeError, match="broken"), locked(tmp_path / "run"):
+            raise ClmoeError("broken")
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The locators that look at means, against numpy on the concatenated data; and the features they look at."""
+"""Locators that look at means, against numpy on the concatenated data, and those that do not look."""
 
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.config import LocatorConfig
+from clmoe.config import LocatorConfig, load_config
+from clmoe.errors import ClmoeError
+from clmoe.locators import LOCATORS, make_locator
 from clmoe.locators.base import Asked
-from clmoe.locators.nearest_mean import NearestMean
-from clmoe.locators.prototype import STD_FLOOR, Prototype
+from clmoe.locators.prototype import STD_FLOOR, NearestMean, Prototype
 
 WIDTH = 5
 SIZES = (7, 1, 12)
@@ -73,12 +74,6 @@ def test_ties_go_to_the_older_task_and_constant_features_stay_finite() -> None:
             assert (-scores).argmax(1).tolist() == [0] * 4
 
 
-def test_a_decision_does_not_depend_on_the_batch() -> None:
-    index, queries = index_of(tasks()), torch.randn(8, WIDTH) * 3
-    alone = torch.cat([distances(index, query.unsqueeze(0)) for query in queries])
-    assert torch.equal(distances(index, queries), alone)
-
-
 def test_the_file_holds_every_bit(tmp_path: Path) -> None:
     index = index_of(tasks())
     index.save(tmp_path / "locator.safetensors")
@@ -102,3 +97,44 @@ def test_nearest_mean_is_the_distance_to_each_plain_mean(tmp_path: Path) -> None
     read = NearestMean(LocatorConfig("nearest_mean"), seed=0)
     read.load(tmp_path / "locator.safetensors")
     assert torch.equal(distances(read, torch.from_numpy(queries)), distances(index, torch.from_numpy(queries)))
+
+
+# ---- Known
+
+
+IDS = [f"q{i}" for i in range(40)]
+
+
+def found(name: str, ids: list[str], tasks: int, task: int | None = None, seed: int = 0) -> list[int]:
+    scores = make_locator(LocatorConfig(name), seed).scores(Asked(ids, tasks, task=task))
+    assert scores.shape == (len(ids), tasks)
+    return scores.argmax(1).tolist()
+
+
+def test_last_and_oracle_do_not_look_at_the_question() -> None:
+    assert found("last", IDS[:3], 4, 1) == [3] * 3
+    assert found("oracle", IDS[:3], 4, 1) == [1] * 3
+
+
+def test_random_does_not_depend_on_the_batch() -> None:
+    together = found("random", IDS, 3, seed=3)
+    assert together == [found("random", [name], 3, seed=3)[0] for name in IDS]
+    assert set(together) == {0, 1, 2}
+    assert found("random", IDS, 3, seed=4) != together
+
+
+@pytest.mark.parametrize("task", [None, 2])
+def test_the_oracle_needs_a_learned_task(task: int | None) -> None:
+    with pytest.raises(ClmoeError, match="locator=oracle"):
+        found("oracle", ["q"], 2, task)
+
+
+@pytest.mark.parametrize("name", LOCATORS)
+def test_a_setting_chooses_the_locator(name: str) -> None:
+    chosen = load_config("llava_cmoe", {}, [f"locator={name}"]).locator
+    assert isinstance(make_locator(chosen, 0), LOCATORS[name])
+
+
+def test_the_papers_pairs_are_the_defaults() -> None:
+    pairs = {"clmoe": "prototype", "llava_cmoe": "vae", "separate": "oracle", "lora": ""}
+    assert {method: load_config(method, {}, []).locator.name for method in pairs} == pairs
