@@ -28,7 +28,7 @@ from clmoe.errors import ClmoeError
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
 from clmoe.report.tables import located_frame, metrics_frame
-from clmoe.utils.logging import clock, read_events
+from clmoe.utils.logging import read_events
 
 BENCHMARK = "playground-coin"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -121,6 +121,11 @@ class Runs(grid.Grid):
         return self.forecast.together(left, self.waiting, self.args.jobs), ", ".join(at)
 
 
+def minutes(seconds: float) -> str:
+    """``75 -> 1:15``."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
 def follow(runs: Runs, finished: list[Future[None]]) -> None:
     """One line of progress until all are finished."""
     console, start = Console(stderr=True), time.monotonic()
@@ -130,7 +135,7 @@ def follow(runs: Runs, finished: list[Future[None]]) -> None:
         while wait(finished, timeout=1.0).not_done:
             left, at = runs.state()
             elapsed = time.monotonic() - start
-            progress.update(row, completed=elapsed, total=elapsed + left, description=f"{clock(left)} left: {at}")
+            progress.update(row, completed=elapsed, total=elapsed + left, description=f"{minutes(left)} left: {at}")
 
 
 def table(folders: list[Path]) -> str:
@@ -175,7 +180,7 @@ def main() -> int:
     seconds = forecast.together([], runs.waiting, own.jobs)
     print(f"{', '.join(row.label for row in runs.chosen)} on {forecast.tasks} tasks of {BENCHMARK}: {order}")
     print(f"{steps} steps a task, {own.jobs} methods at a time.", end=" ")
-    print(f"About {clock(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
+    print(f"About {minutes(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, runs.stop)
     # one folder for what the frozen vision tower makes of an image, which all methods and their tests see
