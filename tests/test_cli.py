@@ -173,6 +173,7 @@ def test_an_error_of_another_process_than_the_main_one_is_told(
     assert re.match(r"clmoe metrics: /nosuch\.csv: .* \(process 1, on \S+\)$", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_package_of_ones_own_run_as_a_module_registers_the_adapter(tmp_path: Path) -> None:
     """While its __init__ is imported, ``sys.argv[0]`` is ``-m``, as for the command line itself."""
     package = tmp_path / "mine"

@@ -242,6 +242,7 @@ def full_width(name: str, dtype: str, tokens: int = 160) -> None:
     print(json.dumps({"state": state, "planned": planned, "measured": found, "process": process}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "clmoe"])
 def test_memory_of_a_step_at_true_width(name: str) -> None:
     """In a process of its own, whose resident size is a second witness."""

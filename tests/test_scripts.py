@@ -50,6 +50,7 @@ def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_script_runs_to_the_final_table(name: str, tmp_path: Path, tiny_folder: Path) -> None:
     benchmark = name.split("/")[0]

@@ -242,6 +242,7 @@ def seal_as_0_1(checkpoint: Path, case: str, old: Path) -> None:
     write_json(old / "manifest.json", read_json(old / "manifest.json") | {"format_version": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 def test_a_converted_checkpoint_evaluates_to_the_same_matrix(
     case: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -65,6 +65,7 @@ def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Pat
     assert json.loads((tmp_path / "run" / "run.json").read_text())["label"] == "anchor"
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     blocks = named_blocks("add-a-method.md")
     contract, method = "tests/methods/test_contract.py", "clmoe/methods/anchor.py"
@@ -84,6 +85,7 @@ def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     assert int(printed.splitlines()[-1].split()[0]) >= 9, printed
 
 
+@pytest.mark.slow
 def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> None:
     ((name, text),) = named_blocks("add-a-locator.md").items()
     assert not (checkout / name).exists()
@@ -109,6 +111,7 @@ def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> N
     assert torch.equal(scores, locator.scores(Asked(["a", "b"], 2, features=means)))
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
     blocks = named_blocks("add-a-benchmark.md")
     for name, text in blocks.items():

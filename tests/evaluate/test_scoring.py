@@ -307,6 +307,7 @@ QUESTIONS = [Question(str(n), None, "Describe it.", "", {"captions": list(r)}) f
 RIGHT = ["a red mug on a desk", "two dogs run over green grass", "a man rides a horse"]
 
 
+@pytest.mark.slow
 @needs_captions
 def test_perfect_captions_reach_every_figures_maximum() -> None:
     result = score_answers("captions", RIGHT, QUESTIONS)
@@ -319,6 +320,7 @@ def test_perfect_captions_reach_every_figures_maximum() -> None:
     assert len(result.rows) == 3
 
 
+@pytest.mark.slow
 @needs_captions
 def test_figures_by_hand() -> None:
     """Unigrams by counting: "a red cup" has 2 of 3 words, shorter than its nearest reference of 3 words by none."""

@@ -14,6 +14,8 @@ from clmoe.experts.routing import RouteSelection, RouteTrace, routing
 from tests import support
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, routed
 
+pytestmark = pytest.mark.slow
+
 SELECTIONS = (RouteSelection(), routed(0, 1, 0), routed(1, 1, 1))
 INDUCTOR = pytest.param(
     "inductor", 2, marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++ on a CPU")

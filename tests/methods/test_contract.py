@@ -188,6 +188,7 @@ def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
         assert same_bits(start[key].contiguous(), value), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINED)
 def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
     name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

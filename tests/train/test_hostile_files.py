@@ -130,6 +130,7 @@ cli.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [40_000, 100_000])
 def test_a_full_disk_leaves_what_is_finished(limit: int, runs: Runs, tmp_path: Path) -> None:
     """Files larger than ``limit`` bytes cannot be written: an adapter, or only a state with its moments."""

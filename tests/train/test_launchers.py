@@ -22,6 +22,8 @@ from tests.launch import REPOSITORY, environment, launch, needs_deepspeed, stop_
 from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, same_bits, tensors
 from tests.support import TASKS
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = TASKS[:2]
 # Rounding errors grow with the learning rate, whoever makes them.
 STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")

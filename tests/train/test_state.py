@@ -78,6 +78,7 @@ def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monk
     assert contents(output) == contents(runs.chain("lora", *SETTINGS)[0])
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, tmp_path: Path) -> None:
     """As SLURM and the launchers send it: the step under way still needs its batches."""
     more = ("training.steps=5000", "training.save_steps=0", "training.workers=2")

@@ -47,6 +47,7 @@ processes.stop()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -76,6 +77,7 @@ processes.leave(3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "printed"), [("1", "work\nteardown\n"), ("2", "work\n")])
 def test_one_of_several_processes_leaves_without_teardown(number: str, printed: str) -> None:
     variables = environment() | {"WORLD_SIZE": number}
