@@ -1,4 +1,4 @@
-"""The real benchmarks on miniature trees in their formats: gold files, checks, builders, and a full evaluation."""
+"""The real benchmarks on miniature trees in their formats: gold files, checks, builders, and an evaluation."""
 
 import json
 import re
@@ -287,25 +287,18 @@ def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, clmoe: 
 # ---- answers ----
 
 
-def test_every_task_is_answered_and_scored(
-    name: str, tree: Path, tiny_folder: Path, tmp_path: Path, clmoe: Commands
-) -> None:
-    """`clmoe eval` of the bare base over all tasks; captions where Java is, refused where it is not."""
-    arguments = ["eval", "--checkpoint", "base", "--model", tiny_folder, "--benchmark", name, "--data", tree]
-    arguments += ["--output", tmp_path / "run"]
-    settings = ["evaluation.exact=false", "model.dtype=float32", "training.workers=0"]
-    tasks = ORDERS[name].split()
-    if name == "ucit" and not CAN_CAPTION:
-        assert "'captions'" in clmoe.refused(*arguments, *settings)
-        tasks.remove("Flickr30k")
-    if name == "ucit":
-        tasks.remove("VizWiz-caption")  # scored as Flickr30k is, and Java is slow to start
-    clmoe.run(*arguments, "--tasks", ",".join(tasks), *settings)
-    for task in tasks:
+def test_tasks_are_answered_and_scored(tiny_folder: Path, tmp_path: Path, clmoe: Commands) -> None:
+    """`clmoe eval` of the bare base; captions where Java is, refused where it is not."""
+    arguments = ["eval", "--checkpoint", "base", "--model", tiny_folder, "--output", tmp_path / "run"]
+    arguments += ["--benchmark", "ucit", "--data", TREES["ucit"](tmp_path / "ucit"), "model.dtype=float32"]
+    tasks = {"IconQA": 0, "Flickr30k": 7}  # figures besides the score
+    if not CAN_CAPTION:
+        assert "'captions'" in clmoe.refused(*arguments)
+        del tasks["Flickr30k"]
+    clmoe.run(*arguments, "--tasks", ",".join(tasks))
+    for task, parts in tasks.items():
         summary = json.loads((tmp_path / f"run/predictions/zero_shot/{task}.json").read_text())
-        assert summary["questions"] == ROWS
-        assert 0 <= summary["score"] <= 100
-        assert len(summary["parts"]) == (7 if task == "Flickr30k" else 0)
+        assert (summary["questions"], len(summary["parts"])) == (ROWS, parts) and 0 <= summary["score"] <= 100
 
 
 def test_answers_written_elsewhere(coin: Path, capsys: pytest.CaptureFixture[str]) -> None:

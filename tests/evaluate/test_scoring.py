@@ -12,7 +12,7 @@ import pytest
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import scoring
-from clmoe.evaluate.rules import agreement, normalise
+from clmoe.evaluate.rules import normalise
 from clmoe.evaluate.scoring import SCORERS, check_gold, check_scorer, gold_problem, score_answers, shown_answer
 from tests.support import load_script
 
@@ -101,9 +101,7 @@ def test_rules_for_whole_answers(scorer: str, official: int, fixed: int, pairs: 
         # the cut reads y2 = 0.1 instead of 0.19, which leaves no height
         ("[0.01, 0.10, 0.91, 0.19]", "[0.01, 0.10, 0.91, 0.19]", 0, 1),
         ("[1.00, 0.3, 1.0, 0.9]", "[0.0, 0.3, 1.0, 0.9]", 0, 0),
-        ("[0.1, 0.2, 0.5]", GOLD, 0, 0),
         ("the red cup", GOLD, 0, 0),
-        ("", GOLD, 0, 0),
         ("[0.12, 0.30, 0.50, 0.94, 0.1]", GOLD, 0, 0),
         ("[0.12, 0.30, 0.50, 0.94", GOLD, 1, 0),  # unclosed: malformed; official drops brackets anyway
         ("[0.12, 0.30, nan, 0.94]", GOLD, 0, 0),
@@ -210,22 +208,17 @@ def test_any_of_several_accepted_answers_is_right() -> None:
     assert both("science", "Ohio, Iowa", states) == (1.0, 1.0)
 
 
-TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "a lot"]
+TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "3"]
 
 
 def test_textvqa_leaves_each_annotator_out_in_turn() -> None:
-    # three of ten: 3 x 2/3 from those who said it, 7 x 1 from the others; one of ten: 9 x 1/3
-    for prediction, by_hand in {"two": 0.9, "Several.": 1, "many": 0.3, "the lot": 0.3, "five": 0, "": 0}.items():
+    # three of ten: 3 x 2/3 from those who said it, 7 x 1 from the others; two: 2 x 1/3 and 8 x 2/3; one: 9 x 1/3
+    for prediction, by_hand in {"two": 0.9, "Several.": 1, "a 3": 0.6, "many": 0.3, "five": 0, "": 0}.items():
         for result in both("textvqa", prediction, question(answers=TEN)):
             assert result == pytest.approx(by_hand, abs=1e-12), prediction
+    gold = question("several", answers=TEN)
+    assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9)) and both("vqa", "SEVERAL", gold) == (1.0, 1.0)
     assert both("textvqa", "", question(answers=["the"] * 10)) == (1.0, 0.0), "an answer that normalises to nothing"
-
-
-def test_agreement_is_the_closed_form_for_every_number_of_equal_answers() -> None:
-    for equal in range(11):
-        answers = ["x"] * equal + [f"y{n}" for n in range(10 - equal)]
-        by_hand = sum(min(1, (equal - (n < equal)) / 3) for n in range(10)) / 10 if equal else 0
-        assert agreement("x", answers) == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_normaliser() -> None:
@@ -233,12 +226,6 @@ def test_normaliser() -> None:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         assert normalise(f"red{mark} dog") == "red dog"
         assert normalise(f"red{mark}dog") == ("reddog" if mark in ",?" else "red dog")
-
-
-def test_vqa_takes_the_ten_annotators_where_they_are_at_hand() -> None:
-    gold = question("several", answers=TEN)
-    assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9))
-    assert both("vqa", "SEVERAL", gold) == (1.0, 1.0)
 
 
 def questions_of(*answers: str) -> list[Question]:
@@ -282,12 +269,6 @@ def test_score_file_as_published(scorer: str, percent: float, samples: int) -> N
 def test_score_file_refuses_what_cannot_be_meant(lines: Any, answers: str, mode: Any, named: str) -> None:
     with pytest.raises(ClmoeError, match=named):
         SCRIPT.score_file("short_answer", lines, questions_of(*answers), mode)
-
-
-def test_score_answers_wants_one_answer_for_each_question() -> None:
-    assert score_answers("short_answer", ["a", "x"], questions_of("a", "b")).rows == [1.0, 0.0]
-    with pytest.raises(ValueError, match="argument 2"):
-        score_answers("short_answer", ["a"], questions_of("a", "b"))
 
 
 def test_shown_answers() -> None:
