@@ -124,7 +124,8 @@ def test_locators_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path
     for name in ("last", "random"):
         assert loaded.explain(image, QUESTION, 3, locator=name).text == loaded.answer(image, QUESTION, 3, name)
     for name, task, named in (
-        ("oracle", "color", "'colour'"), ("oracle", None, "oracle"), ("", "colour", "oracle"), ("vae", None, "clmoe eval"),
+        ("oracle", "color", "'colour'"), ("oracle", None, "oracle"),
+        ("", "colour", "oracle"), ("vae", None, "clmoe eval"),
     ):  # fmt: skip
         with pytest.raises(ClmoeError, match=named):
             loaded.explain(image, QUESTION, locator=name, task=task)

@@ -353,9 +353,7 @@ def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(
         assert [entry["task"] for entry in plan] == ORDER[:2]
     if method == "clmoe":
         history = zip(ORDER, load_statistics(done[1].folder / "statistics.safetensors"), strict=False)
-        wanted = [
-            (task, name, values["gate_mean"].tolist()) for task, blocks in history for name, values in blocks.items()
-        ]
+        gates = {(task, name): values["gate_mean"] for task, blocks in history for name, values in blocks.items()}
         rows = list(csv.DictReader((tmp_path / "usage.csv").read_text().splitlines()))
         found = {(row["task"], row["block"], row["expert"]): float(row["share"]) for row in rows}
         shares = {(*key, str(i)): float(share) for key, values in gates.items() for i, share in enumerate(values)}
