@@ -100,17 +100,6 @@ def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None
     assert "weights_only" not in str(refusal.value), "no advice to switch the protection off"
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
-def test_a_file_is_mapped_not_read(name: str, tmp_path: Path) -> None:
-    path, tensors = tmp_path / name, {str(i): torch.rand(1000) for i in range(12)}
-    torch.save(tensors, path) if name.endswith(".bin") else save_file(tensors, path)
-    opened = open_tensors(path)
-    maps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
-    ranges = [[int(end, 16) for end in found.split("-")] for found in maps]
-    assert all(any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in opened.values())
-
-
 def test_a_tensor_that_is_not_on_disk_as_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, tensors = weights.save_torch_state_dict, {"a": torch.ones(2), "b": torch.tensor([float("nan"), 0.0])}
     write_weights(tensors, tmp_path)

@@ -152,22 +152,10 @@ def test_a_gold_answer_that_does_not_fit_its_rule_names_question_and_field(
     assert (gold_problem(scorer, gold) is None) == (field == "size"), "only the official rule reads an image's size"
 
 
-@pytest.mark.parametrize(
-    ("scorer", "mode", "named"),
-    [("shortanswer", "fixed", "'short_answer'"), ("caption", "fixed", "'captions'"), ("iou", "offical", "'official'")],
-)
-def test_an_unknown_scorer_or_mode_names_the_nearest(scorer: str, mode: Any, named: str) -> None:
-    with pytest.raises(ClmoeError, match=f"mean {named}"):
-        check_scorer(scorer, mode)
-
-
-def test_every_scorer_returns_zero_or_one_for_nonsense() -> None:
-    gold = question("B", answer_bbox=GOLD)
-    for name in sorted(SCORERS.keys() - {"textvqa"}):
-        for text in ("", "\x00", "[[[[", "1,2,3,4", "٣", "B" * 5000):
-            assert set(both(name, text, gold)) <= {0.0, 1.0}
-            # CoIN's ImageNet rule finds nothing in everything; no other one accepts silence
-            assert text or name == "class_name" or both(name, text, gold) == (0.0, 0.0)
+def test_an_unknown_scorer_or_mode_names_the_nearest() -> None:
+    for scorer, mode, named in (("caption", "fixed", "captions"), ("iou", "offical", "official")):
+        with pytest.raises(ClmoeError, match=f"mean '{named}'"):
+            check_scorer(scorer, mode)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - {"iou", "option_letter"}))
