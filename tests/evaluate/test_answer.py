@@ -188,12 +188,6 @@ def answerer(request: pytest.FixtureRequest, runs: Runs, tiny_base: LoadedBase) 
 
 
 @pytest.fixture
-def locating(runs: Runs, tiny_base: LoadedBase) -> Answerer:
-    """CL-MoE, whose router depends on the sample."""
-    return opened(runs, tiny_base, "clmoe")
-
-
-@pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that is read before a generation."""
     seen: list[Any] = []
@@ -224,8 +218,11 @@ def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Question
         assert {a.task for a in alone} == {0, 1}
 
 
-def test_every_question_is_located_and_gets_its_answer_in_order(locating: Answerer, mixed: Questions) -> None:
+def test_every_question_is_located_and_gets_its_answer_in_order(
+    runs: Runs, tiny_base: LoadedBase, mixed: Questions
+) -> None:
     """Also where a question comes twice; what is known already is not computed."""
+    locating = opened(runs, tiny_base, "clmoe")
     finished: list[list[tuple[str, Answer]]] = []
     locating.config = EvaluationConfig(batch_size=5)
     twice = [*mixed[0], *mixed[0][:3]]
