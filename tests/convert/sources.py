@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.llama_vocabulary import train_vocabulary
 
@@ -76,11 +71,11 @@ def half(module: nn.Module, start: str) -> dict[str, Tensor]:
     return {f"{start}{name}": tensor.half().clone() for name, tensor in module.state_dict().items()}
 
 
-def llama_tensors(model: LlavaForConditionalGeneration, rows: int = VOCABULARY) -> dict[str, Tensor]:
+def llama_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     """LLaMA's names, with the rotary buffers that older versions saved."""
     found = half(model.model.language_model, "model.") | half(model.lm_head, "lm_head.")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        found[name] = found[name][:rows].clone()
+        found[name] = found[name][:VOCABULARY].clone()
     return found | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(6).half() for n in range(BLOCKS)}
 
 
@@ -112,10 +107,10 @@ def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, 
     return train_vocabulary(folder)
 
 
-def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
+def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
     """As lmsys/vicuna-7b-v1.5."""
     write_shards(folder, tensors, pickled)
-    write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | LLAMA | changes)
+    write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | LLAMA)
     write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.9, "top_p": 0.6})
     return train_vocabulary(folder)
 

@@ -20,7 +20,7 @@ from clmoe.train.checkpoint import read_checkpoint, seal
 from clmoe.train.task import save_adapter
 from clmoe.utils.files import read_json, write_json
 from tests.convert.test_weights import Canary
-from tests.runs import Runs, contents
+from tests.runs import DAMAGES, Runs, contents
 from tests.support import SIZES, copy_base, prompt_batch
 
 EXPERTS, RANK, ALPHA = 4, 8, 24
@@ -261,14 +261,7 @@ def test_a_converted_checkpoint_evaluates_to_the_same_matrix(
     tables = {name for name in wanted if name.endswith((".csv", ".jsonl"))} - {"events.jsonl"}
     assert "matrix.csv" in tables and ("locator.csv" in tables) == (case != "separate")
     assert {name: found[name] for name in tables} == {name: wanted[name] for name in tables}
-
-
-def test_a_damaged_file_is_named(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = tmp_path / "old"
-    seal_as_0_1(runs.chain("lora")[0], "separate", old)
-    content = bytearray((old / "adapter_model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (old / "adapter_model.safetensors").write_bytes(content)
+    DAMAGES["flipped"](old / "adapter_model.safetensors")
     with pytest.raises(SystemExit):
         main(["convert", str(old), str(tmp_path / "new")])
     assert f"{old}/adapter_model.safetensors" in capsys.readouterr().err and not (tmp_path / "new").exists()

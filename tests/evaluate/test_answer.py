@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-import clmoe
 from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
@@ -124,23 +123,12 @@ def test_locators_choose_the_task(runs: Runs, tiny_base: LoadedBase, image: Path
     assert drawn == set(TASKS[:2]), "the draw depends on the question"
     for name in ("last", "random"):
         assert loaded.explain(image, QUESTION, 3, locator=name).text == loaded.answer(image, QUESTION, 3, name)
-
-
-@pytest.mark.parametrize(
-    ("locator", "task", "named"),
-    [
-        ("oracle", "color", "'colour'"),
-        ("oracle", None, "oracle"),
-        ("", "colour", "oracle"),
-        ("vae", None, "clmoe eval"),
-    ],
-)
-def test_the_oracle_needs_a_task_and_the_others_take_none(
-    locator: str, task: str | None, named: str, runs: Runs, tiny_base: LoadedBase, image: Path
-) -> None:
-    loaded = loaded_of(runs, tiny_base, "clmoe")
-    with pytest.raises(ClmoeError, match=named):
-        loaded.explain(image, QUESTION, locator=locator, task=task)
+    for name, task, named in (
+        ("oracle", "color", "'colour'"), ("oracle", None, "oracle"),
+        ("", "colour", "oracle"), ("vae", None, "clmoe eval"),
+    ):  # fmt: skip
+        with pytest.raises(ClmoeError, match=named):
+            loaded.explain(image, QUESTION, locator=name, task=task)
 
 
 def test_an_image_may_be_a_path_or_a_pil_image_or_missing(
@@ -164,14 +152,6 @@ def test_an_image_may_be_a_path_or_a_pil_image_or_missing(
     for wrong in (3, b"png", np.zeros((3, 3, 3))):
         with pytest.raises(ClmoeError, match="path, a PIL image or None"):
             loaded.answer(wrong, QUESTION)
-
-
-def test_load_opens_a_checkpoint_folder(runs: Runs, image: Path) -> None:
-    loaded = clmoe.load(runs.chain("clmoe")[1])
-    assert (loaded.learned, loaded.keeps_parts) == (list(TASKS[:2]), True)
-    assert loaded.answer(image, QUESTION, 6)
-    with pytest.raises(ClmoeError, match="not a finished checkpoint"):
-        clmoe.load(image.parent)
 
 
 # ---- Batches
@@ -208,12 +188,6 @@ def answerer(request: pytest.FixtureRequest, runs: Runs, tiny_base: LoadedBase) 
 
 
 @pytest.fixture
-def locating(runs: Runs, tiny_base: LoadedBase) -> Answerer:
-    """CL-MoE, whose router depends on the sample."""
-    return opened(runs, tiny_base, "clmoe")
-
-
-@pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that is read before a generation."""
     seen: list[Any] = []
@@ -244,8 +218,11 @@ def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Question
         assert {a.task for a in alone} == {0, 1}
 
 
-def test_every_question_is_located_and_gets_its_answer_in_order(locating: Answerer, mixed: Questions) -> None:
+def test_every_question_is_located_and_gets_its_answer_in_order(
+    runs: Runs, tiny_base: LoadedBase, mixed: Questions
+) -> None:
     """Also where a question comes twice; what is known already is not computed."""
+    locating = opened(runs, tiny_base, "clmoe")
     finished: list[list[tuple[str, Answer]]] = []
     locating.config = EvaluationConfig(batch_size=5)
     twice = [*mixed[0], *mixed[0][:3]]

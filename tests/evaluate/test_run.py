@@ -29,7 +29,7 @@ from clmoe.evaluate.run import (
 from clmoe.locators import make_locator
 from clmoe.locators.base import Locator
 from clmoe.methods.clmoe import load_statistics
-from clmoe.train.checkpoint import Finished, read_checkpoint
+from clmoe.train.checkpoint import read_checkpoint
 from tests.evaluate.opened import checkpoints
 from tests.runs import Killed, Runs, contents, events, kill, texts
 from tests.support import TASKS, save_tiny
@@ -99,22 +99,6 @@ def changed_task(mini: Benchmark, **fields: Any) -> Benchmark:
     """The benchmark with other fields of task ``colour``."""
     tasks = [dataclasses.replace(t, **fields) if t.name == "colour" else t for t in mini.tasks]
     return dataclasses.replace(mini, tasks=tuple(tasks))
-
-
-def fill_rows(run: Path, mini: Benchmark, right: dict[str, dict[str, int]]) -> None:
-    """``{"after": {"task or task.oracle": number of right answers of 12}}``."""
-    for after, cells in right.items():
-        learned = [] if after == "zero_shot" else ORDER[: ORDER.index(after) + 1]
-        for stem, number in cells.items():
-            task, _, locator = stem.partition(".")
-            one = cell(run, mini, task, locator=locator, learned=learned, identity=after)
-            fill(mini, Answers(number, task=None), one)
-
-
-def tables(run: Path, order: list[str] = ORDER, *arguments: str, **settings: Any) -> dict[str, Any]:
-    """The metrics of the tables made from the run's cells."""
-    write_tables(run, order, *arguments, **settings)
-    return dict(json.loads((run / "metrics.json").read_text()))
 
 
 def matrix(run: Path) -> list[str]:
@@ -190,16 +174,11 @@ def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Ben
         assert summary(again)["score"] == pytest.approx(100 * right / 12)
     assert cell(run, mini).settled()
     assert contents(run) == before, "scored as before, the same bytes"
-
-
-@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.partition("\n")[2], lambda text: text[5:]])
-def test_answers_that_are_not_those_of_the_questions_are_made_again(
-    damage: Callable[[str], str], tmp_path: Path, mini: Benchmark
-) -> None:
-    fill(mini, Answers(), cell(tmp_path, mini))
-    path = cell(tmp_path, mini).path.with_suffix(".jsonl")
-    path.write_text(damage(path.read_text()))
-    assert not cell(tmp_path, mini, scoring="official").settled()
+    answers = cell(run, mini).path.with_suffix(".jsonl")
+    text = answers.read_text()
+    for damaged in ("", text.partition("\n")[2], text[5:]):  # not those of the questions
+        answers.write_text(damaged)
+        assert not cell(run, mini, scoring="official").settled()
 
 
 def test_a_crash_before_or_after_the_summary_leaves_an_empty_or_a_clean_cell(
@@ -267,13 +246,19 @@ def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> No
 
 
 def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
-    fill_rows(tmp_path, mini, {
+    right = {  # answers of 12
         "zero_shot": {"colour": 3, "count": 0, "side": 6},
         "colour": {"colour": 12, "colour.oracle": 12},
         "count": {"colour": 6, "count": 9, "count.oracle": 12},
         "side": {"colour": 3, "count": 6, "side": 12, "side.oracle": 12},
-    })  # fmt: skip
-    result = tables(tmp_path)
+    }
+    for row, (after, numbers) in enumerate(right.items()):
+        for stem, number in numbers.items():
+            task, _, locator = stem.partition(".")
+            one = cell(tmp_path, mini, task, locator=locator, learned=ORDER[:row], identity=after)
+            fill(mini, Answers(number, task=None), one)
+    write_tables(tmp_path, ORDER)
+    result = json.loads((tmp_path / "metrics.json").read_text())
     assert matrix(tmp_path) == [
         "zero_shot,25.0,0.0,50.0", "colour,100.0,,", "count,50.0,75.0,", "side,25.0,50.0,100.0",
     ]  # fmt: skip
@@ -316,19 +301,6 @@ def test_an_adapter_is_not_evaluated_on_other_weights(
     assert clmoe.load(checkpoint, model=str(runs.model)).learned == [TASKS[0]]
 
 
-def test_a_finished_evaluation_loads_no_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = runs.chain("clmoe")[1]
-    runs.evaluate(checkpoint, tmp_path)
-    before = matrix(tmp_path)
-    monkeypatch.setattr(module, "open_answerer", kill)
-    runs.evaluate(checkpoint, tmp_path)
-    assert matrix(tmp_path) == before
-    runs.evaluate(checkpoint, tmp_path, scoring="official")
-    assert json.loads((tmp_path / "run.json").read_text())["scoring"] == "official"
-    with pytest.raises(Killed):
-        runs.evaluate(checkpoint, tmp_path, "options.beta=0.25")
-
-
 def test_the_bare_models_row_leaves_a_training_runs_file_as_it_is(runs: Runs, tmp_path: Path) -> None:
     found = []
     for checkpoint, settings in (("base", []), (runs.chain("lora")[1], ["evaluation.limit=5"]), ("base", [])):
@@ -356,17 +328,6 @@ def test_a_folder_holds_one_order(runs: Runs, tmp_path: Path, capsys: pytest.Cap
         check_run_order(run, longer_or_shorter.split(","))
 
 
-def mean_gates(done: Finished) -> dict[tuple[str, str, str], float]:
-    """By task, block and expert."""
-    statistics = zip(done.lineage.tasks, load_statistics(done.folder / "statistics.safetensors"), strict=True)
-    return {
-        (task, block, str(expert)): float(share)
-        for task, blocks in statistics
-        for block, values in blocks.items()
-        for expert, share in enumerate(values["gate_mean"])
-    }
-
-
 @pytest.mark.parametrize(
     ("method", "names"),
     [
@@ -391,9 +352,12 @@ def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(
         assert json.loads((tmp_path / "expansion.json").read_text()) == plan
         assert [entry["task"] for entry in plan] == ORDER[:2]
     if method == "clmoe":
+        history = zip(ORDER, load_statistics(done[1].folder / "statistics.safetensors"), strict=False)
+        gates = {(task, name): values["gate_mean"] for task, blocks in history for name, values in blocks.items()}
         rows = list(csv.DictReader((tmp_path / "usage.csv").read_text().splitlines()))
         found = {(row["task"], row["block"], row["expert"]): float(row["share"]) for row in rows}
-        assert found == pytest.approx(mean_gates(done[1]), abs=1e-6)
+        shares = {(*key, str(i)): float(share) for key, values in gates.items() for i, share in enumerate(values)}
+        assert found == pytest.approx(shares, abs=1e-6)
         assert list(dict.fromkeys(row["task"] for row in rows)) == ORDER[:2]
     record_checkpoint(tmp_path, done[0], ORDER)
     assert contents(tmp_path) == before
@@ -447,6 +411,9 @@ def test_only_what_is_missing_is_answered(
     runs.evaluate(checkpoint, tmp_path, *SMALL)
     assert sizes == computed
     assert finished(tmp_path) == finished(straight)
+    monkeypatch.setattr(module, "open_answerer", kill)  # from here on no model is loaded
+    runs.evaluate(checkpoint, tmp_path, *SMALL, scoring="official")
+    assert json.loads((tmp_path / "run.json").read_text())["scoring"] == "official"
 
 
 def test_answers_of_all_processes_are_kept_for_the_same_questions(

@@ -12,7 +12,7 @@ import pytest
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import scoring
-from clmoe.evaluate.rules import agreement, normalise
+from clmoe.evaluate.rules import normalise
 from clmoe.evaluate.scoring import SCORERS, check_gold, check_scorer, gold_problem, score_answers, shown_answer
 from tests.support import load_script
 
@@ -101,9 +101,7 @@ def test_rules_for_whole_answers(scorer: str, official: int, fixed: int, pairs: 
         # the cut reads y2 = 0.1 instead of 0.19, which leaves no height
         ("[0.01, 0.10, 0.91, 0.19]", "[0.01, 0.10, 0.91, 0.19]", 0, 1),
         ("[1.00, 0.3, 1.0, 0.9]", "[0.0, 0.3, 1.0, 0.9]", 0, 0),
-        ("[0.1, 0.2, 0.5]", GOLD, 0, 0),
         ("the red cup", GOLD, 0, 0),
-        ("", GOLD, 0, 0),
         ("[0.12, 0.30, 0.50, 0.94, 0.1]", GOLD, 0, 0),
         ("[0.12, 0.30, 0.50, 0.94", GOLD, 1, 0),  # unclosed: malformed; official drops brackets anyway
         ("[0.12, 0.30, nan, 0.94]", GOLD, 0, 0),
@@ -136,6 +134,7 @@ def test_iou_counts_the_cells_that_two_boxes_share() -> None:
     ("scorer", "gold", "field"),
     [
         ("option_letter", question("steam"), "answer"),
+        ("captions", question("x"), "captions"),
         ("iou", question(), "answer_bbox"),
         ("iou", question(answer_bbox="[0.1, 0.2]"), "answer_bbox"),
         ("iou", question(answer_bbox=[0.5, 0.2, 0.1, 0.4]), "answer_bbox"),
@@ -154,22 +153,10 @@ def test_a_gold_answer_that_does_not_fit_its_rule_names_question_and_field(
     assert (gold_problem(scorer, gold) is None) == (field == "size"), "only the official rule reads an image's size"
 
 
-@pytest.mark.parametrize(
-    ("scorer", "mode", "named"),
-    [("shortanswer", "fixed", "'short_answer'"), ("caption", "fixed", "'captions'"), ("iou", "offical", "'official'")],
-)
-def test_an_unknown_scorer_or_mode_names_the_nearest(scorer: str, mode: Any, named: str) -> None:
-    with pytest.raises(ClmoeError, match=f"mean {named}"):
-        check_scorer(scorer, mode)
-
-
-def test_every_scorer_returns_zero_or_one_for_nonsense() -> None:
-    gold = question("B", answer_bbox=GOLD)
-    for name in sorted(SCORERS.keys() - {"textvqa"}):
-        for text in ("", "\x00", "[[[[", "1,2,3,4", "٣", "B" * 5000):
-            assert set(both(name, text, gold)) <= {0.0, 1.0}
-            # CoIN's ImageNet rule finds nothing in everything; no other one accepts silence
-            assert text or name == "class_name" or both(name, text, gold) == (0.0, 0.0)
+def test_an_unknown_scorer_or_mode_names_the_nearest() -> None:
+    for scorer, mode, named in (("caption", "fixed", "captions"), ("iou", "offical", "official")):
+        with pytest.raises(ClmoeError, match=f"mean '{named}'"):
+            check_scorer(scorer, mode)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - {"iou", "option_letter"}))
@@ -210,22 +197,17 @@ def test_any_of_several_accepted_answers_is_right() -> None:
     assert both("science", "Ohio, Iowa", states) == (1.0, 1.0)
 
 
-TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "a lot"]
+TEN = ["2", "2", "2", *["several"] * 4, "many", "3", "3"]
 
 
 def test_textvqa_leaves_each_annotator_out_in_turn() -> None:
-    # three of ten: 3 x 2/3 from those who said it, 7 x 1 from the others; one of ten: 9 x 1/3
-    for prediction, by_hand in {"two": 0.9, "Several.": 1, "many": 0.3, "the lot": 0.3, "five": 0, "": 0}.items():
+    # three of ten: 3 x 2/3 from those who said it, 7 x 1 from the others; two: 2 x 1/3 and 8 x 2/3; one: 9 x 1/3
+    for prediction, by_hand in {"two": 0.9, "Several.": 1, "a 3": 0.6, "many": 0.3, "five": 0, "": 0}.items():
         for result in both("textvqa", prediction, question(answers=TEN)):
             assert result == pytest.approx(by_hand, abs=1e-12), prediction
+    gold = question("several", answers=TEN)
+    assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9)) and both("vqa", "SEVERAL", gold) == (1.0, 1.0)
     assert both("textvqa", "", question(answers=["the"] * 10)) == (1.0, 0.0), "an answer that normalises to nothing"
-
-
-def test_agreement_is_the_closed_form_for_every_number_of_equal_answers() -> None:
-    for equal in range(11):
-        answers = ["x"] * equal + [f"y{n}" for n in range(10 - equal)]
-        by_hand = sum(min(1, (equal - (n < equal)) / 3) for n in range(10)) / 10 if equal else 0
-        assert agreement("x", answers) == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_normaliser() -> None:
@@ -233,12 +215,6 @@ def test_normaliser() -> None:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         assert normalise(f"red{mark} dog") == "red dog"
         assert normalise(f"red{mark}dog") == ("reddog" if mark in ",?" else "red dog")
-
-
-def test_vqa_takes_the_ten_annotators_where_they_are_at_hand() -> None:
-    gold = question("several", answers=TEN)
-    assert both("vqa", "two", gold) == (0.0, pytest.approx(0.9))
-    assert both("vqa", "SEVERAL", gold) == (1.0, 1.0)
 
 
 def questions_of(*answers: str) -> list[Question]:
@@ -256,38 +232,26 @@ def test_score_file_counts_unanswered_questions_and_ignores_order_and_id_type() 
         assert SCRIPT.score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"), mode) == (50.0, 4)
 
 
-@pytest.mark.parametrize(
-    ("scorer", "percent", "samples"),
-    [
+def test_score_file_as_published() -> None:
+    for scorer, percent, samples in (
         ("short_answer", 100 * 2 / 3, 3),  # the lost line has left the divisor
         ("ocr_vqa", 100 * 2 / 3, 0),  # and this one says "Samples: 0"
         ("gqa", 50.0, 4),
         ("class_name", 0.0, 3),  # d, a, wrong against a, b, c
-    ],
-)
-def test_score_file_as_published(scorer: str, percent: float, samples: int) -> None:
-    result = SCRIPT.score_file(scorer, LINES, questions_of(*"abcd"), "official")
-    assert result == (pytest.approx(percent), samples)
+    ):
+        result = SCRIPT.score_file(scorer, LINES, questions_of(*"abcd"), "official")
+        assert result == (pytest.approx(percent), samples), scorer
 
 
-@pytest.mark.parametrize(
-    ("lines", "answers", "mode", "named"),
-    [
+def test_score_file_refuses_what_cannot_be_meant() -> None:
+    for lines, answers, mode, named in (
         ([("9", "a")], "a", "fixed", "line 1: question_id '9'"),
         ([("0", "a"), (0, "b")], "a", "fixed", "line 2: question_id 0"),
         ([], "", "fixed", "no questions"),
         ([], "a", "official", "empty"),
-    ],
-)
-def test_score_file_refuses_what_cannot_be_meant(lines: Any, answers: str, mode: Any, named: str) -> None:
-    with pytest.raises(ClmoeError, match=named):
-        SCRIPT.score_file("short_answer", lines, questions_of(*answers), mode)
-
-
-def test_score_answers_wants_one_answer_for_each_question() -> None:
-    assert score_answers("short_answer", ["a", "x"], questions_of("a", "b")).rows == [1.0, 0.0]
-    with pytest.raises(ValueError, match="argument 2"):
-        score_answers("short_answer", ["a"], questions_of("a", "b"))
+    ):
+        with pytest.raises(ClmoeError, match=named):
+            SCRIPT.score_file("short_answer", lines, questions_of(*answers), mode)
 
 
 def test_shown_answers() -> None:
@@ -312,8 +276,7 @@ RIGHT = ["a red mug on a desk", "two dogs run over green grass", "a man rides a 
 def test_perfect_captions_reach_every_figures_maximum() -> None:
     result = score_answers("captions", RIGHT, QUESTIONS)
     assert list(result.parts) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
-    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L"):
-        assert result.parts[name] == pytest.approx(1, abs=1e-6), name
+    assert list(result.parts.values())[:-1] == pytest.approx([1] * 6, abs=1e-6)
     # CIDEr is ten times the mean cosine: 10 for the captions with one reference, less for the one with two
     assert 20 / 3 < result.parts["CIDEr"] < 10
     assert result.score == pytest.approx(sum(result.parts.values()) / 7)
@@ -339,11 +302,6 @@ def test_line_breaks_bars_and_silence_shift_no_other_caption() -> None:
     odd = ["x\n", "\n y", "x\u2028y", "x ||| y", "x\r\ny", "", " ", "A mug, red.", ""]
     tokens = scoring._tokenized([[text] for text in odd])
     assert tokens == [[text] for text in ("x", "y", "x y", "x y", "x y", "", "", "a mug red", "")]
-
-
-def test_missing_references_are_an_error() -> None:
-    with pytest.raises(ClmoeError, match="question 7: field 'captions'"):
-        scoring.references(Question("7", None, "?", "x", {}))
 
 
 @pytest.mark.parametrize(("missing", "message"), [("java", "apt-get install"), ("package", r"clmoe\[captions\]")])

@@ -73,9 +73,7 @@ def test_decision_equals_the_oracle(probes: int) -> None:
 def test_decisions_at_the_edge(values: list[float], probes: int, alpha: float, threshold: float, probed: int) -> None:
     decision = decide(torch.tensor(values, dtype=torch.float64), probes, alpha)
     assert decision.threshold == pytest.approx(threshold, abs=1e-2) and decision.probed == probed
-
-
-def test_most_active_ties_go_to_the_older_expert_and_probes_are_candidates() -> None:
+    # ties go to the older expert, and probes are candidates
     assert decide(torch.tensor([0.2, 0.7, 0.7, 0.7]), 1, 0.8).most_active == 1
     assert decide(torch.tensor([0.2, 0.7, 0.8]), 1, 0.8).most_active == 2
 
@@ -103,8 +101,7 @@ def test_choose_blocks() -> None:
 def test_a_router_keeps_its_rows_and_gets_new_ones_of_their_spread() -> None:
     old = torch.nn.Parameter(3.0 + 0.2 * torch.randn(6, 4096, generator=generator(3)))
     longer = extend_router(old, 2, generator(4))
-    assert longer.shape == (8, 4096)
-    assert not longer.requires_grad
+    assert longer.shape == (8, 4096) and not longer.requires_grad
     assert same_bits(longer[:6], old.detach())
     new = longer[6:].numpy()
     assert abs(new.mean()) < 0.01, "N(0, .), whatever the mean of the old rows"
@@ -160,6 +157,5 @@ def test_activations_are_what_single_records_say(kind: str, measured: TaskContex
             picks = np.argsort(-logits, axis=1, kind="stable")[:, :2]
             expected = np.bincount(picks.ravel(), minlength=logits.shape[1]) / len(logits)
             assert float(result[name].sum()) == pytest.approx(2.0), "top-2: two experts per token"
-        assert result[name].shape == (5,)
-        assert result[name].dtype == torch.float64
+        assert result[name].shape == (5,) and result[name].dtype == torch.float64
         np.testing.assert_allclose(result[name].numpy(), expected, atol=1e-5 if kind == "logit" else 1e-9)

@@ -31,7 +31,7 @@ from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer, TrainedModel
 from tests.methods.helpers import same_adapter, task_data, task_records, watch_inputs
-from tests.runs import Killed, Runs, contents, events, kill, same_bits, tensors
+from tests.runs import Killed, Runs, contents, events, kill, on_step, same_bits, tensors
 from tests.support import TASKS as THREE
 from tests.support import prompt_batch, prompt_batches, tiny_config, train_batches
 
@@ -114,6 +114,7 @@ def test_what_is_older_is_bit_identical_after_every_task(start: str, runs: Runs)
         for block in BLOCKS:
             for linear in LINEARS:
                 (A, B), (later_A, later_B) = packed(old, block, linear), packed(new, block, linear)
+                assert all(expert.any() for expert in B.split(8, 1)), f"{block}.{linear}: an expert did not train"
                 assert same_bits(later_A[: len(A)], A)
                 assert same_bits(later_B[:, : B.shape[1]].contiguous(), B)
             for mine, later in zip(routers(old, block), routers(new, block), strict=False):
@@ -156,14 +157,6 @@ def test_the_plan_is_what_was_done_and_probes_are_gone(start: str, runs: Runs) -
             spans = [len(router) for router in routers(saved, block)]
             assert spans == [sum(owner <= router for owner in owners) for router in config["router_owners"]]
     assert seen == {0, 1}, "these runs should extend some blocks and leave others"
-
-
-def test_initial_experts_learn_on_the_warm_up_data(runs: Runs) -> None:
-    """No expert is as it started (all B are zero then)."""
-    saved = tensors(chain(runs, "warmup", tasks=TASKS[:1])[0])
-    for block in BLOCKS:
-        for linear in LINEARS:
-            assert all(expert.any() for expert in packed(saved, block, linear)[1].split(8, 1)), f"{block}.{linear}"
 
 
 def test_probes_and_new_experts_start_where_they_should(
@@ -242,10 +235,8 @@ def test_the_loss_holds_the_balance_loss_however_the_batch_is_cut(runs: Runs, ti
     method = method_of("options.balance_weight=0.5")
     model = load_adapter(tiny_base.model, chain(runs, "first_task")[1], trainable=True)
     dataset = task_data(tiny_base, runs.benchmark, TASKS[1], 8)
-    trained, plain = (
-        TrainedModel(model, method, 8).eval(),
-        TrainedModel(model, Method(tiny_config("lora", Path("nowhere"))), 8).eval(),
-    )
+    trained = TrainedModel(model, method, 8).eval()
+    plain = TrainedModel(model, Method(tiny_config("lora", Path("nowhere"))), 8).eval()
     (whole,) = train_batches(tiny_base, dataset, 8)
     answers = (whole["labels"] != -100).sum()
     expected = 0.0
@@ -270,8 +261,7 @@ def test_probe_records_are_disjoint_parts_of_a_share(runs: Runs) -> None:
     records, _ = task_records(runs.benchmark, TASKS[0])
     method = method_of("options.probe_share=0.5")
     train, held_out = method._probe_split(records)
-    assert (len(train), len(held_out)) == (10, 2)
-    assert len({record.id for record in [*train, *held_out]}) == 12
+    assert (len(train), len(held_out), len({record.id for record in [*train, *held_out]})) == (10, 2, 12)
     for count in (2, 3):
         train, held_out = method_of("options.probe_share=0.01")._probe_split(records[:count])
         assert (len(train), len(held_out)) == (1, 1)
@@ -360,17 +350,6 @@ def test_a_missing_warm_up_file_is_named_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_samples_are_located_and_the_task_is_recorded(runs: Runs, tmp_path: Path) -> None:
-    folder = runs.evaluate(chain(runs, "first_task")[2], tmp_path) / "predictions" / TASKS[2]
-    found = []
-    for task in THREE:
-        named = [json.loads(line)["task"] for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-        assert set(named) <= set(THREE)
-        found.append(100 * named.count(task) / len(named))
-        assert json.loads((folder / f"{task}.json").read_text())["located"] == pytest.approx(found[-1])
-    assert sum(found) / 3 >= 70, f"the tasks' questions differ, so most samples are found: {found}"
-
-
 def test_extend_none_trains_everything_adds_nothing_and_answers(runs: Runs, tmp_path: Path) -> None:
     first, second = chain(runs, "first_task", "extend=none", tasks=TASKS[:2])
     old, new = tensors(first), tensors(second)
@@ -400,16 +379,10 @@ def test_ablations_of_where_to_extend(where: str, runs: Runs) -> None:
         assert adapter_config(second)["layout"][str(number)] == [0] * 4 + [1] * added[block]
 
 
-def kill_second_training(patch: pytest.MonkeyPatch) -> None:
-    real = TaskTrainer.train
-    calls = iter(range(1))
-    patch.setattr(TaskTrainer, "train", lambda self: kill() if next(calls, None) is None else real(self))
-
-
 MOMENTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "initial experts trained": ("warmup", lambda patch: patch.setattr(LlavaCMoe, "_add_probes", kill)),
     "probes trained": ("first_task", lambda patch: patch.setattr(LlavaCMoe, "_decide", kill)),
-    "extended": ("first_task", kill_second_training),
+    "extended": ("first_task", lambda patch: on_step(patch, 4)),
 }
 
 
