@@ -104,7 +104,7 @@ def test_the_weights_are_those_the_experts_are_mixed_with(
 def test_scores_are_the_sealed_locators(method: str, runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
     loaded = loaded_of(runs, tiny_base, method)
     explained = loaded.explain(image, QUESTION, 1)
-    feature = base_features(loaded.answerer.model, inputs(loaded, image))
+    feature = base_features(loaded.answerer.model, inputs(loaded, image), "last")
     locator = make_locator(loaded.answerer.method.config.locator, 0)
     locator.load(checkpoints(runs, method)[1] / "locator.safetensors")
     scores = locator.scores(Asked(["x"], 2, feature))[0].tolist()
