@@ -78,7 +78,7 @@ def report(options: argparse.Namespace) -> Any:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
     output = options.output or options.runs[0] / "report"
     written = write_report(options.runs, output, options.format, options.data)
-    return report_text(options.runs) + "\nwritten: " + ", ".join(str(path) for path in written)
+    return f"{report_text(options.runs)}\n{output}: {', '.join(path.name for path in written)}"
 
 
 def plan(options: argparse.Namespace) -> Any:

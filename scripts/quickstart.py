@@ -196,8 +196,9 @@ def main() -> int:
     folders, report = [out / f"{row.label}-seed{own.seed}" for row in runs.chosen], out / "report"
     write_report(folders, report, ("md", "csv", "html"))
     print(table(folders))
-    print(f"\nOpen {report}/report.html in a browser: curves, matrices, and what each method answered then and now.")
-    print(f"All tables: {report}/report.md. For clmoe in your own shell: source .venv/bin/activate")
+    print(f"\nOpen {report}/report.html: curves, matrices, answers then and now.")
+    print(f"All tables: {report}/report.md")
+    print("For clmoe in your own shell: source .venv/bin/activate")
     return 0
 
 

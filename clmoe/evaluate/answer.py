@@ -25,13 +25,13 @@ from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
 from clmoe.data.records import Question, load_train
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import adapted_base, prefill
+from clmoe.experts.forward import FeatureStore, adapted_base, prefill
 from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
 from clmoe.experts.model import expert_config, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
-from clmoe.locators.base import Asked, FeatureStore, Locator
+from clmoe.locators.base import Asked, Locator
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
 from clmoe.train.checkpoint import Finished, read_checkpoint

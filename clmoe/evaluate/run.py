@@ -25,8 +25,9 @@ from clmoe.evaluate.answer import Answer, Answerer, open_answerer
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
 from clmoe.evaluate.rules import Mode
 from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer
+from clmoe.experts.forward import feature_folder
 from clmoe.experts.model import detach_adapter
-from clmoe.locators.base import Locator, feature_folder
+from clmoe.locators.base import Locator
 from clmoe.methods import method_class
 from clmoe.methods.base import EXPANSION, STATISTICS
 from clmoe.train.checkpoint import Finished

@@ -1,10 +1,14 @@
-"""Forward passes of an adapted model: at the answers' tokens, and on prompts.
+"""Forward passes of an adapted model: at the answers' tokens, on prompts, and the frozen base's features of prompts.
 
 Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,11 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from clmoe.bases.inputs import SharedPrompts
-from clmoe.bases.llava import decoder_layers
-from clmoe.config import FeatureKind
+from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs
+from clmoe.bases.llava import LoadedBase, decoder_layers
+from clmoe.config import Config, FeatureKind
+from clmoe.data.batches import first_questions, sample_records
 from clmoe.data.prompts import IGNORE
+from clmoe.data.records import Question, TrainRecord
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
+from clmoe.utils.files import file_sha256, json_sha256
+from clmoe.utils.processes import from_main, in_order, is_main
+from clmoe.utils.tensors import load_tensors, replace_tensors
 
 Tensors = dict[str, Tensor]
 Prompts = Tensors | SharedPrompts
@@ -178,3 +187,69 @@ def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor
         return output.last_hidden_state[:, -1].float().cpu()
     # the first entry is the embedding, not a layer's output
     return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0).cpu()
+
+
+# ---- Features that locators look at
+
+
+def feature_folder(run: Path) -> Path:
+    """Where a run keeps its features: ``CLMOE_FEATURES``, which runs on one base may share, or the run folder."""
+    return Path(os.environ.get("CLMOE_FEATURES") or run / "features")
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
+
+    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew.
+    """
+
+    base: LoadedBase
+    kind: FeatureKind
+    batch_size: int
+    folder: Path | None
+    share_images: bool = False
+
+    @classmethod
+    def of(cls, base: LoadedBase, config: Config, folder: Path | None) -> FeatureStore:
+        evaluation = config.evaluation
+        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images)
+
+    def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """``[M, D]`` float32 on the CPU, one row per question, in order."""
+        if self.folder is None:
+            return self._compute(model, questions, image_root)
+        key = from_main(lambda: self._key(questions, image_root))  # reads every image
+        path = self.folder / f"{key}.safetensors"
+        if from_main(path.is_file):
+            return load_tensors(path)["features"]
+        features = self._compute(model, questions, image_root)
+        if is_main():
+            replace_tensors({"features": features.contiguous()}, path)
+        return features
+
+    def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        dataset = prompt_dataset(self.base, questions, image_root)
+        order = image_order([question.image if self.share_images else None for question in questions])
+
+        def one(start: int) -> Tensor:
+            items = dataset.__getitems__(order[start : start + self.batch_size])
+            routes = [() if self.share_images else row for row in range(len(items))]
+            return base_features(model, prompt_inputs(self.base, items, routes), self.kind)
+
+        found = torch.cat(in_order(range(0, len(order), self.batch_size), one))
+        return found[torch.tensor(order).argsort()]
+
+    def _key(self, questions: Sequence[Question], image_root: Path) -> str:
+        names = {question.image for question in questions}
+        images = {name: None if name is None else file_sha256(image_root / name) for name in names}
+        prompts = [(question.text, images[question.image]) for question in questions]
+        base, cut = self.base, [self.batch_size, self.share_images]
+        in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
+        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
+        return json_sha256([made_by, self.kind, cut, prompts])[:32]
+
+    def of_training(self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config) -> Tensor:
+        """Features ``[M, D]`` of the first prompt of at most ``locator.samples`` training records."""
+        drawn = sample_records(records, config.locator.samples, config.seed)
+        return self.features(model, first_questions(drawn), image_root)

@@ -16,10 +16,10 @@ from clmoe.benchmarks.base import Benchmark
 from clmoe.config import Config, dump_config
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
 from clmoe.errors import ClmoeError
+from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
-from clmoe.locators.base import FeatureStore, feature_folder
 from clmoe.methods import method_class
 from clmoe.methods.base import ADAPTER_FILE, Method, Phase, TaskContext
 from clmoe.train.checkpoint import (

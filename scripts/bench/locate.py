@@ -25,7 +25,8 @@ from five_questions import QUESTIONS, figures, open_base, questions, records, wr
 from clmoe import cli
 from clmoe.data.records import Question
 from clmoe.evaluate.answer import Answerer, open_answerer
-from clmoe.locators.base import Asked, FeatureStore
+from clmoe.experts.forward import FeatureStore
+from clmoe.locators.base import Asked
 from clmoe.train.checkpoint import read_checkpoint
 
 STYLES = ("", "\nAnswer with one word.", "\nGive the answer as a letter.", "\nSay it in a whole sentence.")

@@ -274,8 +274,10 @@ def test_counts_equal_a_loop_over_real_tokens(top_k: int) -> None:
 
 def statistics(task: int) -> dict[str, dict[str, Tensor]]:
     """Values that tell the task; names with dots, as modules have them."""
-    values = {"gate_mean": torch.tensor([0.1 * task]).double(), "tokens": torch.tensor(100 + task)}
-    return {f"model.layers.{block}.mlp.up_proj": values for block in (0, 1, 10)}
+    return {
+        f"model.layers.{block}.mlp.up_proj": {"gate_mean": torch.tensor(task).double(), "tokens": torch.tensor(block)}
+        for block in (0, 1, 10)
+    }
 
 
 def test_history_keeps_its_order_beyond_ten_tasks(tmp_path: Path) -> None:
