@@ -26,13 +26,6 @@ from clmoe.utils.files import locked
 from clmoe.utils.processes import from_main
 
 
-def run(options: argparse.Namespace) -> str:
-    """``clmoe run``: the whole sequence of a benchmark."""
-    result = sequence.run(**{name: value for name, value in vars(options).items() if name != "verb"})
-    shown = {name: value for name, value in result.metrics.items() if value is not None}
-    return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
-
-
 def train(options: argparse.Namespace) -> str:
     """``clmoe train``: one task, from the checkpoint before it to the next."""
     deepspeed = use_deepspeed(options.deepspeed)
@@ -110,7 +103,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "run": run,
+    "run": sequence.command,
     "train": train,
     "eval": evaluate,
     "report": report,

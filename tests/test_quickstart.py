@@ -30,6 +30,7 @@ def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quicksta
     assert forecast.left("lora", 0, 2, 30.0, 33.0) == 27.0  # 15 s a task, 3 s into the third
     assert forecast.left("lora", 2, 1, 15.0, 16.0) == 14.0  # two tasks were finished by an earlier command
     assert forecast.left("lora", 0, 3, 30.0, 99.0) == 0.0
+    assert quickstart.rounds_per_second(1, 0.05) > 1
 
 
 def test_runs_that_wait_start_where_a_process_gets_free_first(quickstart: ModuleType) -> None:
@@ -64,10 +65,6 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
     row = next(row for row in runs.chosen if row.label == "clmoe")
     log.write_text("".join(f"finished: {' '.join(command)}\n" for command in runs.commands(row, 0)))
     assert quickstart.Runs(args, runs.forecast).waiting == ["llava_cmoe", "lora"]
-
-
-def test_the_calibration_counts_rounds(quickstart: ModuleType) -> None:
-    assert quickstart.rounds_per_second(1, 0.05) > 1
 
 
 def test_every_row_has_a_cost(quickstart: ModuleType) -> None:

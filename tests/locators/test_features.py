@@ -17,9 +17,9 @@ from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
+from clmoe.experts import forward as features_module
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import load_adapter
-from clmoe.experts import forward as features_module
 from tests.runs import Runs
 from tests.support import TASKS, copy_base, prompt_batches
 
