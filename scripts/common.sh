@@ -77,7 +77,7 @@ setup() {
     echo "clmoe needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=/path/to/python)" >&2
     exit 2
   fi
-  echo "Installing $("$python" --version) and packages into .venv: two minutes, 2 GB (with CUDA more)."
+  echo "Installing into .venv ($("$python" --version)): two minutes, 2 GB, with CUDA more."
   echo "Log: $log"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0 &&

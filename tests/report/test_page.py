@@ -124,6 +124,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for folder, options in ((run / "report", []), (tmp_path / "out", ["--output", str(tmp_path / "out")])):
         cli.main(["report", str(run), "--format", "csv", *options])
         text = capsys.readouterr().out
-        assert (folder / "report.csv").is_file() and str(folder / "report.csv") in text and "60.00" in text
+        assert (folder / "report.csv").is_file() and f"{folder}: report.csv" in text and "60.00" in text
     cli.main(["report", str(run), "--json"])
     assert '"last": 60.0' in capsys.readouterr().out
