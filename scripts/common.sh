@@ -80,8 +80,8 @@ setup() {
   echo "Installing into .venv ($("$python" --version)): two minutes, 2 GB, with CUDA more."
   echo "Log: $log"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0 &&
-    install torch==2.13.0 --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
+  packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0 &&
+    packages torch==2.13.0 --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
     {
       tail -n 20 "$log" >&2
       echo "the installation failed; the whole log is $log" >&2
@@ -92,8 +92,8 @@ setup() {
   echo "Installed in $(($(date +%s) - start)) s."
 }
 
-# install ARGUMENTS: pip's, through uv where it is present; quiet but for the log.
-install() {
+# packages ARGUMENTS: pip install's, through uv where it is present; quiet but for the log.
+packages() {
   if command -v uv >/dev/null; then
     uv pip install --python .venv/bin/python --constraint constraints.txt ${PIP_NO_INDEX:+--no-index} \
       ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$@" >>"$log" 2>&1

@@ -12,9 +12,11 @@ import shlex
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -103,6 +105,18 @@ class Grid:
         if not self.stopped:
             print(f"{log.stem}: finished", flush=True)
 
+    def run_all(self, jobs: Sequence[tuple[Row, int]], watch: Callable[[list[Future[None]]], object] = wait) -> None:
+        """Run rows with their seeds side by side; ``watch`` gets all of them once and returns when they have ended."""
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            started: dict[tuple[str, int], Future[None]] = {}
+            for row, seed in jobs:
+                started[row.label, seed] = pool.submit(self.run, row, seed, started.get((row.of, seed)))
+            watch(list(started.values()))
+        for run in started.values():
+            run.result()
+
     def stop(self, *unused: object) -> None:
         """Pass SIGTERM on: every run saves its state and stops."""
         self.stopped, self.code = "interrupted; the same line goes on from there", EXIT_CODE
@@ -134,21 +148,19 @@ def main() -> int:
             state = "finished" if grid.commands(row, seed) else f"waits for the checkpoints of {row.of}"
             print(f"{row.label}-seed{seed}:", *(lines or [state]), sep="\n  ")
         return 0
-    signal.signal(signal.SIGTERM, grid.stop)
-    signal.signal(signal.SIGINT, grid.stop)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        started: dict[tuple[str, int], Future[None]] = {}
-        for row, seed in jobs:
-            started[row.label, seed] = pool.submit(grid.run, row, seed, started.get((row.of, seed)))
-    for run in started.values():
-        run.result()
+    grid.run_all(jobs)
     print(grid.stopped or f"all finished; clmoe report {grid.out}/*-seed*", file=sys.stderr)
     return grid.code
 
 
-if __name__ == "__main__":
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """End the script with its code; an error of the user's is one line."""
     try:
         sys.exit(main())
     except ClmoeError as error:
-        print(f"grid: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    exit_with(main)

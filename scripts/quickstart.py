@@ -8,12 +8,12 @@ The runs are scripts/grid.py's: the same line again skips what is finished and g
 
 import argparse
 import os
-import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import grid
@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from clmoe.benchmarks.prepare import open_benchmark
-from clmoe.errors import ClmoeError
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
 from clmoe.report.tables import located_frame, metrics_frame
@@ -161,7 +160,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="methods side by side")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, help="per task; default 80, with --full the benchmark's")
+    parser.add_argument(
+        "--steps", type=int, help="per task (default: configs/quickstart.yaml's; with --full the benchmark's)"
+    )
     parser.add_argument("--limit", type=int, default=100, help="test questions in all rows of the matrix but the last")
     own = parser.parse_args()
     quick = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
@@ -181,15 +182,9 @@ def main() -> int:
     print(f"{', '.join(row.label for row in runs.chosen)} on {forecast.tasks} tasks of {BENCHMARK}: {order}")
     print(f"{steps} steps a task, {own.jobs} methods at a time.", end=" ")
     print(f"About {minutes(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, runs.stop)
     # one folder for what the frozen vision tower makes of an image, which all methods and their tests see
     os.environ |= {"CLMOE_VISION": str(out / "vision"), "CLMOE_PROGRESS": "0"}
-    with ThreadPoolExecutor(own.jobs) as pool:
-        finished = [pool.submit(runs.run, row, own.seed) for row in runs.chosen]
-        follow(runs, finished)
-    for run in finished:
-        run.result()
+    runs.run_all([(row, own.seed) for row in runs.chosen], partial(follow, runs))
     if runs.stopped:
         print(runs.stopped, file=sys.stderr)
         return runs.code
@@ -203,8 +198,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ClmoeError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        sys.exit(2)
+    grid.exit_with(main)

@@ -18,7 +18,7 @@ ruff check --quiet .
 ruff format --check --quiet .
 mypy --no-error-summary
 coverage=(--cov=clmoe --cov-report= --cov-fail-under="$least")
-if [ $# -gt 0 ]; then coverage=(); fi
+if [ $# -gt 0 ]; then chosen=() coverage=(); fi
 # Files are shared out to one process per core; -n 0 runs all of them in this one, as a debugger needs it.
 python -m pytest -n "$(cores)" --maxprocesses 8 --dist loadfile --durations 10 --durations-min 1 "${chosen[@]}" \
   "${coverage[@]}" "$@"

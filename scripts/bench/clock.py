@@ -68,7 +68,11 @@ def _product_in_place(out: torch.Size, a: torch.Size, b: torch.Size, *unused: ob
 
 
 class Products(TorchDispatchMode):
-    """The matrix products of what runs inside, to be repeated on random numbers without all the rest."""
+    """The matrix products of what runs inside, to be repeated on random numbers without all the rest.
+
+    Every product has factors of its own, as in the step: shared ones would stay in the cache. They take as much memory
+    as all that the products read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
