@@ -95,7 +95,7 @@ setup() {
 # packages ARGUMENTS: pip install's, through uv where it is present; quiet but for the log.
 packages() {
   if command -v uv >/dev/null; then
-    uv pip install --python .venv/bin/python --constraint constraints.txt ${PIP_NO_INDEX:+--no-index} \
+    uv pip install --python .venv/bin/python --compile-bytecode --constraint constraints.txt ${PIP_NO_INDEX:+--no-index} \
       ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$@" >>"$log" 2>&1
   else
     .venv/bin/python -m pip install --constraint constraints.txt "$@" >>"$log" 2>&1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, cast
 
 import torch
@@ -130,24 +131,28 @@ class VisionCache:
         with Progress("vision features", len(missing), []) as progress:
 
             def one(image: Path) -> int:
+                progress.advance_rows(count())
+                if self.path(image).is_file():  # by now: another run keeps its features here, too
+                    return 0
                 features = tower.features(read_pixels(image))
                 replace_tensors({"features": features}, self.path(image))
-                progress.advance_rows(count())
                 return features.nbytes
 
             sizes = in_order(missing, one)
         if is_main():
-            text = f"{len(missing):,} images, {sum(sizes) / 2**20:,.1f} MiB added to {self.folder}"
+            text = f"{sum(map(bool, sizes)):,} images, {sum(sizes) / 2**20:,.1f} MiB added to {self.folder}"
             print(f"{VARIABLE}: vision features of {text}", file=sys.stderr)
 
     def _missing(self, images: Iterable[Path]) -> list[Path]:
-        """One image for each content that has no file yet."""
+        """One image for each content that has no file yet, shuffled: runs that start together share the work."""
         found: dict[Path, Path] = {}
         for image in sorted(images):
             if not image.is_file():
                 raise ClmoeError(f"{image}: there is no such image")
             found.setdefault(self.path(image), image)
-        return [image for path, image in found.items() if not path.is_file()]
+        missing = [image for path, image in found.items() if not path.is_file()]
+        SystemRandom().shuffle(missing)
+        return missing
 
 
 @cache

@@ -16,6 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from filelock import FileLock
+
 from clmoe.data.records import Turn
 from clmoe.embedded.scenes import SIDE, Scene, draw_distinct, render
 from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec, sample_scene, sample_turns
@@ -47,20 +49,19 @@ def prepare(benchmark_name: str, target: Path) -> Path:
     if target.exists() and not (target / MARKER).is_file():
         raise ClmoeError(f"{target} exists, and `clmoe data prepare` did not write it: choose another data folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
-    try:
-        _write(work, benchmark_name)
-        (work / MARKER).write_text(marker)
-        work.chmod(0o755)
-        if target.exists() and not _is_complete(target, marker):
-            shutil.rmtree(target)
+    with FileLock(target.with_name(f".{target.name}.lock")):  # of several processes one draws, the others wait
+        if _is_complete(target, marker):
+            return target
+        work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
         try:
+            _write(work, benchmark_name)
+            (work / MARKER).write_text(marker)
+            work.chmod(0o755)
+            if target.exists():  # of another version or size
+                shutil.rmtree(target)
             work.rename(target)
-        except OSError:  # another process may have been faster
-            if not _is_complete(target, marker):
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
