@@ -24,9 +24,16 @@ WORTHWHILE = 0.75
 """Prefixes are shared if this reads at most this share of the tokens that whole prompts would take."""
 
 
-def train_dataset(base: LoadedBase, records: Sequence[TrainRecord], image_root: Path, max_length: int) -> TrainDataset:
-    """Records as training items for this base; all processes must call it."""
-    _fill_cache(base, (record.image for record in records), image_root)
+def train_dataset(
+    base: LoadedBase,
+    records: Sequence[TrainRecord],
+    image_root: Path,
+    max_length: int,
+    rows: Iterable[int] | None = None,
+) -> TrainDataset:
+    """Records as training items for this base; all processes must call it. Only ``rows`` (all) are going to be read."""
+    read = records if rows is None else (records[row] for row in rows)
+    _fill_cache(base, (record.image for record in read), image_root)
     return TrainDataset(records, image_root, base.encoder, max_length)
 
 

@@ -137,6 +137,11 @@ class BatchPlan:
         orders = {epoch: epoch_permutation(self.seed, epoch, self.records) for epoch in epochs}
         return [int(orders[p // self.records][p % self.records]) for p in positions]
 
+    def rows(self, steps: int) -> list[int]:
+        """Record indices that the first ``steps`` global batches read, each once."""
+        read = min(steps * self.batch_size, self.records)
+        return [int(row) for row in epoch_permutation(self.seed, 0, self.records)[:read]]
+
 
 class MicroBatches:
     """The micro-batches of one process, from ``first_step`` on: a ``batch_sampler`` for torch's DataLoader."""

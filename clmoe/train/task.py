@@ -300,10 +300,10 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
-    dataset = train_dataset(base, phase.records, phase.image_root, training.max_length)
+    plan = batch_plan(request, phase.records)
+    dataset = train_dataset(base, phase.records, phase.image_root, training.max_length, plan.rows(steps))
     if training.gradient_checkpointing:
         enable_checkpointing(context.model)
-    plan = batch_plan(request, phase.records)
     stage = request.stage
     part = "" if phase.name == "trained" else f" ({phase.name})"
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}{part}"

@@ -238,6 +238,22 @@ def test_what_is_kept_does_not_depend_on_what_came_with_it(base: LoadedBase, ima
     assert torch.equal(base.vision.read(images / NAMES[1]), states[0])
 
 
+def test_only_what_is_read_and_nobody_else_computed_is_computed(base: LoadedBase, images: Path) -> None:
+    train_dataset(base, RECORDS, images, 256, rows=[1, 3])
+    assert len(contents(base.vision.folder)) == 1
+    decoded: list[Path] = []
+
+    def read(image: Path) -> Tensor:
+        decoded.append(image)
+        if len(decoded) == 1:  # meanwhile, a run beside this one is faster
+            fill(base, *(images / name for name in NAMES))
+        return base.read_pixels(image)
+
+    shutil.rmtree(base.vision.folder)
+    base.vision.fill(vision_tower_of(base.model), [images / name for name in NAMES], read)
+    assert len(decoded) == 1 and len(contents(base.vision.folder)) == 3
+
+
 def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, images: Path) -> None:
     again = Path(shutil.copy(images / NAMES[0], images / "again.png"))
     assert len(fill(base, images / NAMES[0], again)) == 1

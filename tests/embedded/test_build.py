@@ -85,7 +85,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(build, "_test_row", stop)
     with pytest.raises(KeyboardInterrupt):
         build.prepare("playground-coin", tmp_path / "playground-coin")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".playground-coin.lock"]
 
 
 # ---- Scenes

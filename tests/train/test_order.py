@@ -24,6 +24,7 @@ def test_every_record_comes_once_per_epoch(records: int, batch_size: int) -> Non
     assert len(stream) == steps * batch_size, "every batch is full: nothing is dropped at an epoch's end"
     for epoch in range(3):
         assert sorted(stream[epoch * records : (epoch + 1) * records]) == list(range(records))
+    assert all(set(plan.rows(n)) == set(stream[: n * batch_size]) for n in range(1, steps))
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
