@@ -81,6 +81,7 @@ class AdapterConfig:
         alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
         scale: the *effective* scale, ``s`` times the mean gate, the same with and without one; replaces ``alpha``.
         dropout: on the adapter's input.
+        as_released: experts as in CL-MoE's released code: A ~ N(0, 0.01^2) at every width, and a dropout mask for each.
         targets: the linears of each decoder block that are adapted.
         router_scope: one router ``per_linear`` (CoIN, CL-MoE) or ``per_block`` (LLaVA-CMoE).
         router_top_k: experts per token; None mixes all.
@@ -93,6 +94,7 @@ class AdapterConfig:
     alpha: float = 128.0
     scale: float | None = None
     dropout: float = 0.0
+    as_released: bool = False
     targets: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
     router_scope: Literal["per_linear", "per_block"] = "per_linear"
     router_top_k: int | None = None
@@ -362,9 +364,14 @@ def model_values(model: str) -> dict[str, Any]:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training."""
+    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
+
+    ``adapter.as_released`` is recorded where it is set only: checkpoints without it keep their bytes.
+    """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"]
+    if not config.adapter.as_released:
+        del values["adapter"]["as_released"]
     return values
 
 

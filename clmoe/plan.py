@@ -162,7 +162,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     names, own = {x.name for x in first.linears}, FLOAT32 if lora else b
     adapted = sum(own * x.experts * x.rank for x in first.linears)  # per token: what lies between A and B, then inputs
     if adapter.dropout or (lora and half):  # a copy for every linear, and dropout's mask
-        adapted += sum(x.din * (own + (adapter.dropout > 0)) for x in first.linears)
+        copies = adapter.experts if adapter.as_released and not lora else 1
+        adapted += sum(copies * x.din * (own + (adapter.dropout > 0)) for x in first.linears)
     if not lora or not (adapter.dropout or half):  # once where linears or routers read the same
         adapted += b * D * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
         adapted += b * F * ("down_proj" in names and not per_block)

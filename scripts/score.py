@@ -22,7 +22,7 @@ from clmoe.evaluate.scoring import CAPTIONS, score_answers
 
 # Published scripts find a line's question by its id and divide by the number of lines, except these.
 PAIRED_BY_POSITION = ("class_name", CAPTIONS)
-DIVIDED_BY_QUESTIONS = ("option_letter", "gqa")
+DIVIDED_BY_QUESTIONS = ("option_letter",)
 
 
 class FileScore(NamedTuple):

@@ -1,10 +1,12 @@
-"""A small vocabulary trained by SentencePiece with LLaMA's options, in a folder as LLaMA models ship it."""
+"""Vocabularies in a folder as LLaMA models ship it: a small one, trained with LLaMA's options, and LLaMA's own."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from clmoe.data.prompts import SYSTEM
 
@@ -48,4 +50,34 @@ def train_vocabulary(folder: Path) -> Path:
     (folder / "tokenizer.vocab").unlink()
     settings = {"add_bos_token": True, "model_max_length": 4096, "tokenizer_class": "LlamaTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def llama_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """LLaMA's 32,000 pieces and its merges in order, as far as the released conversations and the probes need them.
+
+    Cut from the tokenizer.json in PyPI's wordllama 0.4.0: what is in no such text has a name of its own and no merge.
+    """
+    data = json.loads(gzip.decompress((Path(__file__).parent / "data/llama_pieces.json.gz").read_bytes()))
+    names = dict.fromkeys(range(32_000)) | {number: piece for piece, number in data["vocab"].items()}
+    vocabulary = {piece or f"<unused {number}>": number for number, piece in names.items()}
+    return vocabulary, [tuple(merge.split(" ")) for merge in data["merges"]]
+
+
+def write_llama_pieces(folder: Path) -> Path:
+    """The same as ``tokenizer.model``, as Vicuna has it: a piece's score falls with its merge, and runs of blanks merge
+    last of all. Returns the folder."""
+    vocabulary, merges = llama_pieces()
+    train_vocabulary(folder)
+    proto = ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    kinds = [piece.type for piece in proto.pieces[:259]]
+    del proto.pieces[:]
+    scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges)))}
+    for piece, number in vocabulary.items():
+        score = -1e9 if set(piece) == {"▁"} and len(piece) > 1 else scores.get(piece, -1e6 if number else 0.0)
+        kind = kinds[number] if number < 259 else ModelProto.SentencePiece.NORMAL
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.vocab_size = len(vocabulary)
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     return folder

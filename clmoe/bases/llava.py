@@ -33,6 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+from clmoe.bases.pieces import repaired
 from clmoe.config import ModelConfig
 from clmoe.data import images
 from clmoe.data.batches import Encoder
@@ -216,7 +217,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
 
     Raises ClmoeError: not a LLaVA in transformers' format, a tensor is missing or does not fit config.json, attention
-    or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the model.
+    or 4-bit weights need something that is absent, ``CLMOE_VISION`` does not fit the model, or as ``pieces.repaired``.
     """
     _check_means(config, torch.device(device))
     disable_progress_bar()
@@ -241,13 +242,14 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+    tokenizer = repaired(processor.tokenizer, Path(folder), model.config.image_token_id)
     model.requires_grad_(False).eval()
     if not config.load_in_4bit:  # quantised weights were placed while loading
         cast(nn.Module, model).to(device)
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the checkout is
     return LoadedBase(
         model=model,
-        tokenizer=processor.tokenizer,
+        tokenizer=tokenizer,
         image_processor=processor.image_processor,
         image_token_count=count_image_tokens(model),
         fingerprint=fingerprint,

@@ -13,7 +13,6 @@ from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from torch import Size, Tensor
 from transformers import (
@@ -27,9 +26,8 @@ from transformers import (
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.tokenization_utils_base import generate_merges
 
-from clmoe.data.prompts import SYSTEM
+from clmoe.bases.pieces import PAD, PROBES, SETTINGS, Ids, different, read_pieces
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import flush, read_json
@@ -135,7 +133,6 @@ def check_tensors(found: dict[str, Tensor], shapes: dict[str, Size], where: Path
 
 # ---- A LLaVA without its weights
 
-PAD = "<pad>"
 ROWS_MULTIPLE = 64  # llava-hf: 32000 rows become 32064
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -143,15 +140,6 @@ TEXT_FIELDS = (
     "rope_scaling", "rope_theta", "rope_parameters",  # transformers 5 has the third in place of the other two
     "attention_bias", "mlp_bias", "pretraining_tp", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-PROBES = (
-    SYSTEM + " USER: What is it?\nAnswer the question using a single word or phrase. ASSISTANT:",
-    "Hi  Hello   three    four                 many blanks  ",
-    "[0.12, 0.30, 0.50, 0.94] 1 + 234,567 = 2024-11-28",
-    "\nlines\n\n\n  and\ttabs\r\n\n",
-    "naïve “café” Ωμέγα 狗 한국 עברית \u00a0🐕👩‍🚀 e\u0301",
-)
-"""Texts on which the written tokenizer is compared. None begins with a blank, nor does any prompt: there SentencePiece
-puts a second one before it, and transformers does not."""
 
 
 def read_tower(folder: Path) -> tuple[Any, Any]:
@@ -207,26 +195,21 @@ def llava_config(
     )
 
 
-def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, list[list[int]]]:
+def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
     """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
 
-    SentencePiece merges ``tokenizer.model`` by score; transformers 5.23 orders the merges by piece number and so splits
-    runs of blanks differently. Raises ClmoeError if there is no readable one.
+    A ``tokenizer.model`` goes before a ``tokenizer.json``. Raises ClmoeError if there is no readable one.
     """
-    settings: dict[str, Any] = {"extra_special_tokens": {"image_token": IMAGE_MARK}, "padding_side": "left"}
+    settings: dict[str, Any] = dict(SETTINGS)
     try:
         if (folder / "tokenizer.model").is_file():
             if (folder / "tokenizer_config.json").is_file():
                 settings |= {"model_max_length": read_json(folder / "tokenizer_config.json").get("model_max_length")}
-            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-            vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-            merges = generate_merges(vocabulary, {piece: pieces.get_score(i) for piece, i in vocabulary.items()})
-            tokenizer = LlamaTokenizer(vocabulary, merges, add_bos_token=True, **settings)
-            ids = pieces.encode(list(PROBES))
+            tokenizer, ids = read_pieces(folder / "tokenizer.model", **settings)
         else:
             raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
-            ids = [raw.encode(text, add_special_tokens=False).ids for text in PROBES]
+            ids = {text: raw.encode(text, add_special_tokens=False).ids for text in PROBES}
         tokenizer.add_special_tokens({"pad_token": PAD})
     except Exception as error:  # tokenizers raises nothing narrower
         raise ClmoeError(f"{folder}: no readable tokenizer.model or tokenizer.json: {error}") from error
@@ -328,17 +311,17 @@ def _widen(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaProcessor, ids: list[list[int]]) -> None:
+def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaProcessor, ids: Ids) -> None:
     """The tokenizer is read back and must give the original's ids."""
     config.save_pretrained(folder)
     special = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(folder)
     processor.save_pretrained(folder)
     written = AutoProcessor.from_pretrained(folder, backend="pil").tokenizer
-    for text, wanted in zip(PROBES, ids, strict=True):
-        found = written(text)["input_ids"]
-        if found != [processor.tokenizer.bos_token_id, *wanted]:
-            raise ClmoeError(f"the converted tokenizer turns {text!r} into {found}, the original into <s> and {wanted}")
+    if written("")["input_ids"] != [processor.tokenizer.bos_token_id]:
+        raise ClmoeError(f"the converted tokenizer puts {written('')['input_ids']} before a text, not one <s>")
+    if reason := different(written, ids):
+        raise ClmoeError(f"the converted tokenizer {reason}")
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

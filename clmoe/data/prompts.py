@@ -3,6 +3,7 @@
 As in LLaVA, the texts before and after ``<image>`` are tokenised separately, with ``image_token_count`` copies of the
 image token between them. LLaMA's tokenizer marks the beginning of the second text: the tokens after an image are ``▁``,
 ``<0x0A>``, where a single string gives ``<0x0A>`` alone. Only the first text gets a ``<s>``, if the tokenizer adds one.
+docs/faults.md lists where ids and labels differ from those of the released training code.
 
 The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn, what
 LLaVA's ``preprocess_v1`` leaves unmasked, and also where that loses count (``ASSISTANT: `` in the text) and masks all.

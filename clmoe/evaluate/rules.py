@@ -5,11 +5,12 @@ benchmark's published script computes, faults included; ``scripts/score.py`` add
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
@@ -28,13 +29,21 @@ def unfit(question: Question, field: str, needed: str) -> ClmoeError:
 
 # ---- Letters of options
 
-# Tried in this order. A lone letter may be lower case. Within a sentence only a capital counts, and an unmarked "A" or
-# "I" before another word is the article or the pronoun.
-_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?[.,:;]?", re.ASCII)
-_LEADING_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.,:)])(?=\s)", re.ASCII)
+# Markdown, quotes and the kind of brackets say nothing; an apostrophe within a word stays.
+_DECORATION = re.compile(r"""[*_`"“”„«»「」『』$#]|(?<!\w)['‘’]|['‘’](?!\w)|\\boxed""")
+_BRACKETS = str.maketrans("[{【《]}】》。", "(((()))).")
+# Tried in this order. An unmarked "A" or "I" before another word is the article or the pronoun, and a letter before a
+# full stop and one more letter is a part of an abbreviation ("U.S.").
+_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?[.,:;!?)]*", re.ASCII)
+_LEADING_LETTER = re.compile(
+    r"\(([A-Za-z])\)(?=[\s.,:;-])|\(([A-Z])\)|([A-Z])[.,:;)](?![A-Z]\b|[A-Za-z]\.)"
+    r"|([A-Z])(?=\s*\n|\s+[-–—=:]\s|\s+is\s+(?:the\s+)?(?:correct|right|answer)\b)",
+    re.ASCII,
+)
 _NAMED_LETTER = re.compile(
-    r"\b(?i:answer|option|choice)(?:\s+(?i:is))?\s*:?\s*"
-    r"(?:\(([A-Za-z])\)|([A-Z])(?=\s*(?:[.,:;!)]|$))|([B-HJ-Z])(?=\s))",
+    r"\b(?i:answer|option|choice|letter)(?:\s+(?i:is))?\s*[:=-]?\s*"
+    r"(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*(?:[.,:;!?)]|$))|([B-HJ-Zb-hj-z])(?=\s))"
+    r"|\b(?i:option|choice|letter)\s+(A)\b",
     re.ASCII,
 )
 
@@ -42,9 +51,9 @@ _NAMED_LETTER = re.compile(
 def option_letter(prediction: str, question: Question, mode: Mode) -> float:
     """Multiple choice: the prediction names the letter ``question.answer``.
 
-    ``fixed`` reads "B", "b.", "(B)", "B. text", "The answer is B." and "Option B"; it does not take the article in
-    "A dog" for option A. ``official`` is CoIN's ScienceQA rule: an exact "A" to "E", or a leading "B. ", or else the
-    first one-character word, upper-cased, whatever it is.
+    ``fixed`` reads "B", "b.", "(B)", "**B**", "B. text", "B.text", "The answer is b." and "Option B"; it does not take
+    the article in "A dog" for option A. ``official`` is CoIN's ScienceQA rule: an exact "A" to "E", or a leading "B. ",
+    or else the first one-character word, upper-cased, whatever it is.
     """
     gold = question.answer.strip().upper()
     if not re.fullmatch("[A-Z]", gold):
@@ -59,7 +68,7 @@ def option_letter(prediction: str, question: Question, mode: Mode) -> float:
 
 def parse_letter(text: str) -> str | None:
     """The option letter (upper case) that an answer names, or None."""
-    text = text.strip()
+    text = _DECORATION.sub("", unicodedata.normalize("NFKC", text)).translate(_BRACKETS).strip(" \t\r\n->•")
     match = _LONE_LETTER.fullmatch(text) or _LEADING_LETTER.match(text) or _NAMED_LETTER.search(text)
     return match[match.lastindex].upper() if match and match.lastindex else None
 
@@ -67,7 +76,10 @@ def parse_letter(text: str) -> str | None:
 # ---- Short answers
 #
 # MLLM-DCL's published rules (`contains_...`, `science`) look for the gold answer anywhere in the prediction and find
-# "no" in "none" and in "it is not". Their `fixed` versions look for whole words.
+# "no" in "none" and in "it is not". Their `fixed` versions look for whole words. All published rules of MLLM-DCL pass
+# over predictions with "Unanswerable", whatever the gold answer, and count them as wrong.
+
+_SKIPPED = "Unanswerable"
 
 Match = Callable[[str, str], bool]
 """``(prediction, gold answer)``"""
@@ -104,7 +116,7 @@ def has_words(text: str, gold: str) -> bool:
 
 def official_words(text: str, gold: str) -> bool:
     """MLLM-DCL's eval_ai2d.py: a word needs a blank on one side, or a full stop or comma after it; a phrase nothing."""
-    if "Unanswerable" in text:
+    if _SKIPPED in text:
         return False
     text, gold = text.lower(), gold.lower()
     if " " not in gold:
@@ -112,6 +124,10 @@ def official_words(text: str, gold: str) -> bool:
         if " " in text:
             return any(form in text for form in (f" {gold}", f"{gold} ", f"{gold}.", f"{gold},"))
     return gold in text
+
+
+def _official_equal(text: str, gold: str) -> bool:
+    return _SKIPPED not in text and text.lower() == gold.lower()
 
 
 short_answer = any_matches(same_words, lambda text, gold: text.upper() == gold.upper())
@@ -123,27 +139,25 @@ class_name = any_matches(same_words, lambda text, gold: text in gold or gold in 
 gqa = any_matches(same_words, lambda text, gold: text.rstrip(".").lower() == gold)
 """GQA. ``official`` lower-cases the prediction only, so that nothing matches a gold answer with a capital."""
 
-ocr_vqa = any_matches(same_words, lambda text, gold: "Unanswerable" not in text and text.lower() == gold.lower())
+ocr_vqa = any_matches(same_words, _official_equal)
 """OCR-VQA. ``official`` strips nothing, and takes no "Unanswerable"."""
 
 contains_words = any_matches(has_words, official_words)
 """Remote sensing and driving: the prediction contains the answer."""
 
-contains_answer = any_matches(has_words, lambda text, gold: gold.lower() in text.lower())
+contains_answer = any_matches(has_words, lambda text, gold: _SKIPPED not in text and gold.lower() in text.lower())
 """Medicine (PathVQA): the prediction contains the answer; for ``official``, as any piece of text."""
-
-_exact_source = any_matches(same_words, lambda text, gold: text.lower() == gold.lower())
 
 
 def science(prediction: str, question: Question, mode: Mode) -> float:
     """Science: exact match for images of AI2D, TQA, VQA and SciVerse; MapQA's "Which states" gives partial credit.
 
-    The credit is the share of the gold states that the prediction names. ``official`` looks for each, blanks included,
-    anywhere in it ("Virginia" in "West Virginia"); ``fixed`` compares the lists. MapQA's other questions follow
-    ``contains_answer``.
+    The image's name up to the first "_" is its source. The credit is the share of the gold states that the prediction
+    names, both split at commas; ``official`` keeps blanks and full stops ("Texas." is not "Texas"). MapQA's other
+    questions follow ``contains_answer``.
     """
-    if PurePosixPath(question.image or "").name.startswith(("AI2D", "TQA", "VQA", "SciVerse")):
-        return _exact_source(prediction, question, mode)
+    if PurePosixPath(question.image or "").name.split("_")[0] in ("AI2D", "TQA", "VQA", "SciVerse"):
+        return ocr_vqa(prediction, question, mode)
     if "Which states" not in question.text:
         return contains_answer(prediction, question, mode)
     share = _named_states if mode == "fixed" else _official_states
@@ -154,7 +168,8 @@ def stock(prediction: str, question: Question, mode: Mode) -> float:
     """Finance (StockQA): an option's letter, yes or no. ``official`` only drops blanks and full stops ("B. rising")."""
     golden = accepted(question)
     if mode == "official":
-        return float(prediction.lower().replace(" ", "").replace(".", "") in [gold.lower() for gold in golden])
+        said = prediction.lower().replace(" ", "").replace(".", "")
+        return float(_SKIPPED not in prediction and said in [gold.lower() for gold in golden])
     letters = [gold.strip().upper() for gold in golden if re.fullmatch("[A-Za-z]", gold.strip())]
     words = [gold for gold in golden if gold.strip().upper() not in letters]
     return float(parse_letter(prediction) in letters or any(same_words(prediction, gold) for gold in words))
@@ -172,8 +187,8 @@ def _named_states(prediction: str, gold: str) -> float:
 
 
 def _official_states(prediction: str, gold: str) -> float:
-    parts = gold.lower().split(",")
-    return sum(part in prediction.lower() for part in parts) / len(parts)
+    parts, named = gold.lower().split(","), prediction.lower().split(",")
+    return 0.0 if _SKIPPED in prediction else sum(part in named for part in parts) / len(parts)
 
 
 # ---- VQA accuracy, with the normaliser of VQA's evaluation server
@@ -205,14 +220,15 @@ _FULL_FORMS = {
 def textvqa(prediction: str, question: Question, mode: Mode) -> float:
     """TextVQA: VQA accuracy over the ten answers in ``question.extra["answers"]``.
 
-    ``official`` accepts a prediction without text if an annotator's answer is empty after normalising ("the").
+    ``official`` accepts a prediction without text if an annotator's answer is empty after normalising ("the"), and
+    removes only the first 32 full stops, because the script gives ``re.sub`` its flag as the count.
     """
     if mode == "fixed" and not prediction.strip():
         return 0.0
     answers = question.extra.get("answers")
     if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
         raise unfit(question, "answers", "the texts of ten annotators; 'short_answer' takes fewer")
-    return agreement(prediction, answers)
+    return agreement(prediction, answers, 32 if mode == "official" else 0)
 
 
 def vqa(prediction: str, question: Question, mode: Mode) -> float:
@@ -226,17 +242,17 @@ def vqa(prediction: str, question: Question, mode: Mode) -> float:
     return textvqa(prediction, question, mode)
 
 
-def agreement(prediction: str, answers: list[str]) -> float:
+def agreement(prediction: str, answers: list[str], stops: int = 0) -> float:
     """Mean over the annotators of min(1, equal answers of the others / 3), all normalised (VQA v2's evaluation)."""
-    said = normalise(prediction)
-    equal = [normalise(answer) == said for answer in answers]
+    said = normalise(prediction, stops)
+    equal = [normalise(answer, stops) == said for answer in answers]
     others = [sum(equal) - own for own in equal]
     return sum(min(1.0, count / 3) for count in others) / len(others) if any(equal) else 0.0
 
 
 @lru_cache(maxsize=2**16)  # annotators use few different answers
-def normalise(text: str) -> str:
-    """As VQA's evaluation server, whose own stops after the 32nd full stop: lower case, no articles or punctuation.
+def normalise(text: str, stops: int = 0) -> str:
+    """As VQA's evaluation server: lower case, no articles or punctuation, and no full stops or the first ``stops``.
 
     Number words become digits, a mark between letters a blank, and contractions get their missing apostrophes back.
     """
@@ -245,7 +261,7 @@ def normalise(text: str) -> str:
     spaced = text
     for mark in _PUNCTUATION:
         text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
-    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text).split()]
+    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text, count=stops).split()]
     return " ".join(_FULL_FORMS.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -264,19 +280,19 @@ def iou(prediction: str, question: Question, mode: Mode) -> float:
     Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; ``question.extra["answer_bbox"]`` is a
     string or a list. ``fixed`` computes exactly with the printed decimals. ``official`` keeps CoIN's parser, which cuts
     a character off either end within the brackets ("0.12, 0.94" becomes .12, .9; "1.00, ..." 0.0, ...), and its pixels:
-    both boxes times the larger of ``question.extra["size"]``, if given.
+    both boxes times the larger of ``question.extra["size"]``, if given. No box fits a gold box without area.
     """
-    gold = _gold_box(question)
+    gold = _gold_box(question, mode)
     if mode == "fixed":
         box = parse_box(prediction)
         return float(box is not None and _overlap(box, gold) > Fraction(1, 2))
     side = _side(question)
-    inner = prediction.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
+    inner = prediction.replace("[", "").replace("]", "")[1:-1]
     try:
         x1, y1, x2, y2 = (float(part) * side for part in inner.split(","))
     except ValueError:
         return 0.0
-    return float(_overlap([x1, y1, x2, y2], [float(value) * side for value in gold]) > 0.5)
+    return float(_overlap([x1, y1, x2, y2], [value * side for value in gold]) > 0.5)
 
 
 def parse_box(text: str) -> Box | None:
@@ -288,12 +304,17 @@ def parse_box(text: str) -> Box | None:
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def _gold_box(question: Question) -> Box:
-    gold = question.extra.get("answer_bbox")
-    text = gold if isinstance(gold, str) else ", ".join(map(str, gold)) if isinstance(gold, list) else ""
-    box = parse_box(text)
-    if box is None:
-        raise unfit(question, "answer_bbox", "[x1, y1, x2, y2] with x1 < x2 and y1 < y2, in fractions of the image")
+def _gold_box(question: Question, mode: Mode) -> list[Any]:
+    """Four numbers, exact ones for ``fixed``; raises ClmoeError for all else, where the published script crashes."""
+    gold, number = question.extra.get("answer_bbox"), Fraction if mode == "fixed" else float
+    text = ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
+    text = text.replace("[", "").replace("]", "")
+    try:
+        box = [number(part) for part in (text.strip().rstrip(".") if mode == "fixed" else text).split(",")]
+    except (ValueError, ZeroDivisionError):  # Fraction reads "1/0"
+        box = []
+    if len(box) != 4:
+        raise unfit(question, "answer_bbox", "[x1, y1, x2, y2] in fractions of the image")
     return box
 
 

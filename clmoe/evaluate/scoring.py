@@ -30,7 +30,7 @@ SCORERS: dict[str, Scorer] = {
     "stock": rules.stock,
 }
 CAPTIONS = "captions"
-"""The one rule that needs all answers of a task at once; the same in both modes."""
+"""The one rule that needs all answers of a task at once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def gold_problem(scorer: str, question: Question) -> str | None:
             return None
     except ClmoeError as error:
         return str(error)
-    shown = question.answer or several
+    shown = shown_answer(question)
     return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
 
 
@@ -86,7 +86,7 @@ def score_answers(
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")
     if scorer == CAPTIONS:
-        return captions(predictions, questions)
+        return captions(predictions, questions, mode)
     rows = [SCORERS[scorer](text, question, mode) for text, question in zip(predictions, questions, strict=True)]
     return CorpusScore(sum(rows) / len(rows), rows, {})
 
@@ -107,10 +107,11 @@ def _check_name(scorer: str) -> None:
 _WITHOUT = "; a sequence without caption tasks (ORDER=...) needs neither"
 
 
-def captions(predictions: Sequence[str], questions: Sequence[Question]) -> CorpusScore:
+def captions(predictions: Sequence[str], questions: Sequence[Question], mode: Mode) -> CorpusScore:
     """UCIT's score: the mean of seven figures over the whole list, BLEU-1, -2, -3, -4, METEOR, ROUGE-L and CIDEr.
 
-    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures.
+    CIDEr goes up to 10, so the mean may exceed 1. ``rows`` holds the mean of each caption's own seven figures. With
+    ``official``, a caption with a line break in it shifts all later ones.
     """
     require_captions()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -119,8 +120,12 @@ def captions(predictions: Sequence[str], questions: Sequence[Question]) -> Corpu
     from pycocoevalcap.rouge.rouge import Rouge
 
     count = len(predictions)
-    tokens = _tokenized([[p] for p in predictions] + [references(question) for question in questions])
-    said, wanted = dict(enumerate(tokens[:count])), dict(enumerate(tokens[count:]))
+    texts = [[p] for p in predictions], [references(question) for question in questions]
+    if mode == "official":
+        said, wanted = map(_tokenized_as_published, texts)
+    else:
+        tokens = _tokenized(texts[0] + texts[1])
+        said, wanted = dict(enumerate(tokens[:count])), dict(enumerate(tokens[count:]))
     bleu, bleu_rows = Bleu(4).compute_score(wanted, said, verbose=0)
     figures = {f"BLEU-{n}": (score, rows) for n, (score, rows) in enumerate(zip(bleu, bleu_rows, strict=True), 1)}
     for name, scorer in (("METEOR", Meteor()), ("ROUGE-L", Rouge()), ("CIDEr", Cider())):
@@ -145,6 +150,16 @@ def references(question: Question) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise unfit(question, "captions", "a list of reference captions; the task's 'gold' file may hold them")
     return texts
+
+
+def _tokenized_as_published(texts: list[list[str]]) -> dict[int, list[str]]:
+    """As UCIT's script: all texts are lines of one file. Raises ClmoeError where lines get lost, and that stops."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in row] for i, row in enumerate(texts)})
+    if len(tokens) != len(texts):
+        raise ClmoeError(f"captions: the tokenizer returned {len(tokens)} of {len(texts)} lines; check that Java runs")
+    return tokens
 
 
 def _tokenized(texts: list[list[str]]) -> list[list[str]]:

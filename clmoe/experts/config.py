@@ -1,6 +1,7 @@
 """The configuration of the LoRA-expert adapter, and its member of peft's enum of methods."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -28,6 +29,7 @@ class ExpertConfig(PeftConfig):
         rank: of **one** expert.
         scaling: the factor ``s`` of the mixture.
         dropout: one mask per linear, shared by its experts.
+        as_released: as in ``AdapterConfig``; a mask per expert. Written where it is set only, as there.
         projections: the linears that carry experts.
         router_scope: ``per_linear`` (each linear has its own router) or ``per_block`` (one router per FFN).
         router_top_k: experts kept per token; None keeps all.
@@ -43,6 +45,7 @@ class ExpertConfig(PeftConfig):
     rank: int = 8
     scaling: float = 1.0
     dropout: float = 0.0
+    as_released: bool = False
     projections: list[str] = field(default_factory=lambda: list(FFN_PROJECTIONS))
     router_scope: str = "per_linear"
     router_top_k: int | None = None
@@ -64,6 +67,9 @@ class ExpertConfig(PeftConfig):
         if self.pick == "task" and (self.router_owners or len({frozenset(o) for o in self.layout.values()}) > 1):
             raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block")
         self.target_modules = language_model_pattern(["mlp"] if self.router_scope == "per_block" else self.projections)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if value or name != "as_released"}
 
     @property
     def needs_routing(self) -> bool:

@@ -14,7 +14,8 @@ from clmoe.experts.config import ExpertConfig
 from clmoe.experts.routing import InstanceRouter, RouterBank, rows_of
 from clmoe.utils.names import derived_seed
 
-INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096 as in CL-MoE's released code
+INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096
+RELEASED_STD = 0.01  # at every din, as in CL-MoE's released code
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
@@ -109,9 +110,11 @@ class Experts(nn.Module):
     A: nn.Parameter | None
     B: nn.Parameter | None
 
-    def __init__(self, din: int, dout: int, rank: int, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, din: int, dout: int, rank: int, scaling: float, dropout: float = 0.0, as_released: bool = False
+    ) -> None:
         super().__init__()
-        self.din, self.dout, self.rank, self.scaling = din, dout, rank, scaling
+        self.din, self.dout, self.rank, self.scaling, self.as_released = din, dout, rank, scaling, as_released
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         for factor in ("A", "B"):
             self.register_buffer(f"frozen_{factor}", None)
@@ -124,7 +127,8 @@ class Experts(nn.Module):
 
     def fresh(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """New experts, ``A [count*r, din]`` Gaussian and ``B [dout, count*r]`` zero, so that they change nothing."""
-        A = torch.randn(count * self.rank, self.din, generator=generator) * (INIT_STD / self.din**0.5)
+        std = RELEASED_STD if self.as_released else INIT_STD / self.din**0.5
+        A = torch.randn(count * self.rank, self.din, generator=generator) * std
         return A, torch.zeros(self.dout, count * self.rank)
 
     def append(self, A: Tensor, B: Tensor) -> None:
@@ -164,6 +168,12 @@ class Experts(nn.Module):
             out = base(x)
         if base.bias is not None:
             out = out.clone()  # a view, which a custom function cannot change in place
+        if self.as_released and self._drops:
+            parts = zip(gate.split(1, -1), A.split(self.rank), B.split(self.rank, 1), strict=True)
+            for number, (g, A_i, B_i) in enumerate(parts):
+                first = self.rank if number * self.rank < frozen_rank else 0
+                out = packed_experts(self.dropout(x), g, A_i, B_i, self.scaling, out, first)
+            return out
         dropped = self.dropout(x)
         product, frozen = product if dropped is x else None, base.weight if takes_over else None
         return packed_experts(dropped, gate, A, B, self.scaling, out, frozen_rank, product, frozen)
@@ -176,8 +186,12 @@ class Experts(nn.Module):
             and not base.weight.requires_grad
             and not hasattr(base.weight, "ds_id")
             and base.weight.dtype == x.dtype
-            and not (self.training and isinstance(self.dropout, nn.Dropout))
+            and not self._drops
         )
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):
@@ -212,7 +226,8 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         linears = self.linears(config)
         experts = nn.ModuleDict()
         for linear_name, linear in linears.items():
-            layer = Experts(linear.in_features, linear.out_features, config.rank, config.scaling, config.dropout)
+            sizes = linear.in_features, linear.out_features, config.rank
+            layer = Experts(*sizes, config.scaling, config.dropout, config.as_released)
             generator = seeded(config.seed, f"{self.name}.{linear_name}")
             for count in (frozen, len(owners) - frozen):
                 layer.freeze()

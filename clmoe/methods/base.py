@@ -200,6 +200,7 @@ def _experts(
         rank=rank,
         scaling=scaling,
         dropout=config.adapter.dropout,
+        as_released=config.adapter.as_released,
         projections=list(config.adapter.targets),
         layout={str(block): list(owners) for block in range(len(decoder_layers(base.model)))},
         seed=config.seed,

@@ -104,7 +104,7 @@ def test_no_question_depends_on_its_answer(tmp_path: Path) -> None:
     assert all(len(of_task) == 1 for of_task in texts.values())
     assert texts["Med"].pop().endswith("? Answer the question with a single word (or phrase).")
     assert not texts["Fin"].pop().endswith((".", "C, D."))
-    assert [task.passes for task in benchmark.tasks] == [1, 3, 1, 2, 1]
+    assert [(task.passes, task.max_new_tokens) for task in benchmark.tasks] == [(n, 128) for n in (1, 3, 1, 2, 1)]
 
 
 GOLD_FAULTS: dict[str, list[tuple[Callable[[Any], Any], str]]] = {

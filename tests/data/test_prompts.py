@@ -4,6 +4,8 @@ For LLaMA's tokenizer it is SentencePiece itself with LLaVA's rules written out,
 options; no tokenizer of transformers takes part in it. For the embedded base's byte-level one it is the whole string.
 """
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ import sentencepiece
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, render
-from clmoe.data.records import TrainRecord, Turn
+from clmoe.data.records import TrainRecord, Turn, iterate_train
 from clmoe.errors import ClmoeError
 from tests.data import tokenizers_for_tests as make
-from tests.llama_vocabulary import train_vocabulary
+from tests.llama_vocabulary import llama_pieces, train_vocabulary
 
 IMAGE_TOKENS = 5
 MARK, BEGIN, END = "<image>", 1, 2
@@ -178,6 +180,70 @@ def test_special_tokens_in_the_text_are_refused(
     if token in question:
         with pytest.raises(ClmoeError, match=f"question .*{token}"):
             encode_prompt(question, True, tokenizers[name], IMAGE_TOKENS)
+
+
+# ---- Conversations that the released training code was run on, with LLaMA's own vocabulary
+
+RELEASED = json.loads(gzip.decompress(Path(__file__).with_name("released_tokens.json.gz").read_bytes()))
+USER = [2, 3148, 1001, 29901], [2, 11889, 29901]  # behind </s>: "▁US", "ER" there
+OTHER_IDS = {  # what docs/faults.md names: pieces of the released ids, and ours; the rest must be equal
+    "turns: newline first": ([29871, 13, 5618, 1286], [1724, 1286]),
+    "answer leading newline": ([29871, 13, 26169], [11203]),
+    "answer spaces around": ([29871, 11203, 29871, 2], [11203, 2]),
+    "answer trailing newline": ([11203, 13, 2], [11203, 2]),
+    "question trailing blank text only": ([29973, 29871, 319], [29973, 319]),
+    "question trailing newline turn 2": ([29973, 13, 319], [29973, 319]),
+    "nbsp around answer": ([20246, 26169, 30081], [11203]),
+    "answer holds <s>": ([1, 29871, 11203], [1, 11203]),
+    "answer holds <unk>": ([0, 29871, 11203], [0, 11203]),
+}
+LEARNED = {  # masked as a whole there
+    "answer holds ASSISTANT:": [372, 4083, 319, 1799, 9047, 13566, 29901, 22172, 2],
+    "question holds ASSISTANT:": [263, 6297, 2],
+    "answer holds <unk>": [29871, 0, 11203, 2],
+}
+REFUSED = {
+    "empty answer turn 2": "value", "blank answer": "value", "two images": "value", "image in second turn": "value",
+    "image mark, no image field": "value", "gpt first": "from", "trailing human": "",
+}  # fmt: skip
+
+
+def swapped(pairs: list[tuple[int, int]], there: list[int], ours: list[int]) -> list[tuple[int, int]]:
+    """Ids and labels with ``ours`` for each run of ids ``there``, masked where that ends masked."""
+    result, n, same = [], 0, there[0] == ours[0]
+    while n < len(pairs):
+        run = pairs[n : n + len(there)]
+        if [token for token, _ in run] == there:
+            result += run[:same] + [(token, IGNORE if run[-1][1] == IGNORE else token) for token in ours[same:]]
+            n += len(there)
+        else:
+            result.append(pairs[n])
+            n += 1
+    return result
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_conversations(name: str, tmp_path: Path) -> None:
+    tokenizer = LlamaTokenizer(*llama_pieces(), add_bos_token=True, extra_special_tokens={"image_token": MARK})
+    released, file = RELEASED[name], tmp_path / "train.json"
+    (tmp_path / "a.jpg").touch()
+    row = {"id": "k", "image": released["image"], "conversations": released["conversations"]}
+    file.write_text(json.dumps([{key: value for key, value in row.items() if value}]))
+    if name in REFUSED:
+        with pytest.raises(ClmoeError, match=rf"train.json: row 0 .*'conversations.*{REFUSED[name]}'"):
+            list(iterate_train(file, tmp_path))
+        return
+    (read,) = iterate_train(file, tmp_path)
+    found = encode_training(read, tokenizer, 1, 2048)
+    expected = list(zip(released["ids"], released["labels"], strict=True))
+    for there, ours in (USER, OTHER_IDS.get(name, USER), ([-200], [tokenizer.image_token_id])):
+        expected = swapped(expected, there, ours)
+    assert found.input_ids == [token for token, _ in expected]
+    labels = [label for _, label in expected]
+    if name in LEARNED:
+        assert set(labels) == {IGNORE} and [label for label in found.labels if label != IGNORE] == LEARNED[name]
+    else:
+        assert found.labels == labels
 
 
 # ---- Tokenizers that do not fit

@@ -152,6 +152,13 @@ def equal_to_the_loop(experts: Experts, linear: nn.Linear) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize(("as_released", "at_11008"), [(False, 0.0061), (True, 0.01)])
+def test_the_spread_of_fresh_experts_at_each_width(as_released: bool, at_11008: float) -> None:
+    for din, std in ((4096, 0.01), (11_008, at_11008)):
+        experts = Experts(din, DOUT, 64, scaling=2.0, as_released=as_released)
+        assert experts.fresh(8, torch.Generator().manual_seed(0))[0].std().item() == pytest.approx(std, rel=0.01)
+
+
 def test_fresh_experts_have_the_published_spread_and_change_nothing() -> None:
     experts, linear = Experts(4096, DOUT, 64, scaling=2.0), nn.Linear(4096, DOUT, bias=False)
     A, B = experts.fresh(8, torch.Generator().manual_seed(0))
@@ -186,6 +193,22 @@ def test_under_dropout_one_mask_serves_all_experts_and_the_frozen_linear_sees_th
     torch.manual_seed(5)
     wanted = loop_experts(dropout(x, 0.5), gate, *experts.packed(), SCALING, linear(x))
     close(*([answer, *torch.autograd.grad(answer.sum(), [x, *experts.parameters()])] for answer in (got, wanted)))
+    equal_to_the_loop(experts.eval(), linear)
+
+
+@pytest.mark.parametrize("counts", [(3,), (1, 2)])
+def test_as_released_each_expert_has_its_own_mask(counts: tuple[int, ...]) -> None:
+    experts, (x, gate, linear) = grown(*counts, dropout=0.5), inputs(3)
+    experts.as_released = True
+    torch.manual_seed(5)
+    got = experts(x, gate, linear)
+    torch.manual_seed(5)
+    wanted = linear(x)
+    for g, A, B in zip(
+        gate.split(1, -1), experts.packed()[0].split(RANK), experts.packed()[1].split(RANK, 1), strict=True
+    ):
+        wanted = wanted + SCALING * g * (dropout(x, 0.5) @ A.t() @ B.t())
+    close(*([answer, *torch.autograd.grad(answer.sum(), [x, gate, *experts.parameters()])] for answer in (got, wanted)))
     equal_to_the_loop(experts.eval(), linear)
 
 
