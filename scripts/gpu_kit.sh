@@ -23,7 +23,7 @@ if [ "${1:-}" = --smoke ]; then
   exit
 fi
 # part:seconds, 535 in all; what is most wanted comes first
-for part in b:150 a:110 c:25 g:65 d:65 e:45 h:30 f:45; do
+for part in b:140 a:100 c:20 g:85 d:70 e:45 h:30 f:45; do
   timeout -k 5 "${part#*:}" "${PYTHON:-python3}" "$HERE/bench/kit.py" run "$OUT" "${part%:*}" || true
 done
 kit check "$OUT"

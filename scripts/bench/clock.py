@@ -108,9 +108,9 @@ def peak_rate(dtype: torch.dtype) -> float:
 def step_flops(config: Any, samples: int, tokens: int, answers: int, adapter: int, tuned: bool) -> int:
     """Multiplications and additions of a LLaVA's training step, forward and backward, without recomputation.
 
-    Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. The ``adapter`` has so many
-    parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient. Causal
-    attention counts the half of its square that is not masked.
+    Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. The ``adapter`` has so
+    many parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient.
+    Causal attention counts the half of its square that is not masked.
     """
     text, vision, N = config.get_text_config(), config.vision_config, samples * tokens
     D, L, W, P = text.hidden_size, text.num_hidden_layers, vision.hidden_size, config.image_seq_length

@@ -48,7 +48,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     ("a", "peft's LoRA (float32) over frozen FFN", by_rank("peft_over_frozen"), ""),
     ("a", "peft's LoRA (bfloat16) over frozen FFN", by_rank("peft_16_over_frozen"), ""),
     ("a", "compiled: FFN with experts over frozen FFN", by_rank("packed_compiled_over_frozen"), ""),
-    ("a", "compiled: peft's LoRA (bfloat16)", by_rank("peft_16_compiled_over_frozen"), ""),
+    ("a", "compiled: peft's LoRA (bfloat16), R 32", ["r32_peft_16_compiled_over_frozen"], ""),
     *(
         ("b", f"`{m}`: step s / tokens per s / MFU % / peak GiB / planned GiB", [f"{m}_{kind}" for kind in STEP], goal)
         for m, goal in ((m, "" if m == "lora" else "MFU within 5 points of `lora`'s") for m in METHODS)

@@ -58,7 +58,7 @@ class Sizes:
     backend: str = "inductor"
     batch: int = 8
     steps: int = 3
-    images: int = 8
+    images: int = 6
     new_tokens: int = 8
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     soak_steps: int = 200
@@ -103,15 +103,16 @@ def ffn(record: Record, size: Sizes) -> None:
         own = {name: times[name] - times["frozen"] for name in FORM}
         times_ms = {f"{name}_ms": 1e3 * value for name, value in times.items()}
         record.add(f"r{rank}_", **times_ms, **ratios, adapter_loop_over_packed=own["loop"] / own["packed"])
+    reference: float | None = None  # the frozen FFN is the same at every rank
     for rank in RANKS:
-        with record.trying(*(f"r{rank}_{name}_compiled_over_frozen" for name in COMPILED[1:])):
+        names = COMPILED if reference is None else ("packed",)
+        with record.trying(*(f"r{rank}_{name}_compiled_over_frozen" for name in names if name != "frozen")):
             problem = _problem(size, rank)
-            torch._dynamo.reset()
-            forms = {name: torch.compile(problem.forward, backend=size.backend, dynamic=False) for name in COMPILED}
+            forms = {name: torch.compile(problem.forward, backend=size.backend, dynamic=False) for name in names}
             steps = {name: partial(problem.step, getattr(problem, name), form) for name, form in forms.items()}
             times = experts.seconds(steps, size.repeats)
-            ratios = {f"{name}_compiled_over_frozen": times[name] / times["frozen"] for name in COMPILED[1:]}
-            record.add(f"r{rank}_", frozen_compiled_ms=1e3 * times["frozen"], **ratios)
+            reference = reference or times["frozen"]
+            record.add(f"r{rank}_", **{f"{name}_compiled_over_frozen": times[name] / reference for name in names})
 
 
 def kept_activations(record: Record, size: Sizes) -> None:
@@ -283,7 +284,7 @@ def soak(record: Record, size: Sizes, folder: Path) -> None:
 
 
 def answers(record: Record, size: Sizes, folder: Path) -> None:
-    """Five questions to an image, one by one and in batches; random weights make close calls, which exact mode redoes."""
+    """Five questions to an image, alone and in batches; random weights make close calls, which exact mode repeats."""
     asked = argparse.Namespace(images=size.images, batch=32, new_tokens=size.new_tokens, uncounted=True)
     found = measure_answers(asked, folder, size.base)
     count = found.pop("questions")
@@ -353,8 +354,8 @@ def attention(record: Record, size: Sizes, folder: Path) -> None:
     with kernel("eager"):
         slow, expected = measured()
     record.add(eager_s=slow)
-    flash = SDPBackend.FLASH_ATTENTION
-    for key, name, backend in (("sdpa", "sdpa", None), ("kernel", "sdpa", flash), ("package", "flash_attention_2", None)):
+    forms = {"sdpa": ("sdpa", None), "kernel": ("sdpa", SDPBackend.FLASH_ATTENTION)}
+    for key, (name, backend) in (forms | {"package": ("flash_attention_2", None)}).items():
         if key == "package" and (find_spec("flash_attn") is None or DEVICE.type == "cpu"):
             record.skip([key, f"{key}_times"], "skipped: needs a GPU and the package flash-attn")
             continue
