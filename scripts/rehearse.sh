@@ -9,9 +9,11 @@ OUT=${OUT:-runs/rehearsal} MODEL=${MODEL:-llava-1.5-7b} LAYERS=${LAYERS:-2}
 if [ $# -eq 0 ]; then set -- lora olora moelora clmoe clmoe_released llava_cmoe; fi
 python -W ignore "$ROOT/scripts/bench/rehearse.py" memory --model "$MODEL" --layers "$LAYERS" $((LAYERS + 1)) --methods "$@"
 base="$OUT/$MODEL-$LAYERS"
-[ -e "$base/benchmark.yaml" ] || python -W ignore "$ROOT/scripts/bench/rehearse.py" make "$base" --model "$MODEL" --layers "$LAYERS"
+if [ ! -e "$base/benchmark.yaml" ]; then
+  python -W ignore "$ROOT/scripts/bench/rehearse.py" make "$base" --model "$MODEL" --layers "$LAYERS"
+fi
 for method in "$@"; do
-  options=(training.steps=1 training.batch_size=2 model.dtype=bfloat16 evaluation.batch_size=4 evaluation.limit=4)
+  options=(training.steps=1 training.batch_size=1 model.dtype=bfloat16 evaluation.batch_size=4 evaluation.limit=4)
   if [ "$method" = llava_cmoe ]; then
     options+=(options.extend=every options.probe_min_steps=1 locator.options.steps=10)
   fi

@@ -210,6 +210,19 @@ def test_memory_of_a_step_at_true_width(name: str) -> None:
     assert found["state"] + max(found["planned"]) == pytest.approx(found["process"], rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "moelora", "clmoe_released", "llava_cmoe"])
+def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """True width, 576 image tokens, tensor by tensor; matrix products are left out."""
+    rehearse = load_script("bench/rehearse")
+    (tmp_path / "config.json").write_text(json.dumps(rehearse.cut("llava-1.5-7b", 2)))
+    config = load_config(name, {}, ["model.dtype=bfloat16"], str(tmp_path))
+    state, *activations = rehearse.planned(config, 1, 640)
+    for step, planned in zip(rehearse.measured(config, 1, 640, computes=False), activations, strict=True):
+        assert state == pytest.approx(step.state, rel=0.01)
+        assert planned == pytest.approx(step.peak, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "buffers", "shares"),
     [

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -40,19 +41,29 @@ from clmoe.utils.files import read_json
 
 GIB = 2**30
 METHODS = ("lora", "olora", "moelora", "clmoe", "clmoe_released", "llava_cmoe")
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm}
 ANSWERS = 16  # tokens of each record, as the plan counts them
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and nothing has freed yet."""
+    """Counts the bytes of all storages that operations made and nothing has freed yet.
 
-    def __init__(self) -> None:
+    Unless it ``computes``, matrix products are zeros of the right shape: minutes become seconds, with the same tensors.
+    """
+
+    def __init__(self, computes: bool) -> None:
         super().__init__()
+        self.computes = computes
         self.now = self.most = 0
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if not self.computes and func.overloadpacket in PRODUCTS:
+            a, b = args[-2:]
+            in_place = func.overloadpacket is torch.ops.aten.addmm_
+            result = args[0] if in_place else a.new_zeros(*a.shape[:-1], b.shape[-1])
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self._add(leaf.untyped_storage())
@@ -81,10 +92,10 @@ class Step:
     process: float
 
 
-def measured(config: Config, samples: int, tokens: int) -> tuple[Step, Step]:
-    """An optimizer step with constant weights, without and with recomputation."""
+def measured(config: Config, samples: int, tokens: int, computes: bool = True) -> tuple[Step, Step]:
+    """An optimizer step with constant weights, without and with recomputation; ``computes``: see ``Alive``."""
     method, found, most = method_class(config.method)(config), [], Peak()
-    with Alive() as alive:
+    with Alive(computes) as alive, patch.object(torch.nn.functional, "dropout", _dropout):
         loaded = meta_base(shapes_file(config.model))
         base = loaded.model.to(getattr(torch, config.model.dtype)).to_empty(device="cpu")
         base.set_attn_implementation(config.model.attention)
@@ -118,6 +129,11 @@ def measured(config: Config, samples: int, tokens: int) -> tuple[Step, Step]:
     return found[0], found[1]
 
 
+def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+    """With a mask of bytes, as on a GPU; a CPU's has the type of ``x``."""
+    return torch.native_dropout(x, p, training)[0]
+
+
 def cut(model: str, layers: int) -> dict[str, Any]:
     """The shapes of a model in ``configs/models`` with so many decoder layers, and two of the tower's."""
     shapes = read_json(shapes_file(load_config("lora", {}, [], model).model))
@@ -132,7 +148,7 @@ def planned(config: Config, samples: int, tokens: int) -> tuple[int, int, int]:
     return sum(state_bytes(first).values()), *kept
 
 
-def memory(model: str, layers: list[int], names: list[str], samples: int, tokens: int) -> None:
+def memory(model: str, layers: list[int], names: list[str], samples: int, tokens: int, computes: bool) -> None:
     """Print the table's rows; with two numbers of layers, also the whole model's by the line through both."""
     print("| model | layers | method | part | measured, GiB | planned, GiB | measured : planned |")
     print("|---|---:|---|---|---:|---:|---:|")
@@ -145,11 +161,13 @@ def memory(model: str, layers: list[int], names: list[str], samples: int, tokens
                 (Path(folder) / "config.json").write_text(json.dumps(cut(model, number)))
                 config = load_config(name, {}, ["model.dtype=bfloat16"], folder)
                 figures = planned(config, samples, tokens)
-                plain, again = measured(config, samples, tokens)
+                plain, again = measured(config, samples, tokens, computes)
                 first = first_task(method_class(config.method)(config))
             gc.collect()
             rows[number] = [plain.state, plain.peak, again.peak]
             show(model, number, name, parts, rows[number], figures)
+            if not computes:
+                continue
             adapter = first.count("expert") + first.count("router")
             shapes, tuned = first.model.get_base_model().config, first.count("projector") > 0
             work = step_flops(shapes, samples, tokens, samples * ANSWERS, adapter, tuned)
@@ -226,6 +244,7 @@ def main() -> None:
     verbs.choices["make"].add_argument("--layers", type=int, default=2)
     verbs.choices["memory"].add_argument("--layers", type=int, nargs="+", default=[2, 3])
     verbs.choices["memory"].add_argument("--methods", nargs="+", default=list(METHODS))
+    verbs.choices["memory"].add_argument("--compute", action="store_true", help="matrix products too, with their time")
     verbs.add_parser("structure")
     args = parser.parse_args()
     if args.verb == "structure":
@@ -233,7 +252,7 @@ def main() -> None:
     elif args.verb == "make":
         make(args.folder, args.model, args.layers)
     else:
-        memory(args.model, args.layers, args.methods, samples=1, tokens=640)
+        memory(args.model, args.layers, args.methods, 1, 640, args.compute)
 
 
 if __name__ == "__main__":
