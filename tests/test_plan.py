@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from clmoe import cli
 from clmoe.bases.llava import meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import Config, ModelConfig, load_config
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import attach_adapter
+from clmoe.experts.model import adapter_tensors
 from clmoe.methods import method_class
 from clmoe.plan import (
     FirstTask,
@@ -36,10 +32,9 @@ from clmoe.plan import (
     state_bytes,
 )
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.paths import known_configs, shipped_root
 from tests.runs import Runs
-from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, tiny_config, write_benchmark
+from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, load_script, tiny_config, write_benchmark
 
 Values = dict[str, Any]
 FROZEN_PROJECTOR = "adapter.train_projector=false"
@@ -116,6 +111,55 @@ def test_the_shipped_shapes_are_the_whole_models(name: str, hidden: int, ffn: in
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
 
 
+ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FFN_LINEARS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize(("model", "D", "F", "blocks"), [("7b", 4096, 11008, 32), ("13b", 5120, 13824, 40)])
+@pytest.mark.parametrize(
+    ("method", "linears", "rank", "experts", "projector"),
+    [
+        ("lora", FFN_LINEARS, 64, 0, True),
+        ("olora", FFN_LINEARS, 64, 0, True),
+        ("moelora", FFN_LINEARS, 128, 8, True),
+        ("clmoe", FFN_LINEARS, 64, 8, True),
+        ("clmoe_released", (*ALL, *FFN_LINEARS), 32, 4, True),
+        ("llava_cmoe", ("mlp.up_proj", "mlp.down_proj"), 8 * 64, 8, False),
+    ],
+)
+def test_what_is_saved_at_full_size(
+    method: str, linears: tuple[str, ...], rank: int, experts: int, projector: bool,
+    model: str, D: int, F: int, blocks: int,
+) -> None:  # fmt: skip
+    """Names, shapes and types, tensor by tensor; a router for each linear, LLaVA-CMoE's for each block."""
+    first, expected = first_of(load_config(method, {}, [], f"llava-1.5-{model}")), {}
+    for block in range(blocks):
+        for linear in linears:
+            name = linear.rpartition(".")[2]
+            dout, din = {"down_proj": (D, F), "gate_proj": (F, D), "up_proj": (F, D)}.get(name, (D, D))
+            at, inner = f"language_model.layers.{block}.{linear}", f"clmoe_experts.{name}"
+            if method == "llava_cmoe":
+                at = at.rpartition(".")[0]
+            keys = ("lora_A.weight", "lora_B.weight") if method == "lora" else (f"{inner}.A", f"{inner}.B")
+            expected |= {f"{at}.{keys[0]}": (rank, din), f"{at}.{keys[1]}": (dout, rank)}
+            if experts:
+                read = D if method == "llava_cmoe" else din
+                expected[f"{at}.clmoe_routers.instance.0.weight"] = (experts, read)
+    if projector:
+        for number, din in ((1, 1024), (2, D)):
+            part = f"multi_modal_projector.linear_{number}"
+            expected |= {f"{part}.weight": (D, din), f"{part}.bias": (D,)}
+    saved = adapter_tensors(first.model)
+    assert {name.removeprefix("base_model.model.model."): tuple(t.shape) for name, t in saved.items()} == expected
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    parameters = sum(math.prod(shape) for shape in expected.values())
+    assert first.count() == parameters
+    share = state_bytes(first, 8, "zero2")
+    assert [share[part] for part in ("adapter", "gradients", "optimizer")] == [
+        4 * parameters, 4 * parameters // 8, 12 * parameters // 8,
+    ]  # fmt: skip
+
+
 FAST = ("options.extend=every", "options.probe_min_steps=1", "locator.options.steps=1", FROZEN_PROJECTOR)
 
 
@@ -135,68 +179,6 @@ def test_counts_are_those_of_checkpoints(method: str, mini: Benchmark, runs: Run
 # ---- Memory
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and nothing has freed yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if size and key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
-def measured(config: Config, samples: int, tokens: int) -> list[tuple[int, int]]:
-    """(state, peak above it) of an optimizer step with random weights, without and with recomputation."""
-    method, peaks = method_class(config.method)(config), []
-    with Alive() as alive:
-        loaded = meta_base(shapes_file(config.model))
-        base = loaded.model.to(getattr(torch, config.model.dtype)).to_empty(device="cpu")
-        base.set_attn_implementation(config.model.attention)
-        for tensor in (*base.parameters(), *base.buffers()):
-            tensor.normal_(0, 0.01) if tensor.is_floating_point() else tensor.copy_(torch.arange(tensor.numel())[None])
-        first = first_of(config)
-        trained = TrainedModel(attach_adapter(base, method.adapter(loaded)), method, samples).train()
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        optimizer.step()
-        state = alive.now
-        ids, labels = torch.full((samples, tokens), 5), torch.full((samples, tokens), -100)
-        ids[:, 2 : 2 + first.image_tokens] = base.config.image_token_index
-        labels[:, -20:-4] = 7
-        mask, side = torch.ones_like(ids), base.config.vision_config.image_size
-        mask[0, -3:] = 0
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "num_items_in_batch": torch.tensor(16)}
-        inputs["pixel_values"] = torch.randn(samples, 3, side, side).to(base.dtype)
-        for recompute in (False, True):
-            if recompute:
-                enable_checkpointing(trained.model)
-            before = alive.most = alive.now
-            trained(**inputs)["loss"].backward()
-            optimizer.step()
-            peaks.append((state, alive.most - before))
-    return peaks
-
-
 def full_width(name: str, tokens: int = 160) -> None:
     """Print what a step of two blocks and two tower layers of LLaVA-1.5-7b takes, and what is planned for it."""
     torch.set_num_threads(1)
@@ -208,9 +190,10 @@ def full_width(name: str, tokens: int = 160) -> None:
         config = load_config(name, {}, ["model.dtype=float32"], folder)
         first, before = first_of(config), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         planned = [activation_bytes(first, 2, tokens, again) for again in (False, True)]
-        found = measured(config, 2, tokens)
+        steps = load_script("bench/rehearse").measured(config, 2, tokens)
     process = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     state = sum(state_bytes(first).values())
+    found = [(step.state, step.peak) for step in steps]
     print(json.dumps({"state": state, "planned": planned, "measured": found, "process": process}))
 
 
@@ -225,6 +208,19 @@ def test_memory_of_a_step_at_true_width(name: str) -> None:
         assert found["state"] == pytest.approx(state, rel=0.01)
         assert planned == pytest.approx(peak, rel=0.15)
     assert found["state"] + max(found["planned"]) == pytest.approx(found["process"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "moelora", "clmoe_released", "llava_cmoe"])
+def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """True width, 576 image tokens, tensor by tensor; matrix products are left out."""
+    rehearse = load_script("bench/rehearse")
+    (tmp_path / "config.json").write_text(json.dumps(rehearse.cut("llava-1.5-7b", 2)))
+    config = load_config(name, {}, ["model.dtype=bfloat16"], str(tmp_path))
+    state, *activations = rehearse.planned(config, 1, 640)
+    for step, planned in zip(rehearse.measured(config, 1, 640, computes=False), activations, strict=True):
+        assert state == pytest.approx(step.state, rel=0.01)
+        assert planned == pytest.approx(step.peak, rel=0.1)
 
 
 @pytest.mark.parametrize(

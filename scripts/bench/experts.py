@@ -21,6 +21,7 @@ from statistics import median
 
 import torch
 from clock import DEVICE, device_name, timed
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
@@ -33,10 +34,15 @@ Project = Callable[[str, Tensor, Factors], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """One frozen FFN with experts, and a batch of tokens: ``x [T, D]``, ``gate [T, E]``, ``upstream [T, D]``."""
+    """One frozen FFN with experts, and a batch of tokens: ``x [T, D]``, ``gate [T, E]``, ``upstream [T, D]``.
+
+    ``plain`` and ``plain_16`` are peft's LoRA of the same total rank, in float32 and in the base's type.
+    """
 
     linears: dict[str, nn.Linear]
     experts: dict[str, Experts]
+    plain: nn.ModuleDict
+    plain_16: nn.ModuleDict
     x: Tensor
     gate: Tensor
     upstream: Tensor
@@ -54,16 +60,24 @@ class Problem:
         experts = self.experts[name]
         return loop_experts(value, self.gate, *experts.packed(), experts.scaling, self.frozen(name, value))
 
+    def peft(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
+        return self.plain[name](value)
+
+    def peft_16(self, name: str, value: Tensor, factors: Factors = None) -> Tensor:
+        return self.plain_16[name](value)
+
     def forward(self, project: Project) -> Tensor:
         """``down(silu(gate(x)) * up(x))``, every projection computed by ``project``."""
         g, u = project("gate_proj", self.x, None), project("up_proj", self.x, None)
         return project("down_proj", silu(g) * u, (g, u))
 
-    def step(self, project: Project) -> list[Tensor]:
+    def step(self, project: Project, forward: Callable[[Project], Tensor] | None = None) -> list[Tensor]:
         """Forward and backward; the gradients of input, gate and experts (those that exist)."""
-        leaves = [self.x, self.gate, *(p for experts in self.experts.values() for p in experts.parameters())]
-        wanted = leaves if project != self.frozen else [self.x]
-        return list(torch.autograd.grad(self.forward(project), wanted, self.upstream))
+        parts = {"frozen": (), "peft": self.plain.values(), "peft_16": self.plain_16.values()}
+        modules = parts.get(project.__name__, self.experts.values())
+        leaves = [p for module in modules for p in module.parameters() if p.requires_grad]
+        wanted = [self.x, *([self.gate] if project.__name__ not in parts else []), *leaves]
+        return list(torch.autograd.grad((forward or self.forward)(project), wanted, self.upstream))
 
 
 def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dtype: torch.dtype) -> Problem:
@@ -73,6 +87,15 @@ def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dty
     linears = {
         name: nn.Linear(*shape, bias=False).to(DEVICE, dtype).requires_grad_(False) for name, shape in shapes.items()
     }
+
+    def plain(kind: torch.dtype) -> nn.ModuleDict:
+        lora = LoraConfig(r=total_rank, lora_alpha=2 * total_rank, target_modules=list(shapes), init_lora_weights=False)
+        adapted = inject_adapter_in_model(lora, nn.ModuleDict(linears))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(DEVICE, kind)
+        return adapted
+
     mixtures: dict[str, Experts] = {}
     for name, (din, dout) in shapes.items():
         mixtures[name] = Experts(din, dout, total_rank // experts, scaling=2.0)
@@ -80,7 +103,7 @@ def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dty
         mixtures[name].to(DEVICE)
     gate = torch.randn(tokens, experts).softmax(-1).to(DEVICE).requires_grad_()
     x, upstream = (torch.randn(tokens, hidden).to(DEVICE, dtype) for _ in range(2))
-    return Problem(linears, mixtures, x.requires_grad_(), gate, upstream)
+    return Problem(linears, mixtures, plain(torch.float32), plain(dtype), x.requires_grad_(), gate, upstream)
 
 
 def seconds(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -105,7 +128,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def saved_bytes(problem: Problem, project: Project) -> int:
     """Bytes kept for the backward pass: distinct storages of saved tensors, parameters left out."""
-    modules: list[nn.Module] = [*problem.linears.values(), *problem.experts.values()]
+    modules = [*problem.linears.values(), *problem.experts.values(), problem.plain, problem.plain_16]
     parameters = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -123,12 +146,7 @@ def saved_bytes(problem: Problem, project: Project) -> int:
 
 def measure(problem: Problem, repeats: int) -> dict[str, float]:
     """All figures of the report: times in milliseconds, sizes in MB (1e6 bytes)."""
-    forms: dict[str, Project] = {
-        "frozen": problem.frozen,
-        "packed": problem.packed,
-        "again": problem.again,
-        "loop": problem.loop,
-    }
+    forms: dict[str, Project] = {name: getattr(problem, name) for name in ("frozen", "packed", "again", "loop")}
     steps = {name: partial(problem.step, project) for name, project in forms.items()}
     times = seconds(steps, repeats)
     kept = {name: saved_bytes(problem, project) for name, project in forms.items()}

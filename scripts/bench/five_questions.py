@@ -15,14 +15,16 @@ import torch
 from clock import DEVICE
 from peft import PeftModel
 from PIL import Image, ImageDraw
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from clmoe.bases.llava import LoadedBase, count_image_tokens, load_base
+from clmoe.bases.llava import LoadedBase, count_image_tokens, load_base, shapes_file
 from clmoe.config import Config, ModelConfig, load_config
 from clmoe.data.prompts import SYSTEM
 from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.experts.model import attach_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
+from clmoe.utils.files import read_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "playground"))
 from tiny import TinySizes, build_tiny
@@ -38,8 +40,7 @@ QUESTIONS = (
 BASES = ("playground", "llava", "llava-7b")
 # 576 image tokens of some 630, as in LLaVA-1.5
 LLAVA_LIKE = TinySizes(image_size=336, vision_layers=2, text_layers=4, positions=1024)
-LLAVA_7B = TinySizes(336, 14, 1024, 24, 16, 4096, text_hidden=4096, text_layers=32, text_heads=32, text_ffn=11008)
-WORDS_7B = 32064
+TRUE_SIZE = load_config("lora", {}, [], "llava-1.5-7b").model
 
 
 def open_base(kind: str) -> LoadedBase:
@@ -49,20 +50,46 @@ def open_base(kind: str) -> LoadedBase:
     """
     if kind == "playground":
         return load_base(ModelConfig(), DEVICE)
+    if kind == "llava-7b":
+        return random_base(read_json(shapes_file(TRUE_SIZE)))
     with DEVICE:
-        sizes = LLAVA_7B if kind == "llava-7b" else LLAVA_LIKE
-        model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, sizes, vocabulary=800)
-        if kind == "llava-7b":
-            model = model.to(torch.bfloat16)
-            model.resize_token_embeddings(WORDS_7B, mean_resizing=False)
+        model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, LLAVA_LIKE, vocabulary=800)
     model.requires_grad_(False)
-    return LoadedBase(model, processor.tokenizer, processor.image_processor, count_image_tokens(model), kind)
+    return LoadedBase(
+        model=model,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_token_count=count_image_tokens(model),
+        fingerprint=kind,
+    )
 
 
-def adapted(base: LoadedBase, method: str = "moelora") -> tuple[PeftModel, Method]:
-    """An adapter of eight experts whose up-projections are not zero."""
-    config: Config = load_config(method, {"adapter": {"rank": 64, "experts": 8}}, [])
-    kind = method_class(method)(config)
+def random_base(shapes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> LoadedBase:
+    """Random weights in the shapes of a config.json, made on the device in ``dtype``; a tokenizer of 800 words."""
+    side = TinySizes(image_size=shapes["vision_config"]["image_size"], text_layers=1, vision_layers=1)
+    _, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, side, vocabulary=800)
+    config = LlavaConfig.from_dict(shapes | {"image_token_index": processor.tokenizer.image_token_id})
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with DEVICE:
+            model = LlavaForConditionalGeneration(config).requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return LoadedBase(
+        model=model,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_token_count=count_image_tokens(model),
+        fingerprint="random",
+    )
+
+
+def adapted(base: LoadedBase, config: Config | None = None) -> tuple[PeftModel, Method]:
+    """An adapter whose up-projections are not zero; MoELoRA's of eight experts unless ``config`` says otherwise."""
+    config = config or load_config("moelora", {"adapter": {"rank": 64, "experts": 8}}, [])
+    kind = method_class(config.method)(config)
     model = attach_adapter(base.model, kind.adapter(base))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

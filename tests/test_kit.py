@@ -1,0 +1,94 @@
+"""The GPU kit's own arithmetic and its table; `scripts/gpu_kit.sh --smoke` runs its parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clmoe.bases.llava import meta_base, shapes_file
+from clmoe.config import load_config
+from clmoe.experts.model import attach_adapter
+from clmoe.methods import method_class
+from clmoe.plan import first_task
+from clmoe.train.loop import TrainedModel
+from tests.support import load_script, tiny_config
+
+clock, kit = load_script("bench/clock"), load_script("bench/kit")
+
+
+def test_flops_of_a_step_at_7b() -> None:
+    """On paper, for 640 tokens: linears 8.29 TF, head 0.17, attention 0.11, tower 0.35; twice that goes backward."""
+    config = meta_base(shapes_file(load_config("lora", {}, [], "llava-1.5-7b").model)).model.config
+    found = clock.step_flops(config, 1, 640, 640, 0, tuned=False)
+    tower = 0.35e12 + 24 * 4 * 577**2 * 1024  # its attention, which the first figure leaves out
+    assert found == pytest.approx(2 * 8.29e12 + 2 * 0.17e12 + 3 * 0.107e12 + tower + 2 * 576 * 4096 * 5120, rel=2e-3)
+    experts = clock.step_flops(config, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
+    assert experts / (4 * 640 * 32 * 3 * 4096 * 11008) == pytest.approx(5.02e-4 * 32, rel=1e-3)  # of the FFN's
+
+
+@pytest.mark.parametrize("method", ["lora", "moelora"])
+def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> None:
+    """Attention apart, which the counter leaves out on a CPU."""
+    config = tiny_config(method, tiny_folder, "adapter.train_projector=true")
+    kind, base = method_class(method)(config), meta_base(tiny_folder / "config.json")
+    model = base.model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.normal_(0, 0.1) if tensor.is_floating_point() else tensor.copy_(torch.arange(tensor.numel())[None])
+    first, samples, tokens, answers = first_task(kind), 2, 12, 6
+    model.config.image_seq_length = base.image_token_count
+    trained = TrainedModel(attach_adapter(model, kind.adapter(base)), kind, samples).train()
+    ids, labels = torch.full((samples, tokens), 5), torch.full((samples, tokens), -100)
+    ids[:, 2 : 2 + base.image_token_count] = model.config.image_token_index
+    labels[:, -3:] = 7
+    side, mask = model.config.vision_config.image_size, torch.ones_like(ids)
+    pixels = torch.randn(samples, 3, side, side)
+    counted = clock.flops(lambda: trained(ids, mask, labels, torch.tensor(answers), pixels)["loss"].backward())
+    adapter = first.count("expert") + first.count("router")
+    ours = clock.step_flops(model.config, samples, tokens, answers, adapter, tuned=True)
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    squares = 3 * 2 * samples * tokens**2 * text.hidden_size * text.num_hidden_layers
+    squares += 4 * samples * (base.image_token_count + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
+    assert ours - squares == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(("card", "rate"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+def test_peaks_are_found_by_the_cards_name(card: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "device_name", lambda: card)
+    assert clock.peak_rate(torch.bfloat16) == rate
+
+
+def test_a_part_that_is_cut_leaves_what_it_has(tmp_path: Path) -> None:
+    record = kit.Record("g", tmp_path)
+    record.add(steps=10, nonfinite=0)
+    with record.trying("norm"):
+        raise RuntimeError("no\nluck")
+    values = json.loads((tmp_path / "g.json").read_text())
+    assert values["figures"] == {"steps": 10.0, "nonfinite": 0.0} and values["error"] == "cut"
+    assert values["skipped"] == {"norm": "failed: RuntimeError: no luck"}
+    assert [path.name for path in tmp_path.iterdir()] == ["g.json"]
+
+
+def test_the_table_shows_figures_reasons_and_what_is_missing(tmp_path: Path) -> None:
+    record = kit.Record("g", tmp_path)
+    record.add(steps=200, nonfinite=float("nan"), first_loss=1.5)
+    record.skip(["norm"], "skipped: no card")
+    record.end(None)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{kit.BEGIN}old\n{kit.END}after\n")
+    kit.fill(tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| g | steps / non-finite values | 200 / nan |" in text and "1.5 / not measured" in text
+    assert "skipped: no card / not measured / not measured" in text
+    found = kit.problems(kit.read(tmp_path))
+    assert "g: nonfinite is nan" in found and not any("norm" in problem for problem in found)
+    missing = {(part, key) for part, _, keys, _ in kit.ROWS for key in keys} - {("g", k) for k in ("steps", "norm")}
+    assert len(found) == len(missing) - 1  # first_loss
+
+
+def test_the_page_has_every_row() -> None:
+    page = kit.PAGE.read_text(encoding="utf-8")
+    rows = page.partition(kit.BEGIN)[2].partition(kit.END)[0].splitlines()
+    shown = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows if row.startswith("| ")][1:]
+    assert shown == [(part, what) for part, what, _, _ in kit.ROWS]
