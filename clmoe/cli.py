@@ -29,11 +29,11 @@ def metrics(options: argparse.Namespace) -> Any:
     """``clmoe metrics``: of any accuracy matrix."""
     from clmoe.evaluate.matrix import metrics_from_files
 
-    result = metrics_from_files(options.matrix, options.immediate)
-    rounded = {name: None if value is None else round(value, 2) for name, value in result.items()}
+    result, lacking = metrics_from_files(options.matrix, options.immediate, options.unit)
     if options.json:
-        return rounded
-    return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
+        return {name: None if value is None else round(value, 2) for name, value in result.items()}
+    shown = {name: lacking.get(name) if value is None else f"{value:8.2f}" for name, value in result.items()}
+    return "\n".join(f"{name:<16}{text}" for name, text in shown.items())
 
 
 def data(options: argparse.Namespace) -> str:
@@ -145,6 +145,7 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
 def _metrics_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("matrix", type=Path, metavar="MATRIX.csv", help="rows: after training that task; columns: tasks")
     sub.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, task known")
+    sub.add_argument("--unit", choices=("percent", "fraction"), help="of the scores (default: percent)")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
