@@ -1,8 +1,8 @@
 """Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
 
 Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
-``recipe.comparable``, a method's YAML of the user's own, the rest of the ``recipe``, what its ``recipe.methods`` says of
-the method, the model's YAML, overrides on the command line.
+``recipe.comparable``, a method's YAML of the user's own, the rest of the ``recipe``, what its ``recipe.methods`` says
+of the method, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
