@@ -23,8 +23,8 @@ class Options:
     Attributes:
         latent, hidden: widths.
         draws: latent draws per reconstruction probability.
-        steps, batch_size, learning_rate: of the fit. Of fewer features than steps, a VAE soon learns single samples: the
-            fit then ends when the held-out loss has stopped falling for ``PATIENCE`` steps, with its best weights.
+        steps, batch_size, learning_rate: of the fit. With fewer features than steps it ends, at its best weights, when
+            the held-out loss has not fallen for ``PATIENCE`` steps: on so few features a VAE learns single samples.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
         held_out: share of the features kept for the primitive, where it is computed on such.
         primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last so many of those trained on.
@@ -157,8 +157,10 @@ def _train(
                 continue
             progress.show(float(loss.detach()))
             progress.advance(CHECK * len(batch), CHECK)
+            if not len(watched):
+                continue
             with torch.no_grad():  # with the stored noise, the same in every look
-                now = float(_loss(vae, watched, settings)) if len(watched) else -step
+                now = float(_loss(vae, watched, settings))
             if now < least:
                 least, best_step = now, step
                 best = {name: value.clone() for name, value in vae.state_dict().items()}
