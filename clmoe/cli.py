@@ -29,11 +29,11 @@ def metrics(options: argparse.Namespace) -> Any:
     """``clmoe metrics``: of any accuracy matrix."""
     from clmoe.evaluate.matrix import metrics_from_files
 
-    result = metrics_from_files(options.matrix, options.immediate)
-    rounded = {name: None if value is None else round(value, 2) for name, value in result.items()}
+    result, lacking = metrics_from_files(options.matrix, options.immediate, options.unit)
     if options.json:
-        return rounded
-    return "\n".join(f"{name:<16}{'' if value is None else format(value, '8.2f')}" for name, value in rounded.items())
+        return {name: None if value is None else round(value, 2) for name, value in result.items()}
+    shown = {name: lacking.get(name) if value is None else f"{value:8.2f}" for name, value in result.items()}
+    return "\n".join(f"{name:<16}{text}" for name, text in shown.items())
 
 
 def data(options: argparse.Namespace) -> str:
@@ -73,6 +73,13 @@ def _paths(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers separated by commas, as in 0,1,2")
+    return list(dict.fromkeys(map(int, parts)))
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -94,6 +101,7 @@ def _sequence_arguments(
     if trains:
         sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
     sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
+    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0); the same as seed=SEED")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
     sub.add_argument("settings", nargs="*", metavar="key=value", help=f"for instance {example}")
 
@@ -106,8 +114,20 @@ def _method_arguments(sub: argparse.ArgumentParser) -> None:
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("method", metavar="METHOD", help="a name in configs/methods, a YAML file or a Python file")
     _benchmark_arguments(sub, option=False)
-    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
-    sub.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/BENCHMARK/METHOD-seedSEED)")
+    sub.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: runs/BENCHMARK/METHOD-seedSEED); of a sweep: its",
+    )
+    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="sweep: a run for each of these seeds, as in 0,1,2")
+    sub.add_argument(
+        "--set",
+        action="append",
+        dest="sets",
+        metavar="KEY=V,V",
+        help="sweep: a run for each of these values; repeatable",
+    )
     _sequence_arguments(sub)
 
 
@@ -136,8 +156,8 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; equal labels are averaged")
-    sub.add_argument("--format", type=_paths, default=["md", "csv"], help="of md, csv, tex, pdf, html")
-    sub.add_argument("--output", type=Path, help="default: RUN/report of the first run")
+    sub.add_argument("--format", type=_paths, default=["md", "csv"], help="of md, csv, tex, pdf, svg, html")
+    sub.add_argument("--output", type=Path, help="default: report, beside the runs; of one run, in it")
     sub.add_argument("--data", type=Path, help="html: the benchmark's data folder, if it has moved since the runs")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
 
@@ -145,6 +165,7 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
 def _metrics_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("matrix", type=Path, metavar="MATRIX.csv", help="rows: after training that task; columns: tasks")
     sub.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, task known")
+    sub.add_argument("--unit", choices=("percent", "fraction"), help="of the scores (default: percent)")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
@@ -231,6 +252,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
     if hasattr(options, "settings"):
         options.settings = [*options.settings, *rest]
+        given = [part.removeprefix("seed=") for part in options.settings if part.startswith("seed=")]
+        given += [] if options.seed is None else [str(options.seed)]
+        if len(given) + bool(getattr(options, "seeds", None)) > 1:
+            parser.error("the seed is given twice: write --seed K, or for several runs --seeds K,K")
+        if options.seed is not None:
+            options.settings.append(f"seed={options.seed}")
+        del options.seed
     return options
 
 

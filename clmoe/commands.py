@@ -1,10 +1,16 @@
 """What the verbs do that train, answer or read runs; ``cli`` imports this file when one of them is given."""
 
 import argparse
+import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from clmoe import sequence
 from clmoe.benchmarks.base import Benchmark
@@ -16,14 +22,69 @@ from clmoe.evaluate.answer import load
 from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
-from clmoe.report.page import write_report
-from clmoe.report.runs import read_run
-from clmoe.report.tables import report_text
+from clmoe.report.page import default_folder, write_report
+from clmoe.report.runs import group_runs, read_run
+from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.files import locked
 from clmoe.utils.processes import from_main
+
+
+def run(options: argparse.Namespace) -> str:
+    """``clmoe run``: a method on a benchmark, or a sweep: with every seed and every combination of values."""
+    given = {name: value for name, value in vars(options).items() if name not in ("verb", "seeds", "sets")}
+    if options.seeds is None and options.sets is None:
+        result = sequence.run(**given)
+        shown = {name: value for name, value in result.metrics.items() if value is not None}
+        return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+    runs = _combinations(options)
+    for folder, settings in runs.items():
+        try:
+            sequence.run(**given | {"output": folder, "settings": settings})
+        except ClmoeError as error:
+            raise ClmoeError(f"{folder}: {error}") from error
+    groups, folders = group_runs(list(runs)), " ".join(map(shlex.quote, map(str, runs)))
+    lines = [to_text(comparison_table(groups)), alike_note(groups), f"clmoe report --format html {folders}"]
+    return "\n".join(filter(None, lines))
+
+
+def _combinations(options: argparse.Namespace) -> dict[Path, list[str]]:
+    """The settings of each run of a sweep by its folder; a wrong one of the last stops it before the first."""
+    axes = [_axis(text) for text in options.sets or []]
+    keys = [key for key, _ in axes]
+    for key in keys:
+        if key == "seed" or keys.count(key) > 1 or any(pair.startswith(f"{key}=") for pair in options.settings):
+            raise ClmoeError(f"--set {key}: is given twice, or by an option of its own (seeds: --seeds 0,1,2)")
+    seeds = [[f"seed={seed}"] for seed in options.seeds or ()] or [[]]
+    known, found = {"order": options.order, "base": options.base, "data": options.data}, {}
+    for values, seed in product(product(*(values for _, values in axes)), seeds):
+        pairs = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
+        settings = [*options.settings, *pairs, *seed]
+        described, config, order = sequence.chosen(options.method, options.benchmark, settings, **known)
+        default = sequence.default_folder(described.name, options.method, options.order, config.seed)
+        stem, _, number = default.name.rpartition("-seed")
+        named = [pair.replace('"', "") for pair in pairs]
+        name = re.sub(r"[^\w.=-]+", "_", "-".join([stem, *named, f"seed{number}"]))
+        label = " ".join([config.name, *named])
+        found[(options.output or default.parent) / name] = [*settings, f"label={json.dumps(label)}"]
+        method = method_class(config.method)(config)
+        if method.chain != "none":  # what training checks before it loads anything
+            prepare_request(config, described, UNION if method.chain == "union" else order[0], order, None, Path(name))
+    return found
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    """``key=v,v`` -> the key and its values, each written as YAML."""
+    key, equals, values = text.partition("=")
+    try:
+        found = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        found = []
+    if not (key and equals and found):
+        raise ClmoeError(f"--set {text}: write KEY=VALUE,VALUE, for instance --set options.gamma=0.3,0.7")
+    return key, found
 
 
 def train(options: argparse.Namespace) -> str:
@@ -69,7 +130,7 @@ def report(options: argparse.Namespace) -> Any:
     """``clmoe report``: tables and figures of runs."""
     if options.json:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
-    output = options.output or options.runs[0] / "report"
+    output = options.output or default_folder(options.runs)
     written = write_report(options.runs, output, options.format, options.data)
     return f"{report_text(options.runs)}\n{output}: {', '.join(path.name for path in written)}"
 
@@ -103,7 +164,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "run": sequence.command,
+    "run": run,
     "train": train,
     "eval": evaluate,
     "report": report,

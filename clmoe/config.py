@@ -1,7 +1,8 @@
 """Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
 
-Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's ``recipe``,
-what its ``recipe.methods`` says of the method, the model's YAML, overrides on the command line.
+Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
+``recipe.comparable``, a method's YAML of the user's own, the rest of the ``recipe``, what its ``recipe.methods`` says
+of the method, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import yaml
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
-from clmoe.utils.paths import find_config, known_configs
+from clmoe.utils.paths import find_config, known_configs, shipped_root
 
 T = TypeVar("T")
 
@@ -323,16 +324,26 @@ def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model
     ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), or a Python file
     that registers a method; ``model`` a file in ``configs/models``, a path to one, or a model folder or hub name.
     """
+    shipped: dict[str, Any] = {}
     if source.endswith(".py"):
-        path, values = Path(source), {"method": source}
+        path, mine = Path(source), {"method": source}
     else:
         path = find_config("methods", source)
-        values = _method_values(path)
-    shared = {key: value for key, value in recipe.items() if key != "methods"}
-    own = _own_recipe(recipe, values)
-    for layer in (shared, own, {} if model is None else {"model": model_values(model)}, parse_overrides(overrides)):
-        values = merge(values, layer)
+        shipped, mine = _method_values(path)
+    shared = {key: value for key, value in recipe.items() if key not in ("methods", "comparable")}
+    own = _own_recipe(recipe, merge(shipped, mine))
+    values, overridden = merge(shipped, recipe.get("comparable", {})), parse_overrides(overrides)
+    for layer in (mine, shared, own, {} if model is None else {"model": model_values(model)}, overridden):
+        values = _without_replaced_scale(merge(values, layer), layer)
     return build(Config, merge({}, values), str(path))
+
+
+def _without_replaced_scale(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """``adapter.scale`` replaces ``alpha``: of what lies below a layer that gives ``alpha``, it must not."""
+    given = layer.get("adapter")
+    if isinstance(given, dict) and "alpha" in given and "scale" not in given:
+        return values | {"adapter": {key: value for key, value in values["adapter"].items() if key != "scale"}}
+    return values
 
 
 def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -344,16 +355,20 @@ def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
     return own
 
 
-def _method_values(path: Path) -> dict[str, Any]:
-    """A method's YAML over the one it extends, which extends no other."""
+def _method_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What shipped YAMLs say of a method, and what the user's own say over it; an extended one extends no other."""
+    layers: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     values = read_yaml(path)
-    if "extends" not in values:
-        return values
-    parent = find_config("methods", str(values.pop("extends")))
-    inherited = read_yaml(parent)
-    if "extends" in inherited:
-        raise ClmoeError(f"{path}: extends {parent}, which extends another file itself: name that one")
-    return merge(inherited, values)
+    files = [(path, values)]
+    if "extends" in values:
+        parent = find_config("methods", str(values.pop("extends")))
+        files.insert(0, (parent, read_yaml(parent)))
+        if "extends" in files[0][1]:
+            raise ClmoeError(f"{path}: extends {parent}, which extends another file itself: name that one")
+    for file, read in files:
+        of_user = file.parent != shipped_root() / "configs" / "methods"
+        layers = (layers[0], merge(layers[1], read)) if of_user else (merge(layers[0], read), layers[1])
+    return layers
 
 
 def model_values(model: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A whole sequence in one program: the base is loaded once, then every task is trained, sealed and evaluated."""
 
-import argparse
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -83,13 +82,6 @@ def run(
         checkpoints = _go_on(config, opened, tasks, folder, zero)
     matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
     return Result(folder, checkpoints, matrix, read_json(folder / "metrics.json"))
-
-
-def command(options: argparse.Namespace) -> str:
-    """``clmoe run``: the whole sequence of a benchmark."""
-    result = run(**{name: value for name, value in vars(options).items() if name != "verb"})
-    shown = {name: value for name, value in result.metrics.items() if value is not None}
-    return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def chosen(

@@ -1,6 +1,6 @@
 """Run a grid of configs/grids.yaml on a benchmark: every row with every seed, several side by side, cheapest first.
 
-    python scripts/grid.py GRID [--benchmark B] [--seeds 0 1 2] [--jobs N] [--only LABEL ...] [--list] [key=value ...]
+    python scripts/grid.py GRID [--benchmark B] [--seeds 0,1,2] [--jobs N] [--only LABEL,LABEL] [--list] [key=value ...]
 
 A run is the folder OUT/LABEL-seedK, shared by all grids with that row; its output goes to OUT/logs. Give the same line
 again after any stop: finished runs are skipped, unfinished ones go on. After a failure nothing new starts.
@@ -128,9 +128,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid")
     parser.add_argument("--benchmark", default="playground-coin")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2], metavar="K,K")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="these rows of the grid")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="LABEL,LABEL", help="these rows"
+    )
     parser.add_argument("--order", default="norm", help="of the tasks, for rows that name none")
     parser.add_argument("--out", type=Path, help="default: runs/grid/BENCHMARK")
     for name in ("--base", "--data"):

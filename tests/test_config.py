@@ -3,8 +3,10 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import (
@@ -24,6 +26,7 @@ from clmoe.errors import ClmoeError
 from clmoe.locators import make_locator
 from clmoe.methods import method_class
 from clmoe.utils.paths import find_config, known_configs
+from tests.support import write_benchmark
 
 
 def test_an_unknown_key_option_or_locator_names_the_nearest() -> None:
@@ -183,3 +186,28 @@ def test_every_method_fits_every_benchmark(benchmark: str) -> None:
             make_locator(config.locator, config.seed)
         if config.adapter.scale is not None and method.effective_scale() is not None:
             assert method.effective_scale() == pytest.approx(config.adapter.scale), name
+
+
+def test_methods_are_comparable_on_a_benchmark_of_the_users_and_the_papers_on_a_published_one(tmp_path: Path) -> None:
+    """Rank, effective scale and projector; published values are alpha / rank, times the mean gate of experts."""
+    mine = write_benchmark(tmp_path)
+    mine.write_text(yaml.safe_dump(yaml.safe_load(mine.read_text()) | {"recipe": {"training": {"steps": 3}}}))
+    found: dict[str, set[Any]] = {}
+    for benchmark in (str(mine), "coin", "playground-coin"):
+        for name in ("lora", "moelora", "clmoe", "llava_cmoe", "olora"):
+            recipe = load_benchmark(benchmark, check_files=False).recipe
+            config = load_config(name, recipe, [])
+            scale = method_class(name)(config).effective_scale()
+            found.setdefault(benchmark, set()).add((config.adapter.rank, scale, config.adapter.train_projector))
+    assert found[str(mine)] == {(64, 2.0, False)} and found["playground-coin"] == {(16, 2.0, False)}
+    published = {(64, 2.0, True), (128, 0.25, True), (64, 0.25, True), (64, 1.0, False)}
+    assert found["coin"] == published
+
+    recipe = load_benchmark(str(mine), check_files=False).recipe
+    assert load_config("clmoe", recipe | {"adapter": {"scale": 0.5, "rank": 8}}, []).adapter.scale == 0.5
+    assert load_config("clmoe", recipe, ["adapter.alpha=16"]).adapter.scale is None
+    own = tmp_path / "own.yaml"
+    for text, expected in (("{alpha: 8}", (64, None)), ("{rank: 4}", (4, 2.0)), ("{scale: 1, alpha: 3}", (64, 1.0))):
+        own.write_text(f"extends: clmoe\nadapter: {text}\n")
+        adapter = load_config(str(own), recipe, []).adapter
+        assert (adapter.rank, adapter.scale, adapter.train_projector) == (*expected, False)

@@ -100,7 +100,7 @@ def test_a_grid_runs_in_the_files_order_and_a_second_time_does_nothing(
     Path("out/lora-seed0").rename("elsewhere")
     assert run(grid, monkeypatch, "--seeds", "0") == (0, [*calls, "run lora-seed0"])
     # whether a finished run may get other settings is for clmoe to say
-    assert run(grid, monkeypatch, "a=b", "--only", "lora") == (0, [*calls, *["run lora-seed0"] * 2])
+    assert run(grid, monkeypatch, "--only", "lora", "--seeds", "0,1", "a=b") == (0, [*calls, *["run lora-seed0"] * 2])
 
 
 def test_nothing_starts_after_a_failure_and_the_same_line_goes_on(

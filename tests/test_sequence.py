@@ -257,3 +257,63 @@ def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(runs: Runs, mini
     with pytest.raises(ClmoeError, match=r"test\.json: row 0"):
         clmoe.run("lora", spoiled, base=str(runs.model), output=tmp_path / "run")
     assert not list((tmp_path).glob("run/0*"))
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_combination_and_goes_on_after_a_stop(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--base", str(runs.model), "--output", str(tmp_path / "out"), "--order", ",".join(TASKS[:2])]
+    sweep = ["run", "clmoe", str(runs.benchmark), *where, "--set", "options.gamma=0.3,0.7", "--seeds", "0,1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(task_module, "publish", at_call(4, task_module.publish))
+        with pytest.raises(Killed):
+            cli.main([*sweep, "training.steps=1"])
+    stopped = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(stopped) > 3
+    capsys.readouterr()
+    cli.main([*sweep, "training.steps=1"])
+    printed = capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in stopped.items() if "/.0" not in str(path))
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    for gamma in ("0.3", "0.7"):
+        label = f"clmoe options.gamma={gamma}"
+        for seed in (0, 1):
+            (folder,) = (tmp_path / "out").glob(f"*-options.gamma={gamma}-seed{seed}")
+            recorded = json.loads((folder / "sequence.json").read_text())
+            assert (recorded["seed"], recorded["options"]["gamma"], recorded["label"]) == (seed, float(gamma), label)
+        last = [json.loads((p / "metrics.json").read_text())["last"] for p in (tmp_path / "out").glob(f"*{gamma}-*")]
+        assert (
+            f"{label}     2 " in printed and f"{sum(last) / 2:.2f} ± {abs(last[0] - last[1]) / 2**0.5:.2f}" in printed
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--set", "options.gamma=0.3,1.7"], "options.gamma"),  # the second of the values, before the first is run
+        (["--set", "options.gama=1"], "gama"),
+        (["--set", "options.gamma"], "--set options.gamma"),
+        (["--set", "options.gamma=[0.3"], "--set options.gamma"),
+        (["--set", "options.gamma=1", "options.gamma=0"], "--set options.gamma"),
+        (["--set", "seed=1,2"], "--set seed"),
+        (["--seeds", "0,1", "seed=2"], "--seeds"),
+        (["--seed", "0", "seed=2"], "--seed"),
+        (["--seeds", "0,x"], "--seeds"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_its_first_run(
+    wrong: list[str], named: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "clmoe", str(runs.benchmark), "--output", str(tmp_path / "out"), *wrong])
+    assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_verb_takes_the_seed_by_the_same_option(runs: Runs, tmp_path: Path) -> None:
+    given: dict[str, str] = {"order": TASKS[0], "seed": "5"}
+    by_option = runs.train(tmp_path / "a" / "x", "lora", TASKS[0], "training.steps=1", **given)
+    by_key = runs.train(tmp_path / "b" / "x", "lora", TASKS[0], "training.steps=1", "seed=5", order=TASKS[0])
+    assert contents(by_option) == contents(by_key)
+    assert "seed: 5\n" in (by_option / "config.yaml").read_text()

@@ -21,6 +21,11 @@ from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, shipped_root
 
+COMPARABLE: dict[str, Any] = {"adapter": {"rank": 64, "scale": 2.0, "train_projector": False}}
+"""What the shipped methods share on a benchmark: updates of one size, on parts that every method can train.
+
+A published benchmark's methods keep the adapters of their papers, which differ in all three.
+"""
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
 
@@ -142,6 +147,7 @@ class _BenchmarkEntry:
     name: str = ""
     root: str = ""
     prepare: Literal["playground", "coin", "cl4vqa"] | None = None
+    adapters: Literal["comparable", "published"] = "comparable"
     recipe: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     tasks: list[_TaskEntry] = field(default_factory=list)
@@ -166,7 +172,8 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     for index, name in enumerate(names):
         if name in names[:index]:
             raise ClmoeError(f"{where}.tasks[{index}].name: {name!r} is used twice")
-    benchmark = Benchmark(entry.name, listed, root, entry.recipe, entry.prepare, entry.sources)
+    recipe = entry.recipe | ({"comparable": COMPARABLE} if entry.adapters == "comparable" else {})
+    benchmark = Benchmark(entry.name, listed, root, recipe, entry.prepare, entry.sources)
     if check_files and (root.exists() or not benchmark.built_on_first_use):
         benchmark.require_files()
     return benchmark

@@ -21,8 +21,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -34,7 +35,11 @@ METRICS = (
     "last", "immediate", "maa", "bwt_n", "bwt_n_minus_1", "forgetting_max", "fwt_n_minus_1", "immediate_known",
     "bwt_known",
 )  # fmt: skip
+ONE_TASK = ("last", "immediate", "maa", "bwt_n", "immediate_known", "bwt_known")  # do not compare tasks
 Scores = tuple[float | None, ...]
+Unit = Literal["percent", "fraction"]
+MEANS = ("mean", "average", "avg", "avg.", "overall", "macro")
+ROUNDED = 0.051  # percent; how far a mean printed with one decimal may be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +104,65 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean([*values] or [math.nan])
 
 
-def metrics_from_files(matrix: Path, immediate: Path | None = None) -> dict[str, float | None]:
-    """The metrics of a matrix file and, if given, its one-row file of K."""
+def metrics_from_files(
+    matrix: Path, immediate: Path | None = None, unit: Unit | None = None
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """The metrics of a matrix file and, if given, its one-row file of K; and what each metric that is None lacks.
+
+    ``unit`` of the scores in both files; by default percent. Raises ClmoeError, besides ``read_csv``'s reasons, for a
+    file without a score, for a column of means, and where scores may be shares but no unit says so.
+    """
     loaded = AccuracyMatrix.read_csv(matrix)
-    return metrics(loaded, None if immediate is None else read_immediate_csv(immediate, loaded.tasks))
+    known = None if immediate is None else read_immediate_csv(immediate, loaded.tasks)
+    _check_scores(matrix, loaded.rows.values(), unit)
+    _check_means(matrix, loaded)
+    if immediate is not None:
+        _check_scores(immediate, [known or ()], unit)
+    factor = 100 if unit == "fraction" else 1
+    rows = {after: _times(factor, scores) for after, scores in loaded.rows.items()}
+    found = metrics(AccuracyMatrix(loaded.tasks, rows), None if known is None else _times(factor, known))
+    return found, {name: _lacking(name, loaded, known) for name, value in found.items() if value is None}
+
+
+def _times(factor: int, scores: Scores) -> Scores:
+    return tuple(None if score is None else factor * score for score in scores)
+
+
+def _check_scores(path: Path, rows: Iterable[Scores], unit: Unit | None) -> None:
+    given = [score for scores in rows for score in scores if score is not None]
+    if not given:
+        raise ClmoeError(f"{path}: no score below the header; a row is a task's name and the scores after its training")
+    if unit is None and 0 < max(given) <= 1:
+        raise ClmoeError(
+            f"{path}: no score is above 1: are they shares or percent? Say --unit fraction or --unit percent"
+        )
+    if unit == "fraction" and max(given) > 1:
+        raise ClmoeError(f"{path}: {max(given):g} is above 1 and so no share: leave out --unit fraction")
+
+
+def _check_means(path: Path, matrix: AccuracyMatrix) -> None:
+    """Refuse a column of means, which would count as a task; tasks have a row of their own once they are trained."""
+    for i, name in enumerate(matrix.tasks):
+        others = [(scores[i], [s for j, s in enumerate(scores) if j != i and s is not None]) for scores in
+                  matrix.rows.values()]  # fmt: skip
+        equal = [mean is not None and abs(mean - _mean(rest)) < ROUNDED for mean, rest in others if rest]
+        if name not in matrix.rows and (name.lower() in MEANS or (len(equal) > 1 and all(equal))):
+            raise ClmoeError(f"{path}, header: column {name!r} is the mean of the others and no task: remove it")
+
+
+def _lacking(name: str, matrix: AccuracyMatrix, known: Scores | None) -> str:
+    """The first cell whose absence alone leaves a metric without a value; or why no cell would give it one."""
+
+    def filled(scores: Scores, but: int | None) -> Scores:
+        return tuple(0.0 if s is None and i != but else s for i, s in enumerate(scores))
+
+    blank = (None,) * len(matrix.tasks)
+    rows = {stage: matrix.row(stage) for stage in matrix.stages} | {"--immediate": known or blank}
+    for after, i in product(rows, range(len(blank))) if len(blank) > 1 or name in ONE_TASK else ():
+        full = {stage: filled(scores, i if stage == after else None) for stage, scores in rows.items()}
+        if full[after][i] is None and metrics(AccuracyMatrix(matrix.tasks, full), full["--immediate"])[name] is None:
+            return f"needs row {after}, column {matrix.tasks[i]}"
+    return "needs two tasks"
 
 
 def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:

@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked, Locator
+from clmoe.utils.logging import Progress
 from clmoe.utils.processes import device
 
 
@@ -22,7 +23,8 @@ class Options:
     Attributes:
         latent, hidden: widths.
         draws: latent draws per reconstruction probability.
-        steps, batch_size, learning_rate: of the fit.
+        steps, batch_size, learning_rate: of the fit. With fewer features than steps it ends, at its best weights, when
+            the held-out loss has not fallen for ``PATIENCE`` steps: on so few features a VAE learns single samples.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
         held_out: share of the features kept for the primitive, where it is computed on such.
         primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last so many of those trained on.
@@ -53,6 +55,9 @@ class Options:
                 raise ClmoeError(f"locator.options.{name} must be positive")
         if not 0 < self.held_out < 1:
             raise ClmoeError("locator.options.held_out must lie between 0 and 1")
+
+
+CHECK, PATIENCE = 50, 150  # steps between two looks at the held-out loss; without a better one the fit ends
 
 
 class Gaussian(nn.Module):
@@ -104,8 +109,11 @@ class TaskVae(nn.Module):
         return log_density.logsumexp(0) - math.log(len(draws)), kl
 
 
-def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
-    """Fit one task's VAE on ``features [M, D]`` float32; warns if they are too few or constant for the primitive."""
+def fit_vae(features: Tensor, settings: Options, seed: int, title: str = "locator") -> TaskVae:
+    """Fit one task's VAE on ``features [M, D]`` float32; warns if they are too few or constant for the primitive.
+
+    ``title`` names the progress row.
+    """
     generator, device = torch.Generator().manual_seed(seed), features.device
     order = torch.randperm(len(features), generator=generator)
     kept = max(1, round(settings.held_out * len(features))) if settings.primitive_on == "held_out" else 0
@@ -116,16 +124,7 @@ def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
     vae.shift.copy_(train.mean(0))
     vae.scale.copy_(train.std(0, unbiased=False).clamp(min=settings.feature_floor))
     vae.noise.copy_(torch.randn(vae.noise.shape, generator=generator))
-    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate, fused=True)
-    for _ in range(settings.steps):
-        batch = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
-        noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator).to(device)
-        log_p, kl = vae.log_p_rec(batch, noise)
-        fitness = log_p if settings.objective == "log" else log_p.exp()
-        loss = (settings.eta * -fitness + settings.weight_kl * kl).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    _train(vae, train, held_out if len(features) < settings.steps else held_out[:0], settings, generator, title)
     vae.requires_grad_(False).eval()
     instances = held_out if settings.primitive_on == "held_out" else train[-settings.primitive_last :]
     scores = vae.log_p_rec(instances)[0].double()
@@ -138,6 +137,43 @@ def fit_vae(features: Tensor, settings: Options, seed: int) -> TaskVae:
         )
     vae.primitive.copy_(torch.stack([scores.mean(), deviation.clamp(min=settings.primitive_floor)]))
     return vae
+
+
+def _train(
+    vae: TaskVae, train: Tensor, watched: Tensor, settings: Options, generator: torch.Generator, title: str
+) -> None:
+    """``settings.steps`` steps on ``train [M, D]``, or fewer where ``watched [W, D]`` holds features to stop by."""
+    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate, fused=True)
+    least, best, best_step = math.inf, vae.state_dict(), 0
+    with Progress(title, settings.steps, []) as progress:
+        for step in range(1, settings.steps + 1):
+            batch = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
+            noise = torch.randn(settings.draws, len(batch), settings.latent, generator=generator).to(train.device)
+            loss = _loss(vae, batch, settings, noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % CHECK:
+                continue
+            progress.show(float(loss.detach()))
+            progress.advance(CHECK * len(batch), CHECK)
+            if not len(watched):
+                continue
+            with torch.no_grad():  # with the stored noise, the same in every look
+                now = float(_loss(vae, watched, settings))
+            if now < least:
+                least, best_step = now, step
+                best = {name: value.clone() for name, value in vae.state_dict().items()}
+            elif step - best_step >= PATIENCE:
+                break
+    if len(watched):
+        vae.load_state_dict(best)
+
+
+def _loss(vae: TaskVae, features: Tensor, settings: Options, noise: Tensor | None = None) -> Tensor:
+    log_p, kl = vae.log_p_rec(features, noise)
+    fitness = log_p if settings.objective == "log" else log_p.exp()
+    return (settings.eta * -fitness + settings.weight_kl * kl).mean()
 
 
 class Vae(Locator):
@@ -153,7 +189,8 @@ class Vae(Locator):
     def fit(self, features: Tensor) -> None:
         """Fit the next task's VAE, on this process's GPU where there is one."""
         seed = self.seed + len(self.vaes)
-        self.vaes.append(fit_vae(features.float().to(device()), self.options, seed).cpu())
+        title = f"locator, task {len(self.vaes) + 1}"
+        self.vaes.append(fit_vae(features.float().to(device()), self.options, seed, title).cpu())
 
     @torch.no_grad()
     def scores(self, asked: Asked) -> Tensor:

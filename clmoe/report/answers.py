@@ -80,6 +80,20 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
     return pd.concat(filled), pd.concat(chosen).sort_values("place", kind="stable") if chosen else pd.DataFrame()
 
 
+def majority_shares(groups: Sequence[Group]) -> pd.Series:
+    """By task, percent of its test questions with the most frequent expected answer: what knowing only that gives.
+
+    As far as a run's predictions show it; tasks that are scored as a whole, as captions, have none.
+    """
+    shares, runs = {}, [run for group in groups for run in group.runs]
+    for task in runs[0].order:
+        for frame in (read_answers(run, task) for run in runs):
+            if len(frame) and frame[["then_right", "now_right"]].notna().any(axis=None):
+                shares[task] = 100 * frame["reference"].value_counts(normalize=True).iloc[0]
+                break
+    return pd.Series(shares, dtype=float)
+
+
 def choose(answers: pd.DataFrame, number: int) -> list[str]:
     """Questions of a task to show, in a pseudo-random order that only their names decide.
 

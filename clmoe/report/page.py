@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from clmoe.report.runs import Group, group_runs
 from clmoe.report.tables import Table
 from clmoe.utils.names import unknown
 
-FORMATS = ("md", "csv", "tex", "pdf", "html")
+REPORT = "report"  # the folder beside several runs, or in one, where a report goes by default
+FORMATS = ("md", "csv", "tex", "pdf", "svg", "html")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,17 @@ def write_report(
 ) -> list[Path]:
     """Write a report of run folders into the folder `output`, and return the paths; same runs, same bytes.
 
-    csv: `report.csv` (one line per run) and the numbers behind each other section; pdf: each picture. Pictures are also
-    written as PNG unless html is the only format. `data` is the benchmark's data folder now, for the page's images.
-    Raises ClmoeError for an unknown format and as `group_runs`.
+    csv: `report.csv` (one line per run) and the numbers behind each other section; pdf, svg: each picture. Pictures
+    are also written as PNG unless html is the only format. `data` is the benchmark's data folder now, for the page's
+    images. Raises ClmoeError for an unknown format, an `output` in a run folder but for its `report`, and as
+    `group_runs`.
     """
     for name in formats:
         if name not in FORMATS:
             raise ClmoeError(unknown("report format", name, FORMATS))
+    for folder in (output, *output.parents):
+        if (folder / "run.json").is_file() and output.relative_to(folder).parts[:1] != (REPORT,):
+            raise ClmoeError(f"--output {output} is in the run folder {folder}, whose files have the same names")
     groups = group_runs(runs)
     counts, shown = explore(groups)
     found = sections(groups, counts)
@@ -63,7 +69,7 @@ def write_report(
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8", errors="replace")  # an answer may hold half a character
     written = [output / name for name in texts]
-    endings = [".png"] * (set(formats) != {"html"}) + [".pdf"] * ("pdf" in formats)
+    endings = [".png"] * (set(formats) != {"html"}) + [f".{name}" for name in ("pdf", "svg") if name in formats]
     for picture in [section.picture for section in found if section.picture and endings]:
         paths = [output / f"{picture.name}{ending}" for ending in endings]
         plots.save(picture, paths)
@@ -71,26 +77,37 @@ def write_report(
     return written
 
 
+def default_folder(runs: Sequence[Path]) -> Path:
+    """`report` in the run's folder; of several runs, in the nearest folder that holds them all."""
+    if len(runs) == 1:
+        return runs[0] / REPORT
+    common = Path(os.path.commonpath([run.resolve().parent for run in runs]))
+    return (common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common) / REPORT
+
+
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
     """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
     comparison, costs, scores, located, *matrices = tables.report_tables(groups)
+    settings = tables.settings_frame(groups)
     found = [
         Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
         Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
         Section("matrices", "Accuracy matrices", tables.matrices_frame(groups), plots.matrices(groups), matrices),
         Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
+        Section("losses", "Training loss", tables.run_frame(groups, "losses"), plots.losses(groups)),
         Section("answers", "Answers then and now", counts, plots.answers(counts)),
         Section("locator", "Task locator", tables.located_frame(groups), plots.locator(groups), [located]),
         Section("experts", "Expert growth", tables.run_frame(groups, "expansion"), plots.experts(groups)),
         Section("usage", "Router usage", tables.run_frame(groups, "usage"), plots.usage(groups)),
         Section("parameters", "Parameters", tables.run_frame(groups, "parameters"), plots.parameters(groups)),
+        Section("settings", "Settings", settings, None, [tables.settings_table(groups)] if len(settings) else []),
     ]
     return [section for section in found if len(section.data)]
 
 
 def page(groups: Sequence[Group], found: Sequence[Section], shown: pd.DataFrame, data: Path | None = None) -> str:
     """The whole page."""
-    script = (files("clmoe.report") / "templates" / "answers.js").read_text("utf-8")
+    script = (files("clmoe.report") / "templates" / "page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     columns = ["label", "seed", "task", "question", "prompt", "reference", "then", "then_right", "now", "now_right"]
     return _render(
@@ -121,7 +138,8 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
         "csv": _data_uri,
         "svg": lambda panel, picture: Markup(plots.to_svg(picture, panel)),
     }
-    values |= {"groups": groups, "runs": tables.all_runs(groups), "limit": tables.limit_note(groups)}
+    remarks = [note for note in (tables.alike_note(groups), tables.limit_note(groups)) if note]
+    values |= {"groups": groups, "runs": tables.all_runs(groups), "remarks": remarks}
     return environment.get_template(template).render(values)
 
 

@@ -4,11 +4,12 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 from matplotlib import colormaps, rc_context
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from clmoe.evaluate.matrix import ZERO_SHOT
 from clmoe.report import tables
@@ -31,8 +32,14 @@ VARIABLES = {INK: "currentColor", SOFT: "var(--soft)", GRID: "var(--edge)", BLAN
 VARIABLES |= {colour: f"var(--line-{i})" for i, colour in enumerate(PALETTE)}
 OUTCOME_COLOURS = dict(zip(OUTCOMES.values(), (PALETTE[2], PALETTE[1], PALETTE[4], GRID), strict=True))
 HEAT = colormaps["YlGnBu"]
+REFERENCES = {"chance": (SOFT, ":"), "zero-shot": (SOFT, "--")}  # levels that a method has to exceed
 WIDTH = 3.4  # inches: a panel fits a phone
 Styles = dict[str, tuple[str, str]]  # label -> colour, dash
+METADATA = {  # left out: the same runs give the same bytes
+    ".pdf": ("Creator", "Producer", "CreationDate"),
+    ".png": ("Software",),
+    ".svg": ("Creator", "Date", "Format", "Type"),
+}
 STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 
 
@@ -49,7 +56,9 @@ class Panel:
     def alt(self) -> str:
         """The numbers in words, for screen readers."""
         rows = [(name, row.dropna().items()) for name, row in self.cells.iterrows()]
-        texts = (f"{name}: " + ", ".join(f"{column} {value:.0f}" for column, value in row) for name, row in rows)
+        told = [(name, list(row)) for name, row in rows]  # of a long curve so many points as one listens to
+        shown = [(name, row[:: math.ceil(len(row) / 24) or 1]) for name, row in told]
+        texts = (f"{name}: " + ", ".join(f"{column} {value:.3g}" for column, value in row) for name, row in shown)
         return f"{self.title}. {'; '.join(texts)}"
 
 
@@ -63,13 +72,13 @@ class Picture:
 
 
 def save(picture: Picture, paths: Sequence[Path]) -> None:
-    """Write all panels on one grid, as PNG or PDF by the ending of each path."""
+    """Write all panels on one grid, as PNG, PDF or SVG by the ending of each path."""
     count = len(picture.panels)
     columns = 2 if count == 4 else min(3, count)
     rows = math.ceil(count / columns)
     width, height = (max(panel.size[side] for panel in picture.panels) for side in (0, 1))
     size = (width * columns, (height + 0.2) * rows + 0.3 * bool(picture.legend))
-    with rc_context(fname=STYLE):
+    with rc_context({"svg.hashsalt": picture.name}, STYLE):
         figure = Figure(size, dpi=200, layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, panel in zip(axes, picture.panels, strict=False):
@@ -81,8 +90,7 @@ def save(picture: Picture, paths: Sequence[Path]) -> None:
             lines = [Line2D([], [], color=c, ls=d or "none", marker="so"[bool(d)]) for c, d in picture.legend.values()]
             figure.legend(lines, list(picture.legend), loc="outside lower center", ncols=2 * columns, frameon=False)
         for path in paths:
-            none = dict.fromkeys(("Creator", "Producer", "CreationDate") if path.suffix == ".pdf" else ("Software",))
-            figure.savefig(path, metadata=none)
+            figure.savefig(path, metadata=dict.fromkeys(METADATA[path.suffix]))
             figure.set_layout_engine("none")  # laid out by now
 
 
@@ -92,8 +100,7 @@ def to_svg(picture: Picture, panel: Panel) -> str:
     with rc_context({"svg.hashsalt": f"{picture.name} {panel.title}"}, STYLE):  # ids differ between panels
         figure = Figure(panel.size, layout="constrained")
         panel.draw(figure.subplots(), panel.cells)
-        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(content, format="svg", facecolor="none", metadata=none)
+        figure.savefig(content, format="svg", facecolor="none", metadata=dict.fromkeys(METADATA[".svg"]))
     text = content.getvalue()[content.getvalue().index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</defs>| font-family: [^;]*;", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -110,22 +117,27 @@ def styles(groups: Sequence[Group], labels: pd.Series) -> Styles:
 
 
 def comparison(groups: Sequence[Group]) -> Picture:
-    """One row per label: the mean score right after training, and at the end; the line between them was forgotten."""
+    """One row per label: the mean score right after training, and at the end; the line between them was forgotten.
+
+    Upright lines: what chance and the untrained model reach.
+    """
     legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
     seeds = tables.metrics_frame(groups).groupby("label", sort=False)[list(legend)]
-    stds = seeds.std().fillna(0.0)
+    stds, levels = seeds.std().fillna(0.0), tables.references(groups).mean(skipna=False).dropna()
 
     def dumbbells(ax: Axes, means: pd.DataFrame) -> None:
         rows = range(len(means))
         ax.hlines(rows, means.min(axis=1), means.max(axis=1), color=SOFT, lw=1.5, zorder=1)
         for column, (colour, _) in legend.items():
             ax.errorbar(means[column], rows, xerr=stds[column], fmt="o", color=colour, ms=6, lw=1.2)
+        for name, level in levels.items():
+            ax.axvline(level, color=SOFT, ls=REFERENCES[str(name)][1], lw=1, zorder=0)
         ax.set_yticks(rows, _short(means.index))
         ax.set(ylim=(len(means) - 0.5, -0.5), xlim=(-4, 104), xticks=range(0, 101, 25))
         ax.grid(axis="x")
 
     panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), dumbbells)
-    return Picture("comparison", [panel], legend)
+    return Picture("comparison", [panel], legend | {name: REFERENCES[name] for name in levels.index})
 
 
 def matrices(groups: Sequence[Group]) -> Picture:
@@ -149,13 +161,25 @@ def forgetting(groups: Sequence[Group]) -> Picture:
     """One panel per task: its score after each stage, a line per label, the deviation as a band."""
     frame, order, panels = curves_frame(groups), groups[0].runs[0].order, []
     stages = [stage for stage in (ZERO_SHOT, *order) if stage in set(frame["after"])]
-    drawn = styles(groups, frame["label"])
+    drawn, levels = styles(groups, frame["label"]), tables.references(groups)
     for task in order:
-        own = frame[frame["task"] == task]
+        own, known = frame[frame["task"] == task], levels.loc[task].dropna().to_dict()
         means, stds = (own.pivot(index="label", columns="after", values=name) for name in ("mean", "std"))
         means, stds = (values.reindex(index=list(drawn), columns=stages) for values in (means, stds))
-        panels.append(Panel(task, means, (2.65, 1.95), partial(_lines, drawn=drawn, stds=stds.fillna(0.0), mark=task)))
-    return Picture("forgetting", panels, drawn)
+        draw = partial(_lines, drawn=drawn, stds=stds.fillna(0.0), mark=task, levels=known)
+        panels.append(Panel(task, means, (2.65, 1.95), draw))
+    return Picture("forgetting", panels, drawn | {name: REFERENCES[name] for name in levels.dropna(axis=1, how="all")})
+
+
+def losses(groups: Sequence[Group]) -> Picture:
+    """One panel per task: the training loss, mean over the seeds, a line per label; not of probes and the like."""
+    frame, panels = tables.run_frame(groups, "losses"), []
+    frame = frame[frame["phase"].isin(("trained", ""))]
+    drawn = styles(groups, frame["label"])
+    for task, own in frame.groupby("task", sort=False):
+        means = tables.over_seeds(own, ["label", "step"], "loss").pivot(index="label", columns="step", values="mean")
+        panels.append(Panel(str(task), means.reindex(list(drawn)), (2.65, 1.95), partial(_losses, drawn=drawn)))
+    return Picture("losses", panels, drawn)
 
 
 def answers(counts: pd.DataFrame) -> Picture:
@@ -241,8 +265,32 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
     ax.set(xlabel=cells.columns.name or "", ylabel=cells.index.name or "")
 
 
-def _lines(ax: Axes, means: pd.DataFrame, drawn: Styles, stds: pd.DataFrame | None = None, mark: str = "") -> None:
-    """A line per row, a gap where NaN: scores with their deviations, or else counts. `mark` names a column."""
+def _losses(ax: Axes, means: pd.DataFrame, drawn: Styles) -> None:
+    """A line per row, over the steps that were logged."""
+    for label, values in means.iterrows():
+        colour, dash = drawn[str(label)]
+        ax.plot(values.dropna().index, values.dropna(), color=colour, ls=dash, lw=1.4, marker="o", ms=2)
+    ax.set(xlabel="step", ylabel="loss", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(axis="y")
+
+
+def _lines(
+    ax: Axes,
+    means: pd.DataFrame,
+    drawn: Styles,
+    stds: pd.DataFrame | None = None,
+    mark: str = "",
+    levels: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """A line per row, a gap where NaN: scores with their deviations, or else counts.
+
+    `mark` names a column, `levels` are from `REFERENCES`.
+    """
+    for name, level in levels.items():
+        ax.axhline(level, color=SOFT, ls=REFERENCES[name][1], lw=1, zorder=0)
     if mark in means:
         ax.axvline(list(means).index(mark), color=SOFT, lw=0.8, ls=(0, (3, 3)), zorder=0)
     for i, (label, values) in enumerate(means.iterrows()):

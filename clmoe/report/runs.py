@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from clmoe.config import build
+from clmoe.config import build, read_yaml
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix, Scores, metrics, read_immediate_csv
 from clmoe.evaluate.run import RunInfo
@@ -30,6 +30,9 @@ class Run(RunInfo):
         expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
         usage       task, block, expert, kind, share: kind is "expert" or "probe"
         located     after, locator, task, located, count
+        losses      task, phase, step, loss: of training; phase "" did not end
+
+    ``settings`` are those that decide the run's result, by dotted key; `commits` those of clmoe that worked on it.
     """
 
     path: Path
@@ -42,6 +45,9 @@ class Run(RunInfo):
     expansion: pd.DataFrame
     usage: pd.DataFrame
     located: pd.DataFrame
+    losses: pd.DataFrame
+    settings: dict[str, Any]
+    commits: list[str]
 
     @property
     def chain(self) -> str:
@@ -109,6 +115,9 @@ def read_run(folder: Path) -> Run:
         usage=used if tried.empty else tried,
         located=_read_table(folder / "locator.csv", located, {"count": int}),
         minutes=read_json(timing)["minutes"] if timing.exists() else None,
+        losses=_read_losses(events),
+        settings=_read_settings(folder),
+        commits=list(dict.fromkeys(event["commit"] for event in events if event.get("commit"))),
         **vars(info),
     )
 
@@ -137,6 +146,35 @@ def block_names(blocks: Iterable[str]) -> dict[str, str]:
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in blocks}
     ordered = sorted(parts, key=parts.__getitem__)
     return {name: re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in ordered}
+
+
+def _read_losses(events: list[dict[str, Any]]) -> pd.DataFrame:
+    """The table `Run.losses`; of a step that came twice, because a command was interrupted, the later one."""
+    found, running = dict[tuple[str, str, int], float](), dict[tuple[str, int], float]()
+    for event in events:
+        if event["event"] == "step" and "loss" in event:
+            running[event["task"], event["step"]] = event["loss"]
+        elif event["event"] == "trained":
+            ended = [key for key in running if key[0] == event["task"]]
+            found |= {(task, event["phase"], step): running.pop((task, step)) for task, step in ended}
+    found |= {(task, "", step): loss for (task, step), loss in running.items()}
+    return pd.DataFrame([(*key, loss) for key, loss in found.items()], columns=["task", "phase", "step", "loss"])
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What `clmoe run` recorded, or the first checkpoint's configuration; empty without either."""
+    recorded, (config, *_) = folder / "sequence.json", [*sorted(folder.glob("*/config.yaml")), None]
+    values = read_json(recorded) if recorded.is_file() else {} if config is None else read_yaml(config)
+    flat = dict(_flat(values))
+    return {key: value for key, value in flat.items() if flat.get("locator.name") or not key.startswith("locator.")}
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def _build(kind: type[T], values: Any, where: str) -> T:

@@ -6,18 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import pandas as pd
 
 from clmoe.evaluate.matrix import METRICS, ZERO_SHOT
+from clmoe.report.answers import majority_shares
 from clmoe.report.runs import Group, Run, group_runs
 
 BLANK = "–"
 # fwt_n_minus_1 needs a zero-shot row, which few runs have; it stands in report.csv and in `clmoe metrics`.
 COMPARED = [name for name in METRICS if name != "fwt_n_minus_1"]
+STARTS = ["rank", "effective_scale", "projector_trained", "steps_per_task"]
 COSTS = ["trainable_parameters", "adapter_parameters", "experts_added", "minutes", "peak_memory_mib"]
+CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
+_OF_WHAT_WAS_LEARNED = {"forgetting_max", "bwt_n", "bwt_n_minus_1", "bwt_known"}
+ENOUGH_LEARNED = 0.5  # of what the best row learned; who learns nothing forgets nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,10 @@ def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, row, task, value: the scores of each task, and their mean if none is missing, by kind of row."""
+    """label, seed, row, task, value: the scores of each task, and their mean if none is missing, by kind of row.
+
+    The row "majority answer", of the label "chance", is the score of always giving it.
+    """
     rows = []
     for run in all_runs(groups):
         blank = (None,) * len(run.order)
@@ -57,7 +66,33 @@ def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
             if values.notna().any() or kind == "last":
                 values["mean"] = values.mean(skipna=False)
                 rows += [(run.label, run.seed, kind, task, value) for task, value in values.items()]
+    chance = references(groups)["chance"]
+    if chance.notna().any():
+        chance["mean"] = chance.mean(skipna=False)
+        rows += [("chance", 0, CHANCE, task, value) for task, value in chance.items()]
     return pd.DataFrame(rows, columns=["label", "seed", "row", "task", "value"])
+
+
+def references(groups: Sequence[Group]) -> pd.DataFrame:
+    """By task, percent: what chance reaches, and the untrained model ("zero-shot"); NaN where no run knows it."""
+    order = list(groups[0].runs[0].order)
+    untrained = [dict(zip(run.order, run.matrix.row(ZERO_SHOT), strict=True)) for run in all_runs(groups)]
+    known = {"chance": majority_shares(groups), "zero-shot": pd.DataFrame(untrained, dtype=float).mean()}
+    return pd.DataFrame(known, index=order)
+
+
+def settings_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """key, label, seed, value (text): settings in which runs differ that have them, and the commits of clmoe."""
+    runs, names = all_runs(groups), ("benchmark", "label", "method", "order", "seed")
+    rows = [("commit", run.label, run.seed, " ".join(run.commits)) for run in runs if run.commits]
+    for key in sorted({key for run in runs for key in run.settings if key not in names and key[:6] != "train."}):
+        found = [(key, run.label, run.seed, _text(run.settings[key])) for run in runs if key in run.settings]
+        rows += found if len({value for *_, value in found}) > 1 else []
+    return pd.DataFrame(rows, columns=["key", "label", "seed", "value"])
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -124,25 +159,75 @@ def comparison_table(groups: Sequence[Group]) -> Table:
     frame = metrics_frame(groups)
     cells = _spread(groups, frame.melt(["label"], COMPARED, "metric"), ["label"], dict.fromkeys(COMPARED, show_number))
     cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
-    # Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared.
-    compared = [group.runs[0].chain == "sequence" for group in groups]
-    best = set()
-    for column, name in enumerate(cells):
-        if name in COMPARED:
-            means = frame.groupby("label", sort=False)[name].mean().round(2).reset_index(drop=True)[compared].dropna()
-            target = means.min() if name in _LOWER_IS_BETTER else means.max()
-            best |= {(row, column) for row in means.index[means == target] if len(means) > 1}
+    winners = {name: _winner(groups, frame, name) for name in COMPARED if name in cells}
+    best = {(row, list(cells).index(name)) for name, row in winners.items() if row is not None}
     return Table("Comparison", cells, best=frozenset(best))
+
+
+def _winner(groups: Sequence[Group], frame: pd.DataFrame, metric: str) -> int | None:
+    """The row that is better than every other by more than both deviations over the seeds together; None if none is.
+
+    Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared; nor is what
+    those forget that have learned little.
+    """
+    learned, floor = frame.groupby("label", sort=False)["immediate"].mean(), references(groups).mean(skipna=False).max()
+    chains = [group.runs[0].chain for group in groups]
+    compared = pd.Series(chains, learned.index) == "sequence"
+    if metric in _OF_WHAT_WAS_LEARNED:
+        gained = learned - (0 if pd.isna(floor) else floor)
+        compared &= (gained > 0) & (gained >= ENOUGH_LEARNED * gained[compared].max())
+    found = frame.groupby("label", sort=False)[metric].agg(["mean", "std"])[compared].dropna(subset="mean")
+    ranked = list(found.sort_values("mean", ascending=metric in _LOWER_IS_BETTER).itertuples())
+    # of one seed the deviation is NaN, which nothing exceeds
+    clear = [abs(ranked[0].mean - row.mean) > ranked[0].std + row.std for row in ranked[1:]]
+    return list(learned.index).index(ranked[0].Index) if clear and all(clear) else None
 
 
 def costs_table(groups: Sequence[Group]) -> Table:
     """One row per label: parameters, experts, minutes, memory, and what else decides them."""
     shown = dict.fromkeys(COSTS, show_count) | {"minutes": "{:.1f}".format}
     cells = _spread(groups, metrics_frame(groups).melt(["label"], COSTS, "cost"), ["label"], shown)
-    for name in ("effective_scale", "projector_trained"):
-        texts = [dict.fromkeys(json.dumps(getattr(run, name)) for run in group.runs) for group in groups]
-        cells[name] = [", ".join(text).replace("null", BLANK) for text in texts]
+    for name in STARTS:
+        texts = [dict.fromkeys(_start(run, name) for run in group.runs) for group in groups]
+        cells[name] = [", ".join(text) for text in texts]
     return Table("Parameters, time and memory", cells)
+
+
+def _start(run: Run, name: str) -> str:
+    """One of `STARTS` as text."""
+    if name == "rank":
+        rank, per_expert = run.settings.get("adapter.rank"), run.settings.get("adapter.rank_is") == "per_expert"
+        trains = run.trainable_parameters > 0 and rank is not None
+        return f"{rank}{' per expert' * per_expert}" if trains else BLANK
+    value = getattr(run, name)
+    return BLANK if value is None else json.dumps(value)
+
+
+def settings_table(groups: Sequence[Group]) -> Table:
+    """`settings_frame` with a column for each label."""
+    values = settings_frame(groups).groupby(["key", "label"], sort=False)["value"]
+    wide = values.agg(lambda own: ", ".join(dict.fromkeys(own))).unstack("label")
+    wide = wide.reindex(columns=[group.label for group in groups]).fillna(BLANK)
+    return Table("Settings that differ", wide.rename_axis(columns=None).reset_index())
+
+
+def alike_note(groups: Sequence[Group]) -> str:
+    """In what the trained rows differ besides the method, so that a difference in scores may come from it."""
+    trained = [run for run in all_runs(groups) if run.trainable_parameters]
+    found: dict[str, dict[str, dict[str, None]]] = {name: {} for name in STARTS}
+    for run in trained:
+        told = {name: _start(run, name).removesuffix(" per expert") for name in STARTS}
+        told |= {key: _text(v) for key, v in run.settings.items() if key.startswith(("model.", "training.")) and
+                 key not in ("training.steps", "training.epochs")}  # fmt: skip
+        for key, value in told.items():
+            if value != BLANK:
+                found.setdefault(key, {}).setdefault(value, {})[run.label] = None
+    parts = [
+        f"{key} " + ", ".join(f"{value} ({', '.join(labels)})" for value, labels in values.items())
+        for key, values in found.items()
+        if len(values) > 1
+    ]
+    return f"The rows are not alike: {'; '.join(parts)}. Scores may differ because of that." if parts else ""
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
@@ -174,11 +259,11 @@ def limit_note(groups: Sequence[Group]) -> str:
 
 
 def report_text(runs: Sequence[Path], width: int = 100) -> str:
-    """All tables for a terminal of `width` columns, and `limit_note`."""
+    """All tables for a terminal of `width` columns, `alike_note` and `limit_note`."""
     groups = group_runs(runs)
     found = [to_text(table, width) for table in report_tables(groups) if len(table.cells)]
-    note = fill(limit_note(groups), width, break_on_hyphens=False)
-    return "\n".join([*found, note]).rstrip() + "\n"
+    notes = [fill(note, width, break_on_hyphens=False) for note in (alike_note(groups), limit_note(groups)) if note]
+    return "\n".join([*found, *notes]).rstrip() + "\n"
 
 
 def to_text(table: Table, width: int = 100) -> str:
@@ -229,7 +314,7 @@ def _spread(
     for name, label, mean, std, n in zip(*(found[c] for c in (column, "label", "mean", "std", "n")), strict=True):
         show = shown[name]
         spread = "" if pd.isna(std) or (std == 0 and show is show_count) else f" ± {show(std)}"
-        texts.append(show(mean) + spread + ("" if n == seeds[label] else f" (n={n})"))
+        texts.append(show(mean) + spread + ("" if n == seeds.get(label, n) else f" (n={n})"))
     wide = found.assign(text=texts).set_index([*keys, column])["text"].unstack(column)
     wide = wide.reindex(columns=[name for name in shown if name in wide]).rename_axis(columns=None).reset_index()
     return frame[keys].drop_duplicates().merge(wide, how="left", on=keys).fillna(BLANK)

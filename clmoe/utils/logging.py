@@ -52,15 +52,18 @@ class Stage:
 def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
     """Seconds until the whole sequence ends, ``here`` of them for what is under way.
 
-    A later task is expected to train as long as the finished ones did on average, and so for each evaluated cell.
+    A later task is expected to train as long as the finished ones did on average, and so for each evaluated cell and
+    each fit of a locator.
     """
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
     tasks = {e["task"] for e in events if e["event"] == "trained"}  # one may have several phases
     per_training = sum(trained) / len(tasks) if trained else here
     per_evaluation = sum(evaluated) / len(evaluated) if evaluated else 0.0
+    located = [e["seconds"] for e in events if e["event"] == "located"]
+    fits = (stage.total - len(located)) * sum(located) / len(located) if located else 0.0
     evaluations = sum(range(stage.index + 1, stage.total + 1))
-    return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations
+    return here + per_training * (stage.total - stage.index - 1) + per_evaluation * evaluations + max(fits, 0.0)
 
 
 def _live() -> RichProgress:

@@ -1,6 +1,6 @@
 """How stable are LLaVA-CMoE's decisions where to add experts? Probe the tasks of a run again under other probe seeds.
 
-    python scripts/playground/plan_stability.py RUN OUT [--seeds 0 1 2] [--benchmark playground-coin]
+    python scripts/playground/plan_stability.py RUN OUT [--seeds 0,1,2] [--benchmark playground-coin]
 
 RUN is a run folder of `llava_cmoe`. Each task but the first is probed again from the checkpoint before it, with
 the run's own settings, into OUT; after the decision one step of training and of fitting the locator is enough. Prints a
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
     parser.add_argument("--benchmark", default="playground-coin")
     args = parser.parse_args()
     where = ["--benchmark", args.benchmark, "--order", ",".join(read_json(args.run / "run.json")["order"])]

@@ -5,15 +5,15 @@
 #
 # Takes about eight hours on two cores; stop it at any time, the same line goes on. One seed of the eight tasks takes 42
 # minutes: SEEDS=0 BENCHMARKS=playground-coin bash scripts/playground/table1.sh
-# Environment: SEEDS ("0 1 2"), BENCHMARKS, JOBS (runs side by side, one thread each; default: one per core), GRID
+# Environment: SEEDS (0,1,2), BENCHMARKS, JOBS (runs side by side, one thread each; default: one per core), GRID
 # (table1; or the ablations clmoe and llava_cmoe, see configs/grids.yaml), OUT (runs/grid).
 source "$(dirname "$0")/../common.sh"
 setup ""
 export OMP_NUM_THREADS=1
-OUT=${OUT:-runs/grid} finished=()
+OUT=${OUT:-runs/grid} SEEDS=${SEEDS:-0,1,2} finished=()
 for benchmark in ${BENCHMARKS:-playground-coin playground-cl4vqa}; do
   clmoe data prepare "$benchmark"
-  python scripts/grid.py "${GRID:-table1}" --benchmark "$benchmark" --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-$(cores)}" \
+  python scripts/grid.py "${GRID:-table1}" --benchmark "$benchmark" --seeds "${SEEDS// /,}" --jobs "${JOBS:-$(cores)}" \
     --out "$OUT/$benchmark" "$@"
   finished+=("$OUT/$benchmark"/*-seed*/)
 done

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from clmoe.benchmarks import base
-from clmoe.benchmarks.base import Task, load_benchmark, sampled
+from clmoe.benchmarks.base import COMPARABLE, Task, load_benchmark, sampled
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import load_config
 from clmoe.data.records import Question
@@ -66,7 +66,8 @@ def data(shipped: Path) -> Path:
 def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data: Path) -> None:
     fill(data)
     loaded = load_benchmark("mine")
-    assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, {"epochs": 1}, None)
+    recipe = {"epochs": 1, "comparable": COMPARABLE}
+    assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, recipe, None)
     assert [task.name for task in loaded.tasks] == ["one", "two", "three"]
     two = data / "two"
     assert loaded.task("two") == Task("two", two / "train.json", two / "test.json", data / "images", "exact", 16)

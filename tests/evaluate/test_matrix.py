@@ -74,7 +74,7 @@ def test_published_llava_cmoe_from_last_row_and_immediate_row(tmp_path: Path) ->
     header = "after,sqa,text,imagenet,gqa,vizwiz,rec,vqav2,ocr\n"
     (tmp_path / "m.csv").write_text(header + "ocr,77.55,58.17,94.50,48.91,55.45,23.40,56.40,59.44\n")
     (tmp_path / "i.csv").write_text(header + "ours,79.01,59.94,96.85,56.43,57.44,25.63,65.15,62.01\n")
-    result = metrics_from_files(tmp_path / "m.csv", tmp_path / "i.csv")
+    result, _ = metrics_from_files(tmp_path / "m.csv", tmp_path / "i.csv")
     measured = {name: f"{value:.2f}" for name, value in result.items() if value is not None}
     assert measured == {"last": "59.23", "immediate_known": "62.81", "bwt_known": "-3.58"}
 
@@ -154,3 +154,57 @@ def test_malformed_immediate_row(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "i.csv").write_text(text)
     with pytest.raises(ClmoeError, match=f"i.csv.*{named}"):
         read_immediate_csv(tmp_path / "i.csv", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("after,a,b\n", "score below the header"),
+        ("after,a,b\na,,\n", "score below the header"),
+        ("after,a,b,mean\na,80,,80\nb,60,70,65\n", "column 'mean'"),
+        ("after,Average,a,b\nb,1,60,70\n", "column 'Average'"),  # wrong by its name, whatever it holds
+        ("after,a,b,X\na,80,,80\nb,60,71,65.5\n", "column 'X'"),
+        ("after,a,b\na,0.8,\nb,0.6,1\n", "--unit"),
+    ],
+)
+def test_a_table_that_means_something_else_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ClmoeError, match=rf"m\.csv.*{named}"):
+        metrics_from_files(tmp_path / "m.csv")
+
+
+def test_shares_count_as_percent_where_the_unit_says_so_and_a_task_may_be_called_mean(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("after,a,mean\na,0.8,\nmean,0.5,0.9\n")
+    (tmp_path / "i.csv").write_text("after,a,mean\nknown,0.82,0.92\n")
+    both = tmp_path / "m.csv", tmp_path / "i.csv"
+    for unit, factor in (("fraction", 100), ("percent", 1)):
+        found, _ = metrics_from_files(*both, unit)  # type: ignore[arg-type]
+        expected = {"last": 0.7, "immediate": 0.85, "bwt_n_minus_1": -0.3, "immediate_known": 0.87, "bwt_known": -0.17}
+        assert {name: found[name] for name in expected} == pytest.approx({k: factor * v for k, v in expected.items()})
+    (tmp_path / "i.csv").write_text("after,a,mean\nknown,82,92\n")
+    with pytest.raises(ClmoeError, match=r"i\.csv: 92 "):
+        metrics_from_files(*both, "fraction")
+
+
+def test_a_metric_that_is_blank_says_which_cell_it_lacks(tmp_path: Path) -> None:
+    """Filling the cells that are named, one after the other, gives every metric."""
+    cells = {(after, task): "" for after in ("zero_shot", *TASKS, "--immediate") for task in TASKS}
+    cells["a", "a"] = "80"
+    named = dict[str, str]()
+    for _ in range(len(cells)):
+        for name, stages in (("m.csv", ("zero_shot", *TASKS)), ("i.csv", ("--immediate",))):
+            rows = [f"{after},{','.join(cells[after, task] for task in TASKS)}\n" for after in stages]
+            (tmp_path / name).write_text("after,a,b,c\n" + "".join(rows))
+        if not any(cells["--immediate", task] for task in TASKS):
+            cells["--immediate", "a"] = "50"
+            continue
+        found, lacking = metrics_from_files(tmp_path / "m.csv", tmp_path / "i.csv")
+        assert {name for name, value in found.items() if value is None} == set(lacking)
+        named |= lacking
+        for after, task in {re.fullmatch(r"needs row (\S+), column (\S+)", text).groups() for text in lacking.values()}:  # type: ignore[union-attr]
+            assert cells[after, task] == ""
+            cells[after, task] = "50"
+    assert not lacking and set(named) == set(METRICS)
+    (tmp_path / "m.csv").write_text("after,a\na,80\n")
+    _, lacking = metrics_from_files(tmp_path / "m.csv")
+    assert lacking["bwt_n_minus_1"] == "needs two tasks" and "--immediate" in lacking["bwt_known"]

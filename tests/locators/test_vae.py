@@ -102,6 +102,21 @@ def test_fit_is_deterministic_and_leaves_the_global_generator_alone() -> None:
     assert not any(parameter.requires_grad for parameter in first.parameters())
 
 
+def test_on_few_features_the_fit_ends_at_its_best_held_out_loss() -> None:
+    """Those weights are what a fit of so many steps gives, which is not cut as there are as many features."""
+    few = dataclasses.replace(SMALL, steps=600, learning_rate=0.01, batch_size=32)
+    features = cluster(0, 150)
+    cut = fit_vae(features, few, seed=1)
+    same, losses = [], {}
+    held_out = features[torch.randperm(150, generator=torch.Generator().manual_seed(1))[:15]]
+    for steps in (50, 100, 150):
+        whole = fit_vae(features, dataclasses.replace(few, steps=steps), seed=1)
+        log_p, kl = whole.log_p_rec(held_out)
+        losses[steps] = float((kl - log_p).mean())
+        same += [steps] if all(map(same_bits, whole.state_dict().values(), cut.state_dict().values())) else []
+    assert same == [min(losses, key=losses.__getitem__)]
+
+
 def test_three_tasks_are_told_apart_by_standard_scores(bank: Vae) -> None:
     """On new data of a task its own scores have mean 0 and deviation 1, as far as 30 held-out instances say."""
     for task in range(3):

@@ -125,5 +125,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["report", str(run), "--format", "csv", *options])
         text = capsys.readouterr().out
         assert (folder / "report.csv").is_file() and f"{folder}: report.csv" in text and "60.00" in text
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for output in (run, run / "predictions", run / "predictions" / "report"):
+        with pytest.raises(SystemExit):
+            cli.main(["report", str(run), "--output", str(output)])
+        assert str(run) in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    other = make_run(tmp_path / "deeper", "plain", 0)
+    cli.main(["report", str(run), str(other), "--format", "csv"])
+    assert (tmp_path / "report" / "report.csv").is_file(), "beside the runs, in none of them"
+    capsys.readouterr()
     cli.main(["report", str(run), "--json"])
     assert '"last": 60.0' in capsys.readouterr().out

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -106,6 +107,21 @@ def test_dark_and_light_follow_the_system_down_to_the_figures(page: Any) -> None
             colour = page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{part}")
             shades.append(sum(map(int, colour[4:-1].split(","))))
     assert shades[0] > 600 and shades[1] < 150 and shades[2] < 150 and shades[3] > 600
+
+
+def test_a_figure_is_saved_as_the_page_shows_it(page: Any, tmp_path: Path) -> None:
+    figure = page.locator("#comparison figure, #report figure").first
+    for button, ending in zip(figure.locator(".export button").all(), ("svg", "png"), strict=True):
+        with page.expect_download() as download:
+            button.click()
+        assert download.value.suggested_filename == f"comparison.{ending}"
+        download.value.save_as(tmp_path / f"figure.{ending}")
+    root = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    assert MOE[:21] in "".join(root.itertext()) and "var(" not in (tmp_path / "figure.svg").read_text()
+    with Image.open(tmp_path / "figure.png") as image:
+        assert (
+            image.width == pytest.approx(4 * float(root.get("width", "0")), abs=4) and len(image.getcolors(2**24)) > 9
+        )
 
 
 @pytest.mark.parametrize("page", [390, 1280], indirect=True)

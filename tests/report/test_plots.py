@@ -54,6 +54,34 @@ def test_forgetting_curves_are_means_and_deviations_of_the_first_order(tmp_path:
     assert (min(band), max(band[band < 60])) == pytest.approx((47 - 18**0.5, 47 + 18**0.5))  # of 50 and 44
 
 
+def test_levels_are_drawn_where_the_runs_know_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "moe", 0)
+    write(run / "matrix.csv", "after,colour_letter,count,box", "zero_shot,10,20,30", "colour_letter,80,,")
+    picture = plots.forgetting(group_runs([run]))
+    (level,) = [line for line in drawn(picture.panels[1]).lines if len(set(line.get_ydata())) == 1][:1]
+    assert set(level.get_ydata()) == {20} and list(picture.legend) == ["moe", "zero-shot"]
+
+
+def test_losses_are_those_of_the_tasks_training_the_later_one_of_a_step_that_came_twice(tmp_path: Path) -> None:
+    def step(number: int, loss: float) -> str:
+        return f'{{"event": "step", "task": "count", "step": {number}, "loss": {loss}}}'
+
+    def end(phase: str) -> str:
+        return f'{{"event": "trained", "task": "count", "phase": "{phase}"}}'
+
+    runs = [make_run(tmp_path, "moe", seed) for seed in (0, 1)]
+    write(runs[0] / "events.jsonl", step(1, 9), end("probe"), step(1, 8), step(2, 7), step(2, 4), end("trained"))
+    write(runs[1] / "events.jsonl", step(1, 6))
+    groups = group_runs(runs)
+    (panel,) = plots.losses(groups).panels
+    assert panel.title == "count"
+    (line,) = drawn(panel).lines
+    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [7, 4]  # of 8 and 6; one seed is at step 2
+    assert groups[0].runs[0].losses.to_numpy().tolist() == [
+        ["count", "probe", 1, 9], ["count", "trained", 1, 8], ["count", "trained", 2, 4],
+    ]  # fmt: skip
+
+
 def test_outcomes_are_stacked_to_the_whole(tmp_path: Path) -> None:
     counts = pd.DataFrame([["moe", "count", 1, 1, 2, 0]], columns=["label", "task", *OUTCOMES.values()])
     (panel,) = plots.answers(counts).panels
@@ -99,10 +127,10 @@ def test_svg_takes_the_pages_colours_and_no_name_can_leave_it(tmp_path: Path) ->
 
 def test_pictures_are_the_same_bytes_again_with_fonts_that_publishers_take(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, label, seed) for label in ("a", "b") for seed in (0, 1)]
-    paths = write_report(runs, tmp_path / "one", ["pdf", "md"])
+    paths = write_report(runs, tmp_path / "one", ["pdf", "svg", "md"])
     stems = ("comparison", "matrices", "forgetting")
-    assert {path.name for path in paths} == {"report.md", *(s + end for s in stems for end in (".png", ".pdf"))}
-    write_report(runs, tmp_path / "two", ["pdf", "md"])
+    assert {path.name for path in paths} == {"report.md", *(s + end for s in stems for end in (".png", ".pdf", ".svg"))}
+    write_report(runs, tmp_path / "two", ["pdf", "svg", "md"])
     for path in paths:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert all(b"/Type3" not in path.read_bytes() for path in paths)

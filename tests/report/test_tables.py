@@ -1,14 +1,17 @@
 """The tables: means and deviations over seeds, and what each rendering makes of them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pytest
 
-from clmoe.report import tables
+from clmoe.report import plots, tables
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
 from clmoe.report.tables import BLANK, comparison_table, costs_table, mean_matrices, report_tables
-from tests.report.folders import TASKS, block, layer, make_run, row_of, write, write_expansion
+from tests.report.folders import TASKS, block, layer, make_run, predict, row_of, write, write_expansion
 
 HEADER, LOCATED = "after,colour_letter,count,box", "after,locator,task,located,count"
 
@@ -27,25 +30,92 @@ def located_run(root: Path, seed: int, right: int, order: list[str] = TASKS) -> 
 
 
 def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
-    table = comparison_table(group_runs([*two_seeds(tmp_path), make_run(tmp_path, "other", 0, 20.0, True)]))
+    others = [make_run(tmp_path, "other", seed, 20.0, True) for seed in (0, 1)]
+    table = comparison_table(group_runs([*two_seeds(tmp_path), *others]))
     moe, other = row_of(table, "moe"), row_of(table, "other")
     # last: 60 and 56; mean 58, sample deviation 4 / sqrt(2) = 2.83. bwt_n: -20 and -24.
     assert (moe["seeds"], moe["last"], moe["bwt_n"]) == ("2", "58.00 ± 2.83", "-22.00 ± 2.83")
     assert (moe["immediate"], moe["immediate_known"]) == ("80.00 ± 0.00", BLANK)
-    assert (other["immediate_known"], other["bwt_known"]) == ("82.00", "-42.00")  # (20 - 81 + 20 - 82 + 80 - 83) / 3
+    assert (other["immediate_known"], other["bwt_known"]) == (
+        "82.00 ± 0.00",
+        "-42.00 ± 0.00",
+    )  # (20 - 81 + 20 - 82 + 80 - 83) / 3
     best = {(table.cells["label"][row], list(table.cells)[column]) for row, column in table.best}
-    assert {("moe", "last"), ("moe", "forgetting_max"), ("moe", "immediate"), ("other", "immediate")} <= best
-    assert ("other", "last") not in best
+    assert {("moe", "last"), ("moe", "forgetting_max")} <= best
+    assert "immediate" not in {column for _, column in best}, "both are 80"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "lasts", "winner"),
+    [
+        ((0, 1), (50.0, 44.0), ["high"]),  # of the mean: 60 and 56, deviation 2.8, against 48 without any
+        ((0, 1), (50.0, 20.0), []),  # 60 and 40: 50 +- 14 reaches down to 48
+        ((0,), (50.0,), []),  # nothing says how far seeds differ
+    ],
+)
+def test_nobody_wins_within_the_spread(tmp_path: Path, seeds: Any, lasts: Any, winner: list[str]) -> None:
+    runs = [make_run(tmp_path, "high", seed, last) for seed, last in zip(seeds, lasts, strict=True)]
+    table = comparison_table(group_runs([*runs, *(make_run(tmp_path, "low", seed, 32.0) for seed in seeds)]))
+    column = list(table.cells).index("last")
+    assert [table.cells["label"][row] for row, place in table.best if place == column] == winner
+
+
+def test_who_learned_nothing_does_not_win_by_forgetting_nothing(tmp_path: Path) -> None:
+    """Two methods end at 48; a third says "yes" all the time, which half of the answers are."""
+    runs = [make_run(tmp_path, label, seed, last) for label, last in (("a", 50.0), ("b", 20.0)) for seed in (0, 1)]
+    idle = [make_run(tmp_path, "idle", seed) for seed in (0, 1)]
+    for run in idle:
+        write(run / "matrix.csv", HEADER, "colour_letter,50,,", "count,50,50,", "box,50,50,50")
+    for task in TASKS:
+        predict(idle[0], "box", task, {"x": ("yes", 1.0)}, answer="yes")
+        path = idle[0] / f"predictions/box/{task}.jsonl"
+        path.write_text(path.read_text() + path.read_text().replace('"x"', '"y"').replace('"yes"', '"no"'))
+    groups = group_runs([*runs, *idle])
+    table = comparison_table(groups)
+    best = {(table.cells["label"][row], list(table.cells)[column]) for row, column in table.best}
+    assert row_of(table, "idle")["forgetting_max"] == "0.00 ± 0.00"
+    assert ("a", "forgetting_max") in best and "idle" not in {label for label, _ in best}
+    assert row_of(report_tables(groups)[2], "chance", tables.CHANCE)["mean"] == "50.00"
+    assert plots.comparison(groups).legend.keys() == {"immediate", "last", "chance"}
+
+
+def test_rows_that_are_not_alike_are_told(tmp_path: Path) -> None:
+    """From run.json, and settings from what `clmoe run` recorded or a checkpoint's configuration."""
+    runs = [make_run(tmp_path, "a", 0), make_run(tmp_path, "b", 0, effective_scale=0.25, steps_per_task=200)]
+    bound = make_run(tmp_path, "zero", 0, method="zero_shot", effective_scale=None, trainable_parameters=0)
+    recorded = {"adapter": {"rank": 8, "targets": ["q", "v"]}, "training": {"learning_rate": 0.1}, "train": {"x": "7"}}
+    write(runs[0] / "sequence.json", json.dumps(recorded | {"seed": 0, "order": TASKS}))
+    (runs[1] / "01_count").mkdir()
+    other = {"adapter": {"rank": 16, "rank_is": "per_expert", "targets": ["q", "v"]}, "train": {"x": "8"}}
+    write(runs[1] / "01_count" / "config.yaml", json.dumps(other | {"training": {"learning_rate": 0.2}}))
+    write(runs[0] / "events.jsonl", *(f'{{"event": "started", "commit": "{commit}"}}' for commit in ("c1", "c2", "c1")))
+    groups = group_runs([*runs, bound])
+    note = tables.alike_note(groups)
+    for told in ("effective_scale 2.0 (a), 0.25 (b)", "steps_per_task 300 (a), 200 (b)", "rank 8 (a), 16 (b)",
+                 "training.learning_rate 0.1 (a), 0.2 (b)"):  # fmt: skip
+        assert told in note
+    assert "zero" not in note and "projector" not in note
+    assert (
+        row_of(costs_table(groups), "b")["rank"] == "16 per expert"
+        and row_of(costs_table(groups), "zero")["rank"] == BLANK
+    )
+    table = tables.settings_table(groups)
+    assert list(table.cells["key"]) == ["commit", "adapter.rank", "training.learning_rate"]
+    assert row_of(table, "commit")["a"] == "c1 c2" and row_of(table, "adapter.rank")["zero"] == BLANK
+    write_report(runs, tmp_path / "out", ["md", "html"])
+    assert all("rank 8 (a), 16 (b)" in (tmp_path / f"out/report.{ending}").read_text() for ending in ("md", "html"))
+    assert tables.alike_note(group_runs([runs[0], bound])) == ""
 
 
 def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
     """The union of all tasks ends highest, but only what learns in sequence is compared."""
-    runs = [make_run(tmp_path, "bound", 0, 90.0, method="multitask")]
-    runs += [make_run(tmp_path, label, 0, last) for label, last in (("low", 20.0), ("high", 50.0))]
+    lasts = {"bound": 90.0, "low": 20.0, "high": 50.0}
+    kinds = {"bound": "multitask", "low": "lora", "high": "lora"}
+    runs = [make_run(tmp_path, x, seed, lasts[x], method=kinds[x]) for x in kinds for seed in (0, 1)]
     table = comparison_table(group_runs(runs))
     last = list(table.cells).index("last")
     assert [table.cells["label"][row] for row, column in table.best if column == last] == ["high"]
-    assert comparison_table(group_runs(runs[:2])).best == frozenset()
+    assert comparison_table(group_runs(runs[:4])).best == frozenset()
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -118,14 +188,14 @@ def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> 
 
 
 def test_markdown_and_latex_mark_the_best_and_escape(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, "a|b_50%", 0), make_run(tmp_path, "plain", 0, 40.0)]
+    runs = [make_run(tmp_path, label, s, last) for label, last in (("a|b_50%", 50.0), ("plain", 40.0)) for s in (0, 1)]
     write_report(runs, tmp_path / "out", ["md", "tex"])
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     markdown = [line for line in text.split("### ")[1].splitlines() if line.startswith("|")]
     assert len(markdown) == 4 and len({line.replace("\\|", "").count("|") for line in markdown}) == 1
-    assert markdown[2].startswith("| a\\|b_50% | 1 | **60.00** |")
+    assert markdown[2].startswith("| a\\|b_50% | 2 | **60.00 ± 0.00** |")
     latex = (tmp_path / "out/report.tex").read_text(encoding="utf-8").split("\n\n")[0]
-    assert r"a|b\_50\% & 1 & \textbf{60.00} &" in latex and r"plain & 1 & 53.33 &" in latex
+    assert r"a|b\_50\% & 2 & \textbf{60.00 $\pm$ 0.00} &" in latex and r"plain & 2 & 53.33 $\pm$ 0.00 &" in latex
     assert all(latex.count(part) == latex.count(r"\begin{table}") for part in ("toprule", "midrule", r"{tabular}}"))
     assert latex.count("{") == latex.count("}")
     assert r"58.00 $\pm$ 2.83" in tables.to_latex(comparison_table(group_runs(two_seeds(tmp_path))))

@@ -24,6 +24,8 @@ def test_time_left_counts_every_training_and_every_evaluation_to_come() -> None:
     # third of four tasks, 5 s of training left: one more training of 15 s, 3 + 4 evaluations of 3 s
     assert seconds_left(EVENTS, Stage(2, 4), 5.0) == 5 + 15 + 7 * 3
     assert seconds_left([], Stage(2, 4), 5.0) == 10, "the first is all it knows"
+    fits = [{"event": "located", "seconds": seconds} for seconds in (2.0, 4.0)]
+    assert seconds_left([*EVENTS, *fits], Stage(2, 4), 5.0) == 5 + 15 + 7 * 3 + 2 * 3, "this task's fit and the last's"
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
