@@ -108,6 +108,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     _benchmark_arguments(sub, option=False)
     sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/BENCHMARK/METHOD-seedSEED)")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
     _sequence_arguments(sub)
 
 
@@ -116,6 +117,7 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
     sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
     sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
     _sequence_arguments(sub)
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import (
-    RENAMED,
     AdapterConfig,
     Config,
     LocatorConfig,
@@ -24,6 +23,7 @@ from clmoe.errors import ClmoeError
 from clmoe.locators import make_locator
 from clmoe.methods import method_class
 from clmoe.utils.paths import find_config, known_configs
+from clmoe.utils.schema import RENAMED
 
 
 def test_an_unknown_key_option_or_locator_names_the_nearest() -> None:
