@@ -45,7 +45,7 @@ class Result:
     metrics: dict[str, float | None]
 
 
-@told('clmoe.run("lora", "playground-coin", seed=0, settings={"training.steps": 20})')
+@told('clmoe.run(METHOD, "playground-coin", seed=0, settings={"training.steps": 20})')
 def run(
     method: str | Path,
     benchmark: str | Path,

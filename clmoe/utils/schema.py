@@ -38,8 +38,8 @@ class Range:
 
 
 LARGEST = 65_536  # of what takes memory in proportion
-Positive = Annotated[float, Range(0, open="low")]
-NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, 1e9, "low")]
+NotNegative = Annotated[float, Range(0, 1e12)]
 Share = Annotated[float, Range(0, 1)]
 Inside = Annotated[float, Range(0, 1, "both")]
 InnerShare = Annotated[float, Range(0, 1, "high")]
@@ -156,7 +156,7 @@ def _hint(place: str, key: str) -> str:
     if place in RENAMED:
         return f"{key} is now {RENAMED[place]}"
     found = [*HOMES.get(key, []), *([WORDS[key.lower()]] if key.lower() in WORDS else [])]
-    meant = [text for text in dict.fromkeys(found) if place not in re.split(r"[ ,:]+", text)]
+    meant = [text for text in dict.fromkeys(found) if "." not in place or place not in re.split(r"[ ,:]+", text)]
     return f"unknown key {key!r}. Write {', or '.join(meant)}" if meant else ""
 
 
