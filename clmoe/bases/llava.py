@@ -357,9 +357,9 @@ def base_fingerprint(folder: str) -> str:
     if not root.is_dir():
         return hashlib.sha256(folder.encode()).hexdigest()
     weights = sorted(root.glob("*.safetensors"))
-    if (root / "config.json").is_file():
-        _llava_values(root / "config.json")
     if not weights or not (root / "config.json").is_file():
+        if (root / "config.json").is_file():
+            _llava_values(root / "config.json")  # another model is the better reason
         raise ClmoeError(f"model {folder}: expected config.json and *.safetensors in it (transformers' format)")
     digest = hashlib.sha256((root / "config.json").read_bytes())
     for path in weights:

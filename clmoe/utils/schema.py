@@ -32,8 +32,8 @@ class Range:
         return self.low <= value <= self.high and value not in outside
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.open in ("low", "both") else f"at least {self.low:g}"
-        high = f"below {self.high:g}" if self.open in ("high", "both") else f"at most {self.high:g}"
+        low = f"above {self.low:,.10g}" if self.open in ("low", "both") else f"at least {self.low:,.10g}"
+        high = f"below {self.high:,.10g}" if self.open in ("high", "both") else f"at most {self.high:,.10g}"
         return low if self.high == math.inf else f"{low} and {high}"
 
 
