@@ -317,9 +317,12 @@ def _resolved(
 
 
 def _check_lengths(values: dict[str, Any], layers: list[tuple[str, dict[str, Any]]]) -> None:
-    """Refuse ``training.epochs`` that ``training.steps``, which wins, of the same or a weaker layer would silence."""
+    """Refuse ``training.epochs`` that ``training.steps``, which wins, of the same or a weaker layer would silence.
+
+    A method's file may hold both, as a checkpoint's config.yaml does.
+    """
     said = [[k for k, (_, v) in enumerate(layers) if _holds(v, f"training.{name}")] for name in ("epochs", "steps")]
-    if all(said) and said[0][-1] >= said[1][-1] and _value(values, "training.steps") is not None:
+    if all(said) and said[0][-1] >= max(1, said[1][-1]) and _value(values, "training.steps") is not None:
         raise ClmoeError(
             f"training.epochs has no effect beside training.steps (from {layers[said[1][-1]][0]}), which wins: set "
             "training.steps=null, or leave out training.epochs"

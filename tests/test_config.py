@@ -186,6 +186,8 @@ def test_of_epochs_and_steps_the_stronger_source_decides_or_both_are_refused(tmp
     assert load_config("lora", {"training": {"epochs": 2}}, ["training.steps=3"]).training.steps == 3
     chosen = ["training.epochs=2", "training.steps=null"]
     assert load_config("lora", {"training": {"steps": 3}}, chosen).training.epochs == 2
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("lora", {}, ["training.steps=3"])))
+    assert load_config(str(tmp_path / "config.yaml"), {}, []).training.steps == 3
     for recipe, overrides, source in (
         ({"training": {"steps": 3}}, ["training.epochs=2"], "b: recipe"),
         ({}, ["training.epochs=2", "training.steps=3"], "key=value"),
