@@ -321,8 +321,8 @@ def _check_lengths(values: dict[str, Any], layers: list[tuple[str, dict[str, Any
 
     A method's file may hold both, as a checkpoint's config.yaml does.
     """
-    said = [[k for k, (_, v) in enumerate(layers) if _holds(v, f"training.{name}")] for name in ("epochs", "steps")]
-    if all(said) and said[0][-1] >= max(1, said[1][-1]) and _value(values, "training.steps") is not None:
+    said = [[k for k, (_, v) in enumerate(layers) if f"training.{name}" in _flat(v)] for name in ("epochs", "steps")]
+    if all(said) and said[0][-1] >= max(1, said[1][-1]) and _flat(values)["training.steps"] is not None:
         raise ClmoeError(
             f"training.epochs has no effect beside training.steps (from {layers[said[1][-1]][0]}), which wins: set "
             "training.steps=null, or leave out training.epochs"
@@ -333,25 +333,18 @@ def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
     """The strongest layer that sets the first key of ``message`` that any of them sets; else the first layer."""
     for key in re.findall(r"[a-z]\w*(?:\.\w+)*", message):
         for name, values in reversed(layers):
-            if _holds(values, key):
+            if key in _flat(values):
                 return name
     return layers[0][0]
 
 
-def _holds(values: Any, key: str) -> bool:
-    return _value(values, key, _ABSENT) is not _ABSENT
-
-
-_ABSENT = object()
-
-
-def _value(values: Any, key: str, default: Any = None) -> Any:
-    """What stands at ``training.steps``."""
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return default
-        values = values[part]
-    return values
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values at every depth: ``{"training": {"steps": 3}, "training.steps": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        below = {"name": value} if key == "locator" and isinstance(value, str) else value
+        found |= {f"{prefix}{key}": value} | (_flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {})
+    return found
 
 
 def check_recipe(recipe: dict[str, Any], where: str) -> None:

@@ -29,7 +29,7 @@ from clmoe.methods import method_class, methods
 from clmoe.plan import make_plan
 from clmoe.train.checkpoint import checked_method
 from clmoe.utils.paths import find_config, known_configs
-from clmoe.utils.schema import HOMES, RENAMED, WORDS
+from clmoe.utils.schema import HOMES, RENAMED, words
 from tests.support import TASKS, write_benchmark
 
 
@@ -177,7 +177,7 @@ def test_every_word_leads_to_a_key_that_exists() -> None:
         f"locator.options.{field}" for kind in LOCATORS.values() for field in typing.get_type_hints(kind.Options)
     }
     known = options | {place for places in HOMES.values() for place in places}
-    for word, text in WORDS.items():
+    for word, text in words().items():
         keys = re.findall(r"\b(?:options|locator|adapter|training|model|evaluation)\.[\w.]*\w", text)
         assert set(keys) <= known and (keys or "max_new_tokens" in text), word
 

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
+import yaml
+
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
+from clmoe.utils.paths import shipped_root
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,37 +51,6 @@ Steps = Annotated[int, Range(1, 2**31 - 1)]
 LearningRate = Annotated[float, Range(0, 1, "low")]
 
 
-WORDS = {  # of the papers and of other libraries; docs/glossary.md has them by method
-    **dict.fromkeys(("num_experts", "expert_num", "n_experts", "e"), "adapter.experts"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "adapter.rank"),
-    **dict.fromkeys(("lora_alpha", "scaling"), "adapter.alpha"),
-    **dict.fromkeys(("lora_dropout", "drop"), "adapter.dropout"),
-    **dict.fromkeys(("target_modules", "lora_target"), "adapter.targets"),
-    "k": "adapter.router_top_k, or CL-MoE's K: options.top_k",
-    "top_k": "adapter.router_top_k, or CL-MoE's K: options.top_k",
-    "beta": "CL-MoE's beta: options.beta, or DER++'s: options.ratio",
-    **dict.fromkeys(("gamma", "momentum", "ema"), "CL-MoE's gamma: options.gamma"),
-    "lambda": "EWC's, MAS's, LwF's or O-LoRA's lambda: options.weight, or CL-MoE's: options.gamma (1 - lambda)",
-    **dict.fromkeys(("lambda_o", "lambda_1", "lamda_1", "ewc_lambda"), "options.weight"),
-    **dict.fromkeys(("tau", "t", "temp", "temperature"), "LwF's temperature: options.temperature"),
-    **dict.fromkeys(("buffer_size", "memory_size"), "replay's memory per task: options.per_task"),
-    **dict.fromkeys(("n_p", "num_probes", "probes"), "LLaVA-CMoE's N_p: options.probe_experts"),
-    "n_s": "options.extend: LLaVA-CMoE's N_s follows from the probes",
-    "alpha_threshold": "LLaVA-CMoE's alpha: options.alpha",
-    **dict.fromkeys(("n_rep", "draws"), "LLaVA-CMoE's N_rep: locator.options.draws"),
-    "eta": "LLaVA-CMoE's eta: locator.options.eta",
-    **dict.fromkeys(("f_end", "f"), "locator.feature"),
-    **dict.fromkeys(("lr", "learning_rate"), "training.learning_rate"),
-    **dict.fromkeys(("mm_projector_lr", "projector_lr"), "training.projector_learning_rate"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs"), "training.epochs"),
-    **dict.fromkeys(("max_steps", "num_steps"), "training.steps"),
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.batch_size: it is global, accumulation follows from micro_batch_size",
-    **dict.fromkeys(("model_max_length", "max_seq_length"), "training.max_length"),
-    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "model.dtype"),
-    **dict.fromkeys(("model_name_or_path", "base", "base_model"), "model.path"),
-    "max_new_tokens": "max_new_tokens of a task in the benchmark's YAML",
-}
 RENAMED = {  # keys of clmoe 0.1
     "options.decider": "locator (vae, nearest_mean, prototype, ...)",
     "options.feature": "locator.feature",
@@ -151,11 +123,17 @@ def build(kind: type[T], values: Any, where: str) -> T:
         raise ClmoeError(f"{where}: {error}".removeprefix(": ")) from error
 
 
+@functools.cache
+def words() -> dict[str, str]:
+    """Words of the papers and of other libraries, and what to write for them."""
+    return yaml.safe_load((shipped_root() / "configs" / "words.yaml").read_text(encoding="utf-8"))
+
+
 def _hint(place: str, key: str) -> str:
     """What to write for a key of another section, of clmoe 0.1, a paper or another library; empty if none is known."""
     if place in RENAMED:
         return f"{key} is now {RENAMED[place]}"
-    found = [*HOMES.get(key, []), *([WORDS[key.lower()]] if key.lower() in WORDS else [])]
+    found = [*HOMES.get(key, []), *filter(None, [words().get(key.lower())])]
     meant = [text for text in dict.fromkeys(found) if "." not in place or place not in re.split(r"[ ,:]+", text)]
     return f"unknown key {key!r}. Write {', or '.join(meant)}" if meant else ""
 

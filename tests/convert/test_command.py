@@ -218,7 +218,7 @@ def test_a_task_that_is_listed_twice_is_refused(
         ["eval", "--checkpoint", checkpoint, "--output", str(tmp_path / "out"), *twice],
     ):
         with pytest.raises(SystemExit):
-            cli.main(line)
+            main(line)
         assert "--tasks: task 'colour'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
