@@ -364,7 +364,7 @@ def check_recipe(recipe: dict[str, Any], where: str) -> None:
 
 def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What the recipe says of this method; its locator's settings only where the method still has that locator."""
-    own = dict(recipe.get("methods", {}).get(str(values.get("method")), {}))
+    own = merge({}, recipe.get("methods", {}).get(str(values.get("method")), {}))
     chosen = merge({}, {"locator": values.get("locator", {})})["locator"]
     if own.get("locator", {}).get("name") != chosen.get("name"):
         own.pop("locator", None)

@@ -29,7 +29,7 @@ def trajectory(checkpoint: Path) -> list[float]:
 
 
 def trained(runs: Runs, output: Path, method: str, *overrides: str) -> tuple[list[float], Path]:
-    checkpoint = runs.train(output / MIXED, method, MIXED, *overrides, order=MIXED)
+    checkpoint = runs.train(output / MIXED, method, MIXED, *overrides)
     return trajectory(checkpoint), checkpoint
 
 

@@ -85,7 +85,7 @@ def test_an_interrupted_training_of_another_command_is_refused_and_kept(
         ("clmoe", ["seed=7", "options.gamma=0.5"], "options.gamma 0.7 there, 0.5 here"),
     ):
         assert named in refused(runs, capsys, output, method, SECOND, *settings, previous=chain[0])
-    assert "method clmoe there, moelora here" in refused(runs, capsys, output, "moelora", SECOND, order=SECOND)
+    assert "method clmoe there, moelora here" in refused(runs, capsys, output, "moelora", SECOND)
     verify(runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0]))
     assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
 
@@ -111,7 +111,7 @@ def test_restart_deletes_an_interrupted_training_and_nothing_that_is_finished(
 def test_a_later_task_without_previous_is_refused(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(runs, capsys, tmp_path / "run" / SECOND, "lora", SECOND)
+    error = refused(runs, capsys, tmp_path / "run" / SECOND, "lora", SECOND, order="norm")
     assert "--previous" in error and FIRST in error and f"--order {SECOND}" in error
 
 
@@ -135,7 +135,7 @@ def test_other_settings_in_the_same_output_are_refused(
 ) -> None:
     error = refused(runs, capsys, chain[1], "clmoe", SECOND, "training.steps=3", previous=chain[0])
     assert "training.steps 4 there, 3 here" in error
-    assert "parent" in refused(runs, capsys, chain[1], "clmoe", SECOND, order=SECOND)
+    assert "parent" in refused(runs, capsys, chain[1], "clmoe", SECOND)
 
 
 def test_another_base_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
