@@ -128,6 +128,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="KEY=V,V",
         help="sweep: a run for each of these values; repeatable",
     )
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
     _sequence_arguments(sub)
 
 
@@ -136,6 +137,7 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
     sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
     sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
     _sequence_arguments(sub)
 
 

@@ -25,7 +25,7 @@ from clmoe.plan import make_plan, plan_text
 from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
-from clmoe.train.checkpoint import read_checkpoint
+from clmoe.train.checkpoint import checked_method, read_checkpoint
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.files import locked
@@ -94,7 +94,8 @@ def train(options: argparse.Namespace) -> str:
     needed = order if options.task == UNION else [options.task]
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
     previous = None if options.previous is None else read_checkpoint(options.previous)
-    request = prepare_request(config, benchmark, options.task, order, previous, options.output, deepspeed)
+    places = previous, options.output, deepspeed, options.restart
+    request = prepare_request(config, benchmark, options.task, order, *places)
     with locked(request.run):
         done = train_task(request) is None
     return f"{request.output}: {'finished before' if done else 'trained'}"
@@ -111,7 +112,8 @@ def evaluate(options: argparse.Namespace) -> str:
     asked = {"tasks": options.tasks, "scoring": options.scoring}
     with locked(options.output):
         if options.checkpoint == "base":
-            config = load_config(options.config or "zero_shot", benchmark.recipe, options.settings, options.base)
+            named = options.config or "zero_shot", benchmark.recipe, options.settings, options.base
+            config = load_config(*named, checked_method, options.benchmark)
             order = benchmark.order(options.order, config.seed)
             return evaluate_checkpoint(options.output, benchmark, None, config, order, **asked)[0]
         if options.config or options.base:

@@ -6,19 +6,31 @@ of the method, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
-import types
+import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, known_configs, shipped_root
-
-T = TypeVar("T")
+from clmoe.utils.schema import (
+    HOMES,
+    Count,
+    InnerShare,
+    LearningRate,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    Steps,
+    build,
+    check_values,
+)
 
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
@@ -59,12 +71,8 @@ class LocatorConfig:
 
     name: str = ""
     feature: FeatureKind = "last"
-    samples: int = 2000
+    samples: Steps = 2000
     options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ClmoeError(f"locator.samples must be at least 1, not {self.samples}")
 
 
 @dataclass(frozen=True)
@@ -89,25 +97,19 @@ class AdapterConfig:
         train_projector: also train the projector between vision tower and language model.
     """
 
-    rank: int = 64
+    rank: Count = 64
     rank_is: Literal["total", "per_expert"] = "total"
-    experts: int = 8
-    alpha: float = 128.0
-    scale: float | None = None
-    dropout: float = 0.0
+    experts: Annotated[int, Range(1, 1024)] = 8
+    alpha: Positive = 128.0
+    scale: Positive | None = None
+    dropout: InnerShare = 0.0
     as_released: bool = False
     targets: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
     router_scope: Literal["per_linear", "per_block"] = "per_linear"
-    router_top_k: int | None = None
+    router_top_k: Count | None = None
     train_projector: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rank", "experts", "router_top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ClmoeError(f"adapter.{name} must be at least 1, not {value}")
-        if not 0 <= self.dropout < 1:
-            raise ClmoeError(f"adapter.dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.targets:
             raise ClmoeError(f"adapter.targets is empty: name some of {', '.join(LINEARS)}")
         for name in self.targets:
@@ -128,8 +130,8 @@ class TrainingConfig:
     Attributes:
         learning_rate: of the adapter (AdamW).
         projector_learning_rate: of the projector when it is trained.
-        epochs: passes over the task's records; ignored when ``steps`` is set.
-        steps: optimizer steps per task.
+        epochs: passes over the task's records. ``steps`` of the same or a weaker source must be null: it would win.
+        steps: optimizer steps per task; wins over ``epochs`` of a weaker source.
         batch_size: **global** batch, over all processes and accumulation steps.
         micro_batch_size: samples per forward and process; None is the process's whole share.
         warmup_ratio: share of the steps with a linear warm-up; cosine decay to zero follows.
@@ -144,21 +146,21 @@ class TrainingConfig:
         trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
-    learning_rate: float = 2e-4
-    projector_learning_rate: float = 2e-5
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 128
-    micro_batch_size: int | None = None
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 2048
+    learning_rate: LearningRate = 2e-4
+    projector_learning_rate: Annotated[float, Range(0, 1)] = 2e-5
+    epochs: Annotated[float, Range(0, 1e4, "low")] = 1.0
+    steps: Steps | None = None
+    batch_size: Count = 128
+    micro_batch_size: Count | None = None
+    warmup_ratio: Share = 0.03
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    max_length: Count = 2048
     gradient_checkpointing: bool = False
-    workers: int = 0
-    save_steps: int = 100
-    keep_states: int = 2
-    logging_steps: int = 10
+    workers: Annotated[int, Range(0, 1024)] = 0
+    save_steps: Annotated[int, Range(0, 2**31 - 1)] = 100
+    keep_states: Steps = 2
+    logging_steps: Steps = 10
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
@@ -174,11 +176,11 @@ class EvaluationConfig:
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
     """
 
-    batch_size: int = 64
+    batch_size: Count = 64
     exact: bool = True
-    margin: float = 1e-3
+    margin: NotNegative = 1e-3
     share_images: bool = True
-    limit: int | None = None
+    limit: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Config:
 
     method: str
     label: str = ""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     locator: LocatorConfig = field(default_factory=LocatorConfig)
@@ -208,51 +210,9 @@ class Config:
         return self.label or self.method
 
 
-def _convert(value: Any, annotation: Any, where: str) -> Any:
-    """Check ``value`` against a field's type; a float may be written as an int, or as YAML's string ``1e-3``."""
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return build(annotation, value, where)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = [a for a in arguments if a is not type(None)]
-        return _convert(value, inner, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ClmoeError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return value
-    if annotation is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError as error:
-            raise ClmoeError(f"{where}: {value!r} is not a number") from error
-    if isinstance(annotation, type) and type(value) is annotation:
-        return value
-    wanted = getattr(annotation, "__name__", str(annotation))
-    raise ClmoeError(f"{where}: {value!r} is a {type(value).__name__}, expected {wanted}")
-
-
-def build(kind: type[T], values: Any, where: str) -> T:
-    """Fill the dataclass ``kind`` from a mapping.
-
-    Raises ClmoeError for an unknown key, naming the nearest known one, and for a value of the wrong type.
-    """
-    if not isinstance(values, dict):
-        raise ClmoeError(f"{where}: expected a mapping, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            new = RENAMED.get(f"{where}.{key}")
-            raise ClmoeError(f"{where}: " + (f"{key} is now {new}" if new else unknown("key", str(key), hints)))
-    try:
-        return kind(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise ClmoeError(f"{where}: {error}") from error
+for _section, _kind in typing.get_type_hints(Config).items():
+    for _field in dataclasses.fields(_kind) if dataclasses.is_dataclass(_kind) else ():
+        HOMES.setdefault(_field.name, []).append(f"{_section}.{_field.name}")
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -281,15 +241,6 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-RENAMED = {  # keys of clmoe 0.1
-    "options.decider": "locator (vae, nearest_mean, prototype, ...)",
-    "options.feature": "locator.feature",
-    "options.locator": "locator.options",
-    "options.distance": "locator.options.distance",
-    "options.radius": "locator.options.radius",
-}
-
-
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """``["training.steps=20", "options.beta=1"]`` -> nested mapping; values are YAML."""
     result: dict[str, Any] = {}
@@ -299,7 +250,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise ClmoeError(f"override {pair!r}: write key=value, for instance training.steps=20")
         try:
             value: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter: a day of no month, a number of 5,000 digits
             raise ClmoeError(f"override {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -311,31 +262,114 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises ClmoeError: unreadable file, broken YAML (with its line), or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ClmoeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ClmoeError(f"{path}: expected a mapping at the top, found {values!r}")
     return values
 
 
-def load_config(source: str, recipe: dict[str, Any], overrides: list[str], model: str | None = None) -> Config:
+def load_config(
+    source: str,
+    recipe: dict[str, Any],
+    overrides: list[str],
+    model: str | None = None,
+    check: Callable[[Config], object] = lambda config: None,
+    benchmark: str = "the benchmark",
+) -> Config:
     """A method's configuration on a benchmark, whose defaults are ``recipe``, under ``key=value`` overrides.
 
     ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), or a Python file
-    that registers a method; ``model`` a file in ``configs/models``, a path to one, or a model folder or hub name.
+    that registers a method; ``model`` a file in ``configs/models``, a path to one, or a model folder or hub name. An
+    error, also of ``check``, begins with the file, ``benchmark`` or option that gave the value.
     """
-    shipped: dict[str, Any] = {}
+    shipped: dict[str, Any]
     if source.endswith(".py"):
-        path, mine = Path(source), {"method": source}
+        where, shipped, mine = source, {}, {"method": source}
     else:
         path = find_config("methods", source)
-        shipped, mine = _method_values(path)
-    shared = {key: value for key, value in recipe.items() if key not in ("methods", "comparable")}
+        where, (shipped, mine) = str(path), _method_values(path)
     own = _own_recipe(recipe, merge(shipped, mine))
-    values, overridden = merge(shipped, recipe.get("comparable", {})), parse_overrides(overrides)
-    for layer in (mine, shared, own, {} if model is None else {"model": model_values(model)}, overridden):
-        values = _without_replaced_scale(merge(values, layer), layer)
-    return build(Config, merge({}, values), str(path))
+    shared = {key: value for key, value in recipe.items() if key not in ("methods", "comparable")}
+    layers = [
+        (where, shipped),
+        (f"{benchmark}: adapters: comparable", recipe.get("comparable", {})),
+        (where, mine),
+        (f"{benchmark}: recipe", shared),
+        (f"{benchmark}: recipe.methods", own),
+        (f"--base {model}", {} if model is None else {"model": model_values(model)}),
+        (GIVEN, parse_overrides(overrides)),
+    ]
+    return _resolved(layers, check, of_method=3)
+
+
+GIVEN = "key=value"  # how errors call what the command line or the caller sets
+
+
+def _resolved(
+    layers: list[tuple[str, dict[str, Any]]], check: Callable[[Config], object], of_method: int = 0
+) -> Config:
+    """The configuration of ``layers``, the weakest first, each with its name; the first are the method's own.
+
+    Where there are such, ``epochs`` and ``steps`` exclude each other.
+    """
+    try:
+        values: dict[str, Any] = {}
+        for _, layer in layers:
+            values = _without_replaced_scale(merge(values, layer), layer)
+        if of_method:
+            _check_lengths(values, layers, of_method)
+        config = build(Config, values, "")
+        check(config)
+    except ClmoeError as error:
+        raise ClmoeError(f"{_origin(str(error), layers)}: {error}") from error
+    return config
+
+
+def _check_lengths(values: dict[str, Any], layers: list[tuple[str, dict[str, Any]]], of_method: int) -> None:
+    """Refuse ``training.epochs`` that ``training.steps``, which wins, of the same or a weaker layer would silence.
+
+    A method's file may hold both, as a checkpoint's config.yaml does.
+    """
+    said = [[k for k, (_, v) in enumerate(layers) if f"training.{name}" in _flat(v)] for name in ("epochs", "steps")]
+    if all(said) and said[0][-1] >= max(of_method, said[1][-1]) and _flat(values)["training.steps"] is not None:
+        raise ClmoeError(
+            f"training.epochs has no effect beside training.steps (from {layers[said[1][-1]][0]}), which wins: set "
+            "training.steps=null, or leave out training.epochs"
+        )
+
+
+def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
+    """The strongest layer that sets the first key of ``message`` that any of them sets; else the first layer."""
+    for key in re.findall(r"[a-z]\w*(?:\.\w+)*", message):
+        for name, values in reversed(layers):
+            if key in _flat(values):
+                return name
+    return layers[0][0]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values at every depth: ``{"training": {"steps": 3}, "training.steps": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        below = {"name": value} if key == "locator" and isinstance(value, str) else value
+        found |= {f"{prefix}{key}": value} | (_flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {})
+    return found
+
+
+def check_recipe(recipe: dict[str, Any], where: str) -> None:
+    """Raise ClmoeError for a key or value that no configuration can have; a method's options are checked with it."""
+    own = recipe.get("methods", {})
+    if not isinstance(own, dict):
+        raise ClmoeError(f"{where}.methods: expected a mapping, got {own!r}")
+    shared = {key: value for key, value in recipe.items() if key not in ("methods", "comparable")}
+    for place, values in ((where, shared), *((f"{where}.methods.{name}", values) for name, values in own.items())):
+        if not isinstance(values, dict):
+            raise ClmoeError(f"{place}: expected a mapping, got {values!r}")
+        try:
+            check_values(Config, merge({}, values), "")
+        except ClmoeError as error:
+            raise ClmoeError(f"{place}.{error}") from error
 
 
 def _without_replaced_scale(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
@@ -348,7 +382,7 @@ def _without_replaced_scale(values: dict[str, Any], layer: dict[str, Any]) -> di
 
 def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What the recipe says of this method; its locator's settings only where the method still has that locator."""
-    own = dict(recipe.get("methods", {}).get(values.get("method"), {}))
+    own = merge({}, recipe.get("methods", {}).get(str(values.get("method")), {}))
     chosen = merge({}, {"locator": values.get("locator", {})})["locator"]
     if own.get("locator", {}).get("name") != chosen.get("name"):
         own.pop("locator", None)
@@ -395,6 +429,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(recorded(config), sort_keys=True)
 
 
-def reload_config(path: Path, overrides: list[str]) -> Config:
-    """A frozen ``config.yaml``, with overrides for evaluation."""
-    return build(Config, merge(read_yaml(path), parse_overrides(overrides)), str(path))
+def reload_config(path: Path, overrides: list[str], check: Callable[[Config], object] = lambda config: None) -> Config:
+    """A frozen ``config.yaml``, with overrides for evaluation; errors as of ``load_config``."""
+    return _resolved([(str(path), read_yaml(path)), (GIVEN, parse_overrides(overrides))], check)

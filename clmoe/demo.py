@@ -181,8 +181,10 @@ def launch(page: gr.Blocks, port: int | None) -> str:
             server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, quiet=True,
             prevent_thread_lock=True, footer_links=[], theme=theme, css=STYLE,
         )  # fmt: skip
-    except OSError as error:
-        raise ClmoeError(f"--port {port} is taken: choose another, or leave it out for a free one") from error
+    except (OSError, OverflowError) as error:  # the latter: no port has this number
+        raise ClmoeError(
+            f"--port {port} is taken or impossible: choose another, or leave it out for a free one"
+        ) from error
     return address
 
 

@@ -16,12 +16,13 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
 from clmoe.methods import method_class
-from clmoe.train.checkpoint import Finished, differences, lasting, read_checkpoint
+from clmoe.train.checkpoint import Finished, checked_method, differences, lasting, read_checkpoint
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.files import file_sha256, locked, read_json, write_json
 from clmoe.utils.logging import display, say
 from clmoe.utils.processes import from_main
+from clmoe.utils.schema import told
 
 SETTINGS = "sequence.json"  # what a run folder was started with
 
@@ -43,17 +44,19 @@ class Result:
     metrics: dict[str, float | None]
 
 
+@told('clmoe.run(METHOD, "playground-coin", seed=0, settings={"training.steps": 20})')
 def run(
-    method: str,
-    benchmark: str,
+    method: str | Path,
+    benchmark: str | Path,
     *,
     order: str = "norm",
     seed: int | None = None,
     output: Path | str | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     data: Path | str | None = None,
     deepspeed: str | None = None,
     settings: Mapping[str, Any] | Iterable[str] = (),
+    restart: bool = False,
 ) -> Result:
     """``clmoe run``: a method on the whole sequence of a benchmark, or on from where an earlier call stopped.
 
@@ -66,12 +69,16 @@ def run(
         data: the benchmark's data folder.
         deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
+        restart: delete an interrupted training and begin it anew; what is finished stays.
 
     Raises ClmoeError if the folder holds a run with other settings (they are named, nothing is touched), if files are
     missing or hold rows that cannot be used, and where training or evaluation does.
     """
+    method, benchmark, base = str(method), str(benchmark), None if base is None else str(base)
+    if isinstance(settings, str):
+        settings = [settings]
     if isinstance(settings, Mapping):
-        settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        settings = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
     pairs = [*([] if seed is None else [f"seed={seed}"]), *settings]
     root = None if data is None else Path(data)
     described, config, tasks = chosen(method, benchmark, pairs, order=order, base=base, data=root)
@@ -79,7 +86,7 @@ def run(
     folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
     zero = use_deepspeed(deepspeed)
     with locked(folder):
-        checkpoints = _go_on(config, opened, tasks, folder, zero)
+        checkpoints = _go_on(config, opened, tasks, folder, zero, restart)
     matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
     return Result(folder, checkpoints, matrix, read_json(folder / "metrics.json"))
 
@@ -89,7 +96,7 @@ def chosen(
 ) -> tuple[Benchmark, Config, list[str]]:
     """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks."""
     described = load_benchmark(benchmark, data, check_files=False)
-    config = load_config(method, described.recipe, settings, base)
+    config = load_config(method, described.recipe, settings, base, checked_method, benchmark)
     return described, config, described.order(order, config.seed)
 
 
@@ -99,12 +106,15 @@ def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
     return Path("runs") / benchmark / f"{Path(method).stem}{suffix}-seed{seed}"
 
 
-def _go_on(config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None) -> list[Path]:
+def _go_on(
+    config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None, restart: bool
+) -> list[Path]:
     """Train and evaluate task after task on one base, which is loaded when it is first needed; the checkpoints."""
     method = method_class(config.method)(config)
     trained = {"none": [], "union": [UNION]}.get(method.chain, order)
     steps = [(run / f"{number:02}_{task}", task) for number, task in enumerate(trained, 1)]
-    values = from_main(lambda: _settings(config, benchmark, order, run))
+    anew = restart and not any(checkpoint.exists() for checkpoint, _ in steps)
+    values = from_main(lambda: _settings(config, benchmark, order, run, anew))
     check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
     if not all(checkpoint.exists() for checkpoint, _ in steps):
         from_main(lambda: _check_rows(benchmark, order))
@@ -116,7 +126,8 @@ def _go_on(config: Config, benchmark: Benchmark, order: list[str], run: Path, de
         if method.chain == "none":
             say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
         for number, (checkpoint, task) in enumerate(steps, 1):
-            base = train_task(prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed), base)
+            request = prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed, restart)
+            base = train_task(request, base)
             done = read_checkpoint(checkpoint)
             row, base = evaluate_checkpoint(run, benchmark, done, config, order, base=base)
             say(f"{number}/{len(order)} {row}")
@@ -131,19 +142,22 @@ def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
     check_questions(benchmark, order)
 
 
-def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path) -> dict[str, Any]:
-    """All that decides the run's files. Raises ClmoeError if the folder holds another run's; it may become longer."""
+def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path, anew: bool) -> dict[str, Any]:
+    """All that decides the run's files.
+
+    Raises ClmoeError if the folder holds another run's; it may become longer, or begin ``anew``.
+    """
     values = lasting(config)
     del values["evaluation"]["batch_size"]
     train = {name: file_sha256(benchmark.task(name).train) for name in order}
     values |= {"benchmark": benchmark.name, "order": order, "train": train}
-    there = read_json(run / SETTINGS) if (run / SETTINGS).is_file() else values
+    there = read_json(run / SETTINGS) if (run / SETTINGS).is_file() and not anew else values
     old, here = there["order"], values
     if order[: len(old)] == old:
         here = values | {"order": old, "train": {name: train[name] for name in old}}
     if changed := differences(there, here):
         raise ClmoeError(
-            f"{run} holds a run with other settings ({changed}): give the same settings to continue it, or choose "
-            "another --output"
+            f"{run} holds a run with other settings ({changed}): give the same settings to continue it, choose "
+            "another --output, or give --restart if it has finished no task yet"
         )
     return values

@@ -56,6 +56,8 @@ def meanings(kind: type) -> dict[str, str]:
 
 def type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return f"{type_name(arguments[0])}, {arguments[1]}"
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
     if origin in (types.UnionType, typing.Union):
@@ -67,7 +69,7 @@ def type_name(annotation: Any) -> str:
 
 def key_table(kind: type, prefix: str = "") -> str:
     """Keys of a dataclass with type, default and meaning; those of nested dataclasses have tables of their own."""
-    hints, said, rows = typing.get_type_hints(kind), meanings(kind), []
+    hints, said, rows = typing.get_type_hints(kind, include_extras=True), meanings(kind), []
     for field in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(hints[field.name]):
             made = None if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -7,6 +7,10 @@
 # batch is in configs/benchmarks; accumulation follows from GPUS, and a number of GPUs that does not divide it is an error.
 set -euo pipefail
 HERE=$(dirname "$0")
+if [ $# -lt 2 ]; then
+  echo "usage: bash $0 BENCHMARK METHOD [key=value ...]" >&2
+  exit 2
+fi
 BENCHMARK=$1 METHOD=$2
 shift 2
 export MODEL=${MODEL:-llava-1.5-7b} SEED=${SEED:-0}

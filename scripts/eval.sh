@@ -6,6 +6,10 @@
 # For instance locator=oracle, or options.beta=1 label=clmoe_beta1. Environment: ORDER, DATA, GPUS, LAUNCHER as for
 # sequence.sh.
 source "$(dirname "$0")/common.sh"
+if [ $# -lt 1 ] || [ -z "${RUN:-}" ] || [ -z "${OUT:-}" ]; then
+  echo "usage: RUN=runs/x OUT=runs/x-oracle bash $0 BENCHMARK [key=value ...]" >&2
+  exit 2
+fi
 BENCHMARK=$1
 shift
 for checkpoint in "$RUN"/[0-9]*_*/; do

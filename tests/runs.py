@@ -76,7 +76,12 @@ class Runs:
     def train(
         self, output: Path, method: str, task: str, *overrides: str, previous: Path | None = None, **options: str
     ) -> Path:
-        """``clmoe train``; ``options`` become ``--name value``. Returns ``output``."""
+        """``clmoe train``; ``options`` become ``--name value``. Returns ``output``.
+
+        A later task without ``previous`` begins an order of its own.
+        """
+        if previous is None and task in TASKS[1:]:
+            options = {"order": task} | options
         chosen = {"model": str(self.model), "benchmark": str(self.benchmark), **options}
         arguments = ["train", "--config", method, "--task", task, "--output", str(output)]
         for name, value in chosen.items():

@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import (
-    RENAMED,
     AdapterConfig,
     Config,
     LocatorConfig,
@@ -23,10 +24,13 @@ from clmoe.config import (
     reload_config,
 )
 from clmoe.errors import ClmoeError
-from clmoe.locators import make_locator
-from clmoe.methods import method_class
+from clmoe.locators import LOCATORS, make_locator
+from clmoe.methods import method_class, methods
+from clmoe.plan import make_plan
+from clmoe.train.checkpoint import checked_method
 from clmoe.utils.paths import find_config, known_configs
-from tests.support import write_benchmark
+from clmoe.utils.schema import HOMES, RENAMED, words
+from tests.support import TASKS, write_benchmark
 
 
 def test_an_unknown_key_option_or_locator_names_the_nearest() -> None:
@@ -77,12 +81,160 @@ def test_a_renamed_key_says_its_new_name(old: str, new: str) -> None:
         ("adapter.targets=[]", "adapter.targets", "up_proj"),
         ("adapter.targets=[up_proj, downproj]", "adapter.targets", "'downproj'.*'down_proj'"),
         ("locator.samples=0", "locator.samples", "0"),
+        ("training.learning_rate=-0.001", "training.learning_rate", "-0.001"),
+        ("training.learning_rate=.nan", "training.learning_rate", "nan"),
+        ("training.steps=0", "training.steps", "0"),
+        ("training.max_length=-1", "training.max_length", "-1"),
+        ("training.micro_batch_size=-1", "training.micro_batch_size", "-1"),
+        ("training.epochs=inf", "training.epochs", "inf"),
+        ("evaluation.limit=0", "evaluation.limit", "0"),
+        ("seed=-1", "seed", "-1"),
         ("adapter={router_scope: per_block, targets: [q_proj]}", "adapter.targets", "q_proj.*per_block"),
     ],
 )
 def test_a_wrong_value_names_the_field(override: str, field: str, found: str) -> None:
     with pytest.raises(ClmoeError, match=f"{field}.*{found}"):
         load_config("lora", {}, [override])
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "named"),
+    [
+        ("clmoe", "adapter.router_top_k=9", ("adapter.router_top_k 9", "8 experts")),
+        ("clmoe", "options.top_k=9", ("options.top_k 9", "adapter.experts 8")),
+        ("moelora", "adapter.rank=12", ("adapter.rank 12", "adapter.experts 8")),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other(method: str, override: str, named: tuple[str, ...]) -> None:
+    with pytest.raises(ClmoeError) as refused:
+        load_config(method, {}, [override], None, checked_method)
+    assert all(part in str(refused.value) for part in named)
+    llava = ["adapter.experts=2", "adapter.router_top_k=3", "options.probe_experts=2"]
+    load_config("llava_cmoe", {}, llava, None, checked_method)  # its blocks grow
+
+
+def test_an_error_names_what_set_the_value(tmp_path: Path) -> None:
+    """The command line, the recipe, its part for the method, the model's and the method's file; also for options."""
+    method, model = tmp_path / "mine.yaml", tmp_path / "model.yaml"
+    method.write_text("extends: clmoe\nadapter: {rank: 7}\n")
+    model.write_text("path: there\ndtype: fp8\n")
+    bad = {"training": {"steps": 0}}
+    own = {"methods": {"clmoe": {"options": {"gamma": 2}}}}
+    for recipe, overrides, base, source, key in (
+        ({}, ["training.steps=0"], None, "key=value", "training.steps"),
+        ({}, ["options.gama=0"], None, "key=value", "options.gama"),
+        ({"adapter": {"rank": 8}}, ["training.lr=1"], None, "key=value", "training.lr"),
+        ({"adapter": {"rank": 8}} | bad, ["seed=1"], None, "b.yaml: recipe", "training.steps"),
+        ({"adapter": {"rank": 8}} | own, ["options.beta=1"], None, "b.yaml: recipe.methods", "options.gamma"),
+        ({"adapter": {"rank": 8}}, [], str(model), f"--base {model}", "model.dtype"),
+        ({}, [], None, str(method), "adapter.rank 7"),
+    ):
+        with pytest.raises(ClmoeError) as refused:
+            load_config(str(method), recipe, overrides, base, checked_method, "b.yaml")
+        assert str(refused.value).startswith(f"{source}: {key}"), refused.value
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ({"training": {"lr": 1}}, "recipe.training.lr"),
+        ({"training": {"steps": -1}}, "recipe.training.steps"),
+        ({"methods": {"clmoe": {"adapter": {"rank": "x"}}}}, "recipe.methods.clmoe.adapter.rank"),
+        ({"methods": 5}, "recipe.methods"),
+        ({"training": 5}, "recipe.training"),
+    ],
+)
+def test_a_bad_recipe_is_found_with_the_benchmark(recipe: dict[str, Any], key: str, tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"recipe": recipe}))
+    with pytest.raises(ClmoeError, match=rf"{path}.*{re.escape(key)}"):
+        load_benchmark(str(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "written", "key"),
+    [
+        ("lwf", "options.tau", "options.temperature"),
+        ("clmoe", "options.momentum", "options.gamma"),
+        ("clmoe", "gamma", "options.gamma"),
+        ("clmoe", "options.experts", "adapter.experts"),
+        ("clmoe", "num_experts", "adapter.experts"),
+        ("lora", "options.lora_alpha", "adapter.alpha"),
+        ("lora", "training.lr", "training.learning_rate"),
+        ("lora", "steps", "training.steps"),
+        ("llava_cmoe", "options.N_p", "options.probe_experts"),
+        ("llava_cmoe", "locator.draws", "locator.options.draws"),
+    ],
+)
+def test_a_papers_word_leads_to_the_key(method: str, written: str, key: str) -> None:
+    with pytest.raises(ClmoeError, match=rf"{re.escape(written)}: .*Write .*{re.escape(key)}"):
+        load_config(method, {}, [f"{written}=1"], None, checked_method)
+
+
+def test_every_word_leads_to_a_key_that_exists() -> None:
+    options = {f"options.{field}" for kind in methods().values() for field in typing.get_type_hints(kind.Options)}
+    options |= {
+        f"locator.options.{field}" for kind in LOCATORS.values() for field in typing.get_type_hints(kind.Options)
+    }
+    known = options | {place for places in HOMES.values() for place in places}
+    for word, text in words().items():
+        keys = re.findall(r"\b(?:options|locator|adapter|training|model|evaluation)\.[\w.]*\w", text)
+        assert set(keys) <= known and (keys or "max_new_tokens" in text), word
+
+
+def test_of_epochs_and_steps_the_stronger_source_decides_or_both_are_refused(tmp_path: Path) -> None:
+    assert load_config("lora", {"training": {"epochs": 2}}, ["training.steps=3"]).training.steps == 3
+    chosen = ["training.epochs=2", "training.steps=null"]
+    assert load_config("lora", {"training": {"steps": 3}}, chosen).training.epochs == 2
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("lora", {}, ["training.steps=3"])))
+    assert load_config(str(tmp_path / "config.yaml"), {}, []).training.steps == 3
+    for recipe, overrides, source in (
+        ({"training": {"steps": 3}}, ["training.epochs=2"], "b: recipe"),
+        ({}, ["training.epochs=2", "training.steps=3"], "key=value"),
+    ):
+        with pytest.raises(ClmoeError, match=rf"training\.epochs.*training\.steps.*{source}"):
+            load_config("lora", recipe, overrides, benchmark="b")
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_key_has_one_default(method: str) -> None:
+    """A method's YAML repeats the defaults of its options, which docs/api.md shows."""
+    given, default = load_config(method, {}, []).options, methods()[method].Options()
+    assert given == {name: getattr(default, name) for name in given}
+
+
+FUZZ = ("-1", "0", ".nan", ".inf", "1.0e+30", "1" + 400 * "0", "9" * 5000, "abc", "null", "true", "2024-13-45", "[]")
+
+
+def numbers(kind: type, prefix: str = "") -> Iterator[str]:
+    """The keys of a dataclass that hold numbers."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(hint, f"{prefix}{name}.")
+        elif {int, float} & {hint, *typing.get_args(hint)}:
+            yield prefix + name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", methods())
+def test_no_number_ends_in_a_traceback(method: str, mini: Benchmark, tiny_folder: Path) -> None:
+    """Each is refused by its name, or planned: before any training."""
+    recipe = {"training": {"batch_size": 8}, "adapter": {"rank": 8, "experts": 4, "train_projector": False}}
+    plain = load_config(method, recipe, [], str(tiny_folder))
+    kinds = {"": Config, "options.": method_class(method).Options}
+    kinds |= {"locator.options.": LOCATORS[plain.locator.name].Options} if plain.locator.name else {}
+    keys = [key for prefix, kind in kinds.items() for key in numbers(kind, prefix)]
+    assert len(keys) >= 22
+    refused = 0
+    for key in keys:
+        for value in FUZZ:
+            try:
+                config = load_config(method, recipe, [f"{key}={value}"], str(tiny_folder), checked_method)
+                make_plan(checked_method(config), mini, list(TASKS))
+            except ClmoeError as error:
+                refused += 1
+                assert key.rpartition(".")[2] in str(error), error
+    assert refused > len(FUZZ) * len(keys) / 2
 
 
 def test_numbers_may_be_written_as_people_write_them() -> None:

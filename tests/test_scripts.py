@@ -129,7 +129,11 @@ def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spo
     [
         ("coin/lora", {"DATA": "/nowhere"}, "no file /nowhere/Instructions/ScienceQA/train.json"),
         ("ucit/llava_cmoe", {"WARMUP": "/nowhere"}, "WARMUP=/nowhere: no /nowhere/train.json"),
-        ("sequence", {}, "usage"),
+        ("sequence", {}, "usage: bash scripts/sequence.sh BENCHMARK METHOD"),
+        ("benchmark", {}, "usage: bash scripts/benchmark.sh BENCHMARK METHOD"),
+        ("eval", {}, "usage: RUN="),
+        ("cluster/slurm", {}, "usage: SCRIPT="),
+        ("cluster/multinode", {}, "usage: HOSTS="),
         (
             "coin/lora",
             {"GPUS": "4", "CUDA_VISIBLE_DEVICES": "0,1", "DATA": "/nowhere"},

@@ -141,6 +141,22 @@ def test_the_same_folder_with_another_option_is_refused_and_kept(
     assert contents(whole.run) == before
 
 
+def test_restart_begins_a_run_anew_that_has_finished_no_task(
+    whole: Result, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"base": str(runs.model), "output": tmp_path / "run", "order": ",".join(TASKS[:1])}
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "training_step", at_call(3, TaskTrainer.training_step))
+        with pytest.raises(Killed):
+            clmoe.run("clmoe", str(runs.benchmark), seed=7, **given)
+    with pytest.raises(ClmoeError, match=r"seed 7 there, 0 here.*--restart"):
+        clmoe.run("clmoe", runs.benchmark, **given)
+    made = clmoe.run("clmoe", runs.benchmark, restart=True, **given)
+    assert contents(made.checkpoints[0]) == contents(whole.checkpoints[0])
+    with pytest.raises(ClmoeError, match="seed 0 there, 8 here"):
+        clmoe.run("clmoe", runs.benchmark, seed=8, restart=True, **given)  # its first task is finished
+
+
 def with_file(benchmark: Path, folder: Path, task: int, kind: str, text: str) -> str:
     """YAML of a benchmark in ``folder`` that differs in one file of one task."""
     values = yaml.safe_load(benchmark.read_text())

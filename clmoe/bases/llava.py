@@ -16,7 +16,8 @@ from random import SystemRandom
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -42,9 +43,10 @@ from clmoe.utils.files import file_sha256, json_sha256, read_json
 from clmoe.utils.logging import Progress
 from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
 from clmoe.utils.processes import count, from_main, in_order, is_main
-from clmoe.utils.tensors import load_tensors, replace_tensors
+from clmoe.utils.tensors import is_finite, load_tensors, replace_tensors
 
 PROJECTOR = "multi_modal_projector"
+HUB_TIMEOUT = 5.0  # seconds
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -223,8 +225,9 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
+    cached: dict[str, Any] = {"local_files_only": not Path(folder).is_dir() and _hub_is_out_of_reach(folder)}
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = AutoConfig.from_pretrained(folder, **cached).model_type
         if kind != "llava":  # for which from_pretrained below would build a random LLaVA of 7B parameters
             raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
         loaded = LlavaForConditionalGeneration.from_pretrained(
@@ -234,11 +237,12 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
+            **cached,
             **(_four_bit(config, device) if config.load_in_4bit else {}),
         )
         model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
         _check_report(report)
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
@@ -246,6 +250,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     model.requires_grad_(False).eval()
     if not config.load_in_4bit:  # quantised weights were placed while loading
         cast(nn.Module, model).to(device)
+    _check_weights(model, Path(folder))
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the checkout is
     return LoadedBase(
         model=model,
@@ -255,6 +260,26 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         fingerprint=fingerprint,
         vision=attach_cache(model, processor.image_processor, fingerprint),
     )
+
+
+def _hub_is_out_of_reach(name: str) -> bool:
+    """Asked once, without retries: transformers would try six times, for half a minute, before it reads its cache."""
+    if is_offline_mode():
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
+    except Exception as error:  # the type of a lost connection depends on huggingface_hub's HTTP client
+        return not isinstance(error, HfHubHTTPError)  # an answer of the hub, which transformers explains
+    return False
+
+
+def _check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Raise ClmoeError, naming file and tensor, if a weight is NaN or infinite."""
+    if all(is_finite(tensor) for tensor in model.state_dict().values()):
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        load_tensors(file)
+    raise ClmoeError(f"model {folder}: a weight is NaN or infinite in {model.dtype}: choose another model.dtype")
 
 
 def shapes_file(config: ModelConfig) -> Path:
@@ -272,10 +297,7 @@ def shapes_file(config: ModelConfig) -> Path:
 
 def meta_base(file: Path) -> LoadedBase:
     """The shapes of a LLaVA's config.json (else ClmoeError) on the meta device, without weights and tokenizer."""
-    values = read_json(file)
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != "llava":
-        raise ClmoeError(f"{file}: field 'model_type': expected 'llava', found {kind!r}")
+    values = _llava_values(file)
     try:
         with torch.device("meta"):
             model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).requires_grad_(False)
@@ -283,6 +305,16 @@ def meta_base(file: Path) -> LoadedBase:
         raise ClmoeError(f"{file}: not a LLaVA that transformers can build: {' '.join(str(error).split())}") from error
     absent = {"tokenizer": cast(Any, None), "image_processor": cast(Any, None)}
     return LoadedBase(model=model, image_token_count=count_image_tokens(model), fingerprint="", **absent)
+
+
+def _llava_values(file: Path) -> dict[str, Any]:
+    """A LLaVA's config.json. Raises ClmoeError for another model."""
+    values = read_json(file)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "llava":
+        convert = "; clmoe convert makes one of it" if kind in ("llava_llama", "llama") else ""
+        raise ClmoeError(f"{file}: field 'model_type': expected 'llava' (LLaVA-1.5), found {kind!r}{convert}")
+    return values
 
 
 def _check_means(config: ModelConfig, device: torch.device) -> None:
@@ -333,6 +365,8 @@ def base_fingerprint(folder: str) -> str:
         return hashlib.sha256(folder.encode()).hexdigest()
     weights = sorted(root.glob("*.safetensors"))
     if not weights or not (root / "config.json").is_file():
+        if (root / "config.json").is_file():
+            _llava_values(root / "config.json")  # another model is the better reason
         raise ClmoeError(f"model {folder}: expected config.json and *.safetensors in it (transformers' format)")
     digest = hashlib.sha256((root / "config.json").read_bytes())
     for path in weights:

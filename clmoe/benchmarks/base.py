@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
-from clmoe.config import build, read_yaml
+from clmoe.config import build, check_recipe, read_yaml
 from clmoe.data.batches import epoch_permutation
 from clmoe.data.records import Failed, Question, load_questions
 from clmoe.errors import ClmoeError
@@ -86,11 +86,14 @@ class Benchmark:
             return names if spec == "norm" else names[::-1]
         if spec == "rand":
             return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-        chosen = [self.task(part.strip()).name for part in spec.split(",")]
-        for name in chosen:
-            if chosen.count(name) > 1:
-                raise ClmoeError(f"order {spec!r}: task {name!r} is listed more than once")
-        return chosen
+        return self.named([part.strip() for part in spec.split(",")], f"order {spec!r}")
+
+    def named(self, names: Sequence[str], where: str) -> list[str]:
+        """These names of tasks. Raises ClmoeError, naming ``where``, unless all are known and none comes twice."""
+        for name in names:
+            if names.count(self.task(name).name) > 1:
+                raise ClmoeError(f"{where}: task {name!r} is listed more than once")
+        return list(names)
 
     def missing_files(self, tasks: Collection[str] | None = None) -> list[str]:
         """A line for every file of the tasks (None: of all) that does not exist: task, field, path and source."""
@@ -164,6 +167,7 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     where = f"{path}: benchmark"
     entry = build(_BenchmarkEntry, read_yaml(path), where)
     _require(entry, ("name", "root", "tasks"), where)
+    check_recipe(entry.recipe, f"{where}.recipe")
     given = data_root or os.environ.get(ROOT_VARIABLE)
     folder = Path.cwd() if given or built_in else path.parent
     root = Path(os.path.abspath(folder / Path(given or entry.root).expanduser()))  # noqa: PTH100 (keeps users' links)

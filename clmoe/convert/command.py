@@ -87,6 +87,8 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
     for name, entry in files.items():
         if not (source / name).is_file() or file_sha256(source / name) != entry["sha256"]:
             raise ClmoeError(f"{source / name} is missing or damaged: restore it")
+        if name.endswith(".safetensors"):
+            load_tensors(source / name)  # refuses NaN and infinity
     values, bank = _upgraded(read_yaml(source / CONFIG))
     config = build(Config, values, str(source / CONFIG))
 
@@ -181,8 +183,7 @@ def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark, tasks: list[str]) -> str:
     """Write the checkpoint of these tasks; return what was found. Raises ClmoeError where anything does not fit."""
-    for task in tasks:
-        benchmark.task(task)
+    benchmark.named(tasks, "--tasks")
     kind, settings = read_settings(source)
     config = load_config(METHODS[kind], merge(benchmark.recipe, {"adapter": settings}), [], model)
     method = method_class(config.method)(config)

@@ -31,7 +31,7 @@ from clmoe.bases.pieces import PAD, PROBES, SETTINGS, Ids, different, read_piece
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import flush, read_json
-from clmoe.utils.tensors import load_tensors, writing
+from clmoe.utils.tensors import load_tensors, refuse_infinite, writing
 
 # How each format names its tensors: beginning of the name in our folder (which is llava-hf's) -> beginning there.
 LLAMA = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
@@ -80,6 +80,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ClmoeError(f"{path}: refused: {name!r} is not the name of a dense tensor")
+    refuse_infinite(content, path)
     return {name: tensor.detach() for name, tensor in content.items()}
 
 

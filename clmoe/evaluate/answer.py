@@ -37,6 +37,7 @@ from clmoe.methods.base import Method
 from clmoe.train.checkpoint import Finished, read_checkpoint
 from clmoe.utils.names import unknown
 from clmoe.utils.processes import device, from_main, in_order
+from clmoe.utils.schema import told
 
 ImageSource = Path | str | Image.Image | None
 SCORED_AT_ONCE = 256  # questions: a VAE then keeps several [draws, questions, D] tensors alive
@@ -168,6 +169,8 @@ class Answerer:
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
         ``watch`` gets the texts so far before every further token.
         """
+        if max_new_tokens < 1:
+            raise ClmoeError(f"max_new_tokens: {max_new_tokens} is out of range, it must be at least 1")
         tokenizer, count = self.base.tokenizer, len(items)
         decoded = partial(tokenizer.batch_decode, skip_special_tokens=True)
         llava = adapted_base(self.model) if isinstance(self.model, PeftModel) else self.model
@@ -185,6 +188,8 @@ class Answerer:
             tokens = torch.cat([tokens, said], dim=1)
             finished = finished | (said[:, 0] == tokenizer.eos_token_id)
             if tokens.shape[1] == max_new_tokens or bool(finished.all()):
+                if bool(margins.isnan().any()):
+                    raise ClmoeError(f"the model's logits are not finite in {llava.dtype}: choose another model.dtype")
                 return decoded(tokens), margins.tolist()
             if watch is not None:
                 watch(decoded(tokens))
@@ -207,8 +212,8 @@ def open_answerer(
     The folder ``features`` keeps the locator's features; the benchmark's training data fit a locator that is not the
     sealed one. Raises ClmoeError: trained on another base, or another locator without a benchmark.
     """
-    base = base or load_base(config.model, device())
     method = method_class(config.method)(config)
+    base = base or load_base(config.model, device())
     if done is None:
         return Answerer(base, base.model, method, 0, None)
     if done.lineage.base != base.fingerprint:
@@ -292,6 +297,7 @@ class LoadedCheckpoint:
         """Answers depend on the question's task, which a locator finds."""
         return self.answerer.method.keeps_parts
 
+    @told('answer("photo.png", "What is this?"), or answer(None, "...") without an image')
     def answer(
         self, image: ImageSource, question: str, max_new_tokens: int = 64, locator: str = "", task: str | None = None
     ) -> str:
@@ -305,6 +311,7 @@ class LoadedCheckpoint:
             (answer,) = self.answerer.answer([asked], root, max_new_tokens, locator, self._oracle(locator, task))
         return answer.text
 
+    @told('explain("photo.png", "What is this?"), or explain(None, "...") without an image')
     def explain(
         self,
         image: ImageSource,
@@ -348,8 +355,8 @@ class LoadedCheckpoint:
 @contextmanager
 def _asked(image: ImageSource, question: str) -> Iterator[tuple[Question, Path]]:
     """A question whose id, which the random locator reads, is its text; and the folder of its image, while it lasts."""
-    if not isinstance(image, ImageSource):
-        raise ClmoeError(f"image: expected a path, a PIL image or None (text only), found {type(image).__name__}")
+    if not question.strip():
+        raise ClmoeError("question: it is empty")
     with TemporaryDirectory() as folder:
         if isinstance(image, Image.Image):  # as a file, so that all images go one way
             to_rgb(image).save(Path(folder) / "image.png")
@@ -380,6 +387,7 @@ def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSele
     ]
 
 
+@told('clmoe.load("runs/x/08_digits")')
 def load(folder: Path | str, model: str | None = None) -> LoadedCheckpoint:
     """Open a checkpoint folder: ``clmoe.load("runs/x/08_digits").answer("photo.png", "What is this?")``.
 

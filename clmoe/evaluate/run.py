@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     Raises ClmoeError before the first answer: another base or order, or a question cannot be read or scored.
     """
     learned = [] if done is None else done.lineage.tasks
-    names = tasks or learned or order
+    names = benchmark.named(tasks or learned or order, "--tasks")
     check_tasks(benchmark, names)
     from_main(lambda: check_run_order(run, order))
     method = method_class(config.method)

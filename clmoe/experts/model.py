@@ -89,7 +89,17 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     read_json(folder / "adapter_config.json")  # peft's own reader would not name a broken file
     file = folder / "adapter_model.safetensors"
     saved = load_tensors(file)
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    for name, tensor in saved.items():
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ClmoeError(f"{file}: {name} is {tensor.dtype}, adapters are float32: save it with .float() tensors")
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+        reason = next((line for line in lines if line.startswith("size mismatch")), lines[0])
+        raise ClmoeError(f"{file} does not fit its adapter_config.json, or this base: {reason}") from error
     _keep_float32(model, saved)
     live = adapter_tensors(model)
     if odd := sorted(saved.keys() ^ live.keys()):

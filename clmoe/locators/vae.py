@@ -3,17 +3,17 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clmoe.config import LocatorConfig
-from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked, Locator
 from clmoe.utils.logging import Progress
 from clmoe.utils.processes import device
+from clmoe.utils.schema import Count, Inside, LearningRate, NotNegative, Positive, Range, Steps
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,21 @@ class Options:
         feature_floor, sigma_floor, primitive_floor: least deviation of features, of decoder and latent, of log p_rec.
     """
 
-    latent: int = 64
-    hidden: int = 512
-    draws: int = 8
-    steps: int = 2000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    held_out: float = 0.1
+    latent: Count = 64
+    hidden: Count = 512
+    draws: Annotated[int, Range(1, 1024)] = 8
+    steps: Steps = 2000
+    batch_size: Count = 128
+    learning_rate: LearningRate = 1e-3
+    held_out: Inside = 0.1
     primitive_on: Literal["held_out", "train_last"] = "held_out"
-    primitive_last: int = 1000
+    primitive_last: Steps = 1000
     objective: Literal["log", "density"] = "log"
-    eta: float = 1e-3
-    weight_kl: float = 1e-3
-    feature_floor: float = 1e-3
-    sigma_floor: float = 1e-2
-    primitive_floor: float = 1e-2
-
-    def __post_init__(self) -> None:
-        positive = ("latent", "hidden", "draws", "batch_size", "primitive_last")
-        for name in (*positive, "feature_floor", "sigma_floor", "primitive_floor"):
-            if getattr(self, name) <= 0:
-                raise ClmoeError(f"locator.options.{name} must be positive")
-        if not 0 < self.held_out < 1:
-            raise ClmoeError("locator.options.held_out must lie between 0 and 1")
+    eta: NotNegative = 1e-3
+    weight_kl: NotNegative = 1e-3
+    feature_floor: Positive = 1e-3
+    sigma_floor: Positive = 1e-2
+    primitive_floor: Positive = 1e-2
 
 
 CHECK, PATIENCE = 50, 150  # steps between two looks at the held-out loss; without a better one the fit ends

@@ -156,6 +156,15 @@ def expert_scaling(adapter: AdapterConfig) -> float:
     return adapter.alpha / adapter.rank if adapter.scale is None else adapter.scale / mean_gate(adapter)
 
 
+def expert_rank(adapter: AdapterConfig) -> int:
+    """The rank of one expert. Raises ClmoeError for a total rank that the number of experts does not divide."""
+    if adapter.rank_is == "per_expert":
+        return adapter.rank
+    if adapter.rank % adapter.experts:
+        raise ClmoeError(f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}")
+    return adapter.rank // adapter.experts
+
+
 def lora_adapter(config: Config) -> LoraConfig:
     """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
     adapter = config.adapter
@@ -169,17 +178,8 @@ def lora_adapter(config: Config) -> LoraConfig:
 
 
 def expert_adapter(config: Config, base: LoadedBase, owner: int = 0) -> ExpertConfig:
-    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block.
-
-    Raises ClmoeError for a total rank that the number of experts does not divide.
-    """
-    adapter, rank = config.adapter, config.adapter.rank
-    if adapter.rank_is == "total":
-        rank, rest = divmod(rank, adapter.experts)
-        if rest:
-            raise ClmoeError(
-                f"adapter.rank {adapter.rank} (total) is not a multiple of adapter.experts {adapter.experts}"
-            )
+    """``experts`` LoRA experts of task ``owner``, with one instance router per linear or block."""
+    adapter, rank = config.adapter, expert_rank(config.adapter)
     routers = {"router_scope": adapter.router_scope, "router_top_k": adapter.router_top_k, "router_owners": [owner]}
     owners, scaling = [owner] * adapter.experts, expert_scaling(adapter)
     return _experts(config, base, owners, rank, scaling, frozen_before=owner, **routers)

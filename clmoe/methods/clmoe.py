@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from clmoe.config import Config
 from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
@@ -25,6 +26,7 @@ from clmoe.experts.model import add_task_gates, tensor_name
 from clmoe.experts.routing import RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, router_sums
 from clmoe.methods.lora import MoeLora
+from clmoe.utils.schema import Count, Share, Steps
 from clmoe.utils.tensors import load_tensors, save_tensors
 
 # Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64.
@@ -48,23 +50,16 @@ class Options:
         samples: training samples behind the statistics.
     """
 
-    beta: float = 0.5
-    gamma: float = 0.7
-    top_k: int = 2
+    beta: Share = 0.5
+    gamma: Share = 0.7
+    top_k: Count = 2
     statistic: Literal["mean", "topk_counts"] = "mean"
     salience: Literal["per_module", "global"] = "per_module"
     before: Literal["last", "any"] = "last"
     consolidation: Literal["momentum", "none"] = "momentum"
     momentum_on: Literal["experts", "experts_and_routers"] = "experts"
     merge_space: Literal["factors", "delta"] = "factors"
-    samples: int = 2000
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "gamma"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ClmoeError(f"options.{name} {getattr(self, name)} is not between 0 and 1")
-        if self.top_k < 1 or self.samples < 1:
-            raise ClmoeError("options.top_k and options.samples must be at least 1")
+    samples: Steps = 2000
 
 
 class ClMoe(MoeLora):
@@ -72,6 +67,13 @@ class ClMoe(MoeLora):
 
     keeps_parts = True
     Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if self.options.top_k > config.adapter.experts:
+            raise ClmoeError(
+                f"options.top_k {self.options.top_k} is more than adapter.experts {config.adapter.experts}"
+            )
 
     def end_task(self, context: TaskContext) -> None:
         """Statistics, task gates, consolidation: all from the saved adapter of the trained task."""

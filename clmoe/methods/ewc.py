@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.data.batches import collate_train, sample_records
 from clmoe.data.records import TrainRecord
-from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base, answer_logits, answer_tokens
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
 from clmoe.utils.processes import count, rank, summed
+from clmoe.utils.schema import NotNegative, Share, Steps
 from clmoe.utils.tensors import load_tensors, save_tensors, trainable
 
 STATE = "importance.safetensors"
@@ -38,18 +38,10 @@ class ImportanceOptions:
         samples: training records behind a task's importance.
     """
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     anchors: Literal["online", "per_task"] = "online"
-    decay: float = 1.0
-    samples: int = 500
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ClmoeError(f"options.weight {self.weight} must not be negative")
-        if not 0 <= self.decay <= 1:
-            raise ClmoeError(f"options.decay {self.decay} is not between 0 and 1")
-        if self.samples < 1:
-            raise ClmoeError("options.samples must be at least 1")
+    decay: Share = 1.0
+    samples: Steps = 500
 
 
 class HeldByImportance(Lora):
@@ -126,7 +118,7 @@ class EwcOptions(ImportanceOptions):
         weight: lambda of ``lambda / 2 * F (theta - theta*)^2``; no paper's value fits other gradients' scale.
     """
 
-    weight: float = 1e3
+    weight: NotNegative = 1e3
 
 
 class Ewc(HeldByImportance):
@@ -151,7 +143,7 @@ class MasOptions(ImportanceOptions):
         weight: lambda of ``lambda * Omega (theta - theta*)^2``; the authors' 1 does not fit other logits' scale.
     """
 
-    weight: float = 1e-4
+    weight: NotNegative = 1e-4
 
 
 class Mas(HeldByImportance):

@@ -13,7 +13,7 @@ In the paper's order:
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,6 +30,7 @@ from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, R
 from clmoe.methods.base import EXPANSION, Phase, TaskContext, expert_adapter, router_sums
 from clmoe.methods.lora import MoeLora
 from clmoe.utils.files import read_json, write_json
+from clmoe.utils.schema import Count, Inside, NotNegative, Positive, Range
 
 WARM_UP_OWNER = -1
 Where = Literal["probed", "random", "every", "none"]
@@ -56,27 +57,23 @@ class Options:
         probe_seed: added to the run's seed for the probes' records, order and router rows: are decisions stable?
     """
 
-    initial_experts_from: Literal["warmup", "first_task"] = "warmup"
+    initial_experts_from: Literal["warmup", "first_task"] = "first_task"
     warmup_train: str = ""
     warmup_images: str = ""
     extend: Where = "probed"
-    probe_share: float = 0.1
-    probe_held_out: float = 0.2
-    probe_experts: int = 1
-    probe_rate: float = 1.5
-    probe_epochs: int = 1
-    probe_min_steps: int = 100
-    alpha: float = 0.8
+    probe_share: Annotated[float, Range(0, 1, "low")] = 0.1
+    probe_held_out: Inside = 0.2
+    probe_experts: Annotated[int, Range(1, 1024)] = 1
+    probe_rate: Positive = 1.5
+    probe_epochs: Count = 1
+    probe_min_steps: Annotated[int, Range(0, 2**31 - 1)] = 100
+    alpha: Annotated[float, Range(-1e6, 1e6)] = 0.8
     activation: Literal["frequency", "logit"] = "frequency"
-    balance_weight: float = 1e-3
-    probe_balance_weight: float = 1e-3
-    probe_seed: int = 0
+    balance_weight: NotNegative = 1e-3
+    probe_balance_weight: NotNegative = 1e-3
+    probe_seed: Annotated[int, Range(0, 2**31 - 1)] = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.probe_share <= 1 or not 0 < self.probe_held_out < 1:
-            raise ClmoeError("options.probe_share and options.probe_held_out must lie between 0 and 1")
-        if min(self.probe_experts, self.probe_epochs) < 1:
-            raise ClmoeError("options.probe_experts and options.probe_epochs must be at least 1")
         if self.initial_experts_from == "warmup" and not (self.warmup_train and self.warmup_images):
             raise ClmoeError(
                 "options.warmup_train and options.warmup_images are needed: LLaVA-format data disjoint from the "

@@ -3,7 +3,17 @@
 from peft import PeftConfig
 
 from clmoe.bases.llava import LoadedBase
-from clmoe.methods.base import Method, expert_adapter, expert_scaling, lora_adapter, lora_scaling, mean_gate
+from clmoe.config import Config
+from clmoe.errors import ClmoeError
+from clmoe.methods.base import (
+    Method,
+    expert_adapter,
+    expert_rank,
+    expert_scaling,
+    lora_adapter,
+    lora_scaling,
+    mean_gate,
+)
 
 
 class Lora(Method):
@@ -18,6 +28,13 @@ class Lora(Method):
 
 class MoeLora(Method):
     """LoRA experts under a dense softmax router; all train on every task, without a balance loss."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        adapter = config.adapter
+        expert_rank(adapter)
+        if not self.grows and (adapter.router_top_k or 0) > adapter.experts:
+            raise ClmoeError(f"adapter.router_top_k {adapter.router_top_k} is more than {adapter.experts} experts")
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         return expert_adapter(self.config, base)

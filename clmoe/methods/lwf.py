@@ -7,11 +7,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base, answer_logits, mean_over_samples
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import Lora
+from clmoe.utils.schema import NotNegative, Positive
 from clmoe.utils.tensors import trainable
 
 ADAPTED = "base_model.model.model."  # begins the names of a PeftModel's parameters inside the base's ``model``
@@ -26,12 +26,8 @@ class Options:
         temperature: of both distributions, 2.
     """
 
-    weight: float = 1.0
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or self.temperature <= 0:
-            raise ClmoeError("options.weight must not be negative and options.temperature must be positive")
+    weight: NotNegative = 1.0
+    temperature: Positive = 2.0
 
 
 def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:

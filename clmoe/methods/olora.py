@@ -8,12 +8,12 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from clmoe.bases.llava import LoadedBase
-from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers, experts_by_linear, seeded
 from clmoe.experts.model import freeze_experts, grow_experts
 from clmoe.experts.routing import RouteTrace
 from clmoe.methods.base import TaskContext, lora_parts_adapter
 from clmoe.methods.lora import Lora
+from clmoe.utils.schema import NotNegative
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,8 @@ class Options:
         norm: of the entries of ``A_i A_t^T``: their absolute values (the released code) or squares (the paper).
     """
 
-    weight: float = 0.5
+    weight: NotNegative = 0.5
     norm: Literal["absolute", "squared"] = "absolute"
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ClmoeError(f"options.weight {self.weight} must not be negative")
 
 
 class OLora(Lora):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from peft import PeftModel
@@ -19,6 +19,7 @@ from clmoe.methods.base import Phase, TaskContext
 from clmoe.methods.lora import Lora
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.names import derived_seed
+from clmoe.utils.schema import NotNegative, Range, Steps
 from clmoe.utils.tensors import load_tensors, save_tensors
 
 MEMORY, LOGITS = "memory.json", "memory_logits.safetensors"
@@ -74,14 +75,8 @@ class ReplayOptions:
         ratio: their share of the samples of a later task's training.
     """
 
-    per_task: int = 100
-    ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.per_task < 1:
-            raise ClmoeError("options.per_task must be at least 1")
-        if not 0 <= self.ratio < 1:
-            raise ClmoeError(f"options.ratio {self.ratio} is not between 0 and below 1")
+    per_task: Steps = 100
+    ratio: Annotated[float, Range(0, 0.99)] = 0.5
 
 
 class Replay(Lora):
@@ -122,12 +117,7 @@ class DerOptions(ReplayOptions):
         weight: alpha, of the squared distance between logits.
     """
 
-    weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight < 0:
-            raise ClmoeError(f"options.weight {self.weight} must not be negative")
+    weight: NotNegative = 0.1
 
 
 class Der(Replay):

@@ -14,6 +14,9 @@ from typing import Any
 
 from clmoe.config import Config, LocatorConfig, recorded, reload_config
 from clmoe.errors import ClmoeError
+from clmoe.locators import make_locator
+from clmoe.methods import method_class
+from clmoe.methods.base import Method
 from clmoe.utils.files import file_sha256, flush, json_text, read_json, write_json
 
 FORMAT_VERSION = "2"
@@ -26,6 +29,10 @@ FREE_TRAINING_KEYS = (
     "micro_batch_size", "gradient_checkpointing", "workers", "save_steps", "keep_states", "logging_steps", "trackers",
 )  # fmt: skip
 RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
+
+
+class SuperfluousFileError(ClmoeError):
+    """Somebody put a file into a sealed folder, whose own files are whole."""
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:
@@ -75,7 +82,7 @@ def verify(folder: Path) -> str:
     if missing:
         raise ClmoeError(f"{folder / missing[0]} is missing: restore the file, or train this task again")
     if extra:
-        raise ClmoeError(f"{folder / extra[0]} does not belong to this checkpoint: move the file elsewhere")
+        raise SuperfluousFileError(f"{folder / extra[0]} does not belong to this checkpoint: remove the file")
     for name, entry in entries.items():
         if file_sha256(folder / name) != entry["sha256"]:
             raise ClmoeError(f"{folder / name} is damaged (its sha256 differs): restore it or train this task again")
@@ -160,8 +167,18 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
         lineage = Lineage(**values)
     except (TypeError, ValueError) as error:
         raise ClmoeError(f"{folder / LINEAGE}: {error}") from error
-    sealed, config = (reload_config(folder / CONFIG, pairs) for pairs in ([], overrides or []))
+    sealed = config = reload_config(folder / CONFIG, [])
+    if overrides:
+        config = reload_config(folder / CONFIG, overrides, checked_method)
     return Finished(folder, identity, lineage, config, sealed.locator)
+
+
+def checked_method(config: Config) -> Method:
+    """The method of a configuration. Raises ClmoeError if its options, or those of the locator it needs, do not fit."""
+    method = method_class(config.method)(config)
+    if method.keeps_parts:
+        make_locator(config.locator, config.seed)
+    return method
 
 
 def identity(config: Config, benchmark: str, parent: str | None, tasks: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of i
 DeepSpeed's are tied to the number of processes.
 """
 
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,8 @@ from clmoe.utils.names import derived_seed
 from clmoe.utils.paths import find_config
 from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
+
+LOST_UPDATES = 3  # in a row end a training
 
 
 class TrainedModel(nn.Module):
@@ -214,7 +217,8 @@ class Report(TrainerCallback):
             return
         check_finite({"the loss": torch.tensor(logs["loss"])}, f"step {state.global_step}")
         self.progress.show(loss=logs["loss"])
-        fields = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
+        fields = {name: logs[name] for name in ("loss", "learning_rate")}
+        fields |= {"grad_norm": logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None}
         self.log.write("step", task=self.task, step=state.global_step, **fields)
 
 
@@ -276,6 +280,7 @@ class TaskTrainer(Trainer):
         """
         self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
         self.phase, self.asked = phase, asked
+        self.lost = self.lost_in_a_row = 0  # updates whose gradient was not finite
         self.found = find_state(phase)
         self.first_step = 0 if self.found is None else load_weights(self.found, model)
         arguments = OneDevice(
@@ -325,6 +330,21 @@ class TaskTrainer(Trainer):
         if self.deepspeed:
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's own, once for every update. Raises ClmoeError when several in a row were lost to an overflow."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if math.isfinite(float(norm)):
+            self.lost_in_a_row = 0
+            return norm
+        self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
+        if self.lost_in_a_row == min(LOST_UPDATES, self.steps):
+            raise ClmoeError(
+                f"the gradient overflowed in {self.lost_in_a_row} steps in a row, the last of them step "
+                f"{self.state.global_step + 1}: its norm is {float(norm)}, and nothing is learned. Lower "
+                "training.learning_rate or adapter.scale, or choose model.dtype=bfloat16"
+            )
+        return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clmoe.errors import ClmoeError
-from clmoe.train.checkpoint import MANIFEST, build_folder, is_complete
+from clmoe.train.checkpoint import MANIFEST, SuperfluousFileError, build_folder, is_complete
 from clmoe.utils.files import read_json, write_json
 from clmoe.utils.processes import from_main, is_main
 from clmoe.utils.tensors import check_finite, load_tensors, save_tensors, trainable
@@ -117,6 +117,8 @@ def find_state(phase: Path) -> Path | None:
             try:
                 is_complete(folder)
                 return folder
+            except SuperfluousFileError:
+                raise  # nothing is damaged
             except ClmoeError as error:
                 warnings.warn(f"{error}; this training continues without that state", stacklevel=2)
                 shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from clmoe.train.checkpoint import (
     build_folder,
     check_same,
     check_successor,
+    checked_method,
     differences,
     identity,
     is_complete,
@@ -55,7 +57,7 @@ class TrainRequest:
     """One task to train; ``prepare_request`` makes it.
 
     ``task`` is ``all`` for methods that train on the union. ``order`` is the whole sequence, ``previous`` the verified
-    parent, ``output`` the folder that becomes the checkpoint.
+    parent, ``output`` the folder that becomes the checkpoint; ``restart`` drops an interrupted training of it.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class TrainRequest:
     previous: Finished | None
     output: Path
     deepspeed: Path | None = None
+    restart: bool = False
 
     @property
     def run(self) -> Path:
@@ -97,26 +100,31 @@ def prepare_request(
     previous: Finished | None,
     output: Path,
     deepspeed: Path | None = None,
+    restart: bool = False,
 ) -> TrainRequest:
     """A request, after all checks that need no model. Raises ClmoeError if method, task and parent do not fit."""
-    method = method_class(config.method)(config)
+    method = checked_method(config)
     if method.chain == "none":
         raise ClmoeError(f"method {config.method} trains nothing: evaluate it with clmoe eval --checkpoint base")
     if (task == UNION) != (method.chain == "union"):
         raise ClmoeError(
             f"method {config.method} trains {'on --task all only' if method.chain == 'union' else 'one task at a time'}"
         )
-    if method.keeps_parts:
-        make_locator(config.locator, config.seed)
     if task != UNION:
         benchmark.task(task)
         if task not in order:
             raise ClmoeError(f"--task {task} is not in --order {','.join(order)}")
+        if previous is None and order[0] != task:
+            before = order[order.index(task) - 1]
+            raise ClmoeError(
+                f"--task {task} comes after {before} in --order {','.join(order)}: give --previous, the checkpoint of "
+                f"{before}, or --order {task} to start from the base"
+            )
     if previous is not None:
         if method.chain == "union":
             raise ClmoeError(f"method {config.method} trains on all tasks at once: leave out --previous")
         check_successor(previous, config, benchmark.name, task)
-    return TrainRequest(config, benchmark, task, order, previous, output, deepspeed)
+    return TrainRequest(config, benchmark, task, order, previous, output, deepspeed, restart)
 
 
 def finished(request: TrainRequest) -> bool:
@@ -155,7 +163,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, data)
-    from_main(lambda: check_work(request.output, request.identity))
+    from_main(lambda: check_work(request))
     if base is None:
         base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
@@ -180,15 +188,19 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     return context.base
 
 
-def check_work(output: Path, identity: dict[str, Any]) -> None:
-    """Raise ClmoeError, naming what differs, if an interrupted training of ``output`` has other settings."""
-    work = work_folder(output)
+def check_work(request: TrainRequest) -> None:
+    """Raise ClmoeError, naming what differs, if an interrupted training of the output has other settings.
+
+    With ``restart`` it is deleted instead.
+    """
+    work = work_folder(request.output)
     marker = work / PHASES / IDENTITY
-    changed = differences(read_json(marker), identity) if marker.is_file() else ""
-    if changed:
+    if request.restart:
+        shutil.rmtree(work, ignore_errors=True)
+    elif marker.is_file() and (changed := differences(read_json(marker), request.identity)):
         raise ClmoeError(
             f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
-            "continue it, choose another --output, or delete the folder"
+            "continue it, choose another --output, or give --restart to delete it and begin anew"
         )
 
 
@@ -255,7 +267,7 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
         phase.begin(context)
         steps = _phase_steps(request, phase)
         with timed(log, "trained", task=request.task, phase=phase.name, steps=steps, processes=count()) as extra:
-            extra["engine"] = _train(request, method, context, phase, steps, log)
+            extra |= _train(request, method, context, phase, steps, log)
     # Always from the file: what follows is the same whether this process trained it or an interrupted one.
     context.load(context.trained)
     parameters = count_parameters(context.model)[0]
@@ -295,8 +307,10 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     return total_steps(training, records, request.benchmark.task(request.task).passes if phase.of_task else 1)
 
 
-def _train(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog) -> str:
-    """Train a phase from its newest saved state and seal it; returns the class that the model was wrapped in."""
+def _train(
+    request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog
+) -> dict[str, Any]:
+    """Train a phase from its newest saved state and seal it; the class that wrapped the model, and lost updates."""
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
@@ -317,7 +331,11 @@ def _train(request: TrainRequest, method: Method, context: TaskContext, phase: P
             trainer.train()
         from_main(lambda: _seal(context.model, context.trained))
     trainer.release()
-    return type(trainer.model_wrapped).__name__
+    if trainer.lost:
+        lost = f"{trainer.lost} of {steps} updates were lost because the gradient overflowed"
+        warnings.warn(f"{request.output} ({phase.name}): {lost}", stacklevel=2)
+    engine = {"engine": type(trainer.model_wrapped).__name__}
+    return engine | ({"lost_updates": trainer.lost} if trainer.lost else {})
 
 
 def _seal(model: PeftModel, folder: Path) -> None:

@@ -44,6 +44,5 @@ def resolve_model_path(path: str) -> str:
     if path == EMBEDDED_BASE:
         return str(shipped_root() / path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        names = ", ".join(known_configs("models"))
-        raise ClmoeError(f"model {path}: no such folder, and no name in configs/models ({names})")
+        raise ClmoeError(f"no such folder, and {unknown('model', path, known_configs('models'))}")
     return path

@@ -14,9 +14,25 @@ from clmoe.errors import ClmoeError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU. Raises ClmoeError: no safetensors file, or a damaged one; it is named."""
+    """All tensors of a file, on the CPU. Raises ClmoeError, naming it: no safetensors, damaged, NaN or infinity."""
     with _reading(path):
-        return load_file(path)
+        tensors = load_file(path)
+    refuse_infinite(tensors, path)
+    return tensors
+
+
+def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ClmoeError, naming file and tensor, if one that was read holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ClmoeError(f"{path}: {name} holds NaN or infinity, so that every answer would be wrong: restore it")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No element is NaN or infinite; one pass without a copy. Types below 16 bits are not looked at."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -67,7 +83,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_finite(values: Mapping[str, Tensor], when: str) -> None:
     """Raise ClmoeError, naming the first value that holds an infinity or a NaN, and ``when``: ``step 3``."""
     for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise ClmoeError(
                 f"{name} is not finite at {when}: lower training.learning_rate or check the data; the same command "
                 "continues from the last saved state, if there is one"

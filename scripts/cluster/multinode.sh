@@ -11,7 +11,7 @@
 set -euo pipefail
 for name in SCRIPT DATA OUT GPUS; do
   if [ -z "${!name:-}" ]; then
-    echo "$name is not set; see the head of $0" >&2
+    echo "$name is not set: usage: HOSTS=\"node1 node2\" GPUS=8 SCRIPT=scripts/coin/lora.sh DATA=... OUT=... bash $0" >&2
     exit 2
   fi
 done

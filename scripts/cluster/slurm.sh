@@ -17,7 +17,7 @@
 set -euo pipefail
 for name in SCRIPT DATA OUT; do
   if [ -z "${!name:-}" ]; then
-    echo "$name is not set: SCRIPT=scripts/coin/lora.sh DATA=... OUT=... sbatch $0" >&2
+    echo "$name is not set: usage: SCRIPT=scripts/coin/lora.sh DATA=... OUT=... sbatch $0" >&2
     exit 2
   fi
 done

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from clmoe.bases import llava
 from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.bases.llava import (
     PROJECTOR,
@@ -106,13 +109,33 @@ def test_4_bits_are_for_the_language_models_blocks_only(pristine_base: LoadedBas
     assert converted == {name for name in linears if ".language_model.layers." in name}
 
 
-@pytest.mark.parametrize("kind", ["llama", "no-such-model", None])
+@pytest.mark.parametrize("kind", ["llama", "llava_next", "no-such-model", None])
 def test_a_folder_of_another_model_is_refused_at_once(kind: str | None, folder: Path) -> None:
     """transformers would build a random LLaVA of the default size, 7B, for it."""
     (folder / "config.json").write_text(json.dumps({"model_type": kind} if kind else {}))
     never = mock.patch.object(LlavaForConditionalGeneration, "__init__", side_effect=AssertionError("built"))
     with never, pytest.raises(ClmoeError, match=f"{folder} cannot be loaded"):
         load_base(ModelConfig(path=str(folder)))
+    for file in folder.glob("*.safetensors"):
+        file.unlink()  # as in a folder of pickles
+    with pytest.raises(ClmoeError, match=rf"config\.json: field 'model_type'.*{kind}"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only the cache is read, which does not have this model."""
+    asked: list[str] = []
+
+    def unreachable(url: str, **unused: Any) -> None:
+        asked.append(url)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(llava, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(llava, "get_hf_file_metadata", unreachable)
+    start = time.monotonic()
+    with pytest.raises(ClmoeError, match="model nobody/nothing cannot be loaded"):
+        load_base(ModelConfig(path="nobody/nothing"))
+    assert len(asked) == 1 and "nobody/nothing" in asked[0] and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def task(name: str, **changes: Any) -> dict[str, Any]:
 
 def benchmark(**changes: Any) -> dict[str, Any]:
     tasks = [task("one"), task("two"), task("three")]
-    data = {"name": "mine", "root": "data", "recipe": {"epochs": 1}, "tasks": tasks, **changes}
+    data = {"name": "mine", "root": "data", "recipe": {"training": {"epochs": 1}}, "tasks": tasks, **changes}
     return {key: value for key, value in data.items() if value is not ...}
 
 
@@ -66,7 +66,7 @@ def data(shipped: Path) -> Path:
 def test_a_built_in_benchmark_counts_from_the_current_folder(shipped: Path, data: Path) -> None:
     fill(data)
     loaded = load_benchmark("mine")
-    recipe = {"epochs": 1, "comparable": COMPARABLE}
+    recipe = {"training": {"epochs": 1}, "comparable": COMPARABLE}
     assert (loaded.name, loaded.root, loaded.recipe, loaded.prepare) == ("mine", data, recipe, None)
     assert [task.name for task in loaded.tasks] == ["one", "two", "three"]
     two = data / "two"

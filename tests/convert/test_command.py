@@ -184,6 +184,8 @@ EXPERT = f"{START}layers.1.mlp.up_proj.lora_B.loraB.3.weight"
         (damaged(**{EXPERT.replace(".weight", ".mlp.weight"): random(64, 2)}), None, {}, EXPERT),
         (damaged(), projector_file() | {"lm_head.weight": random(2)}, {}, "trainables.bin: should not hold lm_head"),
         (damaged(), {}, {}, "non_lora_trainables.bin: lacks"),
+        (damaged(**{EXPERT: torch.full((64, 2), torch.nan)}), None, {}, f"adapter_model.bin: {EXPERT} holds NaN"),
+        (damaged(), projector_file() | {"lm_head.weight": random(2) / 0}, {}, "trainables.bin: lm_head.weight holds"),
         (damaged(), None, {"expert_num": 3}, "adapter.experts 3"),
         (damaged(), None, {"peft_type": "MOE_LORA_HiDe"}, "peft_type is 'MOE_LORA_HiDe'"),
         (damaged(), None, {"use_rslora": True}, "use_rslora is True"),
@@ -203,6 +205,21 @@ def test_what_does_not_fit_is_named(
         convert(source)
     assert stop.value.code == 2 and named in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["legacy"], "nothing is left behind, and nothing was run"
+
+
+def test_a_task_that_is_listed_twice_is_refused(
+    tiny_folder: Path, mini_yaml: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "legacy", "MOE_LORA_CoIN", damaged(), None)
+    twice = ["--benchmark", str(mini_yaml), "--tasks", "colour,colour"]
+    checkpoint = str(runs.chain("lora", tasks=("colour",))[0])
+    for line in (
+        ["convert", str(source), str(tmp_path / "out"), "--model", str(tiny_folder), *twice],
+        ["eval", "--checkpoint", checkpoint, "--output", str(tmp_path / "out"), *twice],
+    ):
+        with pytest.raises(SystemExit):
+            main(line)
+        assert "--tasks: task 'colour'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---- Checkpoints of clmoe 0.1

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+import clmoe
 from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import EvaluationConfig
@@ -150,8 +151,28 @@ def test_an_image_may_be_a_path_or_a_pil_image_or_missing(
     assert loaded.answer(None, QUESTION, 6)
     assert seen == [None]
     for wrong in (3, b"png", np.zeros((3, 3, 3))):
-        with pytest.raises(ClmoeError, match="path, a PIL image or None"):
+        with pytest.raises(ClmoeError, match=r"image: .*Path.*None.*answer\("):
             loaded.answer(wrong, QUESTION)
+
+
+def test_a_wrong_call_says_the_right_one(runs: Runs, tiny_base: LoadedBase, image: Path) -> None:
+    loaded, picture = loaded_of(runs, tiny_base, "clmoe"), Image.open(image)
+    for call, named in (
+        (lambda: loaded.answer(picture), r"'question'.*answer\("),
+        (lambda: loaded.answer(QUESTION, picture), r"question: .*answer\("),
+        (lambda: loaded.explain(picture), r"'question'.*explain\("),
+        (lambda: loaded.answer(picture, QUESTION, max_new_tokens="3"), r"max_new_tokens: .*answer\("),
+        (lambda: loaded.answer(picture, QUESTION, max_new_tokens=0), "max_new_tokens: 0"),
+        (lambda: loaded.answer(picture, QUESTION, tokens=3), r"'tokens'.*answer\("),
+        (lambda: loaded.answer(picture, " "), "question"),
+        (lambda: clmoe.load(None), r"folder: .*clmoe\.load\("),
+        (lambda: clmoe.run("lora"), r"'benchmark'.*clmoe\.run\("),
+        (lambda: clmoe.run("lora", "mini", order=["a", "b"]), r"order: .*clmoe\.run\("),
+        (lambda: clmoe.run("lora", "mini", settings=3), r"settings: .*clmoe\.run\("),
+        (lambda: clmoe.run("lora", "mini", seed="0"), r"seed: .*clmoe\.run\("),
+    ):
+        with pytest.raises(ClmoeError, match=named):
+            call()
 
 
 # ---- Batches

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from clmoe.config import LocatorConfig
+from clmoe.config import LocatorConfig, build
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked
 from clmoe.locators.vae import Options, TaskVae, Vae, fit_vae
@@ -254,4 +254,4 @@ def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: floa
 @pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"draws": 0}, {"sigma_floor": 0.0}, {"primitive_last": 0}])
 def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ClmoeError, match=next(iter(fields))):
-        Options(**fields)
+        build(Options, fields, "locator.options")

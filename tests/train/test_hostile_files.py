@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import clmoe
 from clmoe.bases.llava import load_base
 from clmoe.config import ModelConfig
 from clmoe.errors import ClmoeError
@@ -119,6 +121,46 @@ def test_a_header_that_promises_too_much_is_refused(length: int, tmp_path: Path)
     with pytest.raises(ClmoeError, match=f"{path}: cannot be read as safetensors"):
         load_tensors(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
+def spoil(file: Path, value: float) -> str:
+    """Put ``value`` into one number of a safetensors file; the tensor's name."""
+    tensors = load_file(file)
+    name = sorted(tensors)[len(tensors) // 2]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_number_that_is_not_finite_is_named_at_every_door(
+    value: float, checkpoint: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the adapter: evaluation, the next task's training, and ``clmoe.load``, which the demo calls too."""
+    method = read_checkpoint(checkpoint).lineage.method
+    file = checkpoint / "adapter_model.safetensors"
+    name = spoil(file, value)
+    seal(checkpoint)
+    for door in (
+        lambda: runs.evaluate(checkpoint, tmp_path / "evaluated"),
+        lambda: runs.train(tmp_path / "run" / SECOND, method, SECOND, *CHAINS[method], previous=checkpoint),
+    ):
+        with pytest.raises(SystemExit):
+            door()
+        assert f"{file}: {name} " in capsys.readouterr().err
+    assert not (tmp_path / "evaluated" / "matrix.csv").exists()
+    with pytest.raises(ClmoeError, match=f"{file}: {name} "):
+        clmoe.load(checkpoint)
+
+
+def test_a_base_that_is_not_finite_is_named_before_training(tiny_folder: Path, runs: Runs, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    name = spoil(folder / "model.safetensors", float("inf"))
+    with pytest.raises(ClmoeError, match=f"{folder / 'model.safetensors'}: {name} "):
+        load_base(ModelConfig(path=str(folder)))
+    with pytest.raises(ClmoeError, match=r"model\.safetensors"):
+        clmoe.run("lora", str(runs.benchmark), base=folder, output=tmp_path / "run")
+    assert not list(tmp_path.glob("run/0*"))
 
 
 FULL = """

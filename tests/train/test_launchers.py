@@ -32,6 +32,7 @@ STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector
 def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
     """``-m clmoe.cli train ...``, as a launcher is given it."""
     fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(output)]
+    fixed += [] if task == FIRST or "--previous" in more else ["--order", task]
     return ["-m", "clmoe.cli", "train", "--config", method, "--task", task, *fixed, *more]
 
 

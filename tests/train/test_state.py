@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -129,6 +130,52 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     assert stop.value.code == 2
     assert "the loss is not finite at step 3: lower training.learning_rate" in capsys.readouterr().err
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2]
+
+
+def test_a_gradient_that_overflows_ends_the_training(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its norm is infinite, so that clipping makes each update zero; one such step is counted, and JSON stays JSON."""
+    real = TaskTrainer.training_step
+    for bad, code in (((1,), None), ((2, 3, 4), 2)):
+
+        def step(self: TaskTrainer, *args: Any, bad: tuple[int, ...] = bad, **kwargs: Any) -> Any:
+            loss = real(self, *args, **kwargs)
+            if self.state.global_step in bad:
+                for parameter in trainable(self.model).values():
+                    parameter.grad.fill_(3e38)  # type: ignore[union-attr]
+            return loss
+
+        output = tmp_path / f"{len(bad)}" / FIRST
+        with monkeypatch.context() as patch:
+            patch.setattr(TaskTrainer, "training_step", step)
+            if code is None:
+                with pytest.warns(UserWarning, match="1 of 7 updates"):
+                    runs.train(output, "lora", FIRST, *SETTINGS, "training.logging_steps=1")
+            else:
+                with pytest.raises(SystemExit) as stop:
+                    runs.train(output, "lora", FIRST, *SETTINGS, "training.logging_steps=1")
+                assert stop.value.code == code and "step 5" in capsys.readouterr().err and not output.exists()
+        lines = (output.parent / "events.jsonl").read_text().splitlines()
+        rows = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines]
+        lost = [row["step"] - 1 for row in rows if row["event"] == "step" and row["grad_norm"] is None]
+        assert lost == list(bad[:2] if code else bad)
+        assert [row.get("lost_updates") for row in rows if row["event"] == "trained"] == ([] if code else [1])
+
+
+def test_a_superfluous_file_in_a_state_is_named_and_costs_nothing(
+    interrupted: tuple[Path, Path], runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, phase = interrupted
+    stranger = state_folder(phase, 6) / "Thumbs.db"
+    stranger.touch()
+    with pytest.raises(SystemExit):
+        runs.train(output, "clmoe", FIRST, *SETTINGS)
+    assert f"{stranger} does not belong" in capsys.readouterr().err
+    stranger.unlink()
+    made = on_step(monkeypatch, -1)
+    runs.train(output, "clmoe", FIRST, *SETTINGS)
+    assert made == [6]
 
 
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

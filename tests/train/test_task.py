@@ -11,7 +11,7 @@ from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
-from tests.runs import Killed, Runs, contents, events, kill
+from tests.runs import Killed, Runs, contents, events, kill, on_step
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
@@ -77,9 +77,42 @@ def test_an_interrupted_training_of_another_command_is_refused_and_kept(
         patch.setattr(ClMoe, "end_task", kill)
         with pytest.raises(Killed):
             runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0])
-    assert "seed 7 there, 0 here" in refused(runs, capsys, output, "clmoe", SECOND, previous=chain[0])
+    for method, settings, named in (
+        ("clmoe", [], "seed 7 there, 0 here"),
+        ("clmoe", ["seed=7", "training.learning_rate=0.02"], "training.learning_rate 0.01 there, 0.02 here"),
+        ("clmoe", ["seed=7", "training.batch_size=4"], "training.batch_size 8 there, 4 here"),
+        ("clmoe", ["seed=7", "training.steps=9"], "training.steps 4 there, 9 here"),
+        ("clmoe", ["seed=7", "options.gamma=0.5"], "options.gamma 0.7 there, 0.5 here"),
+    ):
+        assert named in refused(runs, capsys, output, method, SECOND, *settings, previous=chain[0])
+    assert "method clmoe there, moelora here" in refused(runs, capsys, output, "moelora", SECOND)
     verify(runs.train(output, "clmoe", SECOND, "seed=7", previous=chain[0]))
     assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
+
+
+def test_restart_deletes_an_interrupted_training_and_nothing_that_is_finished(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("training.steps=5", "training.save_steps=2")
+    output, alone = tmp_path / "run" / FIRST, runs.train(tmp_path / FIRST, "lora", FIRST, *settings, restart="")
+    with monkeypatch.context() as patch:
+        on_step(patch, 3)
+        with pytest.raises(Killed):
+            runs.train(output, "lora", FIRST, "seed=7", *settings)
+    with monkeypatch.context() as patch:
+        made = on_step(patch, -1)
+        runs.train(output, "lora", FIRST, *settings, restart="")
+        assert made == [0, 1, 2, 3, 4], "from the first step"
+        runs.train(output, "lora", FIRST, *settings, restart="")
+    assert len(made) == 5, "it was finished"
+    assert contents(output) == contents(alone)
+
+
+def test_a_later_task_without_previous_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(runs, capsys, tmp_path / "run" / SECOND, "lora", SECOND, order="norm")
+    assert "--previous" in error and FIRST in error and f"--order {SECOND}" in error
 
 
 def refused(
