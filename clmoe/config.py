@@ -138,6 +138,8 @@ class TrainingConfig:
         save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
         logging_steps: steps between two lines of ``events.jsonl``.
+        on_bad_record: training rows that cannot be used are an ``error``, or left out (``skip``), or keep their place
+            in their batch without an answer token (``mask``), as in LLaVA's code; how many is printed.
         trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
@@ -156,6 +158,7 @@ class TrainingConfig:
     save_steps: int = 100
     keep_states: int = 2
     logging_steps: int = 10
+    on_bad_record: Literal["error", "mask", "skip"] = "error"
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
@@ -362,9 +365,14 @@ def model_values(model: str) -> dict[str, Any]:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training."""
+    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
+
+    ``training.on_bad_record`` is left out where it is ``error``: then no row was bad.
+    """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"]
+    if config.training.on_bad_record == "error":
+        del values["training"]["on_bad_record"]
     return values
 
 

@@ -101,10 +101,10 @@ def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
         check_scorer(benchmark.task(name).scorer)
 
 
-def check_questions(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Raise ClmoeError, naming file and row or question, unless all can be read and scored, images aside."""
+def check_questions(benchmark: Benchmark, names: Sequence[str], *, images: bool = False) -> None:
+    """Raise ClmoeError, naming file and row or question, unless all can be read and scored; their images may lack."""
     for task in map(benchmark.task, names):
-        _check_gold(task, task_questions(task, images=False), "fixed")
+        _check_gold(task, task_questions(task, images=images), "fixed")
 
 
 def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:

@@ -1,8 +1,10 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from clmoe.bases.inputs import train_dataset
+from clmoe.bases.inputs import AnswersFit, open_encoder, train_dataset
 from clmoe.bases.llava import LoadedBase, load_base
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import Config, dump_config
-from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
+from clmoe.data.records import Part, TrainRecord, UnionRecords
+from clmoe.data.rows import Seen, grouped
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -40,7 +43,7 @@ from clmoe.train.checkpoint import (
 )
 from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, enable_checkpointing, total_steps
 from clmoe.train.state import states
-from clmoe.utils.files import read_json, write_json
+from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
 from clmoe.utils.processes import count, deferred, device, from_main, is_main, wait_for_all
 from clmoe.utils.tensors import check_finite, trainable, writing
@@ -48,6 +51,7 @@ from clmoe.utils.tensors import check_finite, trainable, writing
 UNION = "all"
 PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
 IDENTITY = "identity.json"
+FILES = "trained_on.json"  # in a run folder: the sha256 of the training files of each checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ class TrainRequest:
         """What decides the result: an interrupted request of the same identity is continued."""
         parent = None if self.previous is None else self.previous.identity
         return identity(self.config, self.benchmark.name, parent, self.learned)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks whose records this training reads."""
+        return self.order if self.task == UNION else [self.task]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of the training files, by task."""
+        return {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
 
     @property
     def stage(self) -> Stage:
@@ -127,19 +141,39 @@ def finished(request: TrainRequest) -> bool:
     if not (output / MANIFEST).is_file():
         raise ClmoeError(f"--output {output} exists and is not a finished checkpoint: choose another or delete it")
     check_same(read_checkpoint(output), request.identity)
+    there = _files_of(request.run).get(output.name, request.files)
+    if changed := differences({"train": there}, {"train": request.files}):
+        raise ClmoeError(f"{output} was trained on other data ({changed}): choose another --output or delete it")
     if is_main():  # left by a command that was stopped right after publishing
         shutil.rmtree(output / PHASES, ignore_errors=True)
     return True
 
 
-def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
-    """The training records, and the folder that their images are relative to."""
-    if request.task != UNION:
-        task = request.benchmark.task(request.task)
-        return load_train(task.train, task.image_root), task.image_root
-    root, tasks = request.benchmark.root, [request.benchmark.task(name) for name in request.order]
-    parts = [Part.of(t.name, load_train(t.train, t.image_root), t.image_root, root, t.passes) for t in tasks]
-    return UnionRecords(parts), root
+def _files_of(run: Path) -> dict[str, dict[str, str]]:
+    """By checkpoint folder of the run; those of older versions are not in it."""
+    return read_json(run / FILES) if (run / FILES).is_file() else {}
+
+
+def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
+    """The check that ``training.max_length`` leaves something to learn, with the tokenizer of the configured base."""
+    return AnswersFit((base or open_encoder(config.model)).encoder, config.training.max_length)
+
+
+def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path]:
+    """The training records, and the folder that their images are relative to; says what is odd about their files."""
+    benchmark, on_bad = request.benchmark, request.config.training.on_bad_record
+    fits = answers_fit(request.config, base)
+    parts = []
+    for task in map(benchmark.task, request.tasks):
+        records = train_records(task, on_bad, fits, seen := Seen())
+        bad = f"{len(seen.bad)} of {seen.rows} rows cannot be used (training.on_bad_record={on_bad})"
+        for line in [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes()]:
+            if is_main():
+                print(f"{task.name}: {line}", file=sys.stderr)
+        if request.task != UNION:
+            return records, task.image_root
+        parts.append(Part.of(task.name, records, task.image_root, benchmark.root, task.passes))
+    return UnionRecords(parts), benchmark.root
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
@@ -151,16 +185,17 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         return base
     config, learned, data = request.config, request.learned, request.benchmark.root
     method = method_class(config.method)(config)
-    records, images = load_records(request)
+    records, images = load_records(request, base)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, data)
-    from_main(lambda: check_work(request.output, request.identity))
+    identity = request.identity | {"train": request.files}
+    from_main(lambda: check_work(request.output, identity))
     if base is None:
         base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
         raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
-    building = from_main(lambda: open_work(request.output, request.identity))
+    building = from_main(lambda: open_work(request.output, identity))
     sealed = building / PHASES
     with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
         work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
@@ -184,7 +219,8 @@ def check_work(output: Path, identity: dict[str, Any]) -> None:
     """Raise ClmoeError, naming what differs, if an interrupted training of ``output`` has other settings."""
     work = work_folder(output)
     marker = work / PHASES / IDENTITY
-    changed = differences(read_json(marker), identity) if marker.is_file() else ""
+    there = read_json(marker) if marker.is_file() else identity
+    changed = differences({"train": identity["train"]} | there, identity)  # older versions did not note the files
     if changed:
         raise ClmoeError(
             f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
@@ -244,6 +280,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         effective_scale=method.effective_scale(),
     )
     write_json(work / LINEAGE, asdict(lineage))
+    write_json(request.run / FILES, _files_of(request.run) | {request.output.name: request.files})
     publish(work, request.output)
     shutil.rmtree(request.output / PHASES)
 

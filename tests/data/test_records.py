@@ -225,7 +225,7 @@ def test_stored_records_are_the_records(large: Path, root: Path) -> None:
 def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_train(large, root)
     with monkeypatch.context() as patch:
-        patch.setattr(records, "iterate_train", lambda *_: pytest.fail("read again"))
+        patch.setattr(records, "iterate_train", lambda *_, **__: pytest.fail("read again"))
         large.touch()
         assert list(load_train(large, root)) == list(first)
     large.write_text(large.read_text().replace("\\u00df 3 ", "ss 3 "))
@@ -250,7 +250,7 @@ def test_a_damaged_cache_is_found_and_made_again(
 
 def test_processes_that_start_together_make_one_file(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = iterate_train, []
-    monkeypatch.setattr(records, "iterate_train", lambda *given: made.append(given) or real(*given))
+    monkeypatch.setattr(records, "iterate_train", lambda *given, **named: made.append(given) or real(*given, **named))
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(lambda _: list(load_train(large, root)), range(4)))
     assert len(made) == 1
