@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor
 from clmoe.bases.llava import LoadedBase, vision_tower_of
 from clmoe.config import ModelConfig
 from clmoe.data.batches import Encoder, PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
-from clmoe.data.prompts import encode_training, render
+from clmoe.data.prompts import IGNORE, encode_training, render
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import json_sha256
@@ -48,7 +48,7 @@ UNCUT = 2**31
 
 @dataclass(frozen=True)
 class AnswersFit:
-    """Whether ``max_length`` tokens hold answer tokens of a record; see ``clmoe.data.records.Fits``."""
+    """How many answer tokens of a record ``max_length`` tokens hold; see ``clmoe.data.records.Fits``."""
 
     encoder: Encoder
     max_length: int
@@ -58,15 +58,15 @@ class AnswersFit:
         vocabulary = self.encoder.tokenizer.backend_tokenizer.to_str()
         return json_sha256([vocabulary, self.encoder.image_token_count, self.max_length])
 
-    def __call__(self, record: TrainRecord) -> bool:
+    def __call__(self, record: TrainRecord) -> tuple[int, int]:
         image_tokens = self.encoder.image_token_count if record.image is not None else 0
         text = render(record.turns, record.image is not None)[0]
         # A token is at least a byte, but for the marks of a beginning: most records need not be encoded.
         if len(text.encode()) + image_tokens + 8 * len(record.turns) <= self.max_length:
-            return False
-        whole = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, UNCUT)
-        kept = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, self.max_length)
-        return len(kept.input_ids) < len(whole.input_ids)
+            return 1, 0
+        labels = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, UNCUT).labels
+        answers = [label != IGNORE for label in labels]
+        return sum(answers[: self.max_length]), sum(answers[self.max_length :])
 
 
 def open_encoder(config: ModelConfig) -> LoadedBase:

@@ -78,12 +78,14 @@ MASKED = (Turn("", ""),)
 
 
 class Fits(Protocol):
-    """Whether a tokenizer and a maximum length leave something to learn from a record; ``key`` names both."""
+    """What a tokenizer and a maximum length leave of a record; ``key`` names both."""
 
     @property
     def key(self) -> str: ...
-    def __call__(self, record: TrainRecord) -> bool:
-        """True if the length cuts answer tokens off. Raises ClmoeError if it leaves none."""
+    @property
+    def max_length(self) -> int: ...
+    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+        """Answer tokens within the length, and beyond it. Raises ClmoeError if the tokenizer fits no record."""
         ...
 
 
@@ -147,11 +149,11 @@ def iterate_train(
             unique = f"{name}#{next(repeats)}"
         used.add(unique)
         made = TrainRecord(unique, image, turns)
-        try:
-            if fits is not None and fits(made):
-                seen.cut.append(row.index)
-        except ClmoeError as error:
-            row.fail("conversations", str(error))
+        kept, cut = (1, 0) if fits is None else fits(made)
+        if fits is not None and not kept:
+            problem = f"no answer token is among the first {fits.max_length}; raise training.max_length or shorten it"
+            row.fail("conversations", problem)
+        seen.cut += [row.index] if cut else []
         return made
 
     masked = (lambda index: TrainRecord(f"masked row {index}", None, MASKED)) if mask else None
