@@ -90,8 +90,9 @@ def run(
 
 def check_output(output: Path, config: Config, benchmark: Benchmark, checkpoint: Path | None = None) -> None:
     """Raise ClmoeError unless results can go to this folder without touching data, base or ``checkpoint``."""
-    read = [Path(resolve_model_path(config.model.path)), *([] if checkpoint is None else [checkpoint])]
-    check_target("--output", output, benchmark.inputs, [folder for folder in read if folder.is_dir()])
+    base = Path(resolve_model_path(config.model.path))
+    read = [base] if (base / "config.json").is_file() else []
+    check_target("--output", output, benchmark.inputs, [*read, *([] if checkpoint is None else [checkpoint])])
 
 
 def command(options: argparse.Namespace) -> str:

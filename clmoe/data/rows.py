@@ -128,17 +128,17 @@ class Seen:
     unread: dict[str, int] = field(default_factory=dict)
     bad: list[ClmoeError] = field(default_factory=list)
 
-    def notes(self) -> list[str]:
-        """What is no fault but worth knowing, a line each."""
-        lines = [
-            f"{n} of {self.rows} rows hold the key {short(key)!r}, which is not read" for key, n in self.unread.items()
+    def notes(self, *, images: bool = True) -> list[str]:
+        """What is no fault but worth knowing, a line each; without ``images`` rows that have none are not."""
+        unread = (f"{n} of {self.rows} rows hold the key {short(key)!r}" for key, n in sorted(self.unread.items()))
+        lines = [f"{line}, which is not read" for line in unread]
+        odd = {
+            "have no image": self.without_image if images else [],
+            "lose answer tokens at the maximum length": self.cut,
+        }
+        return lines + [
+            f"{len(rows)} of {self.rows} rows {what} ({ranges(rows)})" for what, rows in odd.items() if rows
         ]
-        for rows, what in (
-            (self.without_image, "have no image"),
-            (self.cut, "lose answer tokens at the maximum length"),
-        ):
-            lines += [f"{len(rows)} of {self.rows} rows {what} ({ranges(rows)})"] if rows else []
-        return lines
 
 
 def short(value: object) -> str:

@@ -159,21 +159,19 @@ def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
     return AnswersFit((base or open_encoder(config.model)).encoder, config.training.max_length)
 
 
-def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path]:
-    """The training records, and the folder that their images are relative to; says what is odd about their files."""
+def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path, list[str]]:
+    """The training records, the folder that their images are relative to, and what is odd about them, a line each."""
     benchmark, on_bad = request.benchmark, request.config.training.on_bad_record
-    fits = answers_fit(request.config, base)
-    parts = []
+    fits, parts, notes = answers_fit(request.config, base), [], []
     for task in map(benchmark.task, request.tasks):
         records = train_records(task, on_bad, fits, seen := Seen())
         bad = f"{len(seen.bad)} of {seen.rows} rows cannot be used (training.on_bad_record={on_bad})"
-        for line in [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes()]:
-            if is_main():
-                print(f"{task.name}: {line}", file=sys.stderr)
+        lines = [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes(images=not task.text_rows)]
+        notes += [f"{task.name}: {line}" for line in lines]
         if request.task != UNION:
-            return records, task.image_root
+            return records, task.image_root, notes
         parts.append(Part.of(task.name, records, task.image_root, benchmark.root, task.passes))
-    return UnionRecords(parts), benchmark.root
+    return UnionRecords(parts), benchmark.root, notes
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
@@ -185,7 +183,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         return base
     config, learned, data = request.config, request.learned, request.benchmark.root
     method = method_class(config.method)(config)
-    records, images = load_records(request, base)
+    records, images, notes = load_records(request, base)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, data)
@@ -195,6 +193,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
         raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
+    from_main(lambda: print("".join(f"{line}\n" for line in notes), end="", file=sys.stderr))
     building = from_main(lambda: open_work(request.output, identity))
     sealed = building / PHASES
     with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
