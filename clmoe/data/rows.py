@@ -16,6 +16,7 @@ from clmoe.errors import ClmoeError
 
 END = "</s>"
 LONGEST = 80
+LONGEST_ID = 500
 SHOWN = 50  # so many lines of a report
 
 _IMAGE_KEY = re.compile(
@@ -210,6 +211,8 @@ class Row:
         value = self.data.get(field)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             self.unfit(field, value, "a string or an integer")
+        if isinstance(value, str) and len(value) > LONGEST_ID:
+            self.unfit(field, value, f"at most {LONGEST_ID} characters")
         return self.encodable(field, str(value))
 
     def text(self, field: str, value: Any) -> str:

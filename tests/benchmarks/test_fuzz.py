@@ -83,6 +83,8 @@ def test_any_value(case: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.
             files = json.loads(json.dumps(good))
             if scorer == "iou":
                 files["test"] = [{**row, "answer_bbox": [0.1, 0.2, 0.3, 0.4], "size": [3, 2]} for row in files["test"]]
+            if scorer == "textvqa":
+                files["test"] = [{**row, "answers": ["A"] * 10} for row in files["test"]]
             where = field.split(".")
             spoil(files[kind][1] if kind != "gold" else files[kind], where, new)
             for part, value in files.items():
