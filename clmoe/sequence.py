@@ -3,7 +3,7 @@
 import argparse
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark, train_records
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
+from clmoe.data.images import unreadable
+from clmoe.data.records import Question, TrainRecord
 from clmoe.data.rows import all_of
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
@@ -142,16 +144,19 @@ def _go_on(config: Config, benchmark: Benchmark, order: list[str], run: Path, de
 
 
 def _check_rows(config: Config, benchmark: Benchmark, order: list[str]) -> None:
-    """Read all training and test rows of the sequence, so that bad ones, all listed, stop it before the first step."""
-    fits, on_bad, bad = answers_fit(config), config.training.on_bad_record, []
-    tasks = [benchmark.task(name) for name in order]
-    reads: list[Callable[[], Any]] = [partial(train_records, task, on_bad, fits) for task in tasks]
-    reads += [partial(check_questions, benchmark, [name], images=True) for name in order]
-    for read in reads:
-        try:
-            read()
-        except ClmoeError as error:
-            bad.append(error)
+    """Read all rows and the images' headers, so that bad ones, all listed, stop the sequence before its first step."""
+    fits, on_bad, bad, images = answers_fit(config), config.training.on_bad_record, list[ClmoeError](), set[Path]()
+    for task in map(benchmark.task, order):
+        reads: tuple[Callable[[], Sequence[TrainRecord | Question]], ...] = (
+            partial(train_records, task, on_bad, fits),
+            partial(check_questions, benchmark, [task.name], images=True),
+        )
+        for read in reads:
+            try:
+                images.update(task.image_root / row.image for row in read() if row.image is not None)
+            except ClmoeError as error:
+                bad.append(error)
+    bad += unreadable(images)
     if bad:
         raise all_of(bad)
 

@@ -268,6 +268,7 @@ def test_bad_files_of_later_tasks_stop_it_before_the_first_step_all_at_once(
         f"{TASKS[1]}/train.json": '[{"id": ',
         f"{TASKS[1]}/test.json": '[{"question_id": "1", "text": "What?"}]',
         f"{TASKS[2]}/test.json": json.dumps([question | {"image": "gone.png"}]),
+        f"{TASKS[2]}/images/3.png": "no picture",
     }
     for name, text in written.items():
         (root / name).write_text(text)

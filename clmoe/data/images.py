@@ -7,7 +7,8 @@ published evaluation scripts crop what training padded, which moves boxes.
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,30 @@ def load_image(path: Path) -> Image.Image:
         # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...) for one cause.
         except Exception as error:
             raise ClmoeError(f"{path}: cannot be decoded as an image ({error}); replace the file") from error
+
+
+def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:
+    """What is wrong with files of which only the header is read, once: no image, not to be opened, a bad shape."""
+    new = sorted(path for path in set(paths) if hash(path) not in _readable)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_header_problem, new))
+    _readable.update(hash(path) for path, error in zip(new, found, strict=True) if error is None)
+    return [error for error in found if error is not None]
+
+
+_readable: set[int] = set()  # hashes of those that this process has opened: a sequence has a million
+
+
+def _header_problem(path: Path) -> ClmoeError | None:
+    try:
+        with _named_warnings(path), Image.open(path) as image:
+            check_shape(image, str(path))
+            _check_depth(image, str(path))
+    except ClmoeError as error:
+        return error
+    except Exception as error:
+        return ClmoeError(f"{path}: cannot be read as an image ({error}); replace the file")
+    return None
 
 
 _warned = threading.local()
@@ -84,9 +109,13 @@ def check_shape(image: Image.Image, name: str = "image") -> None:
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """The image as 8-bit RGB. Raises ClmoeError with its name if converting would clip more than 8 bits per channel."""
+    _check_depth(image, name)
+    return image.convert("RGB")
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
     if image.mode.split(";")[0] in ("I", "F"):
         raise ClmoeError(f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
-    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:

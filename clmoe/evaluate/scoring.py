@@ -65,8 +65,8 @@ def gold_problem(scorer: str, question: Question) -> str | None:
             return None
     except ClmoeError as error:
         return str(error)
-    shown = question.answer or several
-    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {short(repr(shown))}, not even itself"
+    shown = short(repr(question.answer or several))
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown}, not even itself"
 
 
 def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:

@@ -4,7 +4,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +16,9 @@ from clmoe.bases.inputs import AnswersFit, open_encoder, train_dataset
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import Config, dump_config
+from clmoe.data.images import unreadable
 from clmoe.data.records import Part, TrainRecord, UnionRecords
-from clmoe.data.rows import Seen, grouped
+from clmoe.data.rows import Seen, all_of, grouped
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -168,6 +169,9 @@ def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequen
         bad = f"{len(seen.bad)} of {seen.rows} rows cannot be used (training.on_bad_record={on_bad})"
         lines = [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes(images=not task.text_rows)]
         notes += [f"{task.name}: {line}" for line in lines]
+        paths = {task.image_root / record.image for record in records if record.image is not None}
+        if bad_images := from_main(partial(unreadable, paths)):
+            raise all_of(bad_images)
         if request.task != UNION:
             return records, task.image_root, notes
         parts.append(Part.of(task.name, records, task.image_root, benchmark.root, task.passes))
