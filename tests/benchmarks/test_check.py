@@ -73,6 +73,21 @@ def test_part_of_a_benchmark_is_enough(own: Path, check: Callable[..., str]) -> 
     assert "task 'count', field 'train'" in check(bad=True)
 
 
+@pytest.mark.slow
+def test_one_task_can_be_run_and_evaluated_where_only_its_files_are(
+    own: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("count", "side"):
+        shutil.rmtree(own / name)
+    edit(own / "colour/train.json", lambda rows: [row.update(source="web") for row in rows[:3]])
+    order = ["--order", "colour", "--output", str(tmp_path / "run")]
+    cli.main(["run", "lora", str(own / "mini.yaml"), "--base", str(tiny_folder), *order, "training.steps=1"])
+    assert "colour: 3 of 24 rows hold the key 'source'" in capsys.readouterr().err
+    checkpoint = tmp_path / "run/01_colour"
+    cli.main(["eval", "--checkpoint", str(checkpoint), "--benchmark", str(own / "mini.yaml"), *order])
+    assert "after colour" in capsys.readouterr().out
+
+
 def test_odd_rows_are_counted_and_a_mixture_needs_a_word(own: Path, check: Callable[..., str]) -> None:
     edit(own / "colour/train.json", lambda rows: [row.update(source="web") for row in rows[:3]])
     edit(own / "colour/train.json", lambda rows: [without_image(row) for row in rows[6:10]])
