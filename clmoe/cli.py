@@ -16,7 +16,6 @@ from clmoe.errors import ClmoeError, Interrupted
 
 USER_ERROR = 2
 OTHERS_SPEAK_AFTER = 3.0  # seconds; launchers check their processes at least once a second
-BAD_SHOWN = 50  # so many bad rows are printed
 OLD = {  # options and a verb of clmoe 0.1
     "--router": "write locator=oracle, locator=last, ... among the key=value settings",
     "--then-eval": "clmoe run trains and evaluates; clmoe eval evaluates a checkpoint",
@@ -39,25 +38,14 @@ def metrics(options: argparse.Namespace) -> Any:
 def data(options: argparse.Namespace) -> str:
     """``clmoe data prepare|check``; raises ClmoeError if files are missing or rows bad, which are listed."""
     from clmoe.benchmarks.base import load_benchmark
-    from clmoe.benchmarks.prepare import check_benchmark, prepare_benchmark
-    from clmoe.evaluate.scoring import gold_problem
-    from clmoe.utils.files import write_text
+    from clmoe.benchmarks.prepare import prepare_benchmark
 
+    if options.action == "check":
+        from clmoe.commands import check
+
+        return check(options)
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
-    title = f"{benchmark.name} at {benchmark.root}"
-    if options.action == "prepare":
-        return "\n".join(filter(None, [title, prepare_benchmark(benchmark)]))
-    checked = check_benchmark(benchmark, gold_problem)
-    lines = [title, *checked.lines, *(f"note: {note}" for note in checked.notes)]
-    if not checked.bad:
-        return "\n".join(lines)
-    bad = checked.bad
-    if options.bad is not None:
-        write_text(options.bad, "".join(f"{line}\n" for line in bad))
-    shown = [f"bad: {line}" for line in bad[:BAD_SHOWN]]
-    rest = len(bad) - len(shown)
-    shown += [f"bad: and {rest} more; --bad FILE writes all of them"] if rest else []
-    raise ClmoeError("\n".join([f"{len(bad)} bad", *lines, *shown]))
+    return "\n".join(filter(None, [f"{benchmark.name} at {benchmark.root}", prepare_benchmark(benchmark)]))
 
 
 def doctor(options: argparse.Namespace) -> Any:
@@ -190,6 +178,8 @@ def _data_arguments(sub: argparse.ArgumentParser) -> None:
     )
     _benchmark_arguments(sub, option=False)
     sub.add_argument("--bad", type=Path, metavar="FILE", help="check: write the list of all bad rows here")
+    sub.add_argument("--order", default="norm", help="check: task names separated by commas (default: all)")
+    sub.add_argument("--base", "--model", help="check: whose tokens training.max_length counts (default: the recipe's)")
 
 
 def _doctor_arguments(sub: argparse.ArgumentParser) -> None:

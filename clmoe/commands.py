@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mimetypes
 import re
 import shlex
 import sys
@@ -13,13 +14,15 @@ from typing import Any
 import yaml
 
 from clmoe import sequence
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, load_benchmark
+from clmoe.benchmarks.check import check_benchmark, check_recipe
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
 from clmoe.evaluate.run import evaluate_checkpoint
+from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
 from clmoe.report.page import default_folder, write_report
@@ -27,8 +30,9 @@ from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
 from clmoe.train.checkpoint import checked_method, read_checkpoint
 from clmoe.train.loop import use_deepspeed
-from clmoe.train.task import UNION, prepare_request, train_task
-from clmoe.utils.files import locked
+from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
+from clmoe.utils.files import locked, write_text
+from clmoe.utils.paths import check_target, find_config
 from clmoe.utils.processes import from_main
 
 
@@ -93,12 +97,34 @@ def train(options: argparse.Namespace) -> str:
     _, config, order = _chosen(options)
     needed = order if options.task == UNION else [options.task]
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
+    sequence.check_output(options.output, config, benchmark, options.previous)
     previous = None if options.previous is None else read_checkpoint(options.previous)
     places = previous, options.output, deepspeed, options.restart
     request = prepare_request(config, benchmark, options.task, order, *places)
     with locked(request.run):
         done = train_task(request) is None
     return f"{request.output}: {'finished before' if done else 'trained'}"
+
+
+def check(options: argparse.Namespace) -> str:
+    """``clmoe data check``: all that is bad in a benchmark's data."""
+    benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
+    order = benchmark.order(options.order, 0)
+    if options.bad is not None:
+        files = [find_config("benchmarks", options.benchmark), *benchmark.inputs]
+        picture = (mimetypes.guess_type(options.bad.name)[0] or "").startswith("image/")
+        check_target("--bad", options.bad, [*files, options.bad] if picture else files, file=True)
+    check_recipe(benchmark.recipe, f"benchmark {benchmark.name}: recipe")
+    config = load_config("lora", benchmark.recipe, [], options.base)
+    checked = check_benchmark(benchmark, gold_problem, order, answers_fit(config))
+    lines = [f"{benchmark.name} at {benchmark.root}", *checked.lines, *(f"note: {note}" for note in checked.notes)]
+    lines.append(f"answers are held against {config.training.max_length} tokens of {config.model.path}")
+    if not checked.bad:
+        return "\n".join(lines)
+    if options.bad is not None:
+        write_text(options.bad, "".join(f"{line}\n" for line in checked.bad))
+    found = [f"bad: {line}" for line in checked.report()]
+    raise ClmoeError("\n".join([f"{len(checked.bad)} bad (--bad FILE writes a line for each)", *lines, *found]))
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Benchmark, Config, list[str]]:
@@ -108,24 +134,28 @@ def _chosen(options: argparse.Namespace) -> tuple[Benchmark, Config, list[str]]:
 
 def evaluate(options: argparse.Namespace) -> str:
     """``clmoe eval``: a checkpoint, or the bare base, on tasks."""
-    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, options.tasks))
+    described = load_benchmark(options.benchmark, options.data, check_files=False)
     asked = {"tasks": options.tasks, "scoring": options.scoring}
-    with locked(options.output):
-        if options.checkpoint == "base":
-            named = options.config or "zero_shot", benchmark.recipe, options.settings, options.base
-            config = load_config(*named, checked_method, options.benchmark)
-            order = benchmark.order(options.order, config.seed)
-            return evaluate_checkpoint(options.output, benchmark, None, config, order, **asked)[0]
+    done = None
+    if options.checkpoint == "base":
+        named = options.config or "zero_shot", described.recipe, options.settings, options.base
+        config = load_config(*named, checked_method, options.benchmark)
+    else:
         if options.config or options.base:
             raise ClmoeError("--config and --base belong to --checkpoint base: a checkpoint brings its own")
         for pair in options.settings:
             if pair.split("=")[0].split(".")[0] not in ("evaluation", "locator", "options", "label"):
                 raise ClmoeError(f"{pair}: only evaluation.*, locator.*, options.* and label can change after training")
         done = read_checkpoint(Path(options.checkpoint), options.settings)
-        if done.lineage.benchmark != benchmark.name:
-            raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {benchmark.name}")
-        order = benchmark.order(options.order, done.config.seed)
-        return evaluate_checkpoint(options.output, benchmark, done, done.config, order, **asked)[0]
+        if done.lineage.benchmark != described.name:
+            raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {described.name}")
+        config = done.config
+    order = described.order(options.order, config.seed)
+    needed = options.tasks or (order if done is None else done.lineage.tasks)
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
+    sequence.check_output(options.output, config, benchmark, None if done is None else done.folder)
+    with locked(options.output):
+        return evaluate_checkpoint(options.output, benchmark, done, config, order, **asked)[0]
 
 
 def report(options: argparse.Namespace) -> Any:
@@ -133,6 +163,7 @@ def report(options: argparse.Namespace) -> Any:
     if options.json:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
     output = options.output or default_folder(options.runs)
+    check_target("--output", output, [run / "matrix.csv" for run in options.runs])
     written = write_report(options.runs, output, options.format, options.data)
     return f"{report_text(options.runs)}\n{output}: {', '.join(path.name for path in written)}"
 
@@ -154,7 +185,7 @@ def demo(options: argparse.Namespace) -> None:
     title = f"{done.config.name} on {done.lineage.benchmark}, after {done.lineage.tasks[-1]}"
     examples = []
     try:
-        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data)
+        benchmark = open_benchmark(options.benchmark or done.lineage.benchmark, options.data, done.lineage.tasks)
         examples = read_examples(benchmark, done.lineage.tasks)
     except ClmoeError as error:
         if options.benchmark or options.data:

@@ -143,6 +143,8 @@ class TrainingConfig:
         save_steps: optimizer steps between two saved states of an unfinished training; 0 saves on SIGTERM only.
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
         logging_steps: steps between two lines of ``events.jsonl``.
+        on_bad_record: training rows that cannot be used are an ``error``, or left out (``skip``), or keep their place
+            in their batch without an answer token (``mask``), as in LLaVA's code; how many is printed.
         trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
@@ -161,6 +163,7 @@ class TrainingConfig:
     save_steps: Annotated[int, Range(0, 2**31 - 1)] = 100
     keep_states: Steps = 2
     logging_steps: Steps = 10
+    on_bad_record: Literal["error", "mask", "skip"] = "error"
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
@@ -415,12 +418,15 @@ def model_values(model: str) -> dict[str, Any]:
 def recorded(config: Config) -> dict[str, Any]:
     """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
 
-    ``adapter.as_released`` is recorded where it is set only: checkpoints without it keep their bytes.
+    ``adapter.as_released`` and ``training.on_bad_record`` are recorded where they are not the default: checkpoints
+    without them keep their bytes.
     """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"]
     if not config.adapter.as_released:
         del values["adapter"]["as_released"]
+    if config.training.on_bad_record == "error":
+        del values["training"]["on_bad_record"]
     return values
 
 

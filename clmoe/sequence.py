@@ -2,25 +2,29 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clmoe.bases.llava import LoadedBase
-from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark
+from clmoe.benchmarks.base import ORDERS, Benchmark, load_benchmark, train_records
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
-from clmoe.data.records import load_train
+from clmoe.data.images import unreadable
+from clmoe.data.records import Question, TrainRecord
+from clmoe.data.rows import all_of
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import Finished, checked_method, differences, lasting, read_checkpoint
 from clmoe.train.loop import use_deepspeed
-from clmoe.train.task import UNION, prepare_request, train_task
+from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
 from clmoe.utils.files import file_sha256, locked, read_json, write_json
 from clmoe.utils.logging import display, say
+from clmoe.utils.paths import check_target, resolve_model_path
 from clmoe.utils.processes import from_main
 from clmoe.utils.schema import told
 
@@ -82,13 +86,21 @@ def run(
     pairs = [*([] if seed is None else [f"seed={seed}"]), *settings]
     root = None if data is None else Path(data)
     described, config, tasks = chosen(method, benchmark, pairs, order=order, base=base, data=root)
-    opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
     folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
+    check_output(folder, config, described)
+    opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
     zero = use_deepspeed(deepspeed)
     with locked(folder):
         checkpoints = _go_on(config, opened, tasks, folder, zero, restart)
     matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
     return Result(folder, checkpoints, matrix, read_json(folder / "metrics.json"))
+
+
+def check_output(output: Path, config: Config, benchmark: Benchmark, checkpoint: Path | None = None) -> None:
+    """Raise ClmoeError unless results can go to this folder without touching data, base or ``checkpoint``."""
+    base = Path(resolve_model_path(config.model.path))
+    read = [base] if (base / "config.json").is_file() else []
+    check_target("--output", output, benchmark.inputs, [*read, *([] if checkpoint is None else [checkpoint])])
 
 
 def chosen(
@@ -117,7 +129,7 @@ def _go_on(
     values = from_main(lambda: _settings(config, benchmark, order, run, anew))
     check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
     if not all(checkpoint.exists() for checkpoint, _ in steps):
-        from_main(lambda: _check_rows(benchmark, order))
+        from_main(lambda: _check_rows(config, benchmark, order))
         method.check_inputs(None, benchmark.root)
     from_main(lambda: write_json(run / SETTINGS, values))
     base: LoadedBase | None = None
@@ -134,12 +146,22 @@ def _go_on(
     return [checkpoint for checkpoint, _ in steps]
 
 
-def _check_rows(benchmark: Benchmark, order: list[str]) -> None:
-    """Read every training and test row of the sequence, so that a bad one stops it before the first step."""
-    for name in order:
-        task = benchmark.task(name)
-        load_train(task.train, task.image_root)
-    check_questions(benchmark, order)
+def _check_rows(config: Config, benchmark: Benchmark, order: list[str]) -> None:
+    """Read all rows and the images' headers, so that bad ones, all listed, stop the sequence before its first step."""
+    fits, on_bad, bad, images = answers_fit(config), config.training.on_bad_record, list[ClmoeError](), set[Path]()
+    for task in map(benchmark.task, order):
+        reads: tuple[Callable[[], Sequence[TrainRecord | Question]], ...] = (
+            partial(train_records, task, on_bad, fits),
+            partial(check_questions, benchmark, [task.name], images=True),
+        )
+        for read in reads:
+            try:
+                images.update(task.image_root / row.image for row in read() if row.image is not None)
+            except ClmoeError as error:
+                bad.append(error)
+    bad += unreadable(images)
+    if bad:
+        raise all_of(bad)
 
 
 def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path, anew: bool) -> dict[str, Any]:

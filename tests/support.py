@@ -140,6 +140,7 @@ def write_benchmark(folder: Path) -> Path:
                 "images": f"{task}/images",
                 "scorer": scorers[task],
                 "max_new_tokens": tokens[task],
+                "text_rows": task == "count",
             }
             for task in TASKS
         ],

@@ -1,6 +1,7 @@
 """`clmoe run`: the whole sequence in one program, wherever it is stopped, and every method with every locator."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,10 +269,30 @@ def test_the_command_line(
     assert stop.value.code == 2 and "adapter.rank 4 there, 8 here" in capsys.readouterr().err
 
 
-def test_bad_rows_of_a_later_task_stop_it_before_the_first_step(runs: Runs, mini_yaml: Path, tmp_path: Path) -> None:
-    spoiled = with_file(mini_yaml, tmp_path, 2, "test", '[{"question_id": "1", "text": "What?"}]')
-    with pytest.raises(ClmoeError, match=r"test\.json: row 0"):
-        clmoe.run("lora", spoiled, base=str(runs.model), output=tmp_path / "run")
+def test_bad_files_of_later_tasks_stop_it_before_the_first_step_all_at_once(
+    runs: Runs, mini_yaml: Path, tmp_path: Path
+) -> None:
+    """Broken, unscorable, without an image, too long, and with an end token: each file is named."""
+    root = tmp_path / "own"
+    shutil.copytree(mini_yaml.parent, root)
+    long = json.loads((root / TASKS[0] / "train.json").read_text())
+    long[4]["conversations"][0]["value"] += " is it" * 2000
+    question = json.loads((root / TASKS[0] / "test.json").read_text())[0]
+    written = {
+        f"{TASKS[0]}/train.json": json.dumps(long),
+        f"{TASKS[0]}/test.json": json.dumps([question | {"text": "What?</s>"}]),
+        f"{TASKS[1]}/train.json": '[{"id": ',
+        f"{TASKS[1]}/test.json": '[{"question_id": "1", "text": "What?"}]',
+        f"{TASKS[2]}/test.json": json.dumps([question | {"image": "gone.png"}]),
+        f"{TASKS[2]}/images/3.png": "no picture",
+    }
+    for name, text in written.items():
+        (root / name).write_text(text)
+    (root / "mini.yaml").write_text(mini_yaml.read_text().replace(f"root: {mini_yaml.parent}", "root: ."))
+    with pytest.raises(ClmoeError) as caught:
+        clmoe.run("lora", str(root / "mini.yaml"), base=str(runs.model), output=tmp_path / "run")
+    named = [line.split(": ")[0].removeprefix(f"{root}/") for line in str(caught.value).splitlines()]
+    assert sorted(named) == sorted(written)
     assert not list((tmp_path).glob("run/0*"))
 
 

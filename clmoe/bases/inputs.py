@@ -6,15 +6,22 @@ on the question. Letters: B rows, G groups of rows with a common prefix, P and S
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
 
 from clmoe.bases.llava import LoadedBase, vision_tower_of
-from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
+from clmoe.config import ModelConfig
+from clmoe.data.batches import Encoder, PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
+from clmoe.data.prompts import IGNORE, encode_training, render
 from clmoe.data.records import Question, TrainRecord
+from clmoe.errors import ClmoeError
+from clmoe.utils.files import json_sha256
+from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import in_order
 
 R = TypeVar("R")
@@ -41,6 +48,48 @@ def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: 
     """Questions as prompts for this base; all processes must call it."""
     _fill_cache(base, (question.image for question in questions), image_root)
     return PromptDataset(questions, image_root, base.encoder)
+
+
+UNCUT = 2**31
+
+
+@dataclass(frozen=True)
+class AnswersFit:
+    """How many answer tokens of a record ``max_length`` tokens hold; see ``clmoe.data.records.Fits``."""
+
+    encoder: Encoder
+    max_length: int
+
+    @cached_property
+    def key(self) -> str:
+        vocabulary = self.encoder.tokenizer.backend_tokenizer.to_str()
+        return json_sha256([vocabulary, self.encoder.image_token_count, self.max_length])
+
+    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+        image_tokens = self.encoder.image_token_count if record.image is not None else 0
+        text = render(record.turns, record.image is not None)[0]
+        # A token is at least a byte, but for the marks of a beginning: most records need not be encoded.
+        if len(text.encode()) + image_tokens + 8 * len(record.turns) <= self.max_length:
+            return 1, 0
+        labels = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, UNCUT).labels
+        answers = [label != IGNORE for label in labels]
+        return sum(answers[: self.max_length]), sum(answers[self.max_length :])
+
+
+def open_encoder(config: ModelConfig) -> LoadedBase:
+    """A base's tokenizer and image processor without its weights. Raises ClmoeError as ``load_base``."""
+    folder = resolve_model_path(config.path)
+    try:
+        shapes = AutoConfig.from_pretrained(folder)
+        vision = shapes.vision_config
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        patches = (vision.image_size // vision.patch_size) ** 2
+        image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
+        parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+    return LoadedBase(model=cast(Any, None), image_token_count=image_tokens, fingerprint="", **parts)
 
 
 def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, check_recipe, read_yaml
 from clmoe.data.batches import epoch_permutation
-from clmoe.data.records import Failed, Question, load_questions
+from clmoe.data.records import IMAGE_MARK, Failed, Fits, OnBad, Question, TrainRecord, load_questions, load_train
+from clmoe.data.rows import END, Seen, ranges
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, shipped_root
@@ -35,7 +36,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Task:
-    """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch."""
+    """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch.
+
+    ``text_rows``: rows without an image are meant, also where most rows have one.
+    """
 
     name: str
     train: Path
@@ -46,6 +50,13 @@ class Task:
     suffix: str = ""
     passes: int = 1
     gold: Gold | None = None
+    text_rows: bool = False
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """Field and path of everything but images that is read."""
+        gold = self.gold.files if self.gold else ()
+        return [("train", self.train), ("test", self.test), *(("gold", path) for path in gold)]
 
     @property
     def half_there(self) -> str:
@@ -71,6 +82,12 @@ class Benchmark:
     def built_on_first_use(self) -> bool:
         """Its builder needs no downloads, so that its data need not exist yet."""
         return self.prepare == "playground"
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What no command may write to: all files, and the image folders, each by a file in it."""
+        files = [path for task in self.tasks for _, path in task.files]
+        return files + [task.image_root / "image" for task in self.tasks]
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
@@ -99,8 +116,7 @@ class Benchmark:
         """A line for every file of the tasks (None: of all) that does not exist: task, field, path and source."""
         lines = []
         for task in (task for task in self.tasks if tasks is None or task.name in tasks):
-            gold = [("gold", path) for path in (task.gold.files if task.gold else ())]
-            for kind, path in (("train", task.train), ("test", task.test), *gold):
+            for kind, path in task.files:
                 if not path.is_file():
                     source = f", from {self.source(path)}" if self.source(path) else ""
                     lines.append(f"task {task.name!r}, field '{kind}': no file {path}{source}")
@@ -143,6 +159,7 @@ class _TaskEntry:
     suffix: str = ""
     passes: int = 1
     gold: _GoldEntry | None = None
+    text_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +215,10 @@ def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
             takes = ", ".join(READERS[name].files)
             raise ClmoeError(f"{where}.gold.files: reader {name!r} takes {takes}, found {given!r}")
         gold = Gold(name, tuple(root / file for file in given))
-    return Task(entry.name, train, test, images, entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes, gold)
+    if END in entry.suffix or IMAGE_MARK in entry.suffix:
+        raise ClmoeError(f"{where}.suffix: {entry.suffix!r} holds {END} or {IMAGE_MARK}; remove it")
+    texts = (entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes)
+    return Task(entry.name, train, test, images, *texts, gold, entry.text_rows)
 
 
 def _require(entry: _BenchmarkEntry | _TaskEntry, fields: Sequence[str], where: str) -> None:
@@ -216,9 +236,35 @@ def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
     return {"id": str(row["question_id"]), "image": row["image"], "conversations": turns}
 
 
-def task_questions(task: Task, *, images: bool = True) -> list[Question]:
+def train_records(
+    task: Task, on_bad: OnBad = "error", fits: Fits | None = None, seen: Seen | None = None
+) -> Sequence[TrainRecord]:
+    """The task's training records, as ``load_train``. Raises ClmoeError as that and ``images_missing``."""
+    seen = Seen() if seen is None else seen
+    records = load_train(task.train, task.image_root, on_bad, fits, seen)
+    if problem := images_missing(task, task.train, seen):
+        raise ClmoeError(problem)
+    return records
+
+
+def task_questions(task: Task, *, images: bool = True, seen: Seen | None = None) -> list[Question]:
     """The questions of the task's test and gold files. Raises ClmoeError naming file and row, or gold file and id."""
-    return complete(task, load_questions(task.test, task.image_root, answered=task.gold is None, images=images))
+    seen = Seen() if seen is None else seen
+    answered = task.gold is None
+    questions = load_questions(task.test, task.image_root, answered=answered, images=images, seen=seen)
+    if problem := images_missing(task, task.test, seen):
+        raise ClmoeError(problem)
+    return complete(task, questions)
+
+
+def images_missing(task: Task, file: Path, seen: Seen) -> str | None:
+    """Why the file's rows without an image are an error: most have one, and nothing says that those need none."""
+    without = seen.without_image
+    if task.text_rows or not 0 < len(without) < seen.rows / 2:
+        return None
+    rows = f"{len(without)} of {seen.rows} rows ({ranges(without)}), field 'image': missing, where most rows have one"
+    fix = f"add the images or, if these rows need none, write `text_rows: true` at task {task.name!r} in the YAML file"
+    return f"{file}: {rows}; {fix}"
 
 
 def complete(task: Task, questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clmoe.data.records import Failed, Question, read_json_strictly, shown
+from clmoe.data.records import Failed, Question
+from clmoe.data.rows import read_json_strictly, shown
 from clmoe.errors import ClmoeError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -25,7 +25,7 @@ from clmoe.methods import method_class
 from clmoe.methods.base import EXPANSION, attach_on_meta
 from clmoe.train.checkpoint import CONFIG, LINEAGE, MANIFEST, OLD_FORMAT, Lineage, build_folder, read_checkpoint
 from clmoe.utils.files import file_sha256, read_json, write_json
-from clmoe.utils.paths import resolve_model_path
+from clmoe.utils.paths import check_target, resolve_model_path
 from clmoe.utils.tensors import load_tensors, save_tensors
 
 LIUHAOTIAN, LLAMA, ADAPTER = "an original LLaVA", "a LLaMA or Vicuna", "an adapter of CoIN or CL-MoE"
@@ -44,6 +44,8 @@ def convert_any(options: Namespace) -> str:
             raise ClmoeError(f"{source} is {kind}: " + (f"give --{name} as well" if needed else f"leave out --{name}"))
     if target.exists():
         raise ClmoeError(f"{target} exists: choose another folder or delete it")
+    read = (source, options.vision, options.model and Path(options.model))
+    check_target("DST", target, folders=[folder for folder in read if folder is not None and folder.is_dir()])
     if kind == LIUHAOTIAN:
         found = weights.convert_liuhaotian(source, target, options.vision)
     elif kind == LLAMA:

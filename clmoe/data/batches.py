@@ -89,6 +89,9 @@ class TrainDataset(_Items[TrainItem]):
 
     def item(self, row: TrainRecord, pixels: Tensor | None) -> TrainItem:
         base = self.encoder
+        if row.masked:
+            ids = torch.tensor(encode_prompt("", False, base.tokenizer, base.image_token_count))
+            return TrainItem(ids, None, torch.full_like(ids, IGNORE))
         encoded = encode_training(row, base.tokenizer, base.image_token_count, self.max_length)
         return TrainItem(torch.tensor(encoded.input_ids), pixels, torch.tensor(encoded.labels))
 
@@ -157,8 +160,9 @@ def epoch_permutation(seed: int, epoch: int, records: int) -> np.ndarray:
 
 
 def sample_records(records: Sequence[TrainRecord], samples: int, seed: int) -> list[TrainRecord]:
-    """At most ``samples`` records, drawn without replacement."""
-    return [records[i] for i in epoch_permutation(seed, 0, len(records))[:samples]]
+    """At most ``samples`` records, drawn without replacement; masked ones among them are left out."""
+    drawn = (records[i] for i in epoch_permutation(seed, 0, len(records))[:samples])
+    return [record for record in drawn if not record.masked]
 
 
 def first_questions(records: Sequence[TrainRecord]) -> list[Question]:

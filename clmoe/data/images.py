@@ -5,6 +5,11 @@ applied: boxes of the benchmarks refer to the stored pixels. A non-square image 
 published evaluation scripts crop what training padded, which moves boxes.
 """
 
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +18,104 @@ from PIL import Image, ImageOps
 
 from clmoe.errors import ClmoeError
 
+LONGEST_SIDE = 13_377  # its square has the 179 megapixels that Pillow decodes at most
+MOST_DRAWN_OUT = 300  # longer side / shorter side: beyond it, less than a line of pixels is left at LLaVA-1.5's 336
+
 
 def load_image(path: Path) -> Image.Image:
-    """Decode as RGB. Raises ClmoeError if that fails, or for more than 8 bits per channel or 179 megapixels."""
+    """Decode as RGB; what Pillow warns of names the file.
+
+    Raises ClmoeError if that fails, for more than 8 bits per channel or 179 megapixels, and as ``check_shape``.
+    """
+    with _named_warnings(path):
+        try:
+            with Image.open(path) as image:
+                check_shape(image, str(path))
+                return to_rgb(image, str(path))
+        except ClmoeError:
+            raise
+        # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...) for one cause.
+        except Exception as error:
+            raise ClmoeError(f"{path}: cannot be decoded as an image ({error}); replace the file") from error
+
+
+def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:
+    """What is wrong with files of which only the header is read, once: no image, not to be opened, a bad shape."""
+    new = sorted(path for path in set(paths) if hash(path) not in _readable)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_header_problem, new))
+    _readable.update(hash(path) for path, error in zip(new, found, strict=True) if error is None)
+    return [error for error in found if error is not None]
+
+
+_readable: set[int] = set()  # hashes of those that this process has opened: a sequence has a million
+
+
+def _header_problem(path: Path) -> ClmoeError | None:
     try:
-        with Image.open(path) as image:
-            return to_rgb(image, str(path))
-    except ClmoeError:
-        raise
-    # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...) for one cause.
+        with _named_warnings(path), Image.open(path) as image:
+            check_shape(image, str(path))
+            _check_depth(image, str(path))
+    except ClmoeError as error:
+        return error
     except Exception as error:
-        raise ClmoeError(f"{path}: cannot be decoded as an image ({error}); replace the file") from error
+        return ClmoeError(f"{path}: cannot be read as an image ({error}); replace the file")
+    return None
+
+
+_warned = threading.local()
+_lock = threading.Lock()
+_reading: list[warnings.catch_warnings] = []  # one entry for each image that is being read; the first one listens
+
+
+@contextmanager
+def _named_warnings(path: Path) -> Iterator[None]:
+    """Give this thread's warnings again afterwards, with the file's name. Python's own recorder is not thread-safe."""
+    with _lock:
+        listener = warnings.catch_warnings()
+        if not _reading:
+            listener.__enter__()
+            elsewhere = warnings.showwarning
+
+            def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+                here = getattr(_warned, "messages", None)
+                elsewhere(message, *args, **kwargs) if here is None else here.append(str(message))
+
+            warnings.simplefilter("always")
+            warnings.showwarning = show
+        _reading.append(listener)
+    _warned.messages = []
+    try:
+        yield
+    finally:
+        messages, _warned.messages = _warned.messages, None
+        with _lock:
+            first = _reading[0]
+            _reading.pop()
+            if not _reading:
+                first.__exit__(None, None, None)
+    for message in dict.fromkeys(messages):
+        warnings.warn(f"{path}: {message}", stacklevel=4)
+
+
+def check_shape(image: Image.Image, name: str = "image") -> None:
+    """Raise ClmoeError, with the image's name, if the square around it is too large or would show nothing of it."""
+    longer, shorter = max(image.size), min(image.size)
+    if longer > LONGEST_SIDE or longer > MOST_DRAWN_OUT * shorter:
+        size, fix = f"{image.size[0]} x {image.size[1]} pixels", "crop it or scale it down"
+        limits = f"at most {LONGEST_SIDE} on a side, and {MOST_DRAWN_OUT} times as long as wide"
+        raise ClmoeError(f"{name}: {size} would be padded to a square of {longer} x {longer} ({limits}): {fix}")
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """The image as 8-bit RGB. Raises ClmoeError with its name if converting would clip more than 8 bits per channel."""
+    _check_depth(image, name)
+    return image.convert("RGB")
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
     if image.mode.split(";")[0] in ("I", "F"):
         raise ClmoeError(f"{name}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
-    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
@@ -46,6 +131,7 @@ def preprocess(image: Image.Image, image_processor: Any) -> torch.Tensor:
             found = f"resizes to {size} (do_resize {image_processor.do_resize}), crops to {crop}"
             fix = "so it would cut the image; set 'size' and 'crop_size' to the same length"
             raise ClmoeError(f"image processor: {found}, {fix}")
+    check_shape(image)
     side = max(image.size)
     width, height = (side - length for length in image.size)
     border = (width // 2, height // 2, width - width // 2, height - height // 2)

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from clmoe.data.records import IMAGE_MARK, TrainRecord, Turn
+from clmoe.data.rows import END
 from clmoe.errors import ClmoeError
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-END = "</s>"
 IGNORE = -100
 """Label of tokens that do not count in the loss."""
 

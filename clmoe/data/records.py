@@ -6,9 +6,7 @@ image first), and image paths are normalised. Every error names the file, the ro
 
 from __future__ import annotations
 
-import json
 import os
-import posixpath
 import re
 import sys
 from abc import abstractmethod
@@ -17,15 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, count
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from pyarrow import ArrowException
 
+from clmoe.data.rows import Row, RowError, Seen, all_of, json_rows, shown
 from clmoe.errors import ClmoeError
-from clmoe.utils.files import file_sha256, flush, json_sha256
+from clmoe.utils.files import file_sha256, flush, json_sha256, read_json, write_json
 from clmoe.utils.tensors import writing
 
 IMAGE_MARK = "<image>"
@@ -35,61 +34,19 @@ GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
 LARGE_FILE = 16 * 2**20
 """Training files of at least this many bytes are not held in memory."""
 
+LARGEST_FRACTION = 2.0
+"""A box may reach a little over the edge of its image, whose sides are 1; larger numbers are pixels or percent."""
+
+OnBad = Literal["error", "mask", "skip"]
 Failed = Callable[[ClmoeError], None]
 R = TypeVar("R")
 
+_TRAIN_KEYS = {"id", "image", "conversations"}
+_TEST_KEYS = {"question_id", "image", "text", "size", *GOLD_FIELDS}
+
 _TEXT = Value("string")
 _COLUMNS = Features({"id": _TEXT, "image": _TEXT, "turns": [{"question": _TEXT, "answer": _TEXT}]})
-_CACHE_FORMAT = 2
-_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-
-
-# ---- JSON
-
-
-def read_json_strictly(path: Path) -> Any:
-    """Parse strict JSON: UTF-8 without a byte-order mark, no NaN and no Infinity. Raises ClmoeError with the place."""
-    try:
-        return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ClmoeError(f"{path}: {where}: broken JSON: {error.msg}{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ClmoeError(f"{path}: cannot be parsed as JSON: {error}") from error
-
-
-def json_rows(path: Path) -> list[Any]:
-    """The elements of a JSON list. Raises ClmoeError as ``read_json_strictly``, and for no list or an empty one."""
-    data = read_json_strictly(path)
-    if not isinstance(data, list):
-        raise ClmoeError(f"{path}: expected a JSON list of records at the top level, found {shown(data)}")
-    if not data:
-        raise ClmoeError(f"{path}: the list of records is empty; expected at least one")
-    return data
-
-
-def count_records(path: Path) -> int:
-    """Number of objects in a training or question file; their fields are not checked. Raises as ``json_rows``."""
-    return len([_Row(path, index, data) for index, data in enumerate(json_rows(path))])
-
-
-def shown(value: Any) -> str:
-    """The JSON type and the value, short enough for one line."""
-    if value is None:
-        return "nothing (null, or the field is missing)"
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    text = repr(value)
-    return f"{kinds.get(type(value), 'a number')} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write a number or null")
+_CACHE_FORMAT = 3
 
 
 # ---- Records
@@ -111,6 +68,26 @@ class TrainRecord:
     image: str | None
     turns: tuple[Turn, ...]
 
+    @property
+    def masked(self) -> bool:
+        """It only keeps a bad row's place: none of its tokens counts in the loss."""
+        return self.turns == MASKED
+
+
+MASKED = (Turn("", ""),)
+
+
+class Fits(Protocol):
+    """What a tokenizer and a maximum length leave of a record; ``key`` names both."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def max_length(self) -> int: ...
+    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+        """Answer tokens within the length, and beyond it. Raises ClmoeError if the tokenizer fits no record."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -123,133 +100,140 @@ class Question:
     extra: dict[str, Any]
 
 
-def load_train(path: Path, image_root: Path) -> Sequence[TrainRecord]:
+def load_train(
+    path: Path, image_root: Path, on_bad: OnBad = "error", fits: Fits | None = None, seen: Seen | None = None
+) -> Sequence[TrainRecord]:
     """Read and check a file of ``{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
 
     The images must exist; they are not decoded. Published LLaVA files repeat ids: later rows of an id get ``#2``,
-    ``#3``, ... Records of a file of LARGE_FILE bytes or more stay on disk. Raises ClmoeError at the first bad row.
+    ``#3``, ... Records of a file of LARGE_FILE bytes or more stay on disk. Bad rows raise one ClmoeError that lists all
+    of them, or are left out (``skip``), or become records without an answer token (``mask``). ``seen`` is filled.
     """
-    path = Path(path)
-    if path.is_file() and path.stat().st_size >= LARGE_FILE:
-        return _stored_train(path, image_root)
-    return list(iterate_train(path, image_root))
+    path, seen = Path(path), Seen() if seen is None else seen
+    large = path.is_file() and path.stat().st_size >= LARGE_FILE
+    read = _stored_train if large else _read_train
+    records = read(path, image_root, on_bad, fits, seen)
+    if len(seen.bad) == seen.rows:
+        raise all_of([ClmoeError(f"{path}: no row of {seen.rows} can be used"), *seen.bad])
+    return records
 
 
-def iterate_train(path: Path, image_root: Path, failed: Failed | None = None) -> Iterator[TrainRecord]:
-    """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and skipped."""
+def _read_train(path: Path, image_root: Path, *reading: Any) -> list[TrainRecord]:
+    return list(_reading(path, image_root, *reading))
+
+
+def _reading(path: Path, root: Path, on_bad: OnBad, fits: Fits | None, seen: Seen) -> Iterator[TrainRecord]:
+    failed = None if on_bad == "error" else seen.bad.append
+    return iterate_train(path, root, failed, fits=fits, seen=seen, mask=on_bad == "mask")
+
+
+def iterate_train(
+    path: Path,
+    image_root: Path,
+    failed: Failed | None = None,
+    *,
+    fits: Fits | None = None,
+    seen: Seen | None = None,
+    mask: bool = False,
+) -> Iterator[TrainRecord]:
+    """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and left out."""
     known: set[str] = set()
-    seen: set[str] = set()
+    used: set[str] = set()
+    seen = Seen() if seen is None else seen
 
-    def record(row: _Row) -> TrainRecord:
+    def record(row: Row) -> TrainRecord:
         name = unique = row.identifier("id")
         image = row.image(image_root, known)
         turns, repeats = _turns(row, image), count(2)
-        while unique in seen:
+        while unique in used:
             unique = f"{name}#{next(repeats)}"
-        seen.add(unique)
-        return TrainRecord(unique, image, turns)
+        used.add(unique)
+        made = TrainRecord(unique, image, turns)
+        kept, cut = (1, 0) if fits is None else fits(made)
+        if fits is not None and not kept:
+            problem = f"no answer token is among the first {fits.max_length}; raise training.max_length or shorten it"
+            row.fail("conversations", problem)
+        seen.cut += [row.index] if cut else []
+        return made
 
-    return _each_row(path, record, failed)
+    masked = (lambda index: TrainRecord(f"masked row {index}", None, MASKED)) if mask else None
+    return _each_row(path, record, failed, _TRAIN_KEYS, seen, masked)
 
 
 def load_questions(
-    path: Path, image_root: Path, failed: Failed | None = None, *, answered: bool = True, images: bool = True
+    path: Path,
+    image_root: Path,
+    failed: Failed | None = None,
+    *,
+    answered: bool = True,
+    images: bool = True,
+    seen: Seen | None = None,
 ) -> list[Question]:
     """Read and check a file of ``{"question_id", "image"?, "text", "answer", ...}``; other keys end up in ``extra``.
 
     Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
-    ``answered``: every row must have one of GOLD_FIELDS. ``images``: the images must exist. Raises ClmoeError at the
-    first bad row, as one with a repeated id; with ``failed``, bad rows are reported to it and skipped.
+    ``answered``: every row must have one of GOLD_FIELDS. ``images``: the images must exist. Raises ClmoeError
+    that lists all bad rows, as those with a repeated id; with ``failed``, they are reported to it and left out.
     """
     known: set[str] | None = set() if images else None
     first_row: dict[str, int] = {}
 
-    def question(row: _Row) -> Question:
+    def question(row: Row) -> Question:
         question_id = row.identifier("question_id")
         if question_id in first_row:
             row.fail("question_id", f"already used by row {first_row[question_id]}; ids must be unique")
         first_row[question_id] = row.index
         image = row.image(image_root, known)
-        text = _question_text(row, "text", row.text("text", row.data.get("text")), image)
+        text = _question_text(row, "text", row.spoken("text", row.data.get("text")), image)
         return Question(question_id, image, text, *_gold(row, answered))
 
-    return list(_each_row(path, question, failed))
+    return list(_each_row(path, question, failed, _TEST_KEYS, Seen() if seen is None else seen))
 
 
-def _each_row(path: Path, make: Callable[[_Row], R], failed: Failed | None) -> Iterator[R]:
+def _each_row(
+    path: Path,
+    make: Callable[[Row], R],
+    failed: Failed | None,
+    keys: set[str],
+    seen: Seen,
+    masked: Callable[[int], R] | None = None,
+) -> Iterator[R]:
+    bad: list[ClmoeError] = []
     for index, data in enumerate(json_rows(path)):
+        seen.rows += 1
         try:
-            yield make(_Row(path, index, data))
+            row = Row(path, index, data, keys)
+            made = make(row)
         except ClmoeError as error:
-            if failed is None:
-                raise
-            failed(error)
+            (failed or bad.append)(error)
+            if masked is not None:
+                yield masked(index)
+            continue
+        for key in row.data.keys() - keys:
+            seen.unread[key] = seen.unread.get(key, 0) + 1
+        if row.data.get("image") is None:
+            seen.without_image.append(index)
+        yield made
+    if bad:
+        raise all_of(bad)
 
 
-class _Row:
-    """One JSON object of a file, with the errors that name it."""
-
-    def __init__(self, path: Path, index: int, data: Any) -> None:
-        self.path, self.index = path, index
-        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.fail("", f"expected an object {{...}}, found {shown(data)}")
-
-    def fail(self, field: str, problem: str) -> NoReturn:
-        name = next((self.data[key] for key in ("id", "question_id") if key in self.data), None)
-        where = f"row {self.index} (from 0)" + (f", id {name!r}" if name is not None else "")
-        raise ClmoeError(f"{self.path}: {where}" + (f", field '{field}': " if field else ": ") + problem)
-
-    def identifier(self, field: str) -> str:
-        value = self.data.get(field)
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            self.fail(field, f"expected a string or an integer, found {shown(value)}")
-        return str(value)
-
-    def text(self, field: str, value: Any) -> str:
-        """A non-empty string that can be written as UTF-8."""
-        if not isinstance(value, str) or not value.strip():
-            self.fail(field, f"expected some text, found {shown(value)}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            self.fail(field, f"half of a surrogate pair at character {error.start}; write the whole character")
-        return value
-
-    def image(self, root: Path, known: set[str] | None) -> str | None:
-        """The normalised image path. The file must exist; ``known`` ones are not looked up again, with None none is."""
-        if self.data.get("image") is None:
-            return None
-        raw = self.text("image", self.data["image"])
-        image = posixpath.normpath(raw.replace("\\", "/"))
-        if wrong := misplaced(image):
-            self.fail("image", f"{raw!r} {wrong} the image root {root}")
-        if known is not None and image not in known:
-            if not (Path(root) / image).is_file():
-                self.fail("image", f"no file {Path(root) / image}; add the image or correct the path")
-            known.add(image)
-        return image
+def count_records(path: Path) -> int:
+    """Number of objects in a training or question file; their fields are not checked. Raises as ``json_rows``."""
+    return len([Row(path, index, data) for index, data in enumerate(json_rows(path))])
 
 
-def misplaced(image: str) -> str | None:
-    """Why an image path, with either kind of slash, does not stay below its image root; None if it does."""
-    path = posixpath.normpath(image.replace("\\", "/"))
-    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        return "is absolute; write it relative to"
-    return "leaves" if path == ".." or path.startswith("../") else None
-
-
-def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
+def _turns(row: Row, image: str | None) -> tuple[Turn, ...]:
     turns = row.data.get("conversations")
     if not isinstance(turns, list) or not turns:
-        row.fail("conversations", f"expected a list human, gpt, human, gpt, ..., found {shown(turns)}")
+        row.unfit("conversations", turns, "a list human, gpt, human, gpt, ...")
     texts = []
     for number, turn in enumerate(turns):
         field, speaker = f"conversations[{number}]", ("human", "gpt")[number % 2]
         if not isinstance(turn, dict) or turn.get("from") != speaker:
-            row.fail(f"{field}.from", f"expected {speaker!r} (human and gpt alternate), found {shown(turn)}")
+            row.fail(f"{field}.from", f"expected {speaker!r} (human and gpt alternate)", shown(turn))
         field += ".value"
-        text = row.text(field, turn.get("value"))
+        text = row.spoken(field, turn.get("value"))
         if number and IMAGE_MARK in text:
             row.fail(field, f"{IMAGE_MARK} may occur in the first human turn only")
         if not number and image is not None and IMAGE_MARK not in text:
@@ -260,11 +244,11 @@ def _turns(row: _Row, image: str | None) -> tuple[Turn, ...]:
     return tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
 
 
-def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
+def _question_text(row: Row, field: str, value: str, image: str | None) -> str:
     """The text without its image mark; one mark is allowed, and only if the row has an image."""
     marks = value.count(IMAGE_MARK)
     if marks > 1:
-        row.fail(field, f"expected one {IMAGE_MARK}, found {marks}; one image per record is supported")
+        row.fail(field, f"expected one {IMAGE_MARK}: one image per record is supported", str(marks))
     if marks and image is None:
         row.fail(field, f"{IMAGE_MARK} is used, but the row has no field 'image'; add it or remove the mark")
     text = value.replace(IMAGE_MARK, "").strip()
@@ -273,10 +257,14 @@ def _question_text(row: _Row, field: str, value: str, image: str | None) -> str:
     return text
 
 
-def _gold(row: _Row, answered: bool) -> tuple[str, dict[str, Any]]:
+def _gold(row: Row, answered: bool) -> tuple[str, dict[str, Any]]:
     """The expected answer ("" if another field or file holds it) and the row's other fields."""
     extra = {key: value for key, value in row.data.items() if key not in ("question_id", "image", "text", "answer")}
-    answer = row.data.get("answer", "")
+    answer, box = row.data.get("answer", ""), row.data.get("answer_bbox")
+    numbers = re.findall(r"\d+(?:\.\d*)?", str(box)) if isinstance(box, str | list) else []
+    if any(float(number) > LARGEST_FRACTION for number in numbers):
+        fix = "(x + left padding) / the longer side, and so on, as docs/benchmarks.md says"
+        row.fail("answer_bbox", f"expected fractions of the image padded to a square, not pixels: {fix}", shown(box))
     if isinstance(answer, list):
         if not answer or "answers" in extra:
             row.fail("answer", "expected a string, or a list of accepted answers and no second list 'answers'")
@@ -304,13 +292,9 @@ class LookedUpRecords(Sequence[TrainRecord]):
 
 
 class StoredRecords(LookedUpRecords):
-    """An Arrow file's, memory-mapped. Raises ValueError, OSError or ArrowException for a damaged one."""
+    """An Arrow file's, memory-mapped."""
 
     def __init__(self, file: Path) -> None:
-        with file.open("rb") as stream:
-            stream.seek(-len(_STREAM_END), os.SEEK_END)
-            if stream.read() != _STREAM_END:
-                raise ValueError("truncated")
         self._rows = Dataset.from_file(str(file))
 
     def __len__(self) -> int:
@@ -327,29 +311,45 @@ def _record(row: dict[str, Any]) -> TrainRecord:
     return TrainRecord(row["id"], row["image"], tuple(Turn(**turn) for turn in row["turns"]))
 
 
-def _stored_train(path: Path, image_root: Path) -> StoredRecords:
+def _stored_train(path: Path, image_root: Path, on_bad: OnBad, fits: Fits | None, seen: Seen) -> StoredRecords:
     """The records of a training file, which the first process that asks for them checks and stores.
 
-    The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of content and image root, so a changed
-    file is checked again. An image that has gone is an error when it is read.
+    The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of content, image root and what decides
+    the records, so a changed file is checked again. A JSON file beside it holds its sha256 and what was seen. An image
+    that has gone is an error when it is read.
     """
-    key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute())])[:32]
+    how = [on_bad, None if fits is None else fits.key]
+    key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute()), how])[:32]
     file = Path(os.environ.get("CLMOE_CACHE") or "~/.cache/clmoe").expanduser() / "records" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
+    about = file.with_suffix(".json")
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():
             try:
-                return StoredRecords(file)
-            except (ArrowException, OSError, ValueError) as error:
+                return _kept(file, read_json(about), seen)
+            except (ArrowException, OSError, ValueError, KeyError, TypeError, ClmoeError) as error:
                 print(f"{file}: damaged ({error}); making it again from {path}", file=sys.stderr)
         partial = file.with_suffix(".partial")
         with writing(file), ArrowWriter(features=_COLUMNS, path=str(partial)) as writer:
-            for record in iterate_train(path, image_root):
+            for record in _reading(path, image_root, on_bad, fits, seen):
                 writer.write(asdict(record))
             writer.finalize()
             flush(partial)
+            write_json(
+                about, {"sha256": file_sha256(partial), "seen": {**vars(seen), "bad": [e.args for e in seen.bad]}}
+            )
             partial.replace(file)
         return StoredRecords(file)
+
+
+def _kept(file: Path, about: Any, seen: Seen) -> StoredRecords:
+    """A cached file's records, with ``seen`` filled. Raises ValueError and others for a damaged one."""
+    if file_sha256(file) != about["sha256"]:
+        raise ValueError("its sha256 differs")
+    values = {**about["seen"], "bad": [RowError(*fields) for fields in about["seen"]["bad"]]}
+    records = StoredRecords(file)
+    vars(seen).update(vars(Seen(**values)))
+    return records
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import image_order, prompt_dataset, prompt_inputs, to_device
+from clmoe.bases.inputs import AnswersFit, image_order, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, load_base
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
-from clmoe.data.records import Question, load_train
+from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, adapted_base, prefill
 from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
@@ -237,9 +237,9 @@ def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark:
         return locator
     if benchmark is None:
         raise ClmoeError(f"{done.folder} was sealed with locator={done.locator.name}: another one needs training data")
-    features = []
+    features, length = [], config.training.max_length
     for task in map(benchmark.task, done.lineage.tasks):
-        records = load_train(task.train, task.image_root)
+        records = train_records(task, config.training.on_bad_record, AnswersFit(answerer.base.encoder, length))
         features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
 
     def fit() -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 from clmoe.data.records import Question
+from clmoe.data.rows import short
 from clmoe.errors import ClmoeError
 
 Mode = Literal["fixed", "official"]
@@ -24,7 +25,9 @@ Scorer = Callable[[str, Question, Mode], float]
 def unfit(question: Question, field: str, needed: str) -> ClmoeError:
     """The error for a question whose gold answer does not fit its rule."""
     value = question.answer if field == "answer" else question.extra.get(field)
-    return ClmoeError(f"question {question.question_id}: field {field!r} is {value!r}, but its scorer needs {needed}")
+    return ClmoeError(
+        f"question {question.question_id}: field {field!r} is {short(repr(value))}, but its scorer needs {needed}"
+    )
 
 
 # ---- Letters of options

@@ -101,10 +101,17 @@ def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
         check_scorer(benchmark.task(name).scorer)
 
 
-def check_questions(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Raise ClmoeError, naming file and row or question, unless all can be read and scored, images aside."""
+def check_questions(benchmark: Benchmark, names: Sequence[str], *, images: bool = False) -> list[Question]:
+    """The tasks' questions. Raises ClmoeError, naming file and row or question, unless all can be read and scored.
+
+    Their images must exist only with ``images``.
+    """
+    found = []
     for task in map(benchmark.task, names):
-        _check_gold(task, task_questions(task, images=False), "fixed")
+        questions = task_questions(task, images=images)
+        _check_gold(task, questions, "fixed")
+        found += questions
+    return found
 
 
 def _check_gold(task: Task, questions: list[Question], mode: Mode) -> None:

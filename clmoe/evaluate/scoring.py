@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from clmoe.data.records import Question
+from clmoe.data.rows import short
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import rules
 from clmoe.evaluate.rules import MODES, Mode, Scorer, unfit
@@ -64,8 +65,8 @@ def gold_problem(scorer: str, question: Question) -> str | None:
             return None
     except ClmoeError as error:
         return str(error)
-    shown = shown_answer(question)
-    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown!r}, not even itself"
+    shown = short(repr(shown_answer(question)))
+    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown}, not even itself"
 
 
 def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:

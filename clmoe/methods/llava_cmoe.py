@@ -19,6 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 
+from clmoe.bases.inputs import AnswersFit
 from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config
 from clmoe.data.batches import sample_records
@@ -136,7 +137,8 @@ class LlavaCMoe(MoeLora):
         phases = []
         if first and options.initial_experts_from == "warmup":
             images = context.data / options.warmup_images
-            records = load_train(context.data / options.warmup_train, images)
+            fits = AnswersFit(context.base.encoder, training.max_length)
+            records = load_train(context.data / options.warmup_train, images, training.on_bad_record, fits)
             phases = [Phase("initial", records, images, self.begin_task, lambda context: None, of_task=False)]
         if options.extend == "none" or (first and options.initial_experts_from == "first_task"):
             return [*phases, *super().phases(context)]

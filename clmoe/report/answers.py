@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from clmoe.data.records import misplaced
+from clmoe.data.rows import misplaced
 from clmoe.errors import ClmoeError
 from clmoe.locators import LOCATORS
 from clmoe.report.runs import Group, Run

@@ -83,7 +83,7 @@ class TrainedModel(nn.Module):
             answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
         else:
             answers = answer_loss(adapted.lm_head, states, answer_tokens(labels))
-        loss = loss + answers / num_items_in_batch
+        loss = loss + answers / num_items_in_batch.clamp(min=1)  # none where all records are masked
         batch |= {} if rows is None else {"rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)
         if extra is not None:

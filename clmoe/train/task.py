@@ -1,9 +1,11 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from clmoe.bases.inputs import train_dataset
+from clmoe.bases.inputs import AnswersFit, open_encoder, train_dataset
 from clmoe.bases.llava import LoadedBase, load_base
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import Config, dump_config
-from clmoe.data.records import Part, TrainRecord, UnionRecords, load_train
+from clmoe.data.images import unreadable
+from clmoe.data.records import Part, TrainRecord, UnionRecords
+from clmoe.data.rows import Seen, all_of, grouped
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -42,7 +46,7 @@ from clmoe.train.checkpoint import (
 )
 from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, enable_checkpointing, total_steps
 from clmoe.train.state import states
-from clmoe.utils.files import read_json, write_json
+from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
 from clmoe.utils.processes import count, deferred, device, from_main, is_main, wait_for_all
 from clmoe.utils.tensors import check_finite, trainable, writing
@@ -50,6 +54,7 @@ from clmoe.utils.tensors import check_finite, trainable, writing
 UNION = "all"
 PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
 IDENTITY = "identity.json"
+FILES = "trained_on.json"  # in a run folder: the sha256 of the training files of each checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,21 @@ class TrainRequest:
         """What decides the result: an interrupted request of the same identity is continued."""
         parent = None if self.previous is None else self.previous.identity
         return identity(self.config, self.benchmark.name, parent, self.learned)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks whose records this training reads."""
+        return self.order if self.task == UNION else [self.task]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of the training files, by task."""
+        return {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What an unfinished training notes, to be continued by the same request on the same files only."""
+        return self.identity | {"train": self.files}
 
     @property
     def stage(self) -> Stage:
@@ -135,19 +155,40 @@ def finished(request: TrainRequest) -> bool:
     if not (output / MANIFEST).is_file():
         raise ClmoeError(f"--output {output} exists and is not a finished checkpoint: choose another or delete it")
     check_same(read_checkpoint(output), request.identity)
+    there = _files_of(request.run).get(output.name, request.files)
+    if changed := differences({"train": there}, {"train": request.files}):
+        raise ClmoeError(f"{output} was trained on other data ({changed}): choose another --output or delete it")
     if is_main():  # left by a command that was stopped right after publishing
         shutil.rmtree(output / PHASES, ignore_errors=True)
     return True
 
 
-def load_records(request: TrainRequest) -> tuple[Sequence[TrainRecord], Path]:
-    """The training records, and the folder that their images are relative to."""
-    if request.task != UNION:
-        task = request.benchmark.task(request.task)
-        return load_train(task.train, task.image_root), task.image_root
-    root, tasks = request.benchmark.root, [request.benchmark.task(name) for name in request.order]
-    parts = [Part.of(t.name, load_train(t.train, t.image_root), t.image_root, root, t.passes) for t in tasks]
-    return UnionRecords(parts), root
+def _files_of(run: Path) -> dict[str, dict[str, str]]:
+    """By checkpoint folder of the run; those of older versions are not in it."""
+    return read_json(run / FILES) if (run / FILES).is_file() else {}
+
+
+def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
+    """The check that ``training.max_length`` leaves something to learn, with the tokenizer of the configured base."""
+    return AnswersFit((base or open_encoder(config.model)).encoder, config.training.max_length)
+
+
+def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path, list[str]]:
+    """The training records, the folder that their images are relative to, and what is odd about them, a line each."""
+    benchmark, on_bad = request.benchmark, request.config.training.on_bad_record
+    fits, parts, notes = answers_fit(request.config, base), [], []
+    for task in map(benchmark.task, request.tasks):
+        records = train_records(task, on_bad, fits, seen := Seen())
+        bad = f"{len(seen.bad)} of {seen.rows} rows cannot be used (training.on_bad_record={on_bad})"
+        lines = [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes(images=not task.text_rows)]
+        notes += [f"{task.name}: {line}" for line in lines]
+        paths = {task.image_root / record.image for record in records if record.image is not None}
+        if bad_images := from_main(partial(unreadable, paths)):
+            raise all_of(bad_images)
+        if request.task != UNION:
+            return records, task.image_root, notes
+        parts.append(Part.of(task.name, records, task.image_root, benchmark.root, task.passes))
+    return UnionRecords(parts), benchmark.root, notes
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
@@ -159,7 +200,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         return base
     config, learned, data = request.config, request.learned, request.benchmark.root
     method = method_class(config.method)(config)
-    records, images = load_records(request)
+    records, images, notes = load_records(request, base)
     batch_plan(request, records)
     previous = None if request.previous is None else request.previous.folder
     method.check_inputs(previous, data)
@@ -168,7 +209,8 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
         raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
-    building = from_main(lambda: open_work(request.output, request.identity))
+    from_main(lambda: print("".join(f"{line}\n" for line in notes), end="", file=sys.stderr))
+    building = from_main(lambda: open_work(request.output, request.noted))
     sealed = building / PHASES
     with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
         work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
@@ -197,7 +239,8 @@ def check_work(request: TrainRequest) -> None:
     marker = work / PHASES / IDENTITY
     if request.restart:
         shutil.rmtree(work, ignore_errors=True)
-    elif marker.is_file() and (changed := differences(read_json(marker), request.identity)):
+    there = read_json(marker) if marker.is_file() else request.noted
+    if changed := differences({"train": request.files} | there, request.noted):  # older versions noted no files
         raise ClmoeError(
             f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
             "continue it, choose another --output, or give --restart to delete it and begin anew"
@@ -256,6 +299,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         effective_scale=method.effective_scale(),
     )
     write_json(work / LINEAGE, asdict(lineage))
+    write_json(request.run / FILES, _files_of(request.run) | {request.output.name: request.files})
     publish(work, request.output)
     shutil.rmtree(request.output / PHASES)
 

@@ -1,10 +1,13 @@
 """Where the shipped configurations and the embedded base are. All other paths count from the user's folder."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
+MANIFEST = "manifest.json"  # in every checkpoint
 EMBEDDED_BASE = "playground/base"  # a model path that is a name, unless the user's folder holds one
 
 
@@ -34,6 +37,32 @@ def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
         message = unknown(kind.removesuffix("s"), name, known_configs(kind, ending))
         raise ClmoeError(message + f", or the path of a {ending} file")
     return path
+
+
+def check_target(
+    option: str, target: Path, files: Iterable[Path] = (), folders: Iterable[Path] = (), *, file: bool = False
+) -> None:
+    """Raise ClmoeError unless a command can write ``target``, a folder or a ``file``, and harms no input.
+
+    It must not be one of ``files`` or the folder that one of them lies in, must not be or lie in one of ``folders``,
+    nor in a checkpoint, and the nearest folder that exists must let it be written.
+    """
+    real = target.expanduser().resolve()
+    for read in files:
+        same = real.exists() and read.exists() and real.samefile(read)
+        if same or real in (read.resolve(), read.resolve().parent):
+            raise ClmoeError(f"{option} {target} would overwrite {read}, or files beside it, that are read")
+    for folder in [path.resolve() for path in folders]:
+        if real == folder or folder in real.parents:
+            raise ClmoeError(f"{option} {target} lies in {folder}, which is read: choose another place")
+    for parent in real.parents:
+        if (parent / MANIFEST).is_file():
+            raise ClmoeError(f"{option} {target} lies in the checkpoint {parent}: choose another place")
+    there = next(path for path in (real.parent, *real.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ClmoeError(f"{option} {target} cannot be written: {there} is no folder, or not writable")
+    if real.exists() and (real.is_dir() == file or not os.access(real, os.W_OK)):
+        raise ClmoeError(f"{option} {target} cannot be written: it is no {'file' if file else 'folder'}, or read-only")
 
 
 def resolve_model_path(path: str) -> str:

@@ -1,6 +1,8 @@
 """Decoding policy and padding, against numpy."""
 
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,34 @@ def test_missing_and_broken_files_are_named(raw: bytes, tmp_path: Path) -> None:
     for name in ("broken.png", "missing.png"):
         with pytest.raises(ClmoeError, match=name):
             load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("width", "height"), [(65_000, 10), (10, 65_000), (10_000, 1), (13_378, 13_378)])
+def test_an_image_that_would_fill_a_square_of_gigabytes_is_refused_before_decoding(
+    width: int, height: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (width, height)).save(tmp_path / "wide.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ClmoeError, match=r"wide\.png: "):
+        load_image(tmp_path / "wide.png")
+    if width != height:
+        with pytest.raises(ClmoeError, match=f"{width} x {height}"):
+            preprocess(Image.new("1", (width, height)), processor(56))
+
+
+def test_warnings_name_the_file_in_every_thread(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.png" for n in range(40)]
+    for number, path in enumerate(paths):
+        picture = Image.new("P", (2, 2))
+        picture.putpalette([0, 0, 0, 9, 9, 9])
+        picture.save(path, **({"transparency": b"\x00\x80"} if number % 2 else {}))  # Pillow warns of such a palette
+    before = warnings.showwarning
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(load_image, paths))
+    assert warnings.showwarning is before
+    named = sorted(str(warning.message).split(": ")[0] for warning in caught)
+    assert named == sorted(map(str, paths[1::2]))
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

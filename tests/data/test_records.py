@@ -3,6 +3,7 @@
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from clmoe.data import records
 from clmoe.data.records import (
+    OnBad,
     Part,
     Question,
     StoredRecords,
@@ -21,6 +23,7 @@ from clmoe.data.records import (
     load_questions,
     load_train,
 )
+from clmoe.data.rows import RowError, Seen
 from clmoe.errors import ClmoeError
 
 
@@ -122,6 +125,13 @@ BAD_TRAIN: dict[str, tuple[Any, str | None]] = {
     "mark in answer": (train_row(conversations=talk(TWO, "<image>")), "conversations[1].value"),
     "mark without image": (train_row(image=...), "conversations[0].value"),
     "no question": (train_row(conversations=talk("<image>\n", "a")), "conversations[0].value"),
+    "end token": (train_row(conversations=talk(TWO, "a</s>")), "conversations[1].value"),
+    "end in a later question": (train_row(conversations=talk(TWO, "a", "</s>?", "b")), "conversations[2].value"),
+    "list of images": (train_row(image=..., images=["sub/a.png"], conversations=talk("What?", "a")), "images"),
+    "capital": (train_row(image=None, Image="sub/a.png", conversations=talk("What?", "a")), "Image"),
+    "any key": (train_row(image=..., picked="x/y.JPG", conversations=talk("What?", "a")), "picked"),
+    "long name": (train_row(image=f"{'x' * 500}.png"), "image"),
+    "base64": (train_row(image=f"data:image/png;base64,{'iVBORw0KGgo' * 100}"), "image"),
     "surrogate": (train_row(conversations=talk(TWO + "\ud83d", "a")), "conversations[0].value"),
 }
 BAD_QUESTIONS: dict[str, tuple[Any, str | None]] = {
@@ -134,6 +144,10 @@ BAD_QUESTIONS: dict[str, tuple[Any, str | None]] = {
     "two lists": (question_row(answer=["a"], answers=["b"]), "answer"),
     "empty list": (question_row(answer=[]), "answer"),
     "missing image": (question_row(image="b.png"), "image"),
+    "end token": (question_row(text="What?</s>"), "text"),
+    "spelling": (question_row(image=..., image_path="sub/a.png"), "image_path"),
+    "pixels": (question_row(answer=..., answer_bbox=[10, 20, 300, 200]), "answer_bbox"),
+    "percent": (question_row(answer=..., answer_bbox="[10.5, 20, 30, 99]"), "answer_bbox"),
 }
 BAD_ROWS = [("train", name) for name in BAD_TRAIN] + [("questions", name) for name in BAD_QUESTIONS]
 
@@ -152,6 +166,71 @@ def test_a_bad_row_is_named_and_can_be_skipped(kind: str, case: str, root: Path)
     failed: list[ClmoeError] = []
     assert len(list(iterate(path, root, failed.append))) == 1
     assert [str(error) for error in failed] == [message]
+    assert len(message) < 400 + len(str(path)), "long values are shortened"
+
+
+def test_all_bad_rows_are_named_at_once_and_equal_faults_take_one_line(root: Path) -> None:
+    rows = [train_row(id=...) for _ in range(200)] + [train_row(image=f"{n}.png") for n in range(3)] + [train_row()]
+    rows += [train_row(conversations=[talk(TWO)[0], {"from": "gpt", "value": n}]) for n in range(2)]
+    with pytest.raises(ClmoeError) as caught:
+        load_train(write(root, rows), root)
+    ids, images, answers = str(caught.value).splitlines()
+    assert "200 rows (0-199), field 'id'" in ids
+    assert "3 rows (200-202), field 'image'" in images and "0.png" in images
+    assert "2 rows (204-205), field 'conversations[1].value'" in answers
+
+
+@pytest.mark.parametrize("place", ["row", "turn", "nested"])
+def test_a_key_that_occurs_twice_is_a_bad_row(place: str, root: Path) -> None:
+    old, new = {
+        "row": ('"id": "k1"', '"id": "k1", "id": "k2"'),
+        "turn": ('"from": "gpt"', '"from": "gpt", "from": "gpt"'),
+        "nested": ('"x": 1', '"x": 1, "x": 2'),
+    }[place]
+    text = json.dumps([train_row(id="good"), train_row(more=[{"x": 1}])])
+    head, tail = text.rsplit(old, 1)
+    with pytest.raises(ClmoeError, match=rf"row 1 .*field '{old.split(chr(34))[1]}'"):
+        load_train(write(root, (head + new + tail).encode()), root)
+
+
+@dataclass(frozen=True)
+class Short:
+    """Counts characters of the first answer."""
+
+    key: str = "short"
+    max_length: int = 5
+
+    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+        length = len(record.turns[0].answer)
+        return (0, length) if length > 9 else (min(length, 5), max(0, length - 5))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("on_bad", ["skip", "mask"])
+def test_bad_rows_can_be_left_out_or_masked_and_are_counted(
+    on_bad: OnBad, large: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is read, and by what is kept from reading before."""
+    monkeypatch.setattr(records, "LARGE_FILE", 1 if large else 10**9)
+    answers = ["Dog", "a</s>", "sixsix", "far too long"]
+    rows = [train_row(id=f"k{n}", conversations=talk(TWO, answer), extra=n) for n, answer in enumerate(answers)]
+    path = write(root, [*rows, train_row(id="t", image=..., conversations=talk("Say hi.", "hi"))])
+    for _ in range(2):
+        seen = Seen()
+        found = load_train(path, root, on_bad, Short(), seen)
+        assert isinstance(found, StoredRecords) == large
+        assert [record.id for record in found if not record.masked] == ["k0", "k2", "t"]
+        assert [row for row, record in enumerate(found) if record.masked] == ([] if on_bad == "skip" else [1, 3])
+        assert [error.row for error in seen.bad if isinstance(error, RowError)] == [1, 3]
+        assert (seen.rows, seen.cut, seen.without_image, seen.unread) == (5, [2], [4], {"extra": 2})
+        assert len(seen.notes()) == 3
+    with pytest.raises(ClmoeError, match=r"(?s)row 1 .*row 3 "):
+        load_train(path, root, "error", Short())
+
+
+def test_a_file_without_a_good_row_is_refused(root: Path) -> None:
+    with pytest.raises(ClmoeError, match=r"(?s)file\.json.*2 rows \(0-1\), field 'id'"):
+        load_train(write(root, [train_row(id=...), train_row(id=...)]), root, "skip")
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
@@ -225,7 +304,7 @@ def test_stored_records_are_the_records(large: Path, root: Path) -> None:
 def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_train(large, root)
     with monkeypatch.context() as patch:
-        patch.setattr(records, "iterate_train", lambda *_: pytest.fail("read again"))
+        patch.setattr(records, "iterate_train", lambda *_, **__: pytest.fail("read again"))
         large.touch()
         assert list(load_train(large, root)) == list(first)
     large.write_text(large.read_text().replace("\\u00df 3 ", "ss 3 "))
@@ -233,15 +312,16 @@ def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monk
     assert first[3].turns[0].answer == "ß 3"
 
 
-@pytest.mark.parametrize("size", [0, 5, 3000, 100_000, -8, -1, None])
+@pytest.mark.parametrize("size", [0, 5, 3000, 100_000, -8, -1, None, "hole"])
 def test_a_damaged_cache_is_found_and_made_again(
-    size: int | None, large: Path, root: Path, capsys: pytest.CaptureFixture[str]
+    size: int | str | None, large: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A truncated file, and one that is no Arrow file but ends like one."""
+    """A truncated file, one that is no Arrow file but ends like one, and one with a hole, as a full disk leaves."""
     expected = list(load_train(large, root))
     (file,) = cached(root)
     whole = file.read_bytes()
-    file.write_bytes(bytes(100) + whole[-8:] if size is None else whole[:size])
+    hole = whole[:60_000] + bytes(2000) + whole[62_000:]
+    file.write_bytes(hole if size == "hole" else bytes(100) + whole[-8:] if size is None else whole[:size])
     assert list(load_train(large, root)) == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line and str(large) in line
@@ -250,7 +330,7 @@ def test_a_damaged_cache_is_found_and_made_again(
 
 def test_processes_that_start_together_make_one_file(large: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = iterate_train, []
-    monkeypatch.setattr(records, "iterate_train", lambda *given: made.append(given) or real(*given))
+    monkeypatch.setattr(records, "iterate_train", lambda *given, **named: made.append(given) or real(*given, **named))
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(lambda _: list(load_train(large, root)), range(4)))
     assert len(made) == 1

@@ -1,5 +1,6 @@
 """One task from begin to publish: idempotent, resumable to the same bytes, and picky about what it continues."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
-from tests.runs import Killed, Runs, contents, events, kill, on_step
+from tests.runs import Killed, Runs, contents, events, kill, on_step, same_bits, tensors
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
@@ -169,3 +170,50 @@ def test_what_cannot_be_trained_is_refused(
     assert "one task at a time" in refused(runs, capsys, output, "lora", "all")
     assert "trains nothing" in refused(runs, capsys, output, "zero_shot", FIRST)
     assert "not in --order" in refused(runs, capsys, output, "lora", FIRST, order=f"{SECOND},{TASKS[2]}")
+
+
+def test_other_records_are_neither_mixed_in_nor_taken_for_trained(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One answer changes, under the same names: the interrupted training stops, and so does the finished one."""
+    shutil.copytree(runs.benchmark.parent, tmp_path / "own")
+    yaml, train = tmp_path / "own" / "mini.yaml", tmp_path / "own" / FIRST / "train.json"
+    yaml.write_text(yaml.read_text().replace(f"root: {runs.benchmark.parent}", "root: ."))
+    own, output = Runs(tmp_path, runs.model, yaml), tmp_path / "run" / FIRST
+    before, changed = train.read_text(), train.read_text().replace('"value": "A"', '"value": "B"', 1)
+    with monkeypatch.context() as patch:
+        on_step(patch, 2)
+        with pytest.raises(Killed):
+            own.train(output, "lora", FIRST, "training.save_steps=1")
+    for _ in ("interrupted", "finished"):
+        train.write_text(changed)
+        assert f"train.{FIRST}" in refused(own, capsys, output, "lora", FIRST)
+        train.write_text(before)
+        own.train(output, "lora", FIRST)
+    assert contents(output) == contents(runs.chain("lora", tasks=TASKS[:1])[0])
+    (tmp_path / "run" / "trained_on.json").unlink()  # of an older version
+    train.write_text(changed)
+    own.train(output, "lora", FIRST)
+
+
+def test_masked_rows_keep_their_place_and_count_nothing(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of the text that a masked one stands for must not matter; one left out moves all that follow."""
+    shutil.copytree(runs.benchmark.parent, tmp_path / "own")
+    train = tmp_path / "own" / FIRST / "train.json"
+    rows, found = json.loads(train.read_text()), {}
+    yaml = tmp_path / "own" / "mini.yaml"
+    yaml.write_text(yaml.read_text().replace(f"root: {runs.benchmark.parent}", "root: ."))
+    own = Runs(tmp_path, runs.model, yaml)
+    for on_bad, spoiled in (("mask", "</s>"), ("mask", "</s> else"), ("skip", "</s>")):
+        rows[0]["conversations"][1]["value"] = rows[1]["conversations"][0]["value"] = spoiled
+        train.write_text(json.dumps(rows))
+        output = tmp_path / on_bad / str(len(spoiled)) / FIRST
+        own.train(output, "lora", FIRST, f"training.on_bad_record={on_bad}")
+        assert f"{FIRST}: 2 of 24 rows" in capsys.readouterr().err
+        found[on_bad, spoiled] = tensors(output)
+    masked, other, left_out = found.values()
+    assert all(same_bits(masked[name], other[name]) for name in masked)
+    assert not all(same_bits(masked[name], left_out[name]) for name in masked)
+    assert "2 rows (0-1)" in refused(own, capsys, tmp_path / "error" / FIRST, "lora", FIRST)
