@@ -306,6 +306,8 @@ def test_a_frozen_config_is_read_back_and_has_stable_bytes(tmp_path: Path) -> No
     assert reload_config(path, []) == config
     assert dump_config(reload_config(path, [])) == path.read_text()
     assert reload_config(path, ["evaluation.limit=7"]).evaluation.limit == 7
+    path.write_text(dump_config(load_config("clmoe_released", {}, [])))
+    assert reload_config(path, []).adapter.as_released and "as_released" not in dump_config(config)
 
 
 def test_a_broken_or_missing_file_name_or_field_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_saved_and_loaded_adapters_are_bit_equal(
     assert read["layout"] == {"0": [0, 0, 0, 1, 1], "1": [0, 0, 0, 1, 1, 2]}
 
 
+@pytest.mark.parametrize("as_released", [False, True])
+def test_as_released_is_kept_and_written_only_if_set(as_released: bool, new_base: NewBase, tmp_path: Path) -> None:
+    attached(new_base(), dropout=0.5, as_released=as_released).save_pretrained(str(tmp_path))
+    assert ("as_released" in json.loads((tmp_path / "adapter_config.json").read_text())) == as_released
+    copy = PeftModel.from_pretrained(new_base().model, str(tmp_path))
+    kept = {experts.as_released for layer in ours.expert_layers(copy).values() for experts in layer.experts.values()}
+    assert kept == {as_released}
+
+
 BROKEN: dict[str, Callable[[str, Tensor], dict[str, Tensor]]] = {
     "lacks a tensor": lambda name, tensor: {},
     "holds one too many": lambda name, tensor: {name: tensor, f"{name}.more": torch.zeros(1)},
