@@ -14,7 +14,7 @@ rehearse memory --model "$MODEL" --layers "$layers" $((layers + 1)) --methods "$
 base="$OUT/$MODEL-$layers"
 if [ ! -e "$base/benchmark.yaml" ]; then rehearse make "$base" --model "$MODEL" --layers "$layers"; fi
 for method in "$@"; do
-  options=(training.steps=1 training.batch_size=1 model.dtype=bfloat16 evaluation.batch_size=4 evaluation.limit=4)
+  options=(training.steps=1 training.batch_size=1 model.dtype=bfloat16 evaluation.batch_size=2 evaluation.limit=2)
   if [ "$method" = llava_cmoe ]; then
     options+=(options.extend=every options.probe_min_steps=1 locator.options.steps=10)
   fi
