@@ -151,7 +151,7 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
     ``b`` bytes of the base's type, ``N`` tokens, ``Q`` heads x head size, ``W`` the tower's width. The peak is in the
-    loss, or in the backward pass of the last norm or the last block; ``20 D``, ``8 F`` and ``4 b F`` are measured.
+    loss, or in the backward pass of the last norm or the last block; ``20 D`` and the factors of ``F`` are measured.
     """
     base, adapter = cast(PreTrainedModel, first.model.get_base_model()), first.method.config.adapter
     text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
@@ -178,7 +178,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     if tuned:
         kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
-    last_block = (block if recompute else 0) + (4 * b if per_block else 8) * F * N
+    routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
+    last_block = (block if recompute else 0) + (4 * b if per_block else 8 if routed else 2 * b) * F * N
     return kept + max(loss, 20 * D * N, last_block)
 
 

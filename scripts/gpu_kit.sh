@@ -10,7 +10,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 kit() { "${PYTHON:-python3}" "$HERE/bench/kit.py" "$@"; }
 export OUT=${OUT:-runs/gpu-kit} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 if [ "${1:-}" = --smoke ]; then
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   folder=$(mktemp -d)

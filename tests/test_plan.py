@@ -211,7 +211,7 @@ def test_memory_of_a_step_at_true_width(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "moelora", "clmoe_released", "llava_cmoe"])
+@pytest.mark.parametrize("name", ["lora", "olora", "clmoe_released", "llava_cmoe"])
 def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
     """True width, 576 image tokens, tensor by tensor; matrix products are left out."""
     rehearse = load_script("bench/rehearse")

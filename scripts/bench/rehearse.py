@@ -211,7 +211,7 @@ def make(folder: Path, model: str, layers: int) -> None:
     how = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = LlavaProcessor(image_processor=base.image_processor, tokenizer=base.tokenizer, **how)
     processor.save_pretrained(folder / "base")
-    images = write_images(folder / "images", 2, 336)
+    images = write_images(folder / "images", 1, 336)
     rows = [
         {
             "id": record.id,
