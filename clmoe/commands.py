@@ -62,7 +62,8 @@ def _combinations(options: argparse.Namespace) -> dict[Path, list[str]]:
         if key == "seed" or keys.count(key) > 1 or any(pair.startswith(f"{key}=") for pair in options.settings):
             raise ClmoeError(f"--set {key}: is given twice, or by an option of its own (seeds: --seeds 0,1,2)")
     seeds = [[f"seed={seed}"] for seed in options.seeds or ()] or [[]]
-    known, found = {"order": options.order, "base": options.base, "data": options.data}, {}
+    known = {"order": options.order, "base": options.base, "data": options.data}
+    found: dict[Path, list[str]] = {}
     for values, seed in product(product(*(values for _, values in axes)), seeds):
         pairs = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
         settings = [*options.settings, *pairs, *seed]

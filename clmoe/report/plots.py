@@ -137,7 +137,7 @@ def comparison(groups: Sequence[Group]) -> Picture:
         ax.grid(axis="x")
 
     panel = Panel("mean score (%)", seeds.mean(), (WIDTH, 0.75 + 0.27 * len(groups)), dumbbells)
-    return Picture("comparison", [panel], legend | {name: REFERENCES[name] for name in levels.index})
+    return Picture("comparison", [panel], legend | {name: REFERENCES[name] for name in map(str, levels.index)})
 
 
 def matrices(groups: Sequence[Group]) -> Picture:
@@ -163,12 +163,12 @@ def forgetting(groups: Sequence[Group]) -> Picture:
     stages = [stage for stage in (ZERO_SHOT, *order) if stage in set(frame["after"])]
     drawn, levels = styles(groups, frame["label"]), tables.references(groups)
     for task in order:
-        own, known = frame[frame["task"] == task], levels.loc[task].dropna().to_dict()
+        own, known = frame[frame["task"] == task], {str(n): float(v) for n, v in levels.loc[task].dropna().items()}
         means, stds = (own.pivot(index="label", columns="after", values=name) for name in ("mean", "std"))
         means, stds = (values.reindex(index=list(drawn), columns=stages) for values in (means, stds))
         draw = partial(_lines, drawn=drawn, stds=stds.fillna(0.0), mark=task, levels=known)
         panels.append(Panel(task, means, (2.65, 1.95), draw))
-    return Picture("forgetting", panels, drawn | {name: REFERENCES[name] for name in levels.dropna(axis=1, how="all")})
+    return Picture("forgetting", panels, drawn | {n: REFERENCES[n] for n in map(str, levels.dropna(axis=1, how="all"))})
 
 
 def losses(groups: Sequence[Group]) -> Picture:

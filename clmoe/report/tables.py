@@ -207,7 +207,7 @@ def settings_table(groups: Sequence[Group]) -> Table:
     """`settings_frame` with a column for each label."""
     values = settings_frame(groups).groupby(["key", "label"], sort=False)["value"]
     wide = values.agg(lambda own: ", ".join(dict.fromkeys(own))).unstack("label")
-    wide = wide.reindex(columns=[group.label for group in groups]).fillna(BLANK)
+    wide = wide.reindex(columns=[group.label for group in groups]).astype(object).fillna(BLANK)
     return Table("Settings that differ", wide.rename_axis(columns=None).reset_index())
 
 
