@@ -15,7 +15,7 @@ import yaml
 
 from clmoe import sequence
 from clmoe.benchmarks.base import Benchmark, load_benchmark
-from clmoe.benchmarks.check import check_benchmark, check_recipe
+from clmoe.benchmarks.check import check_benchmark
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
 from clmoe.convert.command import convert_any
@@ -115,7 +115,6 @@ def check(options: argparse.Namespace) -> str:
         files = [find_config("benchmarks", options.benchmark), *benchmark.inputs]
         picture = (mimetypes.guess_type(options.bad.name)[0] or "").startswith("image/")
         check_target("--bad", options.bad, [*files, options.bad] if picture else files, file=True)
-    check_recipe(benchmark.recipe, f"benchmark {benchmark.name}: recipe")
     config = load_config("lora", benchmark.recipe, [], options.base)
     checked = check_benchmark(benchmark, gold_problem, order, answers_fit(config))
     lines = [f"{benchmark.name} at {benchmark.root}", *checked.lines, *(f"note: {note}" for note in checked.notes)]

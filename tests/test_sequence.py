@@ -248,7 +248,7 @@ def test_a_method_of_the_users_own_file(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "my_lora.yaml").write_text("extends: lora\nlabel: mine\n")
     settings = ("training.steps=1", "adapter.targets=[gate_proj, up_proj, down_proj]")
     mine = run(runs, tmp_path / "a", str(tmp_path / "my_method.py"), *settings, order=TASKS[0])
-    named = run(runs, tmp_path / "b", str(tmp_path / "my_lora.yaml"), *settings, "adapter.alpha=128", order=TASKS[0])
+    named = run(runs, tmp_path / "b", str(tmp_path / "my_lora.yaml"), *settings, order=TASKS[0])
     for name, value in tensors(named.checkpoints[0]).items():
         assert same_bits(tensors(mine.checkpoints[0])[name], value), name
 

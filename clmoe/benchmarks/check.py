@@ -6,11 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clmoe.benchmarks.base import Benchmark, Task, complete, images_missing
 from clmoe.benchmarks.gold import READERS
-from clmoe.config import Config, build, merge
 from clmoe.data.images import load_image
 from clmoe.data.records import Fits, Question, iterate_train, load_questions
 from clmoe.data.rows import Seen, all_of, short
@@ -68,17 +66,6 @@ def check_benchmark(
             result.bad += filter(None, pool.map(_image_problem, paths[start : start + 4096]))
     result.lines.append(f"{len(paths)} different images decoded")
     return result
-
-
-def check_recipe(recipe: dict[str, Any], where: str) -> None:
-    """Raise ClmoeError for a key or value of the recipe that no configuration has; a method's options are its own."""
-    shared = {key: value for key, value in recipe.items() if key != "methods"}
-    layers = recipe.get("methods") or {}
-    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise ClmoeError(f"{where}.methods: expected a mapping of settings for each method")
-    for name, layer in {"": {}, **layers}.items():
-        place = f"{where}.methods.{name}" if name else where
-        build(Config, merge({"method": name or "lora"}, merge({} if name else shared, layer)), place)
 
 
 def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: GoldProblem, fits: Fits | None) -> None:
