@@ -34,6 +34,9 @@ GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
 LARGE_FILE = 16 * 2**20
 """Training files of at least this many bytes are not held in memory."""
 
+LONGEST_QUESTION = 16_384
+"""Characters of a test question, which is never truncated: four for each of the 4,096 tokens of LLaVA-1.5."""
+
 LARGEST_FRACTION = 2.0
 """A box may reach a little over the edge of its image, whose sides are 1; larger numbers are pixels or percent."""
 
@@ -185,6 +188,8 @@ def load_questions(
         first_row[question_id] = row.index
         image = row.image(image_root, known)
         text = _question_text(row, "text", row.spoken("text", row.data.get("text")), image)
+        if len(text) > LONGEST_QUESTION:
+            row.fail("text", f"more than {LONGEST_QUESTION} characters, beyond what the base can read", str(len(text)))
         return Question(question_id, image, text, *_gold(row, answered))
 
     return list(_each_row(path, question, failed, _TEST_KEYS, Seen() if seen is None else seen))
