@@ -6,6 +6,7 @@ image first), and image paths are normalised. Every error names the file, the ro
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -265,6 +266,8 @@ def _question_text(row: Row, field: str, value: str, image: str | None) -> str:
 def _gold(row: Row, answered: bool) -> tuple[str, dict[str, Any]]:
     """The expected answer ("" if another field or file holds it) and the row's other fields."""
     extra = {key: value for key, value in row.data.items() if key not in ("question_id", "image", "text", "answer")}
+    for key, value in extra.items():
+        row.encodable(key, json.dumps(value, ensure_ascii=False))
     answer, box = row.data.get("answer", ""), row.data.get("answer_bbox")
     numbers = re.findall(r"\d+(?:\.\d*)?", str(box)) if isinstance(box, str | list) else []
     if any(float(number) > LARGEST_FRACTION for number in numbers):
