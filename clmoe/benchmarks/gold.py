@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clmoe.data.records import Failed, Question
-from clmoe.data.rows import read_json_strictly, shown
+from clmoe.data.rows import read_json_strictly, short, shown
 from clmoe.errors import ClmoeError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -92,7 +92,9 @@ def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Fai
         choices = listed(problems_file, "choices", problem, question.question_id)
         number = problem.get("answer")
         if not isinstance(number, int) or not 0 <= number < len(choices):
-            raise ClmoeError(f"{problems_file}: id {question.question_id!r}: answer {number!r} is none of its choices")
+            raise ClmoeError(
+                f"{problems_file}: id {question.question_id!r}: answer {short(number)} is none of its choices"
+            )
         return replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices})
 
     return answered
@@ -121,7 +123,7 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
         answer, where = row.get("answer"), f"{file}: id {question.question_id!r}"
         if row.get("isBalanced") is not True:
             fix = "GQA's score counts balanced questions, so take only those into the test file"
-            raise ClmoeError(f"{where}: isBalanced is {row.get('isBalanced')!r}; {fix}")
+            raise ClmoeError(f"{where}: isBalanced is {short(repr(row.get('isBalanced')))}; {fix}")
         if not isinstance(answer, str) or not answer:
             raise ClmoeError(f"{where}: no 'answer'")
         return replace(question, answer=answer)

@@ -6,6 +6,7 @@ image first), and image paths are normalised. Every error names the file, the ro
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -33,6 +34,9 @@ GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
 
 LARGE_FILE = 16 * 2**20
 """Training files of at least this many bytes are not held in memory."""
+
+LONGEST_QUESTION = 16_384
+"""Characters of a test question, which is never truncated: four for each of the 4,096 tokens of LLaVA-1.5."""
 
 LARGEST_FRACTION = 2.0
 """A box may reach a little over the edge of its image, whose sides are 1; larger numbers are pixels or percent."""
@@ -185,6 +189,8 @@ def load_questions(
         first_row[question_id] = row.index
         image = row.image(image_root, known)
         text = _question_text(row, "text", row.spoken("text", row.data.get("text")), image)
+        if len(text) > LONGEST_QUESTION:
+            row.fail("text", f"more than {LONGEST_QUESTION} characters, beyond what the base can read", str(len(text)))
         return Question(question_id, image, text, *_gold(row, answered))
 
     return list(_each_row(path, question, failed, _TEST_KEYS, Seen() if seen is None else seen))
@@ -260,6 +266,8 @@ def _question_text(row: Row, field: str, value: str, image: str | None) -> str:
 def _gold(row: Row, answered: bool) -> tuple[str, dict[str, Any]]:
     """The expected answer ("" if another field or file holds it) and the row's other fields."""
     extra = {key: value for key, value in row.data.items() if key not in ("question_id", "image", "text", "answer")}
+    for key, value in extra.items():
+        row.encodable(key, json.dumps(value, ensure_ascii=False))
     answer, box = row.data.get("answer", ""), row.data.get("answer_bbox")
     numbers = re.findall(r"\d+(?:\.\d*)?", str(box)) if isinstance(box, str | list) else []
     if any(float(number) > LARGEST_FRACTION for number in numbers):

@@ -52,7 +52,10 @@ def read_json_strictly(path: Path, *, rows: bool = False) -> Any:
 
     try:
         text = Path(path).read_bytes().decode("utf-8")
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=made)
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=made)
+        if not rows and "\\ud" in text.lower():  # perhaps half a surrogate pair, which no file of answers can hold
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        return data
     except OSError as error:
         raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
     except UnicodeDecodeError as error:

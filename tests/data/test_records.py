@@ -145,6 +145,8 @@ BAD_QUESTIONS: dict[str, tuple[Any, str | None]] = {
     "empty list": (question_row(answer=[]), "answer"),
     "missing image": (question_row(image="b.png"), "image"),
     "end token": (question_row(text="What?</s>"), "text"),
+    "long text": (question_row(text="yes " * 20_000), "text"),
+    "half a pair": (question_row(answer=..., answers=["a", "\ud83d"]), "answers"),
     "spelling": (question_row(image=..., image_path="sub/a.png"), "image_path"),
     "pixels": (question_row(answer=..., answer_bbox=[10, 20, 300, 200]), "answer_bbox"),
     "percent": (question_row(answer=..., answer_bbox="[10.5, 20, 30, 99]"), "answer_bbox"),
