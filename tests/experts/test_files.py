@@ -86,14 +86,14 @@ def test_a_file_that_does_not_fit_is_refused(broken: str, frozen: bool, new_base
         ours.load_adapter(new_base().model, tmp_path, trainable=False)
 
 
-@pytest.mark.parametrize("key", ["rank", "layout", "pick", "task_gates"])
+@pytest.mark.parametrize("key", ["rank", "layout", "pick"])
 def test_an_adapter_of_another_shape_than_its_configuration_is_one_line(
     key: str, new_base: NewBase, tmp_path: Path
 ) -> None:
     attached(new_base(), "per_linear").save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
-    other = {"rank": values["rank"] + 1, "layout": {"0": [0]}, "pick": "any", "task_gates": 2}
+    other = {"rank": values["rank"] + 1, "layout": {"0": [0]}, "pick": "any"}
     path.write_text(json.dumps(values | {key: other[key]}))
     with pytest.raises(ClmoeError, match=r"adapter_model\.safetensors.*adapter_config\.json") as refused:
         ours.load_adapter(new_base().model, tmp_path, trainable=False)
