@@ -130,7 +130,7 @@ def test_sigterm_is_passed_on(grid: ModuleType, monkeypatch: pytest.MonkeyPatch)
     ("old", "new", "message"),
     [
         ("[slow, slow_oracle]", "[slw]", "unknown row 'slw'.*slow"),
-        ("once: true", "onse: true", "rows.lora: unknown key 'onse'.*once"),
+        ("once: true", "onse: true", "rows.lora.onse: unknown key 'onse'.*once"),
         ("of: slow", "of: slw", "unknown row 'slw'.*slow"),
         ("  g:", "  h:", "unknown grid 'g'"),
     ],

@@ -89,7 +89,7 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
     for name, entry in files.items():
         if not (source / name).is_file() or file_sha256(source / name) != entry["sha256"]:
             raise ClmoeError(f"{source / name} is missing or damaged: restore it")
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and name not in DROPPED:
             load_tensors(source / name)  # refuses NaN and infinity
     values, bank = _upgraded(read_yaml(source / CONFIG))
     config = build(Config, values, str(source / CONFIG))
