@@ -31,7 +31,7 @@ from clmoe.utils.logging import read_events
 
 BENCHMARK = "playground-coin"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-START = 700
+START = 4700
 """Rounds of the calibration that a run takes before its first step."""
 
 
