@@ -116,6 +116,10 @@ class Method:
     def check_inputs(self, previous: Path | None, data: Path) -> None:
         """Raise ClmoeError if a file is missing that training reads besides the task's own; nothing is loaded yet."""
 
+    def reads(self, previous: Path | None, data: Path) -> list[Path]:
+        """Training files besides the task's own; one that has changed since ends a continuation."""
+        return []
+
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""
 

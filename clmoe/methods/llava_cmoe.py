@@ -127,6 +127,10 @@ class LlavaCMoe(MoeLora):
             if not path.exists():
                 raise ClmoeError(f"options.{name}: {path} does not exist")
 
+    def reads(self, previous: Path | None, data: Path) -> list[Path]:
+        warms_up = previous is None and self.options.initial_experts_from == "warmup"
+        return [data / self.options.warmup_train] if warms_up else []
+
     @property
     def grows(self) -> bool:
         return self.options.extend != "none"

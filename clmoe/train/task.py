@@ -98,8 +98,11 @@ class TrainRequest:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The sha256 of the training files, by task."""
-        return {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
+        """The sha256 of the training files, by task, and of those that the method reads besides."""
+        found = {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
+        previous = None if self.previous is None else self.previous.folder
+        others = method_class(self.config.method)(self.config).reads(previous, self.benchmark.root)
+        return found | {f"{path.parent.name}/{path.name}": file_sha256(path) for path in others if path.is_file()}
 
     @property
     def noted(self) -> dict[str, Any]:

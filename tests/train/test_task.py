@@ -196,6 +196,23 @@ def test_other_records_are_neither_mixed_in_nor_taken_for_trained(
     own.train(output, "lora", FIRST)
 
 
+@pytest.mark.slow
+def test_other_warm_up_data_are_found_too(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warm, images = tmp_path / "warm" / "train.json", runs.benchmark.parent / SECOND / "images"
+    warm.parent.mkdir()
+    shutil.copy(runs.benchmark.parent / SECOND / "train.json", warm)
+    options = {"initial_experts_from": "warmup", "warmup_train": warm, "warmup_images": images}
+    settings = [
+        "adapter.train_projector=false",
+        "locator=last",
+        *(f"options.{key}={value}" for key, value in options.items()),
+    ]
+    output = runs.train(tmp_path / "run" / FIRST, "llava_cmoe", FIRST, *settings)
+    assert runs.train(output, "llava_cmoe", FIRST, *settings) == output
+    warm.write_text(warm.read_text() + "\n")
+    assert "train.warm/train.json" in refused(runs, capsys, output, "llava_cmoe", FIRST, *settings)
+
+
 def test_masked_rows_keep_their_place_and_count_nothing(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
