@@ -202,6 +202,7 @@ class Cell:
             rows = files.read_json_lines(answers) if answers.is_file() else []
             if [row.get("question_id") for row in rows] != [question.question_id for question in questions]:
                 return False  # lost, cut or changed
+            _check_gold(self.task, questions, self.scoring)
             self._write(questions, rows, summary)
         self._remove_hidden_files()
         return True
