@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, root: Path, base: LoadedBase | None = None
             "identical_percent": 100 * sum(map(eq, texts, expected)) / len(asked),
             "redone": sum(answer.redone for answer in answers),
         }
-        if args.base == "playground":
+        if not args.uncounted and args.base == "playground":
             with Products() as products:
                 batched()
             alone = min(timed(products.repeat)[0] for _ in range(3))
