@@ -102,7 +102,7 @@ def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
         Section("parameters", "Parameters", tables.run_frame(groups, "parameters"), plots.parameters(groups)),
         Section("settings", "Settings", settings, None, [tables.settings_table(groups)] if len(settings) else []),
     ]
-    return [section for section in found if len(section.data)]
+    return [s for s in found if len(s.data) and (s.picture is None or s.picture.panels)]
 
 
 def page(groups: Sequence[Group], found: Sequence[Section], shown: pd.DataFrame, data: Path | None = None) -> str:

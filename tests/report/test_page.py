@@ -73,6 +73,10 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0)
     bare = ["report", "tasks", "matrices", "forgetting"]
     assert sections("bare") == [*bare, "terms"]
+    step = '{"event": "step", "task": "box", "step": 10, "loss": 1.0}'
+    write(run / "events.jsonl", step, '{"event": "trained", "task": "box", "phase": "probe"}')
+    assert sections("probed") == [*bare, "terms"], "the task itself was too short to log a loss"
+    (run / "events.jsonl").unlink()
     write(run / "parameters.csv", "task,trainable,stored", "count,7,7")
     write(run / "locator.csv", "after,locator,task,located,count", "box,vae,count,count,7")
     write_expansion(run, [{layer(0): block([0.5, 0.5], 0.1, 1)}])
