@@ -8,20 +8,16 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
 
 from clmoe.bases.llava import LoadedBase, vision_tower_of
-from clmoe.config import ModelConfig
 from clmoe.data.batches import Encoder, PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.prompts import IGNORE, encode_training, render
 from clmoe.data.records import Question, TrainRecord
-from clmoe.errors import ClmoeError
 from clmoe.utils.files import json_sha256
-from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import in_order
 
 R = TypeVar("R")
@@ -74,22 +70,6 @@ class AnswersFit:
         labels = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, UNCUT).labels
         answers = [label != IGNORE for label in labels]
         return sum(answers[: self.max_length]), sum(answers[self.max_length :])
-
-
-def open_encoder(config: ModelConfig) -> LoadedBase:
-    """A base's tokenizer and image processor without its weights. Raises ClmoeError as ``load_base``."""
-    folder = resolve_model_path(config.path)
-    try:
-        shapes = AutoConfig.from_pretrained(folder)
-        vision = shapes.vision_config
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        patches = (vision.image_size // vision.patch_size) ** 2
-        image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
-        parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
-    return LoadedBase(model=cast(Any, None), image_token_count=image_tokens, fingerprint="", **parts)
 
 
 def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> None:

@@ -225,7 +225,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
-    cached: dict[str, Any] = {"local_files_only": not Path(folder).is_dir() and _hub_is_out_of_reach(folder)}
+    cached = _cached_only(folder)
     try:
         kind = AutoConfig.from_pretrained(folder, **cached).model_type
         if kind != "llava":  # for which from_pretrained below would build a random LLaVA of 7B parameters
@@ -242,11 +242,10 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         )
         model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
         _check_report(report)
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
+        parts = _processor_parts(folder, model.config.image_token_id, cached)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
-    tokenizer = repaired(processor.tokenizer, Path(folder), model.config.image_token_id)
     model.requires_grad_(False).eval()
     if not config.load_in_4bit:  # quantised weights were placed while loading
         cast(nn.Module, model).to(device)
@@ -254,12 +253,39 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the checkout is
     return LoadedBase(
         model=model,
-        tokenizer=tokenizer,
-        image_processor=processor.image_processor,
+        **parts,
         image_token_count=count_image_tokens(model),
         fingerprint=fingerprint,
-        vision=attach_cache(model, processor.image_processor, fingerprint),
+        vision=attach_cache(model, parts["image_processor"], fingerprint),
     )
+
+
+def open_encoder(config: ModelConfig) -> LoadedBase:
+    """A base's tokenizer and image processor as ``load_base`` gives them, without its weights. Raises ClmoeError."""
+    folder = resolve_model_path(config.path)
+    cached = _cached_only(folder)
+    try:
+        shapes = AutoConfig.from_pretrained(folder, **cached)
+        vision = shapes.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
+        parts = _processor_parts(folder, shapes.image_token_id, cached)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+    return LoadedBase(model=cast(Any, None), image_token_count=image_tokens, fingerprint="", **parts)
+
+
+def _processor_parts(folder: str, image_id: int, cached: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer, as ``pieces.repaired`` leaves it, and the image processor."""
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
+    tokenizer = repaired(processor.tokenizer, Path(folder), image_id)
+    return {"tokenizer": tokenizer, "image_processor": processor.image_processor}
+
+
+def _cached_only(folder: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: a hub name that cannot be asked is read from the cache alone."""
+    return {"local_files_only": not Path(folder).is_dir() and _hub_is_out_of_reach(folder)}
 
 
 def _hub_is_out_of_reach(name: str) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from clmoe.bases.inputs import AnswersFit, open_encoder, train_dataset
-from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.bases.inputs import AnswersFit, train_dataset
+from clmoe.bases.llava import LoadedBase, load_base, open_encoder
 from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import Config, dump_config
 from clmoe.data.images import unreadable

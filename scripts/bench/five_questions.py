@@ -15,7 +15,7 @@ import torch
 from clock import DEVICE
 from peft import PeftModel
 from PIL import Image, ImageDraw
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clmoe.bases.llava import LoadedBase, count_image_tokens, load_base, shapes_file
 from clmoe.config import Config, ModelConfig, load_config
@@ -55,13 +55,7 @@ def open_base(kind: str) -> LoadedBase:
     with DEVICE:
         model, processor = build_tiny([SYSTEM, *QUESTIONS, *COLOURS], 0, LLAVA_LIKE, vocabulary=800)
     model.requires_grad_(False)
-    return LoadedBase(
-        model=model,
-        tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor,
-        image_token_count=count_image_tokens(model),
-        fingerprint=kind,
-    )
+    return _with_processor(model, processor, kind)
 
 
 def random_base(shapes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> LoadedBase:
@@ -77,12 +71,16 @@ def random_base(shapes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> 
             model = LlavaForConditionalGeneration(config).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
+    return _with_processor(model, processor, "random")
+
+
+def _with_processor(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fingerprint: str) -> LoadedBase:
     return LoadedBase(
         model=model,
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         image_token_count=count_image_tokens(model),
-        fingerprint="random",
+        fingerprint=fingerprint,
     )
 
 
