@@ -59,35 +59,36 @@ class Forecast:
     """How long runs take: from a calibration, and once a run has finished a task, from that run itself.
 
     Attributes:
-        rate: rounds per second of one process.
+        rate: rounds per second of a core.
         cost: by row, the rounds of a training step with its share of all that a task needs besides.
         tasks, steps: tasks of a run, training steps of a task.
+        jobs, cores: runs side by side, and the cores that they share.
     """
 
     rate: float
     cost: dict[str, float]
     tasks: int
     steps: int
+    jobs: int
+    cores: int
 
     def whole(self, label: str) -> float:
-        """Seconds of a run."""
+        """Seconds of a run that has a core to itself."""
         return (START + self.tasks * self.steps * self.cost[label]) / self.rate
 
     def left(self, label: str, before: int, done: int, since: float, elapsed: float) -> float:
-        """Seconds that a run still takes, ``elapsed`` after its start.
+        """Seconds of a core that a run still takes, ``elapsed`` after its start.
 
         It began with ``before`` finished tasks and finished ``done`` more, the last of them ``since`` after its start.
         """
-        per_task = since / done if done else self.whole(label) / self.tasks
-        return max(0.0, per_task * (self.tasks - before) - elapsed)
+        share = min(1.0, self.cores / self.jobs)  # of a core, while as many runs as may are under way
+        per_task = share * since / done if done else self.whole(label) / self.tasks
+        return max(0.0, per_task * (self.tasks - before) - share * elapsed)
 
-    def together(self, running: list[float], waiting: list[str], jobs: int) -> float:
-        """Seconds until all runs are finished: some ``running`` with these left, others ``waiting`` for a process."""
-        lanes = sorted(running + [0.0] * (jobs - len(running)))
-        for label in waiting:
-            lanes[0] += self.whole(label)
-            lanes.sort()
-        return lanes[-1]
+    def together(self, running: list[float], waiting: list[str]) -> float:
+        """Seconds until all runs are finished: some ``running`` with these left, others ``waiting`` for a place."""
+        work = running + [self.whole(label) for label in waiting]
+        return max(max(work, default=0.0), sum(work) / min(self.jobs, self.cores))
 
 
 class Runs(grid.Grid):
@@ -120,7 +121,7 @@ class Runs(grid.Grid):
             elapsed, before = time.time() - start, len(rows) - len(done)
             left.append(self.forecast.left(label, before, len(done), max(done, default=0.0), elapsed))
             at.append(f"{label} {min(len(rows) + 1, self.forecast.tasks)}/{self.forecast.tasks}")
-        return self.forecast.together(left, self.waiting, self.args.jobs), ", ".join(at)
+        return self.forecast.together(left, self.waiting), ", ".join(at)
 
 
 def minutes(seconds: float) -> str:
@@ -161,7 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all methods, eight tasks, the full schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="methods side by side")
+    parser.add_argument("--jobs", type=int, default=3, help="methods side by side")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--steps", type=int, help="per task (default: configs/quickstart.yaml's; with --full the benchmark's)"
@@ -179,14 +180,17 @@ def main() -> int:
         order=order, out=out, base=None, data=None, overrides=overrides,
         file=CONFIGS / ("grids.yaml" if own.full else "quickstart.yaml"),
     )  # fmt: skip
-    forecast = Forecast(rounds_per_second(own.jobs), quick["cost"], len(benchmark.order(order, own.seed)), steps)
+    cores = len(os.sched_getaffinity(0))
+    rate, tasks = rounds_per_second(min(own.jobs, cores)), len(benchmark.order(order, own.seed))
+    forecast = Forecast(rate, quick["cost"], tasks, steps, own.jobs, cores)
     runs = Runs(args, forecast)
-    seconds = forecast.together([], runs.waiting, own.jobs)
-    print(f"{', '.join(row.label for row in runs.chosen)} on {forecast.tasks} tasks of {BENCHMARK}: {order}")
+    seconds = forecast.together([], runs.waiting)
+    print(f"{', '.join(row.label for row in runs.chosen)} on {tasks} tasks of {BENCHMARK}: {order}")
     print(f"{steps} steps a task, {own.jobs} methods at a time.", end=" ")
     print(f"About {minutes(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
-    # one folder for what the frozen vision tower makes of an image, which all methods and their tests see
-    os.environ |= {"CLMOE_VISION": str(out / "vision"), "CLMOE_PROGRESS": "0"}
+    # what the frozen base makes of images and questions is computed once for all methods
+    shared = {"CLMOE_VISION": str(out / "vision"), "CLMOE_FEATURES": str(out / "features")}
+    os.environ |= shared | {"CLMOE_PROGRESS": "0"}
     runs.run_all([(row, own.seed) for row in runs.chosen], partial(follow, runs))
     if runs.stopped:
         print(runs.stopped, file=sys.stderr)

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -24,21 +25,23 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quickstart: ModuleType) -> None:
-    forecast = quickstart.Forecast(rate=1000.0, cost={"lora": 100}, tasks=4, steps=80)
+    forecast = quickstart.Forecast(rate=1000.0, cost={"lora": 100}, tasks=4, steps=80, jobs=2, cores=2)
     assert forecast.whole("lora") == pytest.approx((quickstart.START + 4 * 80 * 100) / 1000)
     assert forecast.left("lora", 0, 0, 0.0, 5.0) == pytest.approx(forecast.whole("lora") - 5)
     assert forecast.left("lora", 0, 2, 30.0, 33.0) == 27.0  # 15 s a task, 3 s into the third
     assert forecast.left("lora", 2, 1, 15.0, 16.0) == 14.0  # two tasks were finished by an earlier command
     assert forecast.left("lora", 0, 3, 30.0, 99.0) == 0.0
+    crowded = replace(forecast, jobs=4)  # two runs to a core: each advances half as fast as the clock
+    assert crowded.left("lora", 0, 2, 30.0, 34.0) == 13.0  # 7.5 s of a core a task, 2 s into the third
     assert quickstart.rounds_per_second(1, 0.05) > 1
 
 
-def test_runs_that_wait_start_where_a_process_gets_free_first(quickstart: ModuleType) -> None:
-    forecast = quickstart.Forecast(1000.0, {"long": 100, "short": 10}, 1, 1000)
+def test_runs_share_the_cores(quickstart: ModuleType) -> None:
+    forecast = quickstart.Forecast(1000.0, {"long": 100, "short": 10}, 1, 1000, jobs=3, cores=2)
     long, short = forecast.whole("long"), forecast.whole("short")
-    assert forecast.together([], ["long", "short", "short"], 2) == pytest.approx(long)
-    assert forecast.together([5.0, long], ["short", "short"], 2) == pytest.approx(max(5 + 2 * short, long))
-    assert forecast.together([], [], 2) == 0.0
+    assert forecast.together([], ["long", "short"]) == pytest.approx(long)  # one core works for the longest alone
+    assert forecast.together([long, long, 5.0], ["short"]) == pytest.approx((2 * long + 5 + short) / 2)
+    assert forecast.together([], []) == 0.0
 
 
 def test_the_line_counts_tasks_and_skips_what_is_finished(
@@ -49,7 +52,7 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
         grid="quickstart", benchmark="playground-coin", seeds=[0], jobs=2, only=[], order="box,viz", out=tmp_path,
         base=None, data=None, overrides=["training.steps=5"], file=ROOT / "configs" / "quickstart.yaml",
     )  # fmt: skip
-    runs = quickstart.Runs(args, quickstart.Forecast(1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5))
+    runs = quickstart.Runs(args, quickstart.Forecast(1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
     assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
     runs.waiting.remove("lora")
     runs.started["lora"] = time.time() - 20
