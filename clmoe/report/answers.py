@@ -39,7 +39,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
     """All questions of a task that were asked then or at the end, one row each.
 
     Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
-    then, now (texts), then_right, now_right (None where not judged, as captions), outcome (of `OUTCOMES`, or None).
+    then, now (texts), then_score, now_score, then_right, now_right (None where not judged, as captions), outcome (of
+    `OUTCOMES`, or None).
     """
     folder = run.path / "predictions"
     cells = [folder / after / name for after in run.order for name in run.order]
@@ -52,7 +53,9 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
         row = {"label": run.label, "seed": run.seed, "task": task, "question": name, "image": asked["image"]}
         row |= {"prompt": _clip(asked["prompt"]), "reference": _clip(asked["answer"]), "located": last.get("task")}
         for when, given in (("then", first), ("now", last)):
-            row |= {when: _clip(given["text"]) if given else None, f"{when}_right": given.get("right")}
+            right = given.get("right")
+            row |= {when: _clip(given["text"]) if given else None, f"{when}_right": right}
+            row |= {f"{when}_score": None if right is None else given["score"]}
         rows.append(row | {"outcome": OUTCOMES.get((first.get("right"), last.get("right")))})
     return pd.DataFrame(rows, dtype=object)
 

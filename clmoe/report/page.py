@@ -18,6 +18,7 @@ from markupsafe import Markup
 from clmoe.errors import ClmoeError
 from clmoe.report import plots, tables
 from clmoe.report.answers import OUTCOMES, explore, image_folders, thumbnail
+from clmoe.report.formats import formats_frame
 from clmoe.report.runs import Group, group_runs
 from clmoe.report.tables import Table
 from clmoe.utils.names import unknown
@@ -88,7 +89,7 @@ def default_folder(runs: Sequence[Path]) -> Path:
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
     """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
     comparison, costs, scores, located, *matrices = tables.report_tables(groups)
-    settings = tables.settings_frame(groups)
+    settings, formats = tables.settings_frame(groups), formats_frame(groups)
     found = [
         Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
         Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
@@ -96,6 +97,7 @@ def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
         Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
         Section("losses", "Training loss", tables.run_frame(groups, "losses"), plots.losses(groups)),
         Section("answers", "Answers then and now", counts, plots.answers(counts)),
+        Section("formats", "Only the form forgotten?", formats, None, [tables.formats_table(groups, formats)]),
         Section("locator", "Task locator", tables.located_frame(groups), plots.locator(groups), [located]),
         Section("experts", "Expert growth", tables.run_frame(groups, "expansion"), plots.experts(groups)),
         Section("usage", "Router usage", tables.run_frame(groups, "usage"), plots.usage(groups)),

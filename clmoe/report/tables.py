@@ -248,6 +248,16 @@ def report_tables(groups: Sequence[Group]) -> list[Table]:
     ]
 
 
+def formats_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
+    """One row per label: the means over the tasks of `formats_frame`'s columns."""
+    figures = list(frame.columns[3:])
+    means = frame.groupby(["label", "seed"], sort=False)[figures].mean().reset_index()
+    shown = dict.fromkeys(figures, show_number)
+    return Table(
+        "Only the form forgotten?", _spread(groups, means.melt(["label"], figures, "figure"), ["label"], shown)
+    )
+
+
 def limit_note(groups: Sequence[Group]) -> str:
     """Which runs asked only some of the questions before the last row; empty where none is known to."""
     limits: dict[int, dict[str, None]] = {}

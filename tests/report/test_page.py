@@ -82,7 +82,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     write_expansion(run, [{layer(0): block([0.5, 0.5], 0.1, 1)}])
     for after in ("count", "box"):
         predict(run, after, "count", {"a": ("x", 1.0)})
-    full = [*bare, "answers", "locator", "experts", "usage", "parameters", "samples", "terms"]
+    full = [*bare, "answers", "formats", "locator", "experts", "usage", "parameters", "samples", "terms"]
     assert sections("full") == full
     for unfinished in (["colour_letter,80,,"], []):
         write(run / "matrix.csv", "after,colour_letter,count,box", *unfinished)
