@@ -7,7 +7,7 @@
 The page's numbers come from `runs.csv` (a row for each run), `STUDY.csv` (a row for each cell of a run's accuracy
 matrix; `locator` says who chose the task), `growth.csv` (a row for each task of a run) and `located.csv` (questions of
 `task` at the end of a run that a locator took for `chosen`); its prose from `page.template.md`; the papers' figures and
-claims from `paper.yaml`; the rows of its tables from `configs/grids.yaml`.
+claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables from `configs/grids.yaml`.
 """
 
 import argparse
@@ -176,8 +176,7 @@ def by_task(study: Study) -> str:
     """LLaVA-CMoE's Table 1: each task right after training (task known where a locator exists) and at the end."""
     rows = []
     for label in study.methods:
-        known = study.runs.loc[label, "immediate_known"].notna().any()
-        first, transfer = ("immediate_known", "bwt_known") if known else ("immediate", "bwt_n")
+        first, transfer = _kind(study, label, "immediate"), "bwt_known" if _locates(study, label) else "bwt_n"
         for kind, name, bwt in ((first, "Immediate", ""), ("last", "Last", study.spread(label, transfer))):
             if study.runs.loc[label, kind].notna().any():
                 cells = [study.spread(label, column) for column in (*(f"{kind}:{t}" for t in study.tasks), kind)]
@@ -196,6 +195,55 @@ def by_locator(study: Study) -> str:
         cells = [spread(column) for column in (*(shares[task] for task in study.tasks), shares.mean(axis=1))]
         rows.append((label, locator, str(len(shares)), *cells))
     return markdown(("method", "locator", "seeds", *study.tasks, "Mean"), rows, keys=2)
+
+
+def paper_cells(study: Study, printed: dict[str, Any]) -> str:
+    """LLaVA-CMoE's tables with the study's scores below the paper's, and in how much the two agree."""
+    parts, tasks = [], [f"{theirs} / {own}" for theirs, own in zip(printed["tasks"], study.tasks, strict=True)]
+    for table in printed["tables"]:
+        rows: list[tuple[str, ...]] = []
+        for row in table["rows"]:
+            label, means = row.get("label"), row.get("printed", {})
+            for kind in [kind for kind in ("immediate", "last") if kind in row]:
+                at_end = kind == "last"
+                cells = [f"{score:.2f}" for score in row[kind]]
+                mean, bwt = (f"{means[name]:.2f}" if name in means else BLANK for name in (kind, "bwt"))
+                rows.append((row["row"], kind, "paper", *cells, mean, bwt if at_end else ""))
+                if label in study.labels:
+                    column = _kind(study, label, kind)
+                    cells = [study.spread(label, name) for name in (*(f"{column}:{t}" for t in study.tasks), column)]
+                    transfer = study.spread(label, "bwt_known" if _locates(study, label) else "bwt_n")
+                    rows.append((row["row"], kind, "here", *cells, transfer if at_end else ""))
+        parts.append(f"### {table['table']}: {table['what']}\n\n{agreement(study, table['rows'])}\n")
+        parts.append(markdown(("row", "", "", *tasks, "Mean", "BWT"), rows, keys=3) + "\n")
+    return "\n".join(parts).rstrip()
+
+
+def agreement(study: Study, rows: list[dict[str, Any]]) -> str:
+    """How many pairs of rows have the same order of mean scores in the paper and here."""
+    said = []
+    for kind in ("immediate", "last"):
+        known = [row for row in rows if kind in row and row.get("label") in study.labels]
+        theirs = [statistics.fmean(row[kind]) for row in known]
+        ours = [float(study.runs.loc[row["label"], _kind(study, row["label"], kind)].mean()) for row in known]
+        pairs = [(a, b) for a in range(len(known)) for b in range(a)]
+        same = sum((theirs[a] - theirs[b]) * (ours[a] - ours[b]) > 0 for a, b in pairs)
+        said += [f"{same} of {len(pairs)} by {kind}"] if pairs else []
+    return f"Pairs of rows whose means have the paper's order here: {', '.join(said)}." if said else "Not run here."
+
+
+def _locates(study: Study, label: str) -> bool:
+    return bool(study.runs.loc[label, "immediate_known"].notna().any())
+
+
+def _kind(study: Study, label: str, kind: str) -> str:
+    """The paper's Immediate is with the task known, where a method has a locator."""
+    return "immediate_known" if kind == "immediate" and _locates(study, label) else kind
+
+
+def misprints(printed: dict[str, Any]) -> str:
+    lines = "- {table}, {row}: {figure} is printed as {printed:.2f}; its scores give {computed:.2f}"
+    return "\n".join(lines.format(**row) for row in printed["misprints"])
 
 
 def ablations(study: Study, sections: dict[str, list[str]]) -> str:
@@ -225,6 +273,8 @@ def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
     paper = yaml.safe_load((TABLES / "paper.yaml").read_text(encoding="utf-8"))
     counts = [(row["what"], row["paper"], row["ours"]) for row in paper["counts"]]
     parts: dict[str, Any] = {"claims": claims(paper, studies), "counts": markdown(("count", "paper", "ours"), counts)}
+    printed = yaml.safe_load((TABLES / "paper_tables.yaml").read_text(encoding="utf-8"))
+    parts |= {"paper_cells": paper_cells(studies[0], printed), "misprints": misprints(printed)}
     parts["unchecked"] = "\n".join(f"- {line}" for line in paper["unchecked"])
     for study in studies:
         blocks = {"methods": compare(study, study.methods, with_difference=False), "by_task": by_task(study)}

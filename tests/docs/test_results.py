@@ -31,6 +31,7 @@ def empty(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for path in results.TABLES.glob("*.csv"):
         (tmp_path / path.name).write_text(path.read_text().split("\n", 1)[0] + "\n")
     (tmp_path / "paper.yaml").write_text((results.TABLES / "paper.yaml").read_text())
+    (tmp_path / "paper_tables.yaml").write_text("{tasks: [A, B, C], misprints: [], tables: []}")
     (tmp_path / "page.template.md").write_text(
         "\n".join(["{claims}", *(f"{{{name}[{STUDY}]}}" for name in BLOCKS), ""])
     )
@@ -87,6 +88,18 @@ def test_a_printed_mean_is_that_of_the_cells(results: ModuleType) -> None:
     shown = f"{statistics.mean(ends):.2f} ± {statistics.stdev(ends):.2f}"
     page = results.PAGE.read_text()
     assert f"| lora | 3 | {shown} |" in page[page.index(f"All methods on {STUDY}") :]
+
+
+def test_the_papers_cells_and_ours_in_pairs(results: ModuleType) -> None:
+    lines = [line for line in results.PAGE.read_text().split("### Table 1: ")[1].splitlines() if line.startswith("| l")]
+    cells = {tuple(line[2:-2].split(" | ")[:3]): line[2:-2].split(" | ")[3:] for line in lines}
+    assert cells["llava_cmoe", "last", "paper"][-4:] == ["56.40", "59.44", "59.23", "-3.58"]
+    table = results.PAGE.read_text().split("All methods on playground-coin")[1]
+    assert cells["lora", "last", "here"] == line_of(table.split("\n## ")[0], "lora | Last")[2:]
+    assert (
+        cells["llava_cmoe", "immediate", "here"][:-1]
+        == line_of(table.split("\n## ")[0], "llava_cmoe | Immediate")[2:-1]
+    )
 
 
 def test_the_tables_agree_with_each_other(results: ModuleType) -> None:
