@@ -16,6 +16,7 @@ from PIL import Image
 
 from clmoe import cli
 from clmoe.config import LocatorConfig
+from clmoe.evaluate.matrix import METRICS, metrics_from_files
 from clmoe.locators.base import Asked
 from clmoe.methods.base import Method
 from tests.runs import Runs
@@ -50,6 +51,18 @@ def run(checkout: Path, script: str) -> str:
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def test_the_worked_example_of_every_metric(tmp_path: Path) -> None:
+    page = (DOCS / "metrics.md").read_text()
+    table, known = re.findall(r"```\n(after,.*?)```", page, re.DOTALL)[0], re.findall(r"With K = ([\d, ]+):", page)[0]
+    (tmp_path / "matrix.csv").write_text(table)
+    (tmp_path / "known.csv").write_text(f"after,a,b,c\nknown,{known}\n")
+    found, _ = metrics_from_files(tmp_path / "matrix.csv", tmp_path / "known.csv")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d() /+-]+) \| (\S+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(METRICS)
+    for name, by_hand, printed in rows:
+        assert f"{found[name]:.2f}" == printed == f"{eval(by_hand):.2f}", name  # a sum of numbers from our own page
 
 
 def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Path) -> None:
