@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -241,6 +241,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             **(_four_bit(config, device) if config.load_in_4bit else {}),
         )
         model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
+        _check_shards(Path(folder))
         _check_report(report)
         parts = _processor_parts(folder, model.config.image_token_id, cached)
     except (OSError, ValueError, SafetensorError) as error:
@@ -379,6 +380,20 @@ def _check_report(report: dict[str, set[Any]]) -> None:
             raise ValueError(f"its files {problem} {len(names)} tensors, {names[0]} first")
     for name, found, needed in sorted(report["mismatched_keys"]):
         raise ValueError(f"{name} has shape {list(found)} in its files, config.json makes it {list(needed)}")
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ValueError if a tensor is in two files of an index: transformers would take whichever it reads last."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return
+    seen: set[str] = set()
+    for name in sorted(set(read_json(index)["weight_map"].values())):
+        with safe_open(folder / name, "pt") as shard:
+            for tensor in shard.keys():  # noqa: SIM118 (not a dict)
+                if tensor in seen:
+                    raise ValueError(f"{name}: {tensor} is in another file as well")
+                seen.add(tensor)
 
 
 def base_fingerprint(folder: str) -> str:

@@ -65,6 +65,9 @@ def repaired(tokenizer: PreTrainedTokenizerFast, folder: Path, image_id: int) ->
     Raises ClmoeError where ids are not SentencePiece's, or ``<image>`` does not have its id of config.json.
     """
     file, made = folder / "tokenizer.model", folder / "tokenizer.json"
+    if getattr(tokenizer, "image_token", None) is None and tokenizer.convert_ids_to_tokens(image_id) == IMAGE_MARK:
+        # llava-hf's folders name it since transformers 4.46, older ones only hold it
+        tokenizer.image_token, tokenizer.image_token_id = IMAGE_MARK, image_id
     if not file.is_file():
         return tokenizer
     own, ids = read_pieces(file, **SETTINGS)
