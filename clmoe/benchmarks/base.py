@@ -10,12 +10,14 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, check_recipe, read_yaml
 from clmoe.data.batches import epoch_permutation
+from clmoe.data.formats import COLUMNS, Kind, Raw, placeholders
 from clmoe.data.records import IMAGE_MARK, Failed, Fits, OnBad, Question, TrainRecord, load_questions, load_train
 from clmoe.data.rows import END, Seen, ranges
 from clmoe.errors import ClmoeError
@@ -29,6 +31,7 @@ A published benchmark's methods keep the adapters of their papers, which differ 
 """
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
+MADE = ("train.json", "test.json")  # of raw files, in prepared/<task> below the root
 
 _RESERVED = (*ORDERS, "all", "after", "zero_shot")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,7 +41,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Task:
     """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch.
 
-    ``text_rows``: rows without an image are meant, also where most rows have one.
+    ``text_rows``: rows without an image are meant, also where most rows have one. ``raw``: files in other formats, of
+    which ``train`` and ``test`` are made.
     """
 
     name: str
@@ -51,12 +55,17 @@ class Task:
     passes: int = 1
     gold: Gold | None = None
     text_rows: bool = False
+    raw: Raw | None = None
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """Field and path of everything but images that is read."""
-        gold = self.gold.files if self.gold else ()
-        return [("train", self.train), ("test", self.test), *(("gold", path) for path in gold)]
+        """Field and path of everything but images that is read; raw files only until they have been prepared."""
+        gold, found = self.gold.files if self.gold else (), list[tuple[str, Path]]()
+        kinds: tuple[tuple[Kind, Path], ...] = (("train", self.train), ("test", self.test))
+        for kind, path in kinds:
+            raw = () if self.raw is None or path.is_file() else self.raw.files(kind)
+            found += [(f"raw.{kind}", file) for file in raw] or [(kind, path)]
+        return found + [("gold", path) for path in gold]
 
     @property
     def half_there(self) -> str:
@@ -87,6 +96,7 @@ class Benchmark:
     def inputs(self) -> list[Path]:
         """What no command may write to: all files, and the image folders, each by a file in it."""
         files = [path for task in self.tasks for _, path in task.files]
+        files += [path for task in self.tasks if task.raw is not None for path in (*task.raw.train, *task.raw.test)]
         return files + [task.image_root / "image" for task in self.tasks]
 
     def task(self, name: str) -> Task:
@@ -117,7 +127,7 @@ class Benchmark:
         lines = []
         for task in (task for task in self.tasks if tasks is None or task.name in tasks):
             for kind, path in task.files:
-                if not path.is_file():
+                if not (path.is_file() or (kind.startswith("raw.") and path.is_dir())):
                     source = f", from {self.source(path)}" if self.source(path) else ""
                     lines.append(f"task {task.name!r}, field '{kind}': no file {path}{source}")
         return lines
@@ -134,6 +144,7 @@ class Benchmark:
     def source(self, path: Path) -> str | None:
         """Where a file below the root comes from: the longest entry of ``sources`` that it lies in."""
         below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
+        # Path.glob takes no absolute pattern
         fitting = [place for place in self.sources if below == place or below.startswith(f"{place}/")]
         return self.sources[max(fitting, key=len)] if fitting else None
 
@@ -145,6 +156,15 @@ class Benchmark:
 class _GoldEntry:
     reader: str = ""
     files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _RawEntry:
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    image: str = ""
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +180,7 @@ class _TaskEntry:
     passes: int = 1
     gold: _GoldEntry | None = None
     text_rows: bool = False
+    raw: _RawEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -201,12 +222,16 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
 
 
 def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
-    _require(entry, ("name", "train", "test", "images", "scorer"), where)
+    _require(entry, ("name", *(() if entry.raw else ("train", "test")), "images", "scorer"), where)
     if not _NAME.fullmatch(entry.name) or entry.name in _RESERVED:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
     if min(entry.max_new_tokens, entry.passes) < 1:
         raise ClmoeError(f"{where}: max_new_tokens {entry.max_new_tokens} and passes {entry.passes} must be at least 1")
-    gold, train, test, images = None, root / entry.train, root / entry.test, root / entry.images
+    made = root / "prepared" / entry.name
+    train, test = (
+        root / name if name else made / file for name, file in zip((entry.train, entry.test), MADE, strict=True)
+    )
+    gold, images = None, root / entry.images
     if entry.gold is not None:
         name, given = entry.gold.reader, entry.gold.files
         if name not in READERS:
@@ -218,10 +243,36 @@ def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
     if END in entry.suffix or IMAGE_MARK in entry.suffix:
         raise ClmoeError(f"{where}.suffix: {entry.suffix!r} holds {END} or {IMAGE_MARK}; remove it")
     texts = (entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes)
-    return Task(entry.name, train, test, images, *texts, gold, entry.text_rows)
+    raw = None if entry.raw is None else _raw(entry.raw, root, f"{where}.raw")
+    if raw is not None and {train, test} & {*raw.train, *raw.test}:
+        raise ClmoeError(f"{where}: 'train' and 'test' are made of the raw files; give them names of their own")
+    return Task(entry.name, train, test, images, *texts, gold, entry.text_rows, raw)
 
 
-def _require(entry: _BenchmarkEntry | _TaskEntry, fields: Sequence[str], where: str) -> None:
+def _raw(entry: _RawEntry, root: Path, where: str) -> Raw:
+    """Files in other formats; a name with ``*`` stands for all files that it fits, in order of their names."""
+    _require(entry, ("train", "test"), where)
+    for name, column in entry.columns.items():
+        if name not in COLUMNS or not isinstance(column, str):
+            raise ClmoeError(
+                f"{where}.columns: {unknown('column', str(name), COLUMNS)}, and a name in the files for it"
+            )
+    try:
+        placeholders(entry.image)
+    except ValueError as error:
+        raise ClmoeError(f"{where}.image: {entry.image!r}: {error}; write it as in {{image_id}}.png") from error
+    if END in entry.instruction or IMAGE_MARK in entry.instruction:
+        raise ClmoeError(f"{where}.instruction: {entry.instruction!r} holds {END} or {IMAGE_MARK}; remove it")
+
+    def files(names: list[str]) -> tuple[Path, ...]:
+        # Path.glob takes no absolute pattern
+        fitting = [sorted(glob(str(root / name))) if "*" in name else [] for name in names]  # noqa: PTH207
+        return tuple(root / path for name, found in zip(names, fitting, strict=True) for path in found or [name])
+
+    return Raw(files(entry.train), files(entry.test), entry.columns, entry.image, entry.instruction)
+
+
+def _require(entry: _BenchmarkEntry | _TaskEntry | _RawEntry, fields: Sequence[str], where: str) -> None:
     for name in fields:
         if not getattr(entry, name):
             raise ClmoeError(f"{where}.{name}: missing or empty")

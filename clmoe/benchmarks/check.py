@@ -1,5 +1,6 @@
 """Reading all of a benchmark's data to list what is bad and what is odd (``clmoe data check``)."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from clmoe.benchmarks.base import Benchmark, Task, complete, images_missing
 from clmoe.benchmarks.gold import READERS
-from clmoe.data.images import load_image
-from clmoe.data.records import Fits, Question, iterate_train, load_questions
+from clmoe.data.formats import Kind, raw_rows
+from clmoe.data.images import ending, load_image
+from clmoe.data.records import Fits, Question, Rows, iterate_train, load_questions
 from clmoe.data.rows import Seen, all_of, short
 from clmoe.errors import ClmoeError
 
@@ -22,11 +24,27 @@ ANSWERS_SHOWN = 5
 
 @dataclass
 class Checked:
-    """What was found: the counts of each task, what is no fault but worth knowing, and each bad row, image or file."""
+    """What was found: the counts of each task, what is no fault but worth knowing, and each bad row, image or file.
+
+    ``inside``: names of the images that lie in rows, which have been decoded there.
+    """
 
     lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bad: list[ClmoeError] = field(default_factory=list)
+    inside: set[str] = field(default_factory=set)
+
+    def source(self, task: Task, kind: Kind) -> tuple[Path, Rows | None]:
+        """The file that rows are read from, and the rows of one in another format."""
+
+        def keep(data: bytes) -> str:
+            name = f"inside-{hashlib.sha256(data).hexdigest()}.{ending(data, decode=True)}"
+            self.inside.add(name)
+            return name
+
+        if task.raw is None or not all(path.exists() for path in task.raw.files(kind)):
+            return (task.train if kind == "train" else task.test), None
+        return task.raw.files(kind)[0], raw_rows(task.raw, kind, keep)
 
     def report(self) -> list[str]:
         """The bad ones, a line for each kind."""
@@ -64,26 +82,29 @@ def check_benchmark(
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's global lock
         for start in range(0, len(paths), 4096):  # a waiting task takes more memory than a path
             result.bad += filter(None, pool.map(_image_problem, paths[start : start + 4096]))
-    result.lines.append(f"{len(paths)} different images decoded")
+    result.lines.append(f"{len(paths) + len(result.inside)} different images decoded")
     return result
 
 
 def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: GoldProblem, fits: Fits | None) -> None:
     before, trained, repeated, questions = len(result.bad), 0, 0, list[Question]()
     asked: set[int] = set()  # hashes: a benchmark has a million questions
-    if task.train.is_file():
+    file, rows = result.source(task, "train")
+    if rows is not None or file.is_file():
         seen = Seen()
         with result.listing():
-            for record in iterate_train(task.train, task.image_root, result.bad.append, fits=fits, seen=seen):
+            for record in iterate_train(file, task.image_root, result.bad.append, fits=fits, seen=seen, rows=rows):
                 trained += 1
                 repeated += "#" in record.id
                 asked.add(hash((record.image, record.turns[0].question)))
-                if record.image:
+                if record.image and record.image not in result.inside:
                     images.add(task.image_root / record.image)
-            result.note(task, task.train, seen)
-    if task.test.is_file():
-        questions = _check_questions(task, result, gold_problem)
-        images.update(task.image_root / question.image for question in questions if question.image)
+            result.note(task, file, seen)
+    file, rows = result.source(task, "test")
+    if rows is not None or file.is_file():
+        questions = _check_questions(task, file, rows, result, gold_problem)
+        named = {question.image for question in questions if question.image} - result.inside
+        images.update(task.image_root / image for image in named)
         shared = [q.question_id for q in questions if hash((q.image, q.text)) in asked]
         if shared:
             of = f"{len(shared)} of {len(questions)} test questions are asked of the same image in the training file"
@@ -94,20 +115,22 @@ def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: Go
     result.lines.append(f"{task.name:<16}{trained:>7} train {len(questions):>7} test {bad:>7} bad")
 
 
-def _check_questions(task: Task, result: Checked, gold_problem: GoldProblem) -> list[Question]:
+def _check_questions(
+    task: Task, file: Path, rows: Rows | None, result: Checked, gold_problem: GoldProblem
+) -> list[Question]:
     """The test file's good rows, which are checked with their expected answers."""
     before, seen, questions = len(result.bad), Seen(), list[Question]()
     with result.listing():
-        answered = task.gold is None
-        questions = load_questions(task.test, task.image_root, result.bad.append, answered=answered, seen=seen)
-        result.note(task, task.test, seen)
+        known = task.gold is None
+        questions = load_questions(file, task.image_root, result.bad.append, answered=known, seen=seen, rows=rows)
+        result.note(task, file, seen)
     if task.gold is not None and len(result.bad) > before and READERS[task.gold.reader].whole:
         result.notes.append(f"{task.name}: expected answers are checked once all rows of the test file are good")
     elif task.gold is None or all(path.is_file() for path in task.gold.files):
         with result.listing():
             completed = complete(task, questions, result.bad.append)
             problems = (gold_problem(task.scorer, question) for question in completed)
-            result.bad += [ClmoeError(f"{task.test}: {problem}") for problem in problems if problem]
+            result.bad += [ClmoeError(f"{file}: {problem}") for problem in problems if problem]
             if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
                 result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")
             result.notes += [f"{task.name}: {line}" for line in _answers(completed)]

@@ -1,19 +1,26 @@
 """Putting a benchmark's data in place (``clmoe data prepare``).
 
-The field `prepare` names the builder; a task that has one of its files is left alone.
+The field `prepare` names the builder; a task that has one of its files is left alone. Files in other formats, a task's
+field `raw`, are made into training and test files again when they change.
 """
 
+import hashlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clmoe.benchmarks.base import Benchmark, load_benchmark, training_record
+from clmoe.benchmarks.base import Benchmark, Task, load_benchmark, training_record
 from clmoe.benchmarks.gold import entries, listed
-from clmoe.data.rows import json_rows, read_json_strictly
+from clmoe.data.formats import Kind, Raw, raw_rows
+from clmoe.data.images import ending
+from clmoe.data.records import Rows, iterate_train, load_questions
+from clmoe.data.rows import Row, RowError, Seen, all_of, json_rows, read_json_strictly
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
-from clmoe.utils.files import write_json
+from clmoe.utils.files import file_sha256, read_json, write_json
 
 _QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 _SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -131,19 +138,12 @@ def _vqa_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The test row of every question of VQA v2, by its id."""
     rows = {}
     for part in _PARTS:
-        questions_file, annotations_file = _raw_files(folder, part)
-        annotations = {row["question_id"]: row for row in listed(annotations_file, "annotations")}
-        for question in listed(questions_file, "questions"):
-            name = question["question_id"]
-            if name not in annotations:
-                raise ClmoeError(f"{annotations_file}: no annotation for question_id {name!r}")
-            rows[str(name)] = {
-                "question_id": name,
-                "image": f"COCO2014/{part}/COCO_{part}_{question['image_id']:012d}.jpg",
-                "text": question["question"].strip() + _SUFFIX,
-                "answer": annotations[name]["multiple_choice_answer"],
-                "answers": [answer["answer"] for answer in annotations[name]["answers"]],
-            }
+        image = f"COCO2014/{part}/COCO_{part}_{{image_id:012d}}.jpg"
+        raw = Raw((), _raw_files(folder, part), image=image, instruction=_SUFFIX)
+        for row in raw_rows(raw, "test", _no_image):
+            if isinstance(row, RowError):
+                raise row
+            rows[str(row.data["question_id"])] = row.data
     return rows
 
 
@@ -155,6 +155,95 @@ def _chosen(file: Path, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]
             raise ClmoeError(f"{file}: row {index} (from 0): question_id {name!r} is not in VQA v2's questions")
         rows.append(known[name])
     return rows
+
+
+# ---- files in other formats ----
+
+FORMAT = 1  # of what is made of them; a new number makes all of it again
+
+
+def prepare_raw(task: Task) -> list[str]:
+    """Make training and test file of a task's raw files, and files of the images in them, unless they are up to date.
+
+    A file that nobody made here is left alone. Returns a line for each file that was written, and notes on its rows.
+    Raises ClmoeError that lists all bad rows; then neither file has been written.
+    """
+    if task.raw is None:
+        return []
+    lines, bad, made = list[str](), list[ClmoeError](), dict[Path, tuple[list[Any], dict[str, Any]]]()
+    kinds: tuple[tuple[Kind, Path], ...] = (("train", task.train), ("test", task.test))
+    for kind, file in kinds:
+        about = file.with_suffix(".raw.json")
+        there = read_json(about) if about.is_file() else None
+        if file.is_file() and (there is None or not all(path.exists() for path in task.raw.files(kind))):
+            continue
+        decides = _decides(task.raw, kind, there or {})
+        if there is not None and file.is_file() and _compared(there) == _compared(decides):
+            continue
+        seen, rows = Seen(), list[Any]()
+        read = _collecting(raw_rows(task.raw, kind, _writer(task.image_root)), rows)
+        try:
+            if kind == "train":
+                list(iterate_train(file, task.image_root, bad.append, seen=seen, rows=read))
+            else:
+                answered = task.gold is None
+                load_questions(file, task.image_root, bad.append, answered=answered, seen=seen, rows=read)
+            if not rows:
+                raise ClmoeError(f"{task.raw.files(kind)[0]}: no row in it; expected at least one")
+        except ClmoeError as error:
+            bad.append(error)
+        made[file] = rows, decides
+        lines += [f"{task.name}: {file}: {len(rows)} rows", *(f"{task.name}: {kind}: {note}" for note in seen.notes())]
+    if bad:
+        raise all_of(bad)
+    for file, (rows, decides) in made.items():
+        write_json(file, rows)
+        write_json(file.with_suffix(".raw.json"), decides)
+    return lines
+
+
+def _collecting(rows: Rows, into: list[Any]) -> Rows:
+    for row in rows:
+        if isinstance(row, Row):
+            into.append(row.data)
+        yield row
+
+
+def _decides(raw: Raw, kind: Kind, known: dict[str, Any]) -> dict[str, Any]:
+    """Settings and the sha256 of each raw file, which is ``known`` where its size and time are as before."""
+    files = {}
+    for path in raw.files(kind):
+        for file in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
+            status, before = file.stat(), known.get("files", {}).get(str(file), {})
+            stamp = [status.st_size, status.st_mtime_ns]
+            sha256 = before["sha256"] if before.get("stamp") == stamp else file_sha256(file)
+            files[str(file)] = {"stamp": stamp, "sha256": sha256}
+    settings = {key: value for key, value in asdict(raw).items() if key not in ("train", "test")}
+    return {"format": FORMAT, "settings": settings, "files": files}
+
+
+def _compared(decides: dict[str, Any]) -> Any:
+    """Without names and times: data may move."""
+    return decides["format"], decides["settings"], [file["sha256"] for file in decides["files"].values()]
+
+
+def _writer(folder: Path) -> Callable[[bytes], str]:
+    """Writes an image into the folder, once for each content, which its name is made of."""
+
+    def keep(data: bytes) -> str:
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{ending(data, decode=False)}"
+        if not (folder / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(data)
+            partial.replace(folder / name)
+        return name
+
+    return keep
+
+
+def _no_image(data: bytes) -> str:
+    raise ClmoeError("an image is in the row")
 
 
 # ---- all benchmarks ----
@@ -173,11 +262,17 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 
 
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
-    """As ``load_benchmark``, but embedded data is drawn on first use; with ``tasks`` only their files are required."""
+    """As ``load_benchmark``, but embedded data is drawn and raw files are prepared where they have to be.
+
+    With ``tasks`` only their files are required.
+    """
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
         _draw(benchmark)
     benchmark.require_files(tasks)
+    for task in benchmark.tasks:
+        for line in prepare_raw(task) if tasks is None or task.name in tasks else ():
+            print(line, file=sys.stderr)
     return benchmark
 
 
@@ -185,6 +280,7 @@ def prepare_benchmark(benchmark: Benchmark) -> str:
     """What was built from the downloads that are there, a line each; ClmoeError adds the missing files."""
     lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()
+    lines += [] if missing else [line for task in benchmark.tasks for line in prepare_raw(task)]
     if missing:
         raise ClmoeError("\n".join([*lines, f"{len(missing)} file(s) are missing below {benchmark.root}:", *missing]))
     return "\n".join(lines)

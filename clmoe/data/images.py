@@ -5,6 +5,7 @@ applied: boxes of the benchmarks refer to the stored pixels. A non-square image 
 published evaluation scripts crop what training padded, which moves boxes.
 """
 
+import io
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clmoe.errors import ClmoeError
 
@@ -37,6 +38,26 @@ def load_image(path: Path) -> Image.Image:
         # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...) for one cause.
         except Exception as error:
             raise ClmoeError(f"{path}: cannot be decoded as an image ({error}); replace the file") from error
+
+
+def ending(data: bytes, *, decode: bool) -> str:
+    """What the name of a file with this encoded image ends in: ``png``. Raises ClmoeError as ``load_image``.
+
+    Without ``decode`` only the header is looked at.
+    """
+    try:
+        with _named_warnings(Path("image")), Image.open(io.BytesIO(data)) as image:
+            check_shape(image)
+            _check_depth(image, "image")
+            if decode:
+                image.convert("RGB")
+            return str(image.format).lower()
+    except ClmoeError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ClmoeError("it has no known format") from error
+    except Exception as error:
+        raise ClmoeError(str(error)) from error
 
 
 def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:

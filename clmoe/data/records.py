@@ -12,7 +12,7 @@ import re
 import sys
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, count
 from pathlib import Path, PurePosixPath
@@ -43,6 +43,8 @@ LARGEST_FRACTION = 2.0
 
 OnBad = Literal["error", "mask", "skip"]
 Failed = Callable[[ClmoeError], None]
+Rows = Iterable[Row | RowError]
+"""Of another format, see ``data.formats``: made into LLaVA's layout, or what is wrong with one that cannot be."""
 R = TypeVar("R")
 
 _TRAIN_KEYS = {"id", "image", "conversations"}
@@ -139,8 +141,12 @@ def iterate_train(
     fits: Fits | None = None,
     seen: Seen | None = None,
     mask: bool = False,
+    rows: Rows | None = None,
 ) -> Iterator[TrainRecord]:
-    """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and left out."""
+    """The records of ``load_train``, one at a time. With ``failed``, bad rows are reported to it and left out.
+
+    ``rows`` are read instead of the file's.
+    """
     known: set[str] = set()
     used: set[str] = set()
     seen = Seen() if seen is None else seen
@@ -161,7 +167,7 @@ def iterate_train(
         return made
 
     masked = (lambda index: TrainRecord(f"masked row {index}", None, MASKED)) if mask else None
-    return _each_row(path, record, failed, _TRAIN_KEYS, seen, masked)
+    return _each_row(path, record, failed, _TRAIN_KEYS, seen, masked, rows)
 
 
 def load_questions(
@@ -172,12 +178,14 @@ def load_questions(
     answered: bool = True,
     images: bool = True,
     seen: Seen | None = None,
+    rows: Rows | None = None,
 ) -> list[Question]:
     """Read and check a file of ``{"question_id", "image"?, "text", "answer", ...}``; other keys end up in ``extra``.
 
     Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
     ``answered``: every row must have one of GOLD_FIELDS. ``images``: the images must exist. Raises ClmoeError
     that lists all bad rows, as those with a repeated id; with ``failed``, they are reported to it and left out.
+    ``rows`` are read instead of the file's.
     """
     known: set[str] | None = set() if images else None
     first_row: dict[str, int] = {}
@@ -193,7 +201,7 @@ def load_questions(
             row.fail("text", f"more than {LONGEST_QUESTION} characters, beyond what the base can read", str(len(text)))
         return Question(question_id, image, text, *_gold(row, answered))
 
-    return list(_each_row(path, question, failed, _TEST_KEYS, Seen() if seen is None else seen))
+    return list(_each_row(path, question, failed, _TEST_KEYS, Seen() if seen is None else seen, rows=rows))
 
 
 def _each_row(
@@ -203,19 +211,22 @@ def _each_row(
     keys: set[str],
     seen: Seen,
     masked: Callable[[int], R] | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[R]:
     bad: list[ClmoeError] = []
-    for index, data in enumerate(json_rows(path)):
+    for index, data in enumerate(json_rows(path) if rows is None else rows):
         seen.rows += 1
         try:
-            row = Row(path, index, data, keys)
+            if isinstance(data, RowError):
+                raise data
+            row = data if isinstance(data, Row) else Row(path, index, data, keys)
             made = make(row)
         except ClmoeError as error:
             (failed or bad.append)(error)
             if masked is not None:
                 yield masked(index)
             continue
-        for key in row.data.keys() - keys:
+        for key in row.unread or row.data.keys() - keys:
             seen.unread[key] = seen.unread.get(key, 0) + 1
         if row.data.get("image") is None:
             seen.without_image.append(index)

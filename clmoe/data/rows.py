@@ -39,6 +39,26 @@ def read_json_strictly(path: Path, *, rows: bool = False) -> Any:
 
     With ``rows``, an object with a repeated key is left to the reader of its row. Raises ClmoeError with the place.
     """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
+    try:
+        return parse_json(data, rows=rows)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        lines = " (one object per line? expected one list; name the file .jsonl)"
+        hint = lines if error.msg == "Extra data" else ""
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ClmoeError(f"{path}: {where}: broken JSON: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise ClmoeError(f"{path}: cannot be parsed as JSON: {error}") from error
+
+
+def parse_json(data: bytes, *, rows: bool = False) -> Any:
+    """Strict JSON as ``read_json_strictly`` describes it. Raises ValueError, of which its callers know the place."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -50,23 +70,11 @@ def read_json_strictly(path: Path, *, rows: bool = False) -> Any:
             raise ValueError(f"key {short(repeating.key)!r} occurs twice in an object; remove one")
         return repeating
 
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=made)
-        if not rows and "\\ud" in text.lower():  # perhaps half a surrogate pair, which no file of answers can hold
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-        return data
-    except OSError as error:
-        raise ClmoeError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ClmoeError(f"{path}: line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        hint = " (one object per line? expected one list)" if error.msg == "Extra data" else ""
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ClmoeError(f"{path}: {where}: broken JSON: {error.msg}{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ClmoeError(f"{path}: cannot be parsed as JSON: {error}") from error
+    text = data.decode("utf-8")
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=made)
+    if not rows and "\\ud" in text.lower():  # perhaps half a surrogate pair, which no file of answers can hold
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def json_rows(path: Path) -> list[Any]:
@@ -191,10 +199,17 @@ def all_of(errors: Sequence[ClmoeError]) -> ClmoeError:
 
 
 class Row:
-    """One JSON object of a file, in which ``keys`` are read, with the errors that name it."""
+    """One JSON object of a file, in which ``keys`` are read, with the errors that name it.
+
+    A row that was made of another format's has ``names`` (our field -> what the file calls it) and may have ``unread``
+    keys of its own. The image of one that is ``held`` lies in the file itself; a ``numbered`` one's id does not.
+    """
 
     def __init__(self, path: Path, index: int, data: Any, keys: Collection[str] = ()) -> None:
         self.path, self.index, self.keys = path, index, keys
+        self.names: dict[str, str] = {}
+        self.unread: Collection[str] = ()
+        self.held = self.numbered = False
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
         if not isinstance(data, dict):
             self.fail("", "expected an object {...}", shown(data))
@@ -202,8 +217,9 @@ class Row:
             self.fail(short(key), "the key occurs twice in an object; remove one")
 
     def fail(self, field: str, problem: str, found: str = "") -> NoReturn:
-        name = next((short(repr(self.data[key])) for key in ("id", "question_id") if key in self.data), None)
-        raise RowError(str(self.path), self.index, name, field, problem, found)
+        keys = () if self.numbered else ("id", "question_id")
+        name = next((short(repr(self.data[key])) for key in keys if key in self.data), None)
+        raise RowError(str(self.path), self.index, name, self.names.get(field, field), problem, found)
 
     def unfit(self, field: str, value: Any, expected: str) -> NoReturn:
         """The field does not hold what is expected."""
@@ -241,13 +257,13 @@ class Row:
     def image(self, root: Path, known: set[str] | None) -> str | None:
         """The normalised image path. The file must exist; ``known`` ones are not looked up again, with None none is."""
         if self.data.get("image") is None:
-            self._no_other_image()
+            self.no_other_image()
             return None
         raw = self.text("image", self.data["image"])
         image = posixpath.normpath(raw.replace("\\", "/"))
         if wrong := misplaced(image):
             self.fail("image", f"the path {wrong} the image root {root}", shown(raw))
-        if known is not None and image not in known:
+        if known is not None and image not in known and not self.held:
             problem = "no such file; add the image or correct the path"
             try:
                 there = (Path(root) / image).is_file()
@@ -258,7 +274,7 @@ class Row:
             known.add(image)
         return image
 
-    def _no_other_image(self) -> None:
+    def no_other_image(self) -> None:
         """A row without an image must not name one elsewhere: it would be read as text only."""
         for key, value in self.data.items():
             if key in self.keys or not value:
