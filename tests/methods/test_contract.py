@@ -61,6 +61,7 @@ ROWS = {
     "lwf": Row((LORA, PROJECTOR)),
     "replay": Row((LORA, PROJECTOR), ("memory.json",)),
     "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
+    "agem": Row((LORA, PROJECTOR), ("memory.json",)),
     "olora": Row((EXPERTS, PROJECTOR)),
     "zero_shot": Row((), chain="none"),
 }
