@@ -62,7 +62,10 @@ ROWS = {
     "replay": Row((LORA, PROJECTOR), ("memory.json",)),
     "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
     "agem": Row((LORA, PROJECTOR), ("memory.json",)),
+    "dgg": Row((LORA, PROJECTOR), ("memory.json",)),
+    "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
+    "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
