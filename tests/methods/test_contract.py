@@ -63,6 +63,7 @@ ROWS = {
     "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
     "agem": Row((LORA, PROJECTOR), ("memory.json",)),
     "dgg": Row((LORA, PROJECTOR), ("memory.json",)),
+    "keeplora": Row((EXPERTS, PROJECTOR), ("kept_directions.safetensors",)),
     "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
     "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
