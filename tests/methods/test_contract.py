@@ -67,6 +67,7 @@ ROWS = {
     "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
     "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
+    "same": Row((EXPERTS, PROJECTOR), ("input_spectra.safetensors",)),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
