@@ -91,7 +91,7 @@ class Same(MoeLora):
     @torch.no_grad()
     def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
         """Reshape the gradients of every linear's router and A, and freeze experts."""
-        chosen, frozen = self.options, 0
+        chosen = self.options
         for name, layer in expert_layers(model).items():
             sketch, router, (experts,) = self._sketches[name], layer.routers.instance[0], layer.experts.values()
             if sketch.on:
@@ -105,9 +105,8 @@ class Same(MoeLora):
             idle = self._idle(name)
             A.mul_((~idle).repeat_interleave(experts.rank).unsqueeze(1))
             B.mul_((~idle).repeat_interleave(experts.rank))
-            frozen += int(idle.sum())
+            self.log("frozen", idle.sum())
         self._seen.clear()
-        self.log("frozen", frozen / len(self._sketches))
 
     def _idle(self, name: str) -> Tensor:
         """``[E]`` bool: the experts that this step freezes."""
@@ -129,9 +128,7 @@ class Same(MoeLora):
         for sketch, on in zip(self._sketches.values(), state["on"].tolist(), strict=True):
             sketch.on = on
         self._spectra = unpack(state, sketch.Q.device)
-        self._use = {
-            k.removeprefix("use."): use.to(sketch.Q.device) for k, use in state.items() if k.startswith("use.")
-        }
+        self._use = {key[4:]: use.to(sketch.Q.device) for key, use in state.items() if key.startswith("use.")}
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
