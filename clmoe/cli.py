@@ -182,6 +182,12 @@ def _data_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--base", "--model", help="check: whose tokens training.max_length counts (default: the recipe's)")
 
 
+def _check_method_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("method", metavar="METHOD", help="a Python file, or a name in configs/methods")
+    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="for instance options.weight=2")
+
+
 def _doctor_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -214,6 +220,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments),
     "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments),
     "data": ("Build or verify a benchmark's files.", _data_arguments),
+    "check-method": ("Does a method keep what clmoe promises? Exit code 1: it does not.", _check_method_arguments),
     "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments),
     "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments),
     "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments),

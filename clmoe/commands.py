@@ -18,6 +18,7 @@ from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.benchmarks.check import check_benchmark
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
+from clmoe.contract import check_method
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
@@ -177,6 +178,16 @@ def plan(options: argparse.Namespace) -> Any:
     return values if options.json else plan_text(values)
 
 
+def contract(options: argparse.Namespace) -> str:
+    """``clmoe check-method``: a line per promise as it is tried; exit code 1 if one is not kept."""
+    broken = 0
+    for promise, problem in check_method(options.method, options.settings):
+        print(f"{'FAIL' if problem else 'ok':<5}{promise}{': ' * bool(problem)}{problem}", flush=True)
+        broken += bool(problem)
+    options.exit_code = int(broken > 0)
+    return f"{options.method}: {f'{broken} promises broken' if broken else 'keeps every promise'}"
+
+
 def demo(options: argparse.Namespace) -> None:
     """``clmoe demo``: ask a checkpoint in the browser."""
     from clmoe.demo import build_page, launch, read_examples
@@ -202,6 +213,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "eval": evaluate,
     "report": report,
     "plan": plan,
+    "check-method": contract,
     "convert": convert_any,
     "demo": demo,
 }

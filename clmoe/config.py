@@ -18,6 +18,7 @@ import yaml
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, known_configs, shipped_root
+from clmoe.utils.plugins import installed
 from clmoe.utils.schema import (
     HOMES,
     Count,
@@ -63,7 +64,8 @@ class LocatorConfig:
     """Who finds the task of a test sample, for methods that keep parts per task.
 
     Attributes:
-        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``; empty if none is needed.
+        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``, a Python file that registers
+            one, or an entry point ``clmoe.locators``; empty if none is needed.
         feature: the bare base's state of the last prompt token: after the final norm, or ``pooled``, over all layers.
         samples: of a task's training records, at most so many are looked at.
         options: the locator's own fields, checked by its ``Options`` dataclass.
@@ -191,7 +193,8 @@ class Config:
     """A method with everything that determines its result on a benchmark.
 
     Attributes:
-        method: a registered name (``clmoe/methods``), or the path of a Python file that registers one method.
+        method: a registered name (``clmoe/methods``, or an entry point ``clmoe.methods``), or the path of a Python file
+            that registers one method.
         label: how tables name this variant; the method's name when empty.
         seed: of initial weights, sample order and dropout.
         model, adapter, locator, training, evaluation: the sections above.
@@ -282,12 +285,13 @@ def load_config(
 ) -> Config:
     """A method's configuration on a benchmark, whose defaults are ``recipe``, under ``key=value`` overrides.
 
-    ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), or a Python file
-    that registers a method; ``model`` a file in ``configs/models``, a path to one, or a model folder or hub name. An
-    error, also of ``check``, begins with the file, ``benchmark`` or option that gave the value.
+    ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), a Python file
+    that registers a method, or an installed package's entry point; ``model`` a file in ``configs/models``, a path to
+    one, or a model folder or hub name. An error, also of ``check``, begins with the file, ``benchmark`` or option that
+    gave the value.
     """
     shipped: dict[str, Any]
-    if source.endswith(".py"):
+    if source.endswith(".py") or (source not in known_configs("methods") and source in installed("METHODS")):
         where, shipped, mine = source, {}, {"method": source}
     else:
         path = find_config("methods", source)

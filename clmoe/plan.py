@@ -84,7 +84,8 @@ class FirstTask:
     def count(self, part: str | None = None) -> int:
         """Parameters that train: all, or of one of ``PARTS``."""
         marks = ("",) if part is None else PARTS[part]
-        return sum(p.numel() for name, p in trainable(self.model).items() if any(mark in name for mark in marks))
+        trained = {name: p for name, p in trainable(self.model).items() if self.method.rate_factor(name)}
+        return sum(p.numel() for name, p in trained.items() if any(mark in name for mark in marks))
 
 
 def first_task(method: Method) -> FirstTask:

@@ -11,7 +11,7 @@ another version or size is drawn anew.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -65,6 +65,13 @@ def prepare(benchmark_name: str, target: Path) -> Path:
     return target
 
 
+def draw_tasks(folder: Path, names: Sequence[str], rows: dict[str, int]) -> None:
+    """Write the files of a few tasks of ``playground-coin``, with fewer rows: what a quick check needs."""
+    for task in COIN_TASKS:
+        if task.name in names:
+            _write_task(folder, "playground-coin", task, rows, {})
+
+
 def _is_complete(target: Path, marker: str) -> bool:
     """The folder was written to the end, by this version of the generator and in these sizes."""
     return (target / MARKER).is_file() and (target / MARKER).read_text() == marker
@@ -75,21 +82,7 @@ def _write(folder: Path, benchmark: str) -> None:
     shared = TASKS[benchmark] is CL4VQA_TASKS  # one pool of images for all tasks
     pools = {split: _scene_pool(split, folder / "images") for split in ROWS} if shared else {}
     for task in TASKS[benchmark]:
-        for split, count in ROWS.items():
-            rng = Random(f"0/{benchmark}/{task.name}/{split}")
-            if shared:
-                asked = [
-                    (image, task.turns(scene, rng)) for image, scene in rng.sample(pools[split], len(pools[split]))
-                ]
-                pairs: Iterable[tuple[str, list[Turn]]] = [(image, turns) for image, turns in asked if turns][:count]
-            else:
-                pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
-            named = [(f"{task.name}-{i}", *pair) for i, pair in enumerate(pairs)]
-            if split == "train":
-                rows = [_record(name, image, turns[: task.max_turns]) for name, image, turns in named]
-            else:
-                rows = [_test_row(task, *row) for row in named]
-            _write_json(folder / task.name / f"{split}.json", rows)
+        _write_task(folder, benchmark, task, ROWS, pools)
     # the mixture that the base was pre-trained on: its scenes are in no task's training or test set
     rng, records = Random(f"0/{WARMUP}"), []
     for i in range(ROWS["train"]):
@@ -97,6 +90,25 @@ def _write(folder: Path, benchmark: str) -> None:
         turns = sample_turns(scene, rng, WARMUP_TURNS)
         records.append(_record(f"{WARMUP}-{i}", _save(scene, folder / WARMUP / "images", f"{i:05d}.png"), turns))
     _write_json(folder / WARMUP / "train.json", records)
+
+
+def _write_task(
+    folder: Path, benchmark: str, task: TaskSpec, counts: dict[str, int], pools: dict[str, list[tuple[str, Scene]]]
+) -> None:
+    """A task's two files and, unless ``pools`` has the images of all tasks, its images."""
+    for split, count in counts.items():
+        rng = Random(f"0/{benchmark}/{task.name}/{split}")
+        if pools:
+            asked = [(image, task.turns(scene, rng)) for image, scene in rng.sample(pools[split], len(pools[split]))]
+            pairs: Iterable[tuple[str, list[Turn]]] = [(image, turns) for image, turns in asked if turns][:count]
+        else:
+            pairs = _own_scenes(task, split, rng, count, folder / task.name / "images")
+        named = [(f"{task.name}-{i}", *pair) for i, pair in enumerate(pairs)]
+        if split == "train":
+            rows = [_record(name, image, turns[: task.max_turns]) for name, image, turns in named]
+        else:
+            rows = [_test_row(task, *row) for row in named]
+        _write_json(folder / task.name / f"{split}.json", rows)
 
 
 def _own_scenes(task: TaskSpec, split: str, rng: Random, count: int, images: Path) -> Iterator[tuple[str, list[Turn]]]:

@@ -130,8 +130,8 @@ def check_run_order(run: Path, order: list[str]) -> None:
 
 
 def summary_path(run: Path, after: str, task: str, locator: str = "") -> Path:
-    """A cell's score and settings; empty ``locator``: the checkpoint's own."""
-    return run / "predictions" / after / (f"{task}.{locator}.json" if locator else f"{task}.json")
+    """A cell's score and settings; ``locator`` may be a Python file, empty is the checkpoint's own."""
+    return run / "predictions" / after / (f"{task}.{Path(locator).stem}.json" if locator else f"{task}.json")
 
 
 @dataclass(frozen=True)

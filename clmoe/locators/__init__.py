@@ -7,6 +7,7 @@ from clmoe.locators.known import Last, Oracle, Random
 from clmoe.locators.prototype import NearestMean, Prototype
 from clmoe.locators.vae import Vae
 from clmoe.utils.names import unknown
+from clmoe.utils.plugins import installed, named
 
 LOCATORS: dict[str, type[Locator]] = {
     "oracle": Oracle,
@@ -19,7 +20,11 @@ LOCATORS: dict[str, type[Locator]] = {
 
 
 def make_locator(config: LocatorConfig, seed: int) -> Locator:
-    """The locator that a configuration names, without any task yet. Raises ClmoeError if it names none."""
-    if config.name not in LOCATORS:
-        raise ClmoeError(f"locator.name: {unknown('locator', config.name, LOCATORS)}")
-    return LOCATORS[config.name](config, seed)
+    """The locator that a configuration names, by name, Python file or entry point ``clmoe.locators``; without any task.
+
+    Raises ClmoeError if it names none.
+    """
+    kind = named(config.name, "LOCATORS", LOCATORS)
+    if kind is None:
+        raise ClmoeError(f"locator.name: {unknown('locator', config.name, LOCATORS | installed('LOCATORS'))}")
+    return kind(config, seed)

@@ -9,16 +9,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from clmoe.bases.inputs import over_train_batches, train_dataset
+from clmoe.bases.inputs import over_train_batches, to_device, train_dataset
 from clmoe.bases.llava import PROJECTOR, LoadedBase, decoder_layers, language_model_pattern
 from clmoe.config import AdapterConfig, Config, NoOptions, build
+from clmoe.data.batches import TrainDataset, collate_train
 from clmoe.data.records import TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
-from clmoe.experts.forward import adapted_base
+from clmoe.experts.forward import adapted_base, answer_logits, answer_tokens, mean_over_samples
 from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteSelection, RouteTrace, routing
+from clmoe.utils.processes import count, in_order, rank, summed
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STATISTICS = "statistics.safetensors"  # what the routers did on each task so far; the report shows it
@@ -84,17 +87,20 @@ class Method:
             which ``end_task`` adds to the parent's), ``union`` (all tasks at once), ``none`` (nothing is trained).
         keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
         reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
+        needs_gradients: ``change_gradients`` is called, and ``after_step`` finds whole gradients. ZeRO has none.
         Options: dataclass of the method's own options.
     """
 
     chain: ClassVar[Literal["sequence", "fresh", "union", "none"]] = "sequence"
     keeps_parts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.options: Any = build(self.Options, config.options, "options")
+        self._measured: dict[str, list[Tensor | float]] = {}
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         """The adapter of the first task."""
@@ -131,12 +137,49 @@ class Method:
         """
         return None
 
+    def rate_factor(self, name: str) -> float:
+        """Of the learning rate of the parameter ``name``; 0 keeps it out of the training."""
+        return 1.0
+
+    def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
+        """Before step ``step`` (from 0): change in place what the optimizer follows; only with ``needs_gradients``.
+
+        ``gradients``, float32 by parameter name, are the whole global batch's: accumulated, the same in every process,
+        not yet clipped.
+        """
+
+    def after_step(self, model: PeftModel, step: int) -> None:
+        """After step ``step`` of the optimizer; the parameters still have their gradients, which have been clipped."""
+
+    def finish(self, model: PeftModel) -> None:
+        """After the last step: change the weights before they are saved as the phase's result."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the method has gathered in the steps so far, for saved states; the same in every process."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned; called after ``begin_task``."""
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Note a number during a step; ``events.jsonl`` and the report's page get its mean over steps and processes."""
+        self._measured.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
     def end_task(self, context: TaskContext) -> None:
         """After training, with the trained adapter saved in ``context.trained``."""
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
+
+
+def measured(method: Method) -> dict[str, float]:
+    """Means of all that was logged since the last call, in this and the other processes; all of them must call it."""
+    mine = {name: (sum(map(float, values)), len(values)) for name, values in method._measured.items()}
+    method._measured.clear()
+    shares = in_order(range(count()), lambda _: mine)
+    parts = {name: [share[name] for share in shares if name in share] for share in shares for name in share}
+    return {name: sum(total for total, _ in found) / sum(n for _, n in found) for name, found in parts.items()}
 
 
 def attach_on_meta(method: Method, base: LoadedBase) -> PeftModel:
@@ -242,3 +285,33 @@ def router_sums(
         name: [reduce(torch.add, parts) for parts in zip(*(batch[name] for batch in batches), strict=True)]
         for name in batches[0]
     }
+
+
+def loss_gradients(
+    model: PeftModel,
+    base: LoadedBase,
+    dataset: TrainDataset,
+    rows: Sequence[int],
+    weights: Sequence[Tensor],
+    batch_size: int,
+    per: Literal["token", "sample"],
+) -> list[Tensor]:
+    """Gradient at ``weights`` of the mean cross-entropy of ``rows``, float32, the same in every process.
+
+    The mean is over all answer tokens, as in training, or over the samples' means.
+    """
+    totals, parts = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights], 0
+    mine = rows[rank() :: count()]
+    for start in range(0, len(mine), batch_size):
+        items = dataset.__getitems__(mine[start : start + batch_size])
+        batch = to_device(collate_train(items, base.tokenizer.pad_token_id), base)
+        tokens = answer_tokens(batch["labels"])
+        losses = cross_entropy(answer_logits(adapted_base(model), batch), tokens, reduction="none")
+        here = len(tokens) if per == "token" else len(items)
+        value = losses.sum() if per == "token" else here * mean_over_samples(losses, batch["labels"])
+        for total, gradient in zip(totals, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
+            if gradient is not None:  # a tuned projector has no part in a batch without images
+                total += gradient
+        parts += here
+    whole = float(summed(torch.tensor(parts, device=base.device)))
+    return [summed(total) / whole for total in totals]

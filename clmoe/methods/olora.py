@@ -29,10 +29,8 @@ class Options:
     norm: Literal["absolute", "squared"] = "absolute"
 
 
-class OLora(Lora):
+class AddedLora(Lora):
     """The tasks' LoRAs are experts without a router: all are added up, and the older ones stay frozen, bit for bit."""
-
-    Options = Options
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         return lora_parts_adapter(self.config, base, "sum", owners=[0])
@@ -48,6 +46,12 @@ class OLora(Lora):
             factors[name] = {linear: (A.to(device), B.to(device)) for linear, (A, B) in fresh.items()}
         freeze_experts(context.model, context.index)
         grow_experts(context.model, context.index, factors)
+
+
+class OLora(AddedLora):
+    """The new LoRA's penalty is its overlap with the older ones."""
+
+    Options = Options
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """``weight * sum over linears and older tasks i of sum |A_i A_t^T|``, the same for every batch."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from peft import PeftModel
@@ -67,22 +67,20 @@ def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecord
 
 
 @dataclass(frozen=True)
-class ReplayOptions:
-    """Replay's own choices.
+class MemoryOptions:
+    """Choices of a method that keeps old records.
 
     Attributes:
         per_task: training records kept of each past task.
-        ratio: their share of the samples of a later task's training.
     """
 
     per_task: Steps = 100
-    ratio: Annotated[float, Range(0, 0.99)] = 0.5
 
 
-class Replay(Lora):
-    """LoRA; the only method here, with its kin, that sees old tasks' data again."""
+class Remembers(Lora):
+    """LoRA with a memory of every past task's records; what a method does with it is up to its kin."""
 
-    Options = ReplayOptions
+    Options: ClassVar[type] = MemoryOptions
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
         """Every image that the memory points to is still there."""
@@ -93,6 +91,29 @@ class Replay(Lora):
                     "read where they lay: put them back, or say with --data where the benchmark is now"
                 )
 
+    def end_task(self, context: TaskContext) -> None:
+        """Draw from the task's own records and add them to the parent's memory."""
+        size, seed = self.options.per_task, context.config.seed
+        newest = Remembered.draw(context.task, context.records, size, seed, context.image_root, context.data)
+        save_memory([*load_memory(context.previous), newest], context.work / MEMORY)
+
+
+@dataclass(frozen=True)
+class ReplayOptions(MemoryOptions):
+    """Replay's own choices.
+
+    Attributes:
+        ratio: share of the memory in the samples of a later task's training.
+    """
+
+    ratio: Annotated[float, Range(0, 0.99)] = 0.5
+
+
+class Replay(Remembers):
+    """The memory is trained on again, mixed with the new task's records."""
+
+    Options = ReplayOptions
+
     def phases(self, context: TaskContext) -> list[Phase]:
         """One training, on the task's records and the memory's."""
         if context.previous is None:
@@ -101,12 +122,6 @@ class Replay(Lora):
         own = Part.of(context.task, context.records, context.image_root, context.data)
         records = mixed(own, memory, self.options.ratio)
         return [Phase("trained", records, context.data, self.begin_task, self.end_task)]
-
-    def end_task(self, context: TaskContext) -> None:
-        """Draw from the task's own records and add them to the parent's memory."""
-        size, seed = self.options.per_task, context.config.seed
-        newest = Remembered.draw(context.task, context.records, size, seed, context.image_root, context.data)
-        save_memory([*load_memory(context.previous), newest], context.work / MEMORY)
 
 
 @dataclass(frozen=True)

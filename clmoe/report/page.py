@@ -96,6 +96,7 @@ def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
         Section("matrices", "Accuracy matrices", tables.matrices_frame(groups), plots.matrices(groups), matrices),
         Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
         Section("losses", "Training loss", tables.run_frame(groups, "losses"), plots.losses(groups)),
+        Section("measured", "Numbers of the methods", tables.run_frame(groups, "measured"), plots.measured(groups)),
         Section("answers", "Answers then and now", counts, plots.answers(counts)),
         Section("formats", "Only the form forgotten?", formats, None, [tables.formats_table(groups, formats)]),
         Section("locator", "Task locator", tables.located_frame(groups), plots.locator(groups), [located]),

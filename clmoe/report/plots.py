@@ -173,13 +173,23 @@ def forgetting(groups: Sequence[Group]) -> Picture:
 
 def losses(groups: Sequence[Group]) -> Picture:
     """One panel per task: the training loss, mean over the seeds, a line per label; not of probes and the like."""
-    frame, panels = tables.run_frame(groups, "losses"), []
+    return _curves("losses", groups, [], "loss", "log")
+
+
+def measured(groups: Sequence[Group]) -> Picture:
+    """As ``losses``, a panel per task and number that the methods log."""
+    return _curves("measured", groups, ["name"], "value", "linear")
+
+
+def _curves(table: str, groups: Sequence[Group], by: list[str], value: str, scale: str) -> Picture:
+    frame, panels = tables.run_frame(groups, table), []
     frame = frame[frame["phase"].isin(("trained", ""))]
     drawn = styles(groups, frame["label"])
-    for task, own in frame.groupby("task", sort=False):
-        means = tables.over_seeds(own, ["label", "step"], "loss").pivot(index="label", columns="step", values="mean")
-        panels.append(Panel(str(task), means.reindex(list(drawn)), (2.65, 1.95), partial(_losses, drawn=drawn)))
-    return Picture("losses", panels, drawn)
+    for keys, own in frame.groupby([*by, "task"], sort=False):
+        means = tables.over_seeds(own, ["label", "step"], value).pivot(index="label", columns="step", values="mean")
+        draw = partial(_losses, drawn=drawn, name=value, scale=scale)
+        panels.append(Panel(": ".join(keys), means.reindex(list(drawn)), (2.65, 1.95), draw))
+    return Picture(table, panels, drawn)
 
 
 def answers(counts: pd.DataFrame) -> Picture:
@@ -265,12 +275,12 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
     ax.set(xlabel=cells.columns.name or "", ylabel=cells.index.name or "")
 
 
-def _losses(ax: Axes, means: pd.DataFrame, drawn: Styles) -> None:
+def _losses(ax: Axes, means: pd.DataFrame, drawn: Styles, name: str, scale: str) -> None:
     """A line per row, over the steps that were logged."""
     for label, values in means.iterrows():
         colour, dash = drawn[str(label)]
         ax.plot(values.dropna().index, values.dropna(), color=colour, ls=dash, lw=1.4, marker="o", ms=2)
-    ax.set(xlabel="step", ylabel="loss", yscale="log")
+    ax.set(xlabel="step", ylabel=name, yscale=scale)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())

@@ -18,6 +18,7 @@ from clmoe.utils.files import read_csv, read_json
 from clmoe.utils.logging import read_events
 
 T = TypeVar("T")
+_STEP = ["step", "name", "value"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,6 +32,7 @@ class Run(RunInfo):
         usage       task, block, expert, kind, share: kind is "expert" or "probe"
         located     after, locator, task, located, count
         losses      task, phase, step, loss: of training; phase "" did not end
+        measured    task, phase, step, name, value: what the method logged besides
 
     ``settings`` are those that decide the run's result, by dotted key; `commits` those of clmoe that worked on it.
     """
@@ -46,6 +48,7 @@ class Run(RunInfo):
     usage: pd.DataFrame
     located: pd.DataFrame
     losses: pd.DataFrame
+    measured: pd.DataFrame
     settings: dict[str, Any]
     commits: list[str]
 
@@ -103,6 +106,8 @@ def read_run(folder: Path) -> Run:
     used = _read_table(folder / "usage.csv", {"task": order, "block": str, "expert": int}, {"share": float})
     used["block"] = used["block"].map(block_names(used["block"]))
     used.insert(3, "kind", "expert")
+    steps = _read_steps(events)
+    is_loss = steps["name"] == "loss"
     located = {"after": order, "locator": str, "task": order, "located": order}
     return Run(
         path=folder,
@@ -115,7 +120,8 @@ def read_run(folder: Path) -> Run:
         usage=used if tried.empty else tried,
         located=_read_table(folder / "locator.csv", located, {"count": int}),
         minutes=read_json(timing)["minutes"] if timing.exists() else None,
-        losses=_read_losses(events),
+        losses=steps[is_loss].drop(columns="name").rename(columns={"value": "loss"}),
+        measured=steps[~is_loss],
         settings=_read_settings(folder),
         commits=list(dict.fromkeys(event["commit"] for event in events if event.get("commit"))),
         **vars(info),
@@ -148,17 +154,21 @@ def block_names(blocks: Iterable[str]) -> dict[str, str]:
     return {name: re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in ordered}
 
 
-def _read_losses(events: list[dict[str, Any]]) -> pd.DataFrame:
-    """The table `Run.losses`; of a step that came twice, because a command was interrupted, the later one."""
-    found, running = dict[tuple[str, str, int], float](), dict[tuple[str, int], float]()
+def _read_steps(events: list[dict[str, Any]]) -> pd.DataFrame:
+    """task, phase, step, name, value: the loss and what the method measured.
+
+    Of a step that came twice, because a command was interrupted, the later one.
+    """
+    found, running = dict[tuple[str, str, int, str], float](), dict[tuple[str, int, str], float]()
     for event in events:
         if event["event"] == "step" and "loss" in event:
-            running[event["task"], event["step"]] = event["loss"]
+            numbers = {"loss": event["loss"], **event.get("measured", {})}
+            running |= {(event["task"], event["step"], name): value for name, value in numbers.items()}
         elif event["event"] == "trained":
             ended = [key for key in running if key[0] == event["task"]]
-            found |= {(task, event["phase"], step): running.pop((task, step)) for task, step in ended}
-    found |= {(task, "", step): loss for (task, step), loss in running.items()}
-    return pd.DataFrame([(*key, loss) for key, loss in found.items()], columns=["task", "phase", "step", "loss"])
+            found |= {(key[0], event["phase"], *key[1:]): running.pop(key) for key in ended}
+    found |= {(task, "", *rest): value for (task, *rest), value in running.items()}  # type: ignore[misc]
+    return pd.DataFrame([(*key, value) for key, value in found.items()], columns=["task", "phase", *_STEP])
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

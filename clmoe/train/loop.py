@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -30,8 +30,16 @@ from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, 
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
 from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
-from clmoe.methods.base import Method
-from clmoe.train.state import PlainOptimizer, ZeroOptimizer, find_state, load_moments, load_weights, save_state
+from clmoe.methods.base import Method, measured
+from clmoe.train.state import (
+    PlainOptimizer,
+    ZeroOptimizer,
+    find_state,
+    load_moments,
+    load_own,
+    load_weights,
+    save_state,
+)
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
 from clmoe.utils.names import derived_seed
@@ -163,13 +171,16 @@ class MicroBatches:
                 yield batch[start : start + self.plan.micro]
 
 
-def parameter_groups(model: nn.Module, lr: float, projector_lr: float) -> list[dict[str, object]]:
-    """Trainable parameters in up to two groups, so that the projector keeps its own learning rate."""
-    groups: list[dict[str, object]] = []
-    for inside, rate in ((False, lr), (True, projector_lr)):
-        parameters = [p for name, p in trainable(model).items() if (PROJECTOR in name) == inside]
-        groups += [{"params": parameters, "lr": rate}] if parameters else []
-    return groups
+def parameter_groups(
+    model: nn.Module, lr: float, projector_lr: float, factor: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, object]]:
+    """Trainable parameters in a group for each learning rate, the projector's last; ``factor`` is by parameter."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        inside = PROJECTOR in name
+        groups.setdefault((inside, (projector_lr if inside else lr) * factor(name)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])
+    return [{"params": parameters, "lr": rate} for (_, rate), parameters in ordered]
 
 
 def deepspeed_settings(name: str) -> Path:
@@ -206,8 +217,8 @@ def use_deepspeed(name: str | None) -> Path | None:
 class Report(TrainerCallback):
     """Feeds the progress bar and ``events.jsonl``; stops at a non-finite loss."""
 
-    def __init__(self, progress: Progress, log: EventLog, task: str, batch_size: int) -> None:
-        self.progress, self.log, self.task, self.batch_size = progress, log, task, batch_size
+    def __init__(self, progress: Progress, log: EventLog, task: str, batch_size: int, method: Method) -> None:
+        self.progress, self.log, self.task, self.batch_size, self.method = progress, log, task, batch_size, method
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         self.progress.advance(self.batch_size)
@@ -219,11 +230,15 @@ class Report(TrainerCallback):
         self.progress.show(loss=logs["loss"])
         fields = {name: logs[name] for name in ("loss", "learning_rate")}
         fields |= {"grad_norm": logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None}
-        self.log.write("step", task=self.task, step=state.global_step, **fields)
+        own = measured(self.method)
+        self.log.write("step", task=self.task, step=state.global_step, **fields, **({"measured": own} if own else {}))
 
 
 class Snapshots(TrainerCallback):
-    """Saves the state every few steps and on SIGTERM; dropout follows from the step, so no generator is saved."""
+    """Calls the method after each step; saves the state every few steps and on SIGTERM.
+
+    Dropout follows from the step, so no generator is saved.
+    """
 
     def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
@@ -232,6 +247,10 @@ class Snapshots(TrainerCallback):
         trainer = self.trainer
         torch.manual_seed(derived_seed(trainer.plan.seed, f"{trainer.phase.name}:{state.global_step}:{rank()}"))
 
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        trained = self.trainer.trained
+        trained.method.after_step(trained.model, state.global_step)
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer, step = self.trainer, state.global_step
         if step == trainer.steps:  # the phase is about to be sealed, which is the better state
@@ -239,8 +258,8 @@ class Snapshots(TrainerCallback):
         stop = any_of_them(trainer.asked.now)
         due = trainer.config.save_steps and step % trainer.config.save_steps == 0
         if stop or due:
-            trained = cast(TrainedModel, trainer.model)
-            save_state(trainer.phase, step, trained, trainer.moments(), trainer.config.keep_states)
+            trained, keep = trainer.trained, trainer.config.keep_states
+            save_state(trainer.phase, step, trained, trainer.moments(), keep, trained.method.state())
         if stop:
             raise Interrupted(f"stopped by SIGTERM after step {step} of {trainer.steps}; its state is saved")
 
@@ -279,10 +298,13 @@ class TaskTrainer(Trainer):
         ``train`` raises Interrupted after the step in which ``asked`` was set, with the state saved.
         """
         self.plan, self.steps, self.config, self.pad_id = plan, steps, config, pad_id
-        self.phase, self.asked = phase, asked
+        self.trained, self.phase, self.asked = model, phase, asked
         self.lost = self.lost_in_a_row = 0  # updates whose gradient was not finite
         self.found = find_state(phase)
-        self.first_step = 0 if self.found is None else load_weights(self.found, model)
+        self.first_step = 0
+        if self.found is not None:
+            self.first_step = load_weights(self.found, model)
+            model.method.load_state(load_own(self.found))
         arguments = OneDevice(
             output_dir=str(phase.parent),
             max_steps=steps,
@@ -331,6 +353,14 @@ class TaskTrainer(Trainer):
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The method's change of the gradients, then Trainer's own clipping; once for every update."""
+        adapted, method = self.trained.model, self.trained.method
+        if method.needs_gradients:
+            found = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
+            method.change_gradients(adapted, found, self.state.global_step)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer's own, once for every update. Raises ClmoeError when several in a row were lost to an overflow."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -360,8 +390,9 @@ class TaskTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a group of its own for the projector."""
-        config, trained = self.config, cast(TrainedModel, self.model)
-        groups = parameter_groups(trained, config.learning_rate, config.projector_learning_rate)
+        """AdamW with groups of their own for the projector and for what the method wants."""
+        config, trained = self.config, self.trained
+        rates = config.learning_rate, config.projector_learning_rate
+        groups = parameter_groups(trained.model, *rates, trained.method.rate_factor)
         self.optimizer = self._adamw = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         return self._adamw

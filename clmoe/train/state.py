@@ -21,6 +21,7 @@ from clmoe.utils.tensors import check_finite, load_tensors, save_tensors, traina
 
 TENSORS = "state.safetensors"
 STEP = "state.json"
+OWN = "method."  # begins the names of what the method keeps
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -84,8 +85,12 @@ def states(phase: Path) -> list[Path]:
     return [folder for folder in folders if (folder / MANIFEST).is_file()]
 
 
-def save_state(phase: Path, step: int, model: nn.Module, optimizer: PlainOptimizer, keep: int) -> None:
+def save_state(
+    phase: Path, step: int, model: nn.Module, optimizer: PlainOptimizer, keep: int, own: dict[str, Tensor]
+) -> None:
     """Write the state after ``step`` steps, then delete all but the ``keep`` newest. Called by every process.
+
+    ``own`` is what the method keeps of its own.
 
     Raises ClmoeError, before anything is written, if a weight or moment is not finite.
     """
@@ -95,6 +100,7 @@ def save_state(phase: Path, step: int, model: nn.Module, optimizer: PlainOptimiz
         whole |= {f"{key}.{name}": optimizer.read(parameter, key) for key in MOMENTS}
         if is_main():
             tensors |= {key: value.clone().contiguous() for key, value in whole.items()}
+    tensors |= {f"{OWN}{name}": value.detach().cpu().clone().contiguous() for name, value in own.items()}
 
     def fill(folder: Path) -> None:
         save_tensors(tensors, folder / TENSORS)
@@ -131,13 +137,19 @@ def load_weights(folder: Path, model: nn.Module) -> int:
     """Put a state's weights into the model; returns the step. Raises ClmoeError if it trains other parameters."""
     tensors, parameters = load_tensors(folder / TENSORS), trainable(model)
     expected = {f"{kind}.{name}" for name in parameters for kind in ("weight", *MOMENTS)}
-    if tensors.keys() != expected:
-        odd = sorted(tensors.keys() ^ expected)
+    found = {key for key in tensors if not key.startswith(OWN)}
+    if found != expected:
+        odd = sorted(found ^ expected)
         raise ClmoeError(f"{folder / TENSORS}: {odd[:2]} unmatched; delete {folder} and run the same command again")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
     return int(read_json(folder / STEP)["step"])
+
+
+def load_own(folder: Path) -> dict[str, Tensor]:
+    """What the method kept in a state, on the CPU."""
+    return {k.removeprefix(OWN): v for k, v in load_tensors(folder / TENSORS).items() if k.startswith(OWN)}
 
 
 def load_moments(folder: Path, model: nn.Module, optimizer: PlainOptimizer, step: int) -> None:

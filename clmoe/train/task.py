@@ -133,6 +133,11 @@ def prepare_request(
         raise ClmoeError(
             f"method {config.method} trains {'on --task all only' if method.chain == 'union' else 'one task at a time'}"
         )
+    if deepspeed is not None and method.needs_gradients:
+        raise ClmoeError(
+            f"method {config.method} works on whole gradients, and --deepspeed {deepspeed.stem} spreads them over the "
+            "processes: leave it out (in scripts: LAUNCHER=torchrun), several processes then train under DDP"
+        )
     if task != UNION:
         benchmark.task(task)
         if task not in order:
@@ -317,7 +322,7 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
             extra |= _train(request, method, context, phase, steps, log)
     # Always from the file: what follows is the same whether this process trained it or an interrupted one.
     context.load(context.trained)
-    parameters = count_parameters(context.model)[0]
+    parameters = sum(p.numel() for name, p in trainable(context.model).items() if method.rate_factor(name))
     with timed(log, "ended", task=request.task, phase=phase.name):
         phase.end(context)
     return parameters
@@ -365,17 +370,20 @@ def _train(
     dataset = train_dataset(base, phase.records, phase.image_root, training.max_length, plan.rows(steps))
     if training.gradient_checkpointing:
         enable_checkpointing(context.model)
+    for name, parameter in trainable(context.model).items():
+        parameter.requires_grad_(method.rate_factor(name) > 0)
     stage = request.stage
     part = "" if phase.name == "trained" else f" ({phase.name})"
     title = f"{request.config.name} {stage.index + 1}/{stage.total} {request.task}{part}"
     with deferred() as asked:
         with Progress(title, steps, read_events(log.path), stage) as progress:
-            report = Report(progress, log, request.task, plan.batch_size)
+            report = Report(progress, log, request.task, plan.batch_size, method)
             trained = TrainedModel(context.model, method, plan.batch_size)
             pad, zero = base.tokenizer.pad_token_id, request.deepspeed
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, context.trained, asked, zero)
             progress.skip(trainer.first_step)
             trainer.train()
+        method.finish(context.model)
         from_main(lambda: _seal(context.model, context.trained))
     trainer.release()
     if trainer.lost:

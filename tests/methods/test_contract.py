@@ -4,28 +4,28 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import clmoe
+from clmoe import contract
 from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import Benchmark
 from clmoe.config import load_config
 from clmoe.experts.layer import expert_layers
-from clmoe.experts.model import adapter_tensors, attach_adapter, load_adapter
+from clmoe.experts.model import attach_adapter, load_adapter
 from clmoe.methods import method_class, methods
-from clmoe.methods.base import Method, Phase, TaskContext
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.task import prepare_request, train_task
 from tests.methods.helpers import same_adapter
-from tests.runs import Killed, Runs, contents, kill, on_step, same_bits, tensors
+from tests.runs import Runs, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
@@ -61,7 +61,13 @@ ROWS = {
     "lwf": Row((LORA, PROJECTOR)),
     "replay": Row((LORA, PROJECTOR), ("memory.json",)),
     "der": Row((LORA, PROJECTOR), ("memory.json", "memory_logits.safetensors")),
+    "agem": Row((LORA, PROJECTOR), ("memory.json",)),
+    "dgg": Row((LORA, PROJECTOR), ("memory.json",)),
+    "keeplora": Row((EXPERTS, PROJECTOR), ("kept_directions.safetensors",)),
+    "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
+    "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
+    "same": Row((EXPERTS, PROJECTOR), ("input_spectra.safetensors",)),
     "zero_shot": Row((), chain="none"),
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
@@ -113,15 +119,10 @@ def test_the_effective_scale_is_the_layers_factor_times_its_gate(
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_fresh_adapter_changes_nothing_and_trains_only_what_it_may(
-    name: str, tiny_base: LoadedBase, pristine_base: LoadedBase
-) -> None:
+def test_a_fresh_adapter_changes_nothing_and_trains_only_what_it_may(name: str, tiny_base: LoadedBase) -> None:
     config = tiny_config(name, Path("nowhere"), "adapter.train_projector=true", *ROWS[name].overrides)
-    model = attach_adapter(tiny_base.model, method_class(name)(config).adapter(tiny_base))
     batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
-    with torch.no_grad():
-        assert same_bits(model.eval()(**batch).logits, pristine_base.model(**batch).logits)
-    trainable = [parameter for parameter, p in model.named_parameters() if p.requires_grad]
+    trainable = contract.fresh_adapter_changes_nothing(method_class(name)(config), tiny_base, batch)
     for pattern in ROWS[name].trains:
         assert any(re.search(pattern, parameter) for parameter in trainable), f"{pattern} does not train"
     wrong = [parameter for parameter in trainable if not any(re.search(p, parameter) for p in ROWS[name].trains)]
@@ -139,11 +140,7 @@ def test_training_leaves_the_base_bit_identical(
     task = "all" if ROWS[name].chain == "union" else TASKS[0]
     monkeypatch.setattr(task_module, "load_base", lambda *arguments: base)
     assert train_task(prepare_request(config, mini, task, list(TASKS), None, tmp_path / task)) is base
-    after = base.model.state_dict()
-    assert after.keys() == before.keys(), "the adapter was taken off again"
-    for key, value in before.items():
-        assert same_bits(after[key], value), key
-    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    contract.base_is_as_before(base, before)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -151,61 +148,32 @@ def test_a_checkpoint_holds_its_files_and_loads_bit_for_bit(name: str, runs: Run
     checkpoint = first(runs, name)
     assert {path.name for path in checkpoint.iterdir()} == COMMON_FILES | set(ROWS[name].state)
     for path in checkpoint.iterdir():
-        assert str(runs.root).encode() not in path.read_bytes(), "no file holds a path"
-        assert f"{datetime.now(UTC):%Y-%m-}".encode() not in path.read_bytes(), "nor a time"
-    saved = tensors(checkpoint)
-    live = adapter_tensors(load_adapter(tiny_base.model, checkpoint, trainable=False))
-    assert saved.keys() == live.keys()
-    for key, value in saved.items():
-        assert same_bits(live[key].contiguous(), value), key
-    lineage = read_checkpoint(checkpoint).lineage
+        assert f"{datetime.now(UTC):%Y-%m-}".encode() not in path.read_bytes(), "no file holds a time"
+    contract.checkpoint_loads_bit_for_bit(checkpoint, tiny_base, runs.root)
+    lineage, method = read_checkpoint(checkpoint).lineage, method_class(name)(read_checkpoint(checkpoint).config)
     assert lineage.method == name
-    assert lineage.trainable_parameters == sum(v.numel() for k, v in saved.items() if "task.gates" not in k)
-    assert lineage.adapter_parameters == sum(value.numel() for value in saved.values())
+    trained = {k: v for k, v in tensors(checkpoint).items() if "task.gates" not in k and method.rate_factor(k)}
+    assert lineage.trainable_parameters == sum(value.numel() for value in trained.values())
     union = ROWS[name].chain == "union"
     assert (lineage.tasks, lineage.steps) == ((list(TASKS), 12) if union else ([TASKS[0]], 4))
 
 
 @pytest.mark.parametrize("name", CONTINUED)
-def test_the_second_task_starts_from_the_parents_file_bit_for_bit(
-    name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parent = first(runs, name)
-    start: dict[str, Tensor] = {}
-    kind = method_class(name)
-    phases = kind.phases
-
-    def spy(self: Method, context: TaskContext) -> list[Phase]:
-        start.update({key: value.detach().clone() for key, value in adapter_tensors(context.model).items()})
-        assert context.previous == parent
-        return phases(self, context)
-
-    monkeypatch.setattr(kind, "phases", spy)
-    runs.train(tmp_path / TASKS[1], name, TASKS[1], "training.steps=1", *ROWS[name].overrides, previous=parent)
-    saved = tensors(parent)
-    assert start.keys() == saved.keys()
-    for key, value in saved.items():
-        assert same_bits(start[key].contiguous(), value), key
+def test_the_second_task_starts_from_the_parents_file_bit_for_bit(name: str, runs: Runs, tmp_path: Path) -> None:
+    parent, settings = first(runs, name), ("training.steps=1", *ROWS[name].overrides)
+    train = partial(runs.train, tmp_path / TASKS[1], name, TASKS[1], *settings, previous=parent)
+    contract.starts_from_its_parent(method_class(name), parent, train)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINED)
-def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(
-    name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(name: str, runs: Runs, tmp_path: Path) -> None:
     """The second task with dropout: killed in its last training's third step, then when that training is sealed."""
     settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
     previous, straight = runs.chain(name, *settings)
+    train = partial(runs.train, tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
     probes = 2 if name == "llava_cmoe" else 0
-    for at_the_end in (False, True):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            if at_the_end:
-                patch.setattr(method_class(name), "end_task", kill)
-            else:
-                on_step(patch, probes + 2)
-            runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
-    runs.train(tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
-    assert contents(tmp_path / TASKS[1]) == contents(straight)
+    contract.killed_it_ends_in_the_same_bytes(method_class(name), train, straight, probes + 2)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,0 +1,150 @@
+"""SAME (ICML 2026): routers and experts of MoELoRA whose gradients are reshaped by the spectrum of their inputs.
+
+For each linear, with ``U [din, k]`` and ``S [k]`` the directions and standard deviations that hold ``energy`` of the
+variance of its inputs ``x``, and with gradients ``g`` of the rows that act on ``x``:
+
+- router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``. ``w`` is ``1 / S``, with ``S`` averaged over
+  the last ``window`` directions, divided by its largest value and kept within ``1 +- spread``.
+- A, from the second task on, with ``U, S`` of the end of the task before:
+  ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
+- an expert's score is its use (mean gate) less its importance (mean of gate times ``|x|^2``), both moving averages that
+  are scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, but for that of the task's number.
+
+The router's spectrum is that of a batch's inputs, taken anew every ``every`` steps. All of this is the released code's,
+but that code routes by the mean gate of a batch's tokens, so that an answer depends on its neighbours, and takes frozen
+experts out of the routing; here each token is routed by itself, as in MoELoRA.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from clmoe.bases.inputs import train_dataset
+from clmoe.config import Config
+from clmoe.data.batches import sample_records
+from clmoe.errors import ClmoeError
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.routing import RouteTrace
+from clmoe.experts.spectrum import Spectrum, along, pack, spectra_of, unpack, watch_inputs
+from clmoe.methods.base import TaskContext
+from clmoe.methods.lora import MoeLora
+from clmoe.utils.processes import summed
+from clmoe.utils.schema import Count, Inside, Positive, Share, Steps
+from clmoe.utils.tensors import load_tensors, save_tensors
+
+STATE = "input_spectra.safetensors"
+MEMORY = 0.95  # of the moving averages
+
+
+@dataclass(frozen=True)
+class Options:
+    """SAME's own choices, by the letters above.
+
+    Attributes:
+        components: width of the sketch behind a spectrum, 64.
+        samples: *open*: training records behind the spectrum at a task's end.
+    """
+
+    energy: Share = 0.9
+    mu: Positive = 0.9
+    tau: Share = 0.1
+    window: Count = 3
+    spread: Inside = 0.2
+    start: Steps = 10
+    every: Steps = 20
+    components: Count = 64
+    samples: Steps = 200
+
+
+class Same(MoeLora):
+    """MoELoRA with a sparse gate; nothing is added or replayed."""
+
+    Options = Options
+    needs_gradients = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.adapter.router_scope != "per_linear":
+            raise ClmoeError(f"adapter.router_scope {config.adapter.router_scope}: {config.method} needs per_linear")
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Read the parent's spectra and watch the linears' inputs."""
+        stored = {} if context.previous is None else load_tensors(context.previous / STATE)
+        self._past, self._index = unpack(stored, context.base.device), context.index
+        self._spectra: dict[str, Spectrum] = {}
+        self._use: dict[str, Tensor] = {}  # moving averages ``[2, E]``
+        self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
+        self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
+
+    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
+        """No loss: note what the gates of the real tokens did."""
+        real = batch["attention_mask"].bool()
+        for name, output in trace.outputs.items():
+            gate, energy = output.gate.detach()[real], self._sketches[name].energy[real]
+            sums = torch.stack([gate.sum(0), energy @ gate, torch.full_like(gate[0], len(gate))])
+            self._seen[name] = self._seen[name] + sums if name in self._seen else sums
+        return None
+
+    @torch.no_grad()
+    def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
+        """Reshape the gradients of every linear's router and A, and freeze experts."""
+        chosen = self.options
+        for name, layer in expert_layers(model).items():
+            sketch, router, (experts,) = self._sketches[name], layer.routers.instance[0], layer.experts.values()
+            if sketch.on:
+                self._spectra[name] = sketch.spectrum(chosen.energy)
+            sketch.on = (step + 1) % chosen.every == 0
+            g, A, B = cast(list[Tensor], [p.grad for p in (router.weight, experts.A, experts.B)])  # type: ignore[union-attr]
+            if step >= chosen.start:
+                g.copy_(along(g, self._spectra[name], router_weights(self._spectra[name][1], chosen), 1.0))
+            if name in self._past:
+                A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + chosen.mu), 1 / chosen.mu))
+            idle = self._idle(name)
+            A.mul_((~idle).repeat_interleave(experts.rank).unsqueeze(1))
+            B.mul_((~idle).repeat_interleave(experts.rank))
+            self.log("frozen", idle.sum())
+        self._seen.clear()
+
+    def _idle(self, name: str) -> Tensor:
+        """``[E]`` bool: the experts that this step freezes."""
+        use, importance, tokens = summed(self._seen[name])
+        before = self._use.get(name, torch.full((2, len(use)), 1 / len(use), device=use.device))
+        now = self._use[name] = MEMORY * before + (1 - MEMORY) * torch.stack([use, importance]) / tokens
+        low, high = now.aminmax(dim=1, keepdim=True)
+        scaled = (now - low) / (high - low).clamp(min=1e-8)
+        idle = scaled[0] - scaled[1] < self.options.tau
+        idle[min(self._index, len(idle) - 1)] = False
+        return idle
+
+    def state(self) -> dict[str, Tensor]:
+        """Spectra and moving averages; ``on``: the next step takes spectra anew."""
+        on = torch.tensor([sketch.on for sketch in self._sketches.values()])
+        return pack(self._spectra) | {f"use.{name}": use for name, use in self._use.items()} | {"on": on}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for sketch, on in zip(self._sketches.values(), state["on"].tolist(), strict=True):
+            sketch.on = on
+        self._spectra = unpack(state, sketch.Q.device)
+        self._use = {key[4:]: use.to(sketch.Q.device) for key, use in state.items() if key.startswith("use.")}
+
+    @torch.no_grad()
+    def end_task(self, context: TaskContext) -> None:
+        """Take the spectra of the task's inputs, for the next task."""
+        chosen, config = self.options, self.config
+        records = sample_records(context.records, chosen.samples, config.seed)
+        dataset = train_dataset(context.base, records, context.image_root, config.training.max_length)
+        found = pack(spectra_of(context.model, context.base, dataset, chosen.components, config.seed, chosen.energy))
+        save_tensors({key: tensor.cpu().contiguous() for key, tensor in found.items()}, context.work / STATE)
+
+
+def router_weights(S: Tensor, options: Options) -> Tensor:
+    """``w [k]`` of the router's rule."""
+    smooth = torch.stack([S[max(0, i - options.window + 1) : i + 1].mean() for i in range(len(S))])
+    inverse = 1 / (smooth + 1e-6)
+    return (inverse / inverse.max()).clamp(1 - options.spread, 1 + options.spread)
+
+
+METHODS = {"same": Same}
