@@ -138,6 +138,13 @@ class Method:
         """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
 
+    def mixture(self, scores: Tensor) -> Tensor | None:
+        """Shares ``[B, N]`` of the tasks' parts in samples with these scores of the locator, ``[B, N]`` float64.
+
+        None, the default: all goes to the best task, see ``selection``. The shares need experts that ``pick`` ``task``.
+        """
+        return None
+
 
 def attach_on_meta(method: Method, base: LoadedBase) -> PeftModel:
     """A base of ``meta_base`` with the adapter of the method's first task."""

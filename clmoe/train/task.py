@@ -274,7 +274,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
         return
     if context.previous is not None:
         locator.load(context.previous / LOCATOR_FILE)
-    store = FeatureStore.of(context.base, config, feature_folder(request.run))
+    store = FeatureStore.of(context.base, config, feature_folder(request.run), locator.view)
     features = store.of_training(context.model, context.records, context.image_root, config)
 
     def fit() -> None:  # up to minutes of work, the same in every process: one of them does it
