@@ -24,12 +24,13 @@ from clmoe.benchmarks.base import Benchmark, Task, train_records
 from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
+from clmoe.data.prompts import answer_letters
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, adapted_base, prefill
 from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
 from clmoe.experts.model import expert_config, load_adapter
-from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from clmoe.experts.routing import LETTER_ROUTER, NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import Asked, Locator
@@ -61,16 +62,22 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
+    """Asks an adapted (or bare) LLaVA that has ``learned`` so many ``tasks``, whose names a letter router needs.
 
     ``own`` is the locator that it finds tasks with, None for methods without parts; ``store`` gives its features.
     """
 
     def __init__(
-        self, base: LoadedBase, model: PeftModel | PreTrainedModel, method: Method, learned: int, features: Path | None
+        self,
+        base: LoadedBase,
+        model: PeftModel | PreTrainedModel,
+        method: Method,
+        learned: int,
+        features: Path | None,
+        tasks: Sequence[str] = (),
     ) -> None:
         self.base, self.method, self.config = base, method, method.config.evaluation
-        self.model, self.learned, self.folder = model.eval(), learned, features
+        self.model, self.learned, self.folder, self.tasks = model.eval(), learned, features, tasks
         self.use(None)
 
     def use(self, locator: Locator | None) -> None:
@@ -139,7 +146,7 @@ class Answerer:
         if self.own is None or not name or name == self.own.config.name:
             return self.own
         locator = make_locator(LocatorConfig(name), self.method.config.seed)
-        if locator.looks:
+        if locator.looks or (locator.asks and not self.method.letters):
             raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` does so")
         return locator
 
@@ -151,6 +158,8 @@ class Answerer:
         if finder is None:
             return None
         ids = [question.question_id for question in questions]
+        if finder.asks:
+            return finder.scores(Asked(ids, self.learned, self.letters(questions, image_root)))
         if not finder.looks:
             return finder.scores(Asked(ids, self.learned, task=task))
         features = self.store.features(self.model, questions, image_root)
@@ -160,6 +169,27 @@ class Answerer:
             return finder.scores(Asked(ids[part], self.learned, features[part]))
 
         return torch.cat(in_order(range(0, len(ids), SCORED_AT_ONCE), scored))
+
+    @torch.no_grad()
+    def letters(self, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """The logits ``[M, N]`` float32 on the CPU that the model's letter router gives to the tasks' letters."""
+        if self.learned == 1:  # nothing to choose, and no router yet
+            return torch.zeros(len(questions), 1)
+        base, size = self.base, self.config.batch_size
+        letters = answer_letters(base.tokenizer, self.learned)
+        experts = dict(zip(letters, self.tasks, strict=True))
+        asked = [replace(question, text=self.method.referral(question.text, experts)) for question in questions]
+        dataset = prompt_dataset(base, asked, image_root)
+        llava = adapted_base(model := cast(PeftModel, self.model))
+
+        def one(start: int) -> Tensor:
+            items = dataset.__getitems__(range(start, min(start + size, len(asked))))
+            selection = self.method.selection(model, torch.full((len(items),), LETTER_ROUTER))
+            routes = [() if self.config.share_images else row for row in range(len(items))]
+            read = prefill(llava, prompt_inputs(base, items, routes), selection, 0)
+            return llava.get_output_embeddings()(read.hidden)[:, [*letters.values()]].float().cpu()
+
+        return torch.cat(in_order(range(0, len(asked), size), one))
 
     def selection(self, tasks: Sequence[int | None], scores: Tensor | None = None) -> RouteSelection:
         """The routing of a batch of questions that belong to these tasks, None for methods without parts.
@@ -238,7 +268,7 @@ def open_answerer(
     model = load_adapter(base.model, done.folder, trainable=False)
     for experts in experts_by_linear(model).values():
         experts.freeze_as(base.model.dtype)
-    answerer = Answerer(base, model, method, len(done.lineage.tasks), features)
+    answerer = Answerer(base, model, method, len(done.lineage.tasks), features, done.lineage.tasks)
     if method.keeps_parts:
         _open_locator(config, done, answerer, benchmark)
     return answerer

@@ -243,7 +243,7 @@ class Cell:
             "questions": len(rows),
             "redone": sum(answer.redone for answer in answers),
             "located": 100 * located[self.task.name] / len(rows) if located else None,
-            "locators": {finder.config.name: located} if finder is not None and finder.looks else {},
+            "locators": {finder.config.name: located} if finder is not None and (finder.looks or finder.asks) else {},
         }
         self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
         percent = self._write(questions, rows, summary)

@@ -73,7 +73,9 @@ class ExpertConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            name: value for name, value in super().to_dict().items() if value or name not in ("as_released", "pick_from")
+            name: value
+            for name, value in super().to_dict().items()
+            if value or name not in ("as_released", "pick_from")
         }
 
     @property

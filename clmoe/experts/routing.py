@@ -14,6 +14,8 @@ from torch.nn.functional import linear, pad
 
 from clmoe.errors import ClmoeError
 
+LETTER_ROUTER = -1  # in the place of a task: experts that do not answer questions but say whose they are
+
 
 @dataclass(frozen=True)
 class RouteSelection:

@@ -7,6 +7,7 @@ from clmoe.locators.centroid import ImageTextCentroid, TextCentroid
 from clmoe.locators.gaussian import Gaussian
 from clmoe.locators.knn import Knn
 from clmoe.locators.known import Last, Oracle, Random
+from clmoe.locators.letter import GeneratedLetter
 from clmoe.locators.prototype import NearestMean, Prototype
 from clmoe.locators.vae import Vae
 from clmoe.utils.names import unknown
@@ -22,6 +23,7 @@ LOCATORS: dict[str, type[Locator]] = {
     "text_centroid": TextCentroid,
     "image_text_centroid": ImageTextCentroid,
     "vae": Vae,
+    "generated_letter": GeneratedLetter,
 }
 
 

@@ -33,11 +33,14 @@ class Locator:
 
     Class attributes:
         looks: it needs features of the samples, and of each task's training samples before.
+        asks: its features are instead the logits ``[M, N]`` that the model itself gives to the tasks' letters, see
+            ``clmoe.methods.base.Method.letters``; there is nothing to fit.
         view: what of a sample its features are of; ``image_text`` gives ``[M, 2 D]``, the image's half first.
         decisive: the options that a fitted state belongs to; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
+    asks: ClassVar[bool] = False
     view: ClassVar[View] = "prompt"
     Options: ClassVar[type] = NoOptions
     decisive: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""A sample belongs to the task whose mean feature points the same way: of its text (DISCO), or of image and text (HiDe).
+"""A sample belongs to the task whose mean feature points its way: of its text (DISCO), or of image and text (HiDe).
 
 The papers take both features from CLIP; here the frozen base gives them, so that no further model is needed.
 """

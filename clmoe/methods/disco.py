@@ -7,11 +7,12 @@ Task t trains ``B_t A_t`` alone, from the bare base. At test time, in every bloc
 with ``f(q)`` the feature of question ``q`` without its image and ``c_i`` its mean over task i's training questions
 (``locators/centroid.py``). With another locator its scores stand in for the cosines.
 
-The released code computes one similarity for a batch, and so evaluates one question at a time: the same as here. It adds
-the number of samples to a running sum of features instead of to its count, which hardly turns the centre.
+The released code computes one similarity for a batch, and so evaluates one question at a time: the same as here. It
+adds the number of samples to a running sum of features instead of to its count, which hardly turns the centre.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Options:
 class Disco(Separate):
     """Every sample is served by all tasks' LoRAs, weighted by how near the locator finds each task."""
 
-    Options = Options
+    Options: ClassVar[type] = Options
 
     def mixture(self, scores: Tensor) -> Tensor:
         return (scores / self.options.temperature).softmax(1)

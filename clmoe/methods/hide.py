@@ -9,9 +9,9 @@ Task t trains ``B_t A_t`` alone, from the bare base. At test time
 with ``f_v`` and ``f_t`` the features of image and question and ``c`` their means over task i's training samples
 (``locators/centroid.py``). With another locator its scores stand in for ``S``.
 
-The released code adds up the factors instead of the products, ``(sum_i B_i) (sum_j A_j) x``, and so has the cross terms
-``B_i A_j``: ``options.variant=released``. It starts its centres from noise, which stays in their means with the weight of
-one sample, and computes one similarity for a batch of one; neither makes a difference worth an option.
+The released code adds up the factors instead of the products, ``(sum_i B_i) (sum_j A_j) x``, and so has the cross
+terms ``B_i A_j``: ``options.variant=released``. It starts its centres from noise, which stays in their means with the
+weight of one sample, and computes one similarity for a batch of one: neither makes a difference worth an option.
 """
 
 from dataclasses import dataclass
