@@ -71,13 +71,27 @@ def usable_locators(method: str) -> list[str]:
     return [name for name, kind in LOCATORS.items() if taught or not kind.asks]
 
 
-def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Path, settings: list[str]) -> list[Found]:
+def finished_method(run: Path) -> str:
+    """The method of a finished run. Raises ClmoeError for another folder, or a method that keeps no parts per task."""
+    if not (run / "run.json").is_file():
+        raise ClmoeError(f"{run} holds no run: `clmoe run METHOD BENCHMARK --output {run}` trains it")
+    info = read_json(run / "run.json")
+    method = str(info["method"])
+    if not method_class(method).keeps_parts:
+        raise ClmoeError(f"{run}: method {method} keeps no parts per task, so no locator makes a difference")
+    folders = [run / f"{number:02}_{task}" for number, task in enumerate(info["order"], 1)]
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+        raise ClmoeError(f"{run} is not finished, {missing[0]} is missing: give the line that began it again")
+    return method
+
+
+def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Path) -> list[Found]:
     """What the run reaches with each of these locators; fills the cells that are missing.
 
-    ``features`` is the folder for features, which runs on one base may share; ``settings`` change the evaluation.
-    Raises ClmoeError for a run that is not finished, keeps no parts per task, or cannot have one of the locators.
+    ``features`` is the folder for features, which runs on one base may share. Raises ClmoeError for a run that is not
+    finished, keeps no parts per task, or cannot have one of the locators.
     """
-    order, dones = _checkpoints(run, benchmark, settings)
+    order, dones = _checkpoints(run, benchmark)
     method = dones[-1].config.method
     for name in names:
         if name not in usable_locators(method):
@@ -106,18 +120,14 @@ def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Pa
     return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
 
 
-def _checkpoints(run: Path, benchmark: Benchmark, settings: list[str]) -> tuple[list[str], list[Finished]]:
+def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finished]]:
     """The order of a finished run's tasks, and its checkpoints."""
-    if not (run / "run.json").is_file():
-        raise ClmoeError(f"{run} holds no run: train it first, `clmoe run METHOD {benchmark.name} --output {run}`")
-    info = read_json(run / "run.json")
-    if not method_class(info["method"]).keeps_parts:
-        raise ClmoeError(f"{run}: method {info['method']} keeps no parts per task, so no locator makes a difference")
-    folders = [run / f"{number:02}_{task}" for number, task in enumerate(info["order"], 1)]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ClmoeError(f"{run} is not finished, {folder.name} is missing: give the run's own line again")
-    return info["order"], [read_checkpoint(folder, settings) for folder in folders]
+    finished_method(run)
+    order: list[str] = read_json(run / "run.json")["order"]
+    dones = [read_checkpoint(run / f"{number:02}_{task}") for number, task in enumerate(order, 1)]
+    if (trained_on := dones[-1].lineage.benchmark) != benchmark.name:
+        raise ClmoeError(f"{run} was trained on benchmark {trained_on}, not {benchmark.name}")
+    return order, dones
 
 
 @dataclass

@@ -282,7 +282,7 @@ class Cell:
             answers = path.with_suffix(".jsonl")
             if wanted.items() <= read_json(path)["settings"].items() and answers.is_file():
                 for row in files.read_json_lines(answers):
-                    task = self.learned.index(row["task"])
+                    task = self.learned.index(row["task"]) if row["task"] in self.learned else None
                     found[row["question_id"], task] = Answer(row["text"], math.inf, row["redone"], task)
         return found
 
