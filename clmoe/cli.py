@@ -144,6 +144,18 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
     _sequence_arguments(sub, "locator=oracle evaluation.batch_size=16", trains=False)
 
 
+def _matrix_arguments(sub: argparse.ArgumentParser) -> None:
+    _benchmark_arguments(sub, option=False)
+    sub.add_argument("--methods", type=_paths, required=True, metavar="M,M", help="that keep parts per task")
+    sub.add_argument(
+        "--locators", type=_paths, default=["all"], metavar="L,L", help="default: all that a method can have"
+    )
+    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="of the runs (default: 0)")
+    sub.add_argument("--order", default="norm", help="of the runs: norm, rev, rand or task names separated by commas")
+    sub.add_argument("--runs", type=Path, metavar="DIR", help="holds METHOD-seedK, ... (default: runs/BENCHMARK)")
+    sub.add_argument("--output", type=Path, help="default: matrix, beside the runs")
+
+
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; equal labels are averaged")
     sub.add_argument("--format", type=_paths, default=["md", "csv"], help="of md, csv, tex, pdf, svg, html")
@@ -216,6 +228,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments),
     "train": ("Train one task; does nothing when the output is finished.", _train_arguments),
     "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments),
+    "matrix": ("Finished runs of several methods, each under several locators; trains nothing.", _matrix_arguments),
     "report": ("Tables and figures from one or several run folders.", _report_arguments),
     "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments),
     "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments),

@@ -22,10 +22,12 @@ from clmoe.contract import check_method
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
+from clmoe.evaluate.relocate import finished_method, relocate, usable_locators
 from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
+from clmoe.report.locators import write_matrix
 from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
@@ -159,6 +161,28 @@ def evaluate(options: argparse.Namespace) -> str:
         return evaluate_checkpoint(options.output, benchmark, done, config, order, **asked)[0]
 
 
+def matrix(options: argparse.Namespace) -> str:
+    """``clmoe matrix``: trained runs of methods that keep parts per task, each under several locators."""
+    described = load_benchmark(options.benchmark, options.data, check_files=False)
+    folder = options.runs or Path("runs") / described.name
+    output = options.output or folder / "matrix"
+    runs = {
+        (method, seed): folder / sequence.default_folder(described.name, method, options.order, seed).name
+        for method, seed in product(options.methods, options.seeds or [0])
+    }
+    check_target("--output", output, [run / "matrix.csv" for run in runs.values()])
+    benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, described.order(options.order, 0)))
+    results = {}
+    for (method, seed), run in runs.items():
+        names = options.locators
+        if names == ["all"]:
+            names = usable_locators(finished_method(run))
+        with locked(run):
+            results[method, seed] = relocate(run, benchmark, names, folder / "features")
+    text = write_matrix(results, output)
+    return f"{text}\n{output}: matrix.md, matrix.csv, confusion.csv, matrix.png, matrix.svg"
+
+
 def report(options: argparse.Namespace) -> Any:
     """``clmoe report``: tables and figures of runs."""
     if options.json:
@@ -211,6 +235,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "run": run,
     "train": train,
     "eval": evaluate,
+    "matrix": matrix,
     "report": report,
     "plan": plan,
     "check-method": contract,

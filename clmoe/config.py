@@ -38,6 +38,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
 """The linears of a LLaMA decoder block."""
 
 FeatureKind = Literal["last", "pooled"]  # see ``LocatorConfig``
+View = Literal["prompt", "text", "image_text"]
+"""What of a sample a locator looks at: the whole prompt; its text without the image; image and text, each apart."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class LocatorConfig:
     """Who finds the task of a test sample, for methods that keep parts per task.
 
     Attributes:
-        name: ``oracle``, ``last``, ``random``, ``nearest_mean``, ``prototype`` or ``vae``, a Python file that registers
-            one, or an entry point ``clmoe.locators``; empty if none is needed.
+        name: of ``clmoe.locators.LOCATORS``, such as ``oracle``, ``nearest_mean`` or ``vae``, a Python file that
+            registers one, or an entry point ``clmoe.locators``; empty if none is needed.
         feature: the bare base's state of the last prompt token: after the final norm, or ``pooled``, over all layers.
         samples: of a task's training records, at most so many are looked at.
         options: the locator's own fields, checked by its ``Options`` dataclass.

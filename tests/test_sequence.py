@@ -15,7 +15,7 @@ from clmoe import sequence as sequence_module
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import answer as answer_module
 from clmoe.evaluate import run as evaluation_module
-from clmoe.locators import LOCATORS
+from clmoe.evaluate.relocate import usable_locators
 from clmoe.sequence import Result, default_folder
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
@@ -29,6 +29,9 @@ PARTS = {
     "separate": (),
     "clmoe": ("options.consolidation=none",),
     "llava_cmoe": ("options.probe_min_steps=2",),
+    "disco": (),
+    "hide": ("options.variant=released",),
+    "mrlora": ("options.stored=2", "options.router_rank=8", "options.router_epochs=1"),
 }
 FAST = {"vae": ("locator.options.steps=20", "locator.options.hidden=8", "locator.options.latent=2")}
 
@@ -189,12 +192,13 @@ def test_every_way_of_chaining_ends_in_a_table(method: str, checkpoints: int, ru
     assert None not in result.matrix.row(TASKS[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PARTS)
 def test_every_locator_works_with_every_method_that_keeps_parts(method: str, runs: Runs, tmp_path: Path) -> None:
     """One training, every locator on its checkpoints: nothing is trained again, and known tasks are always found."""
     settings = ("training.steps=2", "adapter.train_projector=false", *PARTS[method])
     trained = run(runs, tmp_path / "run", method, *settings, *FAST["vae"], "locator=vae", order=",".join(TASKS[:2]))
-    for name in LOCATORS:
+    for name in usable_locators(method):
         out = tmp_path / name
         runs.evaluate(trained.checkpoints[1], out, *FAST.get(name, ()), locator=name, order=",".join(TASKS[:2]))
         suffix = "" if name == "vae" else f".{name}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clmoe.bases.llava import LoadedBase, vision_tower_of
 from clmoe.data.batches import Encoder, PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
-from clmoe.data.prompts import IGNORE, encode_training, render
+from clmoe.data.prompts import IGNORE, UNCUT, encode_training, render
 from clmoe.data.records import Question, TrainRecord
 from clmoe.utils.files import json_sha256
 from clmoe.utils.processes import in_order
@@ -44,9 +44,6 @@ def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: 
     """Questions as prompts for this base; all processes must call it."""
     _fill_cache(base, (question.image for question in questions), image_root)
     return PromptDataset(questions, image_root, base.encoder)
-
-
-UNCUT = 2**31
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -19,16 +20,17 @@ from transformers import PreTrainedModel
 
 from clmoe.bases.inputs import AnswersFit, image_order, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, load_base
-from clmoe.benchmarks.base import Benchmark, train_records
+from clmoe.benchmarks.base import Benchmark, Task, train_records
 from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
+from clmoe.data.prompts import answer_letters
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, adapted_base, prefill
 from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
 from clmoe.experts.model import expert_config, load_adapter
-from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from clmoe.experts.routing import LETTER_ROUTER, NEWEST_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import Asked, Locator
@@ -60,18 +62,29 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
+    """Asks an adapted (or bare) LLaVA that has ``learned`` so many ``tasks``, whose names a letter router needs.
 
-    ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives its features.
+    ``own`` is the locator that it finds tasks with, None for methods without parts; ``store`` gives its features.
     """
 
     def __init__(
-        self, base: LoadedBase, model: PeftModel | PreTrainedModel, method: Method, learned: int, features: Path | None
+        self,
+        base: LoadedBase,
+        model: PeftModel | PreTrainedModel,
+        method: Method,
+        learned: int,
+        features: Path | None,
+        tasks: Sequence[str] = (),
     ) -> None:
         self.base, self.method, self.config = base, method, method.config.evaluation
-        self.model, self.learned = model.eval(), learned
-        self.own: Locator | None = None
-        self.store = FeatureStore.of(base, method.config, features)
+        self.model, self.learned, self.folder, self.tasks = model.eval(), learned, features, tasks
+        self.use(None)
+
+    def use(self, locator: Locator | None) -> None:
+        """Find tasks with this one from now on."""
+        self.own = locator
+        view = "prompt" if locator is None else locator.view
+        self.store = FeatureStore.of(self.base, self.method.config, self.folder, view)
 
     def answer(
         self,
@@ -82,6 +95,7 @@ class Answerer:
         task: int | None = None,
         known: Mapping[str, Answer] | None = None,
         finish: Callable[[list[tuple[str, Answer]]], None] = lambda batch: None,
+        same: Mapping[tuple[str, int | None], Answer] | None = None,
     ) -> list[Answer]:
         """One answer per question, in order; several processes share the batches, and all get all answers.
 
@@ -93,6 +107,7 @@ class Answerer:
             task: the questions' true task, for the oracle.
             known: answers by question id; batches that it holds completely are not computed.
             finish: called with each batch that this process computed.
+            same: answers by question id and task, which hold wherever a question is taken for this task again.
         """
         scores = self.task_scores(questions, image_root, locator, task)
         found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
@@ -101,10 +116,13 @@ class Answerer:
         size, share = self.config.batch_size, self.config.share_images
         images = [question.image and (question.image if share else str(row)) for row, question in enumerate(questions)]
         order = image_order(images, [len(question.text) for question in questions])
+        settled = {row: (same or {}).get((ids[row], found[row])) for row in order}
+        order = [row for row in order if settled[row] is None]
 
         def generated(rows: list[int], redone: bool) -> list[Answer]:
             tasks = [found[row] for row in rows]
-            texts, margins = self.generate(dataset.__getitems__(rows), self.selection(tasks), max_new_tokens)
+            selection = self.selection(tasks, None if scores is None else scores[rows])
+            texts, margins = self.generate(dataset.__getitems__(rows), selection, max_new_tokens)
             said = zip(texts, margins, tasks, strict=True)
             return [Answer(text.strip(), margin, redone, task) for text, margin, task in said]
 
@@ -120,15 +138,15 @@ class Answerer:
             return answers
 
         batches = in_order([order[start : start + size] for start in range(0, len(order), size)], answered)
-        answers = dict(zip(order, [answer for batch in batches for answer in batch], strict=True))
-        return [answers[row] for row in range(len(questions))]
+        answers = settled | dict(zip(order, [answer for batch in batches for answer in batch], strict=True))
+        return [answers[row] for row in range(len(questions))]  # type: ignore[misc]
 
     def locator(self, name: str = "") -> Locator | None:
         """The answerer's own locator, or by name one that needs no fit (else ClmoeError); None without parts."""
         if self.own is None or not name or name == self.own.config.name:
             return self.own
         locator = make_locator(LocatorConfig(name), self.method.config.seed)
-        if locator.looks:
+        if locator.looks or (locator.asks and not self.method.letters):
             raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` does so")
         return locator
 
@@ -140,6 +158,8 @@ class Answerer:
         if finder is None:
             return None
         ids = [question.question_id for question in questions]
+        if finder.asks:
+            return finder.scores(Asked(ids, self.learned, self.letters(questions, image_root)))
         if not finder.looks:
             return finder.scores(Asked(ids, self.learned, task=task))
         features = self.store.features(self.model, questions, image_root)
@@ -150,10 +170,37 @@ class Answerer:
 
         return torch.cat(in_order(range(0, len(ids), SCORED_AT_ONCE), scored))
 
-    def selection(self, tasks: Sequence[int | None]) -> RouteSelection:
-        """The routing of a batch of questions that belong to these tasks, None for methods without parts."""
+    @torch.no_grad()
+    def letters(self, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """The logits ``[M, N]`` float32 on the CPU that the model's letter router gives to the tasks' letters."""
+        if self.learned == 1:  # nothing to choose, and no router yet
+            return torch.zeros(len(questions), 1)
+        base, size = self.base, self.config.batch_size
+        letters = answer_letters(base.tokenizer, self.learned)
+        experts = dict(zip(letters, self.tasks, strict=True))
+        asked = [replace(question, text=self.method.referral(question.text, experts)) for question in questions]
+        dataset = prompt_dataset(base, asked, image_root)
+        llava = adapted_base(model := cast(PeftModel, self.model))
+
+        def one(start: int) -> Tensor:
+            items = dataset.__getitems__(range(start, min(start + size, len(asked))))
+            selection = self.method.selection(model, torch.full((len(items),), LETTER_ROUTER))
+            routes = [() if self.config.share_images else row for row in range(len(items))]
+            read = prefill(llava, prompt_inputs(base, items, routes), selection, 0)
+            return llava.get_output_embeddings()(read.hidden)[:, [*letters.values()]].float().cpu()
+
+        return torch.cat(in_order(range(0, len(asked), size), one))
+
+    def selection(self, tasks: Sequence[int | None], scores: Tensor | None = None) -> RouteSelection:
+        """The routing of a batch of questions that belong to these tasks, None for methods without parts.
+
+        ``scores [B, N]`` of the locator share them among the tasks' parts if the method does.
+        """
         if self.own is None:
             return NEWEST_ROUTER
+        shares = None if scores is None else self.method.mixture(scores)
+        if shares is not None:
+            return RouteSelection(weights=shares.float().to(self.base.device))
         return self.method.selection(self.model, torch.tensor(tasks))
 
     @torch.no_grad()
@@ -221,25 +268,31 @@ def open_answerer(
     model = load_adapter(base.model, done.folder, trainable=False)
     for experts in experts_by_linear(model).values():
         experts.freeze_as(base.model.dtype)
-    answerer = Answerer(base, model, method, len(done.lineage.tasks), features)
+    answerer = Answerer(base, model, method, len(done.lineage.tasks), features, done.lineage.tasks)
     if method.keeps_parts:
-        answerer.own = _open_locator(config, done, answerer, benchmark)
+        _open_locator(config, done, answerer, benchmark)
     return answerer
 
 
-def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> Locator:
-    """The checkpoint's own locator, or another one, fitted on the training data of all learned tasks."""
-    locator = make_locator(config.locator, config.seed)
+def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> None:
+    """Use the checkpoint's own locator, or another one, fitted on the training data of all learned tasks."""
+    answerer.use(locator := make_locator(config.locator, config.seed))
     if not locator.looks:
-        return locator
+        return
     if config.locator == done.locator:
         locator.load(done.folder / LOCATOR_FILE)
-        return locator
+        return
     if benchmark is None:
         raise ClmoeError(f"{done.folder} was sealed with locator={done.locator.name}: another one needs training data")
-    features, length = [], config.training.max_length
-    for task in map(benchmark.task, done.lineage.tasks):
-        records = train_records(task, config.training.on_bad_record, AnswersFit(answerer.base.encoder, length))
+    fit_tasks(answerer, config, [benchmark.task(task) for task in done.lineage.tasks])
+
+
+def fit_tasks(answerer: Answerer, config: Config, tasks: Sequence[Task]) -> None:
+    """Add these tasks to the answerer's locator, from their training data."""
+    locator, features = cast(Locator, answerer.own), []
+    fits = AnswersFit(answerer.base.encoder, config.training.max_length)
+    for task in tasks:
+        records = train_records(task, config.training.on_bad_record, fits)
         features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
 
     def fit() -> dict[str, Tensor]:
@@ -248,7 +301,6 @@ def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark:
         return locator.state()
 
     locator.load_state(from_main(fit))
-    return locator
 
 
 # ---- One question
@@ -329,7 +381,7 @@ class LoadedCheckpoint:
             scores = answerer.task_scores([asked], root) if locator and own_looks else found
             prompt = prompt_dataset(answerer.base, [asked], root)[0]
         index = None if found is None else int(found[0].argmax())
-        selection = answerer.selection([index])
+        selection = answerer.selection([index], found)
         reasons = Explanation(
             text="",
             task=None if index is None else self.learned[index],

@@ -5,6 +5,7 @@ and what it depends on: a cell of the accuracy matrix. It is answered or scored 
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -29,7 +30,7 @@ from clmoe.experts.forward import feature_folder
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator
 from clmoe.methods import method_class
-from clmoe.methods.base import EXPANSION, STATISTICS
+from clmoe.methods.base import EXPANSION, STATISTICS, Method
 from clmoe.train.checkpoint import Finished
 from clmoe.utils import files
 from clmoe.utils.files import csv_text, json_sha256, read_json, write_json, write_text
@@ -217,9 +218,10 @@ class Cell:
             files.append_json_lines(mine, [{"question_id": name, **asdict(answer)} for name, answer in batch])
             advance(len(batch) * count())
 
-        known = from_main(lambda: self._kept(key))
+        known, same = from_main(lambda: (self._kept(key), self._same(questions)))
         index = self.learned.index(task.name) if task.name in self.learned else None
-        answers = answerer.answer(questions, task.image_root, task.max_new_tokens, self.locator, index, known, keep)
+        where = task.image_root, task.max_new_tokens, self.locator, index
+        answers = answerer.answer(questions, *where, known, keep, same)
         finder = answerer.locator(self.locator)
         return from_main(lambda: self._complete(questions, answers, finder))
 
@@ -241,7 +243,7 @@ class Cell:
             "questions": len(rows),
             "redone": sum(answer.redone for answer in answers),
             "located": 100 * located[self.task.name] / len(rows) if located else None,
-            "locators": {finder.config.name: located} if finder is not None and finder.looks else {},
+            "locators": {finder.config.name: located} if finder is not None and (finder.looks or finder.asks) else {},
         }
         self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
         percent = self._write(questions, rows, summary)
@@ -265,6 +267,24 @@ class Cell:
         """Answers by question id in all processes' hidden files; a line that was cut is missing."""
         rows = [row for path in self._hidden_files(key) for row in files.read_json_lines(path)]
         return {row.pop("question_id"): Answer(**row) for row in rows}
+
+    def _same(self, questions: list[Question]) -> dict[tuple[str, int | None], Answer]:
+        """The answers of this model's other cells of the task, by question id and task: no locator changes these.
+
+        None where an answer depends on its batch, or on more of the locator than the task it finds.
+        """
+        method = method_class(self.config.method)
+        if not (self.config.evaluation.exact and method.keeps_parts) or method.mixture is not Method.mixture:
+            return {}
+        wanted, found = self.answer_settings(questions), dict[tuple[str, int | None], Answer]()
+        del wanted["locator"]
+        for path in sorted(self.path.parent.glob(f"{self.task.name}*.json")):
+            answers = path.with_suffix(".jsonl")
+            if wanted.items() <= read_json(path)["settings"].items() and answers.is_file():
+                for row in files.read_json_lines(answers):
+                    task = self.learned.index(row["task"]) if row["task"] in self.learned else None
+                    found[row["question_id"], task] = Answer(row["text"], math.inf, row["redone"], task)
+        return found
 
     def _hidden_files(self, key: str = "*") -> list[Path]:
         return sorted(self.path.parent.glob(f".{self.path.stem}.partial-{key}-*.jsonl"))

@@ -36,6 +36,7 @@ class ExpertConfig(PeftConfig):
         layout: block -> owner task of each expert, oldest first.
         router_owners: owner task of each instance router, oldest first; a router spans no younger task's experts.
         pick: without routers: the ``sum`` of all experts, or those of the ``task`` in ``RouteSelection.router``.
+        pick_from: the first block in which ``pick`` holds; in those before it all experts are added up.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
         seed: of the initial weights.
@@ -52,6 +53,7 @@ class ExpertConfig(PeftConfig):
     layout: dict[str, list[int]] = field(default_factory=dict)
     router_owners: list[int] = field(default_factory=lambda: [0])
     pick: str = "sum"
+    pick_from: int = 0
     frozen_before: int = 0
     task_gates: int = 0
     seed: int = 0
@@ -64,12 +66,17 @@ class ExpertConfig(PeftConfig):
         for name, known in (("router_scope", ("per_linear", "per_block")), ("pick", ("sum", "task"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {known}")
-        if self.pick == "task" and (self.router_owners or len({frozenset(o) for o in self.layout.values()}) > 1):
-            raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block")
+        picking = {frozenset(owners) for block, owners in self.layout.items() if int(block) >= self.pick_from}
+        if self.pick == "task" and (self.router_owners or len(picking) > 1):
+            raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block that picks")
         self.target_modules = language_model_pattern(["mlp"] if self.router_scope == "per_block" else self.projections)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if value or name != "as_released"}
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if value or name not in ("as_released", "pick_from")
+        }
 
     @property
     def needs_routing(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs
+from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, decoder_layers
-from clmoe.config import Config, FeatureKind
-from clmoe.data.batches import first_questions, sample_records
+from clmoe.config import Config, FeatureKind, View
+from clmoe.data.batches import collate_prompts, first_questions, sample_records
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
@@ -189,6 +189,14 @@ def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor
     return torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:]]).mean(0).cpu()
 
 
+@torch.no_grad()
+def image_embeddings(model: PeftModel, pixel_values: Tensor) -> Tensor:
+    """The mean over an image's tokens out of the bare base's projector, ``[I, D]`` float32 on the CPU."""
+    with model.disable_adapter():
+        output = cast(Any, adapted_base(model)).get_image_features(pixel_values=pixel_values)
+    return torch.stack([tokens.float().mean(0) for tokens in output.pooler_output]).cpu()
+
+
 # ---- Features that locators look at
 
 
@@ -201,7 +209,8 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew.
+    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. ``view``
+    says what of a sample they are of, see ``clmoe.config``.
     """
 
     base: LoadedBase
@@ -209,14 +218,17 @@ class FeatureStore:
     batch_size: int
     folder: Path | None
     share_images: bool = False
+    view: View = "prompt"
 
     @classmethod
-    def of(cls, base: LoadedBase, config: Config, folder: Path | None) -> FeatureStore:
+    def of(cls, base: LoadedBase, config: Config, folder: Path | None, view: View) -> FeatureStore:
         evaluation = config.evaluation
-        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images)
+        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images, view)
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
-        """``[M, D]`` float32 on the CPU, one row per question, in order."""
+        """``[M, D]`` float32 on the CPU, one row per question, in order; ``[M, 2 D]`` of image and text apart."""
+        if self.view == "text":
+            questions = [replace(question, image=None) for question in questions]
         if self.folder is None:
             return self._compute(model, questions, image_root)
         key = from_main(lambda: self._key(questions, image_root))  # reads every image
@@ -229,6 +241,10 @@ class FeatureStore:
         return features
 
     def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        if self.view == "image_text":
+            texts = [replace(question, image=None) for question in questions]
+            found = replace(self, view="prompt")._compute(model, texts, image_root)
+            return torch.cat([self._images(model, questions, image_root), found], dim=1)
         dataset = prompt_dataset(self.base, questions, image_root)
         order = image_order([question.image if self.share_images else None for question in questions])
 
@@ -240,6 +256,20 @@ class FeatureStore:
         found = torch.cat(in_order(range(0, len(order), self.batch_size), one))
         return found[torch.tensor(order).argsort()]
 
+    def _images(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
+        """``[M, D]`` embeddings of the questions' images, each computed once; zeros where there is none."""
+        names = list(dict.fromkeys(question.image for question in questions if question.image is not None))
+        dataset = prompt_dataset(self.base, [Question("", name, "", "", {}) for name in names], image_root)
+
+        def one(start: int) -> Tensor:
+            items = dataset.__getitems__(range(start, min(start + self.batch_size, len(names))))
+            return image_embeddings(model, to_device(collate_prompts(items, 0), self.base)["pixel_values"])
+
+        found = in_order(range(0, len(names), self.batch_size), one)
+        rows = dict(zip(names, torch.cat(found), strict=True)) if names else {}
+        blank = torch.zeros(self.base.model.config.get_text_config().hidden_size)
+        return torch.stack([blank if question.image is None else rows[question.image] for question in questions])
+
     def _key(self, questions: Sequence[Question], image_root: Path) -> str:
         names = {question.image for question in questions}
         images = {name: None if name is None else file_sha256(image_root / name) for name in names}
@@ -247,7 +277,8 @@ class FeatureStore:
         base, cut = self.base, [self.batch_size, self.share_images]
         in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
         made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
-        return json_sha256([made_by, self.kind, cut, prompts])[:32]
+        kind = self.kind if self.view in ("prompt", "text") else [self.view, self.kind]
+        return json_sha256([made_by, kind, cut, prompts])[:32]
 
     def of_training(self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config) -> Tensor:
         """Features ``[M, D]`` of the first prompt of at most ``locator.samples`` training records."""

@@ -234,7 +234,8 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
                 if count:
                     layer.append(*layer.fresh(count, generator))
             experts[linear_name] = layer
-        bank = RouterBank(self.name, config.router_top_k, owners, config.pick)
+        pick = config.pick if int(self.block) >= config.pick_from else "sum"
+        bank = RouterBank(self.name, config.router_top_k, owners, pick)
         din = next(iter(linears.values())).in_features
         generator = seeded(config.seed, f"{self.name}.router")
         for owner in config.router_owners:

@@ -14,6 +14,8 @@ from torch.nn.functional import linear, pad
 
 from clmoe.errors import ClmoeError
 
+LETTER_ROUTER = -1  # in the place of a task: experts that do not answer questions but say whose they are
+
 
 @dataclass(frozen=True)
 class RouteSelection:
@@ -23,11 +25,13 @@ class RouteSelection:
         router: ``[B]`` int64, index into each layer's router bank, without routers a task; None uses the newest.
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
+        weights: ``[B, N]`` float32, without routers: each task's experts count so much, instead of one task's alone.
     """
 
     router: Tensor | None = None
     task: Tensor | None = None
     beta: float = 1.0
+    weights: Tensor | None = None
 
     @cached_property
     def by_router(self) -> dict[int, Tensor]:
@@ -41,12 +45,15 @@ class RouteSelection:
 
     def rows(self, index: Tensor) -> "RouteSelection":
         """The selection of the samples ``index [b]`` of this batch."""
-        router, task = (None if values is None else values[index] for values in (self.router, self.task))
-        return RouteSelection(router, task, self.beta)
+        parts = (self.router, self.task, self.weights)
+        router, task, weights = (None if values is None else values[index] for values in parts)
+        return RouteSelection(router, task, self.beta, weights)
 
-    def keys(self, samples: int) -> list[tuple[int, ...]]:
+    def keys(self, samples: int) -> list[tuple[Any, ...]]:
         """One key per sample; samples that are routed alike have equal keys."""
         chosen = [values.tolist() for values in (self.router, self.task) if values is not None]
+        if self.weights is not None:
+            chosen.append([tuple(row) for row in self.weights.tolist()])
         return list(zip(*chosen, strict=True)) if chosen else [()] * samples
 
 
@@ -179,7 +186,8 @@ class RouterBank(nn.Module):
 
     A sample uses the instance router that the ``RouteSelection`` in force names, mixed with its task's gate where a
     task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance routers the gate is 1 for
-    every expert, or with ``pick`` ``task`` for those of one of the ``owners``, which are the experts' tasks.
+    every expert, or with ``pick`` ``task`` for those of one of the ``owners``, which are the experts' tasks; or each
+    counts as its task does in the selection's ``weights``.
     """
 
     def __init__(self, name: str, top_k: int | None, owners: Sequence[int] = (), pick: str = "sum") -> None:
@@ -214,6 +222,8 @@ class RouterBank(nn.Module):
         gate = x.new_ones((*x.shape[:-1], len(self.owners)), dtype=torch.float32)
         if self.pick == "sum":
             return gate
+        if selection.weights is not None:
+            return gate * selection.weights[:, self.owners].unsqueeze(1)
         known, router = set(self.owners), selection.router
         looks = router is not None and not torch.compiler.is_compiling()
         if looks and (unknown := selection.by_router.keys() - known):

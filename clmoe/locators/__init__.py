@@ -3,7 +3,11 @@
 from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Locator
+from clmoe.locators.centroid import ImageTextCentroid, TextCentroid
+from clmoe.locators.gaussian import Gaussian
+from clmoe.locators.knn import Knn
 from clmoe.locators.known import Last, Oracle, Random
+from clmoe.locators.letter import GeneratedLetter
 from clmoe.locators.prototype import NearestMean, Prototype
 from clmoe.locators.vae import Vae
 from clmoe.utils.names import unknown
@@ -15,7 +19,12 @@ LOCATORS: dict[str, type[Locator]] = {
     "random": Random,
     "nearest_mean": NearestMean,
     "prototype": Prototype,
+    "gaussian": Gaussian,
+    "knn": Knn,
+    "text_centroid": TextCentroid,
+    "image_text_centroid": ImageTextCentroid,
     "vae": Vae,
+    "generated_letter": GeneratedLetter,
 }
 
 

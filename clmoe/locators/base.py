@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from clmoe.config import LocatorConfig, NoOptions, build
+from clmoe.config import LocatorConfig, NoOptions, View, build
 from clmoe.errors import ClmoeError
 from clmoe.utils.tensors import load_tensors, metadata, save_tensors
 
@@ -33,10 +33,15 @@ class Locator:
 
     Class attributes:
         looks: it needs features of the samples, and of each task's training samples before.
+        asks: its features are instead the logits ``[M, N]`` that the model itself gives to the tasks' letters, see
+            ``clmoe.methods.base.Method.letters``; there is nothing to fit.
+        view: what of a sample its features are of; ``image_text`` gives ``[M, 2 D]``, the image's half first.
         decisive: the options that a fitted state belongs to; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
+    asks: ClassVar[bool] = False
+    view: ClassVar[View] = "prompt"
     Options: ClassVar[type] = NoOptions
     decisive: ClassVar[tuple[str, ...]] = ()
 
@@ -57,6 +62,11 @@ class Locator:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
+
+    def size(self) -> tuple[int, int]:
+        """(numbers, bytes) of the state."""
+        state = self.state().values()
+        return sum(tensor.numel() for tensor in state), sum(tensor.nbytes for tensor in state)
 
     def save(self, path: Path) -> None:
         """Write the state and the settings that it belongs to."""

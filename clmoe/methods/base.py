@@ -1,6 +1,6 @@
 """The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -65,7 +65,7 @@ class Phase:
 
     Attributes:
         begin, end: called before training, and when its adapter is sealed, also if an earlier process sealed it.
-        learning_rate, steps: None for the configuration's.
+        learning_rate, steps, batch_size: None for the configuration's.
         of_task: the records are the task's, which the benchmark may ask to pass over several times.
     """
 
@@ -76,6 +76,7 @@ class Phase:
     end: Callable[[TaskContext], None]
     learning_rate: float | None = None
     steps: int | None = None
+    batch_size: int | None = None
     of_task: bool = True
 
 
@@ -86,6 +87,7 @@ class Method:
         chain: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each trains a fresh adapter,
             which ``end_task`` adds to the parent's), ``union`` (all tasks at once), ``none`` (nothing is trained).
         keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
+        letters: the model was taught to answer ``referral`` with the letter of a task, as ``generated_letter`` asks it.
         reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
         needs_gradients: ``change_gradients`` is called, and ``after_step`` finds whole gradients. ZeRO has none.
         Options: dataclass of the method's own options.
@@ -93,6 +95,7 @@ class Method:
 
     chain: ClassVar[Literal["sequence", "fresh", "union", "none"]] = "sequence"
     keeps_parts: ClassVar[bool] = False
+    letters: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
@@ -171,6 +174,17 @@ class Method:
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
+
+    def referral(self, question: str, experts: Mapping[str, str]) -> str:
+        """What the model, routed to ``LETTER_ROUTER``, is asked to choose a task by letter; only with ``letters``."""
+        raise NotImplementedError
+
+    def mixture(self, scores: Tensor) -> Tensor | None:
+        """Shares ``[B, N]`` of the tasks' parts in samples with these scores of the locator, ``[B, N]`` float64.
+
+        None, the default: all goes to the best task, see ``selection``. The shares need experts that ``pick`` ``task``.
+        """
+        return None
 
 
 def measured(method: Method) -> dict[str, float]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
+from clmoe.experts.config import ExpertConfig
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import attach_adapter, detach_adapter, freeze_experts, grow_experts, tensor_name
 from clmoe.experts.routing import RouteSelection
@@ -33,13 +34,16 @@ class Separate(Lora):
                 "adapter.train_projector=false"
             )
 
+    def parts(self, context: TaskContext) -> ExpertConfig:
+        """The adapter of all tasks' LoRAs, still without any."""
+        return lora_parts_adapter(self.config, context.base, "task", owners=[])
+
     def end_task(self, context: TaskContext) -> None:
         """Append the trained LoRA to the parent's, as the experts of an adapter that picks by task."""
         trained = load_tensors(context.trained / ADAPTER_FILE)
         if context.previous is None:
             detach_adapter(context.model)
-            empty = lora_parts_adapter(self.config, context.base, "task", owners=[])
-            context.model = attach_adapter(context.base.model, empty)
+            context.model = attach_adapter(context.base.model, self.parts(context))
         else:
             context.load(context.previous)
         factors = {}

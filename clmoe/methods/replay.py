@@ -60,6 +60,18 @@ def load_memory(checkpoint: Path | None) -> list[Remembered]:
     return [Remembered(**entry) for entry in entries]
 
 
+def check_memory(checkpoint: Path | None, data: Path) -> list[Remembered]:
+    """As ``load_memory``. Raises ClmoeError unless every image that the memory points to is still there."""
+    memory = load_memory(checkpoint)
+    for record in (record for past in memory for record in past.records):
+        if record.image is not None and not (data / record.image).is_file():
+            raise ClmoeError(
+                f"{checkpoint}/{MEMORY}: record {record.id!r}: no file {data / record.image}; past tasks' images are "
+                "read where they lay: put them back, or say with --data where the benchmark is now"
+            )
+    return memory
+
+
 def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecords:
     """The task's own records, then as many of ``memory``, over and over in order, as make a share of ``ratio``."""
     wanted = round(len(own.records) * ratio / (1 - ratio)) if memory else 0
@@ -83,13 +95,7 @@ class Remembers(Lora):
     Options: ClassVar[type] = MemoryOptions
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        """Every image that the memory points to is still there."""
-        for record in (record for past in load_memory(previous) for record in past.records):
-            if record.image is not None and not (data / record.image).is_file():
-                raise ClmoeError(
-                    f"{previous}/{MEMORY}: record {record.id!r}: no file {data / record.image}; past tasks' images are "
-                    "read where they lay: put them back, or say with --data where the benchmark is now"
-                )
+        check_memory(previous, data)
 
     def end_task(self, context: TaskContext) -> None:
         """Draw from the task's own records and add them to the parent's memory."""

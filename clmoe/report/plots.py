@@ -146,7 +146,7 @@ def matrices(groups: Sequence[Group]) -> Picture:
     measured = {stage for cells in found.values() for stage in cells.index}
     for title, cells in found.items():
         stages = pd.Index([stage for stage in (ZERO_SHOT, *cells) if stage in measured], name="after")
-        panels.append(_heat_panel(title, cells.reindex(stages)))
+        panels.append(heat_panel(title, cells.reindex(stages)))
     return Picture("matrices", panels)
 
 
@@ -209,7 +209,7 @@ def locator(groups: Sequence[Group]) -> Picture:
         seeds, cells = own["seed"].nunique(), tables.over_seeds(own, ["task", "located"])
         cells = cells[cells["n"] == seeds].pivot(index="task", columns="located", values="mean")
         title = f"{label}: {name}" + (f" (mean of {seeds} seeds)" if seeds > 1 else "")
-        panels.append(_heat_panel(title, cells.reindex(index=order, columns=order)))
+        panels.append(heat_panel(title, cells.reindex(index=order, columns=order)))
     return Picture("locator", panels)
 
 
@@ -219,7 +219,7 @@ def experts(groups: Sequence[Group]) -> Picture:
     for title, own in _first_seeds(tables.run_frame(groups, "expansion")):
         wide = own.pivot(index="block", columns="task", values="added").astype(float)
         wide = wide.reindex(index=own["block"].unique(), columns=list(groups[0].runs[0].order))
-        panels.append(_heat_panel(title, wide, top=2 * max(wide.max(axis=None), 1)))
+        panels.append(heat_panel(title, wide, top=2 * max(wide.max(axis=None), 1)))
     return Picture("experts", panels)
 
 
@@ -232,7 +232,7 @@ def usage(groups: Sequence[Group]) -> Picture:
             own = own.assign(expert=own["expert"].astype(object).where(own["kind"] == "expert", probe))
             wide = 100 * own.pivot(index="block", columns="expert", values="share")
             columns = sorted(wide, key=lambda name: (isinstance(name, str), name))
-            panels.append(_heat_panel(f"{title}: {task}", wide.reindex(index=own["block"].unique(), columns=columns)))
+            panels.append(heat_panel(f"{title}: {task}", wide.reindex(index=own["block"].unique(), columns=columns)))
     return Picture("usage", panels)
 
 
@@ -247,15 +247,15 @@ def parameters(groups: Sequence[Group]) -> Picture:
     return Picture("parameters", panels, drawn)
 
 
-def _heat_panel(title: str, cells: pd.DataFrame, top: float = 100) -> Panel:
-    """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them."""
+def heat_panel(title: str, cells: pd.DataFrame, top: float = 100, stds: pd.DataFrame | None = None) -> Panel:
+    """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them; `stds` are beside."""
     longest, widest = (max(map(len, _short(names))) for names in (cells.index, cells.columns))
     row = 0.28 if len(cells) <= 40 else 0.09
     size = (min(WIDTH, 0.4 + 0.065 * longest + 0.44 * len(cells.columns)), 0.5 + 0.045 * widest + row * len(cells))
-    return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1))
+    return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1, stds=stds))
 
 
-def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
+def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool, stds: pd.DataFrame | None = None) -> None:
     """The first row on top, blank where NaN; cells whose row and column have one name are framed."""
     ax.set_facecolor(BLANK)
     ax.pcolormesh(cells.to_numpy(float), cmap=HEAT, vmin=0, vmax=top, edgecolors=PAPER, linewidth=0.8 * numbers)
@@ -263,7 +263,9 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool) -> None:
         value = cells.iat[y, x]
         if numbers and not math.isnan(value):
             ink = "white" if value > 0.55 * top else "black"
-            ax.text(x + 0.5, y + 0.5, f"{value:.0f}", ha="center", va="center_baseline", fontsize=7.5, color=ink)
+            spread = "" if stds is None or math.isnan(stds.iat[y, x]) else f" ±{stds.iat[y, x]:.1f}"
+            text = f"{value:.0f}{spread}"
+            ax.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=7.5, color=ink)
         if row == column:
             ax.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, edgecolor=PALETTE[1], lw=1.3))
     step = 1 if numbers else math.ceil(len(cells) / 32)

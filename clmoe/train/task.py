@@ -279,7 +279,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
         return
     if context.previous is not None:
         locator.load(context.previous / LOCATOR_FILE)
-    store = FeatureStore.of(context.base, config, feature_folder(request.run))
+    store = FeatureStore.of(context.base, config, feature_folder(request.run), locator.view)
     features = store.of_training(context.model, context.records, context.image_root, config)
 
     def fit() -> None:  # up to minutes of work, the same in every process: one of them does it
@@ -328,10 +328,11 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
     return parameters
 
 
-def batch_plan(request: TrainRequest, records: Sequence[TrainRecord]) -> BatchPlan:
+def batch_plan(request: TrainRequest, records: Sequence[TrainRecord], batch_size: int | None = None) -> BatchPlan:
     """How this task's global batches are cut. Raises ClmoeError if the processes cannot divide them."""
     training = request.config.training
-    return BatchPlan(request.config.seed, len(records), training.batch_size, training.micro_batch_size, count())
+    sizes = batch_size or training.batch_size, training.micro_batch_size
+    return BatchPlan(request.config.seed, len(records), *sizes, count())
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -366,7 +367,7 @@ def _train(
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
-    plan = batch_plan(request, phase.records)
+    plan = batch_plan(request, phase.records, phase.batch_size)
     dataset = train_dataset(base, phase.records, phase.image_root, training.max_length, plan.rows(steps))
     if training.gradient_checkpointing:
         enable_checkpointing(context.model)

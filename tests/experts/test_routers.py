@@ -144,6 +144,10 @@ def test_rows_select_the_router_and_the_task_of_each_sample() -> None:
     chosen = whole.rows(torch.tensor([2, 0, 2]))
     assert (chosen.router.tolist(), chosen.task.tolist(), chosen.beta) == ([7, 5, 7], [0, 2, 0], 0.3)
     assert RouteSelection(beta=0.3).rows(torch.tensor([1])) == RouteSelection(beta=0.3)
+    shares = RouteSelection(weights=torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.25, 0.75]]))
+    assert shares.rows(torch.tensor([1])).weights.tolist() == [[1.0, 0.0]]
+    first, second, third = shares.keys(3)
+    assert first == third != second
 
 
 def test_blocks_nest_and_restore_even_after_an_error() -> None:

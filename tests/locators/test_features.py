@@ -57,26 +57,43 @@ def mean_of_layers(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([output.reshape(-1, output.shape[-1])[-1:] for output in outputs]).mean(0)
 
 
+def image_of(base: LoadedBase, row: Question, images: Path) -> Tensor:
+    """Oracle of an image's half: tower, then projector, module by module; zeros without an image."""
+    if row.image is None:
+        return torch.zeros(base.model.config.text_config.hidden_size)
+    pixels = base.read_image(images / row.image).unsqueeze(0)
+    states = base.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    patches = states[base.model.config.vision_feature_layer][0, 1:]
+    return base.model.model.multi_modal_projector(patches).mean(0)
+
+
 def last_state(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
     return base.model.model(**batch).last_hidden_state[:, -1]
 
 
+@pytest.mark.parametrize("view", ["prompt", "text", "image_text"])
 @pytest.mark.parametrize("kind", ["last", "pooled"])
 @pytest.mark.parametrize("share", [False, True])
 def test_features_are_the_bare_bases_one_by_one(
-    kind: Any, share: bool, model: PeftModel, tiny_base: LoadedBase, pristine_base: LoadedBase, asked: Asked,
+    view: Any, kind: Any, share: bool, model: PeftModel, tiny_base: LoadedBase, pristine_base: LoadedBase, asked: Asked,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     real, batches = features_module.base_features, []
     monkeypatch.setattr(
         features_module, "base_features", lambda model, batch, kind: batches.append(batch) or real(model, batch, kind)
     )
-    found = FeatureStore(tiny_base, kind, 7, None, share).features(model, *asked)
+    found = FeatureStore(tiny_base, kind, 7, None, share, view).features(model, *asked)
     assert [isinstance(batch, SharedPrompts) for batch in batches] == [share] * 3
     oracle = mean_of_layers if kind == "pooled" else last_state
+    rows, images = asked
+    texts = rows if view == "prompt" else [dataclasses.replace(row, image=None) for row in rows]
     with torch.no_grad():
-        alone = prompt_batches(pristine_base, prompt_dataset(pristine_base, *asked), 1)
+        alone = prompt_batches(pristine_base, prompt_dataset(pristine_base, texts, images), 1)
         expected = torch.cat([oracle(pristine_base, batch) for batch in alone])
+        if view == "image_text":
+            seen = [image_of(pristine_base, row, images) for row in rows]
+            assert [bool(feature.any()) for feature in seen] == [row.image is not None for row in rows]
+            expected = torch.cat([torch.stack(seen), expected], dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -94,6 +111,7 @@ def test_every_cause_of_other_features_is_another_file(
     ]
     stores = [store, *(dataclasses.replace(store, base=dataclasses.replace(tiny_base, **base)) for base in bases)]
     changes: list[dict[str, Any]] = [{"kind": "pooled"}, {"batch_size": 6}, {"share_images": True}]
+    changes += [{"view": "image_text"}]
     stores += [dataclasses.replace(store, **change) for change in changes]
     keys = [each._key(questions, images) for each in stores]
     with monkeypatch.context() as patch:

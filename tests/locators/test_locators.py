@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from clmoe.config import LocatorConfig, load_config
 from clmoe.errors import ClmoeError
 from clmoe.locators import LOCATORS, make_locator
-from clmoe.locators.base import Asked
+from clmoe.locators.base import Asked, Locator
 from clmoe.locators.prototype import STD_FLOOR, NearestMean, Prototype
 
 WIDTH = 5
@@ -97,6 +100,79 @@ def test_nearest_mean_is_the_distance_to_each_plain_mean(tmp_path: Path) -> None
     read = NearestMean(LocatorConfig("nearest_mean"), seed=0)
     read.load(tmp_path / "locator.safetensors")
     assert torch.equal(distances(read, torch.from_numpy(queries)), distances(index, torch.from_numpy(queries)))
+
+
+# ---- Gaussian, nearest neighbours, centroids
+
+
+def fitted(name: str, data: list[np.ndarray], folder: Path | None = None, **options: object) -> Locator:
+    """A locator with these tasks; with a folder, saved after the second and read again before the third."""
+    made = make_locator(LocatorConfig(name, options=options), 0)
+    for number, features in enumerate(data):
+        if folder is not None and number == 2:
+            made.save(folder / "locator.safetensors")
+            made = make_locator(LocatorConfig(name, options=options), 0)
+            made.load(folder / "locator.safetensors")
+        made.fit(torch.from_numpy(features))
+    return made
+
+
+def queries(width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(3).normal(4, 2, (9, width)).astype(np.float32)
+
+
+def scored(locator: Locator, asked: np.ndarray) -> np.ndarray:
+    return locator.scores(Asked([""] * len(asked), 3, torch.from_numpy(asked))).numpy()
+
+
+@pytest.mark.parametrize("covariance", ["shared", "own"])
+def test_a_gaussian_gives_scipys_log_densities(covariance: str, tmp_path: Path) -> None:
+    """The single sample of the second task has no covariance of its own, only the floor."""
+    data, asked = tasks(), queries()
+    own = [np.zeros((WIDTH, WIDTH)) for _ in data]
+    for task in (0, 2):
+        own[task] = LedoitWolf().fit(data[task].astype(np.float64)).covariance_
+    shared = sum(size * each for size, each in zip(SIZES, own, strict=True)) / sum(SIZES)
+    used = [(shared if covariance == "shared" else each) + 1e-6 * np.eye(WIDTH) for each in own]
+    expected = [
+        multivariate_normal(features.astype(np.float64).mean(0), each).logpdf(asked.astype(np.float64))
+        for features, each in zip(data, used, strict=True)
+    ]
+    scores = scored(fitted("gaussian", data, tmp_path, covariance=covariance), asked)
+    np.testing.assert_allclose(scores + -WIDTH / 2 * np.log(2 * np.pi), np.stack(expected, 1), rtol=1e-8)
+
+
+@pytest.mark.parametrize(("neighbours", "stored"), [(4, 500), (100, 5)])
+def test_neighbours_vote_as_in_scikit_learn(neighbours: int, stored: int, tmp_path: Path) -> None:
+    data, asked = tasks(), queries()
+    kept = [features[:stored].astype(np.float64) for features in data]
+    owners = np.repeat(np.arange(3), [len(features) for features in kept])
+    oracle = KNeighborsClassifier(min(neighbours, len(owners)), weights="distance").fit(np.concatenate(kept), owners)
+    found = scored(fitted("knn", data, tmp_path, neighbours=neighbours, stored=stored), asked)
+    np.testing.assert_allclose(found, oracle.predict_proba(asked.astype(np.float64)), rtol=1e-9)
+    again = scored(fitted("knn", data, neighbours=neighbours, stored=stored), data[2][:1])
+    assert again.argmax() == 2 and np.isfinite(again).all(), "a stored sample that is asked again"
+
+
+@pytest.mark.parametrize(("name", "parts"), [("text_centroid", 1), ("image_text_centroid", 2)])
+def test_centroids_are_compared_by_their_cosines(name: str, parts: int, tmp_path: Path) -> None:
+    """A row without an image has zeros in the first half of its feature."""
+    data, asked = [np.hstack([features] * parts)[:, ::-1].copy() for features in tasks()], queries(WIDTH * parts)
+    asked[0, :WIDTH] *= parts == 1
+    expected = np.zeros((9, 3))
+    for row, query in enumerate(asked.astype(np.float64)):
+        for task, features in enumerate(data):
+            centre = features.astype(np.float64).mean(0)
+            for half in np.split(np.arange(WIDTH * parts), parts):
+                norms = np.linalg.norm(query[half]) * np.linalg.norm(centre[half])
+                expected[row, task] += query[half] @ centre[half] / norms / parts if norms else 0
+    np.testing.assert_allclose(scored(fitted(name, data, tmp_path), asked), expected, rtol=1e-9)
+
+
+def test_the_size_counts_what_is_stored() -> None:
+    assert fitted("text_centroid", tasks()).size() == (3 * WIDTH, 8 * 3 * WIDTH)
+    assert fitted("knn", tasks()).size() == (sum(SIZES) * (WIDTH + 1), sum(SIZES) * (4 * WIDTH + 8))
+    assert fitted("oracle", tasks()).size() == (0, 0)
 
 
 # ---- Known

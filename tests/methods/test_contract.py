@@ -29,9 +29,13 @@ from tests.runs import Runs, tensors
 from tests.support import TASKS, prompt_batch, tiny_config
 
 LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
+ALL_LORA = r"language_model\.layers\.\d+\.(mlp|self_attn)\.\w+_proj\.lora_[AB]\."
 EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 BLOCKS = r"language_model\.layers\.\d+\.mlp\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 PROJECTOR = r"multi_modal_projector\.modules_to_save\."
+
+
+ROUTER = ("options.stored=4", "options.router_rank=16", "options.router_epochs=1", "options.router_batch=8")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ ROWS = {
     "lora": Row((LORA, PROJECTOR)),
     "multitask": Row((LORA, PROJECTOR), chain="union"),
     "separate": Row((LORA,), chain="fresh", overrides=("adapter.train_projector=false",)),
+    "disco": Row((ALL_LORA,), ("locator.safetensors",), "fresh", ("adapter.train_projector=false",)),
+    "hide": Row((ALL_LORA,), ("locator.safetensors",), "fresh", ("adapter.train_projector=false",)),
+    "mrlora": Row((ALL_LORA,), ("memory.json",), "fresh", ("adapter.train_projector=false", *ROUTER)),
     "moelora": Row((EXPERTS, PROJECTOR)),
     "clmoe": Row((EXPERTS, PROJECTOR), ("statistics.safetensors", "locator.safetensors")),
     "llava_cmoe": Row(
@@ -72,7 +79,8 @@ ROWS = {
 }
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
 CONTINUED = [name for name, row in ROWS.items() if row.chain == "sequence"]
-CHAINED = [*CONTINUED, "separate"]
+CHAINED = [name for name, row in ROWS.items() if row.chain in ("sequence", "fresh")]
+BEFORE = {"llava_cmoe": 2, "mrlora": 1}  # steps of the second task before its last training
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 COMMON_FILES = ADAPTER_FILES | {"config.yaml", "continual.json", "manifest.json"}
 
@@ -172,8 +180,7 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(name: s
     settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
     previous, straight = runs.chain(name, *settings)
     train = partial(runs.train, tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
-    probes = 2 if name == "llava_cmoe" else 0
-    contract.killed_it_ends_in_the_same_bytes(method_class(name), train, straight, probes + 2)
+    contract.killed_it_ends_in_the_same_bytes(method_class(name), train, straight, BEFORE.get(name, 0) + 2)
 
 
 @pytest.mark.parametrize("name", TRAINED)

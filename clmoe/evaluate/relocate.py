@@ -1,0 +1,198 @@
+"""A finished run under other locators: nothing is trained, and only questions taken for another task are asked again.
+
+The answers become cells of the run folder, as ``clmoe eval ... locator=NAME`` makes them. What each locator stores and
+takes is measured once and kept in ``locators.json``.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Self
+
+from peft import PeftModel
+
+from clmoe.bases.llava import LoadedBase
+from clmoe.benchmarks.base import Benchmark
+from clmoe.config import Config, LocatorConfig
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.answer import Answerer, fit_tasks, open_answerer
+from clmoe.evaluate.matrix import AccuracyMatrix, metrics
+from clmoe.evaluate.run import Cell, fill_cells
+from clmoe.experts.model import detach_adapter
+from clmoe.locators import LOCATORS, make_locator
+from clmoe.locators.base import Asked, Locator
+from clmoe.methods import method_class
+from clmoe.train.checkpoint import Finished, read_checkpoint
+from clmoe.utils.files import read_json, read_json_lines, write_json
+
+COSTS = "locators.json"
+TIMED = 64  # questions of the newest task
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a locator takes with all tasks of a run.
+
+    Attributes:
+        numbers, bytes: of what it stores.
+        feature_ms, decision_ms: per question, for its feature (batched, nothing kept) and for the scores of all tasks.
+    """
+
+    numbers: int
+    bytes: int
+    feature_ms: float
+    decision_ms: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run reaches with one locator: ``metrics`` in percent, see ``clmoe.evaluate.matrix``.
+
+    ``confusion``: at the end of the run, task -> task that a question was taken for -> number of questions.
+    """
+
+    locator: str
+    metrics: dict[str, float | None]
+    confusion: dict[str, Counter[str]]
+    cost: Cost
+
+    @property
+    def located(self) -> float:
+        """Percent of all questions that were taken for their task."""
+        right = sum(counts[task] for task, counts in self.confusion.items())
+        return 100 * right / sum(counts.total() for counts in self.confusion.values())
+
+
+def usable_locators(method: str) -> list[str]:
+    """All locators but those that ask the model, unless the method taught it to answer."""
+    taught = method_class(method).letters
+    return [name for name, kind in LOCATORS.items() if taught or not kind.asks]
+
+
+def finished_method(run: Path) -> str:
+    """The method of a finished run. Raises ClmoeError for another folder, or a method that keeps no parts per task."""
+    if not (run / "run.json").is_file():
+        raise ClmoeError(f"{run} holds no run: `clmoe run METHOD BENCHMARK --output {run}` trains it")
+    info = read_json(run / "run.json")
+    method = str(info["method"])
+    if not method_class(method).keeps_parts:
+        raise ClmoeError(f"{run}: method {method} keeps no parts per task, so no locator makes a difference")
+    folders = [run / f"{number:02}_{task}" for number, task in enumerate(info["order"], 1)]
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+        raise ClmoeError(f"{run} is not finished, {missing[0]} is missing: give the line that began it again")
+    return method
+
+
+def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Path) -> list[Found]:
+    """What the run reaches with each of these locators; fills the cells that are missing.
+
+    ``features`` is the folder for features, which runs on one base may share. Raises ClmoeError for a run that is not
+    finished, keeps no parts per task, or cannot have one of the locators.
+    """
+    order, dones = _checkpoints(run, benchmark)
+    method = dones[-1].config.method
+    for name in names:
+        if name not in usable_locators(method):
+            raise ClmoeError(f"{run}: method {method} cannot have locator={name}, only {usable_locators(method)}")
+    plans = [_Plan.of(name, dones, run, benchmark) for name in names]
+    costs = read_json(run / COSTS) if (run / COSTS).is_file() else {}
+    base: LoadedBase | None = None
+    for number, done in enumerate(dones):
+        last = number == len(order) - 1
+        todo = [plan for plan in plans if plan.missing(number) or (last and plan.name not in costs)]
+        if not todo:
+            continue
+        answerer = open_answerer(done.config, done, base, features, benchmark)
+        own = answerer.own
+        for plan in todo:
+            answerer.use(own)
+            plan.prepare(answerer, benchmark, done.lineage.tasks)
+            if cells := plan.missing(number):
+                fill_cells(cells, benchmark, order, answerer)
+            if last:
+                costs[plan.name] = asdict(_cost(answerer, plan.cells[number][-1]))
+        base = answerer.base
+        if isinstance(answerer.model, PeftModel):
+            detach_adapter(answerer.model)
+    write_json(run / COSTS, costs)
+    return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
+
+
+def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finished]]:
+    """The order of a finished run's tasks, and its checkpoints."""
+    finished_method(run)
+    order: list[str] = read_json(run / "run.json")["order"]
+    dones = [read_checkpoint(run / f"{number:02}_{task}") for number, task in enumerate(order, 1)]
+    if (trained_on := dones[-1].lineage.benchmark) != benchmark.name:
+        raise ClmoeError(f"{run} was trained on benchmark {trained_on}, not {benchmark.name}")
+    return order, dones
+
+
+@dataclass
+class _Plan:
+    """A locator, and the cells that it needs of each checkpoint: of the newest task, of the last one all."""
+
+    locator: Locator
+    config: Config
+    cells: list[list[Cell]]
+    fitted: int = 0  # tasks
+
+    @classmethod
+    def of(cls, name: str, dones: list[Finished], run: Path, benchmark: Benchmark) -> Self:
+        config = dones[-1].config
+        own, now = name == dones[-1].locator.name, config.locator
+        if LOCATORS[name].looks and not own:
+            config = replace(config, locator=LocatorConfig(name, now.feature, now.samples))
+        locator = make_locator(config.locator if own else LocatorConfig(name, now.feature), config.seed)
+        plan = cls(locator, config, [])
+        for done in dones:
+            learned, last = done.lineage.tasks, done is dones[-1]
+            limit, by = None if last else config.evaluation.limit, "" if own else name
+            asked = map(benchmark.task, learned if last else learned[-1:])
+            plan.cells.append([Cell(run, task, by, "fixed", limit, config, done.identity, learned) for task in asked])
+        return plan
+
+    @property
+    def name(self) -> str:
+        return self.locator.config.name
+
+    def missing(self, number: int) -> list[Cell]:
+        return [cell for cell in self.cells[number] if not cell.settled()]
+
+    def prepare(self, answerer: Answerer, benchmark: Benchmark, tasks: list[str]) -> None:
+        """Let the answerer find tasks with this locator; fit it on those that it does not know yet."""
+        if not self.cells[0][0].locator or not self.locator.looks:
+            return
+        answerer.use(self.locator)
+        fit_tasks(answerer, self.config, [benchmark.task(task) for task in tasks[self.fitted :]])
+        self.fitted = len(tasks)
+
+    def found(self, order: list[str], cost: Cost) -> Found:
+        scores = [[read_json(cell.path)["score"] for cell in cells] for cells in self.cells]
+        rows = {task: (*[None] * k, *scores[k], *[None] * (len(order) - 1 - k)) for k, task in enumerate(order[:-1])}
+        rows[order[-1]] = tuple(scores[-1])
+        confusion = {
+            cell.task.name: Counter(row["task"] for row in read_json_lines(cell.path.with_suffix(".jsonl")))
+            for cell in self.cells[-1]
+        }
+        return Found(self.name, metrics(AccuracyMatrix(tuple(order), rows)), confusion, cost)
+
+
+def _cost(answerer: Answerer, cell: Cell) -> Cost:
+    """Measured on the first questions of this cell."""
+    questions = cell.questions(images=True)[:TIMED]
+    fresh = replace(answerer.store, folder=None)
+    finder = answerer.locator(cell.locator)
+    assert finder is not None
+    asked = Asked([question.question_id for question in questions], answerer.learned, task=answerer.learned - 1)
+    start = perf_counter()
+    if finder.looks:
+        asked = replace(asked, features=fresh.features(answerer.model, questions, cell.task.image_root))
+    elif finder.asks:
+        asked = replace(asked, features=answerer.letters(questions, cell.task.image_root))
+    between = perf_counter()
+    finder.scores(asked)
+    each = 1000 / len(questions)
+    return Cost(*finder.size(), (between - start) * each, (perf_counter() - between) * each)

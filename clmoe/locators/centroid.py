@@ -1,0 +1,53 @@
+"""A sample belongs to the task whose mean feature points its way: of its text (DISCO), or of image and text (HiDe).
+
+The papers take both features from CLIP; here the frozen base gives them, so that no further model is needed.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clmoe.config import LocatorConfig, View
+from clmoe.locators.base import Asked, Locator
+
+
+class TextCentroid(Locator):
+    """DISCO (ICCV 2025): the cosine between a question's feature without its image and each task's mean of these.
+
+    ``means [N, D]`` are float64.
+    """
+
+    view: ClassVar[View] = "text"
+    parts: ClassVar[int] = 1
+
+    def __init__(self, config: LocatorConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.means = torch.zeros(0, dtype=torch.float64)
+
+    def fit(self, features: Tensor) -> None:
+        self.means = torch.cat([self.means, features.double().cpu().mean(0, keepdim=True)])
+
+    def scores(self, asked: Asked) -> Tensor:
+        """Cosines, averaged over the parts of a feature; a part of zeros, as of a missing image, counts as 0."""
+        assert asked.features is not None
+        halves = zip(
+            asked.features.double().cpu().chunk(self.parts, 1), self.means[: asked.tasks].chunk(self.parts, 1),
+            strict=True,
+        )  # fmt: skip
+        cosines = [normalize(own, dim=1) @ normalize(anchors, dim=1).t() for own, anchors in halves]
+        return torch.stack(cosines).mean(0)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"centroid.means": self.means}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.means = state["centroid.means"]
+
+
+class ImageTextCentroid(TextCentroid):
+    """HiDe-LLaVA (ACL 2025): the mean of the cosines between images and between texts."""
+
+    view: ClassVar[View] = "image_text"
+    parts: ClassVar[int] = 2

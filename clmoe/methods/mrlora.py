@@ -1,0 +1,139 @@
+"""MR-LoRA (MLLM-CL, 2025): a LoRA per task, and one more that reads image and question and says which task's to take.
+
+Task t trains ``B_t A_t`` alone, from the bare base. A router, a LoRA on the bare base too, then learns anew from a few
+stored samples of each of the tasks 1..t to answer ``referral(question)`` with the letter of the sample's task:
+
+    y = W0 x + s * B_i A_i x,    i = argmax over letters of p( letter | image, referral(q); base + s * B_r A_r )
+
+The released code starts its router from the base with the mean of all tasks' LoRAs merged in, describes each expert in
+a sentence (``options.descriptions``), and draws a task where the model says no letter; here only letters count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from clmoe.config import Config
+from clmoe.data.prompts import answer_letters
+from clmoe.data.records import TrainRecord, Turn
+from clmoe.errors import ClmoeError
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import attach_adapter, detach_adapter, expert_config, tensor_name
+from clmoe.experts.routing import LETTER_ROUTER
+from clmoe.methods.base import ADAPTER_FILE, Phase, TaskContext, lora_adapter
+from clmoe.methods.bounds import Separate
+from clmoe.methods.replay import MEMORY, Remembered, check_memory, load_memory, save_memory
+from clmoe.utils.schema import Count, Positive, Steps
+from clmoe.utils.tensors import load_tensors
+
+
+@dataclass(frozen=True)
+class Options:
+    """MR-LoRA's own choices, by default those of the released scripts.
+
+    Attributes:
+        stored: training records kept of each task for the router, 20.
+        router_rank: a multiple of ``adapter.rank``; 128.
+        router_rate: learning rate of the router over the tasks', 0.25 (5e-6 to 2e-5).
+        router_epochs, router_batch: passes over the stored records, 40, and the global batch, 32 (4 on each of 8 GPUs).
+        descriptions: of tasks, for the list of experts that the router reads; a task's name where there is none.
+    """
+
+    stored: Steps = 20
+    router_rank: Count = 128
+    router_rate: Positive = 0.25
+    router_epochs: Count = 40
+    router_batch: Count = 32
+    descriptions: dict[str, str] = field(default_factory=dict)
+
+
+class MrLora(Separate):
+    """The router is kept as experts of ``LETTER_ROUTER``, before those of the tasks."""
+
+    letters = True
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if self.options.router_rank % config.adapter.rank:
+            raise ClmoeError(
+                f"options.router_rank {self.options.router_rank} is not a multiple of adapter.rank "
+                f"{config.adapter.rank}: the router is kept as so many experts of that rank"
+            )
+
+    def referral(self, question: str, experts: Mapping[str, str]) -> str:
+        listed = [f"{letter}. {self.options.descriptions.get(task, task)}" for letter, task in experts.items()]
+        ask, end = "Which of these experts should answer the question?", "Do not answer it, give the letter alone."
+        return "\n".join([ask, *listed, f"Question: {question}", end])
+
+    def check_inputs(self, previous: Path | None, data: Path) -> None:
+        check_memory(previous, data)
+
+    def phases(self, context: TaskContext) -> list[Phase]:
+        """From the second task on the router, which no later training changes; then the task's own LoRA."""
+        options, training = self.options, self.config.training
+        where = self.config.seed, context.image_root, context.data
+        newest = Remembered.draw(context.task, context.records, options.stored, *where)
+        self._memory = [*load_memory(context.previous), newest]
+        own = super().phases(context)
+        if len(self._memory) == 1:
+            return own
+        letters = answer_letters(context.base.tokenizer, len(self._memory))
+        experts = dict(zip(letters, [past.task for past in self._memory], strict=True))
+        records = [
+            TrainRecord(record.id, record.image, (Turn(self.referral(record.turns[0].question, experts), letter),))
+            for letter, past in zip(experts, self._memory, strict=True)
+            for record in past.records
+        ]
+        steps = -(-len(records) * options.router_epochs // options.router_batch)
+        router = Phase(
+            "router",
+            records,
+            context.data,
+            self._begin_router,
+            lambda context: None,
+            options.router_rate * training.learning_rate,
+            steps,
+            options.router_batch,
+            of_task=False,
+        )
+        return [router, *own]
+
+    def _begin_router(self, context: TaskContext) -> None:
+        """A fresh LoRA of the router's rank, with the tasks' scale."""
+        adapter = self.config.adapter
+        rank = self.options.router_rank
+        wider = replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank)
+        self._attach(context, replace(self.config, adapter=wider))
+
+    def begin_task(self, context: TaskContext) -> None:
+        """A fresh LoRA for the task, as without a router before it."""
+        self._attach(context, self.config)
+
+    def _attach(self, context: TaskContext, config: Config) -> None:
+        detach_adapter(context.model)
+        torch.manual_seed(config.seed)  # peft draws from the global generator
+        context.model = attach_adapter(context.base.model, lora_adapter(config))
+
+    def end_task(self, context: TaskContext) -> None:
+        """Append the trained LoRA to the parent's, put the new router in the old one's place, and keep the samples."""
+        super().end_task(context)
+        save_memory(self._memory, context.work / MEMORY)
+        if len(self._memory) == 1:
+            return
+        router, config = load_tensors(context.sealed / "router" / ADAPTER_FILE), expert_config(context.model)
+        for name, layer in expert_layers(context.model).items():
+            old = layer.routers.owners.count(LETTER_ROUTER)
+            A, B = (router[tensor_name(name, f"lora_{f}.weight")].to(context.base.device) for f in "AB")
+            for experts in layer.experts.values():
+                own_A, own_B = experts.packed()
+                experts.frozen_A = torch.cat([A, own_A[old * experts.rank :]])
+                experts.frozen_B = torch.cat([B, own_B[:, old * experts.rank :]], dim=1)
+                count = len(A) // experts.rank
+            config.layout[layer.block] = [LETTER_ROUTER] * count + list(range(context.index + 1))
+            layer.routers.owners = list(config.layout[layer.block])
+
+
+METHODS = {"mrlora": MrLora}

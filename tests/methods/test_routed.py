@@ -1,0 +1,168 @@
+"""Methods with a LoRA per task: how they fuse or choose them, against loops over the tasks' own factors."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.llava import LoadedBase
+from clmoe.data.records import load_questions
+from clmoe.evaluate.answer import open_answerer
+from clmoe.experts.forward import adapted_base
+from clmoe.experts.layer import ExpertLayer, expert_layers, experts_by_linear
+from clmoe.experts.model import load_adapter
+from clmoe.experts.routing import LETTER_ROUTER, RouteSelection, routing
+from clmoe.methods import method_class
+from clmoe.train.checkpoint import read_checkpoint
+from tests.methods.test_contract import ROWS
+from tests.runs import Runs, events, same_bits, texts
+from tests.support import TASKS, copy_base, prompt_batch, prompt_batches, tiny_config
+
+SCORES = torch.tensor([[0.9, 0.85, -0.3], [0.1, 0.2, 0.3]], dtype=torch.float64)
+LAST = "1"  # the tiny model has two blocks
+SCALE = 2.0
+
+
+def last(runs: Runs, method: str, *overrides: str) -> Path:
+    """The checkpoint of three tasks, with a LoRA of rank 8 and scale 2 for each."""
+    return runs.chain(method, *ROWS[method].overrides, *overrides, tasks=TASKS)[-1]
+
+
+def factors(base: LoadedBase, checkpoint: Path) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """``A_i`` and ``B_i`` of every linear, float64, oldest task first."""
+    model = load_adapter(copy_base(base).model, checkpoint, trainable=False)
+    found = {}
+    for name, experts in experts_by_linear(model).items():
+        A, B = (factor.double() for factor in experts.packed())
+        found[name] = list(zip(A.chunk(experts.count), B.chunk(experts.count, 1), strict=True))
+    return found
+
+
+def in_and_out(model: PeftModel, batch: dict[str, Tensor], selection: RouteSelection) -> dict[str, Any]:
+    """Input and output of every patched linear in one forward pass."""
+    seen: dict[str, Any] = {}
+
+    def watch(layer: ExpertLayer) -> None:
+        layer.register_forward_hook(lambda module, args, out: seen.__setitem__(layer.name, (args[0], out)))
+
+    for layer in expert_layers(model).values():
+        watch(layer)
+    with torch.no_grad(), routing(selection):
+        adapted_base(model).model(**batch)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "variant"), [("disco", 0.05, ""), ("hide", 0.1, "paper"), ("hide", 0.1, "released")]
+)
+def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
+    name: str, temperature: float, variant: str, runs: Runs, tiny_base: LoadedBase
+) -> None:
+    """A loop in float64 over factors that a run of the paper's variant keeps apart; the gate alone is float32."""
+    own = factors(tiny_base, last(runs, name))
+    checkpoint = last(runs, name, *(["options.variant=released"] if variant == "released" else []))
+    base = copy_base(tiny_base)
+    model = load_adapter(base.model.double(), checkpoint, trainable=False).eval()
+    method = method_class(name)(read_checkpoint(checkpoint).config)
+    batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
+    batch["pixel_values"] = batch["pixel_values"].double()
+    shares = method.mixture(SCORES)
+    assert shares is not None
+    exp = [[math.exp(score / temperature) for score in row] for row in SCORES.tolist()]
+    expected = torch.tensor([[value / sum(row) for value in row] for row in exp], dtype=torch.float64)
+    torch.testing.assert_close(shares, expected, rtol=1e-12, atol=0)
+    seen = in_and_out(model, batch, RouteSelection(weights=shares.float()))
+    assert len(seen) == 2 * 7
+    for layer, (x, out) in seen.items():
+        linear = expert_layers(model)[layer].base_layer
+        assert isinstance(linear, nn.Linear)
+        y = x @ linear.weight.t()
+        mixes = name == "disco" or f"layers.{LAST}." in layer
+        for i, (A_i, B_i) in enumerate(own[layer]):
+            if mixes:
+                y += SCALE * expected[:, i, None, None] * (x @ A_i.t() @ B_i.t())
+            elif variant == "paper":
+                y += SCALE * (x @ A_i.t() @ B_i.t())
+            else:
+                for A_j, _ in own[layer]:
+                    y += SCALE * (x @ A_j.t() @ B_i.t())
+        torch.testing.assert_close(out, y, rtol=1e-6, atol=1e-7, msg=layer)
+        assert (out - x @ linear.weight.t()).abs().max() > 1e-3, "the LoRAs have an effect"
+
+
+def test_questions_that_mix_alike_are_answered_alike_in_any_batch(runs: Runs, tmp_path: Path) -> None:
+    """Shares differ from sample to sample: no prefix is shared that does not have the same ones."""
+    checkpoint, soft = last(runs, "disco"), "options.temperature=2"
+    found = [
+        texts(runs.evaluate(checkpoint, tmp_path / size, soft, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
+        for size in ("1", "64")
+    ]
+    assert found[0] == found[1]
+    hard = runs.evaluate(checkpoint, tmp_path / "hard", locator="oracle")
+    assert texts(hard, TASKS[-1], *(f"{task}.oracle" for task in TASKS)) != found[0]
+
+
+def test_the_loras_of_mrlora_are_those_that_separate_trains(runs: Runs, tiny_base: LoadedBase) -> None:
+    """The router, trained before each of them, leaves no trace; it is anew for every number of tasks."""
+    same = ("adapter.targets=[gate_proj,up_proj,down_proj]",)
+    mine, theirs = last(runs, "mrlora", *same), last(runs, "separate")
+    separate = factors(tiny_base, theirs)
+    for name, pairs in factors(tiny_base, mine).items():
+        assert len(pairs) == 2 + 3, "a router of rank 16, and three tasks"
+        for (A, B), (A_i, B_i) in zip(pairs[2:], separate[name], strict=True):
+            assert same_bits(A, A_i) and same_bits(B, B_i), name
+    before = factors(tiny_base, runs.chain("mrlora", *ROWS["mrlora"].overrides, *same, tasks=TASKS)[1])
+    assert all(not torch.equal(before[name][0][0], pairs[0][0]) for name, pairs in factors(tiny_base, mine).items())
+
+
+def test_letters_are_the_logits_of_the_base_with_the_router_merged_in(
+    runs: Runs, tiny_base: LoadedBase, mini_yaml: Path
+) -> None:
+    """Oracle: ``W0 + s B_r A_r`` in a plain model, asked prompt by prompt."""
+    done = read_checkpoint(last(runs, "mrlora"))
+    router = {name: pairs[:2] for name, pairs in factors(tiny_base, done.folder).items()}
+    merged = copy_base(tiny_base)
+    for name, pairs in router.items():
+        weight = merged.model.get_submodule(name).weight
+        weight.data += SCALE * sum(B @ A for A, B in pairs).float()
+    answerer = open_answerer(done.config, done, copy_base(tiny_base))
+    folder = mini_yaml.parent / TASKS[1]
+    questions = load_questions(folder / "test.json", folder / "images")
+    said = answerer.letters(questions, folder / "images")
+    tokens = [merged.tokenizer(f" {letter}", add_special_tokens=False).input_ids for letter in "ABC"]
+    experts = dict(zip("ABC", TASKS, strict=True))
+    asked = [replace(question, text=answerer.method.referral(question.text, experts)) for question in questions]
+    with torch.no_grad():
+        batches = prompt_batches(merged, prompt_dataset(merged, asked, folder / "images"), 1)
+        expected = torch.cat([merged.model(**batch).logits[:, -1] for batch in batches])[:, torch.tensor(tokens)[:, 0]]
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+    assert said.std(0).min() > 0
+    chosen = answerer.task_scores(questions, folder / "images")
+    assert chosen is not None and torch.equal(chosen.argmax(1), said.argmax(1))
+
+
+def test_the_router_of_mrlora_learns_from_its_stored_records(runs: Runs) -> None:
+    checkpoint = last(runs, "mrlora")
+    memory = json.loads((checkpoint / "memory.json").read_text())
+    assert [(past["task"], len(past["records"])) for past in memory] == [(task, 4) for task in TASKS]
+    trained = [(event["task"], event["phase"], event["steps"]) for event in events(checkpoint.parent, "trained")]
+    assert trained == [
+        (TASKS[0], "trained", 4), (TASKS[1], "router", 1), (TASKS[1], "trained", 4),
+        (TASKS[2], "router", 2), (TASKS[2], "trained", 4),
+    ]  # fmt: skip
+    owners = {tuple(layer) for layer in read_checkpoint_layout(checkpoint)}
+    assert owners == {(LETTER_ROUTER, LETTER_ROUTER, 0, 1, 2)}
+    referral = method_class("mrlora")(tiny_config("mrlora", Path("x"), "options.descriptions={b: the second}")).referral
+    assert referral("What?", {"A": "a", "B": "b"}).splitlines()[1:4] == ["A. a", "B. the second", "Question: What?"]
+
+
+def read_checkpoint_layout(checkpoint: Path) -> list[list[int]]:
+    """The owners of the experts of each block."""
+    return list(json.loads((checkpoint / "adapter_config.json").read_text())["layout"].values())
