@@ -8,14 +8,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from clmoe.bases.llava import LoadedBase, vision_tower_of
-from clmoe.data.batches import Encoder, PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
-from clmoe.data.prompts import IGNORE, UNCUT, encode_training, render
+from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
 from clmoe.data.records import Question, TrainRecord
 from clmoe.utils.files import json_sha256
 from clmoe.utils.processes import in_order
@@ -50,23 +50,18 @@ def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: 
 class AnswersFit:
     """How many answer tokens of a record ``max_length`` tokens hold; see ``clmoe.data.records.Fits``."""
 
-    encoder: Encoder
+    encoder: LoadedBase
     max_length: int
 
     @cached_property
     def key(self) -> str:
+        if self.encoder.chat is not None:
+            return json_sha256([self.encoder.made_by, self.max_length])
         vocabulary = self.encoder.tokenizer.backend_tokenizer.to_str()
         return json_sha256([vocabulary, self.encoder.image_token_count, self.max_length])
 
-    def __call__(self, record: TrainRecord) -> tuple[int, int]:
-        image_tokens = self.encoder.image_token_count if record.image is not None else 0
-        text = render(record.turns, record.image is not None)[0]
-        # A token is at least a byte, but for the marks of a beginning: most records need not be encoded.
-        if len(text.encode()) + image_tokens + 8 * len(record.turns) <= self.max_length:
-            return 1, 0
-        labels = encode_training(record, self.encoder.tokenizer, self.encoder.image_token_count, UNCUT).labels
-        answers = [label != IGNORE for label in labels]
-        return sum(answers[: self.max_length]), sum(answers[self.max_length :])
+    def __call__(self, record: TrainRecord, image_root: Path) -> tuple[int, int]:
+        return self.encoder.answer_tokens(record, image_root, self.max_length)
 
 
 def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> None:
@@ -78,6 +73,20 @@ def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path
 def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
     """Move a batch to the base's device; pixels take the base's dtype."""
     return {k: v.to(base.device, base.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+def positions(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """Positions of left-padded prompts that skip padding, so that a padded row is computed like a lone one.
+
+    ``[B, T]`` int64 for a ``mask [B, T]``; ``[3, B, T]`` where the family has its own for the tokens of an image
+    (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    if "image_grid_thw" not in inputs:
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+    names = ("input_ids", "image_grid_thw", "mm_token_type_ids")
+    body: Any = model.base_model
+    found, _ = body.get_rope_index(**{name: inputs[name] for name in names}, attention_mask=mask)
+    return cast(Tensor, found)
 
 
 def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compute: Compute[R]) -> list[R]:
@@ -133,12 +142,15 @@ def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = No
 def prompt_inputs(
     base: LoadedBase, items: Sequence[PromptItem], routes: Sequence[Hashable]
 ) -> dict[str, Tensor] | SharedPrompts:
-    """A batch on the base's device, split into common prefixes and rests unless that would save little.
+    """A batch on the base's device; LLaVA-1.5's is split into common prefixes and rests unless that would save little.
 
     Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: another one
     changes its states. It ends before the first token that differs; a lone row is cut after its image.
     """
-    pad, image_token = base.tokenizer.pad_token_id, base.tokenizer.image_token_id
+    pad = base.tokenizer.pad_token_id
+    if not base.family.vicuna:
+        return to_device(collate_prompts(items, pad), base)
+    image_token = base.tokenizer.image_token_id
     members: dict[Hashable, list[int]] = {}
     for row, (item, route) in enumerate(zip(items, routes, strict=True)):
         members.setdefault((None if item.pixel_values is None else id(item.pixel_values), route), []).append(row)

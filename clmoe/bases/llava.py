@@ -1,4 +1,4 @@
-"""LLaVA-1.5, transformers' own class: loading, identity, inputs, the names of its parts, and kept vision features.
+"""Bases, transformers' own classes: loading, identity, inputs, names of their parts; LLaVA-1.5's kept vision features.
 
 Everything else takes a base as a ``PreTrainedModel`` and finds its parts through the functions here.
 """
@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -34,10 +36,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+from clmoe.bases.chat import Chat, open_processor
+from clmoe.bases.families import DECODER, LLAVA, Family, family_of
 from clmoe.bases.pieces import repaired
 from clmoe.config import ModelConfig
 from clmoe.data import images
-from clmoe.data.batches import Encoder
+from clmoe.data.batches import PromptItem, TrainItem
+from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, render
+from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import file_sha256, json_sha256, read_json
 from clmoe.utils.logging import Progress
@@ -45,8 +51,8 @@ from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
 from clmoe.utils.processes import count, from_main, in_order, is_main
 from clmoe.utils.tensors import is_finite, load_tensors, replace_tensors
 
-PROJECTOR = "multi_modal_projector"
 HUB_TIMEOUT = 5.0  # seconds
+UNCUT = 2**31
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -54,9 +60,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_decoder().layers
 
 
-def projector_of(model: PreTrainedModel) -> nn.Module:
-    """What maps the vision tower's features to token embeddings."""
-    return model.get_submodule(f"model.{PROJECTOR}")
+def projector_names(base: "LoadedBase") -> list[str]:
+    """Modules, below ``model``, that map the image encoder's features to token embeddings; lists are taken apart."""
+    parts = {name: base.model.get_submodule(f"model.{name}") for name in base.family.projector}
+    found = (
+        [f"{name}.{i}" for i in range(len(x))] if isinstance(x, nn.ModuleList) else [name] for name, x in parts.items()
+    )
+    return [name for names in found for name in names]
 
 
 def vision_tower_of(model: PreTrainedModel) -> nn.Module:
@@ -64,9 +74,9 @@ def vision_tower_of(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule("model.vision_tower")
 
 
-def language_model_pattern(names: list[str]) -> str:
+def language_model_pattern(names: list[str], decoder: str = DECODER) -> str:
     """Regular expression for these modules of the decoder blocks (never the vision tower's): ``gate_proj``, ``mlp``."""
-    return rf".*language_model\.layers\.\d+\.(mlp|self_attn|mlp\..+)?\.?({'|'.join(names)})"
+    return rf".*{decoder}\.layers\.\d+\.(mlp|self_attn|mlp\..+)?\.?({'|'.join(names)})"
 
 
 def block_of(module_name: str) -> str:
@@ -165,12 +175,16 @@ def _content(image: str, modified: int, size: int) -> str:
 
 
 def attach_cache(
-    model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, fingerprint: str
+    model: PreTrainedModel, family: Family, image_processor: BaseImageProcessor, fingerprint: str
 ) -> VisionCache | None:
-    """The cache that the environment names; prepares the tower. Raises ClmoeError if several layers are read."""
+    """The cache that the environment names; prepares the tower. Raises ClmoeError if it cannot serve this model."""
     root = os.environ.get(VARIABLE)
     if not root:
         return None
+    if not family.vicuna:
+        raise ClmoeError(
+            f"{VARIABLE}: vision features are kept for LLaVA-1.5 alone, not {model.config.model_type}. Unset it"
+        )
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise ClmoeError(f"{VARIABLE}: the model reads the tower's layers {layer}; only one can be kept. Unset it")
@@ -184,25 +198,84 @@ def attach_cache(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBase:
-    """The frozen base and, as an ``Encoder``, what turns records into its inputs; ``vision``: kept image features."""
+    """The frozen base and, as an ``Encoder``, what turns records into its inputs.
 
-    model: LlavaForConditionalGeneration
+    Attributes:
+        image_token_count: of every image of LLaVA-1.5; 0 where it depends on the image.
+        chat: what makes the inputs of other families; their own template and processor.
+        vision: kept image features.
+    """
+
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     image_processor: BaseImageProcessor
     image_token_count: int
     fingerprint: str
+    family: Family = LLAVA
+    chat: Chat | None = None
     vision: VisionCache | None = None
 
     def read_pixels(self, path: Path) -> Tensor:
         """An image file as the tower's input ``[3, H, W]`` float32."""
         return images.preprocess(images.load_image(path), self.image_processor)
 
-    def read_image(self, path: Path) -> Tensor:
-        """Pixels of an image file or, with ``vision``, its features ``[P, D]``, which must have been computed."""
+    def read_image(self, path: Path) -> Any:
+        """Pixels of an image file or, with ``vision``, its features ``[P, D]``, which must have been computed; the
+        decoded image where the family's processor makes the pixels."""
+        if self.chat is not None:
+            return images.load_image(path)
         return self.read_pixels(path) if self.vision is None else self.vision.read(path)
 
+    def train_item(self, record: TrainRecord, image: Any, max_length: int) -> TrainItem:
+        """Raises ClmoeError as ``encode_training``."""
+        if self.chat is not None:
+            return self.chat.train_item(record, image, max_length)
+        if record.masked:
+            ids = torch.tensor(encode_prompt("", False, self.tokenizer, self.image_token_count))
+            return TrainItem(ids, None, torch.full_like(ids, IGNORE))
+        encoded = encode_training(record, self.tokenizer, self.image_token_count, max_length)
+        return TrainItem(torch.tensor(encoded.input_ids), image, torch.tensor(encoded.labels))
+
+    def prompt_item(self, question: Question, image: Any) -> PromptItem:
+        """Raises ClmoeError as ``encode_training``."""
+        if self.chat is not None:
+            return self.chat.prompt_item(question.text, image)
+        ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
+        return PromptItem(torch.tensor(ids), image)
+
+    def check_fit(self, record: TrainRecord, max_length: int) -> None:
+        """Raise ClmoeError if LLaVA-1.5's tokenizer does not fit its template; others were checked on loading."""
+        if self.chat is None and not record.masked:
+            encode_training(record, self.tokenizer, self.image_token_count, max_length)
+
+    def answer_tokens(self, record: TrainRecord, image_root: Path, max_length: int) -> tuple[int, int]:
+        """Answer tokens of a record within ``max_length``, and beyond. Raises ClmoeError as ``encode_training``."""
+        if self.chat is not None:
+            return self.chat.answer_tokens(record, image_root, max_length)
+        image_tokens = self.image_token_count if record.image is not None else 0
+        text = render(record.turns, record.image is not None)[0]
+        # A token is at least a byte, but for the marks of a beginning: most records need not be encoded.
+        if len(text.encode()) + image_tokens + 8 * len(record.turns) <= max_length:
+            return 1, 0
+        labels = encode_training(record, self.tokenizer, self.image_token_count, UNCUT).labels
+        answers = [label != IGNORE for label in labels]
+        return sum(answers[:max_length]), sum(answers[max_length:])
+
     @property
-    def encoder(self) -> Encoder:
+    def made_by(self) -> Any:
+        """What makes its inputs, as JSON's types, for names of kept results."""
+        return self.image_processor.to_dict() if self.chat is None else self.chat.made_by()
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        if self.chat is None:
+            return [cast(int, self.tokenizer.eos_token_id)]
+        stops = self.model.generation_config.eos_token_id
+        return sorted({self.chat.end_id, *([stops] if isinstance(stops, int) else stops or [])})
+
+    @property
+    def encoder(self) -> "LoadedBase":
         """Itself without the model: loader workers get a copy."""
         return replace(self, model=cast(Any, None))
 
@@ -216,10 +289,11 @@ class LoadedBase:
 
 
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
-    """Load model, tokenizer and image processor; all parameters frozen, evaluation mode.
+    """Load model, tokenizer and processor; all parameters frozen, evaluation mode.
 
-    Raises ClmoeError: not a LLaVA in transformers' format, a tensor is missing or does not fit config.json, attention
-    or 4-bit weights need something that is absent, ``CLMOE_VISION`` does not fit the model, or as ``pieces.repaired``.
+    Raises ClmoeError: a family without a row, not in transformers' format, a tensor is missing or does not fit
+    config.json, attention or 4-bit weights need something that is absent, ``CLMOE_VISION`` does not fit the model, or
+    as ``pieces.repaired`` and ``Chat.open``.
     """
     _check_means(config, torch.device(device))
     disable_progress_bar()
@@ -227,10 +301,9 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     fingerprint = base_fingerprint(folder)
     cached = _cached_only(folder)
     try:
-        kind = AutoConfig.from_pretrained(folder, **cached).model_type
-        if kind != "llava":  # for which from_pretrained below would build a random LLaVA of 7B parameters
-            raise ValueError(f"its config.json says model_type {kind!r}, not 'llava'")
-        loaded = LlavaForConditionalGeneration.from_pretrained(
+        shapes = AutoConfig.from_pretrained(folder, **cached)
+        family = family_of(shapes.model_type)
+        loaded = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -238,15 +311,14 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             **cached,
-            **(_four_bit(config, device) if config.load_in_4bit else {}),
+            **(_four_bit(config, family, device) if config.load_in_4bit else {}),
         )
-        model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)
+        model, report = cast(tuple[PreTrainedModel, dict[str, set[Any]]], loaded)
         _check_shards(Path(folder))
         _check_report(report)
-        parts = _processor_parts(folder, model.config.image_token_id, cached)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+        parts = _processor_parts(folder, shapes, family, cached)
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded(config, error) from error
     model.requires_grad_(False).eval()
     if not config.load_in_4bit:  # quantised weights were placed while loading
         cast(nn.Module, model).to(device)
@@ -255,32 +327,42 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     return LoadedBase(
         model=model,
         **parts,
-        image_token_count=count_image_tokens(model),
+        image_token_count=count_image_tokens(model) if family.vicuna else 0,
         fingerprint=fingerprint,
-        vision=attach_cache(model, parts["image_processor"], fingerprint),
+        vision=attach_cache(model, family, parts["image_processor"], fingerprint),
     )
 
 
 def open_encoder(config: ModelConfig) -> LoadedBase:
-    """A base's tokenizer and image processor as ``load_base`` gives them, without its weights. Raises ClmoeError."""
+    """A base's tokenizer and processor as ``load_base`` gives them, without its weights. Raises ClmoeError."""
     folder = resolve_model_path(config.path)
     cached = _cached_only(folder)
+    image_tokens = 0
     try:
         shapes = AutoConfig.from_pretrained(folder, **cached)
-        vision = shapes.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
-        parts = _processor_parts(folder, shapes.image_token_id, cached)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClmoeError(f"model {config.path} cannot be loaded: {reason}") from error
+        family = family_of(shapes.model_type)
+        if family.vicuna:
+            vision = shapes.vision_config
+            patches = (vision.image_size // vision.patch_size) ** 2
+            image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
+        parts = _processor_parts(folder, shapes, family, cached)
+    except (ImportError, OSError, ValueError, AttributeError) as error:
+        raise _not_loaded(config, error) from error
     return LoadedBase(model=cast(Any, None), image_token_count=image_tokens, fingerprint="", **parts)
 
 
-def _processor_parts(folder: str, image_id: int, cached: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer, as ``pieces.repaired`` leaves it, and the image processor."""
+def _not_loaded(config: ModelConfig, error: Exception) -> ClmoeError:
+    return ClmoeError(f"model {config.path} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
+def _processor_parts(folder: str, shapes: PretrainedConfig, family: Family, cached: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer and image processor; LLaVA-1.5's tokenizer as ``pieces.repaired`` leaves it."""
+    if not family.vicuna:
+        chat = Chat.open(open_processor(folder, shapes, **cached), family)
+        parts = {"tokenizer": chat.tokenizer, "image_processor": chat.processor.image_processor}
+        return {"family": family, "chat": chat, **parts}
     processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
-    tokenizer = repaired(processor.tokenizer, Path(folder), image_id)
+    tokenizer = repaired(processor.tokenizer, Path(folder), shapes.image_token_id)
     return {"tokenizer": tokenizer, "image_processor": processor.image_processor}
 
 
@@ -336,12 +418,20 @@ def meta_base(file: Path) -> LoadedBase:
 
 def _llava_values(file: Path) -> dict[str, Any]:
     """A LLaVA's config.json. Raises ClmoeError for another model."""
+    if (kind := _model_type(file)) != "llava":
+        raise ClmoeError(f"{file}: field 'model_type': expected 'llava' (LLaVA-1.5), found {kind!r}")
+    return cast(dict[str, Any], read_json(file))
+
+
+def _model_type(file: Path) -> Any:
+    """What a config.json says. Raises ClmoeError for a family without a row."""
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != "llava":
-        convert = "; clmoe convert makes one of it" if kind in ("llava_llama", "llama") else ""
-        raise ClmoeError(f"{file}: field 'model_type': expected 'llava' (LLaVA-1.5), found {kind!r}{convert}")
-    return values
+    try:
+        family_of(kind)
+    except ValueError as error:
+        raise ClmoeError(f"{file}: {error}") from error
+    return kind
 
 
 def _check_means(config: ModelConfig, device: torch.device) -> None:
@@ -358,7 +448,7 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
         raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
 
 
-def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]:
+def _four_bit(config: ModelConfig, family: Family, device: torch.device | str) -> dict[str, Any]:
     """NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314), as arguments of ``from_pretrained``.
 
     Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides margins.
@@ -368,7 +458,7 @@ def _four_bit(config: ModelConfig, device: torch.device | str) -> dict[str, Any]
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        llm_int8_skip_modules=["model.vision_tower", f"model.{PROJECTOR}", "lm_head"],
+        llm_int8_skip_modules=[*(f"model.{name}" for name in (family.vision, *family.projector)), "lm_head"],
     )
     return {"quantization_config": quantisation, "device_map": {"": device}}
 
@@ -407,7 +497,7 @@ def base_fingerprint(folder: str) -> str:
     weights = sorted(root.glob("*.safetensors"))
     if not weights or not (root / "config.json").is_file():
         if (root / "config.json").is_file():
-            _llava_values(root / "config.json")  # another model is the better reason
+            _model_type(root / "config.json")  # another model is the better reason
         raise ClmoeError(f"model {folder}: expected config.json and *.safetensors in it (transformers' format)")
     digest = hashlib.sha256((root / "config.json").read_bytes())
     for path in weights:

@@ -5,7 +5,7 @@ Letters: B records, T tokens of the longest record, I images of H x W pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from clmoe.data.prompts import IGNORE, encode_prompt, encode_training
+from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 
@@ -24,21 +23,29 @@ Item = TypeVar("Item", bound="PromptItem")
 
 
 class Encoder(Protocol):
-    """What turns records into a base's inputs; ``read_image`` gives the ``pixel_values`` of an item."""
+    """What turns records into a base's inputs; ``read_image`` gives what the makers of items take as an image."""
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast: ...
-    @property
-    def image_token_count(self) -> int: ...
-    def read_image(self, path: Path) -> Tensor: ...
+    def read_image(self, path: Path) -> Any: ...
+    def train_item(self, record: TrainRecord, image: Any, max_length: int) -> "TrainItem": ...
+    def prompt_item(self, question: Question, image: Any) -> "PromptItem": ...
+    def check_fit(self, record: TrainRecord, max_length: int) -> None:
+        """Raise ClmoeError if the tokenizer fits no record; images are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """input_ids: [T] int64; pixel_values: [3, H, W] float32, kept features [P, D], or None for text only."""
+    """One text with its image.
+
+    Attributes:
+        input_ids: [T] int64.
+        pixel_values: [3, H, W] float32, or kept features [P, D], of LLaVA-1.5; None for text only, and other bases.
+        extra: other inputs of the model by name: ``*token_type_ids`` [T] int64, and those of the image, whose first
+            dimension counts images or their parts.
+    """
 
     input_ids: Tensor
     pixel_values: Tensor | None
+    extra: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class _Items(Dataset[Item]):
     def __init__(self, rows: Sequence[Any], image_root: Path, encoder: Encoder) -> None:
         self.rows, self.image_root, self.encoder = rows, Path(image_root), encoder
 
-    def item(self, row: Any, pixels: Tensor | None) -> Item:
+    def item(self, row: Any, image: Any) -> Item:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -68,12 +75,12 @@ class _Items(Dataset[Item]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """A batch's items, as the loader asks for them. Items of one image, which is read once, share its tensor."""
-        pixels: dict[str | None, Tensor | None] = {None: None}
+        images: dict[str | None, Any] = {None: None}
         items = []
         for row in (self.rows[index] for index in indices):
-            if row.image not in pixels:
-                pixels[row.image] = self.encoder.read_image(self.image_root / row.image)
-            items.append(self.item(row, pixels[row.image]))
+            if row.image not in images:
+                images[row.image] = self.encoder.read_image(self.image_root / row.image)
+            items.append(self.item(row, images[row.image]))
         return items
 
 
@@ -85,24 +92,17 @@ class TrainDataset(_Items[TrainItem]):
             raise ClmoeError("there are no training records; expected at least one")
         super().__init__(records, image_root, encoder)
         self.max_length = max_length
-        self.item(records[0], None)
+        encoder.check_fit(records[0], max_length)
 
-    def item(self, row: TrainRecord, pixels: Tensor | None) -> TrainItem:
-        base = self.encoder
-        if row.masked:
-            ids = torch.tensor(encode_prompt("", False, base.tokenizer, base.image_token_count))
-            return TrainItem(ids, None, torch.full_like(ids, IGNORE))
-        encoded = encode_training(row, base.tokenizer, base.image_token_count, self.max_length)
-        return TrainItem(torch.tensor(encoded.input_ids), pixels, torch.tensor(encoded.labels))
+    def item(self, row: TrainRecord, image: Any) -> TrainItem:
+        return self.encoder.train_item(row, image, self.max_length)
 
 
 class PromptDataset(_Items[PromptItem]):
     """Questions as prompts; images are preprocessed exactly as in training."""
 
-    def item(self, row: Question, pixels: Tensor | None) -> PromptItem:
-        base = self.encoder
-        ids = encode_prompt(row.text, row.image is not None, base.tokenizer, base.image_token_count)
-        return PromptItem(torch.tensor(ids), pixels)
+    def item(self, row: Question, image: Any) -> PromptItem:
+        return self.encoder.prompt_item(row, image)
 
 
 class NumberedDataset(Dataset[tuple[int, TrainItem]]):
@@ -125,7 +125,9 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch, padded on the right.
 
     ``input_ids``, ``attention_mask`` (1 = token) and ``labels`` (padding is -100) are ``[B, T]`` int64, ``pixel_values
-    [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image; absent if none has.
+    [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image; absent if none has. Of
+    ``extra``, ``*token_type_ids`` become ``[B, T]``, 0 in padding and where a record has none; image inputs follow each
+    other, and where their other dimensions differ, all get the largest, filled up with 0.
     """
     return _collate(items, pad_id, "right") | {"labels": _pad([item.labels for item in items], IGNORE, "right")}
 
@@ -144,11 +146,29 @@ def _collate(items: Sequence[PromptItem], pad_id: int, side: str) -> dict[str, T
     ids = [item.input_ids for item in items]
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
     batch = {"input_ids": _pad(ids, pad_id, side), "attention_mask": _pad([*map(torch.ones_like, ids)], 0, side)}
-    return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
+    batch |= {"pixel_values": torch.stack(pixels)} if pixels else {}
+    for name in sorted({name for item in items for name in item.extra}):
+        if name.endswith("token_type_ids"):
+            rows = [item.extra.get(name, torch.zeros_like(item.input_ids)) for item in items]
+            batch[name] = _pad(rows, 0, side)
+        else:
+            batch[name] = _joined([item.extra[name] for item in items if name in item.extra])
+    return batch
 
 
 def _pad(rows: list[Tensor], value: int, side: str) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``[n_i, ...]`` one after the other, filled up with 0 to the largest of each later dimension."""
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    joined = parts[0].new_zeros(sum(map(len, parts)), *largest)
+    row = 0
+    for part in parts:
+        joined[(slice(row, row + len(part)), *(slice(size) for size in part.shape[1:]))] = part
+        row += len(part)
+    return joined
 
 
 # ---- Sampling

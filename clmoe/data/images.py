@@ -60,6 +60,14 @@ def ending(data: bytes, *, decode: bool) -> str:
         raise ClmoeError(str(error)) from error
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height; only the header is read. Raises ClmoeError naming the file if that fails."""
+    if (error := _header_problem(path)) is not None:
+        raise error
+    with Image.open(path) as image:
+        return image.size
+
+
 def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:
     """What is wrong with files of which only the header is read, once: no image, not to be opened, a bad shape."""
     new = sorted(path for path in set(paths) if hash(path) not in _readable)

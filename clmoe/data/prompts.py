@@ -58,7 +58,7 @@ def encode_training(
     image_tokens = image_token_count if has_image else 0
     text, spans = render(record.turns, has_image)
     ids, offsets = _tokenise(text, tokenizer, image_tokens, len(record.turns), where)
-    labels = _answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
+    labels = answer_labels(ids, offsets, spans, tokenizer.eos_token_id, where)
     prompt, _ = _tokenise(prompt_text(record.turns[0].question, has_image), tokenizer, image_tokens, 0, where)
     if ids[: len(prompt)] != prompt or any(label != IGNORE for label in labels[: len(prompt)]):
         differ = "the prompt's tokens are not the beginning of the training tokens"
@@ -133,18 +133,19 @@ def _tokenise(
     return ids, offsets
 
 
-def _answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:
+def answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:
     """The ids of the tokens inside a span, IGNORE elsewhere. Each span must hold some answer and end in ``end_id``.
 
-    A token of no width (``<s>``, or white space in tokenizers that trim offsets) belongs to the span that it begins in.
+    Raises ClmoeError, which begins with ``where``, if one does not. A token of no width (``<s>``, or white space in
+    tokenizers that trim offsets) belongs to the span that it begins in.
     """
     labels = [IGNORE] * len(ids)
     lefts = [left for left, _ in offsets]
     for start, stop in spans:
         first, last = bisect_left(lefts, start), bisect_left(lefts, stop)
         if first and offsets[first - 1][1] > start:
-            raise ClmoeError(f"{where}: a token reaches across 'ASSISTANT:' into the answer; wrong tokenizer")
+            raise ClmoeError(f"{where}: a token reaches across the end of the prompt into the answer; wrong tokenizer")
         if last - first < 2 or ids[last - 1] != end_id or offsets[last - 1][1] != stop:
-            raise ClmoeError(f"{where}: the tokens of an answer do not end in one {END}; the tokenizer does not fit")
+            raise ClmoeError(f"{where}: an answer's tokens do not end in one end token; the tokenizer does not fit")
         labels[first:last] = ids[first:last]
     return labels

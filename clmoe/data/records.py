@@ -90,7 +90,7 @@ class Fits(Protocol):
     def key(self) -> str: ...
     @property
     def max_length(self) -> int: ...
-    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+    def __call__(self, record: TrainRecord, image_root: Path) -> tuple[int, int]:
         """Answer tokens within the length, and beyond it. Raises ClmoeError if the tokenizer fits no record."""
         ...
 
@@ -159,7 +159,7 @@ def iterate_train(
             unique = f"{name}#{next(repeats)}"
         used.add(unique)
         made = TrainRecord(unique, image, turns)
-        kept, cut = (1, 0) if fits is None else fits(made)
+        kept, cut = (1, 0) if fits is None else fits(made, image_root)
         if fits is not None and not kept:
             problem = f"no answer token is among the first {fits.max_length}; raise training.max_length or shorten it"
             row.fail("conversations", problem)

@@ -211,7 +211,7 @@ class Answerer:
         max_new_tokens: int,
         watch: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], list[float]]:
-        """Texts and margins of one batch: the likeliest token again and again, until every row has said ``</s>``.
+        """Texts and margins of one batch: the likeliest token again and again, until every row has said an end token.
 
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
         ``watch`` gets the texts so far before every further token.
@@ -227,13 +227,14 @@ class Answerer:
         tokens = mask.new_empty(count, 0)
         finished = torch.zeros(count, dtype=torch.bool, device=mask.device)
         margins = torch.full((count,), float("inf"), device=mask.device)
+        ends = torch.tensor(self.base.ends, device=mask.device)
         while True:
             logits = llava.get_output_embeddings()(hidden.unsqueeze(1))[:, -1].float()
             best = logits.topk(2, dim=-1).values
             margins = torch.where(finished, margins, torch.minimum(margins, best[:, 0] - best[:, 1]))
             said = torch.where(finished, tokenizer.pad_token_id, logits.argmax(-1)).unsqueeze(1)
             tokens = torch.cat([tokens, said], dim=1)
-            finished = finished | (said[:, 0] == tokenizer.eos_token_id)
+            finished = finished | torch.isin(said[:, 0], ends)
             if tokens.shape[1] == max_new_tokens or bool(finished.all()):
                 if bool(margins.isnan().any()):
                     raise ClmoeError(f"the model's logits are not finite in {llava.dtype}: choose another model.dtype")

@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from clmoe.bases.families import DECODER
 from clmoe.bases.llava import language_model_pattern
 from clmoe.config import FFN_PROJECTIONS
 
@@ -40,7 +41,8 @@ class ExpertConfig(PeftConfig):
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
         seed: of the initial weights.
-        modules_to_save: ``[PROJECTOR]`` when the projector is tuned.
+        modules_to_save: the projector's modules when it is tuned.
+        decoder: the base's module that holds the blocks; written where it is not LLaVA's only.
     """
 
     rank: int = 8
@@ -58,6 +60,7 @@ class ExpertConfig(PeftConfig):
     task_gates: int = 0
     seed: int = 0
     modules_to_save: list[str] | None = None
+    decoder: str = DECODER
     target_modules: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,14 +72,12 @@ class ExpertConfig(PeftConfig):
         picking = {frozenset(owners) for block, owners in self.layout.items() if int(block) >= self.pick_from}
         if self.pick == "task" and (self.router_owners or len(picking) > 1):
             raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block that picks")
-        self.target_modules = language_model_pattern(["mlp"] if self.router_scope == "per_block" else self.projections)
+        names = ["mlp"] if self.router_scope == "per_block" else self.projections
+        self.target_modules = language_model_pattern(names, self.decoder)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in super().to_dict().items()
-            if value or name not in ("as_released", "pick_from")
-        }
+        unwritten = {"as_released": False, "pick_from": 0, "decoder": DECODER}
+        return {n: v for n, v in super().to_dict().items() if n not in unwritten or v != unwritten[n]}
 
     @property
     def needs_routing(self) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from clmoe.bases.inputs import SharedPrompts, image_order, prompt_dataset, prompt_inputs, to_device
+from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, decoder_layers
 from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
@@ -61,9 +61,12 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
 
     ``weights`` replace parameters of ``model.base_model`` in this pass.
     """
-    # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
-    names = ("input_ids", "pixel_values")
-    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+    left_out = {"labels", "rows", "logits"}
+    if "token_type_ids" not in batch:
+        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
+        left_out.add("attention_mask")
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in left_out}
+    inputs["use_cache"] = False
     body = model.base_model
     output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
     return output.last_hidden_state[:, :-1][answered(batch["labels"])]
@@ -141,32 +144,32 @@ class Prefill(NamedTuple):
     next_position: Tensor
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions ``[B, T]`` int64 that skip left padding, so that a padded row is computed like a lone one."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
 @torch.no_grad()
 def prefill(model: PreTrainedModel, prompts: Prompts, selection: RouteSelection, room: int) -> Prefill:
     """Read left-padded prompts; ``selection`` has a row for each of them, ``room`` is for the tokens to come."""
-    output, mask = _read(model, prompts, selection, room)
-    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, mask.sum(1))
+    output, mask, last = _read(model, prompts, selection, room)
+    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, last + 1)
 
 
 def _read(
     model: PreTrainedModel, prompts: Prompts, selection: RouteSelection, room: int, **wanted: Any
-) -> tuple[Any, Tensor]:
-    """The model's output with its cache, and the cache's mask. Rests follow copies of their shared prefixes."""
+) -> tuple[Any, Tensor, Tensor]:
+    """The model's output with its cache, the cache's mask, and the last positions ``[B]``.
+
+    Rests follow copies of their shared prefixes.
+    """
     if isinstance(prompts, SharedPrompts):
-        read, _ = _read(model, prompts.prefixes, selection.rows(prompts.first), 0)
+        read, *_ = _read(model, prompts.prefixes, selection.rows(prompts.first), 0)
         inputs, mask = {"input_ids": prompts.rests["input_ids"]}, prompts.attention_mask
         cache = copied_rows(read.past_key_values, prompts.group, inputs["input_ids"].shape[1] + room)
     else:
         inputs, mask = prompts, prompts["attention_mask"]
         cache = empty_cache(len(decoder_layers(model)), room)
-    inputs = inputs | {"attention_mask": mask, "position_ids": position_ids(mask)[:, cache.get_seq_length() :]}
+    places = positions(model, inputs, mask)[..., cache.get_seq_length() :]
+    inputs = inputs | {"attention_mask": mask, "position_ids": places}
+    last = places[..., -1].reshape(-1, len(mask)).amax(0)
     with routing(selection):
-        return model.base_model(**inputs, past_key_values=cache, use_cache=True, **wanted), mask
+        return model.base_model(**inputs, past_key_values=cache, use_cache=True, **wanted), mask, last
 
 
 @torch.no_grad()
@@ -179,10 +182,10 @@ def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor
     base, wanted = adapted_base(model), {"output_hidden_states": kind == "pooled"}
     with model.disable_adapter():
         if isinstance(batch, SharedPrompts):
-            output, _ = _read(base, batch, NEWEST_ROUTER, 0, **wanted)
+            output, *_ = _read(base, batch, NEWEST_ROUTER, 0, **wanted)
         else:
-            positions = position_ids(batch["attention_mask"])
-            output = base.base_model(**batch, position_ids=positions, use_cache=False, **wanted)
+            places = positions(base, batch, batch["attention_mask"])
+            output = base.base_model(**batch, position_ids=places, use_cache=False, **wanted)
     if kind == "last":
         return output.last_hidden_state[:, -1].float().cpu()
     # the first entry is the embedding, not a layer's output
@@ -276,7 +279,7 @@ class FeatureStore:
         prompts = [(question.text, images[question.image]) for question in questions]
         base, cut = self.base, [self.batch_size, self.share_images]
         in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
-        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.image_processor.to_dict()]
+        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.made_by]
         kind = self.kind if self.view in ("prompt", "text") else [self.view, self.kind]
         return json_sha256([made_by, kind, cut, prompts])[:32]
 

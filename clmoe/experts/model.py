@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,9 +130,21 @@ def _keep_float32(model: PeftModel, saved: dict[str, Tensor] | None = None) -> N
                 for module in part.modules():
                     if type(module) is nn.Linear:
                         module.float().__class__ = Float32Linear
+                if (dtypes := {p.dtype for p in part.parameters()}) - {torch.float32}:  # norms, or bare matrices
+                    (dtype,) = dtypes - {torch.float32}
+                    part.float().register_forward_pre_hook(_to_float32)
+                    part.register_forward_hook(partial(_from_float32, dtype=dtype))
                 if saved is not None:
                     for name, parameter in part.named_parameters():
                         parameter.copy_(saved[f"{path}.{name}"])
+
+
+def _to_float32(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _from_float32(part: nn.Module, inputs: tuple[Any, ...], output: Tensor, dtype: torch.dtype) -> Tensor:
+    return output.to(dtype)
 
 
 def expert_config(model: PeftModel) -> ExpertConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clmoe.bases.inputs import over_train_batches, to_device, train_dataset
-from clmoe.bases.llava import PROJECTOR, LoadedBase, decoder_layers, language_model_pattern
+from clmoe.bases.llava import LoadedBase, decoder_layers, language_model_pattern, projector_names
 from clmoe.config import AdapterConfig, Config, NoOptions, build
 from clmoe.data.batches import TrainDataset, collate_train
 from clmoe.data.records import TrainRecord
@@ -226,15 +226,15 @@ def expert_rank(adapter: AdapterConfig) -> int:
     return adapter.rank // adapter.experts
 
 
-def lora_adapter(config: Config) -> LoraConfig:
+def lora_adapter(config: Config, base: LoadedBase) -> LoraConfig:
     """peft's own LoRA on the language model; the checkpoint loads in stock peft."""
     adapter = config.adapter
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=lora_scaling(adapter) * adapter.rank,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
-        target_modules=language_model_pattern(adapter.targets),
-        modules_to_save=_saved_modules(adapter),
+        target_modules=language_model_pattern(adapter.targets, base.family.decoder),
+        modules_to_save=_saved_modules(adapter, base),
     )
 
 
@@ -265,13 +265,14 @@ def _experts(
         projections=list(config.adapter.targets),
         layout={str(block): list(owners) for block in range(len(decoder_layers(base.model)))},
         seed=config.seed,
-        modules_to_save=_saved_modules(config.adapter),
+        modules_to_save=_saved_modules(config.adapter, base),
+        decoder=base.family.decoder,
         **fields,
     )
 
 
-def _saved_modules(adapter: AdapterConfig) -> list[str] | None:
-    return [PROJECTOR] if adapter.train_projector else None
+def _saved_modules(adapter: AdapterConfig, base: LoadedBase) -> list[str] | None:
+    return projector_names(base) if adapter.train_projector else None
 
 
 @torch.no_grad()

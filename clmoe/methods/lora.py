@@ -20,7 +20,7 @@ class Lora(Method):
     """Nothing is frozen but the base; the newest task writes over the older ones."""
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
-        return lora_adapter(self.config)
+        return lora_adapter(self.config, base)
 
     def effective_scale(self) -> float:
         return lora_scaling(self.config.adapter)

@@ -115,7 +115,7 @@ class MrLora(Separate):
     def _attach(self, context: TaskContext, config: Config) -> None:
         detach_adapter(context.model)
         torch.manual_seed(config.seed)  # peft draws from the global generator
-        context.model = attach_adapter(context.base.model, lora_adapter(config))
+        context.model = attach_adapter(context.base.model, lora_adapter(config, context.base))
 
     def end_task(self, context: TaskContext) -> None:
         """Append the trained LoRA to the parent's, put the new router in the old one's place, and keep the samples."""

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from clmoe.bases.llava import PROJECTOR, projector_of
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
@@ -47,6 +46,7 @@ from clmoe.utils.paths import find_config
 from clmoe.utils.processes import Asked, any_of_them, rank
 from clmoe.utils.tensors import check_finite, trainable
 
+PROJECTOR = "modules_to_save"  # in the names of a tuned projector's parameters
 LOST_UPDATES = 3  # in a row end a training
 
 
@@ -66,24 +66,22 @@ class TrainedModel(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor,
-        pixel_values: Tensor | None = None,
         rows: Tensor | None = None,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of one micro-batch as its share of the global batch's, which has ``num_items_in_batch`` answer tokens.
 
         ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels -100 outside the
-        answers. ``rows [B]`` int64 are the samples' places in the phase's records.
+        answers. ``rows [B]`` int64 are the samples' places in the phase's records; ``inputs`` are the model's others.
         """
         adapted = adapted_base(self.model)
         trace = RouteTrace()
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        batch |= {} if pixel_values is None else {"pixel_values": pixel_values}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **inputs}
         loss: Tensor | float = 0.0
-        if pixel_values is None:
+        if "pixel_values" not in inputs:
             # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
             # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
-            tuned = (p for p in projector_of(adapted).parameters() if p.requires_grad)
-            loss = 0.0 * sum(p.sum() for p in tuned)
+            loss = 0.0 * sum(p.sum() for name, p in trainable(self.model).items() if PROJECTOR in name)
         with routing(NEWEST_ROUTER, trace):
             states = answer_states(adapted, batch)
         if self.method.reads_logits:

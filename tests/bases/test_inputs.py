@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from clmoe.bases.families import LLAVA
 from clmoe.bases.inputs import SharedPrompts, image_order, prompt_inputs
 from clmoe.data.batches import PromptItem, collate_prompts
 
 IMAGE = 9
 BASE: Any = SimpleNamespace(
-    tokenizer=SimpleNamespace(pad_token_id=0, image_token_id=IMAGE), device=torch.device("cpu"), dtype=torch.float32
+    family=LLAVA,
+    tokenizer=SimpleNamespace(pad_token_id=0, image_token_id=IMAGE),
+    device=torch.device("cpu"),
+    dtype=torch.float32,
 )
 
 

@@ -16,7 +16,8 @@ from peft.utils import PeftType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clmoe.bases.llava import PROJECTOR, LoadedBase
+from clmoe.bases.families import PROJECTOR
+from clmoe.bases.llava import LoadedBase
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
 from clmoe.experts.routing import RouteSelection, routing

@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import silu
 
-from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
+from clmoe.bases.families import PROJECTOR
+from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours

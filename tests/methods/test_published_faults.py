@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clmoe.bases.llava import PROJECTOR, LoadedBase
+from clmoe.bases.families import PROJECTOR
+from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import PromptDataset, TrainDataset
 from clmoe.data.images import load_image, preprocess
 from clmoe.data.records import Question, TrainRecord, Turn

@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from clmoe.bases.llava import PROJECTOR
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import epoch_permutation
 from clmoe.errors import ClmoeError
-from clmoe.train.loop import BatchPlan, MicroBatches, Snapshots, parameter_groups, total_steps
+from clmoe.train.loop import PROJECTOR, BatchPlan, MicroBatches, Snapshots, parameter_groups, total_steps
 
 
 @pytest.mark.parametrize(("records", "batch_size"), [(24, 8), (25, 8), (7, 8), (3, 8), (13, 1)])

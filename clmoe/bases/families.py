@@ -1,0 +1,61 @@
+"""The families of bases: for each ``model_type`` of transformers, where its parts are and what its processor makes.
+
+docs/add-a-base.md adds a row. Nothing else in the package is particular to a family but LLaVA-1.5, which keeps the
+prompt of its paper (``vicuna_v1``), shared prefixes, and cached vision features.
+"""
+
+from dataclasses import dataclass, replace
+
+DECODER = "language_model"
+PROJECTOR = "multi_modal_projector"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names are those of modules inside ``model``.
+
+    Attributes:
+        decoder: what holds the decoder's ``layers``.
+        vision: the image encoder.
+        projector: what maps its features to token embeddings; of a list of modules, each one.
+        inputs: what the processor makes for the model besides ``input_ids``, ``attention_mask`` and ``pixel_values``.
+        vicuna: the prompt is LLaVA-1.5's own, and images are padded to a square as there.
+        template: a chat template in Jinja, for processors without one.
+        typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
+    """
+
+    decoder: str = DECODER
+    vision: str = "vision_tower"
+    projector: tuple[str, ...] = (PROJECTOR,)
+    inputs: tuple[str, ...] = ()
+    vicuna: bool = False
+    template: str = ""
+    typed_answers: bool = False
+
+
+_QWEN = Family(vision="visual", projector=("visual.merger",), inputs=("image_grid_thw", "mm_token_type_ids"))
+_IDEFICS = Family(
+    decoder="text_model", vision="vision_model", projector=("connector",), inputs=("pixel_attention_mask",)
+)
+FAMILIES = {
+    "llava": Family(vicuna=True),
+    "llava_next": Family(inputs=("image_sizes",)),
+    "llava_onevision": Family(inputs=("image_sizes", "batch_num_images")),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": replace(_QWEN, projector=("visual.merger", "visual.deepstack_merger_list")),
+    "internvl": Family(),
+    "smolvlm": _IDEFICS,
+    "idefics3": _IDEFICS,
+    "gemma3": Family(inputs=("token_type_ids",)),
+}
+LLAVA = FAMILIES["llava"]
+
+
+def family_of(model_type: object) -> Family:
+    """Raises ValueError for a ``model_type`` that has no row."""
+    if model_type not in FAMILIES:
+        convert = "; clmoe convert makes a llava of it" if model_type in ("llava_llama", "llama") else ""
+        known = f"clmoe knows {', '.join(FAMILIES)}"
+        raise ValueError(f"model_type {model_type!r} in its config.json: {known}; docs/add-a-base.md adds one{convert}")
+    return FAMILIES[str(model_type)]
