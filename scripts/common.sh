@@ -68,8 +68,9 @@ launch() {
     line=(deepspeed)
     if [ -n "${HOSTFILE:-}" ]; then
       line+=(--num_gpus "$GPUS" --hostfile "$HOSTFILE") # DeepSpeed then ignores CUDA_VISIBLE_DEVICES
-      if [ "$NODES" -gt 1 ]; then line+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"); fi
-      if [ -z "${DRY_RUN:-}" ]; then
+      if [ "$NODES" -gt 1 ]; then
+        line+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+      elif [ -z "${DRY_RUN:-}" ]; then
         export DS_ENV_FILE=${DS_ENV_FILE:-$HOSTFILE.env}
         env | grep -E "$HANDED_OVER" >"$DS_ENV_FILE"
       fi

@@ -3,7 +3,7 @@
 # memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate, evaluate),
 # without and with activation checkpointing.
 #
-#   bash scripts/rehearse.sh [METHOD ...]        (MODEL=llava-1.5-13b: one layer; OUT=runs/rehearsal)
+#   bash scripts/rehearse.sh [METHOD ...]        (MODEL=llava-1.5-13b: one layer; DTYPE=bfloat16; OUT=runs/rehearsal)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 OUT=${OUT:-runs/rehearsal} MODEL=${MODEL:-llava-1.5-7b}
@@ -14,4 +14,4 @@ rehearse() { python -W ignore "$ROOT/scripts/bench/rehearse.py" "$@"; }
 rehearse memory --model "$MODEL" --layers "$layers" $((layers + 1)) --methods "$@"
 base="$OUT/$MODEL-$layers"
 if [ ! -e "$base/benchmark.yaml" ]; then rehearse make "$base" --model "$MODEL" --layers "$layers"; fi
-rehearse run "$base" "$OUT" --methods "$@"
+rehearse run "$base" "$base-runs" --methods "$@" --dtype "${DTYPE:-bfloat16}"

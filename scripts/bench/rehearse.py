@@ -2,7 +2,7 @@
 
     python scripts/bench/rehearse.py memory [--model llava-1.5-7b] [--layers 2 3] [--methods lora ...]
     python scripts/bench/rehearse.py make FOLDER [--layers 2]
-    python scripts/bench/rehearse.py run FOLDER OUT [--methods lora ...] [--checkpointing off on]
+    python scripts/bench/rehearse.py run FOLDER OUT [--methods lora ...] [--checkpointing off on] [--dtype D]
     python scripts/bench/rehearse.py structure
 
 `memory` counts, tensor by tensor, what a method's step of one record of 640 tokens holds, and prints it beside what
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -240,29 +241,29 @@ def make(folder: Path, model: str, layers: int) -> None:
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
 
 
-def run(folder: Path, out: Path, names: list[str], checkpointing: list[str]) -> None:
+def run(folder: Path, out: Path, names: list[str], checkpointing: list[str], dtype: str) -> None:
     """Print a row for each ``clmoe run``: CPU seconds, the process's peak, and whether the adapter is the same."""
-    print("| method | checkpointing | CPU s | peak of the process, GiB | second task's adapter |")
-    print("|---|---|---:|---:|---|")
-    settings = ["training.steps=1", "training.batch_size=1", "model.dtype=bfloat16", "evaluation.batch_size=2"]
+    print("| method | dtype | checkpointing | CPU s | peak of the process, GiB | second task's adapter |")
+    print("|---|---|---|---:|---:|---|")
+    settings = ["training.steps=1", "training.batch_size=1", "evaluation.batch_size=2", "evaluation.limit=2"]
     growth = ["options.extend=every", "options.probe_min_steps=1", "locator.options.steps=10"]
-    for name in names:
-        first = b""
-        for state in checkpointing:
-            more = growth if name == "llava_cmoe" else []
-            own = [f"training.gradient_checkpointing={'true' if state == 'on' else 'false'}", "evaluation.limit=2"]
-            where = ["--base", str(folder / "base"), "--output", str(out / f"{name}-{state}")]
-            line = ["-m", "clmoe.cli", "run", name, str(folder / "benchmark.yaml"), *where, *settings, *own, *more]
-            process = subprocess.Popen([sys.executable, *line], stdout=subprocess.DEVNULL)
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(f"rehearse: clmoe run {name} failed")
-            (sealed,) = (out / f"{name}-{state}").glob("02_*/adapter_model.safetensors")
-            adapter = sealed.read_bytes()
-            first = first or adapter
-            same = "" if state == checkpointing[0] else "same bytes" if adapter == first else "differs"
-            seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
-            print(f"| `{name}` | {state} | {seconds:.0f} | {peak:.2f} | {same} |", flush=True)
+    adapters: dict[str, bytes] = {}
+    for state, name in itertools.product(checkpointing, names):
+        own = [f"training.gradient_checkpointing={'true' if state == 'on' else 'false'}", f"model.dtype={dtype}"]
+        own += growth if name == "llava_cmoe" else []
+        run = out / f"{name}-{dtype}-{state}"
+        where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(run)]
+        process = subprocess.Popen([sys.executable, "-m", "clmoe.cli", "run", name, *where, *settings, *own])
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"rehearse: clmoe run {name} failed")
+        (sealed,) = run.glob("02_*/adapter_model.safetensors")
+        adapter = sealed.read_bytes()
+        same = "" if name not in adapters else "same bytes" if adapter == adapters[name] else "differs"
+        adapters.setdefault(name, adapter)
+        seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+        row = f"| `{name}` | {dtype} | {state} | {seconds:.0f} | {peak:.2f} | {same} |"
+        print(row, flush=True)
 
 
 def main() -> None:
@@ -276,6 +277,7 @@ def main() -> None:
     verbs.add_parser("run").add_argument("folder", type=Path)
     verbs.choices["run"].add_argument("out", type=Path)
     verbs.choices["run"].add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    verbs.choices["run"].add_argument("--dtype", default="bfloat16")
     for name in ("memory", "run"):
         verbs.choices[name].add_argument("--methods", nargs="+", default=list(METHODS))
     verbs.choices["memory"].add_argument("--compute", action="store_true", help="matrix products too, with their time")
@@ -286,7 +288,7 @@ def main() -> None:
     elif args.verb == "make":
         make(args.folder, args.model, args.layers)
     elif args.verb == "run":
-        run(args.folder, args.out, args.methods, args.checkpointing)
+        run(args.folder, args.out, args.methods, args.checkpointing, args.dtype)
     else:
         memory(args.model, args.layers, args.methods, 1, 640, args.compute)
 
