@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     _refuse_old(given)
     options = _parse(given)
     _silence_libraries()
-    from clmoe.utils.processes import EXIT_CODE, count, is_main, leave, stop, stopping_on_sigterm
+    from clmoe.utils.processes import EXIT_CODE, count, is_main, leave, lost_another, stop, stopping_on_sigterm
 
     try:
         with stopping_on_sigterm():
@@ -289,6 +289,11 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(f"clmoe {options.verb}: {error}", USER_ERROR)
     except Interrupted as error:
         _leave(f"clmoe {options.verb}: {error}; the same command continues from there", EXIT_CODE)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        _report_lost(f"clmoe {options.verb}", error)
+        leave(EXIT_CODE)
     stop()
     if is_main() and result is not None:
         print(json.dumps(result, indent=1) if getattr(options, "json", False) else result)
@@ -329,6 +334,16 @@ def _leave(message: str, code: int) -> NoReturn:
         message = f"{message} (process {rank()}, on {gethostname()})"
     print(message, file=sys.stderr)
     leave(code)
+
+
+def _report_lost(command: str, error: RuntimeError) -> None:
+    """One line on each machine whose processes go on: another process ended, and with it the command."""
+    from clmoe.utils.processes import count, local_rank, rank
+
+    if local_rank() == 0:
+        who = f"process {rank()} on {gethostname()} lost another of the {count()} processes"
+        why = f"{str(error).splitlines()[0][:120]}; the lost one's machine may say more"
+        print(f"{command}: {who} ({why}); the same command continues from the last saved state", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,6 @@ export OUT=${OUT:-runs/$name/$(basename "${METHOD%.y*ml}")${ORDER:+-${ORDER//,/-
 { # read whole before the hours begin, so that this file may change meanwhile
   bash "$HERE/sequence.sh" "$BENCHMARK" "$METHOD" "$@"
   source "$HERE/common.sh"
-  clmoe report "$OUT" --format md,csv,tex
+  if [ "${NODE_RANK:-0}" = 0 ]; then run clmoe report "$OUT" --format md,csv,tex; fi
   exit
 }

@@ -21,34 +21,72 @@ if [ "$VISIBLE" -gt 0 ] && [ "$GPUS" -gt "$VISIBLE" ]; then
   echo "GPUS=$GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names $VISIBLE" >&2
   exit 2
 fi
+# Several machines that start the same script each (NODES, NODE_RANK 0 to NODES - 1, MASTER_ADDR, MASTER_PORT).
+NODES=${NODES:-1}
+if [ "$NODES" -gt 1 ]; then
+  for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
+    if [ -z "${!name:-}" ]; then
+      echo "NODES=$NODES, but $name is not set (docs/multi-gpu.md)" >&2
+      exit 2
+    fi
+  done
+  LAUNCHER=${LAUNCHER:-torchrun}
+fi
 if [ -z "${LAUNCHER:-}" ]; then if [ "$GPUS" -gt 1 ]; then LAUNCHER=deepspeed; else LAUNCHER=python; fi; fi
 if [ "$LAUNCHER" = deepspeed ]; then DEEPSPEED=${DEEPSPEED:-zero2}; fi
 
 # Variables that processes on other machines need; DeepSpeed passes on few besides those in DS_ENV_FILE.
 HANDED_OVER='^(CLMOE_[A-Z_]+|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|WANDB_MODE)='
 
-# launch VERB ...: `clmoe VERB ...` in GPUS processes.
+# run COMMAND ...: the command, or with DRY_RUN=1 its line alone.
+run() {
+  local word shown=()
+  if [ -z "${DRY_RUN:-}" ]; then
+    "$@"
+    return
+  fi
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]]; then shown+=("$word"); else shown+=("${word@Q}"); fi
+  done
+  echo "${shown[*]}"
+}
+
+# launch VERB ...: `clmoe VERB ...` in GPUS processes on each machine.
 launch() {
-  local devices=(--num_gpus "$GPUS") # the machine's first ones: DeepSpeed then ignores CUDA_VISIBLE_DEVICES
+  local line=(python -m torch.distributed.run --nproc_per_node "$GPUS")
   case $LAUNCHER in
-  python) clmoe "$@" ;;
-  torchrun) python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" -m clmoe.cli "$@" ;;
-  deepspeed)
-    if [ -n "${HOSTFILE:-}" ]; then
-      export DS_ENV_FILE=${DS_ENV_FILE:-$HOSTFILE.env}
-      env | grep -E "$HANDED_OVER" >"$DS_ENV_FILE"
-      devices+=(--hostfile "$HOSTFILE")
-    elif [ "$VISIBLE" -gt 0 ]; then
-      devices=(--include "localhost:$(cut -d, -f"1-$GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
+  python) line=(clmoe) ;;
+  torchrun)
+    if [ "$NODES" -gt 1 ]; then
+      line+=(--nnodes "$NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    else
+      line+=(--standalone)
     fi
-    deepspeed "${devices[@]}" --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --log_level warning \
-      --module clmoe.cli "$@"
+    line+=(-m clmoe.cli)
+    ;;
+  deepspeed)
+    line=(deepspeed)
+    if [ -n "${HOSTFILE:-}" ]; then
+      line+=(--num_gpus "$GPUS" --hostfile "$HOSTFILE") # DeepSpeed then ignores CUDA_VISIBLE_DEVICES
+      if [ "$NODES" -gt 1 ]; then
+        line+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+      elif [ -z "${DRY_RUN:-}" ]; then
+        export DS_ENV_FILE=${DS_ENV_FILE:-$HOSTFILE.env}
+        env | grep -E "$HANDED_OVER" >"$DS_ENV_FILE"
+      fi
+    elif [ "$VISIBLE" -gt 0 ]; then
+      line+=(--include "localhost:$(cut -d, -f"1-$GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
+    else
+      line+=(--num_gpus "$GPUS")
+    fi
+    line+=(--master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --log_level warning --module clmoe.cli)
     ;;
   *)
     echo "LAUNCHER=$LAUNCHER is none of python, torchrun, deepspeed" >&2
     exit 2
     ;;
   esac
+  run "${line[@]}" "$@"
 }
 
 # How many cores there are. nproc itself answers with OMP_NUM_THREADS, where that is set.

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # LLaVA-1.5 at its true width with two of its layers and random weights, on a CPU with 8 GiB free: what a step holds in
-# memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate, evaluate).
+# memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate, evaluate),
+# without and with activation checkpointing.
 #
-#   bash scripts/rehearse.sh [METHOD ...]        (MODEL=llava-1.5-13b: one layer; OUT=runs/rehearsal)
+#   bash scripts/rehearse.sh [METHOD ...]        (MODEL=llava-1.5-13b: one layer; DTYPE=bfloat16; OUT=runs/rehearsal)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 OUT=${OUT:-runs/rehearsal} MODEL=${MODEL:-llava-1.5-7b}
@@ -13,10 +14,4 @@ rehearse() { python -W ignore "$ROOT/scripts/bench/rehearse.py" "$@"; }
 rehearse memory --model "$MODEL" --layers "$layers" $((layers + 1)) --methods "$@"
 base="$OUT/$MODEL-$layers"
 if [ ! -e "$base/benchmark.yaml" ]; then rehearse make "$base" --model "$MODEL" --layers "$layers"; fi
-for method in "$@"; do
-  options=(training.steps=1 training.batch_size=1 model.dtype=bfloat16 evaluation.batch_size=2 evaluation.limit=2)
-  if [ "$method" = llava_cmoe ]; then
-    options+=(options.extend=every options.probe_min_steps=1 locator.options.steps=10)
-  fi
-  time launch run "$method" "$base/benchmark.yaml" --model "$base/base" --output "$OUT/$method" "${options[@]}"
-done
+rehearse run "$base" "$base-runs" --methods "$@" --dtype "${DTYPE:-bfloat16}"

@@ -158,6 +158,64 @@ def test_multinode_writes_the_hostfile(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["deepspeed 1 /d a=b", "n1 slots=1", "n2 slots=1"]
 
 
+TORCHRUN = "python -m torch.distributed.run --nproc_per_node"
+NODE_1 = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "5"}
+
+
+def node_line(rank: int) -> str:
+    """What starts clmoe on one of two nodes of eight GPUs by torchrun."""
+    where = f"--nnodes 2 --node_rank {rank} --master_addr n1 --master_port 5"
+    return f"{TORCHRUN} 8 {where} -m clmoe.cli run lora coin"
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "expected"),
+    [
+        ("coin/lora.sh", {"GPUS": "1", "LAUNCHER": ""}, ["clmoe run lora coin"]),
+        ("coin/lora.sh", {"GPUS": "2", "LAUNCHER": "torchrun"}, [f"{TORCHRUN} 2 --standalone -m clmoe.cli"]),
+        ("coin/lora.sh", NODE_1, [node_line(1)]),
+        (
+            "coin/lora.sh",
+            NODE_1 | {"LAUNCHER": "deepspeed", "HOSTFILE": "h"},
+            ["deepspeed --num_gpus 8 --hostfile h --no_ssh --node_rank 1 --master_addr n1 --master_port 5 --no_local_"],
+        ),
+        (
+            "cluster/slurm.sh",
+            {"NODES": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "5"},
+            ["srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=64 bash -c", "# node 0", node_line(0),
+             "# node 1", node_line(1)],
+        ),
+        (
+            "cluster/multinode.sh",
+            {"HOSTS": "n1 n2", "MASTER_PORT": "5"},
+            ["# {out}/hostfile:", "n1 slots=8", "n2 slots=8",
+             "deepspeed --num_gpus 8 --hostfile {out}/hostfile --master_port 5 --no_local_rank --log_level warn"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_dry_run_prints_the_commands_and_writes_nothing(
+    script: str, variables: dict[str, str], expected: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    always = {"SCRIPT": "scripts/coin/lora.sh", "DATA": str(tmp_path), "OUT": str(out), "DRY_RUN": "1", "GPUS": "8"}
+    done = shell(f"scripts/{script}", "label=my run", **always | {"LAUNCHER": ""} | variables)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("clmoe report")]
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start.format(out=out))
+        assert " run lora " not in line or line.endswith("'label=my run'")
+    assert done.stdout.count("clmoe report") == (0 if variables.get("NODE_RANK") == "1" else 1), (
+        "on the first node alone"
+    )
+    assert not out.exists()
+
+
+def test_several_nodes_need_to_know_each_other() -> None:
+    done = shell("scripts/coin/lora.sh", NODES="2", NODE_RANK="0", MASTER_ADDR="n1", DRY_RUN="1")
+    assert done.returncode == 2 and "MASTER_PORT is not set" in done.stderr
+
+
 def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
     """A batch script is sent SIGTERM alone; what it started must see it, and its exit code be the job's."""
     (tmp_path / "bin").mkdir()

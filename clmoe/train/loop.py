@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -43,7 +44,7 @@ from clmoe.utils.files import read_json
 from clmoe.utils.logging import EventLog, Progress
 from clmoe.utils.names import derived_seed
 from clmoe.utils.paths import find_config
-from clmoe.utils.processes import Asked, any_of_them, rank
+from clmoe.utils.processes import Asked, any_of_them, mean_of_each, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 PROJECTOR = "modules_to_save"  # in the names of a tuned projector's parameters
@@ -332,6 +333,8 @@ class TaskTrainer(Trainer):
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         """Trainer's own preparation, then moments, step and learning rates of the state found."""
         prepared = super()._prepare_for_training(*arguments, **named)
+        if isinstance(prepared[0], DistributedDataParallel):
+            prepared[0].register_comm_hook(None, mean_of_each)
         if self.found is not None:
             step, scheduler = self.first_step, cast(LambdaLR, self.lr_scheduler)
             load_moments(self.found, self.model, self.moments(), step)  # type: ignore[arg-type]

@@ -34,13 +34,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     return rank() == 0
 
 
 def device() -> str:
     """Where this process computes: its own GPU, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def start() -> None:
@@ -56,6 +61,11 @@ def stop() -> None:
     """Leave the other processes, at the end of a command; DeepSpeed makes a group of one, too."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo's errors have no type of their own."""
+    return count() > 1 and (isinstance(error, dist.DistError) or "/gloo/transport/" in str(error))
 
 
 def leave(code: int) -> NoReturn:
@@ -106,6 +116,17 @@ def summed(tensor: Tensor) -> Tensor:
         start()
         dist.all_reduce(tensor)
     return tensor
+
+
+def mean_of_each(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's mean of gradients over the processes, each gradient summed by itself (a hook of ``register_comm_hook``).
+
+    The order in which more than two processes' numbers are added depends on where they stand in the message, and DDP
+    packs its messages anew after the first step of a process: a continued training would end in other bits.
+    """
+    whole = bucket.buffer().div_(count())
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda done: whole)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -1,12 +1,14 @@
-"""LLaVA-1.5 at its true width with few of its layers, on a CPU; scripts/rehearse.sh runs both.
+"""LLaVA-1.5 at its true width with few of its layers, on a CPU; scripts/rehearse.sh runs the first three.
 
     python scripts/bench/rehearse.py memory [--model llava-1.5-7b] [--layers 2 3] [--methods lora ...]
     python scripts/bench/rehearse.py make FOLDER [--layers 2]
+    python scripts/bench/rehearse.py run FOLDER OUT [--methods lora ...] [--checkpointing off on] [--dtype D]
     python scripts/bench/rehearse.py structure
 
 `memory` counts, tensor by tensor, what a method's step of one record of 640 tokens holds, and prints it beside what
 `clmoe plan` says: bfloat16 weights, 576 image tokens, two layers of the tower, without and with checkpointing. From two
-numbers of layers follows the whole model's. `make` writes such a base and a benchmark of two tasks, for `clmoe run`.
+numbers of layers follows the whole model's. `make` writes such a base and a benchmark of two tasks; `run` takes
+each method through both, one step each: train, seal, continue, grow, locate, evaluate, without and with checkpointing.
 `structure` prints what each method trains and saves at full size, from the meta device, and its share of 8 GPUs.
 """
 
@@ -14,7 +16,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +241,31 @@ def make(folder: Path, model: str, layers: int) -> None:
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
 
 
+def run(folder: Path, out: Path, names: list[str], checkpointing: list[str], dtype: str) -> None:
+    """Print a row for each ``clmoe run``: CPU seconds, the process's peak, and whether the adapter is the same."""
+    print("| method | dtype | checkpointing | CPU s | peak of the process, GiB | second task's adapter |")
+    print("|---|---|---|---:|---:|---|")
+    settings = ["training.steps=1", "training.batch_size=1", "evaluation.batch_size=2", "evaluation.limit=2"]
+    growth = ["options.extend=every", "options.probe_min_steps=1", "locator.options.steps=10"]
+    adapters: dict[str, bytes] = {}
+    for state, name in itertools.product(checkpointing, names):
+        own = [f"training.gradient_checkpointing={'true' if state == 'on' else 'false'}", f"model.dtype={dtype}"]
+        own += growth if name == "llava_cmoe" else []
+        run = out / f"{name}-{dtype}-{state}"
+        where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(run)]
+        process = subprocess.Popen([sys.executable, "-m", "clmoe.cli", "run", name, *where, *settings, *own])
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"rehearse: clmoe run {name} failed")
+        (sealed,) = run.glob("02_*/adapter_model.safetensors")
+        adapter = sealed.read_bytes()
+        same = "" if name not in adapters else "same bytes" if adapter == adapters[name] else "differs"
+        adapters.setdefault(name, adapter)
+        seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+        row = f"| `{name}` | {dtype} | {state} | {seconds:.0f} | {peak:.2f} | {same} |"
+        print(row, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -243,7 +274,12 @@ def main() -> None:
     verbs.choices["make"].add_argument("folder", type=Path)
     verbs.choices["make"].add_argument("--layers", type=int, default=2)
     verbs.choices["memory"].add_argument("--layers", type=int, nargs="+", default=[2, 3])
-    verbs.choices["memory"].add_argument("--methods", nargs="+", default=list(METHODS))
+    verbs.add_parser("run").add_argument("folder", type=Path)
+    verbs.choices["run"].add_argument("out", type=Path)
+    verbs.choices["run"].add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    verbs.choices["run"].add_argument("--dtype", default="bfloat16")
+    for name in ("memory", "run"):
+        verbs.choices[name].add_argument("--methods", nargs="+", default=list(METHODS))
     verbs.choices["memory"].add_argument("--compute", action="store_true", help="matrix products too, with their time")
     verbs.add_parser("structure")
     args = parser.parse_args()
@@ -251,6 +287,8 @@ def main() -> None:
         structure()
     elif args.verb == "make":
         make(args.folder, args.model, args.layers)
+    elif args.verb == "run":
+        run(args.folder, args.out, args.methods, args.checkpointing, args.dtype)
     else:
         memory(args.model, args.layers, args.methods, 1, 640, args.compute)
 

@@ -7,7 +7,7 @@
 # Needs pdsh, by which DeepSpeed reaches the machines.
 # HOSTS: machines that ssh reaches without a password (under SLURM: those of the job). GPUS: of each machine; GPUS times
 # the machines has to divide the global batch. HOSTFILE, if set, is a list of machines that exists already. OUT and DATA
-# must be on a file system that all machines share.
+# must be on a file system that all machines share. DRY_RUN=1 prints the list and the commands, and writes nothing.
 set -euo pipefail
 for name in SCRIPT DATA OUT GPUS; do
   if [ -z "${!name:-}" ]; then
@@ -21,9 +21,14 @@ if [ -z "${HOSTFILE:-}" ]; then
     echo "HOSTS is not set: the machines' names, or HOSTFILE, the path of DeepSpeed's list of them" >&2
     exit 2
   fi
-  mkdir -p "$OUT"
   HOSTFILE=$OUT/hostfile
-  for host in $HOSTS; do echo "$host slots=$GPUS"; done >"$HOSTFILE"
+  list=$(for host in $HOSTS; do echo "$host slots=$GPUS"; done)
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '# %s:\n%s\n' "$HOSTFILE" "$list"
+  else
+    mkdir -p "$OUT"
+    echo "$list" >"$HOSTFILE"
+  fi
 fi
 export HOSTFILE GPUS DATA OUT LAUNCHER=deepspeed
 exec bash "$SCRIPT" "$@"
