@@ -33,6 +33,7 @@ from clmoe.utils.tensors import trainable
 
 T = TypeVar("T")
 TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a sample, for the memory figure
+LONG_TEXT = 256  # the same where a card must hold every sample, long ones too
 FLOAT32 = 4
 FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum for 64 of them, and for 256 maxima
 REDUCE_BUCKET = 5e8  # elements, DeepSpeed's default
@@ -183,6 +184,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
         kept = b * ((L + 1) * D * N + (images + samples) * W * (vision.num_hidden_layers + 1))
     if tuned:
         kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
+    few_bits = first.method.config.model.load_in_4bit or first.method.config.model.load_in_8bit
+    kept += b * D * F * few_bits  # the largest linear, which is widened for its product
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
     routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
     last_block = (block if recompute else 0) + (4 * b if per_block else 8 if routed else 2 * b) * F * N
@@ -193,7 +196,8 @@ def answer_bytes(first: FirstTask, questions: int, tokens: int, new: int) -> int
     """The most that answering a batch holds, base and adapter included; each question has an image of its own.
 
     Keys and values of all tokens and of ``new`` ones; once more for the prefixes that questions of one image share, of
-    which a batch has at most ``WORTHWHILE``. Beside them one block's tensors. The tower comes before them.
+    which a batch has at most ``WORTHWHILE``. Beside them one block's tensors, of which ``7 D`` is measured. The tower
+    comes before them.
     """
     base = cast(PreTrainedModel, first.model.get_base_model())
     text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
@@ -206,7 +210,7 @@ def answer_bytes(first: FirstTask, questions: int, tokens: int, new: int) -> int
     )
     heads = 2 * text.num_key_value_heads * text.head_dim
     cache = b * text.num_hidden_layers * heads * questions * (tokens + new + WORTHWHILE * tokens)
-    block = N * (2 * b * D + 3 * b * F)
+    block = N * b * (7 * D + 3 * F)
     tower = (
         b * questions * (first.image_tokens + 1) * (W * (vision.num_hidden_layers + 1) + 2 * vision.intermediate_size)
     )
@@ -226,9 +230,9 @@ def make_plan(
 ) -> dict[str, Any]:
     """The figures of ``clmoe plan``, memory in bytes; None where a file is missing, or growth decides.
 
-    A sample has ``tokens``, by default its image's and 64 of text; a later task extends ``extended_blocks`` by one
-    expert, on average. ``card``: whether the training fits it, and hours at the share ``mfu`` of its rate. Raises
-    ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
+    A sample has ``tokens``, by default its image's and 64 of text, 256 where a ``card`` must hold it; a later task
+    extends ``extended_blocks`` by one expert, on average. ``card``: whether the training fits it, and hours at the
+    share ``mfu`` of its rate. Raises ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
     """
     config, training = method.config, method.config.training
     if extended_blocks is not None and not method.grows:
@@ -250,7 +254,8 @@ def make_plan(
     if None in trained:
         notes.append("what a later task trains depends on the blocks that it extends: say --extended-blocks X")
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
-    tokens = min(tokens or first.image_tokens + TEXT_TOKENS, training.max_length)
+    usual, longest = first.image_tokens + TEXT_TOKENS, first.image_tokens + (LONG_TEXT if card else TEXT_TOKENS)
+    usual, tokens = (min(tokens or size, training.max_length) for size in (usual, longest))
     memory = state_bytes(first, gpus, deepspeed)
     memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     values |= {
@@ -264,7 +269,7 @@ def make_plan(
         "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
         "gradient_checkpointing": training.gradient_checkpointing,
         "memory": {"tokens": tokens, **memory, "total": sum(memory.values())},
-        "flops": _flops(first, rows, tokens),
+        "flops": _flops(first, rows, usual),
     }
     values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
     if card is not None:
@@ -284,9 +289,12 @@ def _flops(first: FirstTask, rows: list[dict[str, Any]], tokens: int) -> dict[st
     one = step_flops(base, 1, tokens, min(ANSWER_TOKENS, tokens), adapter, tuned, again)
     steps = [row["steps"] for row in rows]
     asked = answers_asked([row["test_records"] for row in rows], config.evaluation.limit, first.method.chain == "union")
+    answer = answer_flops(base, tokens, adapter)
     return {
         "training": None if None in steps else one * training.batch_size * sum(steps),
-        "answers": None if asked is None else asked * answer_flops(base, tokens, adapter),
+        "answers": None if asked is None else asked * answer,
+        "100,000 records": 100_000 * one,
+        "100,000 answers": 100_000 * answer,
     }
 
 
@@ -362,8 +370,7 @@ def plan_text(values: dict[str, Any]) -> str:
         chosen = f"training.gradient_checkpointing={values['gradient_checkpointing']}".lower()
         tasks += [f"memory of a GPU, at {memory.pop('tokens'):,} tokens a sample ({chosen})"]
         tasks += [_row(f"  {name}", f"{size / 2**30:,.2f} GiB") for name, size in memory.items() if size]
-        flops = {name: "?" if n is None else f"{n / 1e15:,.0f} PFLOP" for name, n in values["flops"].items()}
-        tasks += [f"to compute: {flops['training']} of training, {flops['answers']} of answers"]
+        tasks += ["to compute", *(_row(f"  {name}", _of(n, 1e15, "PFLOP")) for name, n in values["flops"].items())]
     if "card" in values:
         tasks += _on_card(values["card"], values["memory"]["total"], values["batch"]["gpus"])
     if values["downloads"]:
@@ -374,11 +381,14 @@ def plan_text(values: dict[str, Any]) -> str:
 
 
 def _on_card(card: dict[str, Any], total: int, gpus: int) -> list[str]:
-    hours = {name: "?" if n is None else f"{n:,.1f}" for name, n in card["hours"].items()}
-    took = f"planned peak {total / 2**30:,.1f} GiB of {card['usable'] / 2**30:,.1f} GiB ({USABLE:.0%} of the card)"
-    speed = f"{card['mfu']:.0%} of {gpus} x {card['rate'] / 1e12:,.0f} TFLOP/s"
-    lines = [f"{card['name']}: {'fits' if card['fits'] else 'does not fit'}, {took}"]
-    return [*lines, f"hours at {speed}: {hours['training']} of training, {hours['answers']} of answers"]
+    took = f"planned peak {total / 2**30:,.1f} of {card['usable'] / 2**30:,.1f} GiB, {USABLE:.0%} of the card"
+    speed = f"hours at {card['mfu']:.0%} of {gpus} x {card['rate'] / 1e12:,.0f} TFLOP/s"
+    hours = [_row(f"  {name}", _of(n, 1, "h")) for name, n in card["hours"].items()]
+    return [f"{card['name']}: {'fits' if card['fits'] else 'does not fit'}, {took}", speed, *hours]
+
+
+def _of(number: float | None, unit: float, name: str) -> str:
+    return "?" if number is None else f"{number / unit:,.1f} {name}"
 
 
 def _row(name: str, *cells: object) -> str:

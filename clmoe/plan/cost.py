@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clmoe.benchmarks.base import Benchmark
@@ -54,7 +54,7 @@ def card(text: str) -> Card:
     if size is None or float(size[1]) == 0:
         raise ClmoeError(f"{text!r}: write a memory, as in 24GB or 22.5GiB; {unknown('card', text, by_name)}")
     memory = int(float(size[1]) * (2**30 if size[2].startswith("gi") else GB))
-    like = next((known for known in CARDS if known.memory >= memory), CARDS[-1])
+    like = next((known for known in CARDS if known.memory >= 0.9 * memory), CARDS[-1])  # GiB, or what drivers report
     return Card(f"{text} (rate of {like.name})", memory, like.rate)
 
 
@@ -105,28 +105,28 @@ def answers_asked(questions: Sequence[int | None], limit: int | None, union: boo
 
 
 def downloads(benchmark: Benchmark, model: str, parameters: int | None) -> list[str]:
-    """Commands that fetch a base from the hub, of which 16-bit ``parameters`` are given, and data that is not there."""
+    """Commands that fetch a base from the hub, which has so many 16-bit ``parameters``, and data that is not there."""
     lines = []
     if parameters is not None:
         lines.append(f"hf download {model}  # {2 * parameters / GB:.1f} GB")
     for place, source in benchmark.sources.items():
         there = benchmark.root / place
         if not there.exists():
-            lines.append(_command(benchmark, PurePosixPath(place), source))
+            lines.append(_command(there.relative_to(Path.cwd()) if there.is_relative_to(Path.cwd()) else there, source))
     return lines
 
 
-def _command(benchmark: Benchmark, place: PurePosixPath, source: str) -> str:
+def _command(place: Path, source: str) -> str:
     """One line for a shell; a comment where a person has to choose."""
     url, _, note = source.partition(" ")
     data_set = re.fullmatch(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)", url)
     note = f"  # {note}" if note else ""
     if data_set is not None and not note:
-        return f"hf download {data_set[1]} --repo-type dataset --local-dir {benchmark.root / place}"
+        return f"hf download {data_set[1]} --repo-type dataset --local-dir {place}"
     name = PurePosixPath(url).name
     if not url.startswith("http") or PurePosixPath(name).suffix not in (".zip", ".json"):
-        return f"# {benchmark.root / place}: {source}"
+        return f"# {place}: {source}"
     inner = place.suffix or place.name == PurePosixPath(name).stem  # the archive holds the folder itself
-    folder = benchmark.root / (place.parent if inner else place)
+    folder = place.parent if inner else place
     unpack = f" && unzip -d {folder} {folder / name}" if name.endswith(".zip") else ""
     return f"curl -L --create-dirs --output-dir {folder} -O {url}{unpack}{note}"

@@ -13,12 +13,11 @@ from typing import Any
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
 from clmoe.methods import method_class
-from clmoe.plan import USABLE, activation_bytes, answer_bytes, first_task, state_bytes
+from clmoe.plan import LONG_TEXT, USABLE, activation_bytes, answer_bytes, first_task, state_bytes
 from clmoe.plan.cost import Card
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import find_config
 
-FIT_TEXT = 256  # tokens of a sample besides its image's: four times the plan's, so that long ones fit, too
 NEW_TOKENS = 128  # of an answer
 OFFLOAD = "zero2_offload"
 BITS: tuple[dict[str, Any], ...] = (
@@ -58,7 +57,7 @@ def fit(config: Config, given: Collection[str], card: Card, gpus: int = 1, deeps
     for bits in _bits(config, keys):
         model = replace(config.model, **{name.partition(".")[2]: value for name, value in bits.items()})
         first = first_task(method(replace(config, model=model)))
-        tokens = min(first.image_tokens + FIT_TEXT, config.training.max_length)
+        tokens = min(first.image_tokens + LONG_TEXT, config.training.max_length)
         for recompute, zero, micro in product(_recompute(config, keys), offloads, _micro(config, keys, gpus)):
             state = sum(state_bytes(first, gpus, zero).values())
             planned = state + activation_bytes(first, micro, tokens, recompute)
