@@ -182,7 +182,7 @@ def test_what_to_fetch_is_a_line_for_a_shell(tmp_path: Path) -> None:
     assert len(data) == len(benchmark.sources) - 1
     coco = tmp_path / "COCO2014"
     url = "http://images.cocodataset.org/zips/train2014.zip"
-    fetch = f"curl -L --create-dirs --output-dir {coco} -O {url} && unzip -d {coco} {coco}/train2014.zip"
+    fetch = f"curl -L --create-dirs --output-dir {coco} -O {url} && unzip -d {coco} {coco}/train2014.zip  # (13 GB)"
     assert fetch in data, "the archive holds the folder train2014"
     assert f"hf download Zacks-Chen/CoIN --repo-type dataset --local-dir {tmp_path}/Instructions" in data
     assert all(line.startswith(("curl ", "hf ", "# ")) for line in data)
@@ -214,7 +214,7 @@ def test_memory_of_answers_at_true_width(shared: bool, tmp_path: Path) -> None:
         before = alive.most = alive.now
         prefill(base, prompts, NEWEST_ROUTER, 8)
     measured = alive.most - before
-    assert 0.5 * planned < measured <= 1.05 * planned, (measured, planned)
+    assert (0.3 if shared else 0.75) * planned < measured < planned
 
 
 @pytest.mark.slow

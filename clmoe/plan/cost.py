@@ -119,10 +119,11 @@ def downloads(benchmark: Benchmark, model: str, parameters: int | None) -> list[
 def _command(place: Path, source: str) -> str:
     """One line for a shell; a comment where a person has to choose."""
     url, _, note = source.partition(" ")
+    url = url.rstrip(";")
     data_set = re.fullmatch(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)", url)
     note = f"  # {note}" if note else ""
-    if data_set is not None and not note:
-        return f"hf download {data_set[1]} --repo-type dataset --local-dir {place}"
+    if data_set is not None:
+        return f"hf download {data_set[1]} --repo-type dataset --local-dir {place}{note}"
     name = PurePosixPath(url).name
     if not url.startswith("http") or PurePosixPath(name).suffix not in (".zip", ".json"):
         return f"# {place}: {source}"
