@@ -190,6 +190,16 @@ def test_what_to_fetch_is_a_line_for_a_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "llava_cmoe"])
+def test_the_table_of_cards_is_up_to_date(method: str) -> None:
+    """Two of its six methods; `python scripts/hardware_page.py` writes it."""
+    page = load_script("hardware_page")
+    lines = page.PAGE.read_text().splitlines(keepends=True)
+    assert page.HEAD.splitlines(keepends=True)[0] in lines
+    assert all(page.row(setup, "llava-1.5-7b", method) in lines for setup in page.SETUPS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_of_answers_at_true_width(shared: bool, tmp_path: Path) -> None:
     """Tensor by tensor, two layers, four questions of 640 tokens in bfloat16; matrix products are left out."""
