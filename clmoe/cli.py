@@ -88,6 +88,7 @@ def _sequence_arguments(
     """ZeRO for what trains, base, order and settings."""
     if trains:
         sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
+        sub.add_argument("--fit", metavar="CARD", help="choose settings that fit it, as in 24GB or A100, and say which")
     sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
     sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0); the same as seed=SEED")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
@@ -179,6 +180,13 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
+    )
+    sub.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="with --fit: of the card's rate, for hours (default: 0.4)",
     )
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
     _sequence_arguments(sub)

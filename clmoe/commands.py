@@ -28,6 +28,8 @@ from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
 from clmoe.report.locators import write_matrix
+from clmoe.plan.cost import card
+from clmoe.plan.fit import fit
 from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
@@ -36,20 +38,20 @@ from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
 from clmoe.utils.files import locked, write_text
 from clmoe.utils.paths import check_target, find_config
-from clmoe.utils.processes import from_main
+from clmoe.utils.processes import count, from_main, is_main
 
 
 def run(options: argparse.Namespace) -> str:
     """``clmoe run``: a method on a benchmark, or a sweep: with every seed and every combination of values."""
-    given = {name: value for name, value in vars(options).items() if name not in ("verb", "seeds", "sets")}
+    given = {name: value for name, value in vars(options).items() if name not in ("verb", "seeds", "sets", "fit")}
     if options.seeds is None and options.sets is None:
-        result = sequence.run(**given)
+        result = sequence.run(**given | _fitted(options, options.method, options.settings))
         shown = {name: value for name, value in result.metrics.items() if value is not None}
         return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
     runs = _combinations(options)
     for folder, settings in runs.items():
         try:
-            sequence.run(**given | {"output": folder, "settings": settings})
+            sequence.run(**given | {"output": folder} | _fitted(options, options.method, settings))
         except ClmoeError as error:
             raise ClmoeError(f"{folder}: {error}") from error
     groups, folders = group_runs(list(runs)), " ".join(map(shlex.quote, map(str, runs)))
@@ -83,6 +85,20 @@ def _combinations(options: argparse.Namespace) -> dict[Path, list[str]]:
     return found
 
 
+def _fitted(options: argparse.Namespace, method: str, settings: list[str], gpus: int | None = None) -> dict[str, Any]:
+    """The settings and ZeRO's, with what ``--fit`` adds to them and says. Raises ClmoeError if nothing fits."""
+    if options.fit is None:
+        return {"settings": settings, "deepspeed": options.deepspeed}
+    known = {"order": options.order, "base": options.base, "data": options.data}
+    _, config, _ = sequence.chosen(method, options.benchmark, settings, **known)
+    found = fit(config, settings, card(options.fit), gpus or count(), options.deepspeed)
+    if gpus is None and not found.fits:
+        raise ClmoeError(found.line)
+    if is_main():
+        print(found.line, file=sys.stderr)
+    return {"settings": [*settings, *found.settings], "deepspeed": found.deepspeed}
+
+
 def _axis(text: str) -> tuple[str, list[Any]]:
     """``key=v,v`` -> the key and its values, each written as YAML."""
     key, equals, values = text.partition("=")
@@ -97,6 +113,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
 def train(options: argparse.Namespace) -> str:
     """``clmoe train``: one task, from the checkpoint before it to the next."""
+    vars(options).update(_fitted(options, options.config, options.settings))
     deepspeed = use_deepspeed(options.deepspeed)
     _, config, order = _chosen(options)
     needed = order if options.task == UNION else [options.task]
@@ -195,10 +212,14 @@ def report(options: argparse.Namespace) -> Any:
 
 def plan(options: argparse.Namespace) -> Any:
     """``clmoe plan``: what a sequence trains and needs, before it is run."""
+    chosen = None if options.fit is None else card(options.fit)
+    if not 0 < options.mfu <= 1:
+        raise ClmoeError(f"--mfu {options.mfu:g}: write a share of the card's rate, above 0 and at most 1")
+    vars(options).update(_fitted(options, options.config, options.settings, options.gpus))
     benchmark, config, order = _chosen(options)
-    settings = options.gpus, options.deepspeed, options.tokens, options.extended_blocks
+    settings = options.gpus, options.deepspeed, options.tokens, options.extended_blocks, chosen, options.mfu
     values = make_plan(method_class(config.method)(config), benchmark, order, *settings)
-    options.exit_code = int(bool(values["missing"]))
+    options.exit_code = int(bool(values["missing"]) or not values.get("card", {"fits": True})["fits"])
     return values if options.json else plan_text(values)
 
 

@@ -50,7 +50,8 @@ class ModelConfig:
         path: a folder or hub name in transformers' format.
         dtype: of the frozen base; adapters and the projector are always float32.
         attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
-        load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes and a CUDA device.
+        load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes.
+        load_in_8bit: the same in 8 bits (LLM.int8).
         architecture: a config.json with the shapes, for ``clmoe plan`` where the weights are not at hand.
     """
 
@@ -58,7 +59,12 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
     architecture: str = ""
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ClmoeError("model.load_in_8bit: the base is either in 4 or in 8 bits; set model.load_in_4bit=false")
 
 
 @dataclass(frozen=True)
@@ -424,11 +430,13 @@ def model_values(model: str) -> dict[str, Any]:
 def recorded(config: Config) -> dict[str, Any]:
     """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
 
-    ``adapter.as_released`` and ``training.on_bad_record`` are recorded where they are not the default: checkpoints
-    without them keep their bytes.
+    ``adapter.as_released``, ``model.load_in_8bit`` and ``training.on_bad_record`` are recorded where they are not the
+    default: checkpoints without them keep their bytes.
     """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"]
+    if not config.model.load_in_8bit:
+        del values["model"]["load_in_8bit"]
     if not config.adapter.as_released:
         del values["adapter"]["as_released"]
     if config.training.on_bad_record == "error":

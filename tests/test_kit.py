@@ -11,6 +11,7 @@ from clmoe.config import load_config
 from clmoe.experts.model import attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import first_task
+from clmoe.plan.cost import step_flops
 from clmoe.train.loop import TrainedModel
 from tests.support import load_script, tiny_config
 
@@ -20,10 +21,13 @@ clock, kit = load_script("bench/clock"), load_script("bench/kit")
 def test_flops_of_a_step_at_7b() -> None:
     """On paper, for 640 tokens: linears 8.29 TF, head 0.17, attention 0.11, tower 0.35; twice that goes backward."""
     config = meta_base(shapes_file(load_config("lora", {}, [], "llava-1.5-7b").model)).model.config
-    found = clock.step_flops(config, 1, 640, 640, 0, tuned=False)
+    found = step_flops(config, 1, 640, 640, 0, tuned=False)
     tower = 0.35e12 + 24 * 4 * 577**2 * 1024  # its attention, which the first figure leaves out
     assert found == pytest.approx(2 * 8.29e12 + 2 * 0.17e12 + 3 * 0.107e12 + tower + 2 * 576 * 4096 * 5120, rel=2e-3)
-    experts = clock.step_flops(config, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
+    experts = step_flops(config, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
+    again = step_flops(config, 1, 640, 640, 10**8, tuned=False, recompute=True)
+    again -= step_flops(config, 1, 640, 640, 10**8, tuned=False)
+    assert again == pytest.approx(8.29e12 + 0.107e12 + 2 * 640 * 1e8, rel=2e-3), "the blocks' forward pass, once more"
     assert experts / (4 * 640 * 32 * 3 * 4096 * 11008) == pytest.approx(5.02e-4 * 32, rel=1e-3)  # of the FFN's
 
 
@@ -45,14 +49,16 @@ def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> No
     pixels = torch.randn(samples, 3, side, side)
     counted = clock.flops(lambda: trained(ids, mask, labels, torch.tensor(answers), pixels)["loss"].backward())
     adapter = first.count("expert") + first.count("router")
-    ours = clock.step_flops(model.config, samples, tokens, answers, adapter, tuned=True)
+    ours = step_flops(model.config, samples, tokens, answers, adapter, tuned=True)
     text, vision = model.config.get_text_config(), model.config.vision_config
     squares = 3 * 2 * samples * tokens**2 * text.hidden_size * text.num_hidden_layers
     squares += 4 * samples * (base.image_token_count + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
     assert ours - squares == pytest.approx(counted, rel=0.01)
 
 
-@pytest.mark.parametrize(("card", "rate"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+@pytest.mark.parametrize(
+    ("card", "rate"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12)]
+)
 def test_peaks_are_found_by_the_cards_name(card: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "device_name", lambda: card)
     assert clock.peak_rate(torch.bfloat16) == rate

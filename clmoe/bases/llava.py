@@ -295,7 +295,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     config.json, attention or 4-bit weights need something that is absent, ``CLMOE_VISION`` does not fit the model, or
     as ``pieces.repaired`` and ``Chat.open``.
     """
-    _check_means(config, torch.device(device))
+    _check_means(config)
     disable_progress_bar()
     folder = resolve_model_path(config.path)
     fingerprint = base_fingerprint(folder)
@@ -311,7 +311,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             **cached,
-            **(_four_bit(config, family, device) if config.load_in_4bit else {}),
+            **(_few_bits(config, family, device) if config.load_in_4bit or config.load_in_8bit else {}),
         )
         model, report = cast(tuple[PreTrainedModel, dict[str, set[Any]]], loaded)
         _check_shards(Path(folder))
@@ -320,7 +320,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(config, error) from error
     model.requires_grad_(False).eval()
-    if not config.load_in_4bit:  # quantised weights were placed while loading
+    if not (config.load_in_4bit or config.load_in_8bit):  # quantised weights were placed while loading
         cast(nn.Module, model).to(device)
     _check_weights(model, Path(folder))
     model.name_or_path = config.path  # goes into adapter files, which must not depend on where the checkout is
@@ -434,7 +434,7 @@ def _model_type(file: Path) -> Any:
     return kind
 
 
-def _check_means(config: ModelConfig, device: torch.device) -> None:
+def _check_means(config: ModelConfig) -> None:
     """Raise ClmoeError if attention or 4-bit weights need a package or setting that is absent, before loading."""
     flash = config.attention == "flash_attention_2"
     if flash and not is_flash_attn_2_available():
@@ -442,19 +442,20 @@ def _check_means(config: ModelConfig, device: torch.device) -> None:
         raise ClmoeError(f"model.attention flash_attention_2 {needs}")
     if flash and config.dtype == "float32":
         raise ClmoeError("model.attention flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
-    if config.load_in_4bit and find_spec("bitsandbytes") is None:
-        raise ClmoeError("model.load_in_4bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
-    if config.load_in_4bit and device.type != "cuda":
-        raise ClmoeError(f"model.load_in_4bit needs a CUDA device, this process computes on {device.type}")
+    bits = "4" if config.load_in_4bit else "8" if config.load_in_8bit else ""
+    if bits and find_spec("bitsandbytes") is None:
+        raise ClmoeError(f"model.load_in_{bits}bit needs the package bitsandbytes: pip install 'clmoe[4bit]'")
 
 
-def _four_bit(config: ModelConfig, family: Family, device: torch.device | str) -> dict[str, Any]:
-    """NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314), as arguments of ``from_pretrained``.
+def _few_bits(config: ModelConfig, family: Family, device: torch.device | str) -> dict[str, Any]:
+    """NF4 weights in the decoder blocks (QLoRA, arXiv 2305.14314), or 8-bit ones (LLM.int8, arXiv 2208.07339).
 
-    Tower, projector and head keep their type: a tuned projector is a copy of the base's, and the head decides margins.
+    As arguments of ``from_pretrained``. Tower, projector and head keep their type: a tuned projector is a copy of the
+    base's, and the head decides margins.
     """
     quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),

@@ -248,8 +248,8 @@ class _Source:
             return [self.turn(number, *message) for number, message in enumerate(listed)]
         self.names |= {"conversations[0].value": key, "conversations[1].value": answer_key}
         if kind == "train" and (isinstance(said, list) or (said is None and self.row.data.get("answers"))):
-            listed = isinstance(said, list)
-            field, values = (answer_key, said) if listed else ("answers", self.row.data["answers"])
+            several = isinstance(said, list)
+            field, values = (answer_key, said) if several else ("answers", self.row.data["answers"])
             self.names["conversations[1].value"] = field
             said = self.most_common(self.accepted(values, field), field)
         if isinstance(said, int) and not isinstance(said, bool):

@@ -178,6 +178,7 @@ class Cell:
             "max_new_tokens": self.task.max_new_tokens,
             "dtype": model.dtype,
             "load_in_4bit": model.load_in_4bit,
+            **({"load_in_8bit": True} if model.load_in_8bit else {}),
             "exact": evaluation.exact,
             "margin": evaluation.margin if evaluation.exact else None,
             **({"batch_size": None} if evaluation.exact else cut),

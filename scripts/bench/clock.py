@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from clmoe.plan.cost import CARDS
+
 R = TypeVar("R")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,30 +98,9 @@ def _alike(tensor: Tensor) -> Tensor:
     return torch.randn(size, device=tensor.device).to(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12, "A100": 312e12}
-"""FLOPs per second of dense bf16 products on the makers' data sheets, by a part of the card's name."""
-
-
 def peak_rate(dtype: torch.dtype) -> float:
-    """The data sheet's, or ``best_rate`` of a device that is not in ``PEAKS``."""
-    return next((rate for part, rate in PEAKS.items() if part in device_name()), 0.0) or best_rate(dtype)
-
-
-def step_flops(config: Any, samples: int, tokens: int, answers: int, adapter: int, tuned: bool) -> int:
-    """Multiplications and additions of a LLaVA's training step, forward and backward, without recomputation.
-
-    Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. The ``adapter`` has so
-    many parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient.
-    Causal attention counts the half of its square that is not masked.
-    """
-    text, vision, N = config.get_text_config(), config.vision_config, samples * tokens
-    D, L, W, P = text.hidden_size, text.num_hidden_layers, vision.hidden_size, config.image_seq_length
-    linears = 2 * N * L * (4 * D * D + 3 * D * text.intermediate_size) + 2 * answers * text.vocab_size * D
-    attention = 2 * samples * tokens**2 * D * L
-    tower = 2 * (P + 1) * (4 * W * W + 2 * W * vision.intermediate_size) + 4 * (P + 1) ** 2 * W
-    tower = samples * (tower * vision.num_hidden_layers + 2 * P * W * 3 * vision.patch_size**2)
-    projector = 2 * samples * P * ((2 * W * D + 3 * D * D) if tuned else (W * D + D * D))
-    return 2 * linears + 3 * attention + 3 * 2 * N * adapter + tower + projector
+    """The data sheet's, or ``best_rate`` of a device that is not in ``CARDS``."""
+    return next((card.rate for card in CARDS if card.name in device_name()), 0.0) or best_rate(dtype)
 
 
 def best_rate(dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import experts
 import torch
-from clock import DEVICE, Peak, device_name, peak_rate, step_flops, timed
+from clock import DEVICE, Peak, device_name, peak_rate, timed
 from eval import measure as measure_answers
 from five_questions import QUESTIONS, TRUE_SIZE, adapted, questions, random_base, records, write_images
 from kit import FORMS, METHODS, RANKS, Record
@@ -39,6 +39,7 @@ from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
+from clmoe.plan.cost import step_flops
 from clmoe.train.loop import TrainedModel, enable_checkpointing, parameter_groups
 from clmoe.utils.files import read_json
 

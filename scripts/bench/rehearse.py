@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from clock import Peak, step_flops, timed
+from clock import Peak, timed
 from five_questions import QUESTIONS, random_base, records, write_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +42,7 @@ from clmoe.config import Config, load_config
 from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
+from clmoe.plan.cost import step_flops
 from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.files import read_json
 

@@ -126,7 +126,7 @@ def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
-    blocks = named_blocks("add-a-benchmark.md")
+    blocks = {name: text for name, text in named_blocks("add-your-data.md").items() if "easy" not in name}
     for name, text in blocks.items():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(text)
@@ -134,7 +134,7 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
     rows = [row for name, text in blocks.items() if name.endswith(".json") for row in json.loads(text)]
     for name in {row["image"] for row in rows}:
         Image.new("RGB", (40, 30), "blue" if name == "b.png" else "red").save(checkout / "my" / "images" / name)
-    (script,) = SHELL_BLOCK.findall((DOCS / "add-a-benchmark.md").read_text())
+    _, script = SHELL_BLOCK.findall((DOCS / "add-your-data.md").read_text())
     printed = run(checkout, script)
     assert re.search(r"^colour +2 train +1 test +0 bad$", printed, re.MULTILINE)
     assert "after choice: colour " in printed
@@ -143,6 +143,30 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
     assert matrix[0] == "after,colour,choice"
     text = (checkout / "runs/colours/report/report.md").read_text()
     assert "not alike" not in text, "a method differs from another in what the benchmark leaves open"
+
+
+@pytest.mark.slow
+def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path) -> None:
+    """To the letter, but for the installation and shorter trainings."""
+    pytest.importorskip("easy_vqa", reason="needs the package easy-vqa, which the development tools have")
+    for name, text in named_blocks("add-your-data.md").items():
+        if "easy" in name:
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_text(text)
+    script, _ = SHELL_BLOCK.findall((DOCS / "add-your-data.md").read_text())
+    install, *lines = script.splitlines()
+    assert install == "pip install easy-vqa"
+    lines = [f"{line} training.steps=3" if line.startswith("clmoe run") else line for line in lines]
+    printed = run(checkout, "\n".join(lines))
+    counts = re.findall(r"^(\w+) +(\d+) train +(\d+) test +0 bad$", printed, re.MULTILINE)
+    assert [name for name, *_ in counts] == ["shape", "colour", "presence"]
+    for name, *rows in counts:
+        for split, number in zip(("train", "test"), rows, strict=True):
+            made = json.loads((checkout / f"my/prepared/{name}/{split}.json").read_text())
+            assert len(made) == int(number) == (checkout / f"my/{name}-{split}.csv").read_text().count("\n") - 1
+    page = (checkout / "runs/easy-vqa/report/report.html").read_text()
+    assert "Report: easy-vqa" in (checkout / "runs/easy-vqa/report/report.md").read_text()
+    assert all(word in page for word in ("separate", "lora", "presence", "<svg"))
 
 
 @pytest.mark.parametrize("page", ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))])

@@ -1,4 +1,4 @@
-"""What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU."""
+"""What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU, its cost."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from clmoe.bases.inputs import WORTHWHILE
 from clmoe.bases.llava import decoder_layers, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.config import FFN_PROJECTIONS, Config
@@ -24,6 +25,7 @@ from clmoe.experts.config import ExpertConfig
 from clmoe.experts.layer import expert_layers, experts_by_linear
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, attach_on_meta
+from clmoe.plan.cost import MFU, Card, answer_flops, answers_asked, downloads, step_flops
 from clmoe.train.loop import BatchPlan, total_steps
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import find_config, resolve_model_path
@@ -31,9 +33,12 @@ from clmoe.utils.tensors import trainable
 
 T = TypeVar("T")
 TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a sample, for the memory figure
+LONG_TEXT = 256  # the same where a card must hold every sample, long ones too
 FLOAT32 = 4
 FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum for 64 of them, and for 256 maxima
 REDUCE_BUCKET = 5e8  # elements, DeepSpeed's default
+EIGHT_BIT = 1  # and a float32 scale for each output
+USABLE = 0.9  # of a card's memory: the rest is for what no figure counts, CUDA's context and fragmentation
 PARTS = {"expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "projector": ("modules_to_save.",)}
 
 
@@ -95,9 +100,11 @@ def first_task(method: Method) -> FirstTask:
     base = meta_base(file)
     model = base.model.to(getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if config.load_in_4bit:
+    if config.load_in_4bit or config.load_in_8bit:
+        bits = FOUR_BIT if config.load_in_4bit else EIGHT_BIT
         linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
-        size += round(sum(FOUR_BIT * linear.weight.numel() - linear.weight.nbytes for linear in linears))
+        size += round(sum(bits * linear.weight.numel() - linear.weight.nbytes for linear in linears))
+        size += 0 if config.load_in_4bit else sum(FLOAT32 * linear.out_features for linear in linears)
     parameters = sum(p.numel() for p in model.parameters())
     return FirstTask(method, file, attach_on_meta(method, base), parameters, size, base.image_token_count)
 
@@ -178,10 +185,37 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
         kept = b * ((L + 1) * D * N + (images + samples) * W * (vision.num_hidden_layers + 1))
     if tuned:
         kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
+    few_bits = first.method.config.model.load_in_4bit or first.method.config.model.load_in_8bit
+    kept += b * D * F * few_bits  # the largest linear, which is widened for its product
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
     routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
     last_block = (block if recompute else 0) + (4 * b if per_block else 8 if routed else 2 * b) * F * N
     return kept + max(loss, 20 * D * N, last_block)
+
+
+def answer_bytes(first: FirstTask, questions: int, tokens: int, new: int) -> int:
+    """The most that answering a batch holds, base and adapter included; each question has an image of its own.
+
+    Keys and values of all tokens and of ``new`` ones; once more for the prefixes that questions of one image share, of
+    which a batch has at most ``WORTHWHILE``. Beside them one block's tensors, of which ``7 D`` is measured. The tower
+    comes before them.
+    """
+    base = cast(PreTrainedModel, first.model.get_base_model())
+    text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
+    b, N, D, F, W = (
+        base.dtype.itemsize,
+        questions * tokens,
+        text.hidden_size,
+        text.intermediate_size,
+        vision.hidden_size,
+    )
+    heads = 2 * text.num_key_value_heads * text.head_dim
+    cache = b * text.num_hidden_layers * heads * questions * (tokens + new + WORTHWHILE * tokens)
+    block = N * b * (7 * D + 3 * F)
+    tower = (
+        b * questions * (first.image_tokens + 1) * (W * (vision.num_hidden_layers + 1) + 2 * vision.intermediate_size)
+    )
+    return first.base_bytes + b * first.count() + round(max(cache + block, tower))
 
 
 def make_plan(
@@ -192,24 +226,27 @@ def make_plan(
     deepspeed: str | None = None,
     tokens: int | None = None,
     extended_blocks: float | None = None,
+    card: Card | None = None,
+    mfu: float = MFU,
 ) -> dict[str, Any]:
     """The figures of ``clmoe plan``, memory in bytes; None where a file is missing, or growth decides.
 
-    A sample has ``tokens``, by default its image's and 64 of text; a later task extends ``extended_blocks`` by one
-    expert, on average. Raises ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
+    A sample has ``tokens``, by default its image's and 64 of text, 256 where a ``card`` must hold it; a later task
+    extends ``extended_blocks`` by one expert, on average. ``card``: whether the training fits it, and hours at the
+    share ``mfu`` of its rate. Raises ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
     """
     config, training = method.config, method.config.training
     if extended_blocks is not None and not method.grows:
         raise ClmoeError(f"--extended-blocks: {config.name} adds no experts to later tasks")
     tasks = [benchmark.task(name) for name in order]
-    missing, notes = _absent(method, benchmark, tasks)
+    missing, notes, fetches = _absent(method, benchmark, tasks)
     groups = [tasks] if method.chain == "union" else [[task] for task in tasks]
     rows = [_training(group, config, missing) for group in groups]
     values: dict[str, Any] = {"method": config.name, "model": config.model.path}
     found = {"tasks": rows, "missing": missing, "notes": notes}
     if method.chain == "none":
         rows[:] = [row | {"parameters": 0, "steps": 0} for row in rows]
-        return values | {"trainable_parameters": 0} | found
+        return values | {"trainable_parameters": 0, "downloads": downloads(benchmark, "", None)} | found
     first = first_task(method)
     trained, kept, growth = by_task(first, len(rows), extended_blocks)
     rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
@@ -218,7 +255,8 @@ def make_plan(
     if None in trained:
         notes.append("what a later task trains depends on the blocks that it extends: say --extended-blocks X")
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
-    tokens = min(tokens or first.image_tokens + TEXT_TOKENS, training.max_length)
+    usual, longest = first.image_tokens + TEXT_TOKENS, first.image_tokens + (LONG_TEXT if card else TEXT_TOKENS)
+    usual, tokens = (min(tokens or size, training.max_length) for size in (usual, longest))
     memory = state_bytes(first, gpus, deepspeed)
     memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     values |= {
@@ -232,8 +270,33 @@ def make_plan(
         "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
         "gradient_checkpointing": training.gradient_checkpointing,
         "memory": {"tokens": tokens, **memory, "total": sum(memory.values())},
+        "flops": _flops(first, rows, usual),
     }
+    values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
+    if card is not None:
+        hours = {k: None if n is None else n / (mfu * card.rate * gpus) / 3600 for k, n in values["flops"].items()}
+        fits = values["memory"]["total"] <= USABLE * card.memory
+        values["card"] = {"name": card.name, "usable": round(USABLE * card.memory), "fits": fits, "mfu": mfu}
+        values["card"] |= {"rate": card.rate, "hours": hours}
     return values | found
+
+
+def _flops(first: FirstTask, rows: list[dict[str, Any]], tokens: int) -> dict[str, int | None]:
+    """Of all trainings, as the first task's, and of all answers' prompts, without what locators and probes add."""
+    config, base = first.method.config, cast(Any, first.model.get_base_model()).config
+    training, adapter = config.training, first.count("expert") + first.count("router")
+    base.image_seq_length = first.image_tokens
+    tuned, again = first.count("projector") > 0, training.gradient_checkpointing
+    one = step_flops(base, 1, tokens, min(ANSWER_TOKENS, tokens), adapter, tuned, again)
+    steps = [row["steps"] for row in rows]
+    asked = answers_asked([row["test_records"] for row in rows], config.evaluation.limit, first.method.chain == "union")
+    answer = answer_flops(base, tokens, adapter)
+    return {
+        "training": None if None in steps else one * training.batch_size * sum(steps),
+        "answers": None if asked is None else asked * answer,
+        "100,000 records": 100_000 * one,
+        "100,000 answers": 100_000 * answer,
+    }
 
 
 def _training(tasks: list[Task], config: Config, missing: list[str]) -> dict[str, Any]:
@@ -264,8 +327,8 @@ def _unless(missing: list[str], work: Callable[[], T]) -> T | None:
     return None
 
 
-def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[list[str], list[str]]:
-    """(files and folders that a run would stop at, what it will make or fetch)."""
+def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[list[str], list[str], bool]:
+    """(files and folders that a run would stop at, what it will make or fetch, whether that is the base)."""
     missing: list[str] = []
     notes: list[str] = []
     if benchmark.built_on_first_use and not benchmark.root.exists():
@@ -274,15 +337,19 @@ def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[li
         names = [task.name for task in tasks]
         missing += [] if benchmark.root.is_dir() else [f"data folder {benchmark.root}"]
         missing += benchmark.missing_files(names)
-        missing += [f"{t.name}: image folder {t.image_root}" for t in tasks if not t.image_root.is_dir()]
+        missing += [f"{t.name}: image folder {t.image_root}" for t in tasks if not (t.image_root.is_dir() or t.raw)]
+        raw = [t.name for t in tasks if t.raw is not None and not (t.train.is_file() and t.test.is_file())]
+        fix = f"the first training prepares them, or clmoe data prepare {benchmark.name}"
+        notes += [f"files in other formats of {', '.join(raw)}: {fix}"] if raw else []
     path = method.config.model.path
     folder = _unless(missing, lambda: Path(resolve_model_path(path)))
     if folder is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         missing.append(f"model {folder}: no *.safetensors in it")
-    elif folder is not None and not folder.is_dir() and try_to_load_from_cache(path, "config.json") is None:
+    fetches = folder is not None and not folder.is_dir() and try_to_load_from_cache(path, "config.json") is None
+    if fetches:
         notes.append(f"model {path} is neither a folder nor in the hub's cache: the first training fetches it")
     _unless(missing, lambda: method.check_inputs(None, benchmark.root))
-    return missing, notes
+    return missing, notes, fetches
 
 
 def plan_text(values: dict[str, Any]) -> str:
@@ -304,9 +371,25 @@ def plan_text(values: dict[str, Any]) -> str:
         chosen = f"training.gradient_checkpointing={values['gradient_checkpointing']}".lower()
         tasks += [f"memory of a GPU, at {memory.pop('tokens'):,} tokens a sample ({chosen})"]
         tasks += [_row(f"  {name}", f"{size / 2**30:,.2f} GiB") for name, size in memory.items() if size]
+        tasks += ["to compute", *(_row(f"  {name}", _of(n, 1e15, "PFLOP")) for name, n in values["flops"].items())]
+    if "card" in values:
+        tasks += _on_card(values["card"], values["memory"]["total"], values["batch"]["gpus"])
+    if values["downloads"]:
+        tasks += ["", "to fetch:", *(f"  {line}" for line in values["downloads"])]
     missing = [wrap(item, 100, initial_indent="  ", subsequent_indent="    ") for item in values["missing"]]
     head = f"missing ({len(missing)})" if missing else "nothing is missing"
     return "\n".join([*lines, *tasks, "", *values["notes"], head, *(line for item in missing for line in item)])
+
+
+def _on_card(card: dict[str, Any], total: int, gpus: int) -> list[str]:
+    took = f"planned peak {total / 2**30:,.1f} of {card['usable'] / 2**30:,.1f} GiB, {USABLE:.0%} of the card"
+    speed = f"hours at {card['mfu']:.0%} of {gpus} x {card['rate'] / 1e12:,.0f} TFLOP/s"
+    hours = [_row(f"  {name}", _of(n, 1, "h")) for name, n in card["hours"].items()]
+    return [f"{card['name']}: {'fits' if card['fits'] else 'does not fit'}, {took}", speed, *hours]
+
+
+def _of(number: float | None, unit: float, name: str) -> str:
+    return "?" if number is None else f"{number / unit:,.1f} {name}"
 
 
 def _row(name: str, *cells: object) -> str:
