@@ -77,11 +77,8 @@ class Same(MoeLora):
         """Read the parent's spectra and watch the linears' inputs."""
         stored = {} if context.previous is None else load_tensors(context.previous / STATE)
         self._past, self._index = unpack(stored, context.base.device), context.index
-        self._spectra = dict[str, Spectrum]()
-        self._use, self._seen = (
-            dict[str, Tensor](),
-            dict[str, Tensor](),
-        )  # averages ``[2, E]``; a step's sums ``[3, E]``
+        self._spectra, self._use = dict[str, Spectrum](), dict[str, Tensor]()  # the latter: averages ``[2, E]``
+        self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
@@ -105,8 +102,7 @@ class Same(MoeLora):
             if step >= self.options.start:
                 g.copy_(along(g, self._spectra[name], router_weights(self._spectra[name][1], self.options), 1.0))
             if name in self._past:
-                mu = self.options.mu
-                A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + mu), 1 / mu))
+                A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + self.options.mu), 1 / self.options.mu))
             idle = self._idle(name)
             A.mul_((~idle).repeat_interleave(experts.rank).unsqueeze(1))
             B.mul_((~idle).repeat_interleave(experts.rank))
