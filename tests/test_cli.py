@@ -161,7 +161,7 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert all(f"\n    {verb} " in done.stdout for verb in cli.VERBS)
+    assert all(f"\n    {verb}" in done.stdout for verb in cli.VERBS)
 
 
 @pytest.mark.parametrize(

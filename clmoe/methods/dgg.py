@@ -6,8 +6,8 @@ records, and ``b ~ Bernoulli(alpha)`` drawn in every step:
     g_old = theta - theta*_{t-1},  shortened to the length of g where it is longer
     g <- g + b g_old
 
-The paper is known here second-hand, from notes on it; no code is public. So these are ours: lengths are taken over all
-weights as one vector, and old records are mixed into the batches as in ``replay``.
+The paper is known here second-hand, from notes on it, and its code could not be had. So these are ours: lengths are taken
+over all weights as one vector, and old records are mixed into the batches as in ``replay``.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 from clmoe.methods.base import TaskContext
 from clmoe.methods.replay import Replay, ReplayOptions
 from clmoe.utils.names import derived_seed
-from clmoe.utils.schema import Share
+from clmoe.utils.schema import Share, Steps
 from clmoe.utils.tensors import trainable
 
 
@@ -28,9 +28,11 @@ class Options(ReplayOptions):
     """DGG's own choices; see ``ReplayOptions``.
 
     Attributes:
+        per_task: training records kept of each past task; 2,000 on UCIT.
         alpha: share of the steps that are guided; 0.2 on VQA v2, 0.05 to 0.1 on UCIT.
     """
 
+    per_task: Steps = 2000
     alpha: Share = 0.1
 
 

@@ -7,12 +7,11 @@ variance of its inputs ``x``, and with gradients ``g`` of the rows that act on `
   the last ``window`` directions, divided by its largest value and kept within ``1 +- spread``.
 - A, from the second task on, with ``U, S`` of the end of the task before:
   ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
-- an expert's score is its use (mean gate) less its importance (mean of gate times ``|x|^2``), both moving averages that
-  are scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, but for that of the task's number.
+- an expert's score is its use (mean gate) less its importance (mean of gate times ``|x|^2``), both moving averages
+  scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, but for that of the task's number.
 
-The router's spectrum is that of a batch's inputs, taken anew every ``every`` steps. All of this is the released code's,
-but that code routes by the mean gate of a batch's tokens, so that an answer depends on its neighbours, and takes frozen
-experts out of the routing; here each token is routed by itself, as in MoELoRA.
+The router's spectrum is a batch's, taken anew every ``every`` steps. The released code, from which all this is, routes
+by the mean gate of a batch's tokens and takes frozen experts out of it; here each token is routed as in MoELoRA.
 """
 
 from dataclasses import dataclass
@@ -44,6 +43,10 @@ class Options:
     """SAME's own choices, by the letters above.
 
     Attributes:
+        energy: share of the inputs' variance that the directions hold, 0.9.
+        mu: damping of A's rule, 0.9.
+        tau: score below which an expert is frozen, 0.1.
+        window, spread, start, every: of the router's rule: 3, 0.2, 10, 20.
         components: width of the sketch behind a spectrum, 64.
         samples: *open*: training records behind the spectrum at a task's end.
     """
@@ -74,8 +77,7 @@ class Same(MoeLora):
         """Read the parent's spectra and watch the linears' inputs."""
         stored = {} if context.previous is None else load_tensors(context.previous / STATE)
         self._past, self._index = unpack(stored, context.base.device), context.index
-        self._spectra: dict[str, Spectrum] = {}
-        self._use: dict[str, Tensor] = {}  # moving averages ``[2, E]``
+        self._spectra, self._use = dict[str, Spectrum](), dict[str, Tensor]()  # the latter: averages ``[2, E]``
         self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
 
@@ -91,17 +93,16 @@ class Same(MoeLora):
     @torch.no_grad()
     def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
         """Reshape the gradients of every linear's router and A, and freeze experts."""
-        chosen = self.options
         for name, layer in expert_layers(model).items():
             sketch, router, (experts,) = self._sketches[name], layer.routers.instance[0], layer.experts.values()
             if sketch.on:
-                self._spectra[name] = sketch.spectrum(chosen.energy)
-            sketch.on = (step + 1) % chosen.every == 0
+                self._spectra[name] = sketch.spectrum(self.options.energy)
+            sketch.on = (step + 1) % self.options.every == 0
             g, A, B = cast(list[Tensor], [p.grad for p in (router.weight, experts.A, experts.B)])  # type: ignore[union-attr]
-            if step >= chosen.start:
-                g.copy_(along(g, self._spectra[name], router_weights(self._spectra[name][1], chosen), 1.0))
+            if step >= self.options.start:
+                g.copy_(along(g, self._spectra[name], router_weights(self._spectra[name][1], self.options), 1.0))
             if name in self._past:
-                A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + chosen.mu), 1 / chosen.mu))
+                A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + self.options.mu), 1 / self.options.mu))
             idle = self._idle(name)
             A.mul_((~idle).repeat_interleave(experts.rank).unsqueeze(1))
             B.mul_((~idle).repeat_interleave(experts.rank))
@@ -130,13 +131,12 @@ class Same(MoeLora):
         self._spectra = unpack(state, sketch.Q.device)
         self._use = {key[4:]: use.to(sketch.Q.device) for key, use in state.items() if key.startswith("use.")}
 
-    @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
         """Take the spectra of the task's inputs, for the next task."""
-        chosen, config = self.options, self.config
-        records = sample_records(context.records, chosen.samples, config.seed)
-        dataset = train_dataset(context.base, records, context.image_root, config.training.max_length)
-        found = pack(spectra_of(context.model, context.base, dataset, chosen.components, config.seed, chosen.energy))
+        width, seed, energy = self.options.components, self.config.seed, self.options.energy
+        records, length = sample_records(context.records, self.options.samples, seed), self.config.training.max_length
+        dataset = train_dataset(context.base, records, context.image_root, length)
+        found = pack(spectra_of(context.model, context.base, dataset, width, seed, energy))
         save_tensors({key: tensor.cpu().contiguous() for key, tensor in found.items()}, context.work / STATE)
 
 

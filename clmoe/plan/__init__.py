@@ -86,10 +86,10 @@ class FirstTask:
         counts = Counter(AdaptedLinear(name.rpartition(".")[2], *sizes) for name, *sizes in found)
         return [replace(linear, blocks=count) for linear, count in counts.items()]
 
-    def count(self, part: str | None = None) -> int:
-        """Parameters that train: all, or of one of ``PARTS``."""
+    def count(self, part: str | None = None, *, kept: bool = False) -> int:
+        """Parameters that train, or all that are ``kept``, held still or not; of the adapter or one of ``PARTS``."""
         marks = ("",) if part is None else PARTS[part]
-        trained = {name: p for name, p in trainable(self.model).items() if self.method.rate_factor(name)}
+        trained = {name: p for name, p in trainable(self.model).items() if kept or self.method.rate_factor(name)}
         return sum(p.numel() for name, p in trained.items() if any(mark in name for mark in marks))
 
 
@@ -118,8 +118,9 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
     whole = first.count()
     if not first.method.grows or first.experts is None:
         added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
-        more = whole if first.method.chain == "fresh" else first.count("expert") if added_up else 0
-        return [whole] * tasks, whole + (tasks - 1) * more, {}
+        stored, expert = first.count(kept=True), first.count("expert", kept=True)
+        more = stored if first.method.chain == "fresh" else expert if added_up else 0
+        return [whole] * tasks, stored + (tasks - 1) * more, {}
     layers = list(expert_layers(first.model).values())  # blocks start alike, so one stands for all
     if X is not None and not 0 <= X <= len(layers):
         raise ClmoeError(f"--extended-blocks {X:g}: the model has {len(layers)} blocks")
@@ -141,14 +142,15 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
     settings = {} if deepspeed is None else read_json(find_config("deepspeed", deepspeed, ".json"))
     zero = settings.get("zero_optimization", {})
     P, stage, base = FLOAT32 * first.count(), zero.get("stage", 0), first.base_bytes
+    adapter = FLOAT32 * first.count(kept=True)
     if stage == 0:
-        return {"base": base, "adapter": P, "gradients": P, "optimizer": 2 * P, "communication": P * (gpus > 1)}
+        return {"base": base, "adapter": adapter, "gradients": P, "optimizer": 2 * P, "communication": P * (gpus > 1)}
     here = int(zero.get("offload_optimizer", {}).get("device", "none") == "none")
     bucket = zero.get("reduce_bucket_size")
     elements = int(bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
     return {
         "base": base,
-        "adapter": P,
+        "adapter": adapter,
         "gradients": here * P // (gpus if stage == 2 else 1),
         "optimizer": here * 3 * P // gpus,
         "communication": FLOAT32 * elements * (2 if zero.get("overlap_comm") else 1),

@@ -79,9 +79,27 @@ def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["my_method.py", "my_agem.py"])
+def test_the_methods_of_the_page_keep_every_promise(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the page's own line."""
+    (tmp_path / name).write_text(named_blocks("add-a-method.md")[name])
+    lines = "\n".join(SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())).splitlines()
+    (line,) = [line for line in lines if line.startswith(f"clmoe check-method {name}")]
+    monkeypatch.chdir(tmp_path)
+    cli.main(shlex.split(line)[1:])
+    *found, last = capsys.readouterr().out.splitlines()
+    assert len(found) == 7 and all(line.startswith("ok ") for line in found), found
+    assert last == f"{name}: keeps every promise"
+
+
+@pytest.mark.slow
 def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     blocks = named_blocks("add-a-method.md")
     contract, method = "tests/methods/test_contract.py", "clmoe/methods/anchor.py"
+    gradients = blocks.pop("my_agem.py")
+    assert gradients == (ROOT / "clmoe/methods/agem.py").read_text(), "the page shows the package's file"
     assert list(blocks) == ["my_method.py", "configs/methods/anchor.yaml", contract, "tests/methods/test_anchor.py"]
     blocks[method] = blocks.pop("my_method.py")
     for name, text in blocks.items():
@@ -92,7 +110,9 @@ def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
             text = before.replace("ROWS = {\n", f"ROWS = {{\n{text}")
             assert text != before
         path.write_text(text)
-    printed = run(checkout, SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())[1])
+    shells = SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())
+    (tests,) = [shell for shell in shells if "pytest" in shell]
+    printed = run(checkout, tests)
     # a method that is continued has six tests in the contract, three more have all methods or are its own
     assert re.search(r"^(\d+) passed", printed.splitlines()[-1]), printed
     assert int(printed.splitlines()[-1].split()[0]) >= 9, printed
