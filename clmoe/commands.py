@@ -178,7 +178,7 @@ def matrix(options: argparse.Namespace) -> str:
             names = usable_locators(finished_method(run))
         with locked(run):
             results[method, seed] = relocate(run, benchmark, names, folder / "features")
-    text = write_matrix(results, output)
+    text = from_main(lambda: write_matrix(results, output))
     return f"{text}\n{output}: matrix.md, matrix.csv, confusion.csv, matrix.png, matrix.svg"
 
 

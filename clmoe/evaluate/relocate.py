@@ -26,6 +26,7 @@ from clmoe.locators.base import Asked, Locator
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import Finished, read_checkpoint
 from clmoe.utils.files import read_json, read_json_lines, write_json
+from clmoe.utils.processes import from_main
 
 COSTS = "locators.json"
 TIMED = 64  # questions of the newest task
@@ -116,8 +117,12 @@ def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Pa
         base = answerer.base
         if isinstance(answerer.model, PeftModel):
             detach_adapter(answerer.model)
-    write_json(run / COSTS, costs)
-    return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
+
+    def results() -> list[Found]:
+        write_json(run / COSTS, costs)
+        return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
+
+    return from_main(results)
 
 
 def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finished]]:
@@ -159,7 +164,7 @@ class _Plan:
         return self.locator.config.name
 
     def missing(self, number: int) -> list[Cell]:
-        return [cell for cell in self.cells[number] if not cell.settled()]
+        return from_main(lambda: [cell for cell in self.cells[number] if not cell.settled()])
 
     def prepare(self, answerer: Answerer, benchmark: Benchmark, tasks: list[str]) -> None:
         """Let the answerer find tasks with this locator; fit it on those that it does not know yet."""
