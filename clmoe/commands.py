@@ -22,7 +22,7 @@ from clmoe.contract import check_method
 from clmoe.convert.command import convert_any
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
-from clmoe.evaluate.relocate import finished_method, relocate, usable_locators
+from clmoe.evaluate.relocate import finished_method, own_locator, relocate, usable_locators
 from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
@@ -189,14 +189,15 @@ def matrix(options: argparse.Namespace) -> str:
     }
     check_target("--output", output, [run / "matrix.csv" for run in runs.values()])
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, described.order(options.order, 0)))
+    usable = {run: usable_locators(finished_method(run)) for run in runs.values()}
+    owners = {(own_locator(run), seed): run for (_, seed), run in runs.items()}
     results = {}
     for (method, seed), run in runs.items():
-        names = options.locators
-        if names == ["all"]:
-            names = usable_locators(finished_method(run))
+        names = usable[run] if options.locators == ["all"] else options.locators
+        trained_with = {name: owner for (name, of), owner in owners.items() if of == seed}
         with locked(run):
-            results[method, seed] = relocate(run, benchmark, names, folder / "features")
-    text = write_matrix(results, output)
+            results[method, seed] = relocate(run, benchmark, names, folder / "features", trained_with)
+    text = from_main(lambda: write_matrix(results, output))
     return f"{text}\n{output}: matrix.md, matrix.csv, confusion.csv, matrix.png, matrix.svg"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import clmoe
 from clmoe.config import load_config
-from clmoe.locators import LOCATORS
+from clmoe.evaluate.relocate import usable_locators
 from clmoe.methods import methods
 
 PACKAGE = Path(clmoe.__file__).parent
@@ -184,7 +184,7 @@ def test_the_picture_pairs_methods_and_locators_as_the_configurations_do() -> No
     marks = [mark for mark in picture.iter(f"{SVG}circle") if mark.get("data-method")]
     keepers = {name for name, kind in methods().items() if kind.keeps_parts}
     assert {(mark.get("data-method"), mark.get("data-locator")) for mark in marks} == {
-        (method, locator) for method in keepers for locator in LOCATORS
+        (method, locator) for method in keepers for locator in usable_locators(method)
     }
     defaults = {(name, load_config(name, {}, []).locator.name) for name in keepers}
     assert {(m.get("data-method"), m.get("data-locator")) for m in marks if m.get("class") == "default"} == defaults

@@ -83,8 +83,8 @@ class Answerer:
     def use(self, locator: Locator | None) -> None:
         """Find tasks with this one from now on."""
         self.own = locator
-        view = "prompt" if locator is None else locator.view
-        self.store = FeatureStore.of(self.base, self.method.config, self.folder, view)
+        config = self.method.config if locator is None else replace(self.method.config, locator=locator.config)
+        self.store = FeatureStore.of(self.base, config, self.folder, "prompt" if locator is None else locator.view)
 
     def answer(
         self,

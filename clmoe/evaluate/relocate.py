@@ -5,7 +5,7 @@ takes is measured once and kept in ``locators.json``.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -15,17 +15,19 @@ from peft import PeftModel
 
 from clmoe.bases.llava import LoadedBase
 from clmoe.benchmarks.base import Benchmark
-from clmoe.config import Config, LocatorConfig
+from clmoe.config import Config, LocatorConfig, reload_config
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answerer, fit_tasks, open_answerer
 from clmoe.evaluate.matrix import AccuracyMatrix, metrics
 from clmoe.evaluate.run import Cell, fill_cells
 from clmoe.experts.model import detach_adapter
 from clmoe.locators import LOCATORS, make_locator
+from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import Asked, Locator
 from clmoe.methods import method_class
-from clmoe.train.checkpoint import Finished, read_checkpoint
+from clmoe.train.checkpoint import CONFIG, Finished, read_checkpoint
 from clmoe.utils.files import read_json, read_json_lines, write_json
+from clmoe.utils.processes import from_main
 
 COSTS = "locators.json"
 TIMED = 64  # questions of the newest task
@@ -85,18 +87,29 @@ def finished_method(run: Path) -> str:
     return method
 
 
-def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Path) -> list[Found]:
+def own_locator(run: Path) -> str:
+    """The locator that a finished run was trained with."""
+    order = read_json(run / "run.json")["order"]
+    return reload_config(run / f"{len(order):02}_{order[-1]}" / CONFIG, []).locator.name
+
+
+def relocate(
+    run: Path, benchmark: Benchmark, names: Sequence[str], features: Path, owners: Mapping[str, Path]
+) -> list[Found]:
     """What the run reaches with each of these locators; fills the cells that are missing.
 
-    ``features`` is the folder for features, which runs on one base may share. Raises ClmoeError for a run that is not
-    finished, keeps no parts per task, or cannot have one of the locators.
+    ``features`` is the folder for features, which runs on one base may share. ``owners``: locators and runs of the same
+    seed that were trained with them; their settings hold, and their fits are taken over if they know the same tasks.
+    Raises ClmoeError for a run that is not finished, keeps no parts per task, or cannot have one of the locators.
     """
     order, dones = _checkpoints(run, benchmark)
     method = dones[-1].config.method
     for name in names:
         if name not in usable_locators(method):
             raise ClmoeError(f"{run}: method {method} cannot have locator={name}, only {usable_locators(method)}")
-    plans = [_Plan.of(name, dones, run, benchmark) for name in names]
+    others = {name for name in names if LOCATORS[name].looks and owners.get(name, run) != run}
+    sealed = {name: _checkpoints(owners[name], benchmark)[1] for name in others}
+    plans = [_Plan.of(name, dones, run, benchmark, sealed.get(name)) for name in names]
     costs = read_json(run / COSTS) if (run / COSTS).is_file() else {}
     base: LoadedBase | None = None
     for number, done in enumerate(dones):
@@ -108,7 +121,7 @@ def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Pa
         own = answerer.own
         for plan in todo:
             answerer.use(own)
-            plan.prepare(answerer, benchmark, done.lineage.tasks)
+            plan.prepare(answerer, benchmark, done)
             if cells := plan.missing(number):
                 fill_cells(cells, benchmark, order, answerer)
             if last:
@@ -116,8 +129,12 @@ def relocate(run: Path, benchmark: Benchmark, names: Sequence[str], features: Pa
         base = answerer.base
         if isinstance(answerer.model, PeftModel):
             detach_adapter(answerer.model)
-    write_json(run / COSTS, costs)
-    return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
+
+    def results() -> list[Found]:
+        write_json(run / COSTS, costs)
+        return [plan.found(order, Cost(**costs[plan.name])) for plan in plans]
+
+    return from_main(results)
 
 
 def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finished]]:
@@ -137,16 +154,21 @@ class _Plan:
     locator: Locator
     config: Config
     cells: list[list[Cell]]
+    sealed: dict[tuple[str, ...], Path]  # fits of other runs, by the tasks that they have learned
     fitted: int = 0  # tasks
 
     @classmethod
-    def of(cls, name: str, dones: list[Finished], run: Path, benchmark: Benchmark) -> Self:
+    def of(
+        cls, name: str, dones: list[Finished], run: Path, benchmark: Benchmark, owner: list[Finished] | None
+    ) -> Self:
         config = dones[-1].config
         own, now = name == dones[-1].locator.name, config.locator
+        chosen = owner[-1].locator if owner else LocatorConfig(name, now.feature, now.samples)
         if LOCATORS[name].looks and not own:
-            config = replace(config, locator=LocatorConfig(name, now.feature, now.samples))
-        locator = make_locator(config.locator if own else LocatorConfig(name, now.feature), config.seed)
-        plan = cls(locator, config, [])
+            config = replace(config, locator=chosen)
+        same = [d for d in owner or () if (d.lineage.base, d.config.seed) == (dones[-1].lineage.base, config.seed)]
+        sealed = {tuple(done.lineage.tasks): done.folder / LOCATOR_FILE for done in same}
+        plan = cls(make_locator(now if own else chosen, config.seed), config, [], sealed)
         for done in dones:
             learned, last = done.lineage.tasks, done is dones[-1]
             limit, by = None if last else config.evaluation.limit, "" if own else name
@@ -159,14 +181,18 @@ class _Plan:
         return self.locator.config.name
 
     def missing(self, number: int) -> list[Cell]:
-        return [cell for cell in self.cells[number] if not cell.settled()]
+        return from_main(lambda: [cell for cell in self.cells[number] if not cell.settled()])
 
-    def prepare(self, answerer: Answerer, benchmark: Benchmark, tasks: list[str]) -> None:
+    def prepare(self, answerer: Answerer, benchmark: Benchmark, done: Finished) -> None:
         """Let the answerer find tasks with this locator; fit it on those that it does not know yet."""
         if not self.cells[0][0].locator or not self.locator.looks:
             return
         answerer.use(self.locator)
-        fit_tasks(answerer, self.config, [benchmark.task(task) for task in tasks[self.fitted :]])
+        tasks = done.lineage.tasks
+        if sealed := self.sealed.get(tuple(tasks)):
+            self.locator.load(sealed)
+        else:
+            fit_tasks(answerer, self.config, [benchmark.task(task) for task in tasks[self.fitted :]])
         self.fitted = len(tasks)
 
     def found(self, order: list[str], cost: Cost) -> Found:

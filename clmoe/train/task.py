@@ -228,6 +228,8 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
         for phase in phases:
+            batch_plan(request, phase.records, phase.batch_size)
+        for phase in phases:
             parameters = _run_phase(request, method, context, phase, log)
         if method.keeps_parts:
             with timed(log, "located", task=request.task):

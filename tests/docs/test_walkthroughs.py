@@ -124,16 +124,16 @@ def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> N
     assert not (checkout / name).exists()
     (checkout / name).write_text(text)
     rooms = checkout / "clmoe/locators/__init__.py"
-    source = rooms.read_text().replace('"vae": Vae,\n', '"vae": Vae,\n    "gaussian": Gaussian,\n')
-    rooms.write_text(source.replace("\nLOCATORS:", "\nfrom clmoe.locators.gaussian import Gaussian\n\nLOCATORS:"))
+    source = rooms.read_text().replace('"vae": Vae,\n', '"vae": Vae,\n    "diagonal": Diagonal,\n')
+    rooms.write_text(source.replace("\nLOCATORS:", "\nfrom clmoe.locators.diagonal import Diagonal\n\nLOCATORS:"))
     test, evaluate = SHELL_BLOCK.findall((DOCS / "add-a-locator.md").read_text())[0].splitlines()
     printed = run(checkout, test)
     assert re.search(r"^1 passed", printed.splitlines()[-1]), printed
-    assert "scripts/eval.sh playground-coin locator=gaussian" in evaluate
+    assert "scripts/eval.sh playground-coin locator=diagonal" in evaluate
 
     namespace: dict[str, Any] = {}
     exec(text, namespace)
-    locator, restored = (namespace["Gaussian"](LocatorConfig("gaussian"), 0) for _ in range(2))
+    locator, restored = (namespace["Diagonal"](LocatorConfig("diagonal"), 0) for _ in range(2))
     means = torch.tensor([[0.0] * 4, [3.0] * 4])
     for mean in means:
         locator.fit(mean + torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))

@@ -43,9 +43,9 @@ def folder(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def matrix(runs: Runs, folder: Path, locators: str, *more: str) -> None:
+def matrix(runs: Runs, folder: Path, locators: str, *more: str, methods: str = "separate") -> None:
     where = ["--runs", str(folder), "--locators", locators, *more]
-    cli.main(["matrix", str(runs.benchmark), "--methods", "separate", *where])
+    cli.main(["matrix", str(runs.benchmark), "--methods", methods, *where])
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -116,6 +116,23 @@ def test_a_second_time_loads_no_model(folder: Path, runs: Runs, monkeypatch: pyt
     assert {path.name for path in (folder / "again").iterdir()} == {
         "matrix.md", "matrix.csv", "confusion.csv", "matrix.png", "matrix.svg",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_locator_that_another_run_was_trained_with_is_taken_from_it(
+    folder: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its settings, and without a fit."""
+    runs.copy(folder / "separate-seed0", tmp_path / "separate-seed0")
+    settings = [*SETTINGS, "training.steps=1", "locator=prototype", "locator.samples=7"]
+    clmoe.run("disco", runs.benchmark, output=tmp_path / "disco-seed0", base=str(runs.model), settings=settings)
+    monkeypatch.setattr(module, "fit_tasks", kill)
+    matrix(runs, tmp_path, "prototype", methods="separate,disco")
+    separate, disco = rows(tmp_path / "matrix" / "matrix.csv")
+    assert separate["located"] == disco["located"]
+    name = f"{TASKS[0]}.prototype.json"
+    (made,) = (tmp_path / "separate-seed0" / "predictions" / TASKS[2]).glob(name)
+    assert json.loads(made.read_text())["settings"]["locator"]["samples"] == 7
 
 
 @pytest.mark.slow

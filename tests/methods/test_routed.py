@@ -97,8 +97,8 @@ def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
         assert (out - x @ linear.weight.t()).abs().max() > 1e-3, "the LoRAs have an effect"
 
 
-def test_questions_that_mix_alike_are_answered_alike_in_any_batch(runs: Runs, tmp_path: Path) -> None:
-    """Shares differ from sample to sample: no prefix is shared that does not have the same ones."""
+def test_a_sample_has_its_own_shares_in_a_batch_of_any_size(runs: Runs, tmp_path: Path) -> None:
+    """The released code has one similarity for a batch."""
     checkpoint, soft = last(runs, "disco"), "options.temperature=2"
     found = [
         texts(runs.evaluate(checkpoint, tmp_path / size, soft, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
