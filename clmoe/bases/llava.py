@@ -43,6 +43,7 @@ from clmoe.utils.files import file_sha256, json_sha256, read_json
 from clmoe.utils.logging import Progress
 from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
 from clmoe.utils.processes import count, from_main, in_order, is_main
+from clmoe.utils.stack import WITH_PILLOW
 from clmoe.utils.tensors import is_finite, load_tensors, replace_tensors
 
 PROJECTOR = "multi_modal_projector"
@@ -77,8 +78,12 @@ def block_of(module_name: str) -> str:
 
 def count_image_tokens(model: PreTrainedModel) -> int:
     """Number of tokens of one image: its patches, plus the class token with the ``full`` feature strategy."""
-    patches = int(cast(Any, vision_tower_of(model)).embeddings.num_patches)
-    return patches + (model.config.vision_feature_select_strategy == "full")
+    return _image_tokens(model.config)
+
+
+def _image_tokens(shapes: Any) -> int:
+    patches = (shapes.vision_config.image_size // shapes.vision_config.patch_size) ** 2
+    return patches + (shapes.vision_feature_select_strategy == "full")
 
 
 # ---- The frozen tower's output for every image, kept on disk: later passes neither decode nor encode it again
@@ -266,9 +271,7 @@ def open_encoder(config: ModelConfig) -> LoadedBase:
     cached = _cached_only(folder)
     try:
         shapes = AutoConfig.from_pretrained(folder, **cached)
-        vision = shapes.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
+        image_tokens = _image_tokens(shapes)
         parts = _processor_parts(folder, shapes.image_token_id, cached)
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -278,7 +281,7 @@ def open_encoder(config: ModelConfig) -> LoadedBase:
 
 def _processor_parts(folder: str, image_id: int, cached: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer, as ``pieces.repaired`` leaves it, and the image processor."""
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
+    processor = AutoProcessor.from_pretrained(folder, **WITH_PILLOW, **cached)
     tokenizer = repaired(processor.tokenizer, Path(folder), image_id)
     return {"tokenizer": tokenizer, "image_processor": processor.image_processor}
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import (
@@ -30,6 +29,7 @@ from clmoe.data.batches import (
 )
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
+from clmoe.utils.stack import CLIPImageProcessorPil
 from tests.data import tokenizers_for_tests as make
 
 PAD, TOKENS = 3, 16

@@ -17,6 +17,7 @@ from clmoe.experts import model as ours
 from clmoe.experts.forward import adapted_base, answer_states
 from clmoe.experts.layer import experts_by_linear, seeded
 from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, routing
+from clmoe.utils.stack import recompute_activations
 from tests import support
 from tests.experts.adapters import (
     SCOPES,
@@ -310,9 +311,7 @@ def test_checkpointing_changes_no_bit_of_loss_and_gradients(
     expected = gradients(made(), answers, selection)
     checkpointed, calls = made(), []
     llava = adapted_base(checkpointed)
-    llava.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
-    )
+    recompute_activations(llava, use_reentrant=False, context_fn=checkpoint_contexts)
     llava.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(True))
     got = gradients(checkpointed, answers, selection, interrupt=grown)
     assert len(calls) == 2 + grown, "the block is recomputed"
