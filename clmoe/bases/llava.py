@@ -35,6 +35,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from clmoe.bases.pieces import repaired
+from clmoe.bases.stack import WITH_PILLOW, tower_names
 from clmoe.config import ModelConfig
 from clmoe.data import images
 from clmoe.data.batches import Encoder
@@ -43,7 +44,6 @@ from clmoe.utils.files import file_sha256, json_sha256, read_json
 from clmoe.utils.logging import Progress
 from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
 from clmoe.utils.processes import count, from_main, in_order, is_main
-from clmoe.utils.stack import WITH_PILLOW
 from clmoe.utils.tensors import is_finite, load_tensors, replace_tensors
 
 PROJECTOR = "multi_modal_projector"
@@ -243,6 +243,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             **cached,
+            **tower_names(kind),
             **(_four_bit(config, device) if config.load_in_4bit else {}),
         )
         model, report = cast(tuple[LlavaForConditionalGeneration, dict[str, set[Any]]], loaded)

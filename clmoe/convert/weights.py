@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from clmoe.bases.pieces import PAD, PROBES, SETTINGS, Ids, different, read_pieces
+from clmoe.bases.stack import WITH_PILLOW, CLIPImageProcessorPil
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import flush, read_json
-from clmoe.utils.stack import WITH_PILLOW, CLIPImageProcessorPil
 from clmoe.utils.tensors import load_tensors, refuse_infinite, writing
 
 # How each format names its tensors: beginning of the name in our folder (which is llava-hf's) -> beginning there.

@@ -12,13 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
 from torch import Tensor, nn
 
+from clmoe.bases.stack import NAMES_ADAPTERS
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
 from clmoe.experts.routing import InstanceRouter, current_routing
 from clmoe.utils.files import read_json
-from clmoe.utils.stack import NAMES_ADAPTERS
 from clmoe.utils.tensors import load_tensors, trainable
 
 IN_FILES = "base_model.model."

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations import unset_hf_deepspeed_config
 
 from clmoe.bases.llava import PROJECTOR, projector_of
+from clmoe.bases.stack import recompute_activations
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
@@ -37,7 +38,6 @@ from clmoe.utils.logging import EventLog, Progress
 from clmoe.utils.names import derived_seed
 from clmoe.utils.paths import find_config
 from clmoe.utils.processes import Asked, any_of_them, rank
-from clmoe.utils.stack import recompute_activations
 from clmoe.utils.tensors import check_finite, trainable
 
 LOST_UPDATES = 3  # in a row end a training

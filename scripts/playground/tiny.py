@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clmoe.utils.stack import CLIPImageProcessorPil
+from clmoe.bases.stack import CLIPImageProcessorPil
 
 PAD, BEGIN, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 EMBEDDING_STD = 0.05

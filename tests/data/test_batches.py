@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clmoe.bases.llava import LoadedBase
+from clmoe.bases.stack import CLIPImageProcessorPil
 from clmoe.data.batches import (
     NumberedDataset,
     PromptDataset,
@@ -29,7 +30,6 @@ from clmoe.data.batches import (
 )
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
-from clmoe.utils.stack import CLIPImageProcessorPil
 from tests.data import tokenizers_for_tests as make
 
 PAD, TOKENS = 3, 16

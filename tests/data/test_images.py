@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from clmoe.bases.stack import CLIPImageProcessorPil
 from clmoe.data.images import load_image, preprocess
 from clmoe.errors import ClmoeError
-from clmoe.utils.stack import CLIPImageProcessorPil
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from clmoe.bases.llava import PROJECTOR, LoadedBase, load_base
+from clmoe.bases.stack import recompute_activations
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
 from clmoe.experts.forward import adapted_base, answer_states
 from clmoe.experts.layer import experts_by_linear, seeded
 from clmoe.experts.routing import RouteSelection, RouteTrace, checkpoint_contexts, routing
-from clmoe.utils.stack import recompute_activations
 from tests import support
 from tests.experts.adapters import (
     SCOPES,
