@@ -214,6 +214,9 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
         tokenizer.add_special_tokens({"pad_token": PAD})
     except Exception as error:  # tokenizers raises nothing narrower
         raise ClmoeError(f"{folder}: no readable tokenizer.model or tokenizer.json: {error}") from error
+    if getattr(tokenizer, "image_token_id", None) is None:  # in transformers 5.0 the file goes before our settings
+        where = folder / "tokenizer_config.json"
+        raise ClmoeError(f"{where}: field 'extra_special_tokens' leaves no place for {IMAGE_MARK}: remove the field")
     return tokenizer, ids
 
 
