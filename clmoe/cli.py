@@ -20,7 +20,7 @@ OLD = {  # options and a verb of clmoe 0.1
     "--router": "write locator=oracle, locator=last, ... among the key=value settings",
     "--then-eval": "clmoe run trains and evaluates; clmoe eval evaluates a checkpoint",
     "--steps": "clmoe run goes through a whole sequence",
-    "card": "clmoe no longer writes model cards; clmoe report prints a run's scores",
+    "card": "clmoe export CHECKPOINT FOLDER writes a checkpoint with its model card",
 }
 
 
@@ -222,6 +222,13 @@ def _convert_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tasks", type=_paths, help="with an adapter: what it has learned, oldest first")
 
 
+def _export_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
+    sub.add_argument("target", type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    sub.add_argument("--merge", action="store_true", help="add the updates to the base: a model without an adapter")
+    sub.add_argument("--base", "--model", dest="base", metavar="BASE", help="folder or hub name, if the base has moved")
+
+
 def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
     sub.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -244,6 +251,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "check-method": ("Does a method keep what clmoe promises? Exit code 1: it does not.", _check_method_arguments),
     "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments),
     "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments),
+    "export": ("A checkpoint as a folder for the hub, with a model card.", _export_arguments),
     "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments),
 }  # fmt: skip
 LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}  # need neither transformers nor peft
@@ -252,6 +260,10 @@ LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}  # need neither tra
 def _command(verb: str) -> Callable[[argparse.Namespace], Any]:
     if verb in LIGHT:
         return LIGHT[verb]
+    from clmoe.utils.versions import unfit
+
+    if reason := unfit():
+        raise ClmoeError(reason)
     from clmoe.commands import COMMANDS
 
     return COMMANDS[verb]

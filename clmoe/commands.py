@@ -5,6 +5,7 @@ import json
 import mimetypes
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -20,6 +21,7 @@ from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import Config, load_config
 from clmoe.contract import check_method
 from clmoe.convert.command import convert_any
+from clmoe.convert.merge import merge_checkpoint
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import load
 from clmoe.evaluate.relocate import finished_method, own_locator, relocate, usable_locators
@@ -27,17 +29,18 @@ from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
-from clmoe.report.locators import write_matrix
 from clmoe.plan.cost import card
 from clmoe.plan.fit import fit
+from clmoe.report.card import model_card
+from clmoe.report.locators import write_matrix
 from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
-from clmoe.train.checkpoint import checked_method, read_checkpoint
+from clmoe.train.checkpoint import MANIFEST, checked_method, read_checkpoint, sealed_files
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
-from clmoe.utils.files import locked, write_text
-from clmoe.utils.paths import check_target, find_config
+from clmoe.utils.files import flush, locked, write_text
+from clmoe.utils.paths import check_target, find_config, resolve_model_path
 from clmoe.utils.processes import count, from_main, is_main
 
 
@@ -234,6 +237,34 @@ def contract(options: argparse.Namespace) -> str:
     return f"{options.method}: {f'{broken} promises broken' if broken else 'keeps every promise'}"
 
 
+def export(options: argparse.Namespace) -> str:
+    """``clmoe export``: a checkpoint, or its base with it merged in, and a model card; whole or not at all."""
+    moved = [] if options.base is None else [f"model.path={json.dumps(options.base)}"]
+    done, target = read_checkpoint(options.checkpoint, moved), options.target
+    base = Path(resolve_model_path(done.config.model.path))
+    if target.exists():
+        raise ClmoeError(f"{target} exists: choose another folder or delete it")
+    check_target("FOLDER", target, folders=[done.folder, *([base] if base.is_dir() else [])])
+    card, work = model_card(done, target.name, options.merge), target.parent / f".{target.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        if options.merge:
+            found = f"{merge_checkpoint(done, work)} tensors of {done.config.model.path} changed"
+        else:
+            names = [*sealed_files(done.folder), MANIFEST]
+            for name in names:
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(done.folder / name, work / name)
+            found = f"{len(names)} files of {done.folder}"
+            found += ", among them memory.json, records of the training data" if "memory.json" in names else ""
+        write_text(work / "README.md", card)
+        work.rename(target)
+        flush(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return f"{target}: {found}, and README.md. To publish it: hf upload OWNER/NAME {target}"
+
+
 def demo(options: argparse.Namespace) -> None:
     """``clmoe demo``: ask a checkpoint in the browser."""
     from clmoe.demo import build_page, launch, read_examples
@@ -262,5 +293,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "plan": plan,
     "check-method": contract,
     "convert": convert_any,
+    "export": export,
     "demo": demo,
 }

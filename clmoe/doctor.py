@@ -2,30 +2,31 @@
 
 import importlib
 import platform
-import re
 import textwrap
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from clmoe.utils.paths import shipped_root
+from clmoe.utils.versions import installed, requirements, tested
 
 AMPERE = (8, 0)  # compute capability that bfloat16 and flash-attention 2 need
+WITHOUT = "clmoe metrics, clmoe data prepare and clmoe doctor"  # which need none of these
+TESTED = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed")
 # packages with compiled code, which may have been built for another torch
 IMPORTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "flash-attn", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line; optional things are ``missing``, required ones ``broken``, and ``fix`` says what to do."""
+    """One line; ``fix`` says what to do. Optional things are ``missing``, required ones ``broken``."""
 
     name: str
-    state: Literal["ok", "missing", "broken"]
+    state: Literal["ok", "missing", "broken", "untested"]
     text: str
     fix: str = ""
 
@@ -49,12 +50,13 @@ def examine() -> list[Finding]:
     ours = [
         (extra, package)
         for extra, package in requirements()
-        if extra not in ("dev", "docs") and package.name != "clmoe"
+        if extra not in ("dev", "docs", "test") and package.name != "clmoe"
     ]
     packages = {package.name: _package(extra, package) for extra, package in ours if package.name != "clmoe"}
     return [
         Finding("python", "ok", platform.python_version()),
         *packages.values(),
+        _versions(packages),
         *_gpus(gpus),
         *_usable(gpus, packages),
         _base(),
@@ -68,15 +70,8 @@ def report_text(findings: list[Finding]) -> str:
         lines += wrap(f"{finding.state:<9}{finding.name:<20}{finding.text}", subsequent_indent=" " * 29)
         lines += wrap(f"{'':<29}-> {finding.fix}", subsequent_indent=" " * 32) if finding.fix else []
     broken = [finding.name for finding in findings if finding.broken]
-    return "\n".join([*lines, "", f"broken: {', '.join(broken)}" if broken else "all that is required works"])
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    works = f"broken: {', '.join(broken)}; until then only {WITHOUT} work"
+    return "\n".join([*lines, "", *(wrap(works) if broken else ["all that is required works"])])
 
 
 def import_error(package: str) -> str | None:
@@ -98,23 +93,6 @@ def devices() -> list[Device]:
     return [Device(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
 
 
-def requirements() -> Iterator[tuple[str, Requirement]]:
-    """(extra or "", requirement) of this package: from the checkout's pyproject.toml, else as a wheel recorded them.
-
-    What is recorded at an editable installation may be older than the file.
-    """
-    file = shipped_root() / "pyproject.toml"
-    if file.is_file():
-        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-        for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
-            yield from ((extra, Requirement(line)) for line in lines)
-        return
-    for line in metadata.requires("clmoe") or []:
-        requirement = Requirement(line)
-        extra = re.search(r'extra == "(.+?)"', str(requirement.marker))
-        yield (extra[1] if extra else "", requirement)
-
-
 def _package(extra: str, requirement: Requirement) -> Finding:
     name, wanted, version = requirement.name, str(requirement.specifier), installed(requirement.name)
     bad: Literal["missing", "broken"] = "missing" if extra else "broken"
@@ -127,6 +105,21 @@ def _package(extra: str, requirement: Requirement) -> Finding:
     if problem:
         return Finding(name, bad, f"{version} cannot be imported: {problem}", "install it again for this torch")
     return Finding(name, "ok", f"{version} ({wanted})")
+
+
+def _versions(packages: dict[str, Finding]) -> Finding:
+    """What was tested of the packages on which results hang, and whether the installed ones lie within."""
+    low, high = tested("lowest"), tested("highest")
+    beyond = []
+    for name in TESTED:
+        version = installed(name) if name in packages and packages[name].state == "ok" else None
+        if version is not None and not Version(low[name]) <= Version(Version(version).public) <= Version(high[name]):
+            beyond.append(f"{name} {version}")
+    text = ", ".join(f"{name} {low[name]} to {high[name]}" for name in TESTED)
+    if not beyond:
+        return Finding("tested", "ok", text)
+    fix = "they may work: bash scripts/test_versions.sh installed tries them, in a checkout"
+    return Finding("tested", "untested", f"{', '.join(beyond)}; tested are {text}", fix)
 
 
 def _gpus(gpus: list[Device]) -> Iterator[Finding]:

@@ -95,15 +95,15 @@ cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
 # A free port: two runs on one machine must not meet on the launcher's default.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-# setup EXTRAS: make .venv and install the pinned packages, once per state of pyproject.toml and constraints.txt. What pip
-# or uv says goes to .venv/setup.log.
+# setup EXTRAS [VENV] [CONSTRAINTS]: make .venv and install the pinned packages, once per state of pyproject.toml and
+# constraints.txt. What pip or uv says goes to .venv/setup.log.
 # PYTHON chooses the interpreter; TORCH_INDEX_URL an index to take torch from (PyTorch's CPU index, say). Offline, from a
 # folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder.
 setup() {
-  local extras=$1 python="" stamp log="$ROOT/.venv/setup.log" start
+  local extras=$1 venv=${2:-$ROOT/.venv} constraints=${3:-constraints.txt} python="" stamp log start torch
   cd "$ROOT"
-  start=$(date +%s)
-  stamp=".venv/installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${extras:-base}"
+  log="$venv/setup.log" start=$(date +%s) torch=$(grep "^torch==" "$constraints")
+  stamp="$venv/installed-$(cat pyproject.toml "$constraints" | sha256sum | cut -c1-16)-${extras:-base}"
   if [ -e "$stamp" ] || [ -e "${stamp%-*}-dev" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
@@ -115,17 +115,17 @@ setup() {
     echo "clmoe needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=/path/to/python)" >&2
     exit 2
   fi
-  echo "Installing into .venv ($("$python" --version)): two minutes, 2 GB, with CUDA more."
+  echo "Installing into ${venv#"$ROOT/"} ($("$python" --version)): two minutes, 2 GB, with CUDA more."
   echo "Log: $log"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0 &&
-    packages torch==2.13.0 --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" &&
+    packages "$torch" --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
     {
       tail -n 20 "$log" >&2
       echo "the installation failed; the whole log is $log" >&2
       exit 1
     }
-  PATH="$ROOT/.venv/bin:$PATH"
+  PATH="$venv/bin:$PATH"
   touch "$stamp"
   echo "Installed in $(($(date +%s) - start)) s."
 }
@@ -133,9 +133,9 @@ setup() {
 # packages ARGUMENTS: pip install's, through uv where it is present; quiet but for the log.
 packages() {
   if command -v uv >/dev/null; then
-    uv pip install --python .venv/bin/python --compile-bytecode --constraint constraints.txt ${PIP_NO_INDEX:+--no-index} \
+    uv pip install --python "$venv/bin/python" --compile-bytecode --constraint "$constraints" ${PIP_NO_INDEX:+--no-index} \
       ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$@" >>"$log" 2>&1
   else
-    .venv/bin/python -m pip install --constraint constraints.txt "$@" >>"$log" 2>&1
+    "$venv/bin/python" -m pip install --constraint "$constraints" "$@" >>"$log" 2>&1
   fi
 }

@@ -170,7 +170,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["eval", "--router", "oracle"], "locator=oracle"),
         (["train", "--then-eval"], "clmoe run"),
         (["plan", "--steps"], "clmoe run"),
-        (["card", "runs/x"], "clmoe report"),
+        (["card", "runs/x"], "clmoe export"),
     ],
 )
 def test_what_was_renamed_says_the_new_name(arguments: list[str], new: str, capsys: pytest.CaptureFixture[str]) -> None:

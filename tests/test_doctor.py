@@ -1,17 +1,22 @@
 """``clmoe doctor`` on machines that are made up: versions and devices come from patched finders."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from clmoe import cli, doctor
-from clmoe.doctor import Device, Finding, examine, report_text, requirements
+from clmoe.doctor import Device, Finding, examine, report_text
+from clmoe.utils import versions
 
 A100, V100 = Device("A100", 80 * 2**30, (8, 0)), Device("V100", 32 * 2**30, (7, 0))
-WANTED = {"": ["torch>=2.13,<2.14", "pillow>=12"], "train": ["deepspeed>=0.19,<0.20"], "flash": ["flash-attn>=2.8"]}
+WANTED = {"": ["torch>=2.7,<3", "pillow>=12"], "train": ["deepspeed>=0.19,<0.20"], "flash": ["flash-attn>=2.8"]}
 WANTED |= {"4bit": ["bitsandbytes>=0.48"], "dev": ["pytest>=9", "clmoe[demo,train]"]}
 GOOD = {
     "torch": "2.13.0+cu130",
@@ -53,8 +58,8 @@ def test_all_is_well(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("package", "version", "state", "fix"),
     [
-        ("torch", None, "broken", "pip install 'torch<2.14,>=2.13'"),
-        ("torch", "2.14.0", "broken", "pip install 'torch<2.14,>=2.13'"),
+        ("torch", None, "broken", "pip install 'torch<3,>=2.7'"),
+        ("torch", "2.6.0", "broken", "pip install 'torch<3,>=2.7'"),
         ("deepspeed", "0.18.1", "missing", "pip install 'deepspeed<0.20,>=0.19'"),
         ("flash-attn", None, "missing", "pip install 'clmoe[flash]'"),
     ],
@@ -79,9 +84,48 @@ def test_what_is_usable(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not_ok(machine(A100)) == {"playground/base"}
 
 
-def test_the_ranges_are_pyprojects() -> None:
-    ranges = {(extra, requirement.name): str(requirement.specifier) for extra, requirement in requirements()}
-    assert (ranges["", "peft"], ranges["train", "deepspeed"]) == ("<0.22,>=0.21", "<0.20,>=0.19")
+def test_versions_beyond_the_tested_ones_are_named(machine: Machine) -> None:
+    for version, state in (("2.7.0", "ok"), ("2.13.0+cu130", "ok"), ("2.99.1+cpu", "untested")):
+        finding = machine(A100, torch=version)["tested"]
+        assert finding.state == state and not finding.broken and "2.7.0 to" in finding.text
+        assert ("torch 2.99.1" in finding.text) == ("test_versions.sh" in finding.fix) == (state != "ok")
+
+
+def test_the_tested_sets_are_the_ends_of_pyprojects_ranges() -> None:
+    ranges = {(extra, requirement.name): requirement.specifier for extra, requirement in versions.requirements()}
+    assert str(ranges["", "peft"]) == "<1,>=0.18"
+    lines = (Path(doctor.__file__).parents[1] / "constraints.txt").read_text().lower().split()
+    pinned, low, high = dict(line.split("==") for line in lines), versions.tested("lowest"), versions.tested("highest")
+    needed = {name: bounds for (extra, name), bounds in ranges.items() if not extra or name == "deepspeed"}
+    assert needed.keys() == low.keys() == high.keys()
+    for name, bounds in needed.items():
+        (floor,) = [part.version for part in bounds if part.operator == ">="]
+        assert Version(floor) == Version(low[name]) <= Version(pinned[name]) <= Version(high[name])
+        assert bounds.contains(high[name])
+
+
+@pytest.mark.slow
+def test_an_old_stack_is_named_and_what_needs_none_works(tmp_path: Path) -> None:
+    """As with transformers 4 installed: `import clmoe` and a verb say so in one line; doctor and metrics go on."""
+    old = tmp_path / "transformers-4.57.6.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.6\n")
+    (tmp_path / "matrix.csv").write_text("after,a,b\na,50,\nb,40,60\n")
+    root = str(Path(doctor.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    fix = "pip install 'transformers<6,>=5.0'"
+    imported, asked = python("-c", "import clmoe"), python("-m", "clmoe", "demo", "x")
+    assert imported.stderr.splitlines()[-1].startswith("ImportError: ") and fix in imported.stderr
+    assert (asked.returncode, len(asked.stderr.splitlines())) == (2, 1) and fix in asked.stderr
+    examined = python("-m", "clmoe", "doctor")
+    assert examined.returncode == 1 and fix in examined.stdout and "broken: transformers; until" in examined.stdout
+    assert "last" in python("-m", "clmoe", "metrics", "matrix.csv").stdout
 
 
 def test_the_verb(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ BASE_ONLY = r"\b(LlavaForConditionalGeneration|vision_tower|language_model)\b"
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py"
+    if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py")
 }
 """``train.task`` -> its file; a package stands for its ``__init__.py``."""
 

@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from clmoe.bases.chat import Chat, open_processor
 from clmoe.bases.families import DECODER, LLAVA, Family, family_of
 from clmoe.bases.pieces import repaired
+from clmoe.bases.stack import WITH_PILLOW, tower_names
 from clmoe.config import ModelConfig
 from clmoe.data import images
 from clmoe.data.batches import PromptItem, TrainItem
@@ -87,8 +88,12 @@ def block_of(module_name: str) -> str:
 
 def count_image_tokens(model: PreTrainedModel) -> int:
     """Number of tokens of one image: its patches, plus the class token with the ``full`` feature strategy."""
-    patches = int(cast(Any, vision_tower_of(model)).embeddings.num_patches)
-    return patches + (model.config.vision_feature_select_strategy == "full")
+    return _image_tokens(model.config)
+
+
+def _image_tokens(shapes: Any) -> int:
+    patches = (shapes.vision_config.image_size // shapes.vision_config.patch_size) ** 2
+    return patches + (shapes.vision_feature_select_strategy == "full")
 
 
 # ---- The frozen tower's output for every image, kept on disk: later passes neither decode nor encode it again
@@ -311,6 +316,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             **cached,
+            **tower_names(shapes.model_type),
             **(_few_bits(config, family, device) if config.load_in_4bit or config.load_in_8bit else {}),
         )
         model, report = cast(tuple[PreTrainedModel, dict[str, set[Any]]], loaded)
@@ -341,10 +347,7 @@ def open_encoder(config: ModelConfig) -> LoadedBase:
     try:
         shapes = AutoConfig.from_pretrained(folder, **cached)
         family = family_of(shapes.model_type)
-        if family.vicuna:
-            vision = shapes.vision_config
-            patches = (vision.image_size // vision.patch_size) ** 2
-            image_tokens = patches + (shapes.vision_feature_select_strategy == "full")
+        image_tokens = _image_tokens(shapes) if family.vicuna else 0
         parts = _processor_parts(folder, shapes, family, cached)
     except (ImportError, OSError, ValueError, AttributeError) as error:
         raise _not_loaded(config, error) from error
@@ -361,7 +364,7 @@ def _processor_parts(folder: str, shapes: PretrainedConfig, family: Family, cach
         chat = Chat.open(open_processor(folder, shapes, **cached), family)
         parts = {"tokenizer": chat.tokenizer, "image_processor": chat.processor.image_processor}
         return {"family": family, "chat": chat, **parts}
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", **cached)
+    processor = AutoProcessor.from_pretrained(folder, **WITH_PILLOW, **cached)
     tokenizer = repaired(processor.tokenizer, Path(folder), shapes.image_token_id)
     return {"tokenizer": tokenizer, "image_processor": processor.image_processor}
 

@@ -25,9 +25,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clmoe.bases.pieces import PAD, PROBES, SETTINGS, Ids, different, read_pieces
+from clmoe.bases.stack import WITH_PILLOW, CLIPImageProcessorPil
 from clmoe.data.records import IMAGE_MARK
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import flush, read_json
@@ -150,7 +150,7 @@ def read_tower(folder: Path) -> tuple[Any, Any]:
         raise ClmoeError(f"--vision: {folder / 'config.json'}: model_type is {kind!r}, expected 'clip'")
     read_json(folder / "preprocessor_config.json")  # transformers' own reader would make one up
     tower: Any = CLIPVisionConfig.from_pretrained(folder)
-    images: Any = CLIPImageProcessorPil.from_pretrained(folder)
+    images = CLIPImageProcessorPil.from_pretrained(folder)
     side, crop = tower.image_size, dict(images.crop_size)
     if crop != {"height": side, "width": side}:
         raise ClmoeError(f"--vision {folder}: images are cropped to {crop}, but the tower takes {side} pixels")
@@ -214,6 +214,9 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
         tokenizer.add_special_tokens({"pad_token": PAD})
     except Exception as error:  # tokenizers raises nothing narrower
         raise ClmoeError(f"{folder}: no readable tokenizer.model or tokenizer.json: {error}") from error
+    if getattr(tokenizer, "image_token_id", None) is None:  # in transformers 5.0 the file goes before our settings
+        where = folder / "tokenizer_config.json"
+        raise ClmoeError(f"{where}: field 'extra_special_tokens' leaves no place for {IMAGE_MARK}: remove the field")
     return tokenizer, ids
 
 
@@ -272,7 +275,8 @@ def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, An
     tower, images = read_tower(vision)
     config = llava_config(language, tower, connection, added)
     with torch.device("meta"):
-        state = LlavaForConditionalGeneration(config).state_dict()
+        made = LlavaForConditionalGeneration(config).state_dict()
+    state = {name.replace("vision_tower.vision_model.", "vision_tower."): made[name] for name in made}  # in 5.0
     ours = renamed(state, {there: here for here, there in IN_MEMORY.items()})
     shapes = {name: state[there].shape for name, there in ours.items()}
     widened = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
@@ -318,7 +322,7 @@ def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaPro
     special = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(folder)
     processor.save_pretrained(folder)
-    written = AutoProcessor.from_pretrained(folder, backend="pil").tokenizer
+    written = AutoProcessor.from_pretrained(folder, **WITH_PILLOW).tokenizer
     if written("")["input_ids"] != [processor.tokenizer.bos_token_id]:
         raise ClmoeError(f"the converted tokenizer puts {written('')['input_ids']} before a text, not one <s>")
     if reason := different(written, ids):

@@ -1,5 +1,7 @@
 """A mixture of LoRA experts on frozen linears: the packed product, the loop that defines it, and the peft layers."""
 
+from __future__ import annotations  # torch before 2.13 compiles no function that evaluates its own
+
 from typing import Any
 
 import torch

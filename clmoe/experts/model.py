@@ -1,5 +1,6 @@
 """The LoRA-expert adapter as a peft tuner: attach, grow, freeze, save, load. It is float32 on a base of any dtype."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +11,9 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
+from clmoe.bases.stack import NAMES_ADAPTERS
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
 from clmoe.experts.forward import adapted_base
@@ -21,12 +22,20 @@ from clmoe.experts.routing import InstanceRouter, current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, trainable
 
+IN_FILES = "base_model.model."
+"""What peft puts before the name of each module in an adapter file."""
+
 
 class ExpertModel(BaseTuner):
     """peft's view of the adapter: replaces the targeted modules by ``ExpertLinear`` or ``ExpertMLP``."""
 
     prefix = f"{PEFT_NAME}_"
     tuner_layer_cls = ExpertLayer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not NAMES_ADAPTERS:
+            self.register_state_dict_post_hook(_named_as_in_files)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         config, adapter, target, name, parent = args
@@ -42,9 +51,7 @@ class ExpertModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """``clmoe_experts.default.up_proj.A -> clmoe_experts.up_proj.A``: our containers nest deeper than peft's."""
-        for container in ExpertLayer.adapter_layer_names:
-            key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        return super()._remove_adapter_name_from_key(_name_in_file(key, adapter_name), adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """A plain swap on unload: peft's own copies a ``weight``, which an FFN does not have."""
@@ -62,16 +69,28 @@ class ExpertModel(BaseTuner):
         yield
 
 
+def _name_in_file(key: str, adapter_name: str) -> str:
+    for container in ExpertLayer.adapter_layer_names:
+        key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
+    return key
+
+
+def _named_as_in_files(model: ExpertModel, tensors: dict[str, Tensor], *unused: Any) -> None:
+    """Name the active adapter's tensors in a state dict as in its file: an older peft saves what it finds there."""
+    renamed = {_name_in_file(key, model.active_adapters[0]): tensor for key, tensor in tensors.items()}
+    tensors.clear()
+    tensors.update(renamed)
+
+
 register_peft_method(name=PEFT_NAME, config_cls=ExpertConfig, model_cls=ExpertModel)
 
 
 def attach_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap ``base`` with a fresh adapter, ours or one of peft's. Raises ClmoeError if no module matches its targets."""
-    try:
-        model = get_peft_model(base, config)
-    except NoMatchingPeftModuleError as error:
-        targets = config.to_dict()["target_modules"]
-        raise ClmoeError(f"no module of the base matches {targets}: check adapter.targets") from error
+    targets = config.to_dict()["target_modules"]
+    if not any(re.fullmatch(targets, name) for name, _ in base.named_modules()):
+        raise ClmoeError(f"no module of the base matches {targets}: check adapter.targets")
+    model = get_peft_model(base, config)
     _keep_float32(model)
     return model
 
@@ -91,6 +110,8 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     file = folder / "adapter_model.safetensors"
     saved = load_tensors(file)
     for name, tensor in saved.items():
+        if not name.startswith(IN_FILES):
+            raise ClmoeError(f"{file} does not fit its adapter_config.json: {name} does not begin with {IN_FILES}")
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise ClmoeError(f"{file}: {name} is {tensor.dtype}, adapters are float32: save it with .float() tensors")
     try:
@@ -118,7 +139,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 def tensor_name(module: str, inner: str) -> str:
     """Name in the adapter file of a patched module's tensor; ``inner`` is such as ``clmoe_experts.up_proj.A``."""
-    return f"base_model.model.{module}.{inner}"
+    return f"{IN_FILES}{module}.{inner}"
 
 
 @torch.no_grad()

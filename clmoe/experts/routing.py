@@ -72,29 +72,43 @@ class RouteTrace:
     outputs: dict[str, RouterOutput] = field(default_factory=dict)
 
 
+Installed = tuple[RouteSelection, RouteTrace | None]
+
+
 class _Current(local):
-    """The installed routing of this thread, in a form that torch.compile can read and guard."""
+    """The installed routing of this thread."""
 
-    routing: tuple[RouteSelection, RouteTrace | None] | None = None
+    routing: Installed | None = None
 
 
-_current = _Current()
+class _Latest:
+    """The one that was installed last, by whichever thread: compiled layers read it.
+
+    torch before 2.13 compiles a thread's own attributes in as constants, without a guard. So threads that share a
+    compiled model must take turns.
+    """
+
+    routing: Installed | None = None
+
+
+_current, _latest = _Current(), _Latest()
 NEWEST_ROUTER = RouteSelection()
 
 
 @contextmanager
 def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Iterator[None]:
     """Install a selection (and a trace) for the forward passes inside the block."""
-    before, _current.routing = _current.routing, (selection, trace)
+    before = _current.routing, _latest.routing
+    _current.routing = _latest.routing = (selection, trace)
     try:
         yield
     finally:
-        _current.routing = before
+        _current.routing, _latest.routing = before
 
 
-def current_routing() -> tuple[RouteSelection, RouteTrace | None] | None:
+def current_routing() -> Installed | None:
     """What the innermost ``routing`` block installed."""
-    return _current.routing
+    return _latest.routing if torch.compiler.is_compiling() else _current.routing
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

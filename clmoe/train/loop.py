@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from clmoe.bases.stack import recompute_activations
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
@@ -100,9 +101,7 @@ class TrainedModel(nn.Module):
 
 def enable_checkpointing(model: PeftModel) -> None:
     """Recompute activations in the backward pass, each block under the routing of its own forward."""
-    adapted_base(model).activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
-    )
+    recompute_activations(adapted_base(model), use_reentrant=False, context_fn=checkpoint_contexts)
 
 
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
@@ -234,13 +233,19 @@ class Report(TrainerCallback):
 
 
 class Snapshots(TrainerCallback):
-    """Calls the method after each step; saves the state every few steps and on SIGTERM.
+    """Restores the state found, calls the method after each step, and saves a state every few steps and on SIGTERM.
 
     Dropout follows from the step, so no generator is saved.
     """
 
     def __init__(self, trainer: "TaskTrainer") -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        self.trainer.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        self.trainer.check_gradient()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer = self.trainer
@@ -329,21 +334,33 @@ class TaskTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=dataset, callbacks=[report, Snapshots(self)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
+        self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clip_and_keep_norm
 
-    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
-        """Trainer's own preparation, then moments, step and learning rates of the state found."""
-        prepared = super()._prepare_for_training(*arguments, **named)
-        if isinstance(prepared[0], DistributedDataParallel):
-            prepared[0].register_comm_hook(None, mean_of_each)
-        if self.found is not None:
-            step, scheduler = self.first_step, cast(LambdaLR, self.lr_scheduler)
-            load_moments(self.found, self.model, self.moments(), step)  # type: ignore[arg-type]
-            self.state.global_step = step
-            rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-            scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
-            for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-                group["lr"] = rate
-        return prepared
+    def _clip_and_keep_norm(self, *arguments: Any, **named: Any) -> Any:
+        """What Trainer calls as accelerate's own, once for every update: after the method's change of the gradients.
+
+        The norm is kept because callbacks are not told it.
+        """
+        adapted, method = self.trained.model, self.trained.method
+        if method.needs_gradients:
+            found = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
+            method.change_gradients(adapted, found, self.state.global_step)
+        self.norm = self._clip(*arguments, **named)
+        return self.norm
+
+    def begin(self) -> None:
+        """Set the prepared model up, and give optimizer and scheduler moments, step and rates of the state found."""
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            self.model_wrapped.register_comm_hook(None, mean_of_each)
+        if self.found is None:
+            return
+        step, scheduler = self.first_step, cast(LambdaLR, self.lr_scheduler)
+        load_moments(self.found, self.model, self.moments(), step)  # type: ignore[arg-type]
+        self.state.global_step = self._globalstep_last_logged = step
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
+        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def moments(self) -> PlainOptimizer:
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
@@ -354,20 +371,12 @@ class TaskTrainer(Trainer):
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """The method's change of the gradients, then Trainer's own clipping; once for every update."""
-        adapted, method = self.trained.model, self.trained.method
-        if method.needs_gradients:
-            found = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
-            method.change_gradients(adapted, found, self.state.global_step)
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's own, once for every update. Raises ClmoeError when several in a row were lost to an overflow."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def check_gradient(self) -> None:
+        """Before every update. Raises ClmoeError when several in a row were lost to an overflow."""
+        norm = self.deepspeed.get_global_grad_norm() if self.deepspeed else self.norm
         if math.isfinite(float(norm)):
             self.lost_in_a_row = 0
-            return norm
+            return
         self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
         if self.lost_in_a_row == min(LOST_UPDATES, self.steps):
             raise ClmoeError(
@@ -375,7 +384,6 @@ class TaskTrainer(Trainer):
                 f"{self.state.global_step + 1}: its norm is {float(norm)}, and nothing is learned. Lower "
                 "training.learning_rate or adapter.scale, or choose model.dtype=bfloat16"
             )
-        return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""

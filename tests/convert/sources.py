@@ -87,7 +87,8 @@ def projector_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]
 
 def tower_tensors(model: LlavaForConditionalGeneration, start: str) -> dict[str, Tensor]:
     """CLIP's vision model."""
-    return half(model.model.vision_tower, start)
+    tower = model.model.vision_tower
+    return half(getattr(tower, "vision_model", tower), start)  # a level deeper in transformers 5.0
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> None:

@@ -224,6 +224,9 @@ def test_llamas_own_vocabulary_keeps_sentencepieces_ids(tmp_path: Path) -> None:
 def test_a_tokenizer_json_keeps_its_ids_or_is_refused(lower: bool, workshop: Workshop) -> None:
     source = workshop.llava()
     LlamaTokenizer.from_pretrained(source).save_pretrained(source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens", None)  # transformers 5.0 writes it
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (source / "tokenizer.model").unlink()
     original = Tokenizer.from_file(str(source / "tokenizer.json"))
     if lower:  # transformers' LlamaTokenizer would drop the normalizer

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clmoe.bases.llava import LoadedBase
+from clmoe.bases.stack import CLIPImageProcessorPil
 from clmoe.data.batches import (
     NumberedDataset,
     PromptDataset,

@@ -4,13 +4,14 @@ import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from clmoe.bases.stack import CLIPImageProcessorPil
 from clmoe.data.images import load_image, preprocess
 from clmoe.errors import ClmoeError
 
@@ -19,7 +20,7 @@ STD = [0.26862954, 0.26130258, 0.27577711]
 BACKGROUND = (122, 116, 104)  # int(mean * 255), as LLaVA computes it
 
 
-def processor(size: int, crop: int | None = None, **changes: object) -> CLIPImageProcessorPil:
+def processor(size: int, crop: int | None = None, **changes: object) -> Any:
     side = crop or size
     crop_size = {"height": side, "width": side}
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size, **changes)

@@ -244,6 +244,9 @@ def test_released_conversations(name: str, tmp_path: Path) -> None:
         assert set(labels) == {IGNORE} and [label for label in found.labels if label != IGNORE] == LEARNED[name]
     else:
         assert found.labels == labels
+        asked = next(n for n, label in enumerate(labels) if label != IGNORE)  # what a question ends with, at a test
+        prompt = encode_prompt(read.turns[0].question, read.image is not None, tokenizer, 1)
+        assert prompt == found.input_ids[:asked] and prompt[-5:] == [319, 1799, 9047, 13566, 29901]
 
 
 # ---- Tokenizers that do not fit

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from clmoe.bases.stack import tower_names
 from clmoe.data.images import preprocess
 from clmoe.data.prompts import SYSTEM, encode_prompt, encode_training
 from clmoe.data.records import TrainRecord
@@ -88,7 +89,8 @@ def test_a_recipe_makes_a_folder_that_loads_and_says_how_it_was_made(tmp_path: P
 
 @pytest.fixture(scope="module")
 def base() -> tuple:
-    return LlavaForConditionalGeneration.from_pretrained(BASE).eval(), AutoProcessor.from_pretrained(BASE)
+    model = LlavaForConditionalGeneration.from_pretrained(BASE, **tower_names("llava"))
+    return model.eval(), AutoProcessor.from_pretrained(BASE)
 
 
 def test_base_is_small_and_was_made_by_this_recipe_and_mixture(base: tuple) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from clmoe.bases.families import PROJECTOR
 from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.bases.stack import recompute_activations
 from clmoe.config import FFN_PROJECTIONS, ModelConfig
 from clmoe.errors import ClmoeError
 from clmoe.experts import model as ours
@@ -311,9 +312,7 @@ def test_checkpointing_changes_no_bit_of_loss_and_gradients(
     expected = gradients(made(), answers, selection)
     checkpointed, calls = made(), []
     llava = adapted_base(checkpointed)
-    llava.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
-    )
+    recompute_activations(llava, use_reentrant=False, context_fn=checkpoint_contexts)
     llava.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(True))
     got = gradients(checkpointed, answers, selection, interrupt=grown)
     assert len(calls) == 2 + grown, "the block is recomputed"

@@ -191,7 +191,9 @@ def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path)
     answer = loaded.explain(image, "Which colour is it?", max_new_tokens=6, **told)
     assert answer.task == (TASKS[0] if method_class(name).keeps_parts else None)
     assert answer.text == loaded.answer(image, "Which colour is it?", max_new_tokens=6, **told)
-    assert len({answer.text, loaded.answer(None, "How many things are there?", max_new_tokens=6, **told), ""}) == 3
+    others = ("How many things are there?", "On which side is it, left or right?")
+    texts = {answer.text, *(loaded.answer(None, question, max_new_tokens=6, **told) for question in others)}
+    assert len(texts) > 1 and "" not in texts
 
 
 PLAINER = {

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The contract suite (the model, every method, training, loading a base and foreign weights, data) on the oldest or the
+# newest packages that clmoe works with.
+#
+#   bash scripts/test_versions.sh lowest|highest|installed [pytest arguments]
+#
+# The first two sets are in configs/versions. Each is installed once, under ENVIRONMENTS (~/.cache/clmoe); PyPI has these
+# torches with CUDA only: 6 GB. TORCH_INDEX_URL and PYTHON choose as for the other scripts. `installed` takes what is there.
+source "$(dirname "$0")/common.sh"
+name=${1:-}
+case $name in
+lowest | highest)
+  environment=${ENVIRONMENTS:-~/.cache/clmoe}/$name
+  mkdir -p "${environment%/*}"
+  setup test "$environment" "configs/versions/$name.txt"
+  PATH="$environment/bin:$PATH"
+  ;;
+installed) ;;
+*)
+  echo "test_versions.sh: choose lowest, highest or installed" >&2
+  exit 2
+  ;;
+esac
+shift
+cd "$ROOT"
+export PYTHONPATH="$ROOT" # an environment that is kept was made from another checkout, perhaps
+python -m pytest -n "$(cores)" --maxprocesses 8 --dist loadfile -m "not slow" \
+  tests/experts tests/methods/test_contract.py tests/train tests/bases tests/convert tests/data "$@"
+python -m pytest tests/experts/test_compile.py tests/test_export.py -k "not inductor" "$@" # slow, but versions differ here
