@@ -127,6 +127,8 @@ class Chat:
         """A question up to where the answer begins, never cut off. Raises ClmoeError as ``train_item``."""
         where = f"question {question[:60]!r}"
         found = self._encode(self.render([Turn(question, "")], image is not None, where, ask=True)[0], image, where)
+        if self.family.typed_answers:
+            found[TOKEN_TYPES] = torch.zeros_like(found["input_ids"])
         return PromptItem(found["input_ids"][0], None, extra=self._extra(found))
 
     def answer_tokens(self, record: TrainRecord, image_root: Path, max_length: int) -> tuple[int, int]:
@@ -184,7 +186,7 @@ class Chat:
         try:
             if image is None:
                 return dict(self.tokenizer([text], **how))
-            return dict(self.processor(images=[image], text=[text], **how))
+            return dict(self.processor(images=[image], text=[text.removesuffix(self.family.tail)], **how))
         except (ValueError, TypeError, RuntimeError) as error:
             raise ClmoeError(f"{where}: the processor cannot read it: {error}") from error
 

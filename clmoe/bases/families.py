@@ -21,6 +21,7 @@ class Family:
         inputs: what the processor makes for the model besides ``input_ids``, ``attention_mask`` and ``pixel_values``.
         vicuna: the prompt is LLaVA-1.5's own, and images are padded to a square as there.
         template: a chat template in Jinja, for processors without one.
+        tail: what the processor puts after every text with an image.
         typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
     """
 
@@ -30,6 +31,7 @@ class Family:
     inputs: tuple[str, ...] = ()
     vicuna: bool = False
     template: str = ""
+    tail: str = ""
     typed_answers: bool = False
 
 

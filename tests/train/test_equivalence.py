@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clmoe.bases.inputs import train_dataset
 from clmoe.bases.families import PROJECTOR
+from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import collate_train
 from clmoe.data.records import load_train
