@@ -24,7 +24,7 @@ COLUMNS = {
     "inputs": ("labels_are_exactly", "what_a_length", "text_that_holds"),
     "train": ("adapters_are_on", "a_batch_of_records", "training_reads", "a_tuned_projector", "two_tasks"),
     "resume": ("a_killed_training",),
-    "evaluate": ("answers_are_those", "a_batch_of_prompts"),
+    "evaluate": ("answers_are_those", "an_answer_ends", "a_batch_of_prompts"),
     "locate": ("features_for_locators",),
     "compile": ("an_adapted_ffn",),
     "checkpointing": ("recomputed_activations",),

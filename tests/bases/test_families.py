@@ -22,6 +22,7 @@ from clmoe.config import ModelConfig, load_config
 from clmoe.data.batches import PromptItem, collate_prompts, collate_train
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.data.rows import END
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answerer
 from clmoe.experts.forward import answer_states, base_features, prefill
@@ -172,7 +173,7 @@ def test_what_a_length_leaves_of_an_answer_is_counted_without_reading_pixels(bas
 
 
 def test_text_that_holds_a_special_token_is_refused(base: LoadedBase) -> None:
-    end = "</s>" if base.chat is None else base.chat.end
+    end = END if base.chat is None else base.chat.end
     for turn in (Turn(f"What {end} is it?", "a"), Turn("What is it?", f"a{end} b")):
         with pytest.raises(ClmoeError, match="record 'odd'"):
             base.train_item(TrainRecord("odd", None, (turn,)), None, 4096)
@@ -218,6 +219,23 @@ def test_answers_are_those_of_generate(base: LoadedBase, pictures: Path) -> None
         expected.append(base.tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
     assert texts == expected
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("which", ["of the template", "of the generation settings"])
+def test_an_answer_ends_at_every_end_token(which: str, base: LoadedBase) -> None:
+    """The head of the copy always says that token."""
+    own = copy_base(base)
+    end = END if base.chat is None else tiny_families.FAMILIES[base.model.config.model_type].end
+    ids = [base.tokenizer.convert_tokens_to_ids(end), own.model.generation_config.eos_token_id]
+    weight = torch.zeros(len(base.tokenizer), own.model.config.get_text_config().hidden_size)
+    own.model.set_output_embeddings(nn.Linear(weight.shape[1], len(weight)))
+    own.model.lm_head.weight.data = weight
+    own.model.lm_head.bias.data = nn.functional.one_hot(torch.tensor(ids["settings" in which]), len(weight)).float()
+    answerer = Answerer(own, own.model, method_class("zero_shot")(load_config("zero_shot", {}, [])), 0, None)
+    texts, _ = answerer.generate(
+        [own.prompt_item(Question("q", None, "Why?", "", {}), None)], NEWEST_ROUTER, 9, pytest.fail
+    )
+    assert texts == [""]
 
 
 def test_a_batch_of_prompts_is_each_prompt_alone(base: LoadedBase, pictures: Path) -> None:
