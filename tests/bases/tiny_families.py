@@ -37,10 +37,16 @@ CORPUS = (
 
 # In the manner of the families' published templates, for one image and text.
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}@IMAGE@"
+    "{% for m in messages %}@SYSTEM@<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}@IMAGE@"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ONEVISION = (  # its answers do not begin where its prompt ends, as the published one's
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<image>"
+    "{% else %}\n{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
 VICUNA = (
     "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
     "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -97,7 +103,7 @@ def _qwen(**vision: Any) -> Tiny:
     size = {"shortest_edge": 28**2, "longest_edge": 56**2}
     return Tiny(
         images={"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "size": size},
-        template=CHATML.replace("@IMAGE@", QWEN_IMAGE),
+        template=CHATML.replace("@IMAGE@", QWEN_IMAGE).replace("@SYSTEM@", SYSTEM),
         end="<|im_end|>",
         specials=("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
         config=config,
@@ -151,7 +157,7 @@ FAMILIES = {
             "size": {"height": 28, "width": 28},
             "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28], [56, 56]],
         },
-        template=CHATML.replace("@IMAGE@", "<image>\n"),
+        template=ONEVISION,
         end="<|im_end|>",
         specials=("<|im_start|>", "<image>", "<video>"),
         config=lambda token: {
@@ -173,7 +179,7 @@ FAMILIES = {
             "crop_to_patches": True,
             "max_patches": 4,
         },
-        template=CHATML.replace("@IMAGE@", "<IMG_CONTEXT>\n"),
+        template=CHATML.replace("@IMAGE@", "<IMG_CONTEXT>\n").replace("@SYSTEM@", ""),
         end="<|im_end|>",
         specials=("<|im_start|>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
         named={
