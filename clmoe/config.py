@@ -44,10 +44,10 @@ View = Literal["prompt", "text", "image_text"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LLaVA-1.5 to adapt.
+    """The base to adapt: LLaVA-1.5 or another of docs/bases.md.
 
     Attributes:
-        path: a folder or hub name in transformers' format.
+        path: a folder or hub name in transformers' format; its config.json tells the family.
         dtype: of the frozen base; adapters and the projector are always float32.
         attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes.

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig, Pr
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from clmoe.bases.families import Family
+from clmoe.bases.stack import WITH_PILLOW
 from clmoe.data import images
 from clmoe.data.batches import PromptItem, TrainItem
 from clmoe.data.prompts import IGNORE, Spans, answer_labels
@@ -43,11 +44,11 @@ def open_processor(folder: str, config: PretrainedConfig, **cached: Any) -> Proc
     """A folder's processor; images go through Pillow, so that the machine does not decide their pixels."""
     kind: Any = PROCESSOR_MAPPING[type(config)]
     if "video_processor" not in kind.get_attributes():
-        return kind.from_pretrained(folder, backend="pil", **cached)
+        return kind.from_pretrained(folder, **WITH_PILLOW, **cached)
     kind = type(kind.__name__, (_ImagesOnly, kind), {})
     settings, _ = kind.get_processor_dict(folder, **cached)
     parts = [
-        AutoImageProcessor.from_pretrained(folder, backend="pil", **cached),
+        AutoImageProcessor.from_pretrained(folder, **WITH_PILLOW, **cached),
         AutoTokenizer.from_pretrained(folder, **cached),
     ]
     return kind.from_args_and_dict(parts, settings, video_processor=None)
@@ -127,6 +128,8 @@ class Chat:
         """A question up to where the answer begins, never cut off. Raises ClmoeError as ``train_item``."""
         where = f"question {question[:60]!r}"
         found = self._encode(self.render([Turn(question, "")], image is not None, where, ask=True)[0], image, where)
+        if self.family.typed_answers:
+            found[TOKEN_TYPES] = torch.zeros_like(found["input_ids"])
         return PromptItem(found["input_ids"][0], None, extra=self._extra(found))
 
     def answer_tokens(self, record: TrainRecord, image_root: Path, max_length: int) -> tuple[int, int]:
@@ -184,7 +187,7 @@ class Chat:
         try:
             if image is None:
                 return dict(self.tokenizer([text], **how))
-            return dict(self.processor(images=[image], text=[text], **how))
+            return dict(self.processor(images=[image], text=[text.removesuffix(self.family.tail)], **how))
         except (ValueError, TypeError, RuntimeError) as error:
             raise ClmoeError(f"{where}: the processor cannot read it: {error}") from error
 

@@ -20,7 +20,8 @@ class Family:
         projector: what maps its features to token embeddings; of a list of modules, each one.
         inputs: what the processor makes for the model besides ``input_ids``, ``attention_mask`` and ``pixel_values``.
         vicuna: the prompt is LLaVA-1.5's own, and images are padded to a square as there.
-        template: a chat template in Jinja, for processors without one.
+        template: a chat template in Jinja, in the place of the processor's.
+        tail: what the processor puts after every text with an image.
         typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
     """
 
@@ -30,6 +31,7 @@ class Family:
     inputs: tuple[str, ...] = ()
     vicuna: bool = False
     template: str = ""
+    tail: str = ""
     typed_answers: bool = False
 
 
@@ -37,10 +39,15 @@ _QWEN = Family(vision="visual", projector=("visual.merger",), inputs=("image_gri
 _IDEFICS = Family(
     decoder="text_model", vision="vision_model", projector=("connector",), inputs=("pixel_attention_mask",)
 )
+# As transformers' conversion script writes it; the hub's file ends its prompt in another way than it begins an answer.
+_ONEVISION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else "
+    "c.text }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 FAMILIES = {
     "llava": Family(vicuna=True),
     "llava_next": Family(inputs=("image_sizes",)),
-    "llava_onevision": Family(inputs=("image_sizes", "batch_num_images")),
+    "llava_onevision": Family(inputs=("image_sizes", "batch_num_images"), template=_ONEVISION),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": replace(_QWEN, projector=("visual.merger", "visual.deepstack_merger_list")),

@@ -25,9 +25,7 @@ from clmoe.bases.families import LLAVA, PROJECTOR
 from clmoe.bases.inputs import to_device, train_dataset
 from clmoe.bases.llava import (
     LoadedBase,
-    VisionCache,
     _few_bits,
-    attach_cache,
     base_fingerprint,
     block_of,
     count_image_tokens,
@@ -38,6 +36,7 @@ from clmoe.bases.llava import (
     projector_names,
     vision_tower_of,
 )
+from clmoe.bases.vision import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError

@@ -8,15 +8,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 LAYERS, HIDDEN, FFN = 2, 32, 48
 TEXT = {
@@ -41,12 +35,18 @@ CORPUS = (
     "On which side is it, left or right? user assistant system model USER: ASSISTANT: You are a helpful assistant.",
 )
 
-# The templates say what the published ones of these families say, for one image and text.
+# In the manner of the families' published templates, for one image and text.
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}@IMAGE@"
+    "{% for m in messages %}@SYSTEM@<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}@IMAGE@"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ONEVISION = (  # its answers do not begin where its prompt ends, as the published one's
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<image>"
+    "{% else %}\n{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
 VICUNA = (
     "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
     "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -61,6 +61,7 @@ GEMMA = (
     "{% for c in m.content %}{% if c.type == 'image' %}<start_of_image>{% else %}{{ c.text | trim }}{% endif %}"
     "{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+QWEN_VISION = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": HIDDEN}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -73,9 +74,10 @@ class Tiny:
         named: attributes of the tokenizer (``image_token``) that stand for some of them.
         config: fields of the model's config, from the ids of tokens.
         processor: settings of the processor besides its parts.
+        bos, begins: the token that the tokenizer knows as a beginning, and whether it puts it before every text.
     """
 
-    images: Any
+    images: dict[str, Any]
     template: str
     end: str
     specials: tuple[str, ...]
@@ -83,40 +85,43 @@ class Tiny:
     named: dict[str, str] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
     bos: str | None = None
+    begins: bool = True
 
 
-def _qwen(vision: dict[str, Any], text: dict[str, Any], patch: int = 14) -> Tiny:
+def _qwen(**vision: Any) -> Tiny:
     def config(token: Callable[[str], int]) -> dict[str, Any]:
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
         return {
-            "vision_config": {"depth": 2, "num_heads": 2, "patch_size": patch, **vision},
-            "text_config": {**TEXT, "rope_parameters": rope, **text},
+            "vision_config": {"depth": 2, "num_heads": 2, "patch_size": 14, **vision},
+            "text_config": {**TEXT, "rope_parameters": rope},
             "image_token_id": token("<|image_pad|>"),
             "video_token_id": token("<|video_pad|>"),
             "vision_start_token_id": token("<|vision_start|>"),
             "vision_end_token_id": token("<|vision_end|>"),
         }
 
-    size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (4 * patch) ** 2}
+    size = {"shortest_edge": 28**2, "longest_edge": 56**2}
     return Tiny(
-        images=Qwen2VLImageProcessorPil(patch_size=patch, size=size),
-        template=CHATML.replace("@IMAGE@", QWEN_IMAGE),
+        images={"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "size": size},
+        template=CHATML.replace("@IMAGE@", QWEN_IMAGE).replace("@SYSTEM@", SYSTEM),
         end="<|im_end|>",
         specials=("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
         config=config,
     )
 
 
-def _idefics(kind: str, images: Any) -> Tiny:
+def _idefics(kind: str) -> Tiny:
     side = {"longest_edge": 56}
     return Tiny(
-        images=images(size=side, max_image_size={"longest_edge": 28}),
+        images={"image_processor_type": f"{kind}ImageProcessor", "size": side, "max_image_size": {"longest_edge": 28}},
         template=IDEFICS,
         end="<end_of_utterance>",
-        specials=("<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>")
-        + tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+        specials=(
+            *("<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>"),
+            *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+        ),
         config=lambda token: {
-            "vision_config": {**VISION, "model_type": "smolvlm_vision" if kind == "smolvlm" else "idefics3_vision"},
+            "vision_config": {**VISION, "model_type": f"{kind.lower()}_vision"},
             "text_config": {**TEXT, "model_type": "llama"},
             "image_token_id": token("<image>"),
             "scale_factor": 2,
@@ -127,11 +132,12 @@ def _idefics(kind: str, images: Any) -> Tiny:
 
 FAMILIES = {
     "llava_next": Tiny(
-        images=LlavaNextImageProcessorPil(
-            size={"shortest_edge": 28},
-            crop_size={"height": 28, "width": 28},
-            image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
-        ),
+        images={
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": 28},
+            "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        },
         template=VICUNA,
         end="</s>",
         bos="<s>",
@@ -146,10 +152,12 @@ FAMILIES = {
         processor={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     ),
     "llava_onevision": Tiny(
-        images=LlavaOnevisionImageProcessorPil(
-            size={"height": 28, "width": 28}, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
-        ),
-        template=CHATML.replace("@IMAGE@", "<image>\n"),
+        images={
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28], [56, 56]],
+        },
+        template=ONEVISION,
         end="<|im_end|>",
         specials=("<|im_start|>", "<image>", "<video>"),
         config=lambda token: {
@@ -161,30 +169,17 @@ FAMILIES = {
         },
         processor={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
     ),
-    "qwen2_vl": _qwen({"embed_dim": 16, "hidden_size": HIDDEN, "mlp_ratio": 2}, {}),
-    "qwen2_5_vl": _qwen(
-        {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": HIDDEN,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        {},
-    ),
-    "qwen3_vl": _qwen(
-        {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": HIDDEN,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        {},
-    ),
+    "qwen2_vl": _qwen(embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2),
+    "qwen2_5_vl": _qwen(**QWEN_VISION, window_size=56, fullatt_block_indexes=[1]),
+    "qwen3_vl": _qwen(**QWEN_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
     "internvl": Tiny(
-        images=GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=4),
-        template=CHATML.replace("@IMAGE@", "<IMG_CONTEXT>\n"),
+        images={
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": 28, "width": 28},
+            "crop_to_patches": True,
+            "max_patches": 4,
+        },
+        template=CHATML.replace("@IMAGE@", "<IMG_CONTEXT>\n").replace("@SYSTEM@", ""),
         end="<|im_end|>",
         specials=("<|im_start|>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
         named={
@@ -201,10 +196,10 @@ FAMILIES = {
         },
         processor={"image_seq_length": 1},
     ),
-    "smolvlm": _idefics("smolvlm", SmolVLMImageProcessorPil),
-    "idefics3": _idefics("idefics3", Idefics3ImageProcessorPil),
+    "smolvlm": _idefics("SmolVLM"),
+    "idefics3": _idefics("Idefics3"),
     "gemma3": Tiny(
-        images=Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
+        images={"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}},
         template=GEMMA,
         end="<end_of_turn>",
         bos="<bos>",
@@ -225,22 +220,11 @@ FAMILIES = {
         processor={"image_seq_length": 4},
     ),
 }
-CLASSES = {
-    "llava_next": "LlavaNextProcessor",
-    "llava_onevision": "LlavaOnevisionProcessor",
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-    "internvl": "InternVLProcessor",
-    "smolvlm": "SmolVLMProcessor",
-    "idefics3": "Idefics3Processor",
-    "gemma3": "Gemma3Processor",
-}
 
 
-def save_family(name: str, folder: Path, tiny: Tiny | None = None) -> Path:
+def save_family(name: str, folder: Path) -> Path:
     """The family's folder, as the hub would hold it. The end token's logit is always 0, so that answers are long."""
-    tiny = tiny or FAMILIES[name]
+    tiny = FAMILIES[name]
     tokenizer = _tokenizer(tiny)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -255,15 +239,15 @@ def save_family(name: str, folder: Path, tiny: Tiny | None = None) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    tiny.images.save_pretrained(folder)
-    settings = {"processor_class": CLASSES.get(name, ""), **tiny.processor}
-    (folder / "processor_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(tiny.template)
+    (folder / "preprocessor_config.json").write_text(json.dumps(tiny.images))
+    (folder / "processor_config.json").write_text(json.dumps(tiny.processor))
+    if tiny.template:
+        (folder / "chat_template.jinja").write_text(tiny.template)
     return folder
 
 
 def _tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows the family's special tokens; with a beginning, it is put before every text."""
+    """A byte-level BPE that knows the family's special tokens."""
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -278,9 +262,7 @@ def _tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    if tiny.bos:
-        from tokenizers.processors import TemplateProcessing
-
+    if tiny.bos and tiny.begins:
         bpe.post_processor = TemplateProcessing(
             single=f"{tiny.bos} $A", special_tokens=[(tiny.bos, bpe.token_to_id(tiny.bos))]
         )

@@ -202,7 +202,7 @@ class Short:
     key: str = "short"
     max_length: int = 5
 
-    def __call__(self, record: TrainRecord) -> tuple[int, int]:
+    def __call__(self, record: TrainRecord, image_root: Path) -> tuple[int, int]:
         length = len(record.turns[0].answer)
         return (0, length) if length > 9 else (min(length, 5), max(0, length - 5))
 

@@ -189,6 +189,24 @@ def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path) -> None:
     assert all(word in page for word in ("separate", "lora", "presence", "<svg"))
 
 
+@pytest.mark.slow
+def test_a_base_is_a_row_and_a_tiny_model_of_it(checkout: Path) -> None:
+    blocks = named_blocks("add-a-base.md")
+    table, model, tiny = "clmoe/bases/families.py", "configs/models/paligemma-3b.yaml", "tests/bases/tiny_families.py"
+    assert list(blocks) == [table, model, tiny]
+    assert sum(len(text.splitlines()) for text in blocks.values()) <= 80
+    for name in (table, tiny):
+        before = (checkout / name).read_text()
+        (checkout / name).write_text(before.replace("FAMILIES = {\n", f"FAMILIES = {{\n{blocks[name]}"))
+        assert (checkout / name).read_text() != before
+    (checkout / model).write_text(blocks[model])
+    test, shown = SHELL_BLOCK.findall((DOCS / "add-a-base.md").read_text())[0].splitlines()
+    printed = run(checkout, test)
+    assert re.search(r"^(\d+) passed", printed.splitlines()[-1]), printed
+    assert int(printed.splitlines()[-1].split()[0]) >= 18, printed
+    assert shown.split()[-2:] == ["--base", Path(model).stem]
+
+
 @pytest.mark.parametrize("page", ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     path = DOCS / page

@@ -1,0 +1,375 @@
+"""What every family of bases owes its users: one contract, on a tiny random base of each.
+
+``scripts/bases_page.py`` runs it and writes the table of docs/bases.md from what passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clmoe.bases.families import FAMILIES
+from clmoe.bases.inputs import AnswersFit, to_device
+from clmoe.bases.llava import LoadedBase, decoder_layers, load_base, open_encoder, projector_names
+from clmoe.config import ModelConfig, load_config
+from clmoe.data.batches import PromptItem, collate_prompts, collate_train
+from clmoe.data.prompts import IGNORE
+from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.data.rows import END
+from clmoe.errors import ClmoeError
+from clmoe.evaluate.answer import Answerer
+from clmoe.experts.forward import answer_states, base_features, prefill
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
+from clmoe.experts.routing import NEWEST_ROUTER, routing
+from clmoe.methods import method_class
+from clmoe.train.loop import TrainedModel, enable_checkpointing
+from tests.bases import tiny_families
+from tests.runs import LLAVA_CMOE, Killed, Runs, contents, on_step, same_bits, tensors
+from tests.support import copy_base, save_tiny, tiny_config
+
+NUM2WORDS = pytest.mark.skipif(find_spec("num2words") is None, reason="transformers' processor needs num2words")
+NAMES = [pytest.param(name, marks=NUM2WORDS) if name == "smolvlm" else name for name in FAMILIES]
+TURNS = (Turn("How many things are there?", "two"), Turn("Are you sure?", "yes, quite"))
+SIZES = ((32, 24), (20, 60), (90, 40))  # what differs makes images of different numbers of tokens
+QUESTIONS = ("How many?", "On which side is it, left or right?", "Which colour is it?", "Are you sure?")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedBase]:
+    """Loads a family's tiny base, once; it must not be changed."""
+
+    @cache
+    def base(name: str) -> LoadedBase:
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny(folder) if name == "llava" else tiny_families.save_family(name, folder)
+        return load_base(ModelConfig(path=str(folder)))
+
+    return base
+
+
+@pytest.fixture(params=NAMES)
+def base(request: pytest.FixtureRequest, bases: Callable[[str], LoadedBase]) -> LoadedBase:
+    return bases(request.param)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noise pictures ``0.png``, ``1.png``, ..."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (width, height) in enumerate(SIZES):
+        noise = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.byte().numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def items(base: LoadedBase, pictures: Path) -> list[PromptItem]:
+    """A question about every picture, and one about none."""
+    names = [*(f"{number}.png" for number in range(len(SIZES))), None]
+    asked = [Question(text, name, text, "", {}) for text, name in zip(QUESTIONS, names, strict=True)]
+    return [base.prompt_item(q, None if q.image is None else base.read_image(pictures / q.image)) for q in asked]
+
+
+def batched(base: LoadedBase, prompts: list[PromptItem]) -> dict[str, Tensor]:
+    return collate_prompts(prompts, base.tokenizer.pad_token_id)
+
+
+# ---- Adapters
+
+
+@pytest.mark.parametrize("method", ["lora", "clmoe", "llava_cmoe"])
+def test_adapters_are_on_exactly_the_decoders_ffns(method: str, base: LoadedBase, pictures: Path) -> None:
+    """A fresh one leaves all states as they are, bit for bit; besides it, only the projector trains."""
+    own = copy_base(base)
+    inside = {id(module) for layer in decoder_layers(own.model) for module in layer.modules()}
+    names = {name for name, module in own.model.named_modules() if id(module) in inside}
+    ends = ("mlp",) if method == "llava_cmoe" else ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    expected = {name for name in names if name.endswith(ends)}
+    assert len(expected) == len(ends) * len(decoder_layers(own.model))
+    tuned = method != "llava_cmoe"
+    config = tiny_config(method, Path("nowhere"), f"adapter.train_projector={tuned}".lower())
+    model = attach_adapter(own.model, method_class(method)(config).adapter(own)).eval()
+    patched = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    assert patched == expected
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    saved = {name for name in trained if "modules_to_save" in name}
+    assert all(any(f".{part}.modules_to_save." in name for part in projector_names(base)) for name in saved)
+    whole = sum(
+        p.numel() for part in projector_names(base) for p in base.model.get_submodule(f"model.{part}").parameters()
+    )
+    assert sum(p.numel() for n, p in model.named_parameters() if n in saved) == whole * tuned
+    assert all(".mlp." in name for name in trained - saved)
+    batch = batched(base, items(base, pictures))
+    model.requires_grad_(False)  # torch multiplies in another order by weights that train, and rounds otherwise
+    with torch.no_grad(), routing(NEWEST_ROUTER):
+        assert same_bits(own.model(**batch).logits, base.model(**batch).logits)
+    detach_adapter(model)
+
+
+# ---- Inputs
+
+
+@pytest.mark.parametrize("base", NAMES[1:], indirect=True)  # tests/data/test_prompts.py has LLaVA-1.5's
+@pytest.mark.parametrize("with_image", [True, False])
+def test_labels_are_exactly_the_answers_and_their_ends(with_image: bool, base: LoadedBase, pictures: Path) -> None:
+    """Oracle: the processor's own tokens of the conversation, cut off before and after each answer: no offsets."""
+    image = base.read_image(pictures / "2.png") if with_image else None
+    item = base.train_item(TrainRecord("r", "2.png" if with_image else None, TURNS), image, 4096)
+    chat, tail = base.chat, base.family.tail
+    messages = []
+    for number, turn in enumerate(TURNS):
+        said = turn.answer + (chat.end if chat.appended else "")
+        asked = [{"type": "image"}] if with_image and not number else []
+        messages.append({"role": "user", "content": [*asked, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    text = base.tokenizer.apply_chat_template(messages, chat_template=chat.template, tokenize=False)
+
+    def tokens(part: str) -> list[int]:
+        special = not (base.tokenizer.bos_token and part.startswith(base.tokenizer.bos_token))
+        if image is None:
+            return base.tokenizer(part, add_special_tokens=special)["input_ids"]
+        ids = chat.processor(text=[part.removesuffix(tail)], images=[image], add_special_tokens=special)["input_ids"][0]
+        return list(ids) if part.endswith(tail) else list(ids[:-1])
+
+    whole, labels, after = tokens(text), list[int](), 0
+    assert item.input_ids[: len(whole)].tolist() == whole
+    for turn in TURNS:
+        before = text.index(f" {turn.answer}" if f" {turn.answer}" in text else turn.answer, after)
+        after = text.index(chat.end, before) + len(chat.end)
+        start, stop = len(tokens(text[:before])), len(tokens(text[:after]))
+        labels += [IGNORE] * (start - len(labels)) + whole[start:stop]
+    assert item.labels.tolist() == labels + [IGNORE] * (len(item.labels) - len(labels))
+    answers = base.tokenizer.decode([label for label in labels if label != IGNORE])
+    assert answers.replace(" ", "") == "".join(turn.answer + chat.end for turn in TURNS).replace(" ", "")
+    prompt = base.prompt_item(Question("q", "2.png" if with_image else None, TURNS[0].question, "", {}), image)
+    assert prompt.input_ids.tolist() == whole[: len(prompt.input_ids)]
+    assert len(prompt.input_ids) == next(place for place, label in enumerate(labels) if label != IGNORE)
+
+
+def test_what_a_length_leaves_of_an_answer_is_counted_without_reading_pixels(base: LoadedBase, pictures: Path) -> None:
+    records = [TrainRecord(str(n), f"{n}.png", TURNS[:1]) for n in range(3)] + [TrainRecord("t", None, TURNS[:1])]
+    for record in records:
+        image = None if record.image is None else base.read_image(pictures / record.image)
+        item = base.train_item(record, image, 4096)
+        answers = (item.labels != IGNORE).tolist()
+        for length in (len(answers), len(answers) - 1, answers.index(True) + 1, answers.index(True)):
+            fits = AnswersFit(open_encoder(ModelConfig(path=base.model.name_or_path)), length)
+            assert fits(record, pictures) == (sum(answers[:length]), sum(answers[length:])), length
+            if any(answers[:length]):
+                cut = base.train_item(record, image, length)
+                assert cut.labels.tolist() == item.labels[:length].tolist()
+                assert len(cut.input_ids) == length
+            else:
+                with pytest.raises(ClmoeError, match=record.id):
+                    base.train_item(record, image, length)
+        assert AnswersFit(base.encoder, 4096)(record, pictures) == (1, 0)
+
+
+def test_text_that_holds_a_special_token_is_refused(base: LoadedBase) -> None:
+    end = END if base.chat is None else base.chat.end
+    for turn in (Turn(f"What {end} is it?", "a"), Turn("What is it?", f"a{end} b")):
+        with pytest.raises(ClmoeError, match="record 'odd'"):
+            base.train_item(TrainRecord("odd", None, (turn,)), None, 4096)
+
+
+# ---- Forward passes
+
+
+def test_a_batch_of_records_is_each_record_alone(base: LoadedBase, pictures: Path) -> None:
+    names = ["0.png", None, "1.png", "2.png"]
+    found = [
+        base.train_item(TrainRecord(str(n), name, TURNS[: 1 + n % 2]), name and base.read_image(pictures / name), 4096)
+        for n, name in enumerate(names)
+    ]
+    pad = base.tokenizer.pad_token_id
+    with torch.no_grad():
+        whole = answer_states(base.model, collate_train(found, pad))
+        alone = torch.cat([answer_states(base.model, collate_train([item], pad)) for item in found])
+    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_training_reads_what_a_plain_forward_pass_reads(base: LoadedBase, pictures: Path) -> None:
+    """Oracle: the model's own loss with its own labels, image inputs and mask."""
+    item = base.train_item(TrainRecord("r", "1.png", TURNS), base.read_image(pictures / "1.png"), 4096)
+    batch = collate_train([item], base.tokenizer.pad_token_id)
+    with torch.no_grad():
+        theirs = base.model(**batch).loss
+        logits = base.model.lm_head(answer_states(base.model, batch))
+    ours = nn.functional.cross_entropy(logits, item.labels[item.labels != IGNORE])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_are_those_of_generate(base: LoadedBase, pictures: Path) -> None:
+    """Oracle: transformers' own generation, a prompt at a time; ours reads all of them in a left-padded batch."""
+    prompts = items(base, pictures)
+    config = load_config("zero_shot", {}, [], base.model.name_or_path)
+    answerer = Answerer(base, base.model, method_class("zero_shot")(config), 0, None)
+    texts, _ = answerer.generate(prompts, NEWEST_ROUTER, 12)
+    expected = []
+    for prompt in prompts:
+        batch = batched(base, [prompt])
+        made = base.model.generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=base.ends)
+        expected.append(base.tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert texts == expected
+    assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("which", ["of the template", "of the generation settings"])
+def test_an_answer_ends_at_every_end_token(which: str, base: LoadedBase) -> None:
+    """The head of the copy always says that token."""
+    own = copy_base(base)
+    end = END if base.chat is None else tiny_families.FAMILIES[base.model.config.model_type].end
+    ids = [base.tokenizer.convert_tokens_to_ids(end), own.model.generation_config.eos_token_id]
+    weight = torch.zeros(len(base.tokenizer), own.model.config.get_text_config().hidden_size)
+    own.model.set_output_embeddings(nn.Linear(weight.shape[1], len(weight)))
+    own.model.lm_head.weight.data = weight
+    own.model.lm_head.bias.data = nn.functional.one_hot(torch.tensor(ids["settings" in which]), len(weight)).float()
+    answerer = Answerer(own, own.model, method_class("zero_shot")(load_config("zero_shot", {}, [])), 0, None)
+    texts, _ = answerer.generate(
+        [own.prompt_item(Question("q", None, "Why?", "", {}), None)], NEWEST_ROUTER, 9, pytest.fail
+    )
+    assert texts == [""]
+
+
+def test_a_batch_of_prompts_is_each_prompt_alone(base: LoadedBase, pictures: Path) -> None:
+    prompts = items(base, pictures)
+    whole = prefill(base.model, batched(base, prompts), NEWEST_ROUTER, 1)
+    alone = [prefill(base.model, batched(base, [prompt]), NEWEST_ROUTER, 1) for prompt in prompts]
+    torch.testing.assert_close(whole.hidden, torch.cat([one.hidden for one in alone]), rtol=1e-4, atol=1e-5)
+    assert whole.next_position.tolist() == [int(one.next_position) for one in alone]
+    assert (whole.hidden[0] - whole.hidden[1]).abs().max() > 0.01, "two prompts differ"
+
+
+# ---- Locators, training, checkpoints
+
+
+def test_features_for_locators_do_not_depend_on_the_batch(base: LoadedBase, pictures: Path) -> None:
+    """Oracle: hidden states of one prompt alone, from the model itself."""
+    own = copy_base(base)
+    model = attach_adapter(own.model, method_class("lora")(tiny_config("lora", Path("x"))).adapter(own)).eval()
+    prompts = items(base, pictures)
+    for kind in ("last", "pooled"):
+        found = base_features(model, batched(base, prompts), kind)  # type: ignore[arg-type]
+        for row, prompt in enumerate(prompts):
+            with torch.no_grad():
+                output = base.model.base_model(**batched(base, [prompt]), output_hidden_states=True)
+            layers = [states[0, -1] for states in output.hidden_states[1:]]
+            expected = output.last_hidden_state[0, -1] if kind == "last" else torch.stack(layers).mean(0)
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["per_linear", "per_block"])
+def test_an_adapted_ffn_compiles_to_one_graph(scope: str, base: LoadedBase) -> None:
+    torch._dynamo.reset()
+    own = copy_base(base)
+    method = method_class("moelora")(tiny_config("moelora", Path("x"), f"adapter.router_scope={scope}"))
+    layer = next(iter(expert_layers(attach_adapter(own.model, method.adapter(own))).values())).double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    width = own.model.config.get_text_config().hidden_size
+    x = torch.randn(2, 5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    with routing(NEWEST_ROUTER):
+        plain, fast = (torch.autograd.grad(form(x).square().sum(), [x, *parameters]) for form in (layer, compiled))
+    for one, other in zip(plain, fast, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(scope="session")
+def runs_on(tmp_path_factory: pytest.TempPathFactory, mini_yaml: Path) -> Callable[[LoadedBase], Runs]:
+    """The runs on a base; those of one base share what they train."""
+
+    @cache
+    def runs(folder: str) -> Runs:
+        return Runs(tmp_path_factory.mktemp("runs"), Path(folder), mini_yaml)
+
+    return lambda base: runs(base.model.name_or_path)
+
+
+SHORT = ("training.steps=3", "training.save_steps=2")
+CHAINS = {
+    "lora": SHORT,
+    "clmoe": (*SHORT, "locator=nearest_mean"),
+    "llava_cmoe": (*SHORT, *LLAVA_CMOE, "options.probe_min_steps=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CHAINS)
+def test_two_tasks_are_trained_one_after_the_other_and_answered(
+    method: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]
+) -> None:
+    runs = runs_on(base)
+    first, second = runs.chain(method, *CHAINS[method], tasks=("count", "side"))
+    assert contents(first) != contents(second)
+    runs.evaluate(second, second.parent)
+    answers = [second.parent / "predictions" / "side" / f"{task}.jsonl" for task in ("count", "side")]
+    assert [len(file.read_text().splitlines()) for file in answers] == [12, 12]
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_in_the_same_bytes(
+    base: LoadedBase, runs_on: Callable[[LoadedBase], Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, settings = runs_on(base), CHAINS["clmoe"]
+    (whole,) = runs.chain("clmoe", *settings, tasks=("count",))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        on_step(patch, 2)
+        runs.train(tmp_path / "count", "clmoe", "count", *settings)
+    seen = on_step(monkeypatch, 99)
+    runs.train(tmp_path / "count", "clmoe", "count", *settings)
+    assert seen == [2], "it went on from its saved state"
+    assert contents(tmp_path / "count") == contents(whole)
+
+
+def test_recomputed_activations_give_the_same_gradients(base: LoadedBase, pictures: Path) -> None:
+    """Bit for bit, for records with and without an image."""
+    names = ("0.png", "1.png", None)
+    found = [
+        base.train_item(TrainRecord("r", name, TURNS), name and base.read_image(pictures / name), 4096)
+        for name in names
+    ]
+    method = method_class("clmoe")(tiny_config("clmoe", Path("x"), "adapter.train_projector=true"))
+    gradients = []
+    for recompute in (False, True):
+        own = copy_base(base)
+        model = attach_adapter(own.model, method.adapter(own)).train()
+        if recompute:
+            enable_checkpointing(model)
+        batch = collate_train(found, base.tokenizer.pad_token_id)
+        answers = (batch["labels"] != IGNORE).sum()
+        TrainedModel(model, method, len(names))(**batch, num_items_in_batch=answers)["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, recomputed = gradients
+    assert all(same_bits(plain[name], recomputed[name]) for name in plain)
+    assert any(plain[name].abs().sum() > 0 for name in plain if "modules_to_save" in name)
+
+
+def test_a_tuned_projector_is_float32_on_a_base_of_16_bits(base: LoadedBase, pictures: Path, tmp_path: Path) -> None:
+    own = copy_base(base)
+    own.model.bfloat16()
+    method = method_class("lora")(tiny_config("lora", Path("x"), "adapter.train_projector=true"))
+    model = attach_adapter(own.model, method.adapter(own)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(2**-12)  # less than a bit of most weights in 16
+    batch = to_device(batched(base, items(base, pictures)), own)
+    with torch.no_grad():
+        expected = own.model(**batch).logits
+    assert expected.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    detach_adapter(model)
+    again = load_adapter(own.model, tmp_path, trainable=True).eval()  # compares every bit with the file
+    with torch.no_grad():
+        assert torch.equal(again.base_model.model(**batch).logits, expected)
+    saved = tensors(tmp_path)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    names = [name for name in saved if "lora" not in name]
+    assert any((saved[name] != saved[name].bfloat16().float()).any() for name in names)
