@@ -29,6 +29,7 @@ COLUMNS = {
 }
 """What a row is read from, the first of these that it has: ``question`` and ``answer`` may be lists of messages."""
 
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files that are in no case in LLaVA's layout
 MARK = "<image>"
 SPEAKERS = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt"}
 FOR_SCORERS = ("answers", "answer_bbox", "captions", "size")
