@@ -338,7 +338,7 @@ def test_settings_that_cannot_be_right(raw: dict[str, Any], folder: Path) -> Non
 
 def test_a_table_under_train_is_told_its_place(folder: Path) -> None:
     values = yaml.safe_load(described(folder, ["a.csv"], ["b.csv"]).read_text())
-    values["tasks"][0] |= {"train": "a.csv", "raw": None}
+    values["tasks"][0] |= {"train": "a.csv", "test": "b.json", "raw": None}
     (folder / "own.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ClmoeError, match=r"tasks\[0\]\.raw\.train: \[a\.csv\]"):
         load_benchmark(str(folder / "own.yaml"), check_files=False)
