@@ -209,7 +209,6 @@ def test_what_has_changed_is_made_again_and_what_somebody_wrote_is_not_touched(
     (folder / "train.csv").write_text((folder / "train.csv").read_text().replace("red", "pink"))
     assert "train.json: 3 rows" in prepare_raw(task)[0]
     assert load_train(task.train, folder)[0].turns[0].answer == "pink, dark" and task.test.stat().st_mtime_ns == before
-    written(folder, "CSV")
     benchmark.write_text(benchmark.read_text().replace("In one word", "In two words"))
     (task,) = open_benchmark(str(benchmark)).tasks
     assert load_train(task.train, folder)[0].turns[0].question.endswith("In two words.")
