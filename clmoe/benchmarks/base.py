@@ -17,7 +17,7 @@ from typing import Any, Literal
 from clmoe.benchmarks.gold import READERS, Gold, read_gold
 from clmoe.config import build, check_recipe, read_yaml
 from clmoe.data.batches import epoch_permutation
-from clmoe.data.formats import COLUMNS, Kind, Raw, placeholders
+from clmoe.data.formats import COLUMNS, TABLES, Kind, Raw, placeholders
 from clmoe.data.records import IMAGE_MARK, Failed, Fits, OnBad, Question, TrainRecord, load_questions, load_train
 from clmoe.data.rows import END, Seen, ranges
 from clmoe.errors import ClmoeError
@@ -227,6 +227,9 @@ def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
     if min(entry.max_new_tokens, entry.passes) < 1:
         raise ClmoeError(f"{where}: max_new_tokens {entry.max_new_tokens} and passes {entry.passes} must be at least 1")
+    for kind, name in (("train", entry.train), ("test", entry.test)):
+        if name.endswith(TABLES):
+            raise ClmoeError(f"{where}.{kind}: {name!r} is not LLaVA's JSON; write it as {where}.raw.{kind}: [{name}]")
     made = root / "prepared" / entry.name
     train, test = (
         root / name if name else made / file for name, file in zip((entry.train, entry.test), MADE, strict=True)

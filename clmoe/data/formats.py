@@ -29,6 +29,7 @@ COLUMNS = {
 }
 """What a row is read from, the first of these that it has: ``question`` and ``answer`` may be lists of messages."""
 
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files that are in no case in LLaVA's layout
 MARK = "<image>"
 SPEAKERS = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt"}
 FOR_SCORERS = ("answers", "answer_bbox", "captions", "size")
@@ -120,7 +121,7 @@ def _noted(path: Path, index: int, row: Any, data: dict[str, Any], notes: dict[s
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, Any]]:
-    kinds = {".jsonl": _json_lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    kinds = dict(zip(TABLES, (_json_lines, _csv, _csv, _parquet), strict=True))
     read = _folder if path.is_dir() else kinds.get(path.suffix)
     if read is None:
         known = ", ".join((".json", *kinds))

@@ -209,7 +209,6 @@ def test_what_has_changed_is_made_again_and_what_somebody_wrote_is_not_touched(
     (folder / "train.csv").write_text((folder / "train.csv").read_text().replace("red", "pink"))
     assert "train.json: 3 rows" in prepare_raw(task)[0]
     assert load_train(task.train, folder)[0].turns[0].answer == "pink, dark" and task.test.stat().st_mtime_ns == before
-    written(folder, "CSV")
     benchmark.write_text(benchmark.read_text().replace("In one word", "In two words"))
     (task,) = open_benchmark(str(benchmark)).tasks
     assert load_train(task.train, folder)[0].turns[0].question.endswith("In two words.")
@@ -334,6 +333,14 @@ def test_settings_that_cannot_be_right(raw: dict[str, Any], folder: Path) -> Non
     (key,) = raw
     with pytest.raises(ClmoeError, match=key):
         load_benchmark(str(described(folder, **{"train": ["a.csv"], "test": ["a.csv"]} | raw)), check_files=False)
+
+
+def test_a_table_under_train_is_told_its_place(folder: Path) -> None:
+    values = yaml.safe_load(described(folder, ["a.csv"], ["b.csv"]).read_text())
+    values["tasks"][0] |= {"train": "a.csv", "test": "b.json", "raw": None}
+    (folder / "own.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ClmoeError, match=r"tasks\[0\]\.raw\.train: \[a\.csv\]"):
+        load_benchmark(str(folder / "own.yaml"), check_files=False)
 
 
 def test_the_raw_files_are_never_written_to(folder: Path) -> None:
