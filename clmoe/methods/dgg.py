@@ -6,8 +6,8 @@ records, and ``b ~ Bernoulli(alpha)`` drawn in every step:
     g_old = theta - theta*_{t-1},  shortened to the length of g where it is longer
     g <- g + b g_old
 
-The paper is known here second-hand, from notes on it, and its code could not be had. So these are ours: lengths are taken
-over all weights as one vector, and old records are mixed into the batches as in ``replay``.
+The paper is known here second-hand, from notes on it, and its code could not be had. So these are ours: lengths are
+taken over all weights as one vector, and old records are mixed into the batches as in ``replay``.
 """
 
 from dataclasses import dataclass
