@@ -144,17 +144,25 @@ def test_numbers_of_a_method_are_read_with_the_run(mean: str, runs: Runs, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_project_and_log_as_one(runs: Runs, tmp_path: Path) -> None:
-    """A-GEM's second task under DDP: each process computes a share of the memory's gradient."""
-    first = runs.chain("agem", tasks=TASKS[:1])[0]
-    settings = ("training.steps=20", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
-    alone = runs.train(tmp_path / "one" / TASKS[1], "agem", TASKS[1], *settings, previous=first)
+@pytest.mark.parametrize("method", ["agem", "llaca", "dgg", "keeplora", "same"])
+def test_two_processes_change_gradients_and_log_as_one(method: str, runs: Runs, tmp_path: Path) -> None:
+    """The second task under DDP: the processes share the work on memory, weights' gradients and spectra.
+
+    Only the loss of KeepLoRA and SAME is compared: singular vectors turn with a rounding, and SAME's spectra hold the
+    padding, which depends on how a batch is cut.
+    """
+    own = ("options.per_task=6",) if method in ("agem", "dgg") else ()
+    first = runs.chain(method, *own, tasks=TASKS[:1])[0]
+    settings = ("training.steps=20", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4", *own)
+    alone = runs.train(tmp_path / "one" / TASKS[1], method, TASKS[1], *settings, previous=first)
     output = tmp_path / "two" / TASKS[1]
-    line = ["-m", "clmoe.cli", "train", "--config", "agem", "--task", TASKS[1], "--output", str(output)]
+    line = ["-m", "clmoe.cli", "train", "--config", method, "--task", TASKS[1], "--output", str(output)]
     line += ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--previous", str(first), *settings]
     launch(2, *line)
-    for name, value in tensors(alone).items():
-        torch.testing.assert_close(tensors(output)[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    shares = [[step["projected"] for step in measured(run)] for run in (alone, output)]
-    assert shares[0] == shares[1]
-    assert any(shares[0]), "some step is in conflict with the memory"
+    assert events(output.parent, "trained")[0]["engine"] == "DistributedDataParallel"
+    one, two = (events(run.parent, "step") for run in (alone, output))
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-2)
+    if method not in ("keeplora", "same"):
+        assert [step.get("measured") for step in two] == [pytest.approx(step["measured"], rel=1e-2) for step in one]
+        for name, value in tensors(alone).items():
+            torch.testing.assert_close(tensors(output)[name], value, rtol=1e-3, atol=1e-4, msg=name)
