@@ -12,8 +12,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from clmoe.bases.inputs import prompt_dataset
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import LoadedBase, open_encoder
+from clmoe.config import ModelConfig
+from clmoe.data.prompts import answer_letters
 from clmoe.data.records import load_questions
+from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import open_answerer
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import ExpertLayer, expert_layers, experts_by_linear
@@ -25,6 +28,7 @@ from tests.methods.test_contract import ROWS
 from tests.runs import Runs, events, same_bits, texts
 from tests.support import TASKS, copy_base, prompt_batch, prompt_batches, tiny_config
 
+pytestmark = pytest.mark.slow
 SCORES = torch.tensor([[0.9, 0.85, -0.3], [0.1, 0.2, 0.3]], dtype=torch.float64)
 LAST = "1"  # the tiny model has two blocks
 SCALE = 2.0
@@ -166,3 +170,15 @@ def test_the_router_of_mrlora_learns_from_its_stored_records(runs: Runs) -> None
 def read_checkpoint_layout(checkpoint: Path) -> list[list[int]]:
     """The owners of the experts of each block."""
     return list(json.loads((checkpoint / "adapter_config.json").read_text())["layout"].values())
+
+
+def test_letters_are_single_tokens_of_the_base_and_not_endless() -> None:
+    """A letter of two tokens would share its first one with others."""
+    tokenizer = open_encoder(ModelConfig()).tokenizer
+    found = answer_letters(tokenizer, 8)
+    assert list(found)[:6] == list("ABCDEF") and "G" not in found, "the embedded base writes G in two tokens"
+    assert len(set(found.values())) == 8
+    for letter, token in found.items():
+        assert tokenizer.decode([token]).strip() == letter
+    with pytest.raises(ClmoeError, match="tokenizer"):
+        answer_letters(tokenizer, 63)
