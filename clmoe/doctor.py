@@ -16,7 +16,7 @@ from clmoe.utils.versions import installed, requirements, tested
 
 AMPERE = (8, 0)  # compute capability that bfloat16 and flash-attention 2 need
 WITHOUT = "clmoe metrics, clmoe data prepare and clmoe doctor"  # which need none of these
-TESTED = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed")
+TESTED = ("torch", "transformers", "peft", "accelerate", "datasets")
 # packages with compiled code, which may have been built for another torch
 IMPORTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "flash-attn", "bitsandbytes")
 
