@@ -60,7 +60,7 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA that has ``learned`` so many tasks.
+    """Asks an adapted (or bare) base that has ``learned`` so many tasks.
 
     ``own`` is the locator that it was opened with, None for methods without parts; ``store`` gives its features.
     """
