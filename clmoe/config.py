@@ -185,7 +185,7 @@ class EvaluationConfig:
         batch_size: questions per batch.
         exact: answer alone, too, if the two best logits came closer than ``margin``: no answer depends on its batch.
         margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
-        share_images: questions of one image and router read its tokens once.
+        share_images: questions of one image and router read its tokens once, on LLaVA-1.5.
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
     """
 

@@ -83,7 +83,7 @@ def positions(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor) -
     """
     if "image_grid_thw" not in inputs:
         return (mask.cumsum(-1) - 1).clamp(min=0)
-    names = ("input_ids", "image_grid_thw", "mm_token_type_ids")
+    names = [name for name in ("input_ids", "image_grid_thw", "mm_token_type_ids") if name in inputs]
     body: Any = model.base_model
     found, _ = body.get_rope_index(**{name: inputs[name] for name in names}, attention_mask=mask)
     return cast(Tensor, found)

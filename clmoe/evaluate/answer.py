@@ -62,7 +62,7 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) LLaVA that has ``learned`` so many ``tasks``, whose names a letter router needs.
+    """Asks an adapted (or bare) base that has ``learned`` so many ``tasks``, whose names a letter router needs.
 
     ``own`` is the locator that it finds tasks with, None for methods without parts; ``store`` gives its features.
     """

@@ -62,8 +62,9 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
     ``weights`` replace parameters of ``model.base_model`` in this pass.
     """
     left_out = {"labels", "rows", "logits"}
-    if "token_type_ids" not in batch:
-        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
+    if not {"token_type_ids", "image_grid_thw"} & batch.keys():
+        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel; token
+        # types change that, and from an image's own positions old versions of transformers guess packed sequences
         left_out.add("attention_mask")
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in left_out}
     inputs["use_cache"] = False

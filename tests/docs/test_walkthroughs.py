@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from clmoe import cli
+from clmoe.bases.families import FAMILIES
 from clmoe.config import LocatorConfig
 from clmoe.evaluate.matrix import METRICS, metrics_from_files
 from clmoe.locators.base import Asked
@@ -205,6 +206,11 @@ def test_a_base_is_a_row_and_a_tiny_model_of_it(checkout: Path) -> None:
     assert re.search(r"^(\d+) passed", printed.splitlines()[-1]), printed
     assert int(printed.splitlines()[-1].split()[0]) >= 18, printed
     assert shown.split()[-2:] == ["--base", Path(model).stem]
+
+
+def test_the_page_of_bases_lists_every_family() -> None:
+    table = (DOCS / "bases.md").read_text().split("<!-- end -->")[0]
+    assert re.findall(r"^\| (\w+) \| \d", table, re.MULTILINE) == list(FAMILIES), "run scripts/bases_page.py"
 
 
 @pytest.mark.parametrize("page", ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))])
