@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaVA-1.5 at its true width with two of its layers and random weights, on a CPU with 8 GiB free: what a step holds in
-# memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate, evaluate),
-# without and with activation checkpointing.
+# memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate,
+# evaluate), without and with activation checkpointing.
 #
 #   bash scripts/rehearse.sh [METHOD ...]        (MODEL=llava-1.5-13b: one layer; DTYPE=bfloat16; OUT=runs/rehearsal)
 set -euo pipefail
