@@ -124,6 +124,7 @@ def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spo
         assert trained[0].startswith(f"clmoe run {config} ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "variables", "message"),
     [

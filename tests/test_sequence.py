@@ -104,6 +104,7 @@ def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
     return armed
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_the_same_line_ends_in_the_same_bytes(
     whole: Result, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_changed_training_data_are_named(runs: Runs, mini_yaml: Path, tmp_path: 
         clmoe.run("lora", with_file(mini_yaml, tmp_path, 0, "train", changed), **given, order=TASKS[0])
 
 
+@pytest.mark.slow
 def test_a_sequence_can_be_made_longer(runs: Runs, whole: Result, tmp_path: Path) -> None:
     run(runs, tmp_path / "run", "clmoe", order=TASKS[0])
     longer = run(runs, tmp_path / "run", "clmoe", order=",".join(TASKS))

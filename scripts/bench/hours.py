@@ -7,13 +7,11 @@ without recomputation; probes, statistics, locators, loading, waiting and genera
 """
 
 import argparse
-from typing import Any
-
-from clock import PEAKS, step_flops
 
 from clmoe.config import load_config
 from clmoe.methods import method_class
 from clmoe.plan import first_task
+from clmoe.plan.cost import MFU, answer_flops, card, step_flops
 
 METHODS = ("lora", "moelora", "clmoe", "clmoe_released", "llava_cmoe", "multitask")
 CARDS = ("A100", "H100")
@@ -22,21 +20,10 @@ TRAINED = {"CoIN": 569_000, "CL4VQA": 537_503}
 ANSWERS = 16
 
 
-def answer_flops(config: Any, tokens: int, adapter: int) -> int:
-    """Of reading one question with its image, up to the answer's first token: a step without its backward pass.
-
-    In ``step_flops`` the frozen linears count twice, attention and the adapter three times, and all else once.
-    """
-    text = config.get_text_config()
-    D, L = text.hidden_size, text.num_hidden_layers
-    linears = 2 * tokens * L * (4 * D * D + 3 * D * text.intermediate_size)
-    return step_flops(config, 1, tokens, 0, 0, False) - linears - 2 * 2 * tokens**2 * D * L + 2 * tokens * adapter
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="llava-1.5-7b")
-    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--mfu", type=float, default=MFU)
     parser.add_argument("--tokens", type=int, default=640)
     args = parser.parse_args(arguments)
     print(
@@ -50,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         shapes = first.model.get_base_model().config
         adapter, tuned = first.count("expert") + first.count("router"), first.count("projector") > 0
         record = step_flops(shapes, 1, args.tokens, ANSWERS, adapter, tuned)
-        hours = [[record * n / args.mfu / PEAKS[c] / 3600 for c in CARDS] for n in TRAINED.values()]
-        answers = [1000 * answer_flops(shapes, args.tokens, adapter) / args.mfu / PEAKS[c] / 3600 for c in CARDS]
+        hours = [[record * n / args.mfu / card(c).rate / 3600 for c in CARDS] for n in TRAINED.values()]
+        answers = [1000 * answer_flops(shapes, args.tokens, adapter) / args.mfu / card(c).rate / 3600 for c in CARDS]
         cells = [f"{hour:.1f}" for pair in hours for hour in pair] + [f"{hour:.3f}" for hour in answers]
         print(f"| `{name}` | {first.count() / 1e6:.1f} | {record / 1e12:.1f} | {' | '.join(cells)} |")
 

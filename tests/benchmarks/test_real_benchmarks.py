@@ -277,6 +277,7 @@ def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, clmoe: 
 # ---- answers ----
 
 
+@pytest.mark.slow
 def test_tasks_are_answered_and_scored(tiny_folder: Path, tmp_path: Path, clmoe: Commands) -> None:
     """`clmoe eval` of the bare base; captions where Java is, refused where it is not."""
     arguments = ["eval", "--checkpoint", "base", "--model", tiny_folder, "--output", tmp_path / "run"]

@@ -40,6 +40,7 @@ def test_every_verb_and_every_option_holder_has_a_table(page: str) -> None:
     assert {"LoadedCheckpoint", "Options of method `clmoe`", "Options of locator `vae`"} <= titles
 
 
+@pytest.mark.slow
 def test_every_file_of_a_run_folder_is_named(page: str, runs: Runs, tmp_path: Path) -> None:
     common = [str(runs.benchmark), "--base", str(runs.model), "--order", ",".join(TASKS[:2]), "training.steps=2"]
     growing = ["adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20"]

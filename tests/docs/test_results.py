@@ -70,6 +70,7 @@ def line_of(page: str, start: str) -> list[str]:
     return line[2:-2].split(" | ")
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_tables_say(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["results.py", "--check"])
     assert results.main() == 0, "run `python scripts/results.py`"
@@ -128,6 +129,7 @@ def test_every_label_of_the_papers_file_is_a_row_of_a_grid(results: ModuleType) 
     assert {label for claim in paper["claims"] for label in (claim["better"], *claim["than"])} <= rows
 
 
+@pytest.mark.slow
 def test_added_runs_are_compared(empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     for seed in (0, 1, 2):

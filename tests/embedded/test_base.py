@@ -72,6 +72,7 @@ def test_pixels_are_those_of_the_library(small_model: tuple) -> None:
     assert torch.equal(pixels, pretrain.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)))
 
 
+@pytest.mark.slow
 def test_a_recipe_makes_a_folder_that_loads_and_says_how_it_was_made(tmp_path: Path) -> None:
     recipe = pretrain.PretrainRecipe(
         sizes=SMALL, images=60, vision_steps=2, vision_batch=8, language_steps=2, language_batch=2

@@ -106,6 +106,7 @@ def second(runs: Runs, output: Path, *options: str) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_what_is_older_is_bit_identical_after_every_task(start: str, runs: Runs) -> None:
     checkpoints = chain(runs, start)

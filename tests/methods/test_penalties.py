@@ -69,6 +69,7 @@ def assert_importance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(found[name].double() / scale, value / scale, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_importance_is_the_mean_of_single_records(method: str, runs: Runs, new_base: NewBase) -> None:
     """Of five, online, decay 0.5: the second task's state is its own importance and half of the first one's."""

@@ -32,6 +32,7 @@ def memory(checkpoint: Path) -> list[dict[str, Any]]:
     return json.loads((checkpoint / MEMORY).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_holds_a_few_training_rows_of_each_past_task(method: str, runs: Runs) -> None:
     """As many as allowed, no test row among them, text as in the training file, images that lie where they lay."""

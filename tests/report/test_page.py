@@ -66,6 +66,7 @@ def test_same_bytes_again_and_half_a_character_does_no_harm(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     def sections(output: str) -> list[str]:
         return re.findall(r'<section id="(\w+)"', page_of([run], tmp_path / output))
@@ -123,6 +124,7 @@ def test_sample_answers_as_csv(tmp_path: Path) -> None:
     assert "image file not found: a.png" in page and "no image" in page and "2 of the 2 test questions" in page
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, "moe", 0)
     for folder, options in ((run / "report", []), (tmp_path / "out", ["--output", str(tmp_path / "out")])):

@@ -125,6 +125,7 @@ def test_svg_takes_the_pages_colours_and_no_name_can_leave_it(tmp_path: Path) ->
     assert not ids[0] & ids[1], "two figures of a page would share an id"
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_bytes_again_with_fonts_that_publishers_take(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, label, seed) for label in ("a", "b") for seed in (0, 1)]
     paths = write_report(runs, tmp_path / "one", ["pdf", "svg", "md"])

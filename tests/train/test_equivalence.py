@@ -98,6 +98,7 @@ def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_pa
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_equals_the_whole_batch(method: str, runs: Runs, tmp_path: Path) -> None:
     """Micro-batches of one: some hold no image, rows have no padding, and answers have different lengths."""

@@ -61,6 +61,7 @@ def test_every_damaged_file_of_a_checkpoint_is_named(damage: str, checkpoint: Pa
         read_checkpoint(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_forged_checkpoint_executes_nothing(checkpoint: Path, runs: Runs, tmp_path: Path) -> None:
     """A pickle in place of each file in turn, with a manifest that is right."""
     canary = tmp_path / "canary"

@@ -30,6 +30,7 @@ def terminate() -> None:
 
 
 # The second task begins with four steps of its probes; test_contract.py kills every method once.
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5, 10])
 def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
     stop: int, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -48,6 +49,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_so(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +67,7 @@ def test_sigterm_saves_and_says_so(
     assert contents(output) == contents(second)
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / FIRST
     with monkeypatch.context() as patch:
@@ -91,6 +94,7 @@ def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, 
     assert len(states(phase)) == 1
 
 
+@pytest.mark.slow
 def test_weights_that_ran_away_are_not_kept(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +136,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_overflows_ends_the_training(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +168,7 @@ def test_a_gradient_that_overflows_ends_the_training(
         assert [row.get("lost_updates") for row in rows if row["event"] == "trained"] == ([] if code else [1])
 
 
+@pytest.mark.slow
 def test_a_superfluous_file_in_a_state_is_named_and_costs_nothing(
     interrupted: tuple[Path, Path], runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +184,7 @@ def test_a_superfluous_file_in_a_state_is_named_and_costs_nothing(
     assert made == [6]
 
 
+@pytest.mark.slow
 def test_sigterm_outside_of_training(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = runs.chain("clmoe", *SETTINGS)
     with monkeypatch.context() as patch:
@@ -201,6 +208,7 @@ def interrupted(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return output, tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"),
     [("state.safetensors", "truncated"), ("state.safetensors", "flipped"), ("state.json", "deleted")],

@@ -53,6 +53,7 @@ PHASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_after_training_a_rerun_ends_in_the_same_bytes_without_another(
     phase: str, runs: Runs, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +92,7 @@ def test_an_interrupted_training_of_another_command_is_refused_and_kept(
     assert len(events(tmp_path / "run", "trained")) == 1, "the training that was kept is used"
 
 
+@pytest.mark.slow
 def test_restart_deletes_an_interrupted_training_and_nothing_that_is_finished(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +174,7 @@ def test_what_cannot_be_trained_is_refused(
     assert "not in --order" in refused(runs, capsys, output, "lora", FIRST, order=f"{SECOND},{TASKS[2]}")
 
 
+@pytest.mark.slow
 def test_other_records_are_neither_mixed_in_nor_taken_for_trained(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +216,7 @@ def test_other_warm_up_data_are_found_too(runs: Runs, tmp_path: Path, capsys: py
     assert "train.warm/train.json" in refused(runs, capsys, output, "llava_cmoe", FIRST, *settings)
 
 
+@pytest.mark.slow
 def test_masked_rows_keep_their_place_and_count_nothing(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
