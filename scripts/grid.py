@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import yaml
 
@@ -94,7 +94,7 @@ class Grid:
             if self.stopped:
                 return
             with log.open("ab", buffering=0) as file:
-                child = subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
+                child = self.start(row, command, file)
                 self.children.add(child)
                 code = child.wait()
                 self.children.discard(child)
@@ -104,6 +104,10 @@ class Grid:
                 self.stopped, self.code = f"{log.stem} failed with {code}: {''.join(last)} ({log})", 1
         if not self.stopped:
             print(f"{log.stem}: finished", flush=True)
+
+    def start(self, row: Row, command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+        """Start a command of a row."""
+        return subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
 
     def run_all(self, jobs: Sequence[tuple[Row, int]], watch: Callable[[list[Future[None]]], object] = wait) -> None:
         """Run rows with their seeds side by side; ``watch`` gets all of them once and returns when they have ended."""

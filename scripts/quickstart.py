@@ -8,6 +8,7 @@ The runs are scripts/grid.py's: the same line again skips what is finished and g
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import grid
 import numpy as np
@@ -77,13 +79,12 @@ class Forecast:
         return (START + self.tasks * self.steps * self.cost[label]) / self.rate
 
     def left(self, label: str, before: int, done: int, since: float, elapsed: float) -> float:
-        """Seconds of a core that a run still takes, ``elapsed`` after its start.
+        """Seconds of a core that a run still takes, which has had ``elapsed`` of them.
 
-        It began with ``before`` finished tasks and finished ``done`` more, the last of them ``since`` after its start.
+        It began with ``before`` finished tasks and had ``since`` seconds when it had finished ``done`` more.
         """
-        share = min(1.0, self.cores / self.jobs)  # of a core, while as many runs as may are under way
-        per_task = share * since / done if done else self.whole(label) / self.tasks
-        return max(0.0, per_task * (self.tasks - before) - share * elapsed)
+        per_task = since / done if done else self.whole(label) / self.tasks
+        return max(0.0, per_task * (self.tasks - before) - elapsed)
 
     def together(self, running: list[float], waiting: list[str]) -> float:
         """Seconds until all runs are finished: some ``running`` with these left, others ``waiting`` for a place."""
@@ -92,36 +93,52 @@ class Forecast:
 
 
 class Runs(grid.Grid):
-    """A grid whose runs tell how far they are."""
+    """A grid whose runs tell how far they are. The longest go first and are served first, so none ends last alone."""
 
     def __init__(self, args: argparse.Namespace, forecast: Forecast) -> None:
         super().__init__(args)
         self.forecast, self.seed = forecast, args.seeds[0]
-        self.chosen.sort(key=lambda row: -forecast.cost[row.label])  # the longest first, so that the last are short
+        self.chosen.sort(key=lambda row: -forecast.cost[row.label])
         self.waiting = [row.label for row in self.chosen if self.todo(row, self.seed)[0]]
-        self.started: dict[str, float] = {}
+        self.processes: dict[str, tuple[int, float]] = {}  # by run: its number and when it began
+        self.finished: dict[str, tuple[int, float]] = {}  # by run: tasks since its start, seconds of a core until then
 
-    def run(self, row: grid.Row, seed: int, source: Future[None] | None = None) -> None:
-        """As in a grid."""
+    def start(self, row: grid.Row, command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+        """As in a grid; shorter runs give way to longer ones."""
+        child = super().start(row, command, log)
+        os.setpriority(os.PRIO_PROCESS, child.pid, min(19, 5 * self.chosen.index(row)))
         if row.label in self.waiting:
             self.waiting.remove(row.label)
-            self.started[row.label] = time.time()
-        super().run(row, seed, source)
-        self.started.pop(row.label, None)
+        self.processes[row.label] = child.pid, time.time()
+        return child
 
     def state(self) -> tuple[float, str]:
         """Seconds left of all runs, and the tasks that those under way are at."""
         left, at = [], []
-        for label, start in dict(self.started).items():
+        for label, (process, began) in dict(self.processes).items():
+            if (used := core_seconds(process)) is None:
+                del self.processes[label]
+                continue
             rows: dict[str, float] = {}  # task: when its row of the matrix was last added to
             for event in read_events(self.out / f"{label}-seed{self.seed}" / "events.jsonl"):
                 if event["event"] == "evaluated":
                     rows[event["after"]] = datetime.fromisoformat(event["time"]).timestamp()
-            done = [moment - start for moment in rows.values() if moment > start]
-            elapsed, before = time.time() - start, len(rows) - len(done)
-            left.append(self.forecast.left(label, before, len(done), max(done, default=0.0), elapsed))
+            done = sum(moment > began for moment in rows.values())
+            if done != self.finished.get(label, (0, 0.0))[0]:
+                self.finished[label] = done, used
+            before, since = len(rows) - done, self.finished.get(label, (0, 0.0))[1]
+            left.append(self.forecast.left(label, before, done, since, used))
             at.append(f"{label} {min(len(rows) + 1, self.forecast.tasks)}/{self.forecast.tasks}")
         return self.forecast.together(left, self.waiting), ", ".join(at)
+
+
+def core_seconds(process: int) -> float | None:
+    """What a process has had of a core so far; None once it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def minutes(seconds: float) -> str:

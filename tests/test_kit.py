@@ -47,7 +47,9 @@ def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> No
     labels[:, -3:] = 7
     side, mask = model.config.vision_config.image_size, torch.ones_like(ids)
     pixels = torch.randn(samples, 3, side, side)
-    counted = clock.flops(lambda: trained(ids, mask, labels, torch.tensor(answers), pixel_values=pixels)["loss"].backward())
+    counted = clock.flops(
+        lambda: trained(ids, mask, labels, torch.tensor(answers), pixel_values=pixels)["loss"].backward()
+    )
     adapter = first.count("expert") + first.count("router")
     ours = step_flops(model.config, samples, tokens, answers, adapter, tuned=True)
     text, vision = model.config.get_text_config(), model.config.vision_config

@@ -1,10 +1,10 @@
 """scripts/quickstart.py: what the forecast says of runs that wait, run and have finished tasks. Nothing is trained."""
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +31,6 @@ def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quicksta
     assert forecast.left("lora", 0, 2, 30.0, 33.0) == 27.0  # 15 s a task, 3 s into the third
     assert forecast.left("lora", 2, 1, 15.0, 16.0) == 14.0  # two tasks were finished by an earlier command
     assert forecast.left("lora", 0, 3, 30.0, 99.0) == 0.0
-    crowded = replace(forecast, jobs=4)  # two runs to a core: each advances half as fast as the clock
-    assert crowded.left("lora", 0, 2, 30.0, 34.0) == 13.0  # 7.5 s of a core a task, 2 s into the third
     assert quickstart.rounds_per_second(1, 0.05) > 1
 
 
@@ -54,14 +52,20 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
     )  # fmt: skip
     runs = quickstart.Runs(args, quickstart.Forecast(1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
     assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
-    runs.waiting.remove("lora")
-    runs.started["lora"] = time.time() - 20
+    lora = next(row for row in runs.chosen if row.label == "lora")
+    with (tmp_path / "out").open("wb") as log:
+        child = runs.start(lora, ["sleep", "60"], log)
+    assert runs.waiting == ["llava_cmoe", "clmoe"] and os.getpriority(os.PRIO_PROCESS, child.pid) == 10
+    runs.processes["lora"] = child.pid, time.time() - 20
     (tmp_path / "lora-seed0").mkdir()
     now = datetime.now(UTC) - timedelta(seconds=10)
     event = {"time": now.isoformat(timespec="milliseconds"), "event": "evaluated", "after": "box", "task": "box"}
     (tmp_path / "lora-seed0" / "events.jsonl").write_text(json.dumps(event) + "\n")
     left, at = runs.state()
     assert at == "lora 2/2" and left == pytest.approx(runs.forecast.whole("llava_cmoe"), abs=0.2)
+    child.kill()
+    child.wait()
+    assert runs.state()[1] == ""
     log = tmp_path / "logs" / "clmoe-seed0.log"
     log.parent.mkdir()
     (tmp_path / "clmoe-seed0").mkdir()
