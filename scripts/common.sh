@@ -123,7 +123,7 @@ setup() {
     {
       tail -n 20 "$log" >&2
       echo "the installation failed; the whole log is $log" >&2
-      exit 1
+      exit 3
     }
   PATH="$venv/bin:$PATH"
   touch "$stamp"
