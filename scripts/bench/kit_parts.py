@@ -323,7 +323,7 @@ def location(record: Record, size: Sizes, folder: Path, tasks: int = 8) -> None:
     known()
     located()
     seconds = {"known_s": timed(known)[0], "located_s": timed(located)[0]}
-    answerer.store = FeatureStore.of(base, config, folder / "features")
+    answerer.store = FeatureStore.of(base, config, folder / "features", locator.view)
     located()
     seconds |= {"kept_s": timed(located)[0], "scores_s": timed(lambda: locator.scores(scored))[0]}
     ratios = {f"{kind}_over_known": seconds[f"{kind}_s"] / seconds["known_s"] for kind in ("located", "kept")}
