@@ -29,7 +29,7 @@ from clmoe.train.checkpoint import checked_method, read_checkpoint
 from clmoe.train.loop import TaskTrainer
 from clmoe.train.task import UNION, prepare_request, train_task
 from clmoe.utils.processes import device
-from clmoe.utils.tensors import load_tensors
+from clmoe.utils.tensors import load_tensors, same_bits
 
 BENCHMARK, TASKS = "playground-coin", ("sqa", "imnet")
 ROWS = {"train": 24, "test": 8}
@@ -51,14 +51,6 @@ def require(kept: bool, found: str) -> None:
     """Raise BrokenPromise, saying what was found, unless the promise is kept."""
     if not kept:
         raise BrokenPromise(found)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bytes: tells -0.0 from 0.0."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    a, b = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
-    return torch.equal(a, b)
 
 
 def require_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:

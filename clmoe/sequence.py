@@ -19,7 +19,14 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
 from clmoe.methods import method_class
-from clmoe.train.checkpoint import Finished, checked_method, differences, lasting, read_checkpoint
+from clmoe.train.checkpoint import (
+    Finished,
+    checked_method,
+    checkpoint_folders,
+    differences,
+    lasting,
+    read_checkpoint,
+)
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
 from clmoe.utils.files import file_sha256, locked, read_json, write_json
@@ -124,7 +131,7 @@ def _go_on(
     """Train and evaluate task after task on one base, which is loaded when it is first needed; the checkpoints."""
     method = method_class(config.method)(config)
     trained = {"none": [], "union": [UNION]}.get(method.chain, order)
-    steps = [(run / f"{number:02}_{task}", task) for number, task in enumerate(trained, 1)]
+    steps = list(zip(checkpoint_folders(run, trained), trained, strict=True))
     anew = restart and not any(checkpoint.exists() for checkpoint, _ in steps)
     values = from_main(lambda: _settings(config, benchmark, order, run, anew))
     check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe import cli
+from clmoe.contract import Killed
 from clmoe.train.loop import TaskTrainer
 from tests.support import TASKS
 
@@ -35,10 +36,6 @@ LLAVA_CMOE = (
     *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
 )
 """Settings with which it is trained in seconds."""
-
-
-class Killed(BaseException):
-    """Not an Exception: nobody may catch it, as nobody catches kill -9."""
 
 
 def kill(*unused: Any, **also_unused: Any) -> None:
@@ -131,11 +128,6 @@ def _move_generators() -> None:
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Everything in the adapter file."""
     return load_file(checkpoint / "adapter_model.safetensors")
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bytes: tells -0.0 from 0.0."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,8 +20,9 @@ from clmoe.sequence import Result, default_folder
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
+from clmoe.utils.tensors import same_bits
 from tests.methods.test_contract import ROWS
-from tests.runs import Killed, Runs, contents, same_bits, tensors, texts
+from tests.runs import Killed, Runs, contents, tensors, texts
 from tests.support import TASKS
 
 UNCOMPARED = ("events.jsonl", "timing.json")

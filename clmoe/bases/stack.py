@@ -25,10 +25,11 @@ def tower_names(family: str) -> dict[str, Any]:
     In transformers 5.0 the image encoder has its parts one level deeper than in files that 5.23 wrote, such as the
     embedded base's. llava-hf's files have that level, and fit both.
     """
-    with torch.device("meta"):
-        deeper = hasattr(CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1)), "vision_model")
-    if family != "llava" or not deeper:
+    if family != "llava":
         return {}
+    with torch.device("meta"):
+        if not hasattr(CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1)), "vision_model"):
+            return {}
     names = {
         r"^language_model\.model\.": "model.language_model.",
         r"^language_model\.lm_head\.": "lm_head.",

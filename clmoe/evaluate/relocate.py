@@ -25,7 +25,7 @@ from clmoe.locators import LOCATORS, make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import Asked, Locator
 from clmoe.methods import method_class
-from clmoe.train.checkpoint import CONFIG, Finished, read_checkpoint
+from clmoe.train.checkpoint import CONFIG, Finished, checkpoint_folders, read_checkpoint
 from clmoe.utils.files import read_json, read_json_lines, write_json
 from clmoe.utils.processes import from_main
 
@@ -81,16 +81,15 @@ def finished_method(run: Path) -> str:
     method = str(info["method"])
     if not method_class(method).keeps_parts:
         raise ClmoeError(f"{run}: method {method} keeps no parts per task, so no locator makes a difference")
-    folders = [run / f"{number:02}_{task}" for number, task in enumerate(info["order"], 1)]
-    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+    if missing := [folder.name for folder in checkpoint_folders(run, info["order"]) if not folder.is_dir()]:
         raise ClmoeError(f"{run} is not finished, {missing[0]} is missing: give the line that began it again")
     return method
 
 
 def own_locator(run: Path) -> str:
     """The locator that a finished run was trained with."""
-    order = read_json(run / "run.json")["order"]
-    return reload_config(run / f"{len(order):02}_{order[-1]}" / CONFIG, []).locator.name
+    last = checkpoint_folders(run, read_json(run / "run.json")["order"])[-1]
+    return reload_config(last / CONFIG, []).locator.name
 
 
 def relocate(
@@ -141,7 +140,7 @@ def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finis
     """The order of a finished run's tasks, and its checkpoints."""
     finished_method(run)
     order: list[str] = read_json(run / "run.json")["order"]
-    dones = [read_checkpoint(run / f"{number:02}_{task}") for number, task in enumerate(order, 1)]
+    dones = [read_checkpoint(folder) for folder in checkpoint_folders(run, order)]
     if (trained_on := dones[-1].lineage.benchmark) != benchmark.name:
         raise ClmoeError(f"{run} was trained on benchmark {trained_on}, not {benchmark.name}")
     return order, dones

@@ -20,7 +20,7 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
 from clmoe.experts.routing import InstanceRouter, current_routing
 from clmoe.utils.files import read_json
-from clmoe.utils.tensors import load_tensors, trainable
+from clmoe.utils.tensors import load_tensors, same_bits, trainable
 
 IN_FILES = "base_model.model."
 """What peft puts before the name of each module in an adapter file."""
@@ -127,7 +127,7 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     if odd := sorted(saved.keys() ^ live.keys()):
         raise ClmoeError(f"{file} does not fit its adapter_config.json: {odd[:3]} unmatched")
     for name, tensor in saved.items():
-        if not torch.equal(live[name].cpu().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)):
+        if not same_bits(live[name], tensor):
             raise ClmoeError(f"{file}: {name} differs after loading")
     return model
 

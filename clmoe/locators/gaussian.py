@@ -36,9 +36,10 @@ class Gaussian(Locator):
         super().__init__(config, seed)
         self.means = self.covariances = torch.zeros(0, dtype=torch.float64)
         self.count = torch.zeros(0, dtype=torch.int64)
+        self._factors: Tensor | None = None  # of the covariances: D^3 operations that batches of questions share
 
     def fit(self, features: Tensor) -> None:
-        values = features.double().cpu()
+        self._factors, values = None, features.double().cpu()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Only one sample")  # the floor alone is left of its covariance
             covariance = torch.from_numpy(ledoit_wolf(values.numpy())[0]).unsqueeze(0)
@@ -53,11 +54,12 @@ class Gaussian(Locator):
     def scores(self, asked: Asked) -> Tensor:
         """Log densities, up to a constant that all tasks share."""
         assert asked.features is not None
-        floor = VARIANCE_FLOOR * torch.eye(self.means.shape[1], dtype=torch.float64)
-        factors = torch.linalg.cholesky(self.covariances + floor)
+        if self._factors is None:
+            floor = VARIANCE_FLOOR * torch.eye(self.means.shape[1], dtype=torch.float64)
+            self._factors = torch.linalg.cholesky(self.covariances + floor)
         found = []
         for task, mean in enumerate(self.means[: asked.tasks]):
-            factor = factors[task % len(factors)]
+            factor = self._factors[task % len(self._factors)]
             z = torch.linalg.solve_triangular(factor, (asked.features.double().cpu() - mean).t(), upper=False)
             found.append(-0.5 * z.square().sum(0) - factor.diagonal().log().sum())
         return torch.stack(found, dim=1)
@@ -66,6 +68,7 @@ class Gaussian(Locator):
         return {f"gaussian.{name}": getattr(self, name) for name in ("means", "covariances", "count")}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        self._factors = None
         self.means, self.covariances, self.count = (
             state[f"gaussian.{name}"] for name in ("means", "covariances", "count")
         )

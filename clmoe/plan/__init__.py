@@ -276,11 +276,15 @@ def make_plan(
     }
     values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
     if card is not None:
-        hours = {k: None if n is None else n / (mfu * card.rate * gpus) / 3600 for k, n in values["flops"].items()}
-        fits = values["memory"]["total"] <= USABLE * card.memory
-        values["card"] = {"name": card.name, "usable": round(USABLE * card.memory), "fits": fits, "mfu": mfu}
-        values["card"] |= {"rate": card.rate, "hours": hours}
+        values["card"] = _card_figures(card, values["memory"]["total"], values["flops"], gpus, mfu)
     return values | found
+
+
+def _card_figures(card: Card, peak: int, flops: dict[str, int | None], gpus: int, mfu: float) -> dict[str, Any]:
+    """Whether a peak fits each of so many cards, and hours at the share ``mfu`` of their rate."""
+    hours = {k: None if n is None else n / (mfu * card.rate * gpus) / 3600 for k, n in flops.items()}
+    limits = {"name": card.name, "usable": round(USABLE * card.memory), "fits": peak <= USABLE * card.memory}
+    return limits | {"mfu": mfu, "rate": card.rate, "hours": hours}
 
 
 def _flops(first: FirstTask, rows: list[dict[str, Any]], tokens: int) -> dict[str, int | None]:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ _LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would sme
 _ENDINGS = ("", *(f".{name}" for name in LOCATORS))  # of the cells' names; "" is the checkpoint's own locator
 
 
+@lru_cache(maxsize=1024)  # several sections read them; a run is read anew for every report
 def read_answers(run: Run, task: str) -> pd.DataFrame:
-    """All questions of a task that were asked then or at the end, one row each.
+    """All questions of a task that were asked then or at the end, one row each; not to be changed.
 
     Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
     then, now (texts), then_score, now_score, then_right, now_right (None where not judged, as captions), outcome (of

@@ -6,7 +6,7 @@ import yaml
 
 from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics
 from clmoe.report.runs import read_run
-from clmoe.report.tables import BLANK, show_count, show_number
+from clmoe.report.tables import Table, matrix_frame, show_count, show_number, to_markdown
 from clmoe.train.checkpoint import Finished
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import resolve_model_path
@@ -77,10 +77,8 @@ def _scores(done: Finished) -> str:
         return "Not evaluated."
     stages = [after for after in read.matrix.rows if after in (ZERO_SHOT, *tasks)]
     matrix = AccuracyMatrix(tasks, {after: read.matrix.row(after)[: len(tasks)] for after in stages})
-    cells = [[BLANK if score is None else show_number(score) for score in matrix.row(after)] for after in stages]
-    lines = [["after", *tasks], ["---"] * (len(tasks) + 1)]
-    lines += [[after, *row] for after, row in zip(stages, cells, strict=True)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = matrix_frame(read).loc[stages, list(tasks)].map(show_number).reset_index()
+    table = to_markdown(Table("Scores", cells, keys=len(cells.columns)))
     found = [f"{name} {value:.2f}" for name, value in metrics(matrix).items() if value is not None]
     return f"Percent, after each task (rows) on each task (columns).\n\n{table}\n\n{', '.join(found)}"
 

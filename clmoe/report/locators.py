@@ -7,7 +7,7 @@ import pandas as pd
 
 from clmoe.evaluate.relocate import Found
 from clmoe.report import plots
-from clmoe.report.tables import BLANK, Table, over_seeds, show_number, to_text
+from clmoe.report.tables import BLANK, Table, over_seeds, show_number, to_markdown, to_text
 from clmoe.utils.files import write_text
 
 SHOWN = {
@@ -31,7 +31,7 @@ def write_matrix(results: Results, output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     for name, frame in (("matrix", scores), ("confusion", confusion)):
         write_text(output / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
-    write_text(output / "matrix.md", "\n".join(f"## {table.title}\n\n{_markdown(table)}" for table in tables))
+    write_text(output / "matrix.md", "\n".join(f"## {table.title}\n\n{to_markdown(table)}\n" for table in tables))
     plots.save(picture(scores), [output / "matrix.png", output / "matrix.svg"])
     return "\n".join(to_text(table) for table in tables)
 
@@ -103,8 +103,3 @@ def _wide(found: pd.DataFrame, scores: pd.DataFrame, value: str) -> pd.DataFrame
     wide = found.pivot(index="method", columns="locator", values=value)
     order = {axis: list(dict.fromkeys(scores[axis])) for axis in ("method", "locator")}
     return wide.reindex(index=order["method"], columns=order["locator"]).rename_axis(columns=None)
-
-
-def _markdown(table: Table) -> str:
-    rows = [list(table.cells.columns), ["---"] * table.keys + ["---:"] * (len(table.cells.columns) - table.keys)]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [*rows, *table.cells.to_numpy().tolist()])

@@ -139,6 +139,7 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
     environment.filters |= {
         "breakable": lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name),
         "csv": _data_uri,
+        "markdown": tables.to_markdown,
         "svg": lambda panel, picture: Markup(plots.to_svg(picture, panel)),
     }
     remarks = [note for note in (tables.alike_note(groups), tables.limit_note(groups)) if note]

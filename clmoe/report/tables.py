@@ -283,6 +283,16 @@ def to_text(table: Table, width: int = 100) -> str:
     return table.title + "\n" + re.sub(r" *\\?$", "", text, flags=re.MULTILINE) + "\n"
 
 
+def to_markdown(table: Table) -> str:
+    """A GitHub table whose keys are set flush left, and whose best cells are bold."""
+    rule = ["---"] * table.keys + ["---:"] * (len(table.cells.columns) - table.keys)
+    rows = [
+        [f"**{cell}**" if (r, c) in table.best else cell.replace("|", "\\|") for c, cell in enumerate(row)]
+        for r, row in enumerate(table.cells.itertuples(index=False))
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table.cells.columns), rule, *rows])
+
+
 def to_latex(table: Table) -> str:
     """A booktabs `table` environment, at most one line wide (needs booktabs and graphicx)."""
     bold = pd.DataFrame("", table.cells.index, table.cells.columns)

@@ -6,7 +6,7 @@ renamed into place. No file in it holds a time, host or absolute path, so equal 
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -158,6 +158,11 @@ def lasting(config: Config) -> dict[str, Any]:
     for key in FREE_TRAINING_KEYS:
         del values["training"][key]
     return values
+
+
+def checkpoint_folders(run: Path, tasks: Sequence[str]) -> list[Path]:
+    """Where a run keeps the checkpoint of each task, in the order of training: ``01_sqa``, ..."""
+    return [run / f"{number:02}_{task}" for number, task in enumerate(tasks, 1)]
 
 
 def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:

@@ -35,6 +35,14 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bytes: tells -0.0 from 0.0."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    a, b = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(a, b)
+
+
 def metadata(path: Path) -> dict[str, str]:
     """What ``save_tensors`` wrote besides tensors. Raises as ``load_tensors``."""
     with _reading(path), safe_open(path, "np") as file:

@@ -30,8 +30,9 @@ from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class
 from clmoe.train.loop import TrainedModel, enable_checkpointing
+from clmoe.utils.tensors import same_bits
 from tests.bases import tiny_families
-from tests.runs import LLAVA_CMOE, Killed, Runs, contents, on_step, same_bits, tensors
+from tests.runs import LLAVA_CMOE, Killed, Runs, contents, on_step, tensors
 from tests.support import copy_base, save_tiny, tiny_config
 
 try:  # transformers' processor needs num2words, and in old versions torchvision

@@ -15,7 +15,7 @@ from clmoe.config import LocatorConfig, build
 from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked
 from clmoe.locators.vae import Options, TaskVae, Vae, fit_vae
-from tests.runs import same_bits
+from clmoe.utils.tensors import same_bits
 
 WIDTH = 24
 SMALL = Options(latent=4, hidden=32, draws=4, steps=150, batch_size=64)

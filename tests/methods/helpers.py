@@ -16,7 +16,8 @@ from clmoe.data.records import TrainRecord, load_train
 from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, TaskContext
-from tests.runs import Runs, same_bits, tensors
+from clmoe.utils.tensors import same_bits
+from tests.runs import Runs, tensors
 from tests.support import TASKS
 
 NewBase = Callable[[], LoadedBase]

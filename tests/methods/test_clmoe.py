@@ -32,8 +32,9 @@ from clmoe.methods.clmoe import (
     salient_experts,
     save_statistics,
 )
+from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import same_adapter, task_data, task_records, watch_inputs
-from tests.runs import Runs, same_bits, tensors
+from tests.runs import Runs, tensors
 from tests.support import TASKS, tiny_config, train_batches
 
 E, GAMMA = 4, 0.7

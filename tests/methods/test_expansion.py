@@ -23,9 +23,9 @@ from clmoe.methods.llava_cmoe import (
     extend_router,
     measure_activations,
 )
+from clmoe.utils.tensors import same_bits
 from tests.experts.adapters import attached, grow
 from tests.methods.helpers import task_records, watch_inputs
-from tests.runs import same_bits
 from tests.support import TASKS, tiny_config, train_batches
 
 

@@ -30,8 +30,9 @@ from clmoe.methods.llava_cmoe import BlockDecision, LlavaCMoe, choose_blocks, de
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer, TrainedModel
+from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import same_adapter, task_data, task_records, watch_inputs
-from tests.runs import Killed, Runs, contents, events, kill, on_step, same_bits, tensors
+from tests.runs import Killed, Runs, contents, events, kill, on_step, tensors
 from tests.support import TASKS as THREE
 from tests.support import prompt_batch, prompt_batches, tiny_config, train_batches
 

@@ -21,8 +21,9 @@ from clmoe.methods import method_class
 from clmoe.methods.base import Method
 from clmoe.methods.ewc import STATE
 from clmoe.train.loop import TrainedModel, enable_checkpointing
+from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import NewBase, begun, same_adapter, task_data, task_records
-from tests.runs import Runs, same_bits, tensors
+from tests.runs import Runs, tensors
 from tests.support import TASKS, prompt_batch, tiny_config, train_batches
 
 # ---- EWC and MAS

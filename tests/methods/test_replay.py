@@ -19,8 +19,9 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.methods.replay import LOGITS, MEMORY, Remembered, load_memory, mixed
 from clmoe.train import task as task_module
+from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import NewBase, begun, task_records
-from tests.runs import Runs, same_bits
+from tests.runs import Runs
 from tests.support import TASKS, train_batches
 
 FIRST, SECOND, THIRD = TASKS

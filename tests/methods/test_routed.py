@@ -24,8 +24,9 @@ from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import LETTER_ROUTER, RouteSelection, routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
+from clmoe.utils.tensors import same_bits
 from tests.methods.test_contract import ROWS
-from tests.runs import Runs, events, same_bits, texts
+from tests.runs import Runs, events, texts
 from tests.support import TASKS, copy_base, prompt_batch, prompt_batches, tiny_config
 
 pytestmark = pytest.mark.slow

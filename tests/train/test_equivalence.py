@@ -17,8 +17,8 @@ from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import BatchPlan, TrainedModel, enable_checkpointing
-from clmoe.utils.tensors import trainable
-from tests.runs import Runs, events, same_bits, tensors
+from clmoe.utils.tensors import same_bits, trainable
+from tests.runs import Runs, events, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
 
 METHODS = ["lora", "moelora"]

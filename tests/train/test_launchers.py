@@ -18,8 +18,9 @@ from clmoe.errors import ClmoeError
 from clmoe.train import loop as zero
 from clmoe.train.loop import OneDevice
 from clmoe.train.state import states
+from clmoe.utils.tensors import same_bits
 from tests.launch import REPOSITORY, environment, launch, needs_deepspeed, stop_when
-from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, same_bits, tensors
+from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, tensors
 from tests.support import TASKS
 
 pytestmark = pytest.mark.slow

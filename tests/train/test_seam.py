@@ -15,9 +15,10 @@ from clmoe.report import plots
 from clmoe.report.runs import group_runs, read_run
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.task import prepare_request
+from clmoe.utils.tensors import same_bits
 from tests.launch import launch
 from tests.report.folders import make_run
-from tests.runs import Killed, Runs, contents, events, on_step, same_bits, tensors
+from tests.runs import Killed, Runs, contents, events, on_step, tensors
 from tests.support import TASKS
 
 FIRST = TASKS[0]

@@ -12,7 +12,8 @@ from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
-from tests.runs import Killed, Runs, contents, events, kill, on_step, same_bits, tensors
+from clmoe.utils.tensors import same_bits
+from tests.runs import Killed, Runs, contents, events, kill, on_step, tensors
 from tests.support import TASKS, save_tiny
 
 FIRST, SECOND = TASKS[:2]
