@@ -16,7 +16,7 @@ TENSORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("a", "b"), itertools.combinations(TENSORS, 2))
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(TENSORS, 2)))
 def test_same_bits_are_equal_shape_dtype_and_bytes(a: Tensor, b: Tensor) -> None:
     expected = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
     assert same_bits(a, b) is same_bits(b, a) is expected
