@@ -1,11 +1,12 @@
 """One task: check, begin, train, end, publish. Everything is built beside the output and appears at once."""
 
+import gc
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -206,6 +207,7 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     """
     if finished(request):
         return base
+    _spare_imports()
     config, learned, data = request.config, request.learned, request.benchmark.root
     method = method_class(config.method)(config)
     records, images, notes = load_records(request, base)
@@ -238,6 +240,15 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
         from_main(lambda: _publish(request, method, context, phases, parameters))
     detach_adapter(context.model)
     return context.base
+
+
+@cache
+def _spare_imports() -> None:
+    """Keep what the imports made out of garbage collection: the Trainer collects before each training.
+
+    Once per process, while no model is there: whatever is frozen is never freed from a cycle.
+    """
+    gc.freeze()
 
 
 def check_work(request: TrainRequest) -> None:

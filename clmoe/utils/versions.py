@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from typing import Literal
 
@@ -44,6 +45,7 @@ def tested(edge: Edge) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
+@cache
 def unfit() -> str | None:
     """Why clmoe cannot run on what is installed, and the command that mends it; None if it can."""
     needed = [(requirement, installed(requirement.name)) for extra, requirement in requirements() if not extra]
