@@ -20,9 +20,9 @@ mypy --no-error-summary >.venv/types.log 2>&1 & # beside the tests, which leave 
 types=$!
 coverage=(--cov=clmoe --cov-report= --cov-fail-under="$least")
 if [ $# -gt 0 ]; then chosen=() coverage=(); fi
-# Files are shared out to one process per core; -n 0 runs all of them in this one, as a debugger needs it.
+# Tests are shared out to one process per core; -n 0 runs all of them in this one, as a debugger needs it.
 failed=0
-python -m pytest -n "$(cores)" --maxprocesses 8 --dist loadfile --durations 10 --durations-min 1 "${chosen[@]}" \
+python -m pytest -n "$(cores)" --maxprocesses 8 --dist worksteal --durations 10 --durations-min 1 "${chosen[@]}" \
   "${coverage[@]}" "$@" || failed=$?
 wait "$types" || { cat .venv/types.log && failed=1; }
 exit "$failed"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -36,13 +42,55 @@ def command(processes: int, *arguments: str) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else []), *arguments]
 
 
-def launch(processes: int, *arguments: str) -> str:
-    """Run to the end; returns what was printed. Fails with the processes' stderr."""
-    done = subprocess.run(
-        command(processes, *arguments), env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+_PRELOADED = ["clmoe.commands", "clmoe.evaluate.run", "clmoe.train.task", "deepspeed"]
+
+
+def launch(processes: int, *arguments: str) -> None:
+    """``python ARGUMENTS`` in processes that find each other, to the end. Fails with what a failing one printed.
+
+    They are forked from a server that has imported the libraries once: until they begin, a launcher's processes take
+    ten seconds of a core. test_machines.py and ``stop_when`` use the launchers themselves.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(_PRELOADED)
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("localhost", 0))
+        shared = environment() | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        several = {"WORLD_SIZE": str(processes)} if processes > 1 else {}
+        started = []
+        for rank in range(processes):
+            own = shared | several | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if several else {})
+            log = Path(folder) / f"{rank}.log"
+            started.append((server.Process(target=_run, args=(arguments, own, log)), log))
+            started[-1][0].start()
+        deadline = time.monotonic() + 600
+        while any(process.is_alive() for process, _ in started) and time.monotonic() < deadline:
+            wait([process.sentinel for process, _ in started if process.is_alive()], timeout=5)
+            if any(process.exitcode for process, _ in started):
+                break
+        failed = [log.read_text()[-4000:] for process, log in started if process.exitcode != 0]
+        for process, _ in started:
+            process.kill()
+            process.join()
+    assert not failed, "\n".join(failed)
+
+
+def _run(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> None:
+    """One of the processes: as ``python ARGUMENTS`` in this environment, all that it prints in ``log``."""
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(REPOSITORY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def stop_when(condition: Callable[[], bool], processes: int, *arguments: str, group: bool = False) -> int:
