@@ -66,7 +66,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
 
 def make(module: ModuleType, **changed: Any) -> Any:
     given = {"file": Path("grids.yaml"), "grid": "g", "benchmark": "playground-coin", "only": [], "out": Path("out")}
-    given |= {"data": None, "base": None, "order": "norm", "overrides": []}
+    given |= {"data": None, "base": None, "order": "norm", "tuned": None, "jobs": 1, "overrides": []}
     return module.Grid(SimpleNamespace(**given | changed))
 
 
