@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 from clmoe import sequence
-from clmoe.config import build
+from clmoe.config import build, load_config
 from clmoe.errors import ClmoeError
 from clmoe.methods import method_class
 from clmoe.plan import make_plan
@@ -130,8 +130,9 @@ class Grid:
 
     def settings(self, row: Row) -> list[str]:
         """Of a row that trains: its own, what was chosen for its method, and those of the command line."""
-        tuned = self.args.tuned and self.args.tuned / f"{row.method or row.label}.json"
-        return [*row.set, *([f"tuned={tuned}"] if tuned and tuned.is_file() else []), *self.args.overrides]
+        method, folder = row.method or row.label, self.args.tuned
+        tuned = [f"tuned={folder / f'{Path(method).stem}.json'}"] if folder and load_config(method, {}, []).tune else []
+        return [*row.set, *tuned, *self.args.overrides]
 
     def todo(self, row: Row, seed: int) -> tuple[list[list[str]], Path]:
         """The commands that have not ended well yet, all of them where the run folder is gone; and the run's log."""
@@ -234,9 +235,7 @@ def main() -> int:
     for name in ("--base", "--data"):
         parser.add_argument(name, help="as for clmoe run")
     parser.add_argument("--file", type=Path, default=Path(__file__).resolve().parents[1] / "configs" / "grids.yaml")
-    parser.add_argument(
-        "--tuned", type=Path, metavar="FOLDER", help="holds METHOD.json of clmoe tune, for rows that have one"
-    )
+    parser.add_argument("--tuned", type=Path, metavar="FOLDER", help="holds METHOD.json of clmoe tune")
     parser.add_argument("--list", action="store_true", help="print what would run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     grid = Grid(args := parser.parse_intermixed_args())

@@ -177,7 +177,10 @@ def _read_steps(events: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ClmoeError(f"{path}: expected a mapping, found {values!r}")
+    return values
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

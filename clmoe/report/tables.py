@@ -23,7 +23,7 @@ SPENT = [
 ]  # fmt: skip
 STARTS = ["rank", "effective_scale", "projector_trained", "steps_per_task"]
 COSTS = ["trainable_parameters", "experts_added", "minutes", "peak_memory_mib"]
-UNITS = {1e15: " P", 1e12: " T", 1e9: " G", 1e7: " M"}
+UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
 CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
@@ -347,11 +347,9 @@ def show_number(value: float) -> str:
 
 
 def show_count(value: float) -> str:
-    """A count: 90,624 or 61.9 M."""
-    for least, unit in UNITS.items():
-        if value >= least:
-            return f"{value / min(least, 1e6 if unit == ' M' else least):,.1f}{unit}"
-    return f"{round(value):,}"
+    """A count: 90,624, or in the largest unit of which it has ten, as in 61.9 M."""
+    unit, size = next(((unit, size) for unit, size in UNITS.items() if value >= 10 * size), ("", 1))
+    return f"{value / size:,.1f} {unit}" if unit else f"{round(value):,}"
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
