@@ -227,7 +227,7 @@ class Config:
         model, adapter, locator, training, evaluation, budget: the sections above.
         options: the method's own fields, checked by its ``Options`` dataclass.
         tune: what ``clmoe tune`` tries: keys of the method's own options, each with a list of values.
-        tuned: a file that ``clmoe tune`` wrote, from the working folder; it holds unless the command line says otherwise.
+        tuned: a file that ``clmoe tune`` wrote; what it chose holds unless the command line says otherwise.
     """
 
     method: str

@@ -199,5 +199,5 @@ def test_a_run_meets_its_budget_and_says_what_it_spent(runs: Runs, tmp_path: Pat
     assert last.lineage.adapter_parameters == 4 * per_task
     assert last.config.budget.parameters == 4 * per_task and (last.config.adapter.rank, last.lineage.steps) == (2, 1)
     spent, samples = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("spent", "samples"))
-    assert (spent["active_parameters"], spent["stored_samples"]) == (2 * per_task, 6)
+    assert (spent["active_parameters"], spent["stored_samples"]) == (per_task, 6)
     assert samples[f"02_{TASKS[1]}"] == {"router": 8, "trained": 8}  # of 4 records twice by 4; one step of 8
