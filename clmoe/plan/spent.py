@@ -42,11 +42,12 @@ def write_spent(run: Path, benchmark: Benchmark, config: Config, dones: list[Fin
         folder = dones[-1].folder
         memory = [record for past in load_memory(folder if method.memory else None) for record in past.records]
         images = {benchmark.root / record.image for record in memory if record.image is not None}
-        files = read_json(folder / MANIFEST)["files"].values()
+        files = sum(file["bytes"] for file in read_json(folder / MANIFEST)["files"].values())
+        there = all(image.is_file() for image in images)
         found |= {
             "active_parameters": active_parameters(folder, method),
             "locator_parameters": sum(sizes(folder / LOCATOR_FILE).values()),
-            "stored_bytes": sum(file["bytes"] for file in files) + sum(path.stat().st_size for path in images),
+            "stored_bytes": files + sum(image.stat().st_size for image in images) if there else None,
             "stored_samples": len(memory),
         }
     write_json(run / SPENT, found)
@@ -66,14 +67,13 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
             experts[re.findall(r"\.layers\.(\d+)\.", name)[0]] += size
         elif ".clmoe_routers." not in name or f".instance.{len(routers) - 1}." in name:
             total += size
+    picks = adapter.get("pick") == "task" and method.mixture is Method.mixture
     for block, size in experts.items():
         owners = adapter["layout"][block]
         used = len(owners)
         if routers:
             used = min(adapter["router_top_k"] or used, used)
-        elif (
-            adapter["pick"] == "task" and int(block) >= adapter.get("pick_from", 0) and method.mixture is Method.mixture
-        ):
+        elif picks and int(block) >= adapter.get("pick_from", 0):
             used = owners.count(owners[-1])
         total += size // len(owners) * used
     return total
