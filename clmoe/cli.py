@@ -121,6 +121,18 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     _sequence_arguments(sub)
 
 
+def _tune_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("method", metavar="METHOD", help="a name in configs/methods, or a YAML file with tune: in it")
+    _benchmark_arguments(sub, option=False)
+    sub.add_argument(
+        "--output", type=Path, metavar="DIR", help="for METHOD.json and trials (default: runs/BENCHMARK/tune)"
+    )
+    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="of each trial (default: 100)")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
+    _sequence_arguments(sub, "training.steps=20")
+    sub.set_defaults(order="rev")
+
+
 def _train_arguments(sub: argparse.ArgumentParser) -> None:
     _method_arguments(sub)
     sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
@@ -241,6 +253,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments),
+    "tune": ("Choose a method's own options on three tasks of another order, by few trials.", _tune_arguments),
     "train": ("Train one task; does nothing when the output is finished.", _train_arguments),
     "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments),
     "matrix": ("Finished runs of several methods, each under several locators; trains nothing.", _matrix_arguments),

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ from clmoe.report.tables import alike_note, comparison_table, report_text, to_te
 from clmoe.train.checkpoint import MANIFEST, checked_method, read_checkpoint, sealed_files
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
-from clmoe.utils.files import flush, locked, write_text
+from clmoe.utils.files import flush, locked, write_json, write_text
 from clmoe.utils.paths import check_target, find_config, resolve_model_path
 from clmoe.utils.processes import count, from_main, is_main
+
+OPTIONS = "options."
+TUNE_TASKS, TUNE_SEED, MOST_TRIALS = 3, 100, 6
 
 
 def run(options: argparse.Namespace) -> str:
@@ -51,7 +55,7 @@ def run(options: argparse.Namespace) -> str:
         result = sequence.run(**given | _fitted(options, options.method, options.settings))
         shown = {name: value for name, value in result.metrics.items() if value is not None}
         return f"{result.run}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
-    runs = _combinations(options)
+    runs = _combinations(options, [_axis(text) for text in options.sets or []])
     for folder, settings in runs.items():
         try:
             sequence.run(**given | {"output": folder} | _fitted(options, options.method, settings))
@@ -62,9 +66,49 @@ def run(options: argparse.Namespace) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _combinations(options: argparse.Namespace) -> dict[Path, list[str]]:
+def tune(options: argparse.Namespace) -> str:
+    """``clmoe tune``: each combination of the values that the method's ``tune`` lists, on three tasks; the best one."""
+    known = {"order": options.order, "base": options.base, "data": options.data}
+    described, config, order = sequence.chosen(options.method, options.benchmark, options.settings, **known)
+    grid = _grid(config)
+    options.output = options.output or Path("runs") / described.name / "tune"
+    options.order = ",".join(order[:TUNE_TASKS])
+    if options.seeds is None and not any(pair.startswith("seed=") for pair in options.settings):
+        options.seeds = [TUNE_SEED]
+    trials: dict[str, dict[str, Any]] = {}
+    given = {name: getattr(options, name) for name in ("method", "benchmark", "order", "base", "data", "restart")}
+    for folder, settings in _combinations(options, list(grid.items())).items():
+        _, tried, _ = sequence.chosen(options.method, options.benchmark, settings, **known)
+        result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
+        values = {key: tried.options[key.removeprefix(OPTIONS)] for key in grid}
+        trial = trials.setdefault(json.dumps(values), {"settings": values, "last": {}})
+        trial["last"][str(tried.seed)] = result.metrics["last"]
+    for trial in trials.values():
+        trial["mean"] = sum(trial["last"].values()) / len(trial["last"])
+    best = max(trials.values(), key=lambda trial: trial["mean"])  # of equals the first
+    found = {"method": config.method, "benchmark": described.name, "order": order[:TUNE_TASKS], "grid": grid}
+    path = options.output / f"{Path(options.method).stem}.json"
+    from_main(lambda: write_json(path, found | {"trials": list(trials.values()), "chosen": best["settings"]}))
+    lines = [f"{', '.join(f'{k}={v}' for k, v in t['settings'].items())}: {t['mean']:.2f}" for t in trials.values()]
+    return "\n".join([*lines, f"{path}: chosen {best['settings']}; tuned={path} lets a run take it"])
+
+
+def _grid(config: Config) -> dict[str, list[Any]]:
+    """What ``clmoe tune`` tries. Raises ClmoeError for nothing, other keys than options, or over ``MOST_TRIALS``."""
+    lists = all(isinstance(values, list) and values for values in config.tune.values())
+    if not (config.tune and lists and all(key.startswith(OPTIONS) for key in config.tune)):
+        raise ClmoeError(
+            f"tune: {config.name} needs keys of options with lists of values, as in {{options.beta: [0, 1]}}"
+        )
+    if (number := prod(map(len, config.tune.values()))) > MOST_TRIALS:
+        raise ClmoeError(
+            f"tune: {number} trials of {config.name}: no method of a comparison gets more than {MOST_TRIALS}"
+        )
+    return config.tune
+
+
+def _combinations(options: argparse.Namespace, axes: list[tuple[str, list[Any]]]) -> dict[Path, list[str]]:
     """The settings of each run of a sweep by its folder; a wrong one of the last stops it before the first."""
-    axes = [_axis(text) for text in options.sets or []]
     keys = [key for key, _ in axes]
     for key in keys:
         if key == "seed" or keys.count(key) > 1 or any(pair.startswith(f"{key}=") for pair in options.settings):
@@ -286,6 +330,7 @@ def demo(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "run": run,
+    "tune": tune,
     "train": train,
     "eval": evaluate,
     "matrix": matrix,

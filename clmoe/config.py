@@ -2,7 +2,7 @@
 
 Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
 ``recipe.comparable``, a method's YAML of the user's own, the rest of the ``recipe``, what its ``recipe.methods`` says
-of the method, the model's YAML, overrides on the command line.
+of the method, what ``clmoe tune`` chose, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from clmoe.errors import ClmoeError
+from clmoe.utils.files import read_json
 from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, known_configs, shipped_root
 from clmoe.utils.plugins import installed
@@ -32,6 +33,7 @@ from clmoe.utils.schema import (
     build,
     check_values,
 )
+from clmoe.utils.settings import flat, merge, nested, parse_overrides, read_yaml
 
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
@@ -197,6 +199,23 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """What all methods of a comparison may use; each field replaces settings of the method, see docs/budget.md.
+
+    Attributes:
+        parameters: that the method has trained and keeps at the end, within 2 %: chooses ``adapter.rank``.
+        stored_samples: training records of all tasks together that a method with a memory keeps: sets its size.
+        steps: training steps of each task: sets ``training.steps``.
+        extended_blocks: what ``parameters`` assumes of a method that grows: blocks that a later task extends.
+    """
+
+    parameters: Steps | None = None
+    stored_samples: Steps | None = None
+    steps: Steps | None = None
+    extended_blocks: NotNegative | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """A method with everything that determines its result on a benchmark.
 
@@ -205,8 +224,10 @@ class Config:
             that registers one method.
         label: how tables name this variant; the method's name when empty.
         seed: of initial weights, sample order and dropout.
-        model, adapter, locator, training, evaluation: the sections above.
+        model, adapter, locator, training, evaluation, budget: the sections above.
         options: the method's own fields, checked by its ``Options`` dataclass.
+        tune: what ``clmoe tune`` tries: keys of the method's own options, each with a list of values.
+        tuned: a file that ``clmoe tune`` wrote; what it chose holds unless the command line says otherwise.
     """
 
     method: str
@@ -217,7 +238,10 @@ class Config:
     locator: LocatorConfig = field(default_factory=LocatorConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     options: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict, compare=False)
+    tuned: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -227,60 +251,6 @@ class Config:
 for _section, _kind in typing.get_type_hints(Config).items():
     for _field in dataclasses.fields(_kind) if dataclasses.is_dataclass(_kind) else ():
         HOMES.setdefault(_field.name, []).append(f"{_section}.{_field.name}")
-
-
-def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; another drops its options."""
-    below, above = _locator(low), _locator(high)
-    named = below.get("name")
-    if named is not None and above.get("name", named) != named:
-        below = {key: value for key, value in below.items() if key != "options"}
-    merged = _merge(low, high)
-    return merged | {"locator": _merge(below, above)} if "locator" in merged else merged
-
-
-def _locator(values: dict[str, Any]) -> dict[str, Any]:
-    part = values.get("locator", {})
-    if not isinstance(part, str | dict):
-        raise ClmoeError(f"locator: expected a name or a mapping, got {part!r}")
-    return {"name": part} if isinstance(part, str) else part
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, mapping by mapping."""
-    merged = dict(low)
-    for key, value in high.items():
-        both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_maps else value
-    return merged
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """``["training.steps=20", "options.beta=1"]`` -> nested mapping; values are YAML."""
-    result: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ClmoeError(f"override {pair!r}: write key=value, for instance training.steps=20")
-        try:
-            value: Any = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:  # the latter: a day of no month, a number of 5,000 digits
-            raise ClmoeError(f"override {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        result = merge(result, value)
-    return result
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises ClmoeError: unreadable file, broken YAML (with its line), or not a mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ClmoeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ClmoeError(f"{path}: expected a mapping at the top, found {values!r}")
-    return values
 
 
 def load_config(
@@ -315,7 +285,19 @@ def load_config(
         (f"--base {model}", {} if model is None else {"model": model_values(model)}),
         (GIVEN, parse_overrides(overrides)),
     ]
+    if tuned := next((layer["tuned"] for _, layer in reversed(layers) if layer.get("tuned")), None):
+        layers.insert(-2, (f"tuned={tuned}", _tuned(Path(str(tuned)), merge(shipped, mine).get("method"))))
     return _resolved(layers, check, of_method=3)
+
+
+def _tuned(file: Path, method: Any) -> dict[str, Any]:
+    """The settings that ``clmoe tune`` chose. Raises ClmoeError for a file that is none, or of another method."""
+    found = read_json(file) if file.is_file() else None
+    if not (isinstance(found, dict) and isinstance(found.get("chosen"), dict)):
+        raise ClmoeError(f"tuned={file}: no such choice of settings: `clmoe tune {method} BENCHMARK` writes one")
+    if found.get("method") != method:
+        raise ClmoeError(f"tuned={file}: field 'method': {found.get('method')} was tuned, not {method}")
+    return nested(found["chosen"])
 
 
 GIVEN = "key=value"  # how errors call what the command line or the caller sets
@@ -346,8 +328,8 @@ def _check_lengths(values: dict[str, Any], layers: list[tuple[str, dict[str, Any
 
     A method's file may hold both, as a checkpoint's config.yaml does.
     """
-    said = [[k for k, (_, v) in enumerate(layers) if f"training.{name}" in _flat(v)] for name in ("epochs", "steps")]
-    if all(said) and said[0][-1] >= max(of_method, said[1][-1]) and _flat(values)["training.steps"] is not None:
+    said = [[k for k, (_, v) in enumerate(layers) if f"training.{name}" in flat(v)] for name in ("epochs", "steps")]
+    if all(said) and said[0][-1] >= max(of_method, said[1][-1]) and flat(values)["training.steps"] is not None:
         raise ClmoeError(
             f"training.epochs has no effect beside training.steps (from {layers[said[1][-1]][0]}), which wins: set "
             "training.steps=null, or leave out training.epochs"
@@ -358,18 +340,9 @@ def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
     """The strongest layer that sets the first key of ``message`` that any of them sets; else the first layer."""
     for key in re.findall(r"[a-z]\w*(?:\.\w+)*", message):
         for name, values in reversed(layers):
-            if key in _flat(values):
+            if key in flat(values):
                 return name
     return layers[0][0]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values at every depth: ``{"training": {"steps": 3}, "training.steps": 3}``."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        below = {"name": value} if key == "locator" and isinstance(value, str) else value
-        found |= {f"{prefix}{key}": value} | (_flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {})
-    return found
 
 
 def check_recipe(recipe: dict[str, Any], where: str) -> None:
@@ -428,13 +401,15 @@ def model_values(model: str) -> dict[str, Any]:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
+    """What a checkpoint records: all but what cannot make a difference to a training by itself.
 
-    ``adapter.as_released``, ``model.load_in_8bit`` and ``training.on_bad_record`` are recorded where they are not the
-    default: checkpoints without them keep their bytes.
+    ``adapter.as_released``, ``model.load_in_8bit``, ``training.on_bad_record`` and ``budget`` are recorded where they
+    are not the default: checkpoints without them keep their bytes.
     """
     values = dataclasses.asdict(config)
-    del values["model"]["architecture"]
+    del values["model"]["architecture"], values["tune"], values["tuned"]
+    if config.budget == BudgetConfig():
+        del values["budget"]
     if not config.model.load_in_8bit:
         del values["model"]["load_in_8bit"]
     if not config.adapter.as_released:

@@ -19,6 +19,8 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
 from clmoe.methods import method_class
+from clmoe.plan.budget import within_budget
+from clmoe.plan.spent import write_spent
 from clmoe.train.checkpoint import (
     Finished,
     checked_method,
@@ -36,6 +38,7 @@ from clmoe.utils.processes import from_main
 from clmoe.utils.schema import told
 
 SETTINGS = "sequence.json"  # what a run folder was started with
+TUNED = "tuned.json"  # the choice of `clmoe tune` that the run took its options from
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,14 @@ def check_output(output: Path, config: Config, benchmark: Benchmark, checkpoint:
 def chosen(
     method: str, benchmark: str, settings: list[str], *, order: str, base: str | None, data: Path | None
 ) -> tuple[Benchmark, Config, list[str]]:
-    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks."""
+    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks.
+
+    The configuration keeps to ``budget``.
+    """
     described = load_benchmark(benchmark, data, check_files=False)
     config = load_config(method, described.recipe, settings, base, checked_method, benchmark)
-    return described, config, described.order(order, config.seed)
+    tasks = described.order(order, config.seed)
+    return described, within_budget(config, len(tasks), [pair.partition("=")[0] for pair in settings]), tasks
 
 
 def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
@@ -139,17 +146,20 @@ def _go_on(
         from_main(lambda: _check_rows(config, benchmark, order))
         method.check_inputs(None, benchmark.root)
     from_main(lambda: write_json(run / SETTINGS, values))
+    if config.tuned:
+        from_main(lambda: write_json(run / TUNED, read_json(Path(config.tuned))))
     base: LoadedBase | None = None
-    done: Finished | None = None
+    done, dones = None, list[Finished]()
     with display(f"{config.name} on {benchmark.name}", len(order)):
         if method.chain == "none":
             say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
         for number, (checkpoint, task) in enumerate(steps, 1):
             request = prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed, restart)
             base = train_task(request, base)
-            done = read_checkpoint(checkpoint)
+            dones.append(done := read_checkpoint(checkpoint))
             row, base = evaluate_checkpoint(run, benchmark, done, config, order, base=base)
             say(f"{number}/{len(order)} {row}")
+    from_main(lambda: write_spent(run, benchmark, config, dones))
     return [checkpoint for checkpoint, _ in steps]
 
 

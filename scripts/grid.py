@@ -1,9 +1,11 @@
 """Run a grid of configs/grids.yaml on a benchmark: every row with every seed, several side by side, cheapest first.
 
     python scripts/grid.py GRID [--benchmark B] [--seeds 0,1,2] [--jobs N] [--only LABEL,LABEL] [--list] [key=value ...]
+                           [--tuned FOLDER]
 
 A run is the folder OUT/LABEL-seedK, shared by all grids with that row; its output goes to OUT/logs. Give the same line
 again after any stop: finished runs are skipped, unfinished ones go on. After a failure nothing new starts.
+--list prints what is left and about how many hours it takes.
 """
 
 import argparse
@@ -12,20 +14,50 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+import numpy as np
 import yaml
 
-from clmoe.config import build
+from clmoe import sequence
+from clmoe.config import build, load_config
 from clmoe.errors import ClmoeError
+from clmoe.methods import method_class
+from clmoe.plan import make_plan
+from clmoe.utils.files import read_json
 from clmoe.utils.names import unknown
 from clmoe.utils.processes import EXIT_CODE
 
 CLMOE = [sys.executable, "-m", "clmoe.cli"]
+DEFAULT_SEEDS = 3
+COSTS = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"  # measured, by method
+START = 4700
+"""Rounds of the calibration that a run takes before its first step."""
+
+
+def rounds_per_second(jobs: int, seconds: float = 1.0) -> float:
+    """How fast one of ``jobs`` processes is: rounds of the small model's matrix products and activations, measured.
+
+    It counts each thread's own CPU time, since the benchmark may be drawn meanwhile.
+    """
+    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((1600, 128), (128, 344)))
+
+    def lane(_: int) -> int:
+        rounds, end = 0, time.thread_time() + seconds
+        while time.thread_time() < end:
+            y = x @ w
+            y *= 1 / (1 + np.exp(-y))
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(jobs) as lanes:
+        return sum(lanes.map(lane, range(jobs))) / jobs / seconds
 
 
 @dataclass(frozen=True)
@@ -62,6 +94,26 @@ class Grid:
                 raise ClmoeError(f"{args.file}: {unknown('row', label, self.rows)}")
         wanted = {*wanted, *(self.rows[label].of for label in wanted)}
         self.chosen = [row for row in self.rows.values() if row.label in wanted and name.startswith(row.benchmark)]
+        grid = content["grids"][args.grid]
+        counts = {"default": DEFAULT_SEEDS} | grid.get("seeds", {}).get(name, {})
+        self.seeds = {row.label: list(range(counts.get(row.label, counts["default"]))) for row in self.chosen}
+        if budget := grid.get("budget"):
+            self._match([f"budget.{key}={value}" for key, value in budget.items()], grid.get("set", {}))
+
+    def _match(self, budget: list[str], own: dict[str, list[str]]) -> None:
+        """Give all rows, under labels of their own, the grid's budget and what it says of a row."""
+        end = f"_{self.args.grid}"
+        if evaluated := [row.label for row in self.chosen if row.of]:
+            raise ClmoeError(
+                f"{self.args.file}: grids.{self.args.grid}: {evaluated[0]} trains nothing that has a budget"
+            )
+        self.seeds = {f"{label}{end}": seeds for label, seeds in self.seeds.items()}
+        self.chosen = [
+            replace(row, label=row.label + end, method=row.method or row.label,
+                    set=[*row.set, *own.get(row.label, []), *budget])
+            for row in self.chosen
+        ]  # fmt: skip
+        self.rows |= {row.label: row for row in self.chosen}
 
     def commands(self, row: Row, seed: int) -> list[list[str]]:
         """One `clmoe run`; or a `clmoe eval` for each checkpoint of the row whose checkpoints are evaluated again."""
@@ -74,7 +126,13 @@ class Grid:
             checkpoints = sorted((self.out / f"{row.of}-seed{seed}").glob("[0-9]*_*/"))
             return [[*evaluate, str(checkpoint), label, *row.set, *overrides] for checkpoint in checkpoints]
         where += ["--seed", str(seed), *(["--base", args.base] if args.base else [])]
-        return [[*CLMOE, "run", row.method or row.label, args.benchmark, *where, label, *row.set, *args.overrides]]
+        return [[*CLMOE, "run", row.method or row.label, args.benchmark, *where, label, *self.settings(row)]]
+
+    def settings(self, row: Row) -> list[str]:
+        """Of a row that trains: its own, what was chosen for its method, and those of the command line."""
+        method, folder = row.method or row.label, self.args.tuned
+        tuned = [f"tuned={folder / f'{Path(method).stem}.json'}"] if folder and load_config(method, {}, []).tune else []
+        return [*row.set, *tuned, *self.args.overrides]
 
     def todo(self, row: Row, seed: int) -> tuple[list[list[str]], Path]:
         """The commands that have not ended well yet, all of them where the run folder is gone; and the run's log."""
@@ -105,6 +163,41 @@ class Grid:
         if not self.stopped:
             print(f"{log.stem}: finished", flush=True)
 
+    def hours(self) -> dict[str, float]:
+        """By row that trains, about how long a run takes: its other runs, or else the cost of its method or of lora.
+
+        Costs were measured in rounds of a calibration, which tells how fast this machine is. A row's differs from its
+        method's as the FLOPs of their plans do; once rows have finished, all estimates are scaled by what they took.
+        """
+        rate, known = rounds_per_second(self.args.jobs), yaml.safe_load(COSTS.read_text(encoding="utf-8"))["cost"]
+        guessed, took = {}, dict[str, float]()
+        for row in (row for row in self.chosen if not row.of):
+            method = row.method or row.label
+            like = method if method in known else "lora"
+            (flops, _), (usual, steps) = self._plan(method, tuple(self.settings(row))), self._plan(like, ())
+            guessed[row.label] = (START + steps * known[like] * (flops / usual if usual else 1)) / rate / 3600
+            ended = [
+                self.out / f"{row.label}-seed{seed}" for seed in self.seeds[row.label] if not self.todo(row, seed)[0]
+            ]
+            if minutes := [
+                read_json(run / "timing.json")["minutes"] for run in ended if (run / "timing.json").is_file()
+            ]:
+                took[row.label] = sum(minutes) / len(minutes) / 60
+        scale = sum(took.values()) / sum(guessed[label] for label in took) if took else 1.0
+        return {label: took.get(label, scale * guess) for label, guess in guessed.items()}
+
+    @cache  # noqa: B019 (one grid a process)
+    def _plan(self, method: str, settings: tuple[str, ...]) -> tuple[float, int]:
+        """FLOPs of a run, and its training steps of all tasks."""
+        args = self.args
+        places = {"order": args.order, "base": args.base, "data": args.data and Path(args.data)}
+        benchmark, config, order = sequence.chosen(method, args.benchmark, list(settings), **places)
+        kind = method_class(config.method)
+        blocks = config.budget.extended_blocks if kind(config).grows else None
+        values = make_plan(kind(config), benchmark, order, extended_blocks=blocks)
+        steps = (config.training.steps or 0) * len(order)
+        return sum(values.get("flops", {}).get(name) or 0 for name in ("training", "answers")), steps
+
     def start(self, row: Row, command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
         """Start a command of a row."""
         return subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
@@ -132,7 +225,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid")
     parser.add_argument("--benchmark", default="playground-coin")
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2], metavar="K,K")
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), metavar="K,K")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[], metavar="LABEL,LABEL", help="these rows"
@@ -142,17 +235,25 @@ def main() -> int:
     for name in ("--base", "--data"):
         parser.add_argument(name, help="as for clmoe run")
     parser.add_argument("--file", type=Path, default=Path(__file__).resolve().parents[1] / "configs" / "grids.yaml")
+    parser.add_argument("--tuned", type=Path, metavar="FOLDER", help="holds METHOD.json of clmoe tune")
     parser.add_argument("--list", action="store_true", help="print what would run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     grid = Grid(args := parser.parse_intermixed_args())
+    if args.seeds:
+        grid.seeds = dict.fromkeys(grid.seeds, args.seeds)
     # seed by seed; within a seed cheapest first, and last what waits for another row
-    jobs = [(row, seed) for seed in args.seeds for row in sorted(grid.chosen, key=lambda row: bool(row.of))
-            if not row.once or seed == args.seeds[0]]  # fmt: skip
+    jobs = [(row, seed) for seed in dict.fromkeys(seed for seeds in grid.seeds.values() for seed in seeds)
+            for row in sorted(grid.chosen, key=lambda row: bool(row.of))
+            if seed in grid.seeds[row.label][: 1 if row.once else None]]  # fmt: skip
     if args.list:
+        hours, left = grid.hours(), 0.0
         for row, seed in jobs:
             lines = [shlex.join(command) for command in grid.todo(row, seed)[0]]
             state = "finished" if grid.commands(row, seed) else f"waits for the checkpoints of {row.of}"
-            print(f"{row.label}-seed{seed}:", *(lines or [state]), sep="\n  ")
+            left += hours.get(row.label, 0) if lines else 0
+            time_left = f" about {hours[row.label]:.2f} h" if lines and row.label in hours else ""
+            print(f"{row.label}-seed{seed}:{time_left}", *(lines or [state]), sep="\n  ")
+        print(f"about {left / args.jobs:.1f} h in all, {args.jobs} at a time")
         return 0
     grid.run_all(jobs)
     print(grid.stopped or f"all finished; clmoe report {grid.out}/*-seed*", file=sys.stderr)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import grid
-import numpy as np
 import pandas as pd
 import yaml
+from grid import START, rounds_per_second
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -33,27 +33,6 @@ from clmoe.utils.logging import read_events
 
 BENCHMARK = "playground-coin"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-START = 4700
-"""Rounds of the calibration that a run takes before its first step."""
-
-
-def rounds_per_second(jobs: int, seconds: float = 1.0) -> float:
-    """How fast one of ``jobs`` processes is: rounds of the small model's matrix products and activations, measured.
-
-    It counts each thread's own CPU time, since the benchmark may be drawn meanwhile.
-    """
-    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((1600, 128), (128, 344)))
-
-    def lane(_: int) -> int:
-        rounds, end = 0, time.thread_time() + seconds
-        while time.thread_time() < end:
-            y = x @ w
-            y *= 1 / (1 + np.exp(-y))
-            rounds += 1
-        return rounds
-
-    with ThreadPoolExecutor(jobs) as lanes:
-        return sum(lanes.map(lane, range(jobs))) / jobs / seconds
 
 
 @dataclass(frozen=True)
@@ -194,7 +173,7 @@ def main() -> int:
     overrides = [f"training.steps={steps}"] + ([] if own.full else [f"evaluation.limit={own.limit}"])
     args = argparse.Namespace(
         grid="table1" if own.full else "quickstart", benchmark=BENCHMARK, seeds=[own.seed], jobs=own.jobs, only=[],
-        order=order, out=out, base=None, data=None, overrides=overrides,
+        order=order, out=out, base=None, data=None, tuned=None, overrides=overrides,
         file=CONFIGS / ("grids.yaml" if own.full else "quickstart.yaml"),
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0))

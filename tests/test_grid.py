@@ -66,7 +66,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
 
 def make(module: ModuleType, **changed: Any) -> Any:
     given = {"file": Path("grids.yaml"), "grid": "g", "benchmark": "playground-coin", "only": [], "out": Path("out")}
-    given |= {"data": None, "base": None, "order": "norm", "overrides": []}
+    given |= {"data": None, "base": None, "order": "norm", "tuned": None, "jobs": 1, "overrides": []}
     return module.Grid(SimpleNamespace(**given | changed))
 
 
@@ -154,3 +154,47 @@ def test_the_shipped_rows_resolve_and_no_two_are_the_same_run(grid: ModuleType, 
             config = load_config(source.method or source.label, recipe, overrides)
             assert labels.setdefault(f"{row.of} {source.order} {dump_config(config)}", row.label) == row.label
     assert {"clmoe_rmoe_off", "llava_cmoe_last", "olora"} <= set(labels.values())
+
+
+def test_a_budget_gives_its_rows_labels_settings_and_seeds_of_their_own(
+    grid: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = (
+        "{title: B, budget: {steps: 7, parameters: 90624}, set: {slow: [options.top_k=1]}, seeds: {playground-coin: {"
+    )
+    matched = f"  b: {budget}default: 1, lora: 2}}}}, sections: {{all: [slow, lora]}}}}\n"
+    Path("grids.yaml").write_text(FILE + matched)
+    Path("tuned").mkdir()
+    made = make(grid, grid="b", tuned=Path("tuned"))
+    assert made.seeds == {"lora_b": [0, 1], "slow_b": [0]} and [row.label for row in made.chosen] == [
+        "lora_b",
+        "slow_b",
+    ]
+    (command,) = made.commands(made.rows["slow_b"], 0)
+    assert " ".join(command[len(grid.CLMOE) :]) == (
+        "run clmoe playground-coin --order rev --output out/slow_b-seed0 --seed 0 label=slow_b options.gamma=0.9 "
+        "options.top_k=1 budget.steps=7 budget.parameters=90624 tuned=tuned/clmoe.json"
+    )
+    assert made.settings(made.rows["lora_b"]) == ["budget.steps=7", "budget.parameters=90624"], (
+        "lora has nothing to tune"
+    )
+    Path("grids.yaml").write_text(FILE + matched.replace("[slow, lora]", "[slow, beta1]"))
+    with pytest.raises(ClmoeError, match=r"grids\.b: beta1"):
+        make(grid, grid="b")
+
+
+def test_hours_follow_the_plan_and_what_finished_rows_took(grid: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "rounds_per_second", lambda jobs: 1000.0)
+    made = make(grid, only=["lora", "slow"], overrides=["training.steps=100"])
+    hours = made.hours()
+    cost = yaml.safe_load(grid.COSTS.read_text())["cost"]
+    # half of the recipe's 200 steps of each of the eight tasks; no data is there, so that no answers are counted
+    assert hours["lora"] == pytest.approx((grid.START + 8 * 200 * cost["lora"] / 2) / 1000 / 3600)
+    assert hours["slow"] == pytest.approx((grid.START + 8 * 200 * cost["clmoe"] / 2) / 1000 / 3600)
+    (log := Path("out/logs/lora-seed0.log")).parent.mkdir(parents=True)
+    (run := Path("out/lora-seed0")).mkdir()
+    (run / "timing.json").write_text('{"minutes": 30}')
+    (command,) = made.commands(made.rows["lora"], 0)
+    log.write_text(f"finished: {grid.shlex.join(command)}\n")
+    later = made.hours()
+    assert later["lora"] == 0.5 and later["slow"] == pytest.approx(hours["slow"] * 0.5 / hours["lora"])

@@ -19,7 +19,7 @@ DOCS = PACKAGE.parent / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 
 ORDER = (
-    "cli > commands > report, demo > convert > plan, contract, doctor > sequence > evaluate > train > methods > "
+    "cli > commands > report, demo > convert > contract, doctor > sequence > evaluate, plan > train > methods > "
     "locators > experts > bases > benchmarks > embedded > data > config > utils > errors"
 )
 """A file imports from its own room and from rooms further right; rooms joined by a comma do not know each other."""

@@ -163,10 +163,13 @@ def test_what_is_saved_at_full_size(
 FAST = ("options.extend=every", "options.probe_min_steps=1", "locator.options.steps=1", FROZEN_PROJECTOR)
 
 
-@pytest.mark.parametrize("method", ["lora", "clmoe", "olora", "keeplora", "llava_cmoe"])
+ROUTER = ("options.stored=2", "options.router_rank=8", "options.router_epochs=1", FROZEN_PROJECTOR)
+
+
+@pytest.mark.parametrize("method", ["lora", "clmoe", "olora", "keeplora", "llava_cmoe", "mrlora"])
 def test_counts_are_those_of_checkpoints(method: str, mini: Benchmark, runs: Runs) -> None:
     """Trained by every task, and kept in the end; CL-MoE's task gates are no trained parameters."""
-    grows, overrides = method == "llava_cmoe", FAST if method == "llava_cmoe" else ()
+    grows, overrides = method == "llava_cmoe", {"llava_cmoe": FAST, "mrlora": ROUTER}.get(method, ())
     checkpoints = runs.chain(method, *overrides, tasks=TASKS if grows else TASKS[:2])
     last = load_file(checkpoints[-1] / "adapter_model.safetensors").items()
     first = first_of(load_config(method, mini.recipe, list(overrides), str(runs.model)))

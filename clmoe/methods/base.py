@@ -1,7 +1,7 @@
 """The hooks of a method, what it sees of a task, and the two kinds of adapter that methods start from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -90,6 +90,7 @@ class Method:
         letters: the model was taught to answer ``referral`` with the letter of a task, as ``generated_letter`` asks it.
         reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
         needs_gradients: ``change_gradients`` is called, and ``after_step`` finds whole gradients. ZeRO has none.
+        memory: the option that says how many training records of each task are kept; empty without such.
         Options: dataclass of the method's own options.
     """
 
@@ -98,6 +99,7 @@ class Method:
     letters: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    memory: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, config: Config) -> None:
@@ -117,6 +119,17 @@ class Method:
     def grows(self) -> bool:
         """Later tasks add experts; ``clmoe plan`` says how many parameters they take."""
         return False
+
+    @property
+    def shared_rank(self) -> int:
+        """Rank of a LoRA on the adapted linears that is kept beside the tasks' own from the second task on."""
+        return 0
+
+    def ranked(self, rank: int) -> Config:
+        """The configuration with this ``adapter.rank``, and with the update's scale as it is."""
+        adapter = self.config.adapter
+        alpha = adapter.alpha * rank / adapter.rank if adapter.scale is None else adapter.alpha
+        return replace(self.config, adapter=replace(adapter, rank=rank, alpha=alpha))
 
     def phases(self, context: TaskContext) -> list[Phase]:
         """The trainings of a task, in order."""

@@ -53,6 +53,7 @@ class MrLora(Separate):
     """The router is kept as experts of ``LETTER_ROUTER``, before those of the tasks."""
 
     letters = True
+    memory = "stored"
     Options = Options
 
     def __init__(self, config: Config) -> None:
@@ -62,6 +63,16 @@ class MrLora(Separate):
                 f"options.router_rank {self.options.router_rank} is not a multiple of adapter.rank "
                 f"{config.adapter.rank}: the router is kept as so many experts of that rank"
             )
+
+    @property
+    def shared_rank(self) -> int:
+        return self.options.router_rank
+
+    def ranked(self, rank: int) -> Config:
+        """The router's rank grows with the tasks'."""
+        config = super().ranked(rank)
+        router = self.options.router_rank // self.config.adapter.rank * rank
+        return replace(config, options=config.options | {"router_rank": router})
 
     def referral(self, question: str, experts: Mapping[str, str]) -> str:
         listed = [f"{letter}. {self.options.descriptions.get(task, task)}" for letter, task in experts.items()]

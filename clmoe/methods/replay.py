@@ -93,6 +93,7 @@ class Remembers(Lora):
     """LoRA with a memory of every past task's records; what a method does with it is up to its kin."""
 
     Options: ClassVar[type] = MemoryOptions
+    memory = "per_task"
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
         check_memory(previous, data)

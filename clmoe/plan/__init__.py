@@ -120,7 +120,8 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
         added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
         stored, expert = first.count(kept=True), first.count("expert", kept=True)
         more = stored if first.method.chain == "fresh" else expert if added_up else 0
-        return [whole] * tasks, stored + (tasks - 1) * more, {}
+        shared = expert * first.method.shared_rank // first.method.config.adapter.rank if tasks > 1 else 0
+        return [whole] * tasks, stored + (tasks - 1) * more + shared, {}
     layers = list(expert_layers(first.model).values())  # blocks start alike, so one stands for all
     if X is not None and not 0 <= X <= len(layers):
         raise ClmoeError(f"--extended-blocks {X:g}: the model has {len(layers)} blocks")

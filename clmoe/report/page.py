@@ -89,7 +89,7 @@ def default_folder(runs: Sequence[Path]) -> Path:
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
     """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
     comparison, costs, scores, located, *matrices = tables.report_tables(groups)
-    settings, formats = tables.settings_frame(groups), formats_frame(groups)
+    settings, formats, tuned = tables.settings_frame(groups), formats_frame(groups), tables.tuned_frame(groups)
     found = [
         Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
         Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
@@ -103,6 +103,7 @@ def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
         Section("experts", "Expert growth", tables.run_frame(groups, "expansion"), plots.experts(groups)),
         Section("usage", "Router usage", tables.run_frame(groups, "usage"), plots.usage(groups)),
         Section("parameters", "Parameters", tables.run_frame(groups, "parameters"), plots.parameters(groups)),
+        Section("tuned", "Options", tuned, None, [tables.tuned_table(tuned)]),
         Section("settings", "Settings", settings, None, [tables.settings_table(groups)] if len(settings) else []),
     ]
     return [s for s in found if len(s.data) and (s.picture is None or s.picture.panels)]

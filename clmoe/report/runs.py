@@ -35,6 +35,7 @@ class Run(RunInfo):
         measured    task, phase, step, name, value: what the method logged besides
 
     ``settings`` are those that decide the run's result, by dotted key; `commits` those of clmoe that worked on it.
+    ``spent`` holds the figures of spent.json, ``tuned`` what `clmoe tune` wrote, where the run has its options from it.
     """
 
     path: Path
@@ -51,6 +52,8 @@ class Run(RunInfo):
     measured: pd.DataFrame
     settings: dict[str, Any]
     commits: list[str]
+    spent: dict[str, int | None]
+    tuned: dict[str, Any]
 
     @property
     def chain(self) -> str:
@@ -123,6 +126,8 @@ def read_run(folder: Path) -> Run:
         losses=steps[is_loss].drop(columns="name").rename(columns={"value": "loss"}),
         measured=steps[~is_loss],
         settings=_read_settings(folder),
+        spent=_read_mapping(folder / "spent.json"),
+        tuned=_read_mapping(folder / "tuned.json"),
         commits=list(dict.fromkeys(event["commit"] for event in events if event.get("commit"))),
         **vars(info),
     )
@@ -169,6 +174,13 @@ def _read_steps(events: list[dict[str, Any]]) -> pd.DataFrame:
             found |= {(key[0], event["phase"], *key[1:]): running.pop(key) for key in ended}
     found |= {(task, "", *rest): value for (task, *rest), value in running.items()}  # type: ignore[misc]
     return pd.DataFrame([(*key, value) for key, value in found.items()], columns=["task", "phase", *_STEP])
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ClmoeError(f"{path}: expected a mapping, found {values!r}")
+    return values
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

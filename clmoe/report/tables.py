@@ -17,8 +17,13 @@ from clmoe.report.runs import Group, Run, group_runs
 BLANK = "–"
 # fwt_n_minus_1 needs a zero-shot row, which few runs have; it stands in report.csv and in `clmoe metrics`.
 COMPARED = [name for name in METRICS if name != "fwt_n_minus_1"]
+SPENT = [
+    "adapter_parameters", "active_parameters", "locator_parameters", "stored_bytes", "stored_samples",
+    "training_flops", "question_flops",
+]  # fmt: skip
 STARTS = ["rank", "effective_scale", "projector_trained", "steps_per_task"]
-COSTS = ["trainable_parameters", "adapter_parameters", "experts_added", "minutes", "peak_memory_mib"]
+COSTS = ["trainable_parameters", "experts_added", "minutes", "peak_memory_mib"]
+UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
 CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
@@ -37,14 +42,15 @@ class Table:
 
 
 def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """One row per run: label, method, seed, all metrics in percent, then `COSTS`."""
+    """One row per run: label, method, seed, all metrics in percent, then `COSTS` and `SPENT`."""
     rows = []
     for run in all_runs(groups):
         counts = {name: getattr(run, name, None) for name in COSTS}
         finished = len(run.expansion) and run.order[-1] in run.matrix.rows
         counts["experts_added"] = run.expansion["added"].sum() if finished else None
+        counts |= {name: run.spent.get(name) for name in SPENT} | {"adapter_parameters": run.adapter_parameters}
         rows.append({"label": run.label, "method": run.method, "seed": run.seed, **run.metrics, **counts})
-    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS), float))
+    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS, *SPENT), float))
 
 
 def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -155,9 +161,10 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
-    """One row per label: all metrics in percent."""
+    """One row per label: all metrics in percent, and what they took."""
     frame = metrics_frame(groups)
-    cells = _spread(groups, frame.melt(["label"], COMPARED, "metric"), ["label"], dict.fromkeys(COMPARED, show_number))
+    shown = dict.fromkeys(COMPARED, show_number) | dict.fromkeys(SPENT, show_count)
+    cells = _spread(groups, frame.melt(["label"], list(shown), "metric"), ["label"], shown)
     cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
     winners = {name: _winner(groups, frame, name) for name in COMPARED if name in cells}
     best = {(row, list(cells).index(name)) for name, row in winners.items() if row is not None}
@@ -184,7 +191,7 @@ def _winner(groups: Sequence[Group], frame: pd.DataFrame, metric: str) -> int | 
 
 
 def costs_table(groups: Sequence[Group]) -> Table:
-    """One row per label: parameters, experts, minutes, memory, and what else decides them."""
+    """One row per label: trained parameters, experts, minutes, memory, and what else decides them."""
     shown = dict.fromkeys(COSTS, show_count) | {"minutes": "{:.1f}".format}
     cells = _spread(groups, metrics_frame(groups).melt(["label"], COSTS, "cost"), ["label"], shown)
     for name in STARTS:
@@ -248,6 +255,30 @@ def report_tables(groups: Sequence[Group]) -> list[Table]:
     ]
 
 
+def tuned_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, tasks, options, value, chosen: the trials of `clmoe tune` behind a label, means over its seeds."""
+    rows = [
+        {
+            "label": group.label,
+            "tasks": " ".join(tuned["order"]),
+            "options": ", ".join(f"{key.removeprefix('options.')}={value}" for key, value in trial["settings"].items()),
+            "value": trial["mean"],
+            "chosen": trial["settings"] == tuned["chosen"],
+        }
+        for group in groups
+        for tuned in [group.runs[0].tuned]
+        for trial in tuned.get("trials", [])
+    ]
+    return pd.DataFrame(rows, columns=["label", "tasks", "options", "value", "chosen"])
+
+
+def tuned_table(frame: pd.DataFrame) -> Table:
+    """One row per trial of `tuned_frame`."""
+    chosen = frame["chosen"].map({True: "chosen", False: ""})
+    cells = frame.assign(last=frame["value"].map(show_number), chosen=chosen).drop(columns="value")
+    return Table("Trials of clmoe tune", cells[["label", "options", "last", "chosen", "tasks"]].astype(object), 2)
+
+
 def formats_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
     """One row per label: the means over the tasks of `formats_frame`'s columns."""
     figures = list(frame.columns[3:])
@@ -271,7 +302,8 @@ def limit_note(groups: Sequence[Group]) -> str:
 def report_text(runs: Sequence[Path], width: int = 100) -> str:
     """All tables for a terminal of `width` columns, `alike_note` and `limit_note`."""
     groups = group_runs(runs)
-    found = [to_text(table, width) for table in report_tables(groups) if len(table.cells)]
+    tables = [*report_tables(groups), tuned_table(tuned_frame(groups))]
+    found = [to_text(table, width) for table in tables if len(table.cells)]
     notes = [fill(note, width, break_on_hyphens=False) for note in (alike_note(groups), limit_note(groups)) if note]
     return "\n".join([*found, *notes]).rstrip() + "\n"
 
@@ -315,8 +347,9 @@ def show_number(value: float) -> str:
 
 
 def show_count(value: float) -> str:
-    """A count: 90,624 or 61.9 M."""
-    return f"{value / 1e6:.1f} M" if value >= 1e7 else f"{round(value):,}"
+    """A count: 90,624, or in the largest unit of which it has ten, as in 61.9 M."""
+    unit, size = next(((unit, size) for unit, size in UNITS.items() if value >= 10 * size), ("", 1))
+    return f"{value / size:,.1f} {unit}" if unit else f"{round(value):,}"
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:

@@ -56,6 +56,7 @@ UNION = "all"
 PHASES = ".phases"  # hidden, so that it is never part of a checkpoint
 IDENTITY = "identity.json"
 FILES = "trained_on.json"  # in a run folder: the sha256 of the training files of each checkpoint
+SAMPLES = "samples.json"  # in a run folder: training samples, with repetitions, of each checkpoint's phases
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def finished(request: TrainRequest) -> bool:
     if not (output / MANIFEST).is_file():
         raise ClmoeError(f"--output {output} exists and is not a finished checkpoint: choose another or delete it")
     check_same(read_checkpoint(output), request.identity)
-    there = _files_of(request.run).get(output.name, request.files)
+    there = by_checkpoint(request.run / FILES).get(output.name, request.files)
     if changed := differences({"train": there}, {"train": request.files}):
         raise ClmoeError(f"{output} was trained on other data ({changed}): choose another --output or delete it")
     if is_main():  # left by a command that was stopped right after publishing
@@ -172,9 +173,9 @@ def finished(request: TrainRequest) -> bool:
     return True
 
 
-def _files_of(run: Path) -> dict[str, dict[str, str]]:
-    """By checkpoint folder of the run; those of older versions are not in it."""
-    return read_json(run / FILES) if (run / FILES).is_file() else {}
+def by_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
+    """``FILES`` or ``SAMPLES``, by checkpoint folder of the run; those of older versions are not in it."""
+    return read_json(path) if path.is_file() else {}
 
 
 def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
@@ -320,7 +321,10 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
         effective_scale=method.effective_scale(),
     )
     write_json(work / LINEAGE, asdict(lineage))
-    write_json(request.run / FILES, _files_of(request.run) | {request.output.name: request.files})
+    batch = config.training.batch_size
+    samples = {phase.name: _phase_steps(request, phase) * (phase.batch_size or batch) for phase in phases}
+    for path, values in ((request.run / FILES, request.files), (request.run / SAMPLES, samples)):
+        write_json(path, by_checkpoint(path) | {request.output.name: values})
     publish(work, request.output)
     shutil.rmtree(request.output / PHASES)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from clmoe.errors import ClmoeError
 from clmoe.report import plots, tables
 from clmoe.report.page import write_report
 from clmoe.report.runs import group_runs
@@ -224,3 +225,32 @@ def test_a_limit_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:
     write_report([*runs, *others], tmp_path / "out", ["md", "html"])
     assert all(said in (tmp_path / f"out/report.{ending}").read_text() for ending in ("md", "html"))
     assert tables.limit_note(group_runs(others)) == ""
+
+
+def test_what_a_row_spent_stands_beside_its_scores_and_its_trials_in_a_table(tmp_path: Path) -> None:
+    runs = two_seeds(tmp_path)
+    spent = {"active_parameters": 30_208, "stored_bytes": 12_345_678, "stored_samples": 0, "training_flops": None}
+    for run, question in zip(runs, (2e12, 4e12), strict=True):
+        write(run / "spent.json", json.dumps(spent | {"question_flops": question}))
+    trials = [
+        {"settings": {"options.beta": beta}, "last": {"100": last}, "mean": last} for beta, last in ((0, 5), (1, 7.5))
+    ]
+    tuned = {"method": "moelora", "order": ["box", "count"], "trials": trials, "chosen": {"options.beta": 1}}
+    write(runs[1] / "tuned.json", json.dumps(tuned))  # seed 0, the first
+    groups = group_runs([*runs, make_run(tmp_path, "older", 0)])
+    moe, older = (row_of(comparison_table(groups), label) for label in ("moe", "older"))
+    assert (moe["adapter_parameters"], moe["active_parameters"], moe["stored_bytes"]) == ("120,000", "30,208", "12.3 M")
+    assert (moe["stored_samples"], moe["question_flops"]) == ("0", "3,000.0 G ± 1,414.2 G")
+    assert "training_flops" not in moe and older["adapter_parameters"] == "120,000"
+    assert older["active_parameters"] == BLANK
+    table = tables.tuned_table(tables.tuned_frame(groups))
+    assert table.cells.to_numpy().tolist() == [
+        ["moe", "beta=0", "5.00", "", "box count"],
+        ["moe", "beta=1", "7.50", "chosen", "box count"],
+    ]
+    assert "beta=1" in tables.report_text(runs)
+    write_report(runs, tmp_path / "out", ["md", "csv", "html"])
+    assert all("beta=1" in (tmp_path / "out" / name).read_text() for name in ("report.md", "tuned.csv", "report.html"))
+    write(runs[0] / "spent.json", "[1]")
+    with pytest.raises(ClmoeError, match=r"spent\.json"):
+        group_runs(runs)
