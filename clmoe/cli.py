@@ -196,7 +196,6 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mfu",
         type=float,
-        default=0.4,
         metavar="SHARE",
         help="with --fit: of the card's rate, for hours (default: 0.4)",
     )

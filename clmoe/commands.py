@@ -30,7 +30,7 @@ from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.evaluate.scoring import gold_problem
 from clmoe.methods import method_class
 from clmoe.plan import make_plan, plan_text
-from clmoe.plan.cost import card
+from clmoe.plan.cost import MFU, card
 from clmoe.plan.fit import fit
 from clmoe.report.card import model_card
 from clmoe.report.locators import write_matrix
@@ -261,11 +261,12 @@ def report(options: argparse.Namespace) -> Any:
 def plan(options: argparse.Namespace) -> Any:
     """``clmoe plan``: what a sequence trains and needs, before it is run."""
     chosen = None if options.fit is None else card(options.fit)
-    if not 0 < options.mfu <= 1:
-        raise ClmoeError(f"--mfu {options.mfu:g}: write a share of the card's rate, above 0 and at most 1")
+    mfu = MFU if options.mfu is None else options.mfu
+    if not 0 < mfu <= 1:
+        raise ClmoeError(f"--mfu {mfu:g}: write a share of the card's rate, above 0 and at most 1")
     vars(options).update(_fitted(options, options.config, options.settings, options.gpus))
     benchmark, config, order = _chosen(options)
-    settings = options.gpus, options.deepspeed, options.tokens, options.extended_blocks, chosen, options.mfu
+    settings = options.gpus, options.deepspeed, options.tokens, options.extended_blocks, chosen, mfu
     values = make_plan(method_class(config.method)(config), benchmark, order, *settings)
     options.exit_code = int(bool(values["missing"]) or not values.get("card", {"fits": True})["fits"])
     return values if options.json else plan_text(values)

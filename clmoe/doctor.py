@@ -140,7 +140,7 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
         yield Finding("bfloat16", "ok", "on every GPU" if gpus else "on the CPU, not faster than float32")
     for name, package, option, device in (
         ("flash-attention 2", "flash-attn", "model.attention=flash_attention_2", modern),
-        ("4-bit base", "bitsandbytes", "model.load_in_4bit=true", bool(gpus)),
+        ("4-bit base", "bitsandbytes", "model.load_in_4bit=true", True),
         ("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True),
     ):
         if packages[package].state != "ok":

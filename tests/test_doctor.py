@@ -77,7 +77,7 @@ def test_compiled_code_for_another_torch(machine: Machine) -> None:
 
 
 def test_what_is_usable(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not_ok(machine()) == {"GPU", "flash-attention 2", "4-bit base"}
+    assert not_ok(machine()) == {"GPU", "flash-attention 2"}
     assert not_ok(machine(A100, V100)) == {"bfloat16", "flash-attention 2"}  # one old GPU decides what all can do
     assert not_ok(machine(A100, deepspeed=None)) == {"deepspeed", "ZeRO"}
     monkeypatch.setattr(doctor, "shipped_root", lambda: tmp_path)

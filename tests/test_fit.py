@@ -20,7 +20,7 @@ from clmoe.experts.forward import prefill
 from clmoe.experts.routing import NEWEST_ROUTER
 from clmoe.methods import method_class
 from clmoe.plan import FirstTask, activation_bytes, answer_bytes, first_task, state_bytes
-from clmoe.plan.cost import GB, Card, answers_asked, card, downloads
+from clmoe.plan.cost import GB, MFU, Card, answers_asked, card, downloads
 from clmoe.plan.fit import fit
 from clmoe.sequence import chosen
 from clmoe.train.task import prepare_request, train_task
@@ -161,7 +161,7 @@ def test_a_plan_says_fits_and_hours(capsys: pytest.CaptureFixture[str], runs: Ru
     one = values["flops"]["100,000 records"] / 100_000
     assert values["flops"]["training"] == pytest.approx(one * 8 * 3 * len(TASKS))
     code, values = plan(capsys, *where, "--fit", "0.001GB")
-    assert code == 1 and not values["card"]["fits"]
+    assert code == 1 and not values["card"]["fits"] and values["card"]["mfu"] == MFU
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", *map(str, where), "--fit", "24GB", "--mfu", "40"])
 

@@ -104,9 +104,9 @@ class Chat:
         words = sorted((str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len)
         return re.compile("|".join(map(re.escape, reversed(words))))
 
-    def made_by(self) -> list[Any]:
+    def made_by(self) -> list[str]:
         """What decides the inputs of a record, for names of kept results."""
-        return [self.tokenizer.backend_tokenizer.to_str(), self.processor.image_processor.to_dict(), self.template]
+        return [self.tokenizer.backend_tokenizer.to_str(), self.processor.to_json_string(), self.template]
 
     # ---- Items
 

@@ -58,11 +58,15 @@ class Task:
     raw: Raw | None = None
 
     @property
+    def made(self) -> tuple[tuple[Kind, Path], ...]:
+        """Training and test file, which raw files are made into."""
+        return ("train", self.train), ("test", self.test)
+
+    @property
     def files(self) -> list[tuple[str, Path]]:
         """Field and path of everything but images that is read; raw files only until they have been prepared."""
         gold, found = self.gold.files if self.gold else (), list[tuple[str, Path]]()
-        kinds: tuple[tuple[Kind, Path], ...] = (("train", self.train), ("test", self.test))
-        for kind, path in kinds:
+        for kind, path in self.made:
             raw = () if self.raw is None or path.is_file() else self.raw.files(kind)
             found += [(f"raw.{kind}", file) for file in raw] or [(kind, path)]
         return found + [("gold", path) for path in gold]

@@ -171,8 +171,7 @@ def prepare_raw(task: Task) -> list[str]:
     if task.raw is None:
         return []
     lines, bad, made = list[str](), list[ClmoeError](), dict[Path, tuple[list[Any], dict[str, Any]]]()
-    kinds: tuple[tuple[Kind, Path], ...] = (("train", task.train), ("test", task.test))
-    for kind, file in kinds:
+    for kind, file in task.made:
         about = file.with_suffix(".raw.json")
         there = read_json(about) if about.is_file() else None
         if file.is_file() and (there is None or not all(path.exists() for path in task.raw.files(kind))):

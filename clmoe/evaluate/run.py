@@ -335,10 +335,17 @@ class RunInfo:
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
 ) -> None:
-    """Write ``run.json``; the bare base (``done`` None) keeps a trained run's."""
+    """Write ``run.json``; the bare base (``done`` None) keeps a trained run's.
+
+    In a run of the checkpoint's own locator, another one has cells of its own: the run keeps its locator and limit.
+    """
     path = run / "run.json"
-    if done is None and path.is_file() and method_class(read_json(path)["method"]).chain != "none":
+    there = read_json(path) if path.is_file() else {}
+    if done is None and there and method_class(there["method"]).chain != "none":
         return
+    locator, limit = config.locator.name, None if done is None else config.evaluation.limit
+    if done is not None and there.get("locator") == done.locator.name != locator:
+        locator, limit = there["locator"], there.get("limit")
     lineage = None if done is None else done.lineage
     trained_at_once = len(order) if method_class(config.method).chain == "union" else 1
     info = RunInfo(
@@ -347,9 +354,9 @@ def write_run_info(
         benchmark=benchmark.name,
         order=order,
         seed=config.seed,
-        locator=config.locator.name,
+        locator=locator,
         scoring=scoring,
-        limit=None if done is None else config.evaluation.limit,
+        limit=limit,
         trainable_parameters=lineage.trainable_parameters if lineage else 0,
         adapter_parameters=lineage.adapter_parameters if lineage else 0,
         projector_trained=lineage is not None and config.adapter.train_projector,

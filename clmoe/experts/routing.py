@@ -67,9 +67,13 @@ class RouterOutput(NamedTuple):
 
 @dataclass
 class RouteTrace:
-    """What each router answered in its last forward pass, by name; the routers write here."""
+    """What each router answered in its last forward pass, by name; the routers write here.
+
+    ``real [B, T]`` bool: which tokens of the batch are no padding; None where all are real.
+    """
 
     outputs: dict[str, RouterOutput] = field(default_factory=dict)
+    real: Tensor | None = None
 
 
 Installed = tuple[RouteSelection, RouteTrace | None]

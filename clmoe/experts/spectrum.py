@@ -11,6 +11,7 @@ from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import TrainDataset
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import ExpertLayer, expert_layers, seeded
+from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, current_routing, routing
 from clmoe.utils.processes import summed
 
 Spectrum = tuple[Tensor, Tensor]
@@ -20,7 +21,8 @@ Spectrum = tuple[Tensor, Tensor]
 class InputSketch:
     """Before a linear ``[.., din]``, gathers ``C Q`` of its inputs' covariance ``C`` while ``on``; ``Q [din, width]``.
 
-    ``energy [B, T]`` is the squared length of the newest inputs.
+    It looks at passes with a ``RouteTrace``, at their real tokens; the recomputation of a pass has none. ``energy
+    [B, T]`` is the squared length of the newest inputs.
     """
 
     energy: Tensor
@@ -39,10 +41,13 @@ class InputSketch:
 
     @torch.no_grad()
     def __call__(self, module: Any, arguments: tuple[Tensor, ...]) -> None:
+        _, trace = current_routing() or (None, None)
+        if trace is None:
+            return
         x = arguments[0].float()
         self.energy = x.square().sum(-1)
         if self.on:
-            rows = x.flatten(0, -2)
+            rows = x.flatten(0, -2) if trace.real is None else x[trace.real]
             self.Y += rows.t() @ (rows @ self.Q)
             self.total += rows.sum(0)
             self.tokens += len(rows)
@@ -70,7 +75,7 @@ def spectra_of(
     def read(batch: dict[str, Tensor]) -> None:
         adapted(input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values"), use_cache=False)
 
-    with torch.no_grad():
+    with torch.no_grad(), routing(NEWEST_ROUTER, RouteTrace()):
         over_train_batches(base, dataset, 1, read)
     return {name: sketch.spectrum(share) for name, sketch in sketches.items()}
 

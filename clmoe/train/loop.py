@@ -77,7 +77,7 @@ class TrainedModel(nn.Module):
         answers. ``rows [B]`` int64 are the samples' places in the phase's records; ``inputs`` are the model's others.
         """
         adapted = adapted_base(self.model)
-        trace = RouteTrace()
+        trace = RouteTrace(real=attention_mask.bool())
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **inputs}
         loss: Tensor | float = 0.0
         if "pixel_values" not in inputs:

@@ -7,9 +7,10 @@
 
 `memory` counts, tensor by tensor, what a method's step of one record of 640 tokens holds, and prints it beside what
 `clmoe plan` says: bfloat16 weights, 576 image tokens, two layers of the tower, without and with checkpointing. From two
-numbers of layers follows the whole model's. `make` writes such a base and a benchmark of two tasks; `run` takes
-each method through both, one step each: train, seal, continue, grow, locate, evaluate, without and with checkpointing.
-`structure` prints what each method trains and saves at full size, from the meta device, and its share of 8 GPUs.
+numbers of layers follows the whole model's. `make` writes such a base, with Vicuna's token ids, and a benchmark of two
+tasks; `run` takes each method through both with `clmoe run`: train, seal, continue, grow, locate, evaluate, without and
+with checkpointing. A run of `lora` is killed after its first step and continued. `structure` prints what each method
+trains and saves at full size, from the meta device, and its share of 8 GPUs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import gc
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +39,32 @@ from five_questions import QUESTIONS, random_base, records, write_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlavaProcessor
+from transformers import LlamaTokenizer, LlavaProcessor
 
 from clmoe.bases.llava import meta_base, shapes_file
+from clmoe.cli import main as clmoe
 from clmoe.config import Config, load_config
 from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
 from clmoe.plan.cost import step_flops
-from clmoe.train.loop import TrainedModel, enable_checkpointing
-from clmoe.utils.files import read_json
+from clmoe.train.checkpoint import MANIFEST
+from clmoe.train.loop import TaskTrainer, TrainedModel, enable_checkpointing
+from clmoe.train.task import PHASES
+from clmoe.utils.files import file_sha256, read_json
+from clmoe.utils.logging import read_events
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.llama_vocabulary import llama_pieces
 
 GIB = 2**30
 METHODS = ("lora", "olora", "moelora", "clmoe", "clmoe_released", "llava_cmoe")
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm}
+KILLED = "lora"  # its run with checkpointing is killed once; like its other run it has two steps a task
+FLAT_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}
+PRODUCTS = FLAT_PRODUCTS | {torch.ops.aten.bmm}
+COLUMNS = ("base", "method", "checkpointing", "train", "end", "locate", "evaluate", "whole, CPU s")
+COLUMNS += ("CPU ms a token", "GFLOP a token", "GFLOP/s", "step's peak, GiB", "planned", "measured : planned")
+COLUMNS += ("process's peak, GiB", "second task's adapter")
 ANSWERS = 16  # tokens of each record, as the plan counts them
 
 
@@ -91,17 +107,15 @@ class Alive(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of an optimizer step: what it holds throughout, and the peak above it; CPU seconds; the process's peak."""
+    """Bytes of an optimizer step: what it holds throughout, and the peak above it."""
 
     state: int
     peak: int
-    seconds: float
-    process: float
 
 
 def measured(config: Config, samples: int, tokens: int, computes: bool = True) -> tuple[Step, Step]:
     """An optimizer step with constant weights, without and with recomputation; ``computes``: see ``Alive``."""
-    method, found, most = method_class(config.method)(config), [], Peak()
+    method, found = method_class(config.method)(config), list[Step]()
     with Alive(computes) as alive, patch.object(torch.nn.functional, "dropout", _dropout):
         loaded = meta_base(shapes_file(config.model))
         base = loaded.model.to(getattr(torch, config.model.dtype)).to_empty(device="cpu")
@@ -131,8 +145,8 @@ def measured(config: Config, samples: int, tokens: int, computes: bool = True) -
             if recompute:
                 enable_checkpointing(trained.model)
             before = alive.most = alive.now
-            seconds, _ = timed(step)
-            found.append(Step(state, alive.most - before, seconds, most.mib() / 1024))
+            step()
+            found.append(Step(state, alive.most - before))
     return found[0], found[1]
 
 
@@ -155,7 +169,7 @@ def planned(config: Config, samples: int, tokens: int) -> tuple[int, int, int]:
     return sum(state_bytes(first).values()), *kept
 
 
-def memory(model: str, layers: list[int], names: list[str], samples: int, tokens: int, computes: bool) -> None:
+def memory(model: str, layers: list[int], names: list[str], samples: int, tokens: int) -> None:
     """Print the table's rows; with two numbers of layers, also the whole model's by the line through both."""
     print("| model | layers | method | part | measured, GiB | planned, GiB | measured : planned |")
     print("|---|---:|---|---|---:|---:|---:|")
@@ -168,20 +182,10 @@ def memory(model: str, layers: list[int], names: list[str], samples: int, tokens
                 (Path(folder) / "config.json").write_text(json.dumps(cut(model, number)))
                 config = load_config(name, {}, ["model.dtype=bfloat16"], folder)
                 figures = planned(config, samples, tokens)
-                plain, again = measured(config, samples, tokens, computes)
-                first = first_task(method_class(config.method)(config))
+                plain, again = measured(config, samples, tokens, computes=False)
             gc.collect()
             rows[number] = [plain.state, plain.peak, again.peak]
             show(model, number, name, parts, rows[number], figures)
-            if not computes:
-                continue
-            adapter = first.count("expert") + first.count("router")
-            shapes, tuned = first.model.get_base_model().config, first.count("projector") > 0
-            work = step_flops(shapes, samples, tokens, samples * ANSWERS, adapter, tuned)
-            cost = (
-                f"{1e3 * plain.seconds / samples / tokens:.2f} CPU ms a token, {work / plain.seconds / 1e9:.0f} GFLOP/s"
-            )
-            print(f"# {name}, {number} layers: {cost}; process {plain.process:.2f} GiB at its peak", flush=True)
         if len(layers) == 2:
             low, high = (rows[number] for number in layers)
             slope = [(b - a) / (layers[1] - layers[0]) for a, b in zip(low, high, strict=True)]
@@ -212,59 +216,156 @@ def structure() -> None:
 
 
 def make(folder: Path, model: str, layers: int) -> None:
-    """Write a base with random weights and a benchmark of two tasks on it."""
+    """Write a base with random weights and a benchmark of two tasks, each two records about one image."""
     base = random_base(cut(model, layers))
+    tokenizer = LlamaTokenizer(*llama_pieces(), add_bos_token=True, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    base.model.config.image_token_index, base.model.config.text_config.pad_token_id = 32000, 32001
+    assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (32000, 32001), "as in llava-hf's folders"
     base.model.save_pretrained(folder / "base")
     how = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = LlavaProcessor(image_processor=base.image_processor, tokenizer=base.tokenizer, **how)
+    processor = LlavaProcessor(image_processor=base.image_processor, tokenizer=tokenizer, **how)
     processor.save_pretrained(folder / "base")
-    images = write_images(folder / "images", 1, 336)
-    rows = [
-        {
-            "id": record.id,
-            "image": record.image,
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{record.turns[0].question}"},
-                {"from": "gpt", "value": record.turns[0].answer},
-            ],
-        }
-        for record in records(images)
-    ]
-    tests = [
-        {"question_id": row["id"], "image": row["image"], "text": QUESTIONS[k % 5], "answer": "red"}
-        for k, row in enumerate(rows)
-    ]
-    (folder / "train.json").write_text(json.dumps(rows))
-    (folder / "test.json").write_text(json.dumps(tests))
-    files = {"train": "train.json", "test": "test.json", "images": "images", "scorer": "short_answer"}
-    tasks = [{"name": name, "max_new_tokens": 2, **files} for name in ("first", "second")]
+    tasks = []
+    for name, image in zip(("first", "second"), write_images(folder / "images", 2, 336), strict=True):
+        asked = records([image])[:2]
+        turns = [(f"<image>\n{record.turns[0].question}", record.turns[0].answer) for record in asked]
+        rows = [
+            {
+                "id": record.id,
+                "image": image,
+                "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}],
+            }
+            for record, (q, a) in zip(asked, turns, strict=True)
+        ]
+        tests = [
+            {"question_id": record.id, "image": image, "text": question, "answer": "red"}
+            for record, question in zip(asked, QUESTIONS, strict=False)
+        ]
+        files = {"train": f"{name}-train.json", "test": f"{name}-test.json", "images": "images"}
+        (folder / files["train"]).write_text(json.dumps(rows))
+        (folder / files["test"]).write_text(json.dumps(tests))
+        tasks.append({"name": name, "max_new_tokens": 2, "scorer": "short_answer", **files})
     benchmark = {"name": "rehearsal", "root": str(folder.resolve()), "tasks": tasks}
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
 
 
+class Widened(TorchDispatchMode):
+    """Large bfloat16 products in float32, each sum rounded once, as a tensor core does.
+
+    A CPU without bfloat16 instructions takes five times as long for them.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in FLAT_PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        *added, a, b = args
+        if a.dtype != torch.bfloat16 or 2 * a.shape[0] * b.numel() < 1e9:
+            return func(*args, **(kwargs or {}))
+        in_place, factor = func.overloadpacket is torch.ops.aten.addmm_, {"beta": 1, "alpha": 1} | (kwargs or {})
+        result = args[0] if in_place else a.new_empty(a.shape[0], b.shape[1])
+        wide = a.float()
+        for part in torch.arange(b.shape[1]).split(1024):  # so that a piece of the weight stays small
+            columns = slice(int(part[0]), int(part[-1]) + 1)
+            product = wide @ b[:, columns].float()
+            for other in added:
+                product = factor["beta"] * other[..., columns] + factor["alpha"] * product
+            result[:, columns] = product
+        return result
+
+
+def alone(figures: Path, arguments: list[str]) -> None:
+    """``clmoe`` with these arguments, in CPU seconds; of each phase's steps: tokens, seconds, the process's peak."""
+    peaks, steps, most = [], [], Peak()
+    idle, train, forward = most.mib(), TaskTrainer.train, TrainedModel.forward
+
+    def watched(trainer: TaskTrainer) -> None:
+        nonlocal most
+        for weight in trainer.model.parameters():
+            weight.sum()  # a mapped file's pages do not count until they are read
+        peaks.append(most.mib())
+        most, sizes = Peak(), []
+
+        def counted(self: TrainedModel, *given: Any, **inputs: Any) -> Any:
+            sizes.append((inputs["input_ids"].numel(), int((inputs["labels"] >= 0).sum())))
+            return forward(self, *given, **inputs)
+
+        with patch.object(TrainedModel, "forward", counted):
+            seconds, _ = timed(lambda: train(trainer))
+        tokens, answers = map(sum, zip(*sizes, strict=True))
+        row = {"tokens": tokens, "answers": answers, "records": len(sizes), "seconds": seconds}
+        steps.append(row | {"peak": most.mib() - idle})
+
+    with Widened(), patch.object(TaskTrainer, "train", watched), patch.object(time, "monotonic", time.process_time):
+        clmoe(arguments)
+    values = {"steps": steps, "peak": max(*peaks, most.mib()), "seconds": time.process_time()}
+    figures.write_text(json.dumps(values))
+
+
 def run(folder: Path, out: Path, names: list[str], checkpointing: list[str], dtype: str) -> None:
-    """Print a row for each ``clmoe run``: CPU seconds, the process's peak, and whether the adapter is the same."""
-    print("| method | dtype | checkpointing | CPU s | peak of the process, GiB | second task's adapter |")
-    print("|---|---|---|---:|---:|---|")
-    settings = ["training.steps=1", "training.batch_size=1", "evaluation.batch_size=2", "evaluation.limit=2"]
-    growth = ["options.extend=every", "options.probe_min_steps=1", "locator.options.steps=10"]
-    adapters: dict[str, bytes] = {}
+    """Print a row for each ``clmoe run``; what was finished before is not run again."""
+    os.environ["CLMOE_FEATURES"] = str(out / "features")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|{'---:|' * (len(COLUMNS) - 4)}---|")
+    adapters: dict[str, str] = {}
     for state, name in itertools.product(checkpointing, names):
-        own = [f"training.gradient_checkpointing={'true' if state == 'on' else 'false'}", f"model.dtype={dtype}"]
-        own += growth if name == "llava_cmoe" else []
-        run = out / f"{name}-{dtype}-{state}"
-        where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(run)]
-        process = subprocess.Popen([sys.executable, "-m", "clmoe.cli", "run", name, *where, *settings, *own])
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"rehearse: clmoe run {name} failed")
-        (sealed,) = run.glob("02_*/adapter_model.safetensors")
-        adapter = sealed.read_bytes()
+        target, killed = out / f"{name}-{dtype}-{state}", state == "on" and name == KILLED
+        settings = [f"model.dtype={dtype}", f"training.gradient_checkpointing={json.dumps(state == 'on')}"]
+        settings += ["training.batch_size=1", "training.save_steps=1", f"training.steps={1 + (name == KILLED)}"]
+        settings += ["evaluation.batch_size=2", "evaluation.exact=false"]
+        if name == "llava_cmoe":
+            settings += ["options.extend=every", "options.probe_min_steps=1", "locator.options.steps=10"]
+        figures = target.with_suffix(".json")
+        if not figures.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(target)]
+            for kill in (True, False) if killed else (False,):
+                start(figures, ["run", name, *where, *settings], target if kill else None)
+        (sealed,) = target.glob("02_*/adapter_model.safetensors")
+        adapter = file_sha256(sealed)
         same = "" if name not in adapters else "same bytes" if adapter == adapters[name] else "differs"
         adapters.setdefault(name, adapter)
-        seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
-        row = f"| `{name}` | {dtype} | {state} | {seconds:.0f} | {peak:.2f} | {same} |"
-        print(row, flush=True)
+        cells = numbers(load_config(name, {}, settings, str(folder / "base")), read_json(figures), target)
+        row = [folder.name, f"`{name}`", f"{state}, killed once" if killed else state, *cells, same]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def numbers(config: Config, noted: dict[str, Any], target: Path) -> list[str]:
+    """The numbers of a row: CPU seconds of the parts, then speed and memory of the first task's steps."""
+    spent = dict.fromkeys(("trained", "ended", "located", "evaluated"), 0.0)
+    for event in read_events(target / "events.jsonl"):
+        if event["event"] in spent:
+            spent[event["event"]] += event["seconds"]
+    step, first, again = (
+        noted["steps"][0],
+        first_task(method_class(config.method)(config)),
+        config.training.gradient_checkpointing,
+    )
+    tokens = step["tokens"] // step["records"]
+    plan = (sum(state_bytes(first).values()) + activation_bytes(first, 1, tokens, again)) / GIB
+    adapter, tuned = first.count("expert") + first.count("router"), first.count("projector") > 0
+    work = step_flops(
+        first.model.get_base_model().config, step["records"], tokens, step["answers"], adapter, tuned, again
+    )
+    cells = [f"{seconds:.0f}" for seconds in (*spent.values(), noted["seconds"])]
+    cells += [f"{1e3 * step['seconds'] / step['tokens']:.1f}", f"{work / step['tokens'] / 1e9:.2f}"]
+    cells += [f"{work / step['seconds'] / 1e9:.0f}"]
+    peak = step["peak"] / 1024
+    return [*cells, f"{peak:.2f}", f"{plan:.2f}", f"{peak / plan:.3f}", f"{noted['peak'] / 1024:.2f}"]
+
+
+def start(figures: Path, arguments: list[str], kill_in: Path | None) -> None:
+    """``alone`` in a process of its own; it is killed once ``kill_in`` holds a saved state."""
+    log = figures.with_suffix(".log")
+    with log.open("a") as stream:
+        line = [sys.executable, "-W", "ignore", __file__, "alone", str(figures), *arguments]
+        process = subprocess.Popen(line, stdout=stream, stderr=stream)
+    while process.poll() is None:
+        if kill_in is not None and [*kill_in.glob(f".*/{PHASES}/trained.step-*/{MANIFEST}")]:
+            process.kill()
+        time.sleep(0.1)
+    if process.returncode != (0 if kill_in is None else -signal.SIGKILL):
+        sys.exit(f"rehearse: clmoe {' '.join(arguments)} ended with {process.returncode}: {log}")
 
 
 def main() -> None:
@@ -281,7 +382,6 @@ def main() -> None:
     verbs.choices["run"].add_argument("--dtype", default="bfloat16")
     for name in ("memory", "run"):
         verbs.choices[name].add_argument("--methods", nargs="+", default=list(METHODS))
-    verbs.choices["memory"].add_argument("--compute", action="store_true", help="matrix products too, with their time")
     verbs.add_parser("structure")
     args = parser.parse_args()
     if args.verb == "structure":
@@ -291,8 +391,11 @@ def main() -> None:
     elif args.verb == "run":
         run(args.folder, args.out, args.methods, args.checkpointing, args.dtype)
     else:
-        memory(args.model, args.layers, args.methods, 1, 640, args.compute)
+        memory(args.model, args.layers, args.methods, 1, 640)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["alone"]:  # what `run` starts
+        alone(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

@@ -85,6 +85,17 @@ def batched(base: LoadedBase, prompts: list[PromptItem]) -> dict[str, Tensor]:
     return collate_prompts(prompts, base.tokenizer.pad_token_id)
 
 
+@pytest.mark.parametrize("name", ["internvl", "gemma3"])
+def test_a_processor_with_other_settings_makes_other_inputs(
+    name: str, bases: Callable[[str], LoadedBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what is kept of them has another name: here, of more tokens for an image."""
+    encoder = bases(name).encoder
+    made_by, key = encoder.made_by, AnswersFit(encoder, 64).key
+    monkeypatch.setattr(encoder.chat.processor, "image_seq_length", 9)  # type: ignore[union-attr]
+    assert encoder.made_by != made_by and AnswersFit(encoder, 64).key != key
+
+
 # ---- Adapters
 
 

@@ -313,6 +313,17 @@ def test_the_bare_models_row_leaves_a_training_runs_file_as_it_is(runs: Runs, tm
     assert [line.split(",")[0] for line in matrix(tmp_path)] == ["zero_shot", "count"]
 
 
+def test_another_locator_leaves_what_a_run_says_of_itself(runs: Runs, tmp_path: Path) -> None:
+    """The other's cells lie beside its own; a folder that has no others describes the other locator."""
+    first, found = runs.chain("clmoe")[0], []
+    for settings in ([], ["locator=oracle", "evaluation.limit=3"]):
+        runs.evaluate(first, tmp_path / "run", *settings)
+        found.append((tmp_path / "run" / "run.json").read_bytes())
+    assert found[0] == found[1]
+    alone = json.loads((runs.evaluate(first, tmp_path / "alone", *settings) / "run.json").read_text())
+    assert (alone["locator"], alone["limit"]) == ("oracle", 3)
+
+
 def test_a_folder_holds_one_order(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = runs.chain("lora")[0]
     run = runs.evaluate(first, tmp_path / "run", order="colour,count")

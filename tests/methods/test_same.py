@@ -42,7 +42,10 @@ def test_a_wide_enough_sketch_finds_the_covariances_own_directions(share: float)
 
 
 def test_a_sketch_adds_up_over_batches(runs: Runs, new_base: NewBase) -> None:
-    """Two batches of a linear's own inputs: the spectrum is that of all their tokens, and is then forgotten."""
+    """Two batches of a linear's own inputs: the spectrum is that of all their tokens, and is then forgotten.
+
+    Padding does not count, nor does a pass that is recomputed.
+    """
     previous = runs.chain("same", tasks=TASKS[:1])[0]
     base = new_base()
     _, model = begun("same", base, runs, previous)
@@ -50,9 +53,12 @@ def test_a_sketch_adds_up_over_batches(runs: Runs, new_base: NewBase) -> None:
     sketch, watched = watch_inputs(model, 10_000, 0)[name], watch_modules({name: layer})
     tokens = []
     for batch in train_batches(base, task_data(base, runs.benchmark, TASKS[1], 6), 3):
-        with torch.no_grad(), routing(NEWEST_ROUTER):
-            model(**batch)
-        tokens.append(watched[name].flatten(0, 1).double())
+        real = batch["attention_mask"].bool()
+        real[0, -2:] = False
+        for trace in (RouteTrace(real=real), None):
+            with torch.no_grad(), routing(NEWEST_ROUTER, trace):
+                model(**batch)
+        tokens.append(watched[name][real].double())
         assert torch.allclose(sketch.energy, watched[name].square().sum(-1))
     U, S = sketch.spectrum(0.9)
     values, vectors = torch.linalg.eigh(torch.cat(tokens).t().cov(correction=0))
