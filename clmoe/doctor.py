@@ -141,10 +141,9 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
         yield Finding("bfloat16", "missing", "a GPU is older than Ampere", "set model.dtype=float32")
     else:
         yield Finding("bfloat16", "ok", "on every GPU" if gpus else "on the CPU, not faster than float32")
-    few_bits = f"model.load_in_4bit=true, model.load_in_8bit=true{'' if gpus else '; slow on the CPU'}"
     for name, package, option, device in (
         ("flash-attention 2", "flash-attn", "model.attention=flash_attention_2", modern),
-        ("4 and 8 bits", "bitsandbytes", few_bits, True),
+        ("4 and 8 bits", "bitsandbytes", "model.load_in_4bit=true or model.load_in_8bit=true", True),
         ("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True),
     ):
         if packages[package].state != "ok":

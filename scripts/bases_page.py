@@ -1,7 +1,7 @@
 """Write the table of docs/bases.md: ``python scripts/bases_page.py`` runs the contract of every family of bases.
 
-A cell is the number of checks of its column that passed; one that fails or is skipped is named instead. Every method and
-every locator is tried on every family, which takes minutes.
+A cell is the number of checks of its column that passed, of all; one that fails or is skipped is named too. Every
+method and every locator is tried on every family, which takes minutes.
 """
 
 import os
