@@ -11,6 +11,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from clmoe.bases.families import FAMILIES
 from clmoe.utils.paths import shipped_root
 from clmoe.utils.versions import installed, requirements, tested
 
@@ -59,6 +60,7 @@ def examine() -> list[Finding]:
         _versions(packages),
         *_gpus(gpus),
         *_usable(gpus, packages),
+        *_bases(packages),
         _base(),
     ]
 
@@ -71,7 +73,8 @@ def report_text(findings: list[Finding]) -> str:
         lines += wrap(f"{'':<29}-> {finding.fix}", subsequent_indent=" " * 32) if finding.fix else []
     broken = [finding.name for finding in findings if finding.broken]
     works = f"broken: {', '.join(broken)}; until then only {WITHOUT} work"
-    return "\n".join([*lines, "", *(wrap(works) if broken else ["all that is required works"])])
+    fine = "all that is required works; what is missing is optional"
+    return "\n".join([*lines, "", *wrap(works if broken else fine)])
 
 
 def import_error(package: str) -> str | None:
@@ -140,7 +143,7 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
         yield Finding("bfloat16", "ok", "on every GPU" if gpus else "on the CPU, not faster than float32")
     for name, package, option, device in (
         ("flash-attention 2", "flash-attn", "model.attention=flash_attention_2", modern),
-        ("4-bit base", "bitsandbytes", "model.load_in_4bit=true", True),
+        ("4 and 8 bits", "bitsandbytes", "model.load_in_4bit=true or model.load_in_8bit=true", True),
         ("ZeRO", "deepspeed", "--deepspeed zero2 or zero2_offload", True),
     ):
         if packages[package].state != "ok":
@@ -149,6 +152,21 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
             yield Finding(name, "ok", option)
         else:
             yield Finding(name, "missing", f"{option} needs {'an Ampere GPU or later' if gpus else 'a GPU'}")
+
+
+def _bases(packages: dict[str, Finding]) -> list[Finding]:
+    """The families whose processors can be imported, in one line; then each other one."""
+    if packages["torch"].broken or packages["transformers"].broken:
+        return []
+    usable, others = list[str](), list[Finding]()
+    for name, family in FAMILIES.items():
+        if problem := import_error(f"transformers.models.{name}.processing_{name}"):
+            others.append(Finding(name, "missing", problem, "a newer transformers may do without"))
+        elif family.needs and (problem := import_error(family.needs)):
+            others.append(Finding(name, "missing", problem, f"pip install {family.needs}"))
+        else:
+            usable.append(name)
+    return [Finding("families of bases", "ok", ", ".join(usable)), *others]
 
 
 def _base() -> Finding:

@@ -102,7 +102,7 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); pr
 setup() {
   local extras=$1 venv=${2:-$ROOT/.venv} constraints=${3:-constraints.txt} python="" stamp log start torch
   cd "$ROOT"
-  log="$venv/setup.log" start=$(date +%s) torch=$(grep "^torch==" "$constraints")
+  log="$venv/setup.log" start=$(date +%s) torch=$(grep -E "^torch(vision)?==" "$constraints" | xargs)
   stamp="$venv/installed-$(cat pyproject.toml "$constraints" | sha256sum | cut -c1-16)-${extras:-base}"
   if [ -e "$stamp" ] || [ -e "${stamp%-*}-dev" ]; then return; fi
   for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
@@ -118,8 +118,8 @@ setup() {
   echo "Installing into ${venv#"$ROOT/"} ($("$python" --version)): two minutes, 2 GB, with CUDA more."
   echo "Log: $log"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" &&
-    packages "$torch" --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
+  packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} $torch &&
+    packages $torch --editable ".${extras:+[$extras]}" || # naming torch again keeps the build that is installed
     {
       tail -n 20 "$log" >&2
       echo "the installation failed; the whole log is $log" >&2

@@ -36,6 +36,8 @@ LLAVA_CMOE = (
     *(f"locator.options.{value}" for value in ("steps=20", "hidden=16", "latent=4", "held_out=0.5")),
 )
 """Settings with which it is trained in seconds."""
+FAST = {"vae": ("locator.options.steps=20", "locator.options.hidden=8", "locator.options.latent=2")}
+"""The same for locators."""
 
 
 def kill(*unused: Any, **also_unused: Any) -> None:

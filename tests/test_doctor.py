@@ -12,14 +12,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from clmoe import cli, doctor
+from clmoe.bases.families import FAMILIES
 from clmoe.doctor import Device, Finding, examine, report_text
 from clmoe.utils import versions
 
 A100, V100 = Device("A100", 80 * 2**30, (8, 0)), Device("V100", 32 * 2**30, (7, 0))
-WANTED = {"": ["torch>=2.7,<3", "pillow>=12"], "train": ["deepspeed>=0.19,<0.20"], "flash": ["flash-attn>=2.8"]}
-WANTED |= {"4bit": ["bitsandbytes>=0.48"], "dev": ["pytest>=9", "clmoe[demo,train]"]}
+WANTED = {"": ["torch>=2.7,<3", "transformers>=5.0,<6", "pillow>=12"], "train": ["deepspeed>=0.19,<0.20"]}
+WANTED |= {"flash": ["flash-attn>=2.8"], "4bit": ["bitsandbytes>=0.48"], "dev": ["pytest>=9", "clmoe[demo,train]"]}
 GOOD = {
     "torch": "2.13.0+cu130",
+    "transformers": "5.24.0",
     "pillow": "12.3.0",
     "deepspeed": "0.19.8",
     "flash-attn": "2.8.3",
@@ -84,6 +86,16 @@ def test_what_is_usable(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not_ok(machine(A100)) == {"playground/base"}
 
 
+def test_families_of_bases_that_lack_a_package_are_named(machine: Machine) -> None:
+    lacking = {"num2words": "no num2words", "transformers.models.gemma3.processing_gemma3": "no torchvision"}
+    found = machine(A100, failing=lacking)
+    assert not_ok(found) == {"smolvlm", "gemma3"}
+    assert {found["smolvlm"].text, found["gemma3"].text} == set(lacking.values())
+    assert "num2words" in found["smolvlm"].fix
+    assert sorted([*found["families of bases"].text.split(", "), "smolvlm", "gemma3"]) == sorted(FAMILIES)
+    assert "families of bases" not in machine(A100, transformers="4.57.6")
+
+
 def test_versions_beyond_the_tested_ones_are_named(machine: Machine) -> None:
     for version, state in (("2.7.0", "ok"), ("2.13.0+cu130", "ok"), ("2.99.1+cpu", "untested")):
         finding = machine(A100, torch=version)["tested"]
@@ -97,7 +109,7 @@ def test_the_tested_sets_are_the_ends_of_pyprojects_ranges() -> None:
     lines = (Path(doctor.__file__).parents[1] / "constraints.txt").read_text().lower().split()
     pinned, low, high = dict(line.split("==") for line in lines), versions.tested("lowest"), versions.tested("highest")
     needed = {name: bounds for (extra, name), bounds in ranges.items() if not extra}
-    assert needed.keys() == low.keys() == high.keys()
+    assert needed.keys() == high.keys() == low.keys() - {"torchvision"}
     for name, bounds in needed.items():
         (floor,) = [part.version for part in bounds if part.operator == ">="]
         assert Version(floor) == Version(low[name]) <= Version(pinned[name]) <= Version(high[name])

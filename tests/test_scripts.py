@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,3 +281,22 @@ def test_deepspeed_is_started_on_the_devices_that_may_be_used(
 def test_the_cores_are_the_machines_whatever_the_threads() -> None:
     told = command("bash", "-c", "source scripts/common.sh; export OMP_NUM_THREADS=1; cores")
     assert int(told.stdout) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 0), (1, 1)])
+def test_ci_fails_with_the_contract_suite_but_not_for_want_of_its_packages(
+    code: int, expected: int, tmp_path: Path
+) -> None:
+    """`.ci/run` among scripts that do nothing; on the oldest packages one ends with this code, installed or not."""
+    for name in (".ci", "scripts", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "scripts" / "common.sh").write_text("setup() { :; }\n")
+    for name in ("scripts/test.sh", "scripts/gpu_kit.sh", "scripts/quickstart.sh", ".venv/bin/python", "chromium"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "scripts" / "test_versions.sh").write_text(f"echo $*\n[ $1 != lowest ] || exit {code}\n")
+    done = command("bash", str(tmp_path / ".ci" / "run"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == expected, done.stderr
+    assert ("NOT TESTED on the lowest" in done.stderr) == (code == 3)
+    assert done.stdout.splitlines() == ["lowest", "highest"][: 2 - expected]

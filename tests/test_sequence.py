@@ -22,7 +22,7 @@ from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
 from clmoe.utils.tensors import same_bits
 from tests.methods.test_contract import ROWS
-from tests.runs import Killed, Runs, contents, tensors, texts
+from tests.runs import FAST, Killed, Runs, contents, tensors, texts
 from tests.support import TASKS
 
 UNCOMPARED = ("events.jsonl", "timing.json")
@@ -34,7 +34,6 @@ PARTS = {
     "hide": ("options.variant=released",),
     "mrlora": ("options.stored=2", "options.router_rank=8", "options.router_epochs=1"),
 }
-FAST = {"vae": ("locator.options.steps=20", "locator.options.hidden=8", "locator.options.latent=2")}
 
 
 def run(runs: Runs, output: Path, method: str, *settings: str, order: str = "norm", seed: int = 0) -> Result:

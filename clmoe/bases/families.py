@@ -23,6 +23,7 @@ class Family:
         template: a chat template in Jinja, in the place of the processor's.
         tail: what the processor puts after every text with an image.
         typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
+        needs: a package that the processor asks for, besides those of clmoe.
     """
 
     decoder: str = DECODER
@@ -33,6 +34,7 @@ class Family:
     template: str = ""
     tail: str = ""
     typed_answers: bool = False
+    needs: str = ""
 
 
 _QWEN = Family(vision="visual", projector=("visual.merger",), inputs=("image_grid_thw", "mm_token_type_ids"))
@@ -52,7 +54,7 @@ FAMILIES = {
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": replace(_QWEN, projector=("visual.merger", "visual.deepstack_merger_list")),
     "internvl": Family(),
-    "smolvlm": _IDEFICS,
+    "smolvlm": replace(_IDEFICS, needs="num2words"),
     "idefics3": _IDEFICS,
     "gemma3": Family(inputs=("token_type_ids",)),
 }

@@ -8,15 +8,18 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.llava import LoadedBase, vision_tower_of
+from clmoe.bases.llava import UNCUT, LoadedBase, vision_tower_of
 from clmoe.data.batches import PromptDataset, PromptItem, TrainDataset, collate_prompts, collate_train
-from clmoe.data.records import Question, TrainRecord
+from clmoe.data.prompts import IGNORE
+from clmoe.data.records import Question, TrainRecord, Turn
+from clmoe.errors import ClmoeError
 from clmoe.utils.files import json_sha256
 from clmoe.utils.processes import in_order
 
@@ -62,6 +65,22 @@ class AnswersFit:
 
     def __call__(self, record: TrainRecord, image_root: Path) -> tuple[int, int]:
         return self.encoder.answer_tokens(record, image_root, self.max_length)
+
+
+def answer_letters(base: LoadedBase, count: int) -> dict[str, int]:
+    """The first ``count`` letters, then digits, that are one token as an answer of this base, each with this token.
+
+    Raises ClmoeError if there are fewer.
+    """
+    found: dict[str, int] = {}
+    for letter in (*ascii_uppercase, *ascii_lowercase, *digits):
+        labels = base.train_item(TrainRecord("", None, (Turn("", letter),)), None, UNCUT).labels
+        tokens = labels[labels != IGNORE].tolist()
+        if len(tokens) == 2 and len(found) < count:  # the other one ends the answer
+            found[letter] = tokens[0]
+    if len(found) < count:
+        raise ClmoeError(f"tokenizer: {count} tasks need as many letters of one token, it has {len(found)}")
+    return found
 
 
 def _fill_cache(base: LoadedBase, images: Iterable[str | None], image_root: Path) -> None:

@@ -1,11 +1,12 @@
 """Where the supported versions of transformers and peft differ: each switch looks for a feature, and all are here."""
 
+from inspect import signature
 from typing import Any
 
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaModel, PreTrainedModel
 
 _HAS_BACKENDS = hasattr(transformers, "CLIPImageProcessorPil")
 
@@ -17,6 +18,9 @@ WITH_PILLOW = {"backend": "pil"} if _HAS_BACKENDS else {"use_fast": False}
 
 NAMES_ADAPTERS = hasattr(BaseTuner, "_remove_adapter_name_from_key")
 """peft asks the tuner for the names in adapter files (from 0.21 on); else they are those of ``state_dict``."""
+
+CACHE = "cache" if "cache" in signature(LlavaModel.forward).parameters else "past_key_values"
+"""What models call the keys and values of earlier tokens, which they take and give (the shorter name from 5.24 on)."""
 
 
 def tower_names(family: str) -> dict[str, Any]:

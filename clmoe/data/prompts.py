@@ -11,7 +11,6 @@ LLaVA's ``preprocess_v1`` leaves unmasked, and also where that loses count (``AS
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -26,8 +25,6 @@ SYSTEM = (
 )
 IGNORE = -100
 """Label of tokens that do not count in the loss."""
-UNCUT = 2**31
-"""A length that no record has."""
 
 Spans = list[tuple[int, int]]
 
@@ -68,22 +65,6 @@ def encode_training(
         cut = f"{len(ids)} tokens, and no answer token is among the first {max_length}"
         raise ClmoeError(f"{where}: {cut}; raise the maximum length or shorten the record")
     return encoded
-
-
-def answer_letters(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, int]:
-    """The first ``count`` letters, then digits, that are one token as an answer, each with this token.
-
-    Raises ClmoeError if there are fewer.
-    """
-    found: dict[str, int] = {}
-    for letter in (*ascii_uppercase, *ascii_lowercase, *digits):
-        labels = encode_training(TrainRecord("", None, (Turn("", letter),)), tokenizer, 0, UNCUT).labels
-        tokens = [label for label in labels if label != IGNORE]
-        if len(tokens) == 2 and len(found) < count:  # the other one ends the answer
-            found[letter] = tokens[0]
-    if len(found) < count:
-        raise ClmoeError(f"tokenizer: {count} tasks need as many letters of one token, it has {len(found)}")
-    return found
 
 
 def encode_prompt(

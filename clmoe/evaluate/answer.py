@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import AnswersFit, image_order, prompt_dataset, prompt_inputs, to_device
+from clmoe.bases.inputs import AnswersFit, answer_letters, image_order, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, load_base
+from clmoe.bases.stack import CACHE
 from clmoe.benchmarks.base import Benchmark, Task, train_records
 from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
-from clmoe.data.prompts import answer_letters
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, adapted_base, prefill
@@ -176,7 +176,7 @@ class Answerer:
         if self.learned == 1:  # nothing to choose, and no router yet
             return torch.zeros(len(questions), 1)
         base, size = self.base, self.config.batch_size
-        letters = answer_letters(base.tokenizer, self.learned)
+        letters = answer_letters(base, self.learned)
         experts = dict(zip(letters, self.tasks, strict=True))
         asked = [replace(question, text=self.method.referral(question.text, experts)) for question in questions]
         dataset = prompt_dataset(base, asked, image_root)
@@ -244,7 +244,7 @@ class Answerer:
             mask = torch.cat([mask, torch.ones_like(said)], dim=1)
             inputs = {"input_ids": said, "attention_mask": mask, "position_ids": position.unsqueeze(1)}
             with routing(selection):
-                output = llava.base_model(**inputs, past_key_values=read.cache, use_cache=True)
+                output = llava.base_model(**inputs, **{CACHE: read.cache}, use_cache=True)
             hidden, position = output.last_hidden_state[:, -1], position + 1
 
 

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, decoder_layers
+from clmoe.bases.stack import CACHE
 from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
 from clmoe.data.prompts import IGNORE
@@ -149,7 +150,7 @@ class Prefill(NamedTuple):
 def prefill(model: PreTrainedModel, prompts: Prompts, selection: RouteSelection, room: int) -> Prefill:
     """Read left-padded prompts; ``selection`` has a row for each of them, ``room`` is for the tokens to come."""
     output, mask, last = _read(model, prompts, selection, room)
-    return Prefill(output.last_hidden_state[:, -1], output.past_key_values, mask, last + 1)
+    return Prefill(output.last_hidden_state[:, -1], getattr(output, CACHE), mask, last + 1)
 
 
 def _read(
@@ -162,7 +163,7 @@ def _read(
     if isinstance(prompts, SharedPrompts):
         read, *_ = _read(model, prompts.prefixes, selection.rows(prompts.first), 0)
         inputs, mask = {"input_ids": prompts.rests["input_ids"]}, prompts.attention_mask
-        cache = copied_rows(read.past_key_values, prompts.group, inputs["input_ids"].shape[1] + room)
+        cache = copied_rows(getattr(read, CACHE), prompts.group, inputs["input_ids"].shape[1] + room)
     else:
         inputs, mask = prompts, prompts["attention_mask"]
         cache = empty_cache(len(decoder_layers(model)), room)
@@ -170,7 +171,7 @@ def _read(
     inputs = inputs | {"attention_mask": mask, "position_ids": places}
     last = places[..., -1].reshape(-1, len(mask)).amax(0)
     with routing(selection):
-        return model.base_model(**inputs, past_key_values=cache, use_cache=True, **wanted), mask, last
+        return model.base_model(**inputs, **{CACHE: cache}, use_cache=True, **wanted), mask, last
 
 
 @torch.no_grad()
@@ -194,11 +195,17 @@ def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor
 
 
 @torch.no_grad()
-def image_embeddings(model: PeftModel, pixel_values: Tensor) -> Tensor:
-    """The mean over an image's tokens out of the bare base's projector, ``[I, D]`` float32 on the CPU."""
+def image_embeddings(model: PeftModel, inputs: dict[str, Tensor], images: int) -> Tensor:
+    """The mean over each image's tokens out of the bare base's projector, ``[I, D]`` float32 on the CPU.
+
+    More than one image only of LLaVA-1.5: the other families cut an image into parts, whose tokens are taken together.
+    """
     with model.disable_adapter():
-        output = cast(Any, adapted_base(model)).get_image_features(pixel_values=pixel_values)
-    return torch.stack([tokens.float().mean(0) for tokens in output.pooler_output]).cpu()
+        output = cast(Any, adapted_base(model)).get_image_features(**inputs)
+    parts = [tokens.float() for tokens in output.pooler_output]
+    if images == 1:
+        parts = [torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in parts])]
+    return torch.stack([tokens.mean(0) for tokens in parts]).cpu()
 
 
 # ---- Features that locators look at
@@ -265,11 +272,15 @@ class FeatureStore:
         names = list(dict.fromkeys(question.image for question in questions if question.image is not None))
         dataset = prompt_dataset(self.base, [Question("", name, "", "", {}) for name in names], image_root)
 
-        def one(start: int) -> Tensor:
-            items = dataset.__getitems__(range(start, min(start + self.batch_size, len(names))))
-            return image_embeddings(model, to_device(collate_prompts(items, 0), self.base)["pixel_values"])
+        wanted = [name for name in ("pixel_values", *self.base.family.inputs) if "token_type" not in name]
+        size = self.batch_size if self.base.chat is None else 1
 
-        found = in_order(range(0, len(names), self.batch_size), one)
+        def one(start: int) -> Tensor:
+            items = dataset.__getitems__(range(start, min(start + size, len(names))))
+            inputs = to_device(collate_prompts(items, 0), self.base)
+            return image_embeddings(model, {name: inputs[name] for name in wanted}, len(items))
+
+        found = in_order(range(0, len(names), size), one)
         rows = dict(zip(names, torch.cat(found), strict=True)) if names else {}
         blank = torch.zeros(self.base.model.config.get_text_config().hidden_size)
         return torch.stack([blank if question.image is None else rows[question.image] for question in questions])

@@ -73,7 +73,8 @@ def spectra_of(
     sketches, adapted = watch_inputs(model, width, seed), adapted_base(model.eval())
 
     def read(batch: dict[str, Tensor]) -> None:
-        adapted(input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values"), use_cache=False)
+        inputs = {name: value for name, value in batch.items() if name not in ("attention_mask", "labels")}
+        adapted(**inputs, use_cache=False)
 
     with torch.no_grad(), routing(NEWEST_ROUTER, RouteTrace()):
         over_train_batches(base, dataset, 1, read)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from clmoe.bases.inputs import answer_letters
 from clmoe.config import Config
-from clmoe.data.prompts import answer_letters
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
@@ -91,7 +91,7 @@ class MrLora(Separate):
         own = super().phases(context)
         if len(self._memory) == 1:
             return own
-        letters = answer_letters(context.base.tokenizer, len(self._memory))
+        letters = answer_letters(context.base, len(self._memory))
         experts = dict(zip(letters, [past.task for past in self._memory], strict=True))
         records = [
             TrainRecord(record.id, record.image, (Turn(self.referral(record.turns[0].question, experts), letter),))

@@ -1,11 +1,15 @@
 """What every family of bases owes its users: one contract, on a tiny random base of each.
 
-``scripts/bases_page.py`` runs it and writes the table of docs/bases.md from what passes.
+``scripts/bases_page.py`` runs it and writes the table of docs/bases.md from what passes. With CLMOE_EVERY_PAIR=1 in the
+environment, as there, every method and every locator is tried on every family; else the families share most of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import clmoe
 from clmoe.bases.families import FAMILIES
 from clmoe.bases.inputs import AnswersFit, to_device
 from clmoe.bases.llava import LoadedBase, decoder_layers, load_base, open_encoder, projector_names
@@ -24,23 +29,20 @@ from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.data.rows import END
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answerer
-from clmoe.experts.forward import answer_states, base_features, prefill
+from clmoe.experts.forward import FeatureStore, answer_states, base_features, prefill
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
-from clmoe.methods import method_class
+from clmoe.locators import LOCATORS
+from clmoe.methods import method_class, methods
 from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import same_bits
 from tests.bases import tiny_families
-from tests.runs import LLAVA_CMOE, Killed, Runs, contents, on_step, tensors
+from tests.methods.test_contract import ROWS
+from tests.runs import FAST, LLAVA_CMOE, Killed, Runs, contents, on_step, tensors
 from tests.support import copy_base, save_tiny, tiny_config
 
-try:  # transformers' processor needs num2words, and in old versions torchvision
-    from transformers.models.smolvlm.processing_smolvlm import num2words
-except ImportError:
-    num2words = None
-SMOLVLM = pytest.mark.skipif(num2words is None, reason="transformers' processor lacks a package")
-NAMES = [pytest.param(name, marks=SMOLVLM) if name == "smolvlm" else name for name in FAMILIES]
+NAMES = list(FAMILIES)
 TURNS = (Turn("How many things are there?", "two"), Turn("Are you sure?", "yes, quite"))
 SIZES = ((32, 24), (20, 60), (90, 40))  # what differs makes images of different numbers of tokens
 QUESTIONS = ("How many?", "On which side is it, left or right?", "Which colour is it?", "Are you sure?")
@@ -280,6 +282,19 @@ def test_features_for_locators_do_not_depend_on_the_batch(base: LoadedBase, pict
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_images_embedding_is_the_mean_of_its_tokens(base: LoadedBase, pictures: Path) -> None:
+    """Oracle: what the model itself puts into the embeddings of a prompt in the place of image tokens."""
+    own = copy_base(base)
+    model = attach_adapter(own.model, method_class("lora")(tiny_config("lora", Path("x"))).adapter(own)).eval()
+    questions = [Question(text, f"{n}.png", text, "", {}) for n, text in enumerate(QUESTIONS[: len(SIZES)])]
+    found = FeatureStore(own, "last", 2, None, view="image_text").features(model, questions, pictures)
+    for row, prompt in enumerate(items(base, pictures)[: len(questions)]):
+        with torch.no_grad():
+            states = base.model.base_model(**batched(base, [prompt]), output_hidden_states=True).hidden_states[0][0]
+        expected = states[prompt.input_ids == base.model.config.image_token_id].mean(0)
+        torch.testing.assert_close(found[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["per_linear", "per_block"])
 def test_an_adapted_ffn_compiles_to_one_graph(scope: str, base: LoadedBase) -> None:
@@ -309,31 +324,53 @@ def runs_on(tmp_path_factory: pytest.TempPathFactory, mini_yaml: Path) -> Callab
 
 
 SHORT = ("training.steps=3", "training.save_steps=2")
-CHAINS = {
-    "lora": SHORT,
-    "clmoe": (*SHORT, "locator=nearest_mean"),
-    "llava_cmoe": (*SHORT, *LLAVA_CMOE, "options.probe_min_steps=2"),
-}
+PAIR = ("count", "side")
+
+
+def pairs(tried: Iterable[str], always: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(family, what is tried on it): ``always`` and, as they share them out, the others; or all."""
+    whole, count = bool(os.environ.get("CLMOE_EVERY_PAIR")), len(NAMES)
+    shared = {name: place % count for place, name in enumerate(name for name in tried if name not in always)}
+    return [(f, name) for n, f in enumerate(NAMES) for name in tried if whole or shared.get(name, n) == n]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", CHAINS)
+@pytest.mark.parametrize(("base", "method"), pairs(methods(), ("clmoe", "llava_cmoe")), indirect=["base"])
 def test_two_tasks_are_trained_one_after_the_other_and_answered(
-    method: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]
+    method: str, base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
-    runs = runs_on(base)
-    first, second = runs.chain(method, *CHAINS[method], tasks=("count", "side"))
-    assert contents(first) != contents(second)
-    runs.evaluate(second, second.parent)
-    answers = [second.parent / "predictions" / "side" / f"{task}.jsonl" for task in ("count", "side")]
-    assert [len(file.read_text().splitlines()) for file in answers] == [12, 12]
+    settings = [*SHORT, *ROWS[method].overrides, *(LLAVA_CMOE[-4:] if method == "llava_cmoe" else ())]
+    where = {"order": ",".join(PAIR), "base": base.model.name_or_path}
+    done = clmoe.run(method, mini_yaml, output=tmp_path / "run", settings=settings, **where)
+    assert len(done.checkpoints) == {"union": 1, "none": 0}.get(ROWS[method].chain, 2)
+    assert None not in done.matrix.row(PAIR[1])
+    files = [file.read_text().splitlines() for file in (done.run / "predictions").rglob("*.jsonl")]
+    assert {len(lines) for lines in files} == {12}
+    assert len({json.loads(line)["text"] for lines in files for line in lines}) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "locator"), pairs(LOCATORS, ("nearest_mean",)), indirect=["base"])
+def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]) -> None:
+    """All other than ``random`` and ``last``, which do not try: the questions of the two tasks differ in every word."""
+    runs, asks = runs_on(base), LOCATORS[locator].asks
+    method = "mrlora" if asks else "separate"
+    checkpoint = runs.chain(method, *SHORT, *ROWS[method].overrides, tasks=PAIR)[1]
+    output = runs.evaluate(checkpoint, checkpoint.parent / locator, *FAST.get(locator, ()), locator=locator)
+    suffix = "" if asks or locator == "oracle" else f".{locator}"  # these are the methods' own
+    files = {task: output / "predictions" / PAIR[1] / f"{task}{suffix}.jsonl" for task in PAIR}
+    found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
+    if locator in ("random", "last"):
+        assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())
+    else:
+        assert found == {task: {task: 12} for task in PAIR}
 
 
 @pytest.mark.slow
 def test_a_killed_training_ends_in_the_same_bytes(
     base: LoadedBase, runs_on: Callable[[LoadedBase], Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, settings = runs_on(base), CHAINS["clmoe"]
+    runs, settings = runs_on(base), (*SHORT, "locator=nearest_mean")
     (whole,) = runs.chain("clmoe", *settings, tasks=("count",))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         on_step(patch, 2)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from clmoe.bases import inputs
 from clmoe.bases.llava import LoadedBase
+from clmoe.bases.stack import CACHE
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.prompts import encode_prompt
 from clmoe.experts import forward
@@ -116,7 +117,7 @@ def test_prompts_read_into_a_cache_go_on_as_whole_prompts_without_one(scope: str
         mask = torch.cat([read.attention_mask, read.attention_mask.new_ones(count, 1)], 1)
         after = llava.base_model(
             input_ids=more[:, None], attention_mask=mask, position_ids=read.next_position[:, None],
-            past_key_values=read.cache, use_cache=True,
+            **{CACHE: read.cache}, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
     for row in range(count):
         longer = dict(alone[row], input_ids=torch.cat([alone[row]["input_ids"], more[row].view(1, 1)], 1))

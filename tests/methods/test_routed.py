@@ -11,10 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from clmoe.bases.inputs import prompt_dataset
+from clmoe.bases.inputs import answer_letters, prompt_dataset
 from clmoe.bases.llava import LoadedBase, open_encoder
 from clmoe.config import ModelConfig
-from clmoe.data.prompts import answer_letters
 from clmoe.data.records import load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import open_answerer
@@ -175,11 +174,11 @@ def read_checkpoint_layout(checkpoint: Path) -> list[list[int]]:
 
 def test_letters_are_single_tokens_of_the_base_and_not_endless() -> None:
     """A letter of two tokens would share its first one with others."""
-    tokenizer = open_encoder(ModelConfig()).tokenizer
-    found = answer_letters(tokenizer, 8)
+    encoder = open_encoder(ModelConfig())
+    found = answer_letters(encoder, 8)
     assert list(found)[:6] == list("ABCDEF") and "G" not in found, "the embedded base writes G in two tokens"
     assert len(set(found.values())) == 8
     for letter, token in found.items():
-        assert tokenizer.decode([token]).strip() == letter
+        assert encoder.tokenizer.decode([token]).strip() == letter
     with pytest.raises(ClmoeError, match="tokenizer"):
-        answer_letters(tokenizer, 63)
+        answer_letters(encoder, 63)
