@@ -187,6 +187,8 @@ class EvaluationConfig:
         margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
         share_images: questions of one image and router read its tokens once, on LLaVA-1.5.
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
+        general: also ask the benchmark's sets of general ability, before training and after each task; all tasks before
+            training; and the next task after each task, for forward transfer. A benchmark that names sets turns it on.
     """
 
     batch_size: Count = 64
@@ -194,6 +196,7 @@ class EvaluationConfig:
     margin: NotNegative = 1e-3
     share_images: bool = True
     limit: Steps | None = None
+    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -430,8 +433,8 @@ def model_values(model: str) -> dict[str, Any]:
 def recorded(config: Config) -> dict[str, Any]:
     """What a checkpoint records: all but ``model.architecture``, which cannot make a difference to a training.
 
-    ``adapter.as_released``, ``model.load_in_8bit`` and ``training.on_bad_record`` are recorded where they are not the
-    default: checkpoints without them keep their bytes.
+    ``adapter.as_released``, ``model.load_in_8bit``, ``training.on_bad_record`` and ``evaluation.general`` are recorded
+    where they are not the default: checkpoints without them keep their bytes.
     """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"]
@@ -441,6 +444,8 @@ def recorded(config: Config) -> dict[str, Any]:
         del values["adapter"]["as_released"]
     if config.training.on_bad_record == "error":
         del values["training"]["on_bad_record"]
+    if not config.evaluation.general:
+        del values["evaluation"]["general"]
     return values
 
 
