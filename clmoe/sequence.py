@@ -15,6 +15,7 @@ from clmoe.config import Config, load_config
 from clmoe.data.images import unreadable
 from clmoe.data.records import Question, TrainRecord
 from clmoe.data.rows import all_of
+from clmoe.data.styles import read_texts
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
@@ -158,6 +159,8 @@ def _go_on(
 def _check_rows(config: Config, benchmark: Benchmark, names: list[str]) -> None:
     """Read all rows and the images' headers, so that bad ones, all listed, stop the sequence before its first step."""
     fits, on_bad, bad, images = answers_fit(config), config.training.on_bad_record, list[ClmoeError](), set[Path]()
+    if config.training.asd_texts:
+        read_texts(Path(config.training.asd_texts))
     for task in benchmark.sets(names):
         reads: list[Callable[[], Sequence[TrainRecord | Question]]] = [
             partial(check_questions, benchmark, [task.name], images=True)

@@ -213,12 +213,12 @@ def pope(prediction: str, question: Question, mode: Mode) -> float:
 
 def mme(prediction: str, question: Question, mode: Mode) -> float:
     """MME: yes or no, as ``pope``. ``official`` looks for "yes", then for "no", in the first four characters."""
+    said, gold = _said(prediction), _yes_or_no(question)
     if not isinstance(question.extra.get("category"), str):
         raise unfit(question, "category", "the name of MME's subtask, such as 'existence'")
-    said = _said(prediction)
     if mode == "official":
         said = next((word for word in ("yes", "no") if word in prediction.lower()[:4]), None)
-    return float(said == _yes_or_no(question))
+    return float(said == gold)
 
 
 def _said(prediction: str) -> str | None:
