@@ -1,9 +1,9 @@
 """Answer-style diversification (SEFE's ASD): a share of a task's training records, asked and answered in other styles.
 
-Chen et al., ICML 2025, section 3.2: of each task, X % of the data (20) are divided evenly over the styles that are not
-its own: yes or no, multiple choice, short answer, brief and detailed explanation. Each question ends in a line that says
-which style is wanted. Rules make the first three from a task's questions and answers alone. The paper has a large model
-write wrong choices and explanations; here wrong choices are other answers of the task, and explanations come from a file.
+Chen et al., ICML 2025: X % of each task (20) are divided evenly over the styles that are not its own: yes or
+no, multiple choice, short answer, brief and detailed explanation. A question's last line says which style is wanted.
+Rules make the first three from a task's questions and answers alone. The paper has a large model write most wrong
+choices and all explanations; here wrong choices are other answers of the task, and explanations come from a file.
 """
 
 import re

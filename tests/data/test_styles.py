@@ -57,12 +57,14 @@ def test_the_style_of_an_answer(turn: tuple[str, str], style: str) -> None:
             (f"Where is x?\nA. [0.3, 0.4]\nB. [0.1, 0.2]{LETTER}", "B"),
         }),
         # options: their text is the short answer, and the wrong ones are proposed
-        ([(OPTIONS, "B")], {
+        ([(OPTIONS, "B"), (OPTIONS, "A")], {
             (f"What colour is it?\nContext: N/A{SHORT}", "green"),
             ("What colour is it?\nContext: N/A\nIs the answer green?\nPlease answer yes or no.", "yes"),
             ("What colour is it?\nContext: N/A\nIs the answer red?\nPlease answer yes or no.", "no"),
         }),
-        ([("Is it red?", "no")], {(f"Is it red?\nA. yes\nB. no{LETTER}", "B"), (f"Is it red?\nA. no\nB. yes{LETTER}", "A")}),
+        ([("Is it red?", "no")], {
+            (f"Is it red?\nA. yes\nB. no{LETTER}", "B"), (f"Is it red?\nA. no\nB. yes{LETTER}", "A"),
+        }),
     ],
 )  # fmt: skip
 def test_rules_by_hand(rows: list[tuple[str, str]], possible: set[tuple[str, str]]) -> None:
