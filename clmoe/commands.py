@@ -203,7 +203,7 @@ def matrix(options: argparse.Namespace) -> str:
         trained_with = {name: owner for (name, of), owner in owners.items() if of == seed}
         with locked(run):
             results[method, seed] = relocate(run, benchmark, names, folder / "features", trained_with)
-    text = from_main(lambda: write_matrix(results, output))
+    text = from_main(lambda: write_matrix(results, output, benchmark.name))
     return f"{text}\n{output}: matrix.md, matrix.csv, confusion.csv, matrix.png, matrix.svg"
 
 

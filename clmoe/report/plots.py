@@ -263,7 +263,9 @@ def heat_panel(title: str, cells: pd.DataFrame, top: float = 100, stds: pd.DataF
     """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them; `stds` are beside."""
     longest, widest = (max(map(len, _short(names))) for names in (cells.index, cells.columns))
     row = 0.28 if len(cells) <= 40 else 0.09
-    size = (min(WIDTH, 0.4 + 0.065 * longest + 0.44 * len(cells.columns)), 0.5 + 0.045 * widest + row * len(cells))
+    column = 0.44 if stds is None or stds.isna().all(axis=None) else 0.68
+    wide = max(column * len(cells.columns), 0.075 * len(title))
+    size = (min(WIDTH, 0.4 + 0.065 * longest + wide), 0.5 + 0.045 * widest + row * len(cells))
     return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1, stds=stds))
 
 
