@@ -89,8 +89,8 @@ def check_benchmark(
 def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: GoldProblem, fits: Fits | None) -> None:
     before, trained, repeated, questions = len(result.bad), 0, 0, list[Question]()
     asked: set[int] = set()  # hashes: a benchmark has a million questions
-    file, rows = result.source(task, "train")
-    if not task.general and (rows is not None or file.is_file()):
+    file, rows = (task.train, None) if task.general else result.source(task, "train")
+    if rows is not None or (file.is_file() and not task.general):
         seen = Seen()
         with result.listing():
             for record in iterate_train(file, task.image_root, result.bad.append, fits=fits, seen=seen, rows=rows):

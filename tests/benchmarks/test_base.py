@@ -179,13 +179,14 @@ def test_a_set_of_general_ability_is_needed_and_asked_where_the_recipe_does_not_
     shipped: Path, data: Path
 ) -> None:
     fill(data)
+    lora = str(DOCS.parents[1] / "configs" / "methods" / "lora.yaml")
     for number, recipe in enumerate(({}, {"evaluation": {"general": False, "limit": 7}})):
         before = [task("before", train=...)]
         write(shipped / "mine.yaml", benchmark(general=before, recipe={"training": {"epochs": 1}, **recipe}))
         loaded = load_benchmark("mine", check_files=False)
-        evaluation = load_config("lora", loaded.recipe, []).evaluation
+        evaluation = load_config(lora, loaded.recipe, []).evaluation
         assert (evaluation.general, evaluation.limit) == ((True, None), (False, 7))[number]
-        assert load_config("lora", loaded.recipe, ["evaluation.general=true"]).evaluation.general
+        assert load_config(lora, loaded.recipe, ["evaluation.general=true"]).evaluation.general
         assert [one.name for one in loaded.tasks] == loaded.order("norm", 0) == ["one", "two", "three"]
         assert [one.name for one in loaded.sets()] == [*loaded.order("norm", 0), *(() if number else ("before",))]
         assert loaded.missing_files(["one"]) == []
