@@ -183,7 +183,8 @@ def check(options: argparse.Namespace) -> str:
         picture = (mimetypes.guess_type(options.bad.name)[0] or "").startswith("image/")
         check_target("--bad", options.bad, [*files, options.bad] if picture else files, file=True)
     config = load_config("lora", benchmark.recipe, [], options.base)
-    checked = check_benchmark(benchmark, gold_problem, order, answers_fit(config))
+    asked = benchmark.asked(order, config.evaluation.general)
+    checked = check_benchmark(benchmark, gold_problem, asked, answers_fit(config))
     lines = [f"{benchmark.name} at {benchmark.root}", *checked.lines, *(f"note: {note}" for note in checked.notes)]
     lines.append(f"answers are held against {config.training.max_length} tokens of {config.model.path}")
     if not checked.bad:
@@ -218,7 +219,9 @@ def evaluate(options: argparse.Namespace) -> str:
             raise ClmoeError(f"{done.folder} was trained on benchmark {done.lineage.benchmark}, not {described.name}")
         config = done.config
     order = described.order(options.order, config.seed)
-    needed = options.tasks or (order if done is None else done.lineage.tasks)
+    asks_general = config.evaluation.general and not options.tasks
+    needed = options.tasks or (order if done is None or asks_general else done.lineage.tasks)
+    needed = described.asked(needed, asks_general)
     benchmark = from_main(lambda: open_benchmark(options.benchmark, options.data, needed))
     sequence.check_output(options.output, config, benchmark, None if done is None else done.folder)
     with locked(options.output):
@@ -244,7 +247,7 @@ def matrix(options: argparse.Namespace) -> str:
         trained_with = {name: owner for (name, of), owner in owners.items() if of == seed}
         with locked(run):
             results[method, seed] = relocate(run, benchmark, names, folder / "features", trained_with)
-    text = from_main(lambda: write_matrix(results, output))
+    text = from_main(lambda: write_matrix(results, output, benchmark.name))
     return f"{text}\n{output}: matrix.md, matrix.csv, confusion.csv, matrix.png, matrix.svg"
 
 

@@ -157,6 +157,8 @@ class TrainingConfig:
         logging_steps: steps between two lines of ``events.jsonl``.
         on_bad_record: training rows that cannot be used are an ``error``, or left out (``skip``), or keep their place
             in their batch without an answer token (``mask``), as in LLaVA's code; how many is printed.
+        asd: share of a task's records that are rewritten in other answer styles (SEFE's ASD; 0.2 in its paper).
+        asd_texts: a JSON file of explanations for them, see ``clmoe.data.styles``; without it no record explains.
         trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
@@ -176,6 +178,8 @@ class TrainingConfig:
     keep_states: Steps = 2
     logging_steps: Steps = 10
     on_bad_record: Literal["error", "mask", "skip"] = "error"
+    asd: Share = 0.0
+    asd_texts: str = ""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
@@ -189,6 +193,8 @@ class EvaluationConfig:
         margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
         share_images: questions of one image and router read its tokens once, on LLaVA-1.5.
         limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
+        general: also ask the benchmark's sets of general ability before training and after each task and, for forward
+            transfer, all tasks before training and the next one after each. A benchmark that names sets turns it on.
     """
 
     batch_size: Count = 64
@@ -196,6 +202,7 @@ class EvaluationConfig:
     margin: NotNegative = 1e-3
     share_images: bool = True
     limit: Steps | None = None
+    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -403,19 +410,17 @@ def model_values(model: str) -> dict[str, Any]:
 def recorded(config: Config) -> dict[str, Any]:
     """What a checkpoint records: all but what cannot make a difference to a training by itself.
 
-    ``adapter.as_released``, ``model.load_in_8bit``, ``training.on_bad_record`` and ``budget`` are recorded where they
-    are not the default: checkpoints without them keep their bytes.
+    Keys that came later are recorded where they are not the default: checkpoints without them keep their bytes.
     """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"], values["tune"], values["tuned"]
     if config.budget == BudgetConfig():
         del values["budget"]
-    if not config.model.load_in_8bit:
-        del values["model"]["load_in_8bit"]
-    if not config.adapter.as_released:
-        del values["adapter"]["as_released"]
-    if config.training.on_bad_record == "error":
-        del values["training"]["on_bad_record"]
+    for key in ("model.load_in_8bit", "adapter.as_released", "training.on_bad_record", "training.asd",
+                "training.asd_texts", "evaluation.general"):  # fmt: skip
+        section, name = key.split(".")
+        if values[section][name] == getattr(type(getattr(config, section)), name):
+            del values[section][name]
     return values
 
 

@@ -15,6 +15,7 @@ from clmoe.config import Config, load_config
 from clmoe.data.images import unreadable
 from clmoe.data.records import Question, TrainRecord
 from clmoe.data.rows import all_of
+from clmoe.data.styles import read_texts
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.matrix import AccuracyMatrix
 from clmoe.evaluate.run import check_questions, check_tasks, evaluate_checkpoint
@@ -98,7 +99,7 @@ def run(
     described, config, tasks = chosen(method, benchmark, pairs, order=order, base=base, data=root)
     folder = default_folder(described.name, method, order, config.seed) if output is None else Path(output)
     check_output(folder, config, described)
-    opened = from_main(lambda: open_benchmark(benchmark, root, tasks))
+    opened = from_main(lambda: open_benchmark(benchmark, root, described.asked(tasks, config.evaluation.general)))
     zero = use_deepspeed(deepspeed)
     with locked(folder):
         checkpoints = _go_on(config, opened, tasks, folder, zero, restart)
@@ -141,9 +142,10 @@ def _go_on(
     steps = list(zip(checkpoint_folders(run, trained), trained, strict=True))
     anew = restart and not any(checkpoint.exists() for checkpoint, _ in steps)
     values = from_main(lambda: _settings(config, benchmark, order, run, anew))
-    check_tasks(benchmark, order)  # those of later tasks too: they would stop the sequence after hours
+    asked = benchmark.asked(order, config.evaluation.general)
+    check_tasks(benchmark, asked)  # those of later tasks too: they would stop the sequence after hours
     if not all(checkpoint.exists() for checkpoint, _ in steps):
-        from_main(lambda: _check_rows(config, benchmark, order))
+        from_main(lambda: _check_rows(config, benchmark, asked))
         method.check_inputs(None, benchmark.root)
     from_main(lambda: write_json(run / SETTINGS, values))
     if config.tuned:
@@ -151,8 +153,9 @@ def _go_on(
     base: LoadedBase | None = None
     done, dones = None, list[Finished]()
     with display(f"{config.name} on {benchmark.name}", len(order)):
-        if method.chain == "none":
-            say(evaluate_checkpoint(run, benchmark, None, config, order)[0])
+        if method.chain == "none" or config.evaluation.general:
+            row, base = evaluate_checkpoint(run, benchmark, None, config, order)
+            say(row)
         for number, (checkpoint, task) in enumerate(steps, 1):
             request = prepare_request(config, benchmark, task, order, done, checkpoint, deepspeed, restart)
             base = train_task(request, base)
@@ -163,14 +166,17 @@ def _go_on(
     return [checkpoint for checkpoint, _ in steps]
 
 
-def _check_rows(config: Config, benchmark: Benchmark, order: list[str]) -> None:
+def _check_rows(config: Config, benchmark: Benchmark, names: list[str]) -> None:
     """Read all rows and the images' headers, so that bad ones, all listed, stop the sequence before its first step."""
     fits, on_bad, bad, images = answers_fit(config), config.training.on_bad_record, list[ClmoeError](), set[Path]()
-    for task in map(benchmark.task, order):
-        reads: tuple[Callable[[], Sequence[TrainRecord | Question]], ...] = (
-            partial(train_records, task, on_bad, fits),
-            partial(check_questions, benchmark, [task.name], images=True),
-        )
+    if config.training.asd_texts:
+        read_texts(Path(config.training.asd_texts))
+    for task in benchmark.sets(names):
+        reads: list[Callable[[], Sequence[TrainRecord | Question]]] = [
+            partial(check_questions, benchmark, [task.name], images=True)
+        ]
+        if not task.general:
+            reads.insert(0, partial(train_records, task, on_bad, fits))
         for read in reads:
             try:
                 images.update(task.image_root / row.image for row in read() if row.image is not None)
@@ -188,6 +194,7 @@ def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path,
     """
     values = lasting(config)
     del values["evaluation"]["batch_size"]
+    values["evaluation"].pop("general", None)  # may be asked for later
     train = {name: file_sha256(benchmark.task(name).train) for name in order}
     values |= {"benchmark": benchmark.name, "order": order, "train": train}
     there = read_json(run / SETTINGS) if (run / SETTINGS).is_file() and not anew else values

@@ -1,5 +1,6 @@
 """`clmoe run`: the whole sequence in one program, wherever it is stopped, and every method with every locator."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -192,6 +193,51 @@ def test_every_way_of_chaining_ends_in_a_table(method: str, checkpoints: int, ru
     result = run(runs, tmp_path / "run", method, "training.steps=1", *ROWS[method].overrides)
     assert len(result.checkpoints) == checkpoints
     assert None not in result.matrix.row(TASKS[2])
+
+
+def test_general_ability_and_the_next_task_are_asked_where_wanted_and_change_nothing_else(
+    runs: Runs, mini_yaml: Path, tmp_path: Path
+) -> None:
+    """``before`` asks the last task's questions under another name: what is measured of both must be equal."""
+    values = yaml.safe_load(mini_yaml.read_text())
+    before = {name: value for name, value in values["tasks"][2].items() if name not in ("name", "train")}
+    values |= {"general": [{"name": "before", **before}]}
+    values["recipe"]["evaluation"] = {"general": False}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    mine = dataclasses.replace(runs, benchmark=tmp_path / "mine.yaml")
+    fast = ("training.steps=1", "adapter.train_projector=false")
+    plain, asked = (run(mine, tmp_path / name, "lora", *fast) for name in ("plain", "asked"))
+    assert compared(plain.run) == compared(asked.run)
+    asked = run(mine, asked.run, "lora", *fast, "evaluation.general=true")
+    new = {name for name in compared(asked.run).keys() - compared(plain.run).keys() if "predictions" not in name}
+    assert new == {"general.csv"}
+    changed = {name for name, content in compared(plain.run).items() if compared(asked.run)[name] != content}
+    assert changed == {"matrix.csv", "metrics.json"}
+    rows = {line.split(",")[0]: line.split(",")[1] for line in (asked.run / "general.csv").read_text().splitlines()}
+    assert rows.pop("after") == "before" and list(rows) == ["zero_shot", *TASKS]
+    side = {after: asked.matrix.row(after)[2] for after in ("zero_shot", *TASKS)}
+    assert side.pop(TASKS[0]) is None, "it is not the next task"
+    assert {after: float(rows[after]) for after in side} == side
+    assert asked.matrix.row(TASKS[0])[1] is not None
+    assert asked.metrics["fwt_n_minus_1"] is not None and plain.metrics["fwt_n_minus_1"] is None
+    assert asked.metrics["general_change"] == pytest.approx(float(rows[TASKS[2]]) - float(rows["zero_shot"]))
+    at_once = run(mine, tmp_path / "at_once", "lora", *fast, "evaluation.general=true")
+    for name in ("matrix.csv", "general.csv", "metrics.json", f"03_{TASKS[2]}/adapter_model.safetensors"):
+        assert (at_once.run / name).read_bytes() == (asked.run / name).read_bytes(), name
+
+
+def test_a_locator_chooses_for_a_question_that_belongs_to_no_task_and_the_oracle_is_not_asked(
+    runs: Runs, mini_yaml: Path, tmp_path: Path
+) -> None:
+    settings = ("training.steps=1", "adapter.train_projector=false", "evaluation.general=true")
+    order = ",".join(TASKS[:2])
+    known = run(runs, tmp_path / "oracle", "separate", *settings, order=order)
+    assert known.matrix.row("zero_shot") != (None, None)
+    assert known.matrix.row(TASKS[0])[1] is None and known.metrics["fwt_n_minus_1"] is None
+    runs.evaluate(known.checkpoints[0], known.run, "evaluation.general=true", locator="last", order=order)
+    cell = known.run / "predictions" / TASKS[0] / f"{TASKS[1]}.last"
+    assert {json.loads(line)["task"] for line in cell.with_suffix(".last.jsonl").read_text().splitlines()} == {TASKS[0]}
+    assert json.loads(cell.with_suffix(".last.json").read_text())["located"] is None
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ class Task:
     """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch.
 
     ``text_rows``: rows without an image are meant, also where most rows have one. ``raw``: files in other formats, of
-    which ``train`` and ``test`` are made.
+    which ``train`` and ``test`` are made. ``general``: a set of general ability, which is asked and never trained on;
+    it has no training file.
     """
 
     name: str
@@ -56,11 +57,13 @@ class Task:
     gold: Gold | None = None
     text_rows: bool = False
     raw: Raw | None = None
+    general: bool = False
 
     @property
     def made(self) -> tuple[tuple[Kind, Path], ...]:
-        """Training and test file, which raw files are made into."""
-        return ("train", self.train), ("test", self.test)
+        """Training and test file, which raw files are made into; a set of general ability has the latter alone."""
+        test: tuple[Kind, Path] = ("test", self.test)
+        return (test,) if self.general else (("train", self.train), test)
 
     @property
     def files(self) -> list[tuple[str, Path]]:
@@ -82,7 +85,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks in the order ``norm``; ``sources``: where files come from, by file or folder relative to the root."""
+    """Tasks in the order ``norm``; ``sources``: where files come from, by file or folder relative to the root.
+
+    ``general``: sets that are asked before training and after each task, if ``evaluation.general`` is set.
+    """
 
     name: str
     tasks: tuple[Task, ...]
@@ -90,6 +96,7 @@ class Benchmark:
     recipe: dict[str, Any]
     prepare: str | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    general: tuple[Task, ...] = ()
 
     @property
     def built_on_first_use(self) -> bool:
@@ -99,9 +106,10 @@ class Benchmark:
     @property
     def inputs(self) -> list[Path]:
         """What no command may write to: all files, and the image folders, each by a file in it."""
-        files = [path for task in self.tasks for _, path in task.files]
-        files += [path for task in self.tasks if task.raw is not None for path in (*task.raw.train, *task.raw.test)]
-        return files + [task.image_root / "image" for task in self.tasks]
+        tasks = [*self.tasks, *self.general]
+        files = [path for task in tasks for _, path in task.files]
+        files += [path for task in tasks if task.raw is not None for path in (*task.raw.train, *task.raw.test)]
+        return files + [task.image_root / "image" for task in tasks]
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises ClmoeError naming the nearest one."""
@@ -109,6 +117,16 @@ class Benchmark:
         if name not in by_name:
             raise ClmoeError(f"benchmark {self.name}: {unknown('task', name, by_name)}")
         return by_name[name]
+
+    def sets(self, names: Collection[str] | None = None) -> list[Task]:
+        """The tasks and sets of general ability of these names; None: all tasks, and the sets if the recipe asks."""
+        if names is None:
+            names = self.asked([task.name for task in self.tasks], self.recipe.get("evaluation", {}).get("general"))
+        return [task for task in (*self.tasks, *self.general) if task.name in names]
+
+    def asked(self, order: Sequence[str], general: bool | None) -> list[str]:
+        """The names of these tasks and, with ``general``, of the sets of general ability."""
+        return [*order, *(task.name for task in self.general if general)]
 
     def order(self, spec: str, seed: int) -> list[str]:
         """Task names: ``norm``, ``rev``, ``rand`` (by the SHA-256 of seed and name), or some, separated by commas."""
@@ -127,9 +145,9 @@ class Benchmark:
         return list(names)
 
     def missing_files(self, tasks: Collection[str] | None = None) -> list[str]:
-        """A line for every file of the tasks (None: of all) that does not exist: task, field, path and source."""
+        """A line for every file of these ``sets`` that does not exist: task, field, path and source."""
         lines = []
-        for task in (task for task in self.tasks if tasks is None or task.name in tasks):
+        for task in self.sets(tasks):
             for kind, path in task.files:
                 if not (path.is_file() or (kind.startswith("raw.") and path.is_dir())):
                     source = f", from {self.source(path)}" if self.source(path) else ""
@@ -137,7 +155,7 @@ class Benchmark:
         return lines
 
     def require_files(self, tasks: Collection[str] | None = None) -> None:
-        """Raise ClmoeError naming the first missing file of the tasks (None: of all), its task, field and source."""
+        """Raise ClmoeError naming the first missing file of these ``sets``, its task, field and source."""
         missing = self.missing_files(tasks)
         if missing:
             more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
@@ -196,6 +214,7 @@ class _BenchmarkEntry:
     recipe: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     tasks: list[_TaskEntry] = field(default_factory=list)
+    general: list[_TaskEntry] = field(default_factory=list)
 
 
 def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
@@ -214,19 +233,27 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
     folder = Path.cwd() if given or built_in else path.parent
     root = Path(os.path.abspath(folder / Path(given or entry.root).expanduser()))  # noqa: PTH100 (keeps users' links)
     listed = tuple(_task(task, root, f"{where}.tasks[{index}]") for index, task in enumerate(entry.tasks))
-    names = [task.name for task in listed]
+    general = tuple(
+        _task(task, root, f"{where}.general[{index}]", general=True) for index, task in enumerate(entry.general)
+    )
+    places = [f"{kind}[{index}]" for kind in ("tasks", "general") for index in range(len(getattr(entry, kind)))]
+    names = [task.name for task in (*listed, *general)]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise ClmoeError(f"{where}.tasks[{index}].name: {name!r} is used twice")
-    recipe = entry.recipe | ({"comparable": COMPARABLE} if entry.adapters == "comparable" else {})
-    benchmark = Benchmark(entry.name, listed, root, recipe, entry.prepare, entry.sources)
+            raise ClmoeError(f"{where}.{places[index]}.name: {name!r} is used twice")
+    asks = {"evaluation": {"general": True} | entry.recipe.get("evaluation", {})} if general else {}
+    recipe = entry.recipe | asks | ({"comparable": COMPARABLE} if entry.adapters == "comparable" else {})
+    benchmark = Benchmark(entry.name, listed, root, recipe, entry.prepare, entry.sources, general)
     if check_files and (root.exists() or not benchmark.built_on_first_use):
         benchmark.require_files()
     return benchmark
 
 
-def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
-    _require(entry, ("name", *(() if entry.raw else ("train", "test")), "images", "scorer"), where)
+def _task(entry: _TaskEntry, root: Path, where: str, *, general: bool = False) -> Task:
+    files = () if entry.raw else ("test",) if general else ("train", "test")
+    _require(entry, ("name", *files, "images", "scorer"), where)
+    if general and (entry.train or (entry.raw and entry.raw.train) or entry.passes > 1):
+        raise ClmoeError(f"{where}: a set of general ability is never trained on: remove 'train' and 'passes'")
     if not _NAME.fullmatch(entry.name) or entry.name in _RESERVED:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
     if min(entry.max_new_tokens, entry.passes) < 1:
@@ -250,15 +277,15 @@ def _task(entry: _TaskEntry, root: Path, where: str) -> Task:
     if END in entry.suffix or IMAGE_MARK in entry.suffix:
         raise ClmoeError(f"{where}.suffix: {entry.suffix!r} holds {END} or {IMAGE_MARK}; remove it")
     texts = (entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes)
-    raw = None if entry.raw is None else _raw(entry.raw, root, f"{where}.raw")
+    raw = None if entry.raw is None else _raw(entry.raw, root, f"{where}.raw", general=general)
     if raw is not None and {train, test} & {*raw.train, *raw.test}:
         raise ClmoeError(f"{where}: 'train' and 'test' are made of the raw files; give them names of their own")
-    return Task(entry.name, train, test, images, *texts, gold, entry.text_rows, raw)
+    return Task(entry.name, train, test, images, *texts, gold, entry.text_rows, raw, general)
 
 
-def _raw(entry: _RawEntry, root: Path, where: str) -> Raw:
+def _raw(entry: _RawEntry, root: Path, where: str, *, general: bool) -> Raw:
     """Files in other formats; a name with ``*`` stands for all files that it fits, in order of their names."""
-    _require(entry, ("train", "test"), where)
+    _require(entry, ("test",) if general else ("train", "test"), where)
     for name, column in entry.columns.items():
         if name not in COLUMNS or not isinstance(column, str):
             raise ClmoeError(

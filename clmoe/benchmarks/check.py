@@ -68,7 +68,7 @@ class Checked:
 def check_benchmark(
     benchmark: Benchmark, gold_problem: GoldProblem, tasks: Collection[str] | None = None, fits: Fits | None = None
 ) -> Checked:
-    """Read all rows, gold files and images (each image once) of the tasks (None: of all); nothing bad stops the check.
+    """Read all rows, gold files and images (each image once) of these ``Benchmark.sets``; nothing bad stops the check.
 
     ``fits`` judges the length of training records, None judges none.
     """
@@ -76,7 +76,7 @@ def check_benchmark(
     images: set[Path] = set()
     if result.bad and benchmark.prepare is not None:
         result.notes.append(f"`clmoe data prepare {benchmark.name}` builds what can be built")
-    for task in (task for task in benchmark.tasks if tasks is None or task.name in tasks):
+    for task in benchmark.sets(tasks):
         _check_task(task, result, images, gold_problem, fits)
     paths = sorted(images)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's global lock
@@ -89,8 +89,8 @@ def check_benchmark(
 def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: GoldProblem, fits: Fits | None) -> None:
     before, trained, repeated, questions = len(result.bad), 0, 0, list[Question]()
     asked: set[int] = set()  # hashes: a benchmark has a million questions
-    file, rows = result.source(task, "train")
-    if rows is not None or file.is_file():
+    file, rows = (task.train, None) if task.general else result.source(task, "train")
+    if rows is not None or (file.is_file() and not task.general):
         seen = Seen()
         with result.listing():
             for record in iterate_train(file, task.image_root, result.bad.append, fits=fits, seen=seen, rows=rows):

@@ -165,8 +165,8 @@ FORMAT = 1  # of what is made of them; a new number makes all of it again
 def prepare_raw(task: Task) -> list[str]:
     """Make training and test file of a task's raw files, and files of the images in them, unless they are up to date.
 
-    A file that nobody made here is left alone. Returns a line for each file that was written, and notes on its rows.
-    Raises ClmoeError that lists all bad rows; then neither file has been written.
+    A set of general ability has a test file alone. A file that nobody made here is left alone. Returns a line for each
+    file that was written, and notes on its rows. Raises ClmoeError that lists all bad rows; then no file was written.
     """
     if task.raw is None:
         return []
@@ -248,8 +248,10 @@ def _no_image(data: bytes) -> str:
 # ---- all benchmarks ----
 
 
-def _draw(benchmark: Benchmark) -> list[str]:
+def _draw(benchmark: Benchmark, tasks: Collection[str] | None = None) -> list[str]:
     build.prepare(benchmark.name, benchmark.root)
+    if tasks is None or any(task.general for task in benchmark.sets(tasks)):
+        build.prepare_general(benchmark.root)
     return []
 
 
@@ -267,10 +269,10 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
     """
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
-        _draw(benchmark)
+        _draw(benchmark, [] if tasks is None else tasks)
     benchmark.require_files(tasks)
-    for task in benchmark.tasks:
-        for line in prepare_raw(task) if tasks is None or task.name in tasks else ():
+    for task in benchmark.sets(tasks):
+        for line in prepare_raw(task):
             print(line, file=sys.stderr)
     return benchmark
 
@@ -279,7 +281,7 @@ def prepare_benchmark(benchmark: Benchmark) -> str:
     """What was built from the downloads that are there, a line each; ClmoeError adds the missing files."""
     lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()
-    lines += [] if missing else [line for task in benchmark.tasks for line in prepare_raw(task)]
+    lines += [] if missing else [line for task in benchmark.sets() for line in prepare_raw(task)]
     if missing:
         raise ClmoeError("\n".join([*lines, f"{len(missing)} file(s) are missing below {benchmark.root}:", *missing]))
     return "\n".join(lines)

@@ -32,7 +32,7 @@ COLUMNS = {
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files that are in no case in LLaVA's layout
 MARK = "<image>"
 SPEAKERS = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt"}
-FOR_SCORERS = ("answers", "answer_bbox", "captions", "size")
+FOR_SCORERS = ("answers", "answer_bbox", "captions", "size", "category")
 COCO_IMAGE = "{data_subtype}/COCO_{data_subtype}_{image_id:012d}.jpg"  # of VQA v2
 AT_ONCE = 256  # rows of a Parquet file or Arrow table, with their images
 

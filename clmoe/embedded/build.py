@@ -3,6 +3,7 @@
     <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png
     <root>/playground-cl4vqa/<task>/train.json, test.json and one images/ for all tasks
     <root>/<either>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
+    <root>/playground-coin/general/<set>/test.json, images/         sets of general ability, drawn when they are asked
 
 The marker `benchmark.json` is written last, and the finished folder appears by one rename. A folder whose marker is of
 another version or size is drawn anew.
@@ -11,7 +12,7 @@ another version or size is drawn anew.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +21,15 @@ from filelock import FileLock
 
 from clmoe.data.records import Turn
 from clmoe.embedded.scenes import SIDE, Scene, draw_distinct, render
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, POOL_SAMPLERS, TaskSpec, sample_scene, sample_turns
+from clmoe.embedded.tasks import (
+    CL4VQA_TASKS,
+    COIN_TASKS,
+    GENERAL_SETS,
+    POOL_SAMPLERS,
+    TaskSpec,
+    sample_scene,
+    sample_turns,
+)
 from clmoe.errors import ClmoeError
 from clmoe.utils.names import unknown
 
@@ -28,7 +37,7 @@ VERSION = 1
 """Of everything that decides the files; raise it with any change to scenes, tasks or mixture that shows in them."""
 
 MARKER = "benchmark.json"
-WARMUP = "warmup"
+WARMUP, GENERAL = "warmup", "general"
 WARMUP_TURNS = 4
 
 TASKS: dict[str, tuple[TaskSpec, ...]] = {"playground-coin": COIN_TASKS, "playground-cl4vqa": CL4VQA_TASKS}
@@ -43,7 +52,22 @@ def prepare(benchmark_name: str, target: Path) -> Path:
     """
     if benchmark_name not in TASKS:
         raise ClmoeError(unknown("embedded benchmark", benchmark_name, TASKS))
-    marker = _json({"name": benchmark_name, "version": VERSION, "rows": ROWS})
+    return _prepare(target, benchmark_name, lambda folder: _write(folder, benchmark_name))
+
+
+def prepare_general(root: Path) -> Path:
+    """Make sure that the sets of general ability lie in a folder below a benchmark's root; raises as ``prepare``."""
+
+    def write(folder: Path) -> None:
+        for general in GENERAL_SETS:
+            _write_task(folder, GENERAL, general, {"test": ROWS["test"]}, {})
+
+    return _prepare(root / GENERAL, GENERAL, write)
+
+
+def _prepare(target: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """The finished folder of this name and version, which ``write`` fills if it is not there."""
+    marker = _json({"name": name, "version": VERSION, "rows": ROWS})
     if _is_complete(target, marker):
         return target
     if target.exists() and not (target / MARKER).is_file():
@@ -52,9 +76,9 @@ def prepare(benchmark_name: str, target: Path) -> Path:
     with FileLock(target.with_name(f".{target.name}.lock")):  # of several processes one draws, the others wait
         if _is_complete(target, marker):
             return target
-        work = Path(tempfile.mkdtemp(prefix=f".{benchmark_name}.", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
         try:
-            _write(work, benchmark_name)
+            write(work)
             (work / MARKER).write_text(marker)
             work.chmod(0o755)
             if target.exists():  # of another version or size

@@ -1,5 +1,6 @@
 """What is asked about scenes: by the tasks of the two embedded benchmarks, and by the mixture that trained the base."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -295,3 +296,41 @@ def _legend(answer: str, names: tuple[str, ...], rng: Random) -> Turn:
     chosen.insert(rng.randint(0, len(chosen)), answer)
     legend = ", ".join(f"{letter} {name}" for letter, name in zip(scenes.LETTERS, chosen, strict=False))
     return _fill("legend", rng, legend=legend, letter=scenes.LETTERS[chosen.index(answer)])
+
+
+# ---- General ability: what the mixture taught the base, asked about scenes that are in nothing it was trained on
+
+_GENERAL: dict[str, dict[Sampler, tuple[str, ...]]] = {
+    "naming": {scenes.one_thing: ("colour", "shape", "ground"), scenes.one_pattern: ("pattern",)},
+    "counting": {scenes.some_things: ("amount", "figure")},
+    "reading": {scenes.one_word: ("reading",), scenes.one_digit: ("handwriting",)},
+    "linking": {scenes.one_thing: ("mood", "likeness", "manner")},
+}
+"""Skills of the mixture by kind of image."""
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def _ask_general(skills: dict[str, tuple[str, ...]], scene: Scene, rng: Random) -> list[Turn]:
+    """One of the skills' wordings whose answer states one fact; that fact is the expected answer."""
+    known = {"word": scene.lettering.word} if scene.lettering else {}
+    if scene.handwriting:
+        value = digit_value(scene.handwriting.source)
+        known = {"digit": scenes.DIGIT_WORDS[value], "figure": str(value)}
+    if scene.pattern:
+        known = {"pattern": scene.pattern.name, "object": scenes.PATTERNS[scene.pattern.name]}
+    known = known or facts(scene)
+    asked = [(question, _FIELD.findall(answer)) for skill in skills[scene.kind] for question, answer in SKILLS[skill]]
+    question, (fact,) = rng.choice([pair for pair in asked if len(pair[1]) == 1])
+    return [Turn(question, known[fact])]
+
+
+_KINDS: dict[Sampler, str] = {scenes.one_pattern: "pattern", scenes.one_word: "word", scenes.one_digit: "digit"}
+
+GENERAL_SETS = tuple(
+    TaskSpec(
+        name,
+        tuple(skills),
+        partial(_ask_general, {_KINDS.get(sampler, "things"): own for sampler, own in skills.items()}),
+    )
+    for name, skills in _GENERAL.items()
+)

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clmoe.bases.inputs import AnswersFit, answer_letters, image_order, prompt_dataset, prompt_inputs, to_device
+from clmoe.bases.inputs import answer_letters, image_order, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, load_base
 from clmoe.bases.stack import CACHE
-from clmoe.benchmarks.base import Benchmark, Task, train_records
+from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.config import Config, LocatorConfig
 from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.images import to_rgb
@@ -37,6 +37,7 @@ from clmoe.locators.base import Asked, Locator
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
 from clmoe.train.checkpoint import Finished, read_checkpoint
+from clmoe.train.task import answers_fit, training_records
 from clmoe.utils.names import unknown
 from clmoe.utils.processes import device, from_main, in_order
 from clmoe.utils.schema import told
@@ -291,9 +292,8 @@ def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark:
 def fit_tasks(answerer: Answerer, config: Config, tasks: Sequence[Task]) -> None:
     """Add these tasks to the answerer's locator, from their training data."""
     locator, features = cast(Locator, answerer.own), []
-    fits = AnswersFit(answerer.base.encoder, config.training.max_length)
     for task in tasks:
-        records = train_records(task, config.training.on_bad_record, fits)
+        records = training_records(config, task, answers_fit(config, answerer.base))
         features.append(answerer.store.of_training(answerer.model, records, task.image_root, config))
 
     def fit() -> dict[str, Tensor]:

@@ -13,8 +13,14 @@ model). Papers divide the same sum by different numbers, so a name here says its
     immediate_known   mean_i K[i]
     bwt_known         mean_i (A[N][i] - K[i]), over all N              LLaVA-CMoE
 
-``K[i]`` is the score on task i right after its training, with the right router given. A metric is None if a cell that
-it needs was not measured.
+``K[i]`` is the score on task i right after its training, with the right router given. ``G[t]`` is the mean score on the
+benchmark's sets of general ability, which no task trains, after task t:
+
+    general_zero_shot  G[0]
+    general_last       G[N]
+    general_change     G[N] - G[0]                                     negative: general ability was lost
+
+A metric is None if a cell that it needs was not measured.
 """
 
 import math
@@ -35,6 +41,7 @@ METRICS = (
     "last", "immediate", "maa", "bwt_n", "bwt_n_minus_1", "forgetting_max", "fwt_n_minus_1", "immediate_known",
     "bwt_known",
 )  # fmt: skip
+GENERAL_METRICS = ("general_zero_shot", "general_last", "general_change")
 ONE_TASK = ("last", "immediate", "maa", "bwt_n", "immediate_known", "bwt_known")  # do not compare tasks
 Scores = tuple[float | None, ...]
 Unit = Literal["percent", "fraction"]
@@ -97,6 +104,13 @@ def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | No
     }
     means = {name: _mean(of_one) for name, of_one in values.items()}
     return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+
+
+def general_metrics(rows: Mapping[str, Scores], last: str) -> dict[str, float | None]:
+    """Those of ``GENERAL_METRICS``; ``rows`` as of ``read_general_csv``, ``last`` is the last task trained."""
+    before, after = (_mean(np.array(rows.get(stage, ()), dtype=float)) for stage in (ZERO_SHOT, last))
+    values = zip(GENERAL_METRICS, (before, after, after - before), strict=True)
+    return {name: None if math.isnan(value) else float(value) for name, value in values}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -180,6 +194,20 @@ def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
 def write_immediate_csv(path: Path, tasks: Sequence[str], scores: Sequence[float | None]) -> None:
     """Write the one-row file that ``read_immediate_csv`` reads; scores [N] in the order of ``tasks``."""
     _write_table(path, tasks, [("immediate", scores)])
+
+
+def read_general_csv(path: Path, order: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Scores]]:
+    """The sets of general ability, and their scores by stage: ``zero_shot`` or a task. Raises as ``read_csv``."""
+    sets, lines = _read_table(path)
+    rows = {after: scores for _, after, scores in lines}
+    if odd := [f"row {line}: {after!r}" for line, after, _ in lines if after not in (ZERO_SHOT, *order)]:
+        raise ClmoeError(f"{path}, {odd[0]} is neither {ZERO_SHOT!r} nor a task of {', '.join(order)}")
+    return sets, rows
+
+
+def write_general_csv(path: Path, sets: Sequence[str], rows: Mapping[str, Scores]) -> None:
+    """Write the file that ``read_general_csv`` reads; its rows may be fewer than the stages."""
+    _write_table(path, sets, list(rows.items()))
 
 
 def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Scores]]]:

@@ -194,6 +194,45 @@ def _official_states(prediction: str, gold: str) -> float:
     return 0.0 if _SKIPPED in prediction else sum(part in named for part in parts) / len(parts)
 
 
+# ---- Yes or no
+
+_YES_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
+
+
+def pope(prediction: str, question: Question, mode: Mode) -> float:
+    """POPE: yes or no. ``fixed`` takes the first of these words; an answer without one is wrong.
+
+    ``official`` reads up to the first full stop: it is "no" if it has the word "No", "no" or "not" between blanks, and
+    otherwise "yes", whatever it is.
+    """
+    if mode == "fixed":
+        return float(_said(prediction) == _yes_or_no(question))
+    words = prediction.split(".")[0].replace(",", "").split(" ")
+    return float(("no" if {"No", "no", "not"} & {*words} else "yes") == _yes_or_no(question))
+
+
+def mme(prediction: str, question: Question, mode: Mode) -> float:
+    """MME: yes or no, as ``pope``. ``official`` looks for "yes", then for "no", in the first four characters."""
+    said, gold = _said(prediction), _yes_or_no(question)
+    if not isinstance(question.extra.get("category"), str):
+        raise unfit(question, "category", "the name of MME's subtask, such as 'existence'")
+    if mode == "official":
+        said = next((word for word in ("yes", "no") if word in prediction.lower()[:4]), None)
+    return float(said == gold)
+
+
+def _said(prediction: str) -> str | None:
+    match = _YES_NO.search(prediction)
+    return None if match is None else {"yes": "yes"}.get(match[0].lower(), "no")
+
+
+def _yes_or_no(question: Question) -> str:
+    gold = _plain(question.answer)
+    if gold not in ("yes", "no"):
+        raise unfit(question, "answer", "yes or no")
+    return gold
+
+
 # ---- VQA accuracy, with the normaliser of VQA's evaluation server
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

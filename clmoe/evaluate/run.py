@@ -7,11 +7,10 @@ and what it depends on: a cell of the accuracy matrix. It is answered or scored 
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,29 @@ from clmoe.config import Config
 from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answer, Answerer, open_answerer
-from clmoe.evaluate.matrix import ZERO_SHOT, AccuracyMatrix, metrics, write_immediate_csv
+from clmoe.evaluate.matrix import (
+    ZERO_SHOT,
+    AccuracyMatrix,
+    Scores,
+    general_metrics,
+    metrics,
+    write_general_csv,
+    write_immediate_csv,
+)
+from clmoe.evaluate.record import record_checkpoint
 from clmoe.evaluate.rules import Mode
-from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer
+from clmoe.evaluate.scoring import PAIRED, check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.forward import feature_folder
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator
 from clmoe.methods import method_class
-from clmoe.methods.base import EXPANSION, STATISTICS, Method
+from clmoe.methods.base import Method
 from clmoe.train.checkpoint import Finished
 from clmoe.utils import files
 from clmoe.utils.files import csv_text, json_sha256, read_json, write_json, write_text
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed, write_timing
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import count, from_main, rank
-from clmoe.utils.tensors import load_tensors
 
 
 def evaluate_checkpoint(
@@ -59,7 +66,8 @@ def evaluate_checkpoint(
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
-        tasks: of ``order``; by default all learned ones (the base: all), and with parts the newest again as oracle.
+        tasks: of ``order``; by default all learned ones (the base: all), with parts the newest again as oracle, and
+            with ``evaluation.general`` what ``asked_besides`` names.
 
     Raises ClmoeError before the first answer: another base or order, or a question cannot be read or scored.
     """
@@ -69,12 +77,13 @@ def evaluate_checkpoint(
     from_main(lambda: check_run_order(run, order))
     method = method_class(config.method)
     other = config.locator.name if done is not None and config.locator.name != done.locator.name else ""
-    wanted = [(name, other) for name in names]
+    wanted = [(task, other) for task in map(benchmark.task, names)]
     if method.keeps_parts and learned and not tasks and not other and config.locator.name != "oracle":
-        wanted.append((learned[-1], "oracle"))
+        wanted.append((benchmark.task(learned[-1]), "oracle"))
+    wanted += [] if tasks else [(task, other) for task in asked_besides(benchmark, config, order, learned)]
     identity = base_fingerprint(resolve_model_path(config.model.path)) if done is None else done.identity
     limit = config.evaluation.limit if learned and learned[-1] != order[-1] else None
-    cells = [Cell(run, benchmark.task(n), by, scoring, limit, config, identity, learned) for n, by in wanted]
+    cells = [Cell(run, task, by, scoring, limit, config, identity, learned) for task, by in wanted]
     missing = from_main(lambda: [cell for cell in cells if not cell.settled()])
     if missing:
         answerer = open_answerer(config, done, base, feature_folder(run), benchmark)
@@ -85,7 +94,8 @@ def evaluate_checkpoint(
 
     def record() -> str:
         always_known = method.keeps_parts and config.locator.name == "oracle"
-        write_tables(run, order, other, scoring=scoring, untrained=method.chain == "none", always_known=always_known)
+        sets, untrained = benchmark.asked([], general=True), method.chain == "none"
+        write_tables(run, order, other, sets, scoring=scoring, untrained=untrained, always_known=always_known)
         write_timing(run)
         write_run_info(run, benchmark, config, order, scoring, done)
         if done is not None:
@@ -96,19 +106,32 @@ def evaluate_checkpoint(
     return from_main(record), base
 
 
+def asked_besides(benchmark: Benchmark, config: Config, order: list[str], learned: list[str]) -> list[Task]:
+    """With ``evaluation.general``: the task after the learned ones, for forward transfer, and sets of general ability.
+
+    The locator chooses a part for such a question as for any other. The oracle has no answer for it, so of a method
+    with parts under the oracle nothing is asked but the bare base.
+    """
+    parts = bool(learned) and method_class(config.method).keeps_parts
+    if not config.evaluation.general or (parts and config.locator.name == "oracle"):
+        return []
+    following = [task for before, task in pairwise(order) if learned and before == learned[-1]]
+    return [*map(benchmark.task, following), *benchmark.general]
+
+
 def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Raise ClmoeError unless every name is a task of the benchmark whose scorer is known and can run here."""
-    for name in names:
-        check_scorer(benchmark.task(name).scorer)
+    """Raise ClmoeError unless the scorer of each of these ``sets`` of the benchmark is known and can run here."""
+    for task in benchmark.sets(names):
+        check_scorer(task.scorer)
 
 
 def check_questions(benchmark: Benchmark, names: Sequence[str], *, images: bool = False) -> list[Question]:
-    """The tasks' questions. Raises ClmoeError, naming file and row or question, unless all can be read and scored.
+    """The sets' questions. Raises ClmoeError, naming file and row or question, unless all can be read and scored.
 
     Their images must exist only with ``images``.
     """
     found = []
-    for task in map(benchmark.task, names):
+    for task in benchmark.sets(names):
         questions = task_questions(task, images=images)
         _check_gold(task, questions, "fixed")
         found += questions
@@ -165,7 +188,7 @@ class Cell:
         return summary_path(self.run, self.after, self.task.name, self.locator)
 
     def questions(self, *, images: bool) -> list[Question]:
-        return sampled(task_questions(self.task, images=images), self.limit)
+        return sampled(task_questions(self.task, images=images), None if self.task.scorer in PAIRED else self.limit)
 
     def answer_settings(self, questions: list[Question]) -> dict[str, Any]:
         """All that the answers depend on."""
@@ -239,11 +262,11 @@ class Cell:
             }
             for question, answer in zip(questions, answers, strict=True)
         ]
-        located = Counter(row["task"] for row in rows if row["task"] is not None)
+        located, task = Counter(row["task"] for row in rows if row["task"] is not None), self.task.name
         summary = {
             "questions": len(rows),
             "redone": sum(answer.redone for answer in answers),
-            "located": 100 * located[self.task.name] / len(rows) if located else None,
+            "located": 100 * located[task] / len(rows) if located and task in self.learned else None,
             "locators": {finder.config.name: located} if finder is not None and (finder.looks or finder.asks) else {},
         }
         self.path.unlink(missing_ok=True)  # an older summary must never stand beside these answers
@@ -370,6 +393,7 @@ def write_tables(
     run: Path,
     order: list[str],
     locator: str = "",
+    sets: Sequence[str] = (),
     *,
     scoring: Mode = "fixed",
     untrained: bool = False,
@@ -377,11 +401,12 @@ def write_tables(
 ) -> None:
     """Write ``matrix.csv``, ``immediate.csv``, ``locator.csv`` and ``metrics.json`` from the run's cells.
 
-    The matrix shows cells of ``locator`` where there are none of the checkpoints' own. ``untrained``: the sequence ends
-    as it began. ``always_known``: the matrix itself is measured with the task known.
+    The matrix shows cells of ``locator`` where there are none of the checkpoints' own. ``sets`` of general ability that
+    were asked go to ``general.csv``. ``untrained``: the sequence ends as it began. ``always_known``: the matrix itself
+    is measured with the task known.
     """
     stages = (ZERO_SHOT, *order)
-    if any(summary_path(run, after, task).is_file() for after in stages for task in order):
+    if any(summary_path(run, after, task).is_file() for after in order for task in order):
         locator = ""
 
     def summary(after: str, task: str, by: str) -> dict[str, Any]:
@@ -392,10 +417,12 @@ def write_tables(
         found = summary(after, task, by)
         return found.get("score") if found["settings"]["scoring"] == scoring else None
 
-    rows = {after: tuple(score(after, task, locator) for task in order) for after in stages}
-    rows = {after: scores for after, scores in rows.items() if set(scores) != {None}}
-    if untrained and list(rows) == [ZERO_SHOT]:
-        rows[order[-1]] = rows[ZERO_SHOT]
+    def scores_of(names: Sequence[str]) -> dict[str, Scores]:
+        rows = {after: tuple(score(after, n, locator if after in order else "") for n in names) for after in stages}
+        rows = {after: scores for after, scores in rows.items() if {*scores} != {None}}
+        return rows | {order[-1]: rows[ZERO_SHOT]} if untrained and list(rows) == [ZERO_SHOT] else rows
+
+    rows, general = scores_of(order), scores_of(sets) if sets else {}
     known = [score(task, task, locator if always_known else "oracle") for task in order]
     if set(known) != {None}:
         write_immediate_csv(run / "immediate.csv", order, known)
@@ -403,7 +430,8 @@ def write_tables(
         (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
     located = [
         (after, finder, task, name, counts[name])
-        for after, task in product(order, order)
+        for number, after in enumerate(order)
+        for task in order[: number + 1]
         for finder, counts in summary(after, task, locator).get("locators", {}).items()
         for name in order
         if name in counts
@@ -412,35 +440,8 @@ def write_tables(
         write_text(run / "locator.csv", csv_text([("after", "locator", "task", "located", "count"), *located]))
     matrix = AccuracyMatrix(tuple(order), rows)
     matrix.write_csv(run / "matrix.csv")
-    write_json(run / "metrics.json", metrics(matrix, known))
-
-
-def record_checkpoint(run: Path, done: Finished, order: list[str]) -> None:
-    """Copy what a report needs of a checkpoint into the run folder; doing it again changes nothing.
-
-    ``parameters.csv``: trained in a task, and stored after it. ``expansion.json``: the plan of a method that grows.
-    ``usage.csv``: each expert's share of its block's router weight on a task's data, right after that task's training.
-    """
-    lineage, newest = done.lineage, done.lineage.tasks[-1]
-    trained = [newest, lineage.trainable_parameters, lineage.adapter_parameters]
-    _merge_rows(run / "parameters.csv", ["task", "trainable", "stored"], [trained], order)
-    if (done.folder / STATISTICS).is_file():
-        usage: list[list[Any]] = []
-        for key, shares in sorted(load_tensors(done.folder / STATISTICS).items()):
-            if match := re.fullmatch(r"(\d+)\.(.+)\.gate_mean", key):
-                task = lineage.tasks[int(match[1])]
-                usage += [[task, match[2], i, f"{share:.6f}"] for i, share in enumerate(shares.tolist())]
-        _merge_rows(run / "usage.csv", ["task", "block", "expert", "share"], usage, order)
-    if (done.folder / EXPANSION).is_file():
-        path = run / "expansion.json"
-        # the plan ends with the checkpoint's own task; that of an older one must not shorten the run's
-        plan = [*(read_json(path) if path.is_file() else []), *read_json(done.folder / EXPANSION)]
-        entries = {entry["task"]: entry for entry in plan}
-        write_json(path, [entries[task] for task in order if task in entries])
-
-
-def _merge_rows(path: Path, header: list[str], rows: list[list[Any]], order: list[str]) -> None:
-    """Replace the rows of these tasks (the first column) in a table, which is in the order of the run."""
-    new = {row[0] for row in rows}
-    old = [cells for _, cells in files.read_csv(path)[1:] if cells[0] not in new] if path.is_file() else []
-    write_text(path, csv_text([header, *(row for task in order for row in [*old, *rows] if row[0] == task)]))
+    found = metrics(matrix, known)
+    if general:
+        write_general_csv(run / "general.csv", sets, general)
+        found |= general_metrics(general, order[-1])
+    write_json(run / "metrics.json", found)

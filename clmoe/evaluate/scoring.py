@@ -5,7 +5,8 @@ scored: the mean of fewer figures would be another metric under the same name.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -29,14 +30,18 @@ SCORERS: dict[str, Scorer] = {
     "contains_answer": rules.contains_answer,
     "science": rules.science,
     "stock": rules.stock,
+    "pope": rules.pope,
+    "mme": rules.mme,
 }
+PAIRED = ("mme",)
+"""Rules that need all questions about an image: a sample of the questions would be another score."""
 CAPTIONS = "captions"
 """The one rule that needs all answers of a task at once."""
 
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """The score of a list of answers (not always the mean of its rows), of each one, and the parts it consists of."""
+    """The score of a list of answers (not always the mean of its rows), of each one, and the figures beside it."""
 
     score: float
     rows: list[float]
@@ -89,7 +94,7 @@ def score_answers(
     if scorer == CAPTIONS:
         return captions(predictions, questions, mode)
     rows = [SCORERS[scorer](text, question, mode) for text, question in zip(predictions, questions, strict=True)]
-    return CorpusScore(sum(rows) / len(rows), rows, {})
+    return _TOTALS[scorer](rows, questions) if scorer in _TOTALS else CorpusScore(sum(rows) / len(rows), rows, {})
 
 
 def shown_answer(question: Question) -> str:
@@ -102,6 +107,48 @@ def _check_name(scorer: str) -> None:
     if scorer not in (*SCORERS, CAPTIONS):
         raise ClmoeError(unknown("scorer", scorer, (*SCORERS, CAPTIONS)))
 
+
+# ---- POPE and MME
+
+
+def _pope(rows: list[float], questions: Sequence[Question]) -> CorpusScore:
+    """Accuracy; parts in percent: precision, recall and F1 of "yes", and its share among the answers (Li et al., 2023).
+
+    A wrong answer to a question whose answer is no counts as yes.
+    """
+    asked = [question.answer.strip().lower().startswith("yes") for question in questions]
+    right = sum(row for row, yes in zip(rows, asked, strict=True) if yes)
+    wrong = sum(1 - row for row, yes in zip(rows, asked, strict=True) if not yes)
+    said, expected = right + wrong, sum(asked)
+    parts = {
+        "precision": right / said if said else 0.0,
+        "recall": right / expected if expected else 0.0,
+        "F1": 2 * right / (said + expected) if said + expected else 0.0,
+        "yes": said / len(rows),
+    }
+    return CorpusScore(sum(rows) / len(rows), rows, {name: 100 * value for name, value in parts.items()})
+
+
+_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def _mme(rows: list[float], questions: Sequence[Question]) -> CorpusScore:
+    """MME (Fu et al., 2023): a subtask's score is its accuracy plus the share of images with all answers right, at most
+    200; parts: of each subtask, and the sums ``perception`` and ``cognition``. The score is their mean, out of 100.
+    """
+    answers: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row, question in zip(rows, questions, strict=True):
+        answers[question.extra["category"]][question.image].append(row)
+    parts = {}
+    for category, images in sorted(answers.items()):
+        asked = [row for own in images.values() for row in own]
+        parts[category] = 100 * (sum(asked) / len(asked) + sum(map(min, images.values())) / len(images))
+    score = sum(parts.values()) / len(parts) / 200
+    cognition = sum(value for name, value in parts.items() if name in _COGNITION)
+    return CorpusScore(score, rows, parts | {"perception": sum(parts.values()) - cognition, "cognition": cognition})
+
+
+_TOTALS: dict[str, Callable[[list[float], Sequence[Question]], CorpusScore]] = {"pope": _pope, "mme": _mme}
 
 # ---- Captions
 

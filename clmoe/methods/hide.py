@@ -32,11 +32,11 @@ class Options:
 
     Attributes:
         temperature: tau of the softmax over the tasks, 0.1.
-        variant: below the last block, add up the tasks' products B A (``paper``) or their factors (``released``).
+        variant: below the last block, add up the tasks' products B A (``published``) or their factors (``released``).
     """
 
     temperature: Positive = 0.1
-    variant: Literal["paper", "released"] = "paper"
+    variant: Literal["published", "released"] = "published"
 
 
 class HiDe(Disco):
@@ -54,7 +54,7 @@ class HiDe(Disco):
         super().end_task(context)
         config = expert_config(context.model)
         for layer in expert_layers(context.model).values():
-            if self.options.variant == "paper" or int(layer.block) >= config.pick_from:
+            if self.options.variant == "published" or int(layer.block) >= config.pick_from:
                 continue
             for experts in layer.experts.values():
                 A, B = experts.packed()

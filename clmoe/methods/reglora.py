@@ -6,9 +6,9 @@ With ``dW_t = B_t A_t`` the update of task ``t``, which trains on a base that ho
 - task ``t`` is trained with ``L = L_CE + lambda * mean over linears of mean over (i, j) in M_1 u .. u M_{t-1} of
   |(B_t A_t)_ij|``; LoRA's factor ``s`` is no part of the penalty.
 
-SEFE's other half, answer-style diversification (ASD), rewrites a benchmark's data and is not here. The released code
-appends ``M_t`` to the list of the older ones, so that an entry of several tasks counts several times in the mean:
-``variant: released``.
+SEFE's other half, answer-style diversification, rewrites a task's data: ``training.asd``, see ``clmoe.data.styles``.
+The released code appends ``M_t`` to the list of the older ones, so that an entry of several tasks counts several times
+in the mean: ``variant: released``.
 """
 
 from dataclasses import dataclass

@@ -15,23 +15,35 @@ SHOWN = {
     "bwt_n_minus_1": "BWT, divided by N - 1 (points)",
     "located": "Questions located right at the end (%)",
 }
-COSTS: dict[str, Callable[[float], str]] = {
-    "numbers": "{:,.0f}".format,
-    "bytes": "{:,.0f}".format,
-    "feature_ms": "{:.2f}".format,
-    "decision_ms": "{:.3f}".format,
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "numbers": ("numbers stored", "{:,.0f}".format),
+    "bytes": ("bytes stored", "{:,.0f}".format),
+    "feature_ms": ("feature (ms)", "{:.2f}".format),
+    "decision_ms": ("decision (ms)", "{:.3f}".format),
 }
+LEAD = """Each trained run is evaluated under each locator, which finds the task of a test question; nothing is trained
+again. Last accuracy: mean score over the tasks at the end. BWT: score at the end less the score right after a task's
+training, over all tasks but the last; negative is forgetting. `oracle` is told the task (what perfect location would
+give), `last` takes the newest (no location), `random` any (chance)."""
 Results = Mapping[tuple[str, int], list[Found]]  # (method, seed) -> its locators
 
 
-def write_matrix(results: Results, output: Path) -> str:
+def write_matrix(results: Results, output: Path, benchmark: str) -> str:
     """Write ``matrix.md``, ``matrix.csv``, ``confusion.csv`` and the heat map; returns the tables as text."""
     scores, confusion = scores_frame(results), confusion_frame(results)
     tables = [*(score_table(scores, name) for name in SHOWN), task_table(confusion), cost_table(scores)]
     output.mkdir(parents=True, exist_ok=True)
     for name, frame in (("matrix", scores), ("confusion", confusion)):
         write_text(output / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
-    write_text(output / "matrix.md", "\n".join(f"## {table.title}\n\n{to_markdown(table)}\n" for table in tables))
+    seeds = list(dict.fromkeys(scores["seed"].astype(str)))
+    over = f"Seed {seeds[0]}."
+    if len(seeds) > 1:
+        over = f"Mean ± sample standard deviation over the seeds {', '.join(seeds)}."
+    tasks = ", ".join(dict.fromkeys(confusion["task"]))
+    head = f"# Methods by locators: {benchmark}\n\n{LEAD}\n\nTasks in the order of their training: {tasks}. {over}\n"
+    parts = [head, "![Methods by locators](matrix.png)\n"]
+    parts += [f"## {table.title}\n\n{to_markdown(table)}\n" for table in tables]
+    write_text(output / "matrix.md", "\n".join(parts))
     plots.save(picture(scores), [output / "matrix.png", output / "matrix.svg"])
     return "\n".join(to_text(table) for table in tables)
 
@@ -83,9 +95,10 @@ def task_table(confusion: pd.DataFrame) -> Table:
 def cost_table(scores: pd.DataFrame) -> Table:
     """A row per locator: numbers and bytes that it stores, milliseconds per question; mean over methods and seeds."""
     means = scores.groupby("locator", sort=False)[list(COSTS)].mean()
-    for name, show in COSTS.items():
+    for name, (_, show) in COSTS.items():
         means[name] = means[name].astype(object).map(show)
-    return Table("What a locator stores, and takes per question (ms)", means.reset_index())
+    means = means.rename(columns={name: title for name, (title, _) in COSTS.items()})
+    return Table("What a locator stores at the end, and takes per question", means.reset_index())
 
 
 def picture(scores: pd.DataFrame) -> plots.Picture:

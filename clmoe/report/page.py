@@ -89,12 +89,15 @@ def default_folder(runs: Sequence[Path]) -> Path:
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
     """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
     comparison, costs, scores, located, *matrices = tables.report_tables(groups)
-    settings, formats, tuned = tables.settings_frame(groups), formats_frame(groups), tables.tuned_frame(groups)
+    settings, formats, general = tables.settings_frame(groups), formats_frame(groups), tables.general_frame(groups)
+    ability = plots.general(groups, general), [tables.general_table(groups, general)]
+    tuned = tables.tuned_frame(groups)
     found = [
         Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
         Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
         Section("matrices", "Accuracy matrices", tables.matrices_frame(groups), plots.matrices(groups), matrices),
         Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
+        Section("general", "General ability", general, *ability),
         Section("losses", "Training loss", tables.run_frame(groups, "losses"), plots.losses(groups)),
         Section("measured", "Numbers of the methods", tables.run_frame(groups, "measured"), plots.measured(groups)),
         Section("answers", "Answers then and now", counts, plots.answers(counts)),

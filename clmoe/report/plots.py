@@ -171,6 +171,18 @@ def forgetting(groups: Sequence[Group]) -> Picture:
     return Picture("forgetting", panels, drawn | {n: REFERENCES[n] for n in map(str, levels.dropna(axis=1, how="all"))})
 
 
+def general(groups: Sequence[Group], frame: pd.DataFrame) -> Picture:
+    """One panel per set of general ability: its score after each stage, a line per label, the deviation as a band."""
+    found, panels = tables.over_seeds(frame, ["label", "set", "after"]), []
+    stages = [stage for stage in (ZERO_SHOT, *groups[0].runs[0].order) if stage in set(found["after"])]
+    drawn = styles(groups, found["label"])
+    for name, own in found.groupby("set", sort=False):
+        means, stds = (own.pivot(index="label", columns="after", values=value) for value in ("mean", "std"))
+        means, stds = (values.reindex(index=list(drawn), columns=stages) for values in (means, stds))
+        panels.append(Panel(str(name), means, (2.65, 1.95), partial(_lines, drawn=drawn, stds=stds.fillna(0.0))))
+    return Picture("general", panels, drawn)
+
+
 def losses(groups: Sequence[Group]) -> Picture:
     """One panel per task: the training loss, mean over the seeds, a line per label; not of probes and the like."""
     return _curves("losses", groups, [], "loss", "log")
@@ -251,7 +263,9 @@ def heat_panel(title: str, cells: pd.DataFrame, top: float = 100, stds: pd.DataF
     """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them; `stds` are beside."""
     longest, widest = (max(map(len, _short(names))) for names in (cells.index, cells.columns))
     row = 0.28 if len(cells) <= 40 else 0.09
-    size = (min(WIDTH, 0.4 + 0.065 * longest + 0.44 * len(cells.columns)), 0.5 + 0.045 * widest + row * len(cells))
+    column = 0.44 if stds is None or stds.isna().all(axis=None) else 0.68
+    wide = max(column * len(cells.columns), 0.075 * len(title))
+    size = (min(WIDTH, 0.4 + 0.065 * longest + wide), 0.5 + 0.045 * widest + row * len(cells))
     return Panel(title, cells, size, partial(_heat, top=top, numbers=row > 0.1, stds=stds))
 
 

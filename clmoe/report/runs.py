@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,14 @@ import pandas as pd
 
 from clmoe.config import build, read_yaml
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.matrix import AccuracyMatrix, Scores, metrics, read_immediate_csv
+from clmoe.evaluate.matrix import (
+    AccuracyMatrix,
+    Scores,
+    general_metrics,
+    metrics,
+    read_general_csv,
+    read_immediate_csv,
+)
 from clmoe.evaluate.run import RunInfo
 from clmoe.methods import method_class
 from clmoe.utils.files import read_csv, read_json
@@ -31,6 +38,7 @@ class Run(RunInfo):
         expansion   task, block, added, probe, limit: the most active probe, and the limit that it had to exceed
         usage       task, block, expert, kind, share: kind is "expert" or "probe"
         located     after, locator, task, located, count
+        general     after, set, value: of sets of general ability; ``after`` is "zero_shot" or a task
         losses      task, phase, step, loss: of training; phase "" did not end
         measured    task, phase, step, name, value: what the method logged besides
 
@@ -48,6 +56,7 @@ class Run(RunInfo):
     expansion: pd.DataFrame
     usage: pd.DataFrame
     located: pd.DataFrame
+    general: pd.DataFrame
     losses: pd.DataFrame
     measured: pd.DataFrame
     settings: dict[str, Any]
@@ -104,6 +113,8 @@ def read_run(folder: Path) -> Run:
         found, wanted = ", ".join(matrix.tasks), ", ".join(order)
         raise ClmoeError(f"{folder / 'matrix.csv'}, header: columns {found} are not the order in run.json ({wanted})")
     immediate = read_immediate_csv(known, order) if known.exists() else None
+    asked = folder / "general.csv"
+    sets, general = read_general_csv(asked, order) if asked.exists() else ((), {})
     events = read_events(folder / "events.jsonl")
     expansion, tried = _read_expansion(folder / "expansion.json", order)
     used = _read_table(folder / "usage.csv", {"task": order, "block": str, "expert": int}, {"share": float})
@@ -116,13 +127,14 @@ def read_run(folder: Path) -> Run:
         path=folder,
         matrix=matrix,
         immediate=immediate,
-        metrics=metrics(matrix, immediate),
+        metrics=metrics(matrix, immediate) | (general_metrics(general, order[-1]) if sets else {}),
         peak_memory_mib=max((e.get("peak_cuda_mib", e.get("peak_rss_mib", 0)) for e in events), default=0) or None,
         parameters=_read_table(folder / "parameters.csv", {"task": order}, {"trainable": int, "stored": int}),
         expansion=expansion,
         usage=used if tried.empty else tried,
         located=_read_table(folder / "locator.csv", located, {"count": int}),
         minutes=read_json(timing)["minutes"] if timing.exists() else None,
+        general=_long(sets, general),
         losses=steps[is_loss].drop(columns="name").rename(columns={"value": "loss"}),
         measured=steps[~is_loss],
         settings=_read_settings(folder),
@@ -157,6 +169,11 @@ def block_names(blocks: Iterable[str]) -> dict[str, str]:
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in blocks}
     ordered = sorted(parts, key=parts.__getitem__)
     return {name: re.sub(r"^.*layers\.(\d+)\.?", r"layer \1 ", name).strip() for name in ordered}
+
+
+def _long(sets: Sequence[str], rows: Mapping[str, Scores]) -> pd.DataFrame:
+    found = [(after, name, score) for after, scores in rows.items() for name, score in zip(sets, scores, strict=True)]
+    return pd.DataFrame(found, columns=["after", "set", "value"]).astype({"value": float})
 
 
 def _read_steps(events: list[dict[str, Any]]) -> pd.DataFrame:

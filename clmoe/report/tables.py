@@ -10,13 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from clmoe.evaluate.matrix import METRICS, ZERO_SHOT
+from clmoe.evaluate.matrix import GENERAL_METRICS, METRICS, ZERO_SHOT
 from clmoe.report.answers import majority_shares
 from clmoe.report.runs import Group, Run, group_runs
 
 BLANK = "–"
-# fwt_n_minus_1 needs a zero-shot row, which few runs have; it stands in report.csv and in `clmoe metrics`.
-COMPARED = [name for name in METRICS if name != "fwt_n_minus_1"]
 SPENT = [
     "adapter_parameters", "active_parameters", "locator_parameters", "stored_bytes", "stored_samples",
     "training_flops", "question_flops",
@@ -27,7 +25,7 @@ UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
 CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
-_OF_WHAT_WAS_LEARNED = {"forgetting_max", "bwt_n", "bwt_n_minus_1", "bwt_known"}
+_OF_WHAT_WAS_LEARNED = {"forgetting_max", "bwt_n", "bwt_n_minus_1", "bwt_known", "general_last", "general_change"}
 ENOUGH_LEARNED = 0.5  # of what the best row learned; who learns nothing forgets nothing
 
 
@@ -42,7 +40,7 @@ class Table:
 
 
 def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """One row per run: label, method, seed, all metrics in percent, then `COSTS` and `SPENT`."""
+    """One row per run: label, method, seed, metrics in percent (general ability's where measured), `COSTS`, `SPENT`."""
     rows = []
     for run in all_runs(groups):
         counts = {name: getattr(run, name, None) for name in COSTS}
@@ -50,7 +48,9 @@ def metrics_frame(groups: Sequence[Group]) -> pd.DataFrame:
         counts["experts_added"] = run.expansion["added"].sum() if finished else None
         counts |= {name: run.spent.get(name) for name in SPENT} | {"adapter_parameters": run.adapter_parameters}
         rows.append({"label": run.label, "method": run.method, "seed": run.seed, **run.metrics, **counts})
-    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS, *SPENT), float))
+    frame = pd.DataFrame(rows)
+    numbers = [name for name in (*METRICS, *GENERAL_METRICS, *COSTS, *SPENT) if name in frame]
+    return frame[["label", "method", "seed", *numbers]].astype(dict.fromkeys(numbers, float))
 
 
 def scores_frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -121,6 +121,13 @@ def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
     return pd.concat(frames[1:] or frames)[list(frames[0])]
 
 
+def general_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """label, seed, after, set, value: scores on the sets of general ability after each stage, and their mean."""
+    frame = run_frame(groups, "general")
+    means = frame.groupby(["label", "seed", "after"], sort=False)["value"].agg(lambda own: own.mean(skipna=False))
+    return pd.concat([frame, means.reset_index().assign(set="mean")])[list(frame)] if len(frame) else frame
+
+
 def matrices_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """label, seed, after, task, value: every measured cell of the accuracy matrices."""
     frames = {(run.label, run.seed): matrix_frame(run).rename_axis(columns="task").stack() for run in all_runs(groups)}
@@ -163,10 +170,11 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -
 def comparison_table(groups: Sequence[Group]) -> Table:
     """One row per label: all metrics in percent, and what they took."""
     frame = metrics_frame(groups)
-    shown = dict.fromkeys(COMPARED, show_number) | dict.fromkeys(SPENT, show_count)
+    compared = [name for name in (*METRICS, *GENERAL_METRICS) if name in frame]
+    shown = dict.fromkeys(compared, show_number) | dict.fromkeys(SPENT, show_count)
     cells = _spread(groups, frame.melt(["label"], list(shown), "metric"), ["label"], shown)
     cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
-    winners = {name: _winner(groups, frame, name) for name in COMPARED if name in cells}
+    winners = {name: _winner(groups, frame, name) for name in compared if name in cells and name != GENERAL_METRICS[0]}
     best = {(row, list(cells).index(name)) for name, row in winners.items() if row is not None}
     return Table("Comparison", cells, best=frozenset(best))
 
@@ -277,6 +285,12 @@ def tuned_table(frame: pd.DataFrame) -> Table:
     chosen = frame["chosen"].map({True: "chosen", False: ""})
     cells = frame.assign(last=frame["value"].map(show_number), chosen=chosen).drop(columns="value")
     return Table("Trials of clmoe tune", cells[["label", "options", "last", "chosen", "tasks"]].astype(object), 2)
+
+
+def general_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
+    """One row per label and stage: `general_frame`'s scores on each set."""
+    shown = dict.fromkeys(frame["set"].unique(), show_number)
+    return Table("General ability", _spread(groups, frame, ["label", "after"], shown), 2)
 
 
 def formats_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:

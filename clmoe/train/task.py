@@ -16,11 +16,12 @@ from peft import PeftModel
 
 from clmoe.bases.inputs import AnswersFit, train_dataset
 from clmoe.bases.llava import LoadedBase, load_base, open_encoder
-from clmoe.benchmarks.base import Benchmark, train_records
+from clmoe.benchmarks.base import Benchmark, Task, train_records
 from clmoe.config import Config, dump_config
 from clmoe.data.images import unreadable
 from clmoe.data.records import Part, TrainRecord, UnionRecords
 from clmoe.data.rows import Seen, all_of, grouped
+from clmoe.data.styles import diversified
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
@@ -103,7 +104,8 @@ class TrainRequest:
         """The sha256 of the training files, by task, and of those that the method reads besides."""
         found = {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
         previous = None if self.previous is None else self.previous.folder
-        others = method_class(self.config.method)(self.config).reads(previous, self.benchmark.root)
+        others = [*method_class(self.config.method)(self.config).reads(previous, self.benchmark.root)]
+        others += [Path(texts)] if (texts := self.config.training.asd_texts) else []
         return found | {f"{path.parent.name}/{path.name}": file_sha256(path) for path in others if path.is_file()}
 
     @property
@@ -183,12 +185,19 @@ def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
     return AnswersFit((base or open_encoder(config.model)).encoder, config.training.max_length)
 
 
+def training_records(config: Config, task: Task, fits: AnswersFit, seen: Seen | None = None) -> Sequence[TrainRecord]:
+    """What a task is trained on, and its locator fitted: its file's records, ``training.asd`` of them rewritten."""
+    training = config.training
+    records = train_records(task, training.on_bad_record, fits, seen)
+    return diversified(records, training.asd, config.seed, training.asd_texts, fits, task.image_root)
+
+
 def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path, list[str]]:
     """The training records, the folder that their images are relative to, and what is odd about them, a line each."""
     benchmark, on_bad = request.benchmark, request.config.training.on_bad_record
     fits, parts, notes = answers_fit(request.config, base), [], []
     for task in map(benchmark.task, request.tasks):
-        records = train_records(task, on_bad, fits, seen := Seen())
+        records = training_records(request.config, task, fits, seen := Seen())
         bad = f"{len(seen.bad)} of {seen.rows} rows cannot be used (training.on_bad_record={on_bad})"
         lines = [*([bad] if seen.bad else []), *grouped(seen.bad), *seen.notes(images=not task.text_rows)]
         notes += [f"{task.name}: {line}" for line in lines]

@@ -1,20 +1,25 @@
 """Benchmark files: where data is looked for, task orders, errors that name the nearest valid choice, and limits."""
 
+import json
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
+from PIL import Image
 
 from clmoe.benchmarks import base
 from clmoe.benchmarks.base import COMPARABLE, Task, load_benchmark, sampled
+from clmoe.benchmarks.check import check_benchmark
 from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.config import load_config
 from clmoe.data.records import Question
 from clmoe.embedded import build
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.scoring import check_scorer
+from clmoe.evaluate.run import check_questions
+from clmoe.evaluate.scoring import check_scorer, gold_problem, score_answers
 from clmoe.utils import paths
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
@@ -155,6 +160,9 @@ BAD = {  # what the message must name besides the file
     "limit": (benchmark(tasks=[task("a", max_new_tokens=0)]), r"tasks\[0\].*max_new_tokens"),
     "passes": (benchmark(tasks=[task("a", passes=0)]), r"tasks\[0\].*passes 0"),
     "reader": (benchmark(tasks=[task("a", gold={"reader": "gqaa", "files": ["x"]})]), r"\.gold.*'gqaa'.*'gqa'"),
+    "same set": (benchmark(general=[task("two", train=...)]), r"general\[0\]\.name.*'two'"),
+    "trained set": (benchmark(general=[task("before")]), r"general\[0\].*'train'"),
+    "no test": (benchmark(general=[task("before", train=..., test=...)]), r"general\[0\]\.test"),
     "gold files": (benchmark(tasks=[task("a", gold=TWO_FILES)]), r"\.gold\.files.*'scienceqa'.*pid_splits.*\['x'\]"),
 }
 
@@ -165,6 +173,61 @@ def test_bad_files(case: str, shipped: Path) -> None:
     path = write(shipped / "mine.yaml", content)
     with pytest.raises(ClmoeError, match=rf"{path}.*{named}"):
         load_benchmark("mine")
+
+
+def test_a_set_of_general_ability_is_needed_and_asked_where_the_recipe_does_not_turn_it_off(
+    shipped: Path, data: Path
+) -> None:
+    fill(data)
+    lora = str(DOCS.parents[1] / "configs" / "methods" / "lora.yaml")
+    for number, recipe in enumerate(({}, {"evaluation": {"general": False, "limit": 7}})):
+        before = [task("before", train=...)]
+        write(shipped / "mine.yaml", benchmark(general=before, recipe={"training": {"epochs": 1}, **recipe}))
+        loaded = load_benchmark("mine", check_files=False)
+        evaluation = load_config(lora, loaded.recipe, []).evaluation
+        assert (evaluation.general, evaluation.limit) == ((True, None), (False, 7))[number]
+        assert load_config(lora, loaded.recipe, ["evaluation.general=true"]).evaluation.general
+        assert [one.name for one in loaded.tasks] == loaded.order("norm", 0) == ["one", "two", "three"]
+        assert [one.name for one in loaded.sets()] == [*loaded.order("norm", 0), *(() if number else ("before",))]
+        assert loaded.missing_files(["one"]) == []
+        assert "'before', field 'test'" in loaded.missing_files(["one", "before"])[0]
+        assert data / "before" / "test.json" in loaded.inputs
+        with pytest.raises(ClmoeError, match="'before'"):
+            loaded.order("one,before", 0)
+    assert open_benchmark("mine").general == loaded.general, "its file is not needed"
+
+
+POPE = [("a.png", "Is there a dog in the image?", "yes"), ("a.png", "Is there a cat in the image?", "no")]
+
+
+def test_popes_lines_and_mmes_table_are_read(tmp_path: Path) -> None:
+    """As published: POPE's `label`, MME's images in the rows, and question ids that come twice."""
+    (tmp_path / "coco").mkdir()
+    picture = Image.new("RGB", (4, 4), "red")
+    picture.save(tmp_path / "coco" / "a.png")
+    encoded = {"bytes": (tmp_path / "coco" / "a.png").read_bytes(), "path": None}
+    lines = [{"question_id": n, "image": i, "text": q, "label": a} for n, (i, q, a) in enumerate(POPE, 1)]
+    write(tmp_path / "pope.json", "\n".join(map(json.dumps, lines)))
+    (tmp_path / "pope.json").rename(tmp_path / "pope.jsonl")
+    table = {"question_id": "x.png", "image": encoded, "category": "existence"}
+    rows = [table | {"question": q, "answer": a.capitalize()} for _, q, a in POPE]
+    Dataset.from_list(rows).to_parquet(tmp_path / "mme.parquet")
+    page = (DOCS.parent / "add-your-data.md").read_text()
+    sets = yaml.safe_load(page.partition("```yaml\ngeneral:")[2].partition("```")[0].join(["general:", ""]))["general"]
+    assert [entry["scorer"] for entry in sets] == ["pope", "mme"]
+    places = ({"images": "coco", "test": ["pope.jsonl"]}, {"images": "mme", "test": ["mme.parquet"]})
+    for entry, place in zip(sets, places, strict=True):
+        entry["images"] = place["images"]
+        entry["raw"]["test"] = place["test"]
+    path = write(tmp_path / "b.yaml", benchmark(root=str(tmp_path), general=sets))
+    fill(tmp_path, "one")
+    opened = open_benchmark(path, tasks=["one", "pope", "mme"])
+    for entry in opened.general:
+        questions = check_questions(opened, [entry.name], images=True)
+        assert [question.answer.lower() for question in questions] == ["yes", "no"]
+        assert len({question.image for question in questions}) == 1
+        assert score_answers(entry.scorer, ["Yes", "No"], questions).score == 1.0
+    assert not check_benchmark(opened, gold_problem, ["pope", "mme"]).bad
 
 
 def test_gold_files_are_required_and_sources_are_found_by_the_longest_folder(shipped: Path, data: Path) -> None:

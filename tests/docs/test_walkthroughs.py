@@ -17,7 +17,7 @@ from PIL import Image
 from clmoe import cli
 from clmoe.bases.families import FAMILIES
 from clmoe.config import LocatorConfig
-from clmoe.evaluate.matrix import METRICS, metrics_from_files
+from clmoe.evaluate.matrix import GENERAL_METRICS, METRICS, general_metrics, metrics_from_files, read_general_csv
 from clmoe.locators.base import Asked
 from clmoe.methods.base import Method
 from tests.runs import Runs
@@ -60,8 +60,10 @@ def test_the_worked_example_of_every_metric(tmp_path: Path) -> None:
     (tmp_path / "matrix.csv").write_text(table)
     (tmp_path / "known.csv").write_text(f"after,a,b,c\nknown,{known}\n")
     found, _ = metrics_from_files(tmp_path / "matrix.csv", tmp_path / "known.csv")
+    (tmp_path / "general.csv").write_text(re.findall(r"```\n(after,.*?)```", page, re.DOTALL)[1])
+    found |= general_metrics(read_general_csv(tmp_path / "general.csv", ("a", "b", "c"))[1], "c")
     rows = re.findall(r"^\| `(\w+)` \| ([\d() /+-]+) \| (\S+) \|$", page, re.MULTILINE)
-    assert [name for name, *_ in rows] == list(METRICS)
+    assert [name for name, *_ in rows] == [*METRICS, *GENERAL_METRICS]
     for name, by_hand, printed in rows:
         assert f"{found[name]:.2f}" == printed == f"{eval(by_hand):.2f}", name  # a sum of numbers from our own page
 

@@ -1,6 +1,7 @@
 """Scenes against their pixels, the splits that keep them apart, and the embedded benchmarks on disk."""
 
 import hashlib
+import re
 from pathlib import Path
 from random import Random
 
@@ -9,12 +10,22 @@ import pytest
 from scipy import ndimage
 from transformers import AutoTokenizer
 
-from clmoe.benchmarks.base import load_benchmark
+from clmoe.benchmarks.base import load_benchmark, task_questions
+from clmoe.benchmarks.prepare import open_benchmark
 from clmoe.data.images import load_image
 from clmoe.data.records import load_questions, load_train
 from clmoe.embedded import build, scenes
 from clmoe.embedded.scenes import DIGIT_SOURCES, Scene, Thing, digit_sources, draw, draw_distinct
-from clmoe.embedded.tasks import CL4VQA_TASKS, COIN_TASKS, relation, sample_scene, sample_turns, side_of
+from clmoe.embedded.tasks import (
+    CL4VQA_TASKS,
+    COIN_TASKS,
+    GENERAL_SETS,
+    SKILLS,
+    relation,
+    sample_scene,
+    sample_turns,
+    side_of,
+)
 from clmoe.errors import ClmoeError
 from tests.embedded.support import BASE, every_answer_word, ink_mask
 
@@ -160,3 +171,24 @@ def test_mixture_is_neutral_and_covers_every_answer_word() -> None:
         assert mark not in text
     said = {word for turn in turns for word in turn.answer.replace(".", " ").replace(",", " ").split()}
     assert set(every_answer_word()) <= said
+
+
+def test_sets_of_general_ability_ask_one_fact_of_scenes_that_nothing_was_trained_on(
+    small_coin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Scene] = []
+    monkeypatch.setattr(build, "render", lambda scene: drawn.append(scene) or scenes.render(scene))
+    before = {path: path.read_bytes() for path in small_coin.rglob("*.*")}
+    folder = build.prepare_general(small_coin)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(drawn) == 12 * 4 and {scene.split for scene in drawn} == {"test"}
+    benchmark = open_benchmark("playground-coin", small_coin, [task.name for task in GENERAL_SETS])
+    tokenizer, wordings = AutoTokenizer.from_pretrained(BASE), dict(pair for own in SKILLS.values() for pair in own)
+    for task in benchmark.general:
+        questions = task_questions(task)
+        assert len({question.image for question in questions}) == 12
+        for question in questions:
+            assert question.text in wordings and len(question.answer.split()) == 1
+            longest = re.sub(r"\{\w+\}", question.answer, wordings[question.text])
+            assert len(tokenizer.tokenize(f" {longest}")) < task.max_new_tokens
+    assert build.prepare_general(small_coin) == folder and len(drawn) == 12 * 4

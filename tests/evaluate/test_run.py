@@ -16,13 +16,13 @@ from clmoe.data.records import Question
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import run as module
 from clmoe.evaluate.answer import Answer, Answerer
+from clmoe.evaluate.record import record_checkpoint
 from clmoe.evaluate.run import (
     Cell,
     check_questions,
     check_run_order,
     check_tasks,
     fill_cells,
-    record_checkpoint,
     summary_path,
     write_tables,
 )

@@ -1,5 +1,6 @@
 """Scoring rules against golden cases worked out by hand; official mode against the published scripts' known faults."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -88,6 +89,10 @@ GOLDEN = [
     ("stock", 0, 1, [("B. rising", "B"), ("**B**", "B"), ("Unanswerable", "unanswerable")]),
     ("stock", 1, 1, [("B.", "B"), (" b ", "B"), ("Yes.", "Yes")]),
     ("stock", 0, 0, [("A rise", "A")]),
+    ("pope", 1, 1, [("Yes", "yes"), ("No, there is not.", "no"), ("Yes. Not far away.", "Yes"), ("It is not.", "no")]),
+    ("pope", 0, 1, [("Yes, it does not matter", "yes"), ("NO", "no")]),
+    ("pope", 1, 0, [("A snowboard", "yes"), ("", "yes"), ("Nothing", "yes")]),
+    ("pope", 0, 0, [("yes", "no"), ("No.", "yes"), ("Maybe", "no")]),
 ]
 NORMAL = {
     "The  Two dogs!": "2 dogs", "none": "0", "1,000": "1000", "3.5 m.": "3.5 m", "St. John's": "st john 's",
@@ -178,7 +183,7 @@ def test_an_unknown_scorer_or_mode_names_the_nearest() -> None:
             check_scorer(scorer, mode)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - {"iou", "option_letter"}))
+@pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - {"iou", "option_letter", "pope", "mme"}))
 def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(scorer: str) -> None:
     extra = {"answers": ["Mug"] * 10} if scorer == "textvqa" else {}
     assert score(scorer, "mug", question("mug", **extra)) == 1.0
@@ -210,6 +215,42 @@ def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(sc
 )
 def test_science(image: str, text: str, prediction: str, gold: str, official: float, fixed: float) -> None:
     assert both("science", prediction, Question("7", image, text, gold, {})) == (official, fixed)
+
+
+def test_popes_figures_are_those_of_the_table_of_right_and_wrong() -> None:
+    """Three questions whose answer is yes, two of them answered so; two whose answer is no, one of them answered so."""
+    golden = [question(answer) for answer in ("yes", "yes", "yes", "no", "no")]
+    found = score_answers("pope", ["Yes", "yes.", "No", "Yes", "no"], golden)
+    assert (found.score, found.rows) == (0.6, [1, 1, 0, 0, 1])
+    precision, recall = 2 / 3, 2 / 3
+    expected = {
+        "precision": precision,
+        "recall": recall,
+        "F1": 2 * precision * recall / (precision + recall),
+        "yes": 3 / 5,
+    }
+    assert found.parts == pytest.approx({name: 100 * value for name, value in expected.items()})
+    assert score_answers("pope", ["no"], [question("no")]).parts == dict.fromkeys(expected, 0.0)
+
+
+def test_mme_adds_accuracy_and_images_with_both_answers_right() -> None:
+    asked = [
+        ("existence", "a.png", "Yes", "yes"), ("existence", "a.png", "no", "No"),  # both right
+        ("existence", "b.png", "Yes", "yes"), ("existence", "b.png", "Yes", "no"),
+        ("code_reasoning", "a.png", "yes", "yes"), ("code_reasoning", "a.png", "No.", "no"),  # another subtask's image
+    ]  # fmt: skip
+    questions = [
+        dataclasses.replace(question(gold, category=category), image=image) for category, image, _, gold in asked
+    ]
+    found = score_answers("mme", [said for *_, said, _ in asked], questions)
+    # existence: 3 of 4 questions and 1 of 2 images; code_reasoning: all
+    assert found.parts == {"existence": 125, "code_reasoning": 200, "perception": 125, "cognition": 200}
+    assert found.score == pytest.approx((125 + 200) / 400)
+    late = dataclasses.replace(questions[0], question_id="9")
+    assert both("mme", "I say yes", late) == (0, 1), "the published script looks at four characters"
+    assert both("mme", "Nothing", late) == (0, 0)
+    with pytest.raises(ClmoeError, match="question 7: field 'category'"):
+        check_gold("mme", [question("yes")])
 
 
 def test_any_of_several_accepted_answers_is_right() -> None:

@@ -64,7 +64,7 @@ def in_and_out(model: PeftModel, batch: dict[str, Tensor], selection: RouteSelec
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature", "variant"), [("disco", 0.05, ""), ("hide", 0.1, "paper"), ("hide", 0.1, "released")]
+    ("name", "temperature", "variant"), [("disco", 0.05, ""), ("hide", 0.1, "published"), ("hide", 0.1, "released")]
 )
 def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
     name: str, temperature: float, variant: str, runs: Runs, tiny_base: LoadedBase
@@ -92,7 +92,7 @@ def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
         for i, (A_i, B_i) in enumerate(own[layer]):
             if mixes:
                 y += SCALE * expected[:, i, None, None] * (x @ A_i.t() @ B_i.t())
-            elif variant == "paper":
+            elif variant == "published":
                 y += SCALE * (x @ A_i.t() @ B_i.t())
             else:
                 for A_j, _ in own[layer]:

@@ -79,11 +79,12 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     assert sections("probed") == [*bare, "terms"], "the task itself was too short to log a loss"
     (run / "events.jsonl").unlink()
     write(run / "parameters.csv", "task,trainable,stored", "count,7,7")
+    write(run / "general.csv", "after,before", "zero_shot,80", "box,60")
     write(run / "locator.csv", "after,locator,task,located,count", "box,vae,count,count,7")
     write_expansion(run, [{layer(0): block([0.5, 0.5], 0.1, 1)}])
     for after in ("count", "box"):
         predict(run, after, "count", {"a": ("x", 1.0)})
-    full = [*bare, "answers", "formats", "locator", "experts", "usage", "parameters", "samples", "terms"]
+    full = [*bare, "general", "answers", "formats", "locator", "experts", "usage", "parameters", "samples", "terms"]
     assert sections("full") == full
     for unfinished in (["colour_letter,80,,"], []):
         write(run / "matrix.csv", "after,colour_letter,count,box", *unfinished)

@@ -46,6 +46,27 @@ def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
     assert "immediate" not in {column for _, column in best}, "both are 80"
 
 
+def test_general_ability_has_columns_and_a_row_per_stage_where_it_was_measured(tmp_path: Path) -> None:
+    runs = two_seeds(tmp_path)
+    columns = list(comparison_table(group_runs(runs)).cells)
+    for run, loss in zip(runs, (13, 17), strict=True):
+        lines = ("zero_shot,86,74", "colour_letter,84,70", f"box,{80 - loss},{80 - loss}")
+        write(run / "general.csv", "after,pope,mme", *lines)
+    groups = group_runs([*runs, make_run(tmp_path, "blank", 0)])
+    moe, blank = (row_of(comparison_table(groups), label) for label in ("moe", "blank"))
+    assert [name for name in moe if name not in columns] == ["general_zero_shot", "general_last", "general_change"]
+    assert (moe["general_zero_shot"], moe["general_change"]) == ("80.00 ± 0.00", "-15.00 ± 2.83")
+    assert {blank[name] for name in moe if name not in columns} == {BLANK}
+    frame = tables.general_frame(groups)
+    table = tables.general_table(groups, frame)
+    assert list(table.cells) == ["label", "after", "pope", "mme", "mean"]
+    assert row_of(table, "moe", "zero_shot")["mean"] == "80.00 ± 0.00"
+    assert row_of(table, "moe", "box")["mme"] == "65.00 ± 2.83"
+    write(runs[0] / "general.csv", "after,pope", "later,80")
+    with pytest.raises(ClmoeError, match=r"general\.csv, row 2: 'later'"):
+        group_runs(runs)
+
+
 @pytest.mark.parametrize(
     ("seeds", "lasts", "winner"),
     [
