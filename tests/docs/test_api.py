@@ -44,7 +44,8 @@ def test_every_verb_and_every_option_holder_has_a_table(page: str) -> None:
 def test_every_file_of_a_run_folder_is_named(page: str, runs: Runs, tmp_path: Path) -> None:
     common = [str(runs.benchmark), "--base", str(runs.model), "--order", ",".join(TASKS[:2]), "training.steps=2"]
     growing = ["adapter.train_projector=false", "options.probe_min_steps=2", "locator.options.steps=20"]
-    for method, settings in (("llava_cmoe", growing), ("clmoe", [])):
+    (tmp_path / "choice.json").write_text('{"method": "clmoe", "order": [], "trials": [], "chosen": {}}')
+    for method, settings in (("llava_cmoe", growing), ("clmoe", [f"tuned={tmp_path / 'choice.json'}"])):
         cli.main(["run", method, *common, "--output", str(tmp_path / method), *settings])
     cli.main(["report", str(tmp_path / "clmoe"), "--format", "csv"])
     found = {f"{path.name}/" if path.is_dir() else path.name for path in tmp_path.glob("*/[!.]*")}
