@@ -324,11 +324,10 @@ def _ask_general(skills: dict[str, tuple[str, ...]], scene: Scene, rng: Random) 
     return [Turn(question, known[fact])]
 
 
-def _kind(sampler: Sampler) -> str:
-    return {scenes.one_pattern: "pattern", scenes.one_word: "word", scenes.one_digit: "digit"}.get(sampler, "things")
-
-
+_KINDS: dict[Sampler, str] = {scenes.one_pattern: "pattern", scenes.one_word: "word", scenes.one_digit: "digit"}
 GENERAL_SETS = tuple(
-    TaskSpec(name, tuple(skills), partial(_ask_general, {_kind(sampler): own for sampler, own in skills.items()}))
+    TaskSpec(
+        name, tuple(skills), partial(_ask_general, {_KINDS.get(kind, "things"): own for kind, own in skills.items()})
+    )
     for name, skills in _GENERAL.items()
 )
