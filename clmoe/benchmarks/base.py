@@ -119,10 +119,15 @@ class Benchmark:
         return by_name[name]
 
     def sets(self, names: Collection[str] | None = None) -> list[Task]:
-        """The tasks and sets of general ability of these names; None: all tasks, and the sets if the recipe asks."""
+        """The tasks and sets of general ability of these names; None: all tasks, and the sets if the recipe asks.
+
+        Raises ClmoeError for an unknown name.
+        """
         if names is None:
             names = self.asked([task.name for task in self.tasks], self.recipe.get("evaluation", {}).get("general"))
-        return [task for task in (*self.tasks, *self.general) if task.name in names]
+        known = {task.name: task for task in self.general}
+        wanted = {(known.get(name) or self.task(name)).name for name in names}
+        return [task for task in (*self.tasks, *self.general) if task.name in wanted]
 
     def asked(self, order: Sequence[str], general: bool | None) -> list[str]:
         """The names of these tasks and, with ``general``, of the sets of general ability."""

@@ -325,12 +325,9 @@ def _ask_general(skills: dict[str, tuple[str, ...]], scene: Scene, rng: Random) 
 
 
 _KINDS: dict[Sampler, str] = {scenes.one_pattern: "pattern", scenes.one_word: "word", scenes.one_digit: "digit"}
-
 GENERAL_SETS = tuple(
     TaskSpec(
-        name,
-        tuple(skills),
-        partial(_ask_general, {_KINDS.get(sampler, "things"): own for sampler, own in skills.items()}),
+        name, tuple(skills), partial(_ask_general, {_KINDS.get(kind, "things"): own for kind, own in skills.items()})
     )
     for name, skills in _GENERAL.items()
 )

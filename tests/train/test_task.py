@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from clmoe.benchmarks.base import Benchmark, train_records
+from clmoe.config import dump_config, load_config
 from clmoe.methods.base import TaskContext
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
 from clmoe.train.loop import TaskTrainer
+from clmoe.train.task import answers_fit, load_records, prepare_request, training_records
 from clmoe.utils.tensors import same_bits
 from tests.runs import Killed, Runs, contents, events, kill, on_step, tensors
 from tests.support import TASKS, save_tiny
@@ -239,3 +242,24 @@ def test_masked_rows_keep_their_place_and_count_nothing(
     assert all(same_bits(masked[name], other[name]) for name in masked)
     assert not all(same_bits(masked[name], left_out[name]) for name in masked)
     assert "2 rows (0-1)" in refused(own, capsys, tmp_path / "error" / FIRST, "lora", FIRST)
+
+
+def test_answer_styles_decide_what_a_task_trains_on_and_are_noted(runs: Runs, mini: Benchmark, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps({"colour-3": {"brief": "It is the colour of letter A."}}))
+    config, styled = (
+        load_config("reglora", mini.recipe, pairs, str(runs.model))
+        for pairs in ([], ["training.asd=1", f"training.asd_texts={texts}"])
+    )
+    assert "asd" not in dump_config(config) and "asd: 1" in dump_config(styled)
+    found = {}
+    for name, one in (("plain", config), ("styled", styled)):
+        request = prepare_request(one, mini, FIRST, list(TASKS), None, tmp_path / name)
+        found[name], _, _ = load_records(request, None)
+        assert (texts.parent.name + "/texts.json" in request.files) == (name == "styled")
+    assert list(found["plain"]) == list(train_records(mini.task(FIRST)))
+    changed = [a.id for a, b in zip(found["plain"], found["styled"], strict=True) if a != b]
+    assert len(changed) == len(found["plain"]) == 24
+    assert list(found["styled"]) == list(training_records(styled, mini.task(FIRST), answers_fit(styled)))
+    checkpoint = runs.train(tmp_path / "run" / FIRST, "sefe", FIRST, "training.steps=1")
+    assert "asd: 0.2" in (checkpoint / "config.yaml").read_text()
