@@ -13,6 +13,11 @@ case $name in
 lowest | highest)
   environment=${ENVIRONMENTS:-~/.cache/clmoe}/$name
   mkdir -p "${environment%/*}"
+  if [ ! -e "$environment" ] && [ "$(df --output=avail -k "${environment%/*}" | tail -n 1)" -lt 12000000 ]; then
+    echo "test_versions.sh: ${environment%/*} has less than 12 GB free" >&2
+    exit 3
+  fi
+  export PIP_NO_CACHE_DIR=1 # the environment is what is kept
   setup test "$environment" "configs/versions/$name.txt"
   PATH="$environment/bin:$PATH"
   ;;
