@@ -58,6 +58,16 @@ def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> No
     assert ours - squares == pytest.approx(counted, rel=0.01)
 
 
+def test_the_rehearsals_products_are_rounded_once() -> None:
+    """In bfloat16, wider than a piece of the weight; in float64 and then rounded, but for a tie here and there."""
+    a, b, c = (torch.randn(*shape).bfloat16() for shape in ((300, 1100), (1100, 1600), (300, 1600)))
+    product, added = a.double() @ b.double(), c.double()
+    with load_script("bench/rehearse").Widened():
+        found = [a @ b, torch.addmm(c, a, b, beta=0.5, alpha=2), c.clone().addmm_(a, b, alpha=0.25)]
+    for ours, exact in zip(found, (product, 0.5 * added + 2 * product, added + 0.25 * product), strict=True):
+        assert (ours != exact.bfloat16()).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize(
     ("card", "rate"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12)]
 )

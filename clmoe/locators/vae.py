@@ -50,6 +50,7 @@ class Options:
 
 
 CHECK, PATIENCE = 50, 150  # steps between two looks at the held-out loss; without a better one the fit ends
+NEGLIGIBLE = 60.0  # below a sample's likeliest draw, in log density: e^-60 of a sum is far below float32's precision
 
 
 class Gaussian(nn.Module):
@@ -97,6 +98,8 @@ class TaskVae(nn.Module):
         latent = mean + sigma * (draws.unsqueeze(1) if draws.dim() == 2 else draws)
         rec, rec_sigma = self.decoder(latent)
         log_density = -0.5 * (((x - rec) / rec_sigma) ** 2 + 2 * rec_sigma.log() + math.log(2 * math.pi)).sum(-1)
+        # such a draw's gradients would be denormal numbers, with which a CPU computes many times slower
+        log_density = log_density.masked_fill(log_density < log_density.amax(0) - NEGLIGIBLE, -math.inf)
         kl = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1)
         return log_density.logsumexp(0) - math.log(len(draws)), kl
 

@@ -71,6 +71,20 @@ def test_log_density_of_4096_dimensions_is_finite_where_the_density_underflows()
     assert (log_p < -800).all(), "the density itself is 0 in float32 and in float64"
 
 
+def test_gradients_of_unlikely_draws_are_not_denormal_numbers() -> None:
+    """A CPU takes many times longer for those; the value is that of all draws."""
+    vae, generator = fresh(4096), torch.Generator().manual_seed(1)
+    features = torch.randn(40, 4096, generator=generator)
+    noise = torch.randn(40, 40, SMALL.latent, generator=generator).requires_grad_()
+    log_p = vae.log_p_rec(features, noise)[0]
+    (found,) = torch.autograd.grad(log_p.sum(), noise)
+    each = torch.stack([vae.log_p_rec(features, one[None])[0] for one in noise.detach()]).double()
+    torch.testing.assert_close(log_p.detach().double(), each.logsumexp(0) - np.log(40), rtol=1e-6, atol=0)
+    share = (each - each.amax(0)).exp()
+    assert ((share > 0) & (share < torch.finfo(torch.float32).tiny)).any(), "there are such draws"
+    assert not ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
 def test_log_p_rec_equals_the_mean_of_the_densities() -> None:
     """Few dimensions and float64, so that the mean density can be computed as the paper writes it."""
     vae = fresh(6).double()
