@@ -15,20 +15,22 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
-from clmoe.bases.llava import LoadedBase, decoder_layers
+from clmoe.bases.llava import LoadedBase, base_fingerprint, decoder_layers
 from clmoe.bases.stack import CACHE
+from clmoe.bases.text import open_text_tower
 from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
 from clmoe.utils.files import file_sha256, json_sha256
+from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import from_main, in_order, is_main
 from clmoe.utils.tensors import load_tensors, replace_tensors
 
@@ -221,7 +223,8 @@ class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
     A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. ``view``
-    says what of a sample they are of, see ``clmoe.config``.
+    says what of a sample they are of, see ``clmoe.config``. ``text_encoder`` names a CLIP text tower that reads texts
+    alone, instead of the base.
     """
 
     base: LoadedBase
@@ -230,14 +233,18 @@ class FeatureStore:
     folder: Path | None
     share_images: bool = False
     view: View = "prompt"
+    text_encoder: str = ""
 
     @classmethod
     def of(cls, base: LoadedBase, config: Config, folder: Path | None, view: View) -> FeatureStore:
-        evaluation = config.evaluation
-        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images, view)
+        evaluation, encoder = config.evaluation, str(config.locator.options.get("text_encoder", ""))
+        return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images, view, encoder)
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
-        """``[M, D]`` float32 on the CPU, one row per question, in order; ``[M, 2 D]`` of image and text apart."""
+        """``[M, D]`` float32 on the CPU, one row per question, in order; ``[M, 2 D]`` of image and text apart.
+
+        Of halves of unequal width the narrower one ends in zeros, which change no cosine.
+        """
         if self.view == "text":
             questions = [replace(question, image=None) for question in questions]
         if self.folder is None:
@@ -254,8 +261,14 @@ class FeatureStore:
     def _compute(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
         if self.view == "image_text":
             texts = [replace(question, image=None) for question in questions]
-            found = replace(self, view="prompt")._compute(model, texts, image_root)
-            return torch.cat([self._images(model, questions, image_root), found], dim=1)
+            found = replace(self, view="text")._compute(model, texts, image_root)
+            halves = [self._images(model, questions, image_root), found]
+            width = max(half.shape[1] for half in halves)
+            return torch.cat([pad(half, (0, width - half.shape[1])) for half in halves], dim=1)
+        if self.text_encoder and self.view == "text":
+            asked, tower = [question.text for question in questions], open_text_tower(self.text_encoder)
+            starts = range(0, len(asked), self.batch_size)
+            return torch.cat(in_order(starts, lambda start: tower(asked[start : start + self.batch_size])))
         dataset = prompt_dataset(self.base, questions, image_root)
         order = image_order([question.image if self.share_images else None for question in questions])
 
@@ -292,7 +305,9 @@ class FeatureStore:
         base, cut = self.base, [self.batch_size, self.share_images]
         in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
         made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.made_by]
-        kind = self.kind if self.view in ("prompt", "text") else [self.view, self.kind]
+        kind: Any = self.kind if self.view in ("prompt", "text") else [self.view, self.kind]
+        if self.text_encoder and self.view != "prompt":
+            kind = [self.view, self.kind, base_fingerprint(resolve_model_path(self.text_encoder))]
         return json_sha256([made_by, kind, cut, prompts])[:32]
 
     def of_training(self, model: PeftModel, records: Sequence[TrainRecord], image_root: Path, config: Config) -> Tensor:

@@ -74,9 +74,10 @@ class Locator:
 
     def load(self, path: Path) -> None:
         """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another."""
-        stored = json.loads(metadata(path).get("settings", "{}"))
-        for name, value in self._settings().items():
-            if (was := stored.get(name)) != value:
+        stored, settings = json.loads(metadata(path).get("settings", "{}")), self._settings()
+        for name in settings | stored:
+            was = stored.get(name)
+            if was != (value := settings.get(name, getattr(self.options, name, was))):
                 raise ClmoeError(
                     f"{path}: was fitted with {name}={was}, not {value}: it cannot change within a sequence"
                 )

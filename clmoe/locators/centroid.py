@@ -1,9 +1,11 @@
 """A sample belongs to the task whose mean feature points its way: of its text (DISCO), or of image and text (HiDe).
 
-The papers take both features from CLIP; here the frozen base gives them, so that no further model is needed.
+The papers take both features from CLIP; here the frozen base gives them, so that no further model is needed, or that of
+texts comes from a CLIP text tower that the user names.
 """
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,18 @@ from torch.nn.functional import normalize
 
 from clmoe.config import LocatorConfig, View
 from clmoe.locators.base import Asked, Locator
+from clmoe.utils.paths import resolve_model_path
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the text's feature comes from.
+
+    Attributes:
+        text_encoder: folder or hub name of a CLIP model, whose text tower reads the question; empty: the base.
+    """
+
+    text_encoder: str = ""
 
 
 class TextCentroid(Locator):
@@ -20,10 +34,13 @@ class TextCentroid(Locator):
     """
 
     view: ClassVar[View] = "text"
+    Options = Options
     parts: ClassVar[int] = 1
 
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         super().__init__(config, seed)
+        if self.options.text_encoder:
+            resolve_model_path(self.options.text_encoder)
         self.means = torch.zeros(0, dtype=torch.float64)
 
     def fit(self, features: Tensor) -> None:
@@ -44,6 +61,10 @@ class TextCentroid(Locator):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.means = state["centroid.means"]
+
+    def _settings(self) -> dict[str, Any]:
+        named = self.options.text_encoder
+        return super()._settings() | ({"text_encoder": named} if named else {})
 
 
 class ImageTextCentroid(TextCentroid):

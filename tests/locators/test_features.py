@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,24 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from clmoe.bases.inputs import SharedPrompts, prompt_dataset
 from clmoe.bases.llava import LoadedBase
+from clmoe.bases.text import open_text_tower
+from clmoe.config import LocatorConfig, load_config
 from clmoe.data.batches import first_questions
 from clmoe.data.records import Question, TrainRecord, Turn, load_questions
+from clmoe.errors import ClmoeError
 from clmoe.experts import forward as features_module
 from clmoe.experts.forward import FeatureStore, feature_folder
 from clmoe.experts.model import load_adapter
+from clmoe.locators import make_locator
 from tests.runs import Runs
 from tests.support import TASKS, copy_base, prompt_batches
 
@@ -155,3 +165,59 @@ def test_an_evaluation_uses_what_is_stored(runs: Runs, tmp_path: Path) -> None:
     runs.evaluate(checkpoint, run)
     rows = (run / "locator.csv").read_text().splitlines()[1:]
     assert len(rows) == 2 and len({row.split(",")[3] for row in rows}) == 1, rows
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Path:
+    """A tiny CLIP text tower with random weights; as CLIP's, its last word ends a text, pads, and is pooled."""
+    torch.manual_seed(0)
+    words = ["?", *sorted({word for text in TEXTS for word in re.findall(r"\w+", text)}), "<end>"]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", len(words) - 1)])
+    spoken = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
+    spoken.save_pretrained(tmp_path / "clip")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    places = {"vocab_size": len(words), "max_position_embeddings": 6, "eos_token_id": len(words) - 1}
+    CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=7, **places, **sizes)).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@torch.no_grad()
+def test_texts_come_from_the_tower_that_is_named(
+    asked: Asked, model: PeftModel, tiny_base: LoadedBase, tower: Path, tmp_path: Path
+) -> None:
+    questions, images = asked
+    alone = CLIPTextModelWithProjection.from_pretrained(tower).eval()
+    words = AutoTokenizer.from_pretrained(tower)
+    rows = [words(question.text, truncation=True, max_length=6, return_tensors="pt") for question in questions]
+    expected = torch.cat([alone(input_ids=row["input_ids"]).text_embeds for row in rows])  # one by one, unpadded
+    assert len(set(map(tuple, expected.tolist()))) == len(TEXTS)
+    named = LocatorConfig("text_centroid", options={"text_encoder": str(tower)})
+    config = load_config("disco", {}, [])
+    config = dataclasses.replace(config, locator=named, evaluation=dataclasses.replace(config.evaluation, batch_size=3))
+    store = FeatureStore.of(tiny_base, config, tmp_path / "kept", "text")
+    for _ in range(2):  # computed, then read
+        torch.testing.assert_close(store.features(model, questions, images), expected)
+    both = dataclasses.replace(store, view="image_text").features(model, questions, images)
+    bare = dataclasses.replace(store, view="image_text", text_encoder="").features(model, questions, images)
+    image, text = both.chunk(2, dim=1)
+    assert torch.equal(image, bare.chunk(2, dim=1)[0])
+    torch.testing.assert_close(text[:, :7], expected)
+    assert not text[:, 7:].any()
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_a_text_tower_that_is_none_is_refused_and_belongs_to_its_fit(tower: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClmoeError, match="nowhere"):
+        make_locator(LocatorConfig("text_centroid", options={"text_encoder": "./nowhere"}), 0)
+    with pytest.raises(ClmoeError, match=r"text_encoder: .*playground/base.* llava"):
+        open_text_tower("playground/base")
+    plain, named = (
+        make_locator(LocatorConfig("text_centroid", options=options), 0)
+        for options in ({}, {"text_encoder": str(tower)})
+    )
+    for mine, other in ((plain, named), (named, plain)):
+        mine.save(tmp_path / "locator.safetensors")
+        with pytest.raises(ClmoeError, match="text_encoder"):
+            other.load(tmp_path / "locator.safetensors")
