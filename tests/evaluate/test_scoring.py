@@ -269,7 +269,8 @@ def test_official_scores_are_those_of_the_released_scripts() -> None:
     """
     with gzip.open(Path(__file__).with_name("released_scores.jsonl.gz"), "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    assert len(rows) == 9300 and {row["scorer"] for row in rows} == SCORERS.keys()
+    neither_has = {"mme", "pope"}
+    assert len(rows) == 9300 and {row["scorer"] for row in rows} == SCORERS.keys() - neither_has
     refused = 0
     for row in rows:
         gold = Question("7", row["image"], row["question"], row["answer"], row["extra"])
