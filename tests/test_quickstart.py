@@ -48,7 +48,7 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
     monkeypatch.chdir(tmp_path)
     args = Namespace(
         grid="quickstart", benchmark="playground-coin", seeds=[0], jobs=2, only=[], order="box,viz", out=tmp_path,
-        base=None, data=None, overrides=["training.steps=5"], file=ROOT / "configs" / "quickstart.yaml",
+        base=None, data=None, tuned=None, overrides=["training.steps=5"], file=ROOT / "configs" / "quickstart.yaml",
     )  # fmt: skip
     runs = quickstart.Runs(args, quickstart.Forecast(1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
     assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
