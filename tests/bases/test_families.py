@@ -362,7 +362,6 @@ def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Call
     found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
     assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())
     if locator not in ("random", "last"):
-        print("FOUND", locator, found)
         assert sum(found[task][task] for task in PAIR) > 12, found
 
 
