@@ -352,7 +352,7 @@ def test_two_tasks_are_trained_one_after_the_other_and_answered(
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "locator"), pairs(LOCATORS, ("nearest_mean",)), indirect=["base"])
 def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]) -> None:
-    """More often than by chance, all other than ``random`` and ``last``, which do not try."""
+    """Those that look at samples, more often than by chance; a few steps teach ``generated_letter`` nothing."""
     runs, asks = runs_on(base), LOCATORS[locator].asks
     method = "mrlora" if asks else "separate"
     checkpoint = runs.chain(method, *SHORT, *ROWS[method].overrides, tasks=PAIR)[1]
@@ -361,7 +361,7 @@ def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Call
     files = {task: output / "predictions" / PAIR[1] / f"{task}{suffix}.jsonl" for task in PAIR}
     found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
     assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())
-    if locator not in ("random", "last"):
+    if LOCATORS[locator].looks or locator == "oracle":
         assert sum(found[task][task] for task in PAIR) > 12, found
 
 
