@@ -48,3 +48,5 @@ def recompute_activations(model: PreTrainedModel, **how: Any) -> None:
     """Turn on activation checkpointing, with these arguments of ``torch.utils.checkpoint.checkpoint``."""
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(how)
+    # only reentrant checkpoints need an input with gradients, which would also go back through the frozen vision tower
+    model.disable_input_require_grads()

@@ -310,12 +310,14 @@ def test_checkpointing_changes_no_bit_of_loss_and_gradients(
 
     selection = MIXED if grown else RouteSelection()
     expected = gradients(made(), answers, selection)
-    checkpointed, calls = made(), []
+    checkpointed, calls, embedded = made(), [], []
     llava = adapted_base(checkpointed)
     recompute_activations(llava, use_reentrant=False, context_fn=checkpoint_contexts)
+    llava.get_input_embeddings().register_forward_hook(lambda *seen: embedded.append(seen[-1].requires_grad))
     llava.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(True))
     got = gradients(checkpointed, answers, selection, interrupt=grown)
     assert len(calls) == 2 + grown, "the block is recomputed"
+    assert embedded and not any(embedded), "no gradient goes back beyond what trains, through a frozen tower, say"
     assert same(expected, got) and len(got) == 1 + 2 * (9 if scope == "per_linear" else 7)
     if grown:
         other = gradients(made(), answers, OTHER)
