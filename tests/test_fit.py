@@ -92,7 +92,7 @@ def test_the_cheapest_settings_that_fit_are_taken(deepspeed: str | None, tiny_fo
         assert again.training.gradient_checkpointing == order[1]
         assert again.training.micro_batch_size == -order[3]
     assert len(taken) > 3
-    nothing = fit(config, [], of_size(sizes[0] - 1), deepspeed=deepspeed)
+    nothing = fit(config, [], of_size(sizes[0] - 1024), deepspeed=deepspeed)
     assert not nothing.fits and nothing.planned == sizes[0]
 
 

@@ -181,18 +181,19 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     cast_experts = 0 if lora or not half else sum(b * x.parameters // x.blocks for x in first.linears)
     attention = N * (2 * FLOAT32 * D + 4 * b * Q)  # with both norms
     block = attention + N * (3 * b * F + adapted) + cast_experts
-    kept, images, W, tuned = L * block, samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
-    if not tuned and names <= set(FFN_PROJECTIONS):
-        kept -= attention  # of the first block, where nothing before the FFN trains
+    images, W, tuned = samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
+    spared = 0 if tuned or not names <= set(FFN_PROJECTIONS) else attention  # by the first block: only its FFN trains
     if recompute:
-        kept = b * ((L + 1) * D * N + (images + samples) * W * (vision.num_hidden_layers + 1))
+        kept, again = b * (L - 1) * D * N, block - (spared if L == 1 else 0)
+    else:
+        kept, again = L * block - spared, 0
     if tuned:
         kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
     few_bits = first.method.config.model.load_in_4bit or first.method.config.model.load_in_8bit
     kept += b * D * F * few_bits  # the largest linear, which is widened for its product
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
     routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
-    last_block = (block if recompute else 0) + (4 * b if per_block else 8 if routed else 2 * b) * F * N
+    last_block = again + (4 * b if per_block else 8 if routed else 2 * b) * F * N
     return kept + max(loss, 20 * D * N, last_block)
 
 
