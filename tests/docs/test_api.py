@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from clmoe import cli
+from tests.bases import test_families
 from tests.runs import Runs
 from tests.support import TASKS, load_script
 
@@ -67,3 +68,9 @@ def test_every_variable_that_a_script_takes_is_named(page: str) -> None:
     needed = set(re.findall(r"\$\{?([A-Z_]{2,})", text)) - set(re.findall(r"^\s*([A-Z_]{2,})=", text, re.MULTILINE))
     taken = {name for name in optional | needed if not name.startswith(("SLURM_", "BASH_"))}
     assert taken == {name for name in named(page, "Environment") if not name.startswith("CLMOE_")}
+
+
+def test_every_check_of_a_family_has_one_column_of_the_page() -> None:
+    checks = [name.removeprefix("test_") for name in vars(test_families) if name.startswith("test_")]
+    columns = load_script("bases_page").COLUMNS.values()
+    assert [sum(check.startswith(names) for names in columns) for check in checks] == [1] * len(checks)
