@@ -25,11 +25,8 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import yaml
 
-from clmoe import sequence
 from clmoe.config import build, load_config
 from clmoe.errors import ClmoeError
-from clmoe.methods import method_class
-from clmoe.plan import make_plan
 from clmoe.utils.files import read_json
 from clmoe.utils.names import unknown
 from clmoe.utils.processes import EXIT_CODE
@@ -189,6 +186,10 @@ class Grid:
     @cache  # noqa: B019 (one grid a process)
     def _plan(self, method: str, settings: tuple[str, ...]) -> tuple[float, int]:
         """FLOPs of a run, and its training steps of all tasks."""
+        from clmoe import sequence  # --list alone plans, and the quickstart starts with this file
+        from clmoe.methods import method_class
+        from clmoe.plan import make_plan
+
         args = self.args
         places = {"order": args.order, "base": args.base, "data": args.data and Path(args.data)}
         benchmark, config, order = sequence.chosen(method, args.benchmark, list(settings), **places)

@@ -183,7 +183,7 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     block = attention + N * (3 * b * F + adapted) + cast_experts
     images, W, tuned = samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
     spared = 0 if tuned or not names <= set(FFN_PROJECTIONS) else attention  # by the first block: only its FFN trains
-    if recompute:
+    if recompute:  # the inputs of the other blocks, and what the last one's recomputation holds
         kept, again = b * (L - 1) * D * N, block - (spared if L == 1 else 0)
     else:
         kept, again = L * block - spared, 0
