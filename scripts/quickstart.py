@@ -11,10 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,13 +41,13 @@ class Forecast:
     """How long runs take: from a calibration, and once a run has finished a task, from that run itself.
 
     Attributes:
-        rate: rounds per second of a core.
+        rate: measures, once, the rounds per second of a core; not called where every run is finished.
         cost: by row, the rounds of a training step with its share of all that a task needs besides.
         tasks, steps: tasks of a run, training steps of a task.
         jobs, cores: runs side by side, and the cores that they share.
     """
 
-    rate: float
+    rate: Callable[[], float]
     cost: dict[str, float]
     tasks: int
     steps: int
@@ -55,7 +56,7 @@ class Forecast:
 
     def whole(self, label: str) -> float:
         """Seconds of a run that has a core to itself."""
-        return (START + self.tasks * self.steps * self.cost[label]) / self.rate
+        return (START + self.tasks * self.steps * self.cost[label]) / self.rate()
 
     def left(self, label: str, before: int, done: int, since: float, elapsed: float) -> float:
         """Seconds of a core that a run still takes, which has had ``elapsed`` of them.
@@ -177,7 +178,7 @@ def main() -> int:
         file=CONFIGS / ("grids.yaml" if own.full else "quickstart.yaml"),
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0))
-    rate, tasks = rounds_per_second(min(own.jobs, cores)), len(benchmark.order(order, own.seed))
+    rate, tasks = cache(partial(rounds_per_second, min(own.jobs, cores))), len(benchmark.order(order, own.seed))
     forecast = Forecast(rate, quick["cost"], tasks, steps, own.jobs, cores)
     runs = Runs(args, forecast)
     seconds = forecast.together([], runs.waiting)

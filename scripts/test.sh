@@ -20,9 +20,10 @@ mypy --no-error-summary >.venv/types.log 2>&1 & # beside the tests, which leave 
 types=$!
 coverage=(--cov=clmoe --cov-report= --cov-fail-under="$least")
 if [ $# -gt 0 ]; then chosen=() coverage=(); fi
-# Tests are shared out to one process per core; -n 0 runs all of them in this one, as a debugger needs it.
+# One process more than there are cores, since some tests wait for processes of their own; -n 0 runs all tests in this
+# one, as a debugger needs it.
 failed=0
-python -m pytest -n "$(cores)" --maxprocesses 8 --dist worksteal --durations 10 --durations-min 1 "${chosen[@]}" \
+python -m pytest -n "$(($(cores) + 1))" --maxprocesses 8 --dist worksteal --durations 10 --durations-min 1 "${chosen[@]}" \
   "${coverage[@]}" "$@" || failed=$?
 wait "$types" || { cat .venv/types.log && failed=1; }
 exit "$failed"

@@ -32,7 +32,7 @@ if [ "${1:-}" = --install ]; then exit; fi
 cd "$ROOT"
 export PYTHONPATH="$ROOT" # an environment that is kept was made from another checkout, perhaps
 # Code 3 is pytest's for an internal error, too.
-suite() { python -m pytest -n "$(cores)" --maxprocesses 8 --dist loadfile "$@" || exit 1; }
+suite() { python -m pytest -n "$(($(cores) + 1))" --maxprocesses 8 --dist worksteal "$@" || exit 1; }
 suite -m "not slow" tests/experts tests/methods/test_contract.py tests/train tests/bases tests/convert \
   tests/data/test_formats.py tests/data/test_prompts.py tests/test_export.py "$@"
 # What is slow but differs between versions; of the families one method, and that a killed training goes on.

@@ -25,7 +25,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quickstart: ModuleType) -> None:
-    forecast = quickstart.Forecast(rate=1000.0, cost={"lora": 100}, tasks=4, steps=80, jobs=2, cores=2)
+    forecast = quickstart.Forecast(rate=lambda: 1000.0, cost={"lora": 100}, tasks=4, steps=80, jobs=2, cores=2)
     assert forecast.whole("lora") == pytest.approx((quickstart.START + 4 * 80 * 100) / 1000)
     assert forecast.left("lora", 0, 0, 0.0, 5.0) == pytest.approx(forecast.whole("lora") - 5)
     assert forecast.left("lora", 0, 2, 30.0, 33.0) == 27.0  # 15 s a task, 3 s into the third
@@ -35,11 +35,12 @@ def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quicksta
 
 
 def test_runs_share_the_cores(quickstart: ModuleType) -> None:
-    forecast = quickstart.Forecast(1000.0, {"long": 100, "short": 10}, 1, 1000, jobs=3, cores=2)
+    forecast = quickstart.Forecast(lambda: 1000.0, {"long": 100, "short": 10}, 1, 1000, jobs=3, cores=2)
     long, short = forecast.whole("long"), forecast.whole("short")
     assert forecast.together([], ["long", "short"]) == pytest.approx(long)  # one core works for the longest alone
     assert forecast.together([long, long, 5.0], ["short"]) == pytest.approx((2 * long + 5 + short) / 2)
-    assert forecast.together([], []) == 0.0
+    finished = quickstart.Forecast(lambda: pytest.fail("measured"), {"long": 100}, 1, 1000, jobs=3, cores=2)
+    assert finished.together([], []) == 0.0
 
 
 def test_the_line_counts_tasks_and_skips_what_is_finished(
@@ -50,7 +51,7 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
         grid="quickstart", benchmark="playground-coin", seeds=[0], jobs=2, only=[], order="box,viz", out=tmp_path,
         base=None, data=None, tuned=None, overrides=["training.steps=5"], file=ROOT / "configs" / "quickstart.yaml",
     )  # fmt: skip
-    runs = quickstart.Runs(args, quickstart.Forecast(1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
+    runs = quickstart.Runs(args, quickstart.Forecast(lambda: 1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
     assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
     lora = next(row for row in runs.chosen if row.label == "lora")
     with (tmp_path / "out").open("wb") as log:

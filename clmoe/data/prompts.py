@@ -11,6 +11,7 @@ LLaVA's ``preprocess_v1`` leaves unmasked, and also where that loses count (``AS
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -103,15 +104,22 @@ def _tokenise(
         if start:
             ids += [image_id] * image_tokens
             offsets += [(start - len(IMAGE_MARK), start)] * image_tokens
-        encoded = tokenizer(part, add_special_tokens=not start, return_offsets_mapping=True, verbose=False)
-        ids += encoded["input_ids"]
-        offsets += [(left + start, right + start) for left, right in encoded["offset_mapping"]]
+        found, places = _encoded(tokenizer, part, not start)
+        ids += found
+        offsets += [(left + start, right + start) for left, right in places]
         start = len(part) + len(IMAGE_MARK)
     for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, image_tokens)):
         if ids.count(token_id) != wanted:
             fix = "remove it from the text or, if it is not there, fix the tokenizer: one special token, never appended"
             raise ClmoeError(f"{where}: {ids.count(token_id)} tokens {token}, the template has {wanted}; {fix}")
     return ids, offsets
+
+
+@lru_cache(maxsize=16)
+def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, first: bool) -> tuple[Sequence[int], Spans]:
+    """Ids and offsets of a text. They are kept, since the text before an image is that of every prompt."""
+    encoded = tokenizer(text, add_special_tokens=first, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:

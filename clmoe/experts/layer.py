@@ -49,8 +49,19 @@ def packed_experts(
         frozen: ``W0 [dout, din]`` if ``out`` has no graph: the backward pass adds its part of ``x``'s gradient.
     """
     weights = (gate * scaling).to(x.dtype)
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    return _AddExperts.apply(x, weights, A, B, out.contiguous(), frozen, frozen_rank, *(product or (None, None)))
+    A, B, out = A.to(x.dtype), B.to(x.dtype), out.contiguous()
+    if not torch.is_grad_enabled():
+        _add_experts(x, weights, A, B, out)
+        return out
+    return _AddExperts.apply(x, weights, A, B, out, frozen, frozen_rank, *(product or (None, None)))
+
+
+def _add_experts(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    """Add the gated sum to ``out`` in place; return ``A x``, ``[N, E*r]``."""
+    S = rows_of(x) @ A.t()
+    gated = (S.view(*rows_of(weights).shape, -1) * rows_of(weights).unsqueeze(-1)).view_as(S)
+    rows_of(out).addmm_(gated, B.t())
+    return S
 
 
 class _AddExperts(torch.autograd.Function):
@@ -61,9 +72,7 @@ class _AddExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, out: Tensor,
         frozen: Tensor | None, frozen_rank: int, g: Tensor | None, u: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        S = rows_of(x) @ A.t()
-        gated = (S.view(*rows_of(weights).shape, -1) * rows_of(weights).unsqueeze(-1)).view_as(S)
-        rows_of(out).addmm_(gated, B.t())
+        S = _add_experts(x, weights, A, B, out)
         ctx.frozen_rank = frozen_rank
         ctx.save_for_backward(x if g is None else None, S, weights, A, B, frozen, g, u)
         ctx.mark_dirty(out)

@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=BASES, default="playground")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=EvaluationConfig().batch_size)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--uncounted", action="store_true", help="leave out the FLOPs, for which every form runs again")
     parser.add_argument("--json", action="store_true")
