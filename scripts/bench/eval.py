@@ -1,6 +1,6 @@
 """Evaluation in batches on shared image prefixes, against questions answered one by one, five questions to an image.
 
-    OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base llava] [--images 32] [--batch 32] [--json]
+    OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base llava] [--images 32] [--batch 64] [--json]
 
 The reference gives every question to transformers' ``generate`` alone. All forms run in one process on one adapted
 model (MoELoRA, eight experts, total rank 64, random up-projections), reading images included. Times are CPU seconds of
