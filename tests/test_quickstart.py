@@ -51,7 +51,9 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
         grid="quickstart", benchmark="playground-coin", seeds=[0], jobs=2, only=[], order="box,viz", out=tmp_path,
         base=None, data=None, tuned=None, overrides=["training.steps=5"], file=ROOT / "configs" / "quickstart.yaml",
     )  # fmt: skip
-    runs = quickstart.Runs(args, quickstart.Forecast(lambda: 1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2))
+    runs = quickstart.Runs(
+        args, quickstart.Forecast(lambda: 1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2)
+    )
     assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
     lora = next(row for row in runs.chosen if row.label == "lora")
     with (tmp_path / "out").open("wb") as log:
