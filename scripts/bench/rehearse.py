@@ -24,8 +24,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +62,7 @@ from tests.llama_vocabulary import llama_pieces
 
 GIB = 2**30
 METHODS = ("lora", "olora", "moelora", "clmoe", "clmoe_released", "llava_cmoe")
-KILLED = "lora"  # its run with checkpointing is killed once; like its other run it has two steps a task
+KILLED = "lora"  # its run with checkpointing is killed once
 FLAT_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}
 PRODUCTS = FLAT_PRODUCTS | {torch.ops.aten.bmm}
 COLUMNS = ("base", "method", "checkpointing", "train", "end", "locate", "evaluate", "whole, CPU s")
@@ -274,31 +277,52 @@ class Widened(TorchDispatchMode):
         return result
 
 
+def own_mib() -> float:
+    """This process's memory without pages of files, which the kernel drops and reads again as it likes."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def sampled() -> Iterator[list[float]]:
+    """One number: the largest ``own_mib`` so far, looked up a hundred times a second."""
+    most, ended = [own_mib()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            most[0] = max(most[0], own_mib())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
 def alone(figures: Path, arguments: list[str]) -> None:
-    """``clmoe`` with these arguments, in CPU seconds; of each phase's steps: tokens, seconds, the process's peak."""
-    peaks, steps, most = [], [], Peak()
-    idle, train, forward = most.mib(), TaskTrainer.train, TrainedModel.forward
+    """Run ``clmoe`` with these arguments; note CPU seconds, and of each phase's steps tokens, seconds and memory."""
+    steps, peak = [], Peak()
+    idle, train, forward = own_mib(), TaskTrainer.train, TrainedModel.forward
 
     def watched(trainer: TaskTrainer) -> None:
-        nonlocal most
-        peaks.append(most.mib())
-        for weight in trainer.model.parameters():  # pages of a mapped file count only while the kernel keeps them
+        sizes = []
+        for weight in trainer.model.parameters():  # out of the mapped file
             weight.data = weight.data.clone()
-        most, sizes = Peak(), []
 
         def counted(self: TrainedModel, *given: Any, **inputs: Any) -> Any:
             sizes.append((inputs["input_ids"].numel(), int((inputs["labels"] >= 0).sum())))
             return forward(self, *given, **inputs)
 
-        with patch.object(TrainedModel, "forward", counted):
+        with patch.object(TrainedModel, "forward", counted), sampled() as most:
             seconds, _ = timed(lambda: train(trainer))
         tokens, answers = map(sum, zip(*sizes, strict=True))
         row = {"tokens": tokens, "answers": answers, "records": len(sizes), "seconds": seconds}
-        steps.append(row | {"peak": most.mib() - idle})
+        steps.append(row | {"peak": most[0] - idle})
 
     with Widened(), patch.object(TaskTrainer, "train", watched), patch.object(time, "monotonic", time.process_time):
         clmoe(arguments)
-    values = {"steps": steps, "peak": max(*peaks, most.mib()), "seconds": time.process_time()}
+    values = {"steps": steps, "peak": peak.mib(), "seconds": time.process_time()}
     figures.write_text(json.dumps(values))
 
 
