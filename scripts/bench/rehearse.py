@@ -51,6 +51,7 @@ from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
 from clmoe.plan.cost import step_flops
+from clmoe.sequence import chosen
 from clmoe.train.checkpoint import MANIFEST
 from clmoe.train.loop import TaskTrainer, TrainedModel, enable_checkpointing
 from clmoe.train.task import PHASES
@@ -340,16 +341,17 @@ def run(folder: Path, out: Path, names: list[str], checkpointing: list[str], dty
         if name == "llava_cmoe":
             settings += ["options.extend=every", "options.probe_min_steps=1", "locator.options.steps=10"]
         figures = target.with_suffix(".json")
+        where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(target)]
         if not figures.exists():
             shutil.rmtree(target, ignore_errors=True)
-            where = [str(folder / "benchmark.yaml"), "--base", str(folder / "base"), "--output", str(target)]
             for kill in (True, False) if killed else (False,):
                 start(figures, ["run", name, *where, *settings], target if kill else None)
         (sealed,) = target.glob("02_*/adapter_model.safetensors")
         adapter = file_sha256(sealed)
         same = "" if name not in adapters else "same bytes" if adapter == adapters[name] else "differs"
         adapters.setdefault(name, adapter)
-        cells = numbers(load_config(name, {}, settings, str(folder / "base")), read_json(figures), target)
+        _, config, _ = chosen(name, where[0], settings, order="norm", base=where[2], data=None)
+        cells = numbers(config, read_json(figures), target)
         row = [folder.name, f"`{name}`", f"{state}, killed once" if killed else state, *cells, same]
         print(f"| {' | '.join(row)} |", flush=True)
 
