@@ -24,11 +24,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -278,48 +275,22 @@ class Widened(TorchDispatchMode):
         return result
 
 
-def own_mib() -> float:
-    """This process's memory without pages of files, which the kernel drops and reads again as it likes."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
-
-
-@contextmanager
-def sampled() -> Iterator[list[float]]:
-    """One number: the largest ``own_mib`` so far, looked up a hundred times a second."""
-    most, ended = [own_mib()], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.01):
-            most[0] = max(most[0], own_mib())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        ended.set()
-        thread.join()
-
-
 def alone(figures: Path, arguments: list[str]) -> None:
     """Run ``clmoe`` with these arguments; note CPU seconds, and of each phase's steps tokens, seconds and memory."""
-    steps, peak = [], Peak()
-    idle, train, forward = own_mib(), TaskTrainer.train, TrainedModel.forward
+    steps, peak, train, forward = [], Peak(), TaskTrainer.train, TrainedModel.forward
 
     def watched(trainer: TaskTrainer) -> None:
-        sizes = []
-        for weight in trainer.model.parameters():  # out of the mapped file
-            weight.data = weight.data.clone()
+        sizes, held = [], sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
 
         def counted(self: TrainedModel, *given: Any, **inputs: Any) -> Any:
             sizes.append((inputs["input_ids"].numel(), int((inputs["labels"] >= 0).sum())))
             return forward(self, *given, **inputs)
 
-        with patch.object(TrainedModel, "forward", counted), sampled() as most:
+        with patch.object(TrainedModel, "forward", counted), Alive(computes=True) as alive:
             seconds, _ = timed(lambda: train(trainer))
         tokens, answers = map(sum, zip(*sizes, strict=True))
         row = {"tokens": tokens, "answers": answers, "records": len(sizes), "seconds": seconds}
-        steps.append(row | {"peak": most[0] - idle})
+        steps.append(row | {"held": held + alive.most})
 
     with Widened(), patch.object(TaskTrainer, "train", watched), patch.object(time, "monotonic", time.process_time):
         clmoe(arguments)
@@ -376,8 +347,8 @@ def numbers(config: Config, noted: dict[str, Any], target: Path) -> list[str]:
     cells = [f"{seconds:.0f}" for seconds in (*spent.values(), noted["seconds"])]
     cells += [f"{1e3 * step['seconds'] / step['tokens']:.1f}", f"{work / step['tokens'] / 1e9:.2f}"]
     cells += [f"{work / step['seconds'] / 1e9:.0f}"]
-    peak = step["peak"] / 1024
-    return [*cells, f"{peak:.2f}", f"{plan:.2f}", f"{peak / plan:.3f}", f"{noted['peak'] / 1024:.2f}"]
+    held = step["held"] / GIB
+    return [*cells, f"{held:.2f}", f"{plan:.2f}", f"{held / plan:.3f}", f"{noted['peak'] / 1024:.2f}"]
 
 
 def start(figures: Path, arguments: list[str], kill_in: Path | None) -> None:
