@@ -1,6 +1,6 @@
 """What grows with the number of tasks: a row for each task of a finished run that keeps parts per task.
 
-    OMP_NUM_THREADS=1 python scripts/bench/growth.py RUN [--data FOLDER] [--json]
+    OMP_NUM_THREADS=1 python scripts/bench/growth.py RUN [--benchmark YAML] [--data FOLDER] [--json]
 
 Parameters trained in the task and kept after it, bytes of its checkpoint, minutes of its training (probes and locator
 included, evaluation not), and milliseconds that finding a question's task takes then: its feature on the frozen base,
@@ -25,11 +25,11 @@ from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
 
-def grown(run: Path, data: Path | None = None) -> list[dict[str, Any]]:
+def grown(run: Path, benchmark_name: str = "", data: Path | None = None) -> list[dict[str, Any]]:
     """A row for each task. Raises ClmoeError for a run that is not finished or keeps no parts per task."""
     finished_method(run)
     info, events = read_json(run / "run.json"), read_events(run / "events.jsonl")
-    benchmark, base, rows = open_benchmark(info["benchmark"], data, info["order"]), None, []
+    benchmark, base, rows = open_benchmark(benchmark_name or info["benchmark"], data, info["order"]), None, []
     for number, folder in enumerate(checkpoint_folders(run, info["order"]), 1):
         done = read_checkpoint(folder)
         task = done.lineage.tasks[-1]
@@ -61,10 +61,11 @@ def grown(run: Path, data: Path | None = None) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--benchmark", default="", help="YAML file, if the run's benchmark is none of the shipped ones")
     parser.add_argument("--data", type=Path, help="the benchmark's data folder")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = grown(args.run, args.data)
+    rows = grown(args.run, args.benchmark, args.data)
     print(json.dumps(rows) if args.json else pd.DataFrame(rows).to_string(index=False, float_format="%.2f"))
 
 
