@@ -293,8 +293,12 @@ def paper_cells(study: Study, printed: dict[str, Any]) -> str:
                 if label not in study.labels:
                     continue
                 column = _kind(study, label, kind) if named else f"after {study.tasks[number]}"
-                there = zip(study.tasks, row[kind], strict=True)
-                cells = ["" if score is None else study.spread(label, f"{column}:{task}") for task, score in there]
+                columns = {task: f"{column}:{task}" for task in study.tasks}
+                if kind == "after":  # the paper's own cell of a task is its Immediate
+                    task = study.tasks[number]
+                    columns[task] = f"{_kind(study, label, 'immediate')}:{task}"
+                there = zip(columns.values(), row[kind], strict=True)
+                cells = ["" if score is None else study.spread(label, name) for name, score in there]
                 mean = study.spread(label, column) if named and None not in row[kind] else BLANK
                 transfer = study.spread(label, "bwt_known" if _locates(study, label) else "bwt_n")
                 rows.append(

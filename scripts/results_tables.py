@@ -166,7 +166,7 @@ def read_cells(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _questions(run: Run, after: str, task: str, locator: str) -> int | None:
     """How many were asked for a cell; at the end of an untrained sequence they are those before it."""
     files = [summary_path(run.path, when, task, by) for when in (after, ZERO_SHOT) for by in (locator, "")]
-    return next((read_json(file)["questions"] for file in files if file.is_file()), None)
+    return next((read_json(file).get("questions") for file in files if file.is_file()), None)
 
 
 def read_growth(run: Run) -> pd.DataFrame:

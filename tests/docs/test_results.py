@@ -316,4 +316,4 @@ def test_the_two_misprinted_means(results: ModuleType) -> None:
     first = next(row for row in tables["Table 1"] if row["row"] == "llava_cmoe")
     matrix = [row["after"] for row in tables["Table 9"]]
     assert [row[task] for task, row in enumerate(matrix)] == first["immediate"]
-    assert matrix[-1][:-1] == first["last"][:-1], "the last task's own cell is with the task known"
+    assert matrix[-1][:-1] == first["last"][:-1], "a task's own cell is with the task known"
