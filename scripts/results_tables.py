@@ -159,8 +159,9 @@ def read_cells(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     keys = ["after", "task", "locator"]
     asked = located.groupby(keys)["count"].sum()
     right = located[located.task == located.chosen].groupby(keys)["count"].sum().reindex(asked.index, fill_value=0)
-    cells = cells.join((right / asked).rename("located"), on=keys)
-    return cells.assign(questions=[_questions(run, *cell) for cell in cells[keys].itertuples(index=False)]), located
+    answered = [_questions(run, *cell) for cell in cells[keys].itertuples(index=False)]
+    cells = cells.join(pd.DataFrame({"questions": asked, "located": right / asked}), on=keys)
+    return cells.assign(questions=cells.questions.fillna(pd.Series(answered, cells.index, dtype=float))), located
 
 
 def _questions(run: Run, after: str, task: str, locator: str) -> int | None:
