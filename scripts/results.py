@@ -8,16 +8,15 @@ The page's numbers come from `runs.csv` (a row for each run), `STUDY.csv` (a row
 matrix; `locator` says who chose the task), `growth.csv` (a row for each task of a run), `located.csv` (questions of
 `task` at the end of a run that a locator took for `chosen`) and `tuned.csv` (trials of `clmoe tune`); its prose from
 `page.template.md`; the papers' figures and claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables
-from `configs/grids.yaml`. `scripts/results_tables.py` reads the runs.
+from `configs/grids.yaml`. `results_tables.py` reads the runs, `results_study.py` compares
+them.
 """
 
 import argparse
-import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,149 +25,34 @@ import pandas as pd
 import results_tables
 import yaml
 from matplotlib.figure import Figure
-from results_tables import BUDGETED, commits
-from scipy.stats import t as student
+from results_study import (
+    COUNTS,
+    GROWTH,
+    SCORES,
+    SPENT,
+    Study,
+    apart,
+    difference,
+    kind_of,
+    locates,
+    markdown,
+    read_study,
+    spread,
+)
+from results_tables import BUDGETED
 
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.matrix import AccuracyMatrix, metrics
-from clmoe.report.tables import BLANK, show_count, show_number
+from clmoe.report.tables import BLANK, show_number
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES, PAGE, GRIDS = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "configs" / "grids.yaml"
 STUDIES = ("playground-coin", "playground-cl4vqa")
-VERDICTS = ("holds", "contradicted", "no difference shown", "not verified", "not run")
-ENOUGH_SEEDS = 3
-ENOUGH_FOR_RANGE = 5
 YARDSTICKS = ("zero_shot", "multitask", "separate")
-SCORES = {  # heading -> column of Study.runs
-    "last (AP)": "last", "right after training": "immediate", "the same, task known": "immediate_known",
-    "AF": "forgetting_max", "bwt_n_minus_1": "bwt_n_minus_1", "bwt_known": "bwt_known",
-    "task found (%)": "located_percent", "any form": "any_form", "another task's words (%)": "foreign",
-}  # fmt: skip
-GROWTH = {"blocks extended (%)": "extended_percent", "experts added": "added"}
-COUNTS = {
-    "parameters trained in the last task": "trainable_parameters", "trained per task, mean": "trained_per_task",
-    "kept at the end": "adapter_parameters",
-}  # fmt: skip
-SPENT = {
-    "active": "active_parameters", "the locator's": "locator_parameters", "bytes stored": "stored_bytes",
-    "samples stored": "stored_samples", "training FLOP": "training_flops", "FLOP of a question": "question_flops",
-    "minutes": "minutes",
-}  # fmt: skip
-SHOWN: dict[str, Callable[[float], str]] = dict.fromkeys(
-    [*COUNTS.values(), *SPENT.values(), "head_start"], show_count
-) | {"minutes": "{:.1f}".format}
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything measured on one benchmark; `runs` has its facts, metrics and scores by task, by label and seed."""
-
-    name: str
-    tasks: list[str]
-    labels: list[str]
-    methods: list[str]  # with their own settings
-    matched: list[str]  # under one budget
-    runs: pd.DataFrame
-    located: pd.DataFrame
-    tuned: pd.DataFrame
-
-    def spread(self, label: str, column: str, *, ranged: bool = False) -> str:
-        if label not in self.labels:
-            return BLANK
-        return spread(self.runs.loc[label, column], SHOWN.get(column, show_number), ranged=ranged)
-
-    def n(self, label: str) -> str:
-        return str(len(self.runs.loc[label]))
+VERDICTS = ("holds", "contradicted", "no difference shown", "not verified", "not run")
 
 
 def read_table(name: str) -> pd.DataFrame:
     return results_tables.read_table(TABLES / f"{name}.csv")
-
-
-def read_study(name: str, grids: dict[str, Any]) -> Study:
-    tables = [read_table(table) for table in ("runs", "growth", "located", "tuned")]
-    runs, growth, located, tuned = (table[table.study == name] for table in tables)
-    cells = dict(iter(read_table(name).groupby(["label", "seed"])))
-    figures = pd.DataFrame([run_figures(run, cells[run.label, run.seed]) for run in runs.itertuples()], runs.index)
-    by_run = growth.groupby(["label", "seed"])
-    totals = by_run[["blocks", "extended", "added"]].sum(min_count=1)
-    totals["extended_percent"] = 100 * totals.extended / totals.blocks.where(totals.blocks > 0)
-    totals["trained_per_task"] = by_run.trainable.mean()
-    totals["head_start"] = by_run.stored.first() - by_run.trainable.first()
-    runs = runs.join(figures).set_index(["label", "seed"]).join(totals).sort_index()
-    labels = list(runs.index.unique("label"))
-    listed = {grid: [row for part in grids[grid]["sections"].values() for row in part] for grid in grids}
-    listed["matched"] = [f"{row}{BUDGETED}" for row in listed["matched"]]
-    others = [label for label in labels if label not in {row for rows in listed.values() for row in rows}]
-    listed["matched"] += [label for label in others if label.endswith(BUDGETED)]
-    listed["published"] += [label for label in others if not label.endswith(BUDGETED)]
-    rows = ([label for label in listed[grid] if label in labels] for grid in ("published", "matched"))
-    return Study(name, runs.order.iloc[0].split(), labels, *rows, runs, located, tuned)
-
-
-def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
-    """A run's metrics, its scores by task, and how often its locator found the task at the end."""
-    order = run.order.split()
-    own, known = cells[cells.locator == run.locator], cells[(cells.locator == "oracle") & (cells.after == cells.task)]
-    score = {(cell.after, cell.task): cell.score for cell in own.itertuples()}
-    rows = {after: tuple(score.get((after, task)) for task in order) for after in own.after.unique()}
-    by_task = dict(zip(known.task, known.score, strict=True))
-    kinds: dict[str, list[float | None]] = {
-        "last": [score.get((order[-1], task)) for task in order],
-        "immediate": [score.get((task, task)) for task in order],
-        "immediate_known": [by_task.get(task) for task in order],
-        "so far": [pd.Series(rows.get(after, ())[: t + 1], dtype=float).mean() for t, after in enumerate(order)],
-    }
-    kinds |= {f"after {after}": [score.get((after, task)) for task in order] for after in order}
-    end = own[own.after == order[-1]]
-    return {
-        **metrics(AccuracyMatrix(tuple(order), rows), kinds["immediate_known"] if by_task else None),
-        **{f"{kind}:{task}": value for kind in kinds for task, value in zip(order, kinds[kind], strict=True)},
-        "located_percent": 100 * (end.located * end.questions).sum(skipna=False) / end.questions.sum(),
-    }
-
-
-def spread(values: pd.Series, show: Callable[[float], str] = show_number, *, ranged: bool = False) -> str:
-    """Mean ± sample standard deviation over seeds; n is added where a seed lacks the value.
-
-    With `ranged` the lowest and the highest value of five or more follow.
-    """
-    given = values.dropna().astype(float)
-    if given.empty:
-        return BLANK
-    text, deviation = show(given.mean()), given.std()
-    if len(given) > 1 and (deviation or show is show_number):
-        text += f" ± {show(deviation)}"
-    if ranged and len(given) >= ENOUGH_FOR_RANGE:
-        text += f" [{show(given.min())}, {show(given.max())}]"
-    return text if len(given) == len(values) else f"{text} (n={len(given)})"
-
-
-def difference(study: Study, better: str, worse: str, metric: str) -> tuple[str, str]:
-    """Verdict on "`better` has more of `metric` than `worse`", and the difference as text.
-
-    Differences are paired by seed; the interval is Student's t with n - 1 degrees of freedom, 95 % confidence.
-    """
-    if not {better, worse} <= set(study.labels):
-        return "not run", ""
-    values = (study.runs.loc[better, metric].astype(float) - study.runs.loc[worse, metric].astype(float)).dropna()
-    n = len(values)
-    if n < ENOUGH_SEEDS:
-        seeds = f"{n} {'seed' if n == 1 else 'seeds'}"
-        return (f"not verified ({seeds})", f"{values.mean():+.1f}") if n else ("not run", "")
-    mean = math.fsum(values) / n
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    low, high = mean - half, mean + half
-    verdict = "holds" if low > 0 else "contradicted" if high < 0 else "no difference shown"
-    return verdict, f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def markdown(header: Iterable[str], rows: Iterable[Sequence[str]], keys: int = 1) -> str:
-    """A GitHub table whose first `keys` columns are set flush left."""
-    names = list(header)
-    lines = [names, ["---"] * keys + ["---:"] * (len(names) - keys), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def claims(paper: dict[str, Any], studies: list[Study]) -> str:
@@ -177,7 +61,8 @@ def claims(paper: dict[str, Any], studies: list[Study]) -> str:
     for claim, other in [(row, other) for row in paper["claims"] for other in row["than"]]:
         pair = (other, claim["better"]) if claim.get("less") else (claim["better"], other)
         found = [difference(study, *pair, claim["metric"]) for study in studies]
-        cells = [", ".join(filter(None, cell)) for cell in found]
+        marks = [" *" if {*pair} <= {*study.labels} and apart(study, pair) else "" for study in studies]
+        cells = [", ".join(filter(None, cell)) + mark for cell, mark in zip(found, marks, strict=True)]
         rows.append((claim["paper"], claim["where"], claim["claim"].format(other), *cells))
         for name, (verdict, _) in zip(tally, found, strict=True):
             tally[name][verdict.split(" (")[0]] += 1
@@ -199,13 +84,6 @@ def compare(study: Study, labels: list[str], shown: dict[str, str], with_differe
         cells = [study.spread(label, column, ranged=column in SCORES.values()) for label in labels]
         columns |= {} if set(cells) == {BLANK} else {name: cells}
     return markdown(("method", *columns), zip(labels, *columns.values(), strict=True)) + note
-
-
-def apart(study: Study, labels: Sequence[str]) -> str:
-    """Which rows have no commit in common with the first, so that a difference may be the code's."""
-    first = commits(study.runs.loc[labels[0]])
-    others = [label for label in labels[1:] if first and first.isdisjoint(commits(study.runs.loc[label]))]
-    return f"\n\nAt other commits than {labels[0]}: {', '.join(others)}." if others else ""
 
 
 def beaten(study: Study, labels: list[str], reference: str) -> str:
@@ -256,7 +134,7 @@ def by_task(study: Study, labels: list[str]) -> str:
     """LLaVA-CMoE's Table 1: each task right after training (task known where a locator exists) and at the end."""
     rows = []
     for label in labels:
-        first, transfer = _kind(study, label, "immediate"), "bwt_known" if _locates(study, label) else "bwt_n"
+        first, transfer = kind_of(study, label, "immediate"), "bwt_known" if locates(study, label) else "bwt_n"
         bwts = ("", study.spread(label, transfer, ranged=True))
         for kind, name, bwt in zip((first, "last"), ("Immediate", "Last"), bwts, strict=True):
             if study.runs.loc[label, kind].notna().any():
@@ -292,15 +170,15 @@ def paper_cells(study: Study, printed: dict[str, Any]) -> str:
                 rows.append((row["row"], named, "paper", *cells, mean, bwt if kind == "last" else "", ""))
                 if label not in study.labels:
                     continue
-                column = _kind(study, label, kind) if named else f"after {study.tasks[number]}"
+                column = kind_of(study, label, kind) if named else f"after {study.tasks[number]}"
                 columns = {task: f"{column}:{task}" for task in study.tasks}
                 if kind == "after":  # the paper's own cell of a task is its Immediate
                     task = study.tasks[number]
-                    columns[task] = f"{_kind(study, label, 'immediate')}:{task}"
+                    columns[task] = f"{kind_of(study, label, 'immediate')}:{task}"
                 there = zip(columns.values(), row[kind], strict=True)
                 cells = ["" if score is None else study.spread(label, name) for name, score in there]
                 mean = study.spread(label, column) if named and None not in row[kind] else BLANK
-                transfer = study.spread(label, "bwt_known" if _locates(study, label) else "bwt_n")
+                transfer = study.spread(label, "bwt_known" if locates(study, label) else "bwt_n")
                 rows.append(
                     (row["row"], named, "here", *cells, mean, transfer if kind == "last" else "", study.n(label))
                 )
@@ -330,20 +208,11 @@ def agreement(study: Study, rows: list[dict[str, Any]]) -> str:
         for row in known:
             own = study.runs.loc[row["label"]].mean(numeric_only=True)
             given = [task for task, score in zip(study.tasks, row[kind], strict=True) if score is not None]
-            ours.append(statistics.fmean(own[f"{_kind(study, row['label'], kind)}:{task}"] for task in given))
+            ours.append(statistics.fmean(own[f"{kind_of(study, row['label'], kind)}:{task}"] for task in given))
         pairs = [(a, b) for a in range(len(known)) for b in range(a)]
         same = sum((theirs[a] - theirs[b]) * (ours[a] - ours[b]) > 0 for a, b in pairs)
         said += [f"{same} of {len(pairs)} by {kind}"] if pairs else []
     return f"Pairs of rows whose means have the paper's order here: {', '.join(said)}." if said else ""
-
-
-def _locates(study: Study, label: str) -> bool:
-    return bool(study.runs.loc[label, "immediate_known"].notna().any())
-
-
-def _kind(study: Study, label: str, kind: str) -> str:
-    """The paper's Immediate is with the task known, where a method has a locator."""
-    return "immediate_known" if kind == "immediate" and _locates(study, label) else kind
 
 
 def misprints(printed: dict[str, Any]) -> str:
@@ -432,7 +301,7 @@ def main() -> int:
     if args.add:
         print(*add(args.add), sep="\n")
     grids = yaml.safe_load(GRIDS.read_text(encoding="utf-8"))["grids"]
-    studies = [read_study(name, grids) for name in STUDIES]
+    studies = [read_study(TABLES, name, grids) for name in STUDIES]
     page = results_page(studies, grids)
     if args.check:
         current = PAGE.read_text(encoding="utf-8") == page
