@@ -36,7 +36,7 @@ from clmoe.report.card import model_card
 from clmoe.report.locators import write_matrix
 from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
-from clmoe.report.tables import alike_note, comparison_table, report_text, to_text
+from clmoe.report.tables import alike_note, comparison_table, report_text, spent_table, to_text
 from clmoe.train.checkpoint import MANIFEST, checked_method, read_checkpoint, sealed_files
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> str:
         except ClmoeError as error:
             raise ClmoeError(f"{folder}: {error}") from error
     groups, folders = group_runs(list(runs)), " ".join(map(shlex.quote, map(str, runs)))
-    lines = [to_text(comparison_table(groups)), alike_note(groups), f"clmoe report --format html {folders}"]
+    tables = [to_text(table) for table in (comparison_table(groups), spent_table(groups))]
+    lines = [*tables, alike_note(groups), f"clmoe report --format html {folders}"]
     return "\n".join(filter(None, lines))
 
 

@@ -1,8 +1,8 @@
 """Draw an embedded benchmark to disk, in the files a real benchmark has: JSON lists and PNG images.
 
-    <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png
+    <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png          (playground-long, too)
     <root>/playground-cl4vqa/<task>/train.json, test.json and one images/ for all tasks
-    <root>/<either>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
+    <root>/<any>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
     <root>/playground-coin/general/<set>/test.json, images/         sets of general ability, drawn when they are asked
 
 The marker `benchmark.json` is written last, and the finished folder appears by one rename. A folder whose marker is of
@@ -25,6 +25,7 @@ from clmoe.embedded.tasks import (
     CL4VQA_TASKS,
     COIN_TASKS,
     GENERAL_SETS,
+    LONG_TASKS,
     POOL_SAMPLERS,
     TaskSpec,
     sample_scene,
@@ -40,7 +41,11 @@ MARKER = "benchmark.json"
 WARMUP, GENERAL = "warmup", "general"
 WARMUP_TURNS = 4
 
-TASKS: dict[str, tuple[TaskSpec, ...]] = {"playground-coin": COIN_TASKS, "playground-cl4vqa": CL4VQA_TASKS}
+TASKS: dict[str, tuple[TaskSpec, ...]] = {
+    "playground-coin": COIN_TASKS,
+    "playground-cl4vqa": CL4VQA_TASKS,
+    "playground-long": LONG_TASKS,
+}
 ROWS = {"train": 2_000, "test": 300}
 """Of each task's files."""
 

@@ -1,8 +1,8 @@
-"""What is asked about scenes: by the tasks of the two embedded benchmarks, and by the mixture that trained the base."""
+"""What is asked about scenes: by the tasks of the embedded benchmarks, and by the mixture that trained the base."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -139,6 +139,40 @@ COIN_TASKS = (
     TaskSpec("digits", (scenes.one_digit,), _ask_written, ("white", "black")),
 )
 
+
+# ---- playground-long
+
+_FORMS = {
+    "sqa": "option {}",
+    "text": "word {}",
+    "imnet": "object {}",
+    "gqa": "{} it is",
+    "viz": "it looks {}",
+    "box": "{}",  # without brackets: the rule for boxes reads nothing else around them
+    "vqa": "answer {}",
+    "digits": "number {}",
+}
+"""Other forms of the answers of playground-coin's tasks."""
+
+
+def _ask_again(task: TaskSpec, scene: Scene, rng: Random) -> list[Turn]:
+    """The task's questions, which ask for its other form."""
+    form, found = _FORMS[task.name], task.ask(scene, rng)
+    asked = [turn.question.removesuffix(WORD_SUFFIX).removesuffix(LETTER_SUFFIX) for turn in found]
+    suffix = f"\nAnswer in the form: {form.format('...')}"
+    return [Turn(text + suffix, form.format(turn.answer.strip("[]"))) for text, turn in zip(asked, found, strict=True)]
+
+
+LONG_TASKS = COIN_TASKS + tuple(
+    replace(
+        task,
+        name=f"{task.name}_again",
+        ask=partial(_ask_again, task),
+        backgrounds=tuple(name for name in scenes.EVERY_BACKGROUND if name not in task.backgrounds),
+    )
+    for task in COIN_TASKS
+)
+"""Sixteen: those of playground-coin, and each again in another form and on the backgrounds that it does not have."""
 
 # ---- playground-cl4vqa ----
 

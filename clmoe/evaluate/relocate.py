@@ -124,7 +124,7 @@ def relocate(
             if cells := plan.missing(number):
                 fill_cells(cells, benchmark, order, answerer)
             if last:
-                costs[plan.name] = asdict(_cost(answerer, plan.cells[number][-1]))
+                costs[plan.name] = asdict(locating_cost(answerer, plan.cells[number][-1]))
         base = answerer.base
         if isinstance(answerer.model, PeftModel):
             detach_adapter(answerer.model)
@@ -205,8 +205,8 @@ class _Plan:
         return Found(self.name, metrics(AccuracyMatrix(tuple(order), rows)), confusion, cost)
 
 
-def _cost(answerer: Answerer, cell: Cell) -> Cost:
-    """Measured on the first questions of this cell."""
+def locating_cost(answerer: Answerer, cell: Cell) -> Cost:
+    """Of finding the task, measured on the first questions of this cell."""
     questions = cell.questions(images=True)[:TIMED]
     fresh = replace(answerer.store, folder=None)
     finder = answerer.locator(cell.locator)

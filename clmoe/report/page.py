@@ -88,12 +88,12 @@ def default_folder(runs: Sequence[Path]) -> Path:
 
 def sections(groups: Sequence[Group], counts: pd.DataFrame) -> list[Section]:
     """All sections that have something to show; `counts` and, below, `shown` are from `explore`."""
-    comparison, costs, scores, located, *matrices = tables.report_tables(groups)
+    comparison, spent, costs, scores, located, *matrices = tables.report_tables(groups)
     settings, formats, general = tables.settings_frame(groups), formats_frame(groups), tables.general_frame(groups)
-    ability = plots.general(groups, general), [tables.general_table(groups, general)]
-    tuned = tables.tuned_frame(groups)
+    ability = plots.general(groups, general), tables.general_tables(groups, general)
+    tuned, glance = tables.tuned_frame(groups), [comparison, spent, costs]
     found = [
-        Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), [comparison, costs]),
+        Section("report", "At a glance", tables.metrics_frame(groups), plots.comparison(groups), glance),
         Section("tasks", "Scores by task", tables.scores_frame(groups), None, [scores]),
         Section("matrices", "Accuracy matrices", tables.matrices_frame(groups), plots.matrices(groups), matrices),
         Section("forgetting", "Forgetting curves", plots.curves_frame(groups), plots.forgetting(groups)),
@@ -143,6 +143,7 @@ def _render(template: str, groups: Sequence[Group], **values: Any) -> str:
     environment.filters |= {
         "breakable": lambda name: re.sub(r"_(?=[a-z]{3})", "_\u200b", name),
         "csv": _data_uri,
+        "joined": lambda cell: cell.replace("± ", "±\u00a0"),
         "markdown": tables.to_markdown,
         "svg": lambda panel, picture: Markup(plots.to_svg(picture, panel)),
     }

@@ -167,16 +167,24 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str = "value") -
     return grouped.agg(mean="mean", std="std", n="count").reset_index()
 
 
-def comparison_table(groups: Sequence[Group]) -> Table:
-    """One row per label: all metrics in percent, and what they took."""
+def comparison_table(
+    groups: Sequence[Group], title: str = "Comparison", metrics: Sequence[str] = tuple(METRICS)
+) -> Table:
+    """One row per label: metrics in percent."""
     frame = metrics_frame(groups)
-    compared = [name for name in (*METRICS, *GENERAL_METRICS) if name in frame]
-    shown = dict.fromkeys(compared, show_number) | dict.fromkeys(SPENT, show_count)
+    shown = dict.fromkeys([name for name in metrics if name in frame], show_number)
     cells = _spread(groups, frame.melt(["label"], list(shown), "metric"), ["label"], shown)
     cells.insert(1, "seeds", [str(len(group.runs)) for group in groups])
-    winners = {name: _winner(groups, frame, name) for name in compared if name in cells and name != GENERAL_METRICS[0]}
+    winners = {name: _winner(groups, frame, name) for name in shown if name in cells and name != GENERAL_METRICS[0]}
     best = {(row, list(cells).index(name)) for name, row in winners.items() if row is not None}
-    return Table("Comparison", cells, best=frozenset(best))
+    return Table(title, cells, best=frozenset(best))
+
+
+def spent_table(groups: Sequence[Group]) -> Table:
+    """One row per label: what it keeps at the end, and what its training and one question compute."""
+    shown = dict.fromkeys(SPENT, show_count)
+    cells = _spread(groups, metrics_frame(groups).melt(["label"], SPENT, "spent"), ["label"], shown)
+    return Table("What a row keeps and computes", cells)
 
 
 def _winner(groups: Sequence[Group], frame: pd.DataFrame, metric: str) -> int | None:
@@ -246,13 +254,14 @@ def alike_note(groups: Sequence[Group]) -> str:
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
-    """Comparison, costs, scores, percent of the questions located right (perhaps no row), and each label's matrix."""
+    """Comparison, what was spent, costs, scores, percent located right (perhaps no row), and each label's matrix."""
     order = groups[0].runs[0].order
     scores = dict.fromkeys((*order, "mean"), show_number)
     located = dict.fromkeys((*order, "overall"), show_number)
     right = located_frame(groups).query("task == located").drop(columns="located")
     return [
         comparison_table(groups),
+        spent_table(groups),
         costs_table(groups),
         Table("Scores by task", _spread(groups, scores_frame(groups), ["label", "row"], scores), 2),
         Table("Questions located right (%)", _spread(groups, right, ["label", "locator"], located), 2),
@@ -287,10 +296,13 @@ def tuned_table(frame: pd.DataFrame) -> Table:
     return Table("Trials of clmoe tune", cells[["label", "options", "last", "chosen", "tasks"]].astype(object), 2)
 
 
-def general_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
-    """One row per label and stage: `general_frame`'s scores on each set."""
+def general_tables(groups: Sequence[Group], frame: pd.DataFrame) -> list[Table]:
+    """One row per label: what became of general ability; per label and stage: `general_frame`'s scores on each set."""
+    if not len(frame):
+        return []
     shown = dict.fromkeys(frame["set"].unique(), show_number)
-    return Table("General ability", _spread(groups, frame, ["label", "after"], shown), 2)
+    by_set = Table("General ability after each task", _spread(groups, frame, ["label", "after"], shown), 2)
+    return [comparison_table(groups, "General ability", GENERAL_METRICS), by_set]
 
 
 def formats_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
@@ -316,7 +328,8 @@ def limit_note(groups: Sequence[Group]) -> str:
 def report_text(runs: Sequence[Path], width: int = 100) -> str:
     """All tables for a terminal of `width` columns, `alike_note` and `limit_note`."""
     groups = group_runs(runs)
-    tables = [*report_tables(groups), tuned_table(tuned_frame(groups))]
+    general, tuned = general_tables(groups, general_frame(groups)), tuned_table(tuned_frame(groups))
+    tables = [*report_tables(groups), *general, tuned]
     found = [to_text(table, width) for table in tables if len(table.cells)]
     notes = [fill(note, width, break_on_hyphens=False) for note in (alike_note(groups), limit_note(groups)) if note]
     return "\n".join([*found, *notes]).rstrip() + "\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -18,8 +19,8 @@ from clmoe.embedded import build, scenes
 from clmoe.embedded.scenes import DIGIT_SOURCES, Scene, Thing, digit_sources, draw, draw_distinct
 from clmoe.embedded.tasks import (
     CL4VQA_TASKS,
-    COIN_TASKS,
     GENERAL_SETS,
+    LONG_TASKS,
     SKILLS,
     relation,
     sample_scene,
@@ -29,7 +30,11 @@ from clmoe.embedded.tasks import (
 from clmoe.errors import ClmoeError
 from tests.embedded.support import BASE, every_answer_word, ink_mask
 
-DRAWN = {("playground-coin", 1): "d1daeb78fb0224ab", ("playground-cl4vqa", 1): "7149fd966a0ec555"}
+DRAWN = {
+    ("playground-coin", 1): "d1daeb78fb0224ab",
+    ("playground-cl4vqa", 1): "7149fd966a0ec555",
+    ("playground-long", 1): "70b15afdf4a369ca",
+}
 """Hash of the small files by name and ``build.VERSION``. Where it differs, raise the version."""
 
 
@@ -55,6 +60,30 @@ def test_files_load_and_fit_the_yaml(name: str, tmp_path: Path) -> None:
         longest = max(len(tokenizer.tokenize(f" {question.answer}")) for question in questions)
         assert longest + 1 <= task.max_new_tokens <= longest + 4, task.name
         assert load_image(task.image_root / str(questions[0].image)).size == (56, 56)
+
+
+def test_sixteen_tasks_are_eight_and_the_same_again_in_another_form_on_other_backgrounds(tmp_path: Path) -> None:
+    long, coin = (load_benchmark(name, check_files=False) for name in ("playground-long", "playground-coin"))
+    assert long.recipe == {key: value for key, value in coin.recipe.items() if key != "evaluation"}
+    assert len(long.tasks) == 16 and long.tasks[:8] == tuple(
+        replace(
+            task,
+            **{key: long.root / getattr(task, key).relative_to(coin.root) for key in ("train", "test", "image_root")},
+        )
+        for task in coin.tasks
+    )
+    rng, again = Random(4), {task.name: task for task in LONG_TASKS}
+    for task in LONG_TASKS[:8]:
+        other = again[f"{task.name}_again"]
+        assert {*task.backgrounds, *other.backgrounds} == {*scenes.BACKGROUNDS}
+        assert not {*task.backgrounds} & {*other.backgrounds}
+        for scene in (draw(sampler, "train", rng, task.backgrounds) for sampler in task.samplers for _ in range(20)):
+            (asked,), (asked_again,) = task.turns(scene, Random(1)), other.turns(scene, Random(1))
+            assert asked.question.split("\n")[0] == asked_again.question.split("\n")[0]
+            assert asked.question != asked_again.question and asked.answer != asked_again.answer
+            assert asked.answer.strip("[]") in asked_again.answer
+            form = asked_again.question.rpartition("Answer in the form: ")[2]
+            assert form.replace("...", asked.answer.strip("[]")) == asked_again.answer
 
 
 @pytest.mark.parametrize("name", build.TASKS)
@@ -101,7 +130,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 # ---- Scenes
 
-ALL_TASKS = COIN_TASKS + CL4VQA_TASKS
+ALL_TASKS = LONG_TASKS + CL4VQA_TASKS
 
 
 def test_box_is_where_the_pixels_are() -> None:

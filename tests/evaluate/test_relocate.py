@@ -15,7 +15,7 @@ from clmoe.evaluate.answer import Answerer
 from clmoe.evaluate.relocate import Cost, Found
 from clmoe.report.locators import confusion_frame, score_table, scores_frame, task_table
 from tests.runs import Runs, contents, kill
-from tests.support import TASKS, TEST_ROWS
+from tests.support import TASKS, TEST_ROWS, load_script
 
 SETTINGS = ("adapter.train_projector=false", "evaluation.margin=0", "evaluation.limit=8")
 LOCATORS = ("last", "text_centroid", "random", "knn", "oracle")
@@ -170,3 +170,17 @@ def test_tables_show_mean_and_deviation_over_seeds_and_a_blank_where_nothing_was
     assert task_table(confusion).cells.to_numpy().tolist() == [
         ["m", "knn", "75.00", "100.00"], ["m", "last", "0.00", "100.00"], ["n", "knn", "75.00", "100.00"],
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_grows_with_the_number_of_tasks(folder: Path, runs: Runs) -> None:
+    """The oracle looks at nothing; a task adds one LoRA, and its training took as long as its events say."""
+    run = folder / "separate-seed0"
+    grown = load_script("bench/growth").grown(run, str(runs.benchmark))
+    assert [(row["tasks"], row["task"]) for row in grown] == list(enumerate(TASKS, 1))
+    assert len({row["trained"] for row in grown}) == 1
+    assert [row["kept"] for row in grown] == [row["trained"] * row["tasks"] for row in grown]
+    for row, checkpoint in zip(grown, sorted(run.glob("0*_*")), strict=True):
+        files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != "manifest.json"]
+        assert row["bytes"] == sum(file.stat().st_size for file in files)
+    assert all(row["minutes"] > 0 for row in grown)

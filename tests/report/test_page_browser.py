@@ -134,6 +134,14 @@ def test_nothing_is_wider_than_the_page(page: Any) -> None:
     assert page.evaluate(cut) == []
 
 
+@pytest.mark.parametrize("page", [1280], indirect=True)
+def test_the_scores_fit_the_page(page: Any) -> None:
+    """All nine metrics of two seeds with a long name, without scrolling, and before what a row keeps."""
+    scores, spent = page.locator("#report > .scroll").all()[:2]
+    assert scores.locator("thead th").count() == 10 and "What a row keeps and computes" in spent.inner_text()
+    assert scores.evaluate("(box) => box.scrollWidth <= box.clientWidth")
+
+
 def test_without_script_all_answers_are_there(browser: Any, page_file: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()

@@ -46,19 +46,21 @@ def test_comparison_averages_over_seeds(tmp_path: Path) -> None:
     assert "immediate" not in {column for _, column in best}, "both are 80"
 
 
-def test_general_ability_has_columns_and_a_row_per_stage_where_it_was_measured(tmp_path: Path) -> None:
+def test_general_ability_has_tables_where_it_was_measured(tmp_path: Path) -> None:
     runs = two_seeds(tmp_path)
     columns = list(comparison_table(group_runs(runs)).cells)
+    assert tables.general_tables(group_runs(runs), tables.general_frame(group_runs(runs))) == []
     for run, loss in zip(runs, (13, 17), strict=True):
         lines = ("zero_shot,86,74", "colour_letter,84,70", f"box,{80 - loss},{80 - loss}")
         write(run / "general.csv", "after,pope,mme", *lines)
     groups = group_runs([*runs, make_run(tmp_path, "blank", 0)])
-    moe, blank = (row_of(comparison_table(groups), label) for label in ("moe", "blank"))
-    assert [name for name in moe if name not in columns] == ["general_zero_shot", "general_last", "general_change"]
+    assert list(comparison_table(groups).cells) == columns
+    change, table = tables.general_tables(groups, tables.general_frame(groups))
+    moe, blank = (row_of(change, label) for label in ("moe", "blank"))
+    assert list(moe)[2:] == ["general_zero_shot", "general_last", "general_change"]
     assert (moe["general_zero_shot"], moe["general_change"]) == ("80.00 ± 0.00", "-15.00 ± 2.83")
-    assert {blank[name] for name in moe if name not in columns} == {BLANK}
-    frame = tables.general_frame(groups)
-    table = tables.general_table(groups, frame)
+    assert {blank[name] for name in list(moe)[2:]} == {BLANK}
+    assert "general_change" in tables.report_text(runs)
     assert list(table.cells) == ["label", "after", "pope", "mme", "mean"]
     assert row_of(table, "moe", "zero_shot")["mean"] == "80.00 ± 0.00"
     assert row_of(table, "moe", "box")["mme"] == "65.00 ± 2.83"
@@ -97,7 +99,7 @@ def test_who_learned_nothing_does_not_win_by_forgetting_nothing(tmp_path: Path) 
     best = {(table.cells["label"][row], list(table.cells)[column]) for row, column in table.best}
     assert row_of(table, "idle")["forgetting_max"] == "0.00 ± 0.00"
     assert ("a", "forgetting_max") in best and "idle" not in {label for label, _ in best}
-    assert row_of(report_tables(groups)[2], "chance", tables.CHANCE)["mean"] == "50.00"
+    assert row_of(report_tables(groups)[3], "chance", tables.CHANCE)["mean"] == "50.00"
     assert plots.comparison(groups).legend.keys() == {"immediate", "last", "chance"}
 
 
@@ -156,7 +158,7 @@ def test_costs(tmp_path: Path) -> None:
 
 def test_scores_follow_task_names_when_seeds_have_other_orders(tmp_path: Path) -> None:
     groups = group_runs([make_run(tmp_path, "moe", 0, 50.0), make_run(tmp_path, "moe", 1, 30.0, order=TASKS[::-1])])
-    row = row_of(report_tables(groups)[2], "moe", "last")
+    row = row_of(report_tables(groups)[3], "moe", "last")
     # colour_letter ends at 50 in the first order and, trained last, at 80 in the other.
     assert (row["colour_letter"], row["count"]) == ("65.00 ± 21.21", "40.00 ± 14.14")
     assert row["mean"] == "53.33 ± 9.43"  # of 60 and 140 / 3
@@ -169,7 +171,7 @@ def test_rows_of_the_bounds(tmp_path: Path) -> None:
     write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,70,", "box,80,70,90")
     write(runs[1] / "matrix.csv", HEADER, "box,70,80,90")
     write(runs[2] / "matrix.csv", HEADER, "zero_shot,10,20,30")
-    table = report_tables(group_runs(runs))[2].cells
+    table = report_tables(group_runs(runs))[3].cells
     found = [f"{row.label} {row.row} {row.mean}" for row in table.itertuples()]
     ends = ["separate immediate 80.00", "separate last 80.00", "multitask last 80.00"]
     assert found == [*ends, "zero_shot zero_shot 20.00", f"zero_shot last {BLANK}"]
@@ -189,7 +191,7 @@ def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> N
 
 def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
     runs = [located_run(tmp_path, 0, 9), located_run(tmp_path, 1, 3, TASKS[::-1]), make_run(tmp_path, "plain", 0)]
-    table = report_tables(group_runs(runs))[3]
+    table = report_tables(group_runs(runs))[4]
     assert list(table.cells["label"]) == ["moe"]
     row = row_of(table, "moe", "VAE bank")
     assert row["colour_letter"] == "60.00 ± 42.43"  # 90 and 30
@@ -202,7 +204,7 @@ def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
 def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> None:
     lines = ["box,own,colour_letter,box,4", "box,vae,box,box,2", "box,vae,box,count,1", "box,vae,count,count,0"]
     run = write(make_run(tmp_path, "moe", 0) / "locator.csv", LOCATED, *lines)
-    table = report_tables(group_runs([run, make_run(tmp_path, "moe", 1)]))[3]
+    table = report_tables(group_runs([run, make_run(tmp_path, "moe", 1)]))[4]
     assert list(table.cells["locator"]) == ["own", "VAE bank"]
     vae = row_of(table, "moe", "VAE bank")
     assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # not of some tasks only
@@ -259,11 +261,13 @@ def test_what_a_row_spent_stands_beside_its_scores_and_its_trials_in_a_table(tmp
     tuned = {"method": "moelora", "order": ["box", "count"], "trials": trials, "chosen": {"options.beta": 1}}
     write(runs[1] / "tuned.json", json.dumps(tuned))  # seed 0, the first
     groups = group_runs([*runs, make_run(tmp_path, "older", 0)])
-    moe, older = (row_of(comparison_table(groups), label) for label in ("moe", "older"))
+    moe, older = (row_of(tables.spent_table(groups), label) for label in ("moe", "older"))
     assert (moe["adapter_parameters"], moe["active_parameters"], moe["stored_bytes"]) == ("120,000", "30,208", "12.3 M")
     assert (moe["stored_samples"], moe["question_flops"]) == ("0", "3,000.0 G ± 1,414.2 G")
     assert "training_flops" not in moe and older["adapter_parameters"] == "120,000"
     assert older["active_parameters"] == BLANK
+    assert [table.title for table in report_tables(groups)[:2]] == ["Comparison", "What a row keeps and computes"]
+    assert not {*list(moe)[1:]} & {*comparison_table(groups).cells}
     table = tables.tuned_table(tables.tuned_frame(groups))
     assert table.cells.to_numpy().tolist() == [
         ["moe", "beta=0", "5.00", "", "box count"],
