@@ -13,6 +13,7 @@ from transformers.activations import SiLUActivation
 
 from clmoe.bases.llava import block_of
 from clmoe.experts.config import ExpertConfig
+from clmoe.experts.guide import Guide
 from clmoe.experts.routing import InstanceRouter, RouterBank, rows_of
 from clmoe.experts.separable import SeparableBank
 from clmoe.utils.names import derived_seed
@@ -212,6 +213,10 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         """The frozen linears that carry experts."""
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
+    def guides(self, config: ExpertConfig) -> bool:
+        """Whether this is the one layer that holds the guide of all: the first block's first linear."""
+        return self.block == "0" and self.name.endswith(f".{config.projections[0]}")
+
     @property
     def experts(self) -> dict[str, Experts]:
         (adapter,) = self.active_adapters
@@ -250,6 +255,8 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
             bank.instance.append(router)
             if owner < config.frozen_before:
                 router.freeze()
+        if config.guide is not None and self.guides(config):
+            bank.guide = Guide(config.guide, frozen, len(owners) - frozen, generator)
         if config.task_gates:
             bank.task.gates = torch.zeros(config.task_gates, len(owners))
         self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank

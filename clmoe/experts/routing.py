@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 
 from clmoe.errors import ClmoeError
 
+SHARES = "shares"  # in ``RouteSelection.kept``: what a guide finds, used as ``weights``
 LETTER_ROUTER = -1  # in the place of a task: experts that do not answer questions but say whose they are
 
 
@@ -28,7 +29,8 @@ class RouteSelection:
         weights: ``[B, N]`` float32, without routers: each task's experts count so much, instead of one task's alone.
         whole: a gate looks at a sample's whole prompt, so that no two samples share a prefix.
         asked: ``[B, T]`` bool: the tokens of this pass that belong to the first prompt; None outside such passes.
-        kept: by router, what it found in the pass with ``asked``, for the tokens that follow; None keeps nothing.
+        kept: what routers, by name, and a guide found in the pass with ``asked``, for all layers and the tokens that
+            follow; None keeps nothing.
     """
 
     router: Tensor | None = None
@@ -121,7 +123,7 @@ def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Itera
 def reading(asked: Tensor) -> AbstractContextManager[None]:
     """The installed routing, for a pass in which the tokens ``asked [B, T]`` bool belong to the first prompt."""
     selection, trace = current_routing() or (NEWEST_ROUTER, None)
-    return routing(replace(selection, asked=asked), trace)
+    return routing(replace(selection, asked=asked, kept={} if selection.kept is None else selection.kept), trace)
 
 
 def current_routing() -> Installed | None:
@@ -227,6 +229,7 @@ class RouterBank(nn.Module):
         self.name, self.top_k, self.owners, self.pick = name, top_k, list(owners), pick
         self.instance = nn.ModuleList()
         self.task = TaskRouter()
+        self.guide: nn.Module | None = None  # of all banks, in one of them
 
     parts: ClassVar[int] = 1  # into which the experts are cut, each with routers of its own
 
@@ -259,8 +262,9 @@ class RouterBank(nn.Module):
         gate = x.new_ones((*x.shape[:-1], len(self.owners)), dtype=torch.float32)
         if self.pick == "sum":
             return gate
-        if selection.weights is not None:
-            return gate * selection.weights[:, self.owners].unsqueeze(1)
+        shares = (selection.kept or {}).get(SHARES, selection.weights)
+        if shares is not None:
+            return gate * shares[:, self.owners].unsqueeze(1)
         known, router = set(self.owners), selection.router
         looks = router is not None and not torch.compiler.is_compiling()
         if looks and (unknown := selection.by_router.keys() - known):
