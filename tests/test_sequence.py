@@ -33,6 +33,7 @@ PARTS = {
     "llava_cmoe": ("options.probe_min_steps=2",),
     "disco": (),
     "hide": ("options.variant=released",),
+    "smolora": (),
     "mrlora": ("options.stored=2", "options.router_rank=8", "options.router_epochs=1"),
 }
 

@@ -30,7 +30,7 @@ from clmoe.errors import ClmoeError
 from clmoe.experts.forward import FeatureStore, adapted_base, prefill
 from clmoe.experts.layer import ExpertLinear, expert_layers, experts_by_linear
 from clmoe.experts.model import expert_config, load_adapter
-from clmoe.experts.routing import LETTER_ROUTER, NEWEST_ROUTER, RouteSelection, RouteTrace, routing
+from clmoe.experts.routing import LETTER_ROUTER, RouteSelection, RouteTrace, routing
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.locators.base import Asked, Locator
@@ -198,7 +198,7 @@ class Answerer:
         ``scores [B, N]`` of the locator share them among the tasks' parts if the method does.
         """
         if self.own is None:
-            return NEWEST_ROUTER
+            return self.method.plain_selection()
         shares = None if scores is None else self.method.mixture(scores)
         if shares is not None:
             return RouteSelection(weights=shares.float().to(self.base.device))

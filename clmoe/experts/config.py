@@ -40,6 +40,9 @@ class ExpertConfig(PeftConfig):
         pick_from: the first block in which ``pick`` holds; in those before it all experts are added up.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
+        instruction_width: of an instruction's embedding, where experts are two halves with a gate each (SMoLoRA); else
+            0, and unwritten.
+        guide: widths of the embeddings and of the keys by which tasks are weighed (ProgLoRA); else None, and unwritten.
         seed: of the initial weights.
         modules_to_save: the projector's modules when it is tuned.
         decoder: the base's module that holds the blocks; written where it is not LLaVA's only.
@@ -58,6 +61,8 @@ class ExpertConfig(PeftConfig):
     pick_from: int = 0
     frozen_before: int = 0
     task_gates: int = 0
+    instruction_width: int = 0
+    guide: list[int] | None = None
     seed: int = 0
     modules_to_save: list[str] | None = None
     decoder: str = DECODER
@@ -76,7 +81,7 @@ class ExpertConfig(PeftConfig):
         self.target_modules = language_model_pattern(names, self.decoder)
 
     def to_dict(self) -> dict[str, Any]:
-        unwritten = {"as_released": False, "pick_from": 0, "decoder": DECODER}
+        unwritten = {"as_released": False, "pick_from": 0, "instruction_width": 0, "guide": None, "decoder": DECODER}
         return {n: v for n, v in super().to_dict().items() if n not in unwritten or v != unwritten[n]}
 
     @property

@@ -28,7 +28,7 @@ from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
-from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, routing
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, reading, routing
 from clmoe.utils.files import file_sha256, json_sha256
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import from_main, in_order, is_main
@@ -72,7 +72,9 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in left_out}
     inputs["use_cache"] = False
     body = model.base_model
-    output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
+    asked = batch["attention_mask"].bool() & ((batch["labels"] != IGNORE).cumsum(1) == 0)
+    with reading(asked):
+        output = body(**inputs) if weights is None else functional_call(body, weights, kwargs=inputs)
     return output.last_hidden_state[:, :-1][answered(batch["labels"])]
 
 
@@ -172,7 +174,8 @@ def _read(
     places = positions(model, inputs, mask)[..., cache.get_seq_length() :]
     inputs = inputs | {"attention_mask": mask, "position_ids": places}
     last = places[..., -1].reshape(-1, len(mask)).amax(0)
-    with routing(selection):
+    asked = mask[:, -inputs["input_ids"].shape[1] :].bool()
+    with routing(replace(selection, asked=asked)):
         return model.base_model(**inputs, **{CACHE: cache}, use_cache=True, **wanted), mask, last
 
 

@@ -13,7 +13,9 @@ from transformers.activations import SiLUActivation
 
 from clmoe.bases.llava import block_of
 from clmoe.experts.config import ExpertConfig
+from clmoe.experts.guide import Guide
 from clmoe.experts.routing import InstanceRouter, RouterBank, rows_of
+from clmoe.experts.separable import SeparableBank
 from clmoe.utils.names import derived_seed
 
 INIT_STD = 0.64  # A ~ N(0, (0.64 / sqrt(din))^2), 0.01 at din = 4096
@@ -220,6 +222,10 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         """The frozen linears that carry experts."""
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
+    def guides(self, config: ExpertConfig) -> bool:
+        """Whether this is the one layer that holds the guide of all: the first block's first linear."""
+        return self.block == "0" and self.name.endswith(f".{config.projections[0]}")
+
     @property
     def experts(self) -> dict[str, Experts]:
         (adapter,) = self.active_adapters
@@ -246,15 +252,20 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
                     layer.append(*layer.fresh(count, generator))
             experts[linear_name] = layer
         pick = config.pick if int(self.block) >= config.pick_from else "sum"
-        bank = RouterBank(self.name, config.router_top_k, owners, pick)
-        din = next(iter(linears.values())).in_features
+        linear = next(iter(linears.values()))
         generator = seeded(config.seed, f"{self.name}.router")
+        bank = RouterBank(self.name, config.router_top_k, owners, pick)
+        if config.instruction_width:
+            dout, width = linear.out_features, config.instruction_width
+            bank = SeparableBank(self.name, owners, dout, width, config.scaling, generator)
         for owner in config.router_owners:
-            span = sum(expert_owner <= owner for expert_owner in owners)
-            router = InstanceRouter.fresh(din, span, generator)
+            span = sum(expert_owner <= owner for expert_owner in owners) // bank.parts
+            router = InstanceRouter.fresh(linear.in_features, span, generator)
             bank.instance.append(router)
             if owner < config.frozen_before:
                 router.freeze()
+        if config.guide is not None and self.guides(config):
+            bank.guide = Guide(config.guide, frozen, len(owners) - frozen, generator)
         if config.task_gates:
             bank.task.gates = torch.zeros(config.task_gates, len(owners))
         self.clmoe_experts[adapter], self.clmoe_routers[adapter] = experts, bank
@@ -279,7 +290,7 @@ class ExpertLinear(ExpertLayer):
         if self.disable_adapters:
             return self.base_layer(x)
         (experts,) = self.experts.values()
-        return experts(x, self.routers(x), self.base_layer)
+        return experts(x, self.routers(x, experts), self.base_layer)
 
 
 class ExpertMLP(ExpertLayer):

@@ -12,13 +12,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from clmoe.bases.llava import decoder_layers
 from clmoe.bases.stack import NAMES_ADAPTERS
 from clmoe.errors import ClmoeError
 from clmoe.experts.config import PEFT_NAME, ExpertConfig
 from clmoe.experts.forward import adapted_base
+from clmoe.experts.guide import Guide
 from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
-from clmoe.experts.routing import InstanceRouter, current_routing
+from clmoe.experts.routing import NEWEST_ROUTER, SHARES, InstanceRouter, current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, same_bits, trainable
 
@@ -36,6 +39,10 @@ class ExpertModel(BaseTuner):
         super().__init__(*args, **kwargs)
         if not NAMES_ADAPTERS:
             self.register_state_dict_post_hook(_named_as_in_files)
+        self.hooks = []
+        if (guide := find_guide(self)) is not None:
+            first = decoder_layers(cast(PreTrainedModel, self.model))[0]
+            self.hooks.append(first.register_forward_pre_hook(partial(_guided, guide), with_kwargs=True))
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         config, adapter, target, name, parent = args
@@ -67,6 +74,19 @@ class ExpertModel(BaseTuner):
                 "question), which finds the task, or wrap the call in clmoe.routing(...)"
             )
         yield
+
+
+def find_guide(model: nn.Module) -> Guide | None:
+    """What weighs the tasks for all layers; None for methods without."""
+    found = [module for module in model.modules() if isinstance(module, Guide)]
+    return found[0] if found else None
+
+
+def _guided(guide: Guide, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the first decoder block, whose input is the embeddings: weigh the tasks of each sample by its prompt."""
+    selection, _ = current_routing() or (NEWEST_ROUTER, None)
+    if selection.asked is not None and selection.kept is not None:
+        selection.kept[SHARES] = guide(args[0] if args else kwargs["hidden_states"], selection.asked)
 
 
 def _name_in_file(key: str, adapter_name: str) -> str:
@@ -101,6 +121,8 @@ def detach_adapter(model: PeftModel) -> None:
     for name, part in list(base.named_modules()):
         if isinstance(part, ModulesToSaveWrapper):
             base.set_submodule(name, part.original_module)
+    for hook in getattr(model.base_model, "hooks", []):
+        hook.remove()
     model.unload()
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import local
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 
 from clmoe.errors import ClmoeError
 
+SHARES = "shares"  # in ``RouteSelection.kept``: what a guide finds, used as ``weights``
 LETTER_ROUTER = -1  # in the place of a task: experts that do not answer questions but say whose they are
 
 
@@ -26,12 +27,19 @@ class RouteSelection:
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
         weights: ``[B, N]`` float32, without routers: each task's experts count so much, instead of one task's alone.
+        whole: a gate looks at a sample's whole prompt, so that no two samples share a prefix.
+        asked: ``[B, T]`` bool: the tokens of this pass that belong to the first prompt; None outside such passes.
+        kept: what routers, by name, and a guide found in the pass with ``asked``, for all layers and the tokens that
+            follow; None keeps nothing.
     """
 
     router: Tensor | None = None
     task: Tensor | None = None
     beta: float = 1.0
     weights: Tensor | None = None
+    whole: bool = False
+    asked: Tensor | None = None
+    kept: dict[str, Tensor] | None = None
 
     @cached_property
     def by_router(self) -> dict[int, Tensor]:
@@ -47,10 +55,12 @@ class RouteSelection:
         """The selection of the samples ``index [b]`` of this batch."""
         parts = (self.router, self.task, self.weights)
         router, task, weights = (None if values is None else values[index] for values in parts)
-        return RouteSelection(router, task, self.beta, weights)
+        return RouteSelection(router, task, self.beta, weights, self.whole)
 
     def keys(self, samples: int) -> list[tuple[Any, ...]]:
         """One key per sample; samples that are routed alike have equal keys."""
+        if self.whole:
+            return [(row,) for row in range(samples)]
         chosen = [values.tolist() for values in (self.router, self.task) if values is not None]
         if self.weights is not None:
             chosen.append([tuple(row) for row in self.weights.tolist()])
@@ -108,6 +118,12 @@ def routing(selection: RouteSelection, trace: RouteTrace | None = None) -> Itera
         yield
     finally:
         _current.routing, _latest.routing = before
+
+
+def reading(asked: Tensor) -> AbstractContextManager[None]:
+    """The installed routing, for a pass in which the tokens ``asked [B, T]`` bool belong to the first prompt."""
+    selection, trace = current_routing() or (NEWEST_ROUTER, None)
+    return routing(replace(selection, asked=asked, kept={} if selection.kept is None else selection.kept), trace)
 
 
 def current_routing() -> Installed | None:
@@ -213,9 +229,15 @@ class RouterBank(nn.Module):
         self.name, self.top_k, self.owners, self.pick = name, top_k, list(owners), pick
         self.instance = nn.ModuleList()
         self.task = TaskRouter()
+        self.guide: nn.Module | None = None  # of all banks, in one of them
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest in use; ``x [B, T, din]``."""
+    parts: ClassVar[int] = 1  # into which the experts are cut, each with routers of its own
+
+    def forward(self, x: Tensor, experts: Any = None) -> Tensor:
+        """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest in use; ``x [B, T, din]``.
+
+        ``experts``, those of the one linear that this bank serves, are for gates that look at what experts answer.
+        """
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         if not len(self.instance):
             return self._fixed(x, selection)
@@ -240,8 +262,9 @@ class RouterBank(nn.Module):
         gate = x.new_ones((*x.shape[:-1], len(self.owners)), dtype=torch.float32)
         if self.pick == "sum":
             return gate
-        if selection.weights is not None:
-            return gate * selection.weights[:, self.owners].unsqueeze(1)
+        shares = (selection.kept or {}).get(SHARES, selection.weights)
+        if shares is not None:
+            return gate * shares[:, self.owners].unsqueeze(1)
         known, router = set(self.owners), selection.router
         looks = router is not None and not torch.compiler.is_compiling()
         if looks and (unknown := selection.by_router.keys() - known):

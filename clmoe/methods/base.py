@@ -188,6 +188,10 @@ class Method:
         """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
         raise NotImplementedError
 
+    def plain_selection(self) -> RouteSelection:
+        """How any batch is routed without ``keeps_parts``."""
+        return NEWEST_ROUTER
+
     def referral(self, question: str, experts: Mapping[str, str]) -> str:
         """What the model, routed to ``LETTER_ROUTER``, is asked to choose a task by letter; only with ``letters``."""
         raise NotImplementedError

@@ -10,12 +10,13 @@ For each linear ``W [dout, din]``, with the rows of ``U [k, din]`` an orthonorma
 5. After task ``t``: ``G`` anew, at the trained weights. Right singular vectors of ``G - G U^T U`` join ``U`` until it
    holds ``gradient_energy`` of the energy of ``G``.
 
-The weights' gradients exist for ``blocks_per_pass`` blocks at a time. The released code keeps those of all; it leaves
-out the direction with which step 1 passes the threshold, and takes step 2's vectors by a randomised method.
+The weights' gradients exist for ``blocks_per_pass`` blocks at a time; in the released code those of all. It leaves out
+the direction with which step 1 passes the threshold (``options.variant=released``), and step 2's are a random sketch's.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +41,14 @@ class Options:
         weight_energy: share of a pretrained weight's energy that is kept, 0.6.
         gradient_energy: share of a task's gradient's energy that is kept afterwards, 0.99.
         gradient_share: share of a task's records behind each gradient, evenly spaced, 0.2.
+        variant: keep as many directions of ``W`` as hold the energy (``published``), or one fewer (``released``).
         blocks_per_pass: blocks whose gradients are held at once; each pass over the records computes so many.
     """
 
     weight_energy: InnerShare = 0.6
     gradient_energy: InnerShare = 0.99
     gradient_share: Share = 0.2
+    variant: Literal["published", "released"] = "published"
     blocks_per_pass: Count = 8
 
 
@@ -91,8 +94,9 @@ class KeepLora(AddedLora):
         device = context.base.device
         if context.previous is not None:
             return {name: U.to(device) for name, U in load_tensors(context.previous / STATE).items()}
-        energy, layers = self.options.weight_energy, expert_layers(context.model)
-        return {name: principal(weight(layer).detach().float(), energy) for name, layer in layers.items()}
+        energy, last = self.options.weight_energy, -1 if self.options.variant == "released" else None
+        weights = {name: weight(layer).detach().float() for name, layer in expert_layers(context.model).items()}
+        return {name: principal(W, energy)[:last] for name, W in weights.items()}
 
     def _gradients(self, context: TaskContext) -> Iterator[tuple[str, Tensor]]:
         """Linear and mean gradient ``[dout, din]`` float32, a few blocks at a time."""

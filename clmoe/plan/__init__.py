@@ -119,7 +119,8 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
     if not first.method.grows or first.experts is None:
         added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
         stored, expert = first.count(kept=True), first.count("expert", kept=True)
-        more = stored if first.method.chain == "fresh" else expert if added_up else 0
+        keys = sum(p.numel() for name, p in trainable(first.model).items() if name.endswith(".guide.key"))
+        more = stored if first.method.chain == "fresh" else expert + keys if added_up else 0
         shared = expert * first.method.shared_rank // first.method.config.adapter.rank if tasks > 1 else 0
         return [whole] * tasks, stored + (tasks - 1) * more + shared, {}
     layers = list(expert_layers(first.model).values())  # blocks start alike, so one stands for all

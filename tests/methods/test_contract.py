@@ -32,6 +32,8 @@ LORA = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.lora_[AB]\."
 ALL_LORA = r"language_model\.layers\.\d+\.(mlp|self_attn)\.\w+_proj\.lora_[AB]\."
 EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 BLOCKS = r"language_model\.layers\.\d+\.mlp\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
+GATES = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_routers\..*(instruction\.weight|fusion)$"
+GUIDE = r"language_model\.layers\.0\.mlp\.gate_proj\.clmoe_routers\..*guide\.key$"
 PROJECTOR = r"multi_modal_projector\.modules_to_save\."
 
 
@@ -74,6 +76,8 @@ ROWS = {
     "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
     "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
+    "smolora": Row((EXPERTS, GATES, PROJECTOR), ("locator.safetensors",)),
+    "proglora": Row((EXPERTS, GUIDE, PROJECTOR)),
     "same": Row((EXPERTS, PROJECTOR), ("input_spectra.safetensors",)),
     "zero_shot": Row((), chain="none"),
 }

@@ -130,6 +130,19 @@ def test_kept_directions_are_orthonormal_and_never_leave(runs: Runs, tiny_base: 
         assert len(own) < len(before[name])
 
 
+@pytest.mark.slow
+def test_as_released_one_direction_fewer_of_the_weights_is_kept(runs: Runs, tiny_base: LoadedBase) -> None:
+    """By numpy: the directions before the one with which the energy is reached."""
+    state = load_tensors(runs.chain("keeplora", "options.variant=released", *SETTINGS, tasks=TASKS[:1])[0] / STATE)
+    names = dict(tiny_base.model.named_modules())
+    for name, U in state.items():
+        W = names[name].weight.detach().double().numpy()  # type: ignore[operator, union-attr]
+        _, S, V = np.linalg.svd(W)
+        before = int(np.argmax(np.cumsum(S**2) >= 0.3 * np.square(S).sum()))
+        np.testing.assert_allclose(projector(U[:before]), projector(V[:before]), atol=1e-4)
+        assert before > 0 and abs(V[before] @ U[before].numpy()) < 0.99
+
+
 def test_a_4_bit_base_is_refused() -> None:
     with pytest.raises(ClmoeError, match="load_in_4bit=false"):
         load_config("keeplora", {}, ["model.load_in_4bit=true"], None, checked_method)

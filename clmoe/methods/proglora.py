@@ -1,0 +1,65 @@
+"""ProgLoRA (Findings of ACL 2025): a LoRA per task, weighed for each sample by keys that are learned with them.
+
+    y = W0 x + s * sum_{i <= t} w_i B_i A_i x
+    w = softmax_i( k_i . q / sqrt(d) ),    q = MLP( max over the prompt's tokens of their embeddings )
+
+``w`` is computed once for a sample and holds in all layers. Task t trains ``B_t A_t``, its key ``k_t`` and the MLP;
+older LoRAs and keys are frozen, bit for bit. No task is told or looked for at test time.
+
+This is what the released code does; the paper was not at hand. Its "task recall", which sets the weights of old tasks
+right again after the MLP has moved on, is not in that code, and not here.
+
+*Open*: whether the MLP goes on training (ours: it does), its depth and the keys' width (ours: two layers without bias,
+64). The maximum is over the first question and its image, also in training, where the answer would give itself away.
+"""
+
+from dataclasses import dataclass
+
+from peft import PeftConfig
+from torch import Tensor
+
+from clmoe.bases.llava import LoadedBase
+from clmoe.experts.layer import seeded
+from clmoe.experts.model import find_guide
+from clmoe.experts.routing import RouteSelection
+from clmoe.methods.base import TaskContext, lora_parts_adapter
+from clmoe.methods.olora import AddedLora
+from clmoe.utils.schema import Count
+
+
+@dataclass(frozen=True)
+class Options:
+    """ProgLoRA's own choice.
+
+    Attributes:
+        key_width: *open*: ``d``, of keys and queries.
+    """
+
+    key_width: Count = 64
+
+
+class ProgLora(AddedLora):
+    """Every sample is served by all tasks' LoRAs, weighed by an attention over the tasks."""
+
+    Options = Options
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        config = lora_parts_adapter(self.config, base, "task", owners=[0])
+        config.guide = [base.model.config.get_text_config().hidden_size, self.options.key_width]
+        return config
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Freeze what is there, and add the task's LoRA and key."""
+        super().begin_task(context)
+        guide = find_guide(context.model)
+        assert guide is not None
+        if context.previous is not None:
+            guide.begin(seeded(self.config.seed, f"proglora:{context.index}"))
+
+    def plain_selection(self) -> RouteSelection:
+        """Whole prompts, whose weights are kept for the tokens that follow."""
+        kept: dict[str, Tensor] = {}
+        return RouteSelection(whole=True, kept=kept)
+
+
+METHODS = {"proglora": ProgLora}

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# SMoLoRA on CL4VQA. The environment: scripts/benchmark.sh.
+exec bash "$(dirname "$0")/../benchmark.sh" cl4vqa "${METHOD:-smolora}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# SMoLoRA on CoIN. The environment: scripts/benchmark.sh.
+exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-smolora}" "$@"
