@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clmoe.bases.llava import meta_base, shapes_file
+from clmoe.bases.llava import meta_base
 from clmoe.config import load_config
 from clmoe.experts.model import attach_adapter
 from clmoe.methods import method_class
@@ -20,13 +20,14 @@ clock, kit = load_script("bench/clock"), load_script("bench/kit")
 
 def test_flops_of_a_step_at_7b() -> None:
     """On paper, for 640 tokens: linears 8.29 TF, head 0.17, attention 0.11, tower 0.35; twice that goes backward."""
-    config = meta_base(shapes_file(load_config("lora", {}, [], "llava-1.5-7b").model)).model.config
-    found = step_flops(config, 1, 640, 640, 0, tuned=False)
+    first = first_task(method_class("lora")(load_config("lora", {}, [], "llava-1.5-7b")))
+    sizes = first.shapes, first.image
+    found = step_flops(*sizes, 1, 640, 640, 0, tuned=False)
     tower = 0.35e12 + 24 * 4 * 577**2 * 1024  # its attention, which the first figure leaves out
     assert found == pytest.approx(2 * 8.29e12 + 2 * 0.17e12 + 3 * 0.107e12 + tower + 2 * 576 * 4096 * 5120, rel=2e-3)
-    experts = step_flops(config, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
-    again = step_flops(config, 1, 640, 640, 10**8, tuned=False, recompute=True)
-    again -= step_flops(config, 1, 640, 640, 10**8, tuned=False)
+    experts = step_flops(*sizes, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
+    again = step_flops(*sizes, 1, 640, 640, 10**8, tuned=False, recompute=True)
+    again -= step_flops(*sizes, 1, 640, 640, 10**8, tuned=False)
     assert again == pytest.approx(8.29e12 + 0.107e12 + 2 * 640 * 1e8, rel=2e-3), "the blocks' forward pass, once more"
     assert experts / (4 * 640 * 32 * 3 * 4096 * 11008) == pytest.approx(5.02e-4 * 32, rel=1e-3)  # of the FFN's
 
@@ -40,7 +41,6 @@ def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> No
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.normal_(0, 0.1) if tensor.is_floating_point() else tensor.copy_(torch.arange(tensor.numel())[None])
     first, samples, tokens, answers = first_task(kind), 2, 12, 6
-    model.config.image_seq_length = base.image_token_count
     trained = TrainedModel(attach_adapter(model, kind.adapter(base)), kind, samples).train()
     ids, labels = torch.full((samples, tokens), 5), torch.full((samples, tokens), -100)
     ids[:, 2 : 2 + base.image_token_count] = model.config.image_token_index
@@ -51,7 +51,7 @@ def test_flops_are_those_that_torch_counts(method: str, tiny_folder: Path) -> No
         lambda: trained(ids, mask, labels, torch.tensor(answers), pixel_values=pixels)["loss"].backward()
     )
     adapter = first.count("expert") + first.count("router")
-    ours = step_flops(model.config, samples, tokens, answers, adapter, tuned=True)
+    ours = step_flops(first.shapes, first.image, samples, tokens, answers, adapter, tuned=True)
     text, vision = model.config.get_text_config(), model.config.vision_config
     squares = 3 * 2 * samples * tokens**2 * text.hidden_size * text.num_hidden_layers
     squares += 4 * samples * (base.image_token_count + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers

@@ -83,13 +83,13 @@ def test_the_result_is_the_runs_tables(whole: Result) -> None:
 
 
 def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")}
+    before = {path: path.stat().st_mtime_ns for path in whole.run.rglob("*") if path.is_file()}
     for module in (task_module, answer_module):
         monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
     free = ("training.micro_batch_size=4", "training.save_steps=7", "evaluation.batch_size=5")
     for settings in ((), free):
         assert run(runs, whole.run, "clmoe", *settings).metrics == whole.metrics
-    assert {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in whole.run.rglob("*") if path.is_file()} == before
 
 
 def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
