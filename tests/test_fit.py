@@ -198,6 +198,7 @@ def test_the_table_of_cards_is_up_to_date(method: str) -> None:
     lines = page.PAGE.read_text().splitlines(keepends=True)
     assert page.HEAD.splitlines(keepends=True)[0] in lines
     assert all(page.row(setup, "llava-1.5-7b", method) in lines for setup in page.SETUPS)
+    assert page.base_row({"lora": "Gemma-3-4B", "llava_cmoe": "Qwen2.5-VL-3B"}[method], "24GB") in lines
 
 
 @pytest.mark.slow
