@@ -256,8 +256,8 @@ def save_wide(name: str, folder: Path) -> Path:
     text.pop("layer_types", None)
     if "mrope_section" in text.get("rope_parameters", {}):
         text["rope_parameters"]["mrope_section"] = [8, 12, 12]
-    if "out_hidden_size" in vision:
-        vision["out_hidden_size"] = 512
+    if name.startswith("qwen"):
+        vision["hidden_size" if name == "qwen2_vl" else "out_hidden_size"] = 512
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "model.safetensors").unlink()
     return folder

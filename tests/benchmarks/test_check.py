@@ -123,7 +123,7 @@ def test_a_recipe_with_an_unknown_key_is_bad(recipe: dict[str, Any], own: Path, 
 def test_an_unknown_scorer_names_its_task(own: Path, check: Callable[..., str]) -> None:
     edit(own / "mini.yaml", lambda values: values["tasks"][1].update(scorer="iuo"))
     assert "task 'count', field 'scorer'" in check(bad=True)
-    with pytest.raises(ClmoeError, match="'count'.*'scorer'.*'iou'"):
+    with pytest.raises(ClmoeError, match=r"'count'.*'scorer'.*'iou'"):
         check_tasks(load_benchmark(str(own / "mini.yaml")), ["colour", "count"])
 
 
