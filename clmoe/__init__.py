@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 
 PUBLIC = {
     "run": "clmoe.sequence",
-    "load": "clmoe.evaluate.answer",
+    "load": "clmoe.evaluate.loaded",
     "ExpertConfig": "clmoe.experts.config",
     "routing": "clmoe.experts.routing",
     "RouteSelection": "clmoe.experts.routing",

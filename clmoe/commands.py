@@ -24,7 +24,7 @@ from clmoe.contract import check_method
 from clmoe.convert.command import convert_any
 from clmoe.convert.merge import merge_checkpoint
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import load
+from clmoe.evaluate.loaded import load
 from clmoe.evaluate.relocate import finished_method, own_locator, relocate, usable_locators
 from clmoe.evaluate.run import evaluate_checkpoint
 from clmoe.evaluate.scoring import gold_problem
@@ -138,8 +138,9 @@ def _fitted(options: argparse.Namespace, method: str, settings: list[str], gpus:
     if options.fit is None:
         return {"settings": settings, "deepspeed": options.deepspeed}
     known = {"order": options.order, "base": options.base, "data": options.data}
-    _, config, _ = sequence.chosen(method, options.benchmark, settings, **known)
-    found = fit(config, settings, card(options.fit), gpus or count(), options.deepspeed)
+    described, config, order = sequence.chosen(method, options.benchmark, settings, **known)
+    tasks = [described.task(name) for name in order]
+    found = fit(config, settings, card(options.fit), gpus or count(), options.deepspeed, tasks)
     if gpus is None and not found.fits:
         raise ClmoeError(found.line)
     if is_main():

@@ -21,7 +21,7 @@ from clmoe.data.batches import PromptItem, collate_prompts
 from clmoe.data.prompts import encode_prompt
 from clmoe.embedded.build import draw_tasks
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import load
+from clmoe.evaluate.loaded import load
 from clmoe.experts.model import adapter_tensors, attach_adapter, detach_adapter, load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import ADAPTER_FILE, Method, Phase, TaskContext

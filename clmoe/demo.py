@@ -13,7 +13,7 @@ import pandas as pd
 
 from clmoe.benchmarks.base import Benchmark, task_questions
 from clmoe.errors import ClmoeError
-from clmoe.evaluate.answer import Explanation, LoadedCheckpoint
+from clmoe.evaluate.loaded import Explanation, LoadedCheckpoint
 from clmoe.evaluate.scoring import shown_answer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is used; nothing may leave this machine

@@ -18,7 +18,7 @@ from typing import Any
 import clmoe
 from clmoe.cli import VERBS
 from clmoe.config import Config
-from clmoe.evaluate.answer import Explanation, LoadedCheckpoint, RouterWeights
+from clmoe.evaluate.loaded import Explanation, LoadedCheckpoint, RouterWeights
 from clmoe.experts.config import ExpertConfig
 from clmoe.experts.routing import RouteSelection, RouteTrace
 from clmoe.locators import LOCATORS

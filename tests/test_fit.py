@@ -167,11 +167,12 @@ def test_a_plan_says_fits_and_hours(capsys: pytest.CaptureFixture[str], runs: Ru
 
 
 def test_answers_are_counted_as_a_sequence_asks_them() -> None:
-    questions, limit = [5, 100, 7], 10
-    rows = [[min(n, limit) for n in questions[: k + 1]] for k in range(2)] + [questions]
-    assert answers_asked(questions, limit, union=False) == sum(map(sum, rows))
-    assert answers_asked(questions, None, union=True) == sum(questions)
-    assert answers_asked([5, None], None, union=False) is None
+    """Cell by cell."""
+    tasks, sets = [(5, 5), (100, 10), (7, 7)], [(30, 10), (8, 8)]
+    assert answers_asked(tasks) == 5 + (5 + 10) + (5 + 100 + 7)
+    general = (5 + 100 + 7 + 38) + (5 + 10 + 18) + (5 + 10 + 7 + 18) + (5 + 100 + 7 + 38)
+    assert answers_asked(tasks, sets) == general
+    assert answers_asked([(112, 22)]) == 112 and answers_asked([(112, 22)], sets) == 2 * (112 + 38)
 
 
 def test_what_to_fetch_is_a_line_for_a_shell(tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_the_table_of_cards_is_up_to_date(method: str) -> None:
     lines = page.PAGE.read_text().splitlines(keepends=True)
     assert page.HEAD.splitlines(keepends=True)[0] in lines
     assert all(page.row(setup, "llava-1.5-7b", method) in lines for setup in page.SETUPS)
+    assert page.base_row({"lora": "Gemma-3-4B", "llava_cmoe": "Qwen2.5-VL-3B"}[method], "24GB") in lines
 
 
 @pytest.mark.slow

@@ -16,11 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from clmoe import cli
-from clmoe.bases.llava import meta_base, shapes_file
+from clmoe.bases.families import FAMILIES
+from clmoe.bases.llava import load_base, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, load_benchmark
 from clmoe.config import Config, ModelConfig, load_config
 from clmoe.errors import ClmoeError
-from clmoe.experts.model import adapter_tensors
+from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import (
     FirstTask,
@@ -31,8 +32,10 @@ from clmoe.plan import (
     plan_text,
     state_bytes,
 )
+from clmoe.plan.shapes import SIZE
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.paths import known_configs, shipped_root
+from tests.bases import tiny_families
 from tests.runs import Runs
 from tests.support import TASKS, TEST_ROWS, TRAIN_ROWS, load_script, tiny_config, write_benchmark
 
@@ -230,6 +233,19 @@ def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
         assert planned == pytest.approx(step.peak, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "clmoe"])
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_memory_of_a_step_of_other_families(name: str, method: str, tmp_path: Path) -> None:
+    """As above. Their attention has a quarter of the keys, Qwen3's and Gemma's norms on them; Qwen and Gemma mask."""
+    rehearse = load_script("bench/rehearse")
+    config = load_config(method, {}, ["model.dtype=bfloat16"], str(tiny_families.save_wide(name, tmp_path)))
+    state, *activations = rehearse.planned(config, 2, 320)
+    for step, planned in zip(rehearse.measured(config, 2, 320, computes=False), activations, strict=True):
+        assert state == pytest.approx(step.state, rel=0.01)
+        assert planned == pytest.approx(step.peak, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "buffers", "shares"),
     [
@@ -341,6 +357,32 @@ def test_extended_blocks_without_a_meaning(mini: Benchmark) -> None:
             make_plan(method, mini, list(TASKS), extended_blocks=blocks)
 
 
+# ---- Other families
+
+
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_every_family_plans(name: str, capsys: pytest.CaptureFixture[str], mini_yaml: Path, tmp_path: Path) -> None:
+    """Its parameters are those of the loaded base, an image's tokens those that its processor counts."""
+    folder = tiny_families.save_family(name, tmp_path / name)
+    base, config = load_base(ModelConfig(path=str(folder))), tiny_config("clmoe", folder)
+    values = plan(capsys, "--config", "clmoe", "--model", folder, "--benchmark", mini_yaml, "training.steps=3")
+    assert values["base_parameters"] == sum(parameter.numel() for parameter in base.model.parameters())
+    first = first_of(config)
+    attached = attach_adapter(base.model, first.method.adapter(base))
+    assert first.count() == sum(parameter.numel() for parameter in attached.parameters() if parameter.requires_grad)
+    (width, height), chat = SIZE, base.chat
+    assert chat is not None and first.image.source.startswith(f"{width} x {height}")
+    if name != "smolvlm":  # which cannot count
+        counted = chat.processor._get_num_multimodal_tokens(image_sizes=[[height, width]])["num_image_tokens"][0]
+        assert first.image.tokens == pytest.approx(counted, abs=6), "besides marks around it, here of single bytes"
+    assert "32 x 24 pixels" in values["image"]["source"], "the benchmark's images"
+    assert values["memory"]["tokens"] == values["image"]["tokens"] + 64
+    for file in folder.glob("*processor_config.json"):
+        file.unlink()
+    assumed = first_of(config).image
+    assert str(folder) in assumed.source and assumed.tokens == FAMILIES[name].assumed[0]  # type: ignore[index]
+
+
 # ---- Where the shapes come from
 
 
@@ -352,6 +394,13 @@ def test_where_shapes_are_found(tiny_folder: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     shipped = shipped_root() / "configs" / "models" / "llava-1.5-13b.config.json"
     assert shapes_file(load_config("lora", {}, [], "llava-1.5-13b").model) == shipped
+    cached = tmp_path / "hub" / "models--some--kept"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    shutil.copy(other, cached / "snapshots" / "1" / "config.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert shapes_file(ModelConfig(path="some/kept")) == cached / "snapshots" / "1" / "config.json"
     with pytest.raises(ClmoeError, match=r"some/hub-name.*llava-1\.5-7b.*model\.architecture"):
         shapes_file(ModelConfig(path="some/hub-name"))
     with pytest.raises(ClmoeError, match=r"nowhere\.json"):

@@ -17,6 +17,8 @@ from clmoe.errors import ClmoeError
 from clmoe.evaluate import answer as answer_module
 from clmoe.evaluate import run as evaluation_module
 from clmoe.evaluate.relocate import usable_locators
+from clmoe.methods import method_class
+from clmoe.plan import make_plan
 from clmoe.sequence import Result, default_folder
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import verify
@@ -84,13 +86,14 @@ def test_the_result_is_the_runs_tables(whole: Result) -> None:
 
 
 def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")}
+    files = [path for path in whole.run.rglob("*") if path.is_file() and path.name != "run.json"]  # each row's in turn
+    before = [path.stat().st_mtime_ns for path in files]
     for module in (task_module, answer_module):
         monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
     free = ("training.micro_batch_size=4", "training.save_steps=7", "evaluation.batch_size=5")
     for settings in ((), free):
         assert run(runs, whole.run, "clmoe", *settings).metrics == whole.metrics
-    assert {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/*")} == before
+    assert "spent.json" in {path.name for path in files} and [path.stat().st_mtime_ns for path in files] == before
 
 
 def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,6 +228,12 @@ def test_general_ability_and_the_next_task_are_asked_where_wanted_and_change_not
     at_once = run(mine, tmp_path / "at_once", "lora", *fast, "evaluation.general=true")
     for name in ("matrix.csv", "general.csv", "metrics.json", f"03_{TASKS[2]}/adapter_model.safetensors"):
         assert (at_once.run / name).read_bytes() == (asked.run / name).read_bytes(), name
+    known: dict[str, Any] = {"order": "norm", "base": str(runs.model), "data": None}
+    pairs = [*fast, "evaluation.general=true"]
+    benchmark, config, order = sequence_module.chosen("lora", str(mine.benchmark), pairs, **known)
+    planned = make_plan(method_class("lora")(config), benchmark, order)["flops"]
+    answers = sum(len(file.read_text().splitlines()) for file in (at_once.run / "predictions").rglob("*.jsonl"))
+    assert planned["answers"] == pytest.approx(answers * planned["100,000 answers"] / 100_000)
 
 
 def test_a_locator_chooses_for_a_question_that_belongs_to_no_task_and_the_oracle_is_not_asked(

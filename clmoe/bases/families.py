@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 DECODER = "language_model"
 PROJECTOR = "multi_modal_projector"
+MASKED = {"token_type_ids", "image_grid_thw"}
+"""Inputs with which a right-padded batch needs its attention mask: token types make attention bidirectional, and from
+an image's own positions old versions of transformers guess packed sequences."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Family:
         tail: what the processor puts after every text with an image.
         typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
         needs: a package that the processor asks for, besides those of clmoe.
+        assumed: where there is no processor to ask, tokens, patches and tiles of an image of 640 x 480 pixels, as
+            transformers' processor makes them with the published models' settings.
     """
 
     decoder: str = DECODER
@@ -35,11 +40,21 @@ class Family:
     tail: str = ""
     typed_answers: bool = False
     needs: str = ""
+    assumed: tuple[int, int, int] | None = None
 
 
-_QWEN = Family(vision="visual", projector=("visual.merger",), inputs=("image_grid_thw", "mm_token_type_ids"))
+_QWEN = Family(
+    vision="visual",
+    projector=("visual.merger",),
+    inputs=("image_grid_thw", "mm_token_type_ids"),
+    assumed=(391, 1564, 1),
+)
 _IDEFICS = Family(
-    decoder="text_model", vision="vision_model", projector=("connector",), inputs=("pixel_attention_mask",)
+    decoder="text_model",
+    vision="vision_model",
+    projector=("connector",),
+    inputs=("pixel_attention_mask",),
+    assumed=(2197, 8788, 13),
 )
 # As transformers' conversion script writes it; the hub's file ends its prompt in another way than it begins an answer.
 _ONEVISION = (
@@ -48,15 +63,15 @@ _ONEVISION = (
 )
 FAMILIES = {
     "llava": Family(vicuna=True),
-    "llava_next": Family(inputs=("image_sizes",)),
-    "llava_onevision": Family(inputs=("image_sizes", "batch_num_images"), template=_ONEVISION),
+    "llava_next": Family(inputs=("image_sizes",), assumed=(2341, 2880, 5)),
+    "llava_onevision": Family(inputs=("image_sizes", "batch_num_images"), template=_ONEVISION, assumed=(2929, 3645, 5)),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "qwen3_vl": replace(_QWEN, projector=("visual.merger", "visual.deepstack_merger_list")),
-    "internvl": Family(),
-    "smolvlm": replace(_IDEFICS, needs="num2words"),
+    "qwen3_vl": replace(_QWEN, projector=("visual.merger", "visual.deepstack_merger_list"), assumed=(300, 1200, 1)),
+    "internvl": Family(assumed=(3328, 13312, 13)),
+    "smolvlm": replace(_IDEFICS, needs="num2words", assumed=(1053, 9477, 13)),
     "idefics3": _IDEFICS,
-    "gemma3": Family(inputs=("token_type_ids",)),
+    "gemma3": Family(inputs=("token_type_ids",), assumed=(256, 4096, 1)),
 }
 LLAVA = FAMILIES["llava"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -20,18 +20,17 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from clmoe.bases.chat import Chat, open_processor
-from clmoe.bases.families import DECODER, LLAVA, Family, family_of
+from clmoe.bases.families import DECODER, FAMILIES, LLAVA, Family, family_of
 from clmoe.bases.pieces import repaired
 from clmoe.bases.stack import WITH_PILLOW, tower_names
 from clmoe.bases.vision import VisionCache, attach_cache
@@ -42,7 +41,7 @@ from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, render
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
-from clmoe.utils.paths import known_configs, resolve_model_path, shipped_root
+from clmoe.utils.paths import is_hub_name, known_configs, resolve_model_path, shipped_root
 from clmoe.utils.tensors import is_finite, load_tensors
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -232,10 +231,13 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
     )
 
 
-def open_encoder(config: ModelConfig) -> LoadedBase:
-    """A base's tokenizer and processor as ``load_base`` gives them, without its weights. Raises ClmoeError."""
+def open_encoder(config: ModelConfig, *, offline: bool = False) -> LoadedBase:
+    """A base's tokenizer and processor as ``load_base`` gives them, without its weights. Raises ClmoeError.
+
+    ``offline``: from a folder or the hub's cache alone.
+    """
     folder = resolve_model_path(config.path)
-    cached = _cached_only(folder)
+    cached = {"local_files_only": True} if offline else _cached_only(folder)
     image_tokens = 0
     try:
         shapes = AutoConfig.from_pretrained(folder, **cached)
@@ -288,39 +290,43 @@ def _check_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def shapes_file(config: ModelConfig) -> Path:
-    """The model folder's config.json, or the file that ``architecture`` names. Raises ClmoeError: neither exists."""
+    """The model folder's config.json, else the file that ``architecture`` names, else that of the hub's cache.
+
+    Raises ClmoeError: none exists.
+    """
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:
         for file in (Path(name).expanduser(), shipped_root() / name):
             if file.is_file():
                 return file
+    if is_hub_name(config.path) and isinstance(kept := try_to_load_from_cache(config.path, "config.json"), str):
+        return Path(kept)
     raise ClmoeError(
-        f"model {config.path}: no file {' and no '.join(names)}, and nothing is downloaded: give --model a folder or a "
-        f"name in configs/models ({', '.join(known_configs('models'))}), or set model.architecture to its config.json"
+        f"model {config.path}: no file {' and no '.join(names)}, and nothing is downloaded: give --model a folder, a "
+        f"name in the hub's cache or in configs/models ({', '.join(known_configs('models'))}), or set "
+        "model.architecture to its config.json"
     )
 
 
 def meta_base(file: Path) -> LoadedBase:
-    """The shapes of a LLaVA's config.json (else ClmoeError) on the meta device, without weights and tokenizer."""
-    values = _llava_values(file)
+    """The shapes of a config.json on the meta device, in float32, without weights, tokenizer and processor.
+
+    Raises ClmoeError: a family without a row, or values that transformers cannot build a model from.
+    """
+    kind, values = _model_type(file), read_json(file)
+    family = FAMILIES[kind]
     try:
+        shapes = CONFIG_MAPPING[kind].from_dict(values)
         with torch.device("meta"):
-            model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).requires_grad_(False)
-    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise ClmoeError(f"{file}: not a LLaVA that transformers can build: {' '.join(str(error).split())}") from error
+            model = AutoModelForImageTextToText.from_config(shapes, dtype=torch.float32).requires_grad_(False)
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ClmoeError(f"{file}: not a {kind} that transformers can build: {' '.join(str(error).split())}") from error
     absent = {"tokenizer": cast(Any, None), "image_processor": cast(Any, None)}
-    return LoadedBase(model=model, image_token_count=count_image_tokens(model), fingerprint="", **absent)
+    tokens = count_image_tokens(model) if family.vicuna else 0
+    return LoadedBase(model=model, image_token_count=tokens, fingerprint="", family=family, **absent)
 
 
-def _llava_values(file: Path) -> dict[str, Any]:
-    """A LLaVA's config.json. Raises ClmoeError for another model."""
-    if (kind := _model_type(file)) != "llava":
-        alone = "plan and convert know LLaVA-1.5's shapes alone"
-        raise ClmoeError(f"{file}: field 'model_type': expected 'llava', found {kind!r}; {alone}")
-    return cast(dict[str, Any], read_json(file))
-
-
-def _model_type(file: Path) -> Any:
+def _model_type(file: Path) -> str:
     """What a config.json says. Raises ClmoeError for a family without a row."""
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
@@ -328,7 +334,7 @@ def _model_type(file: Path) -> Any:
         family_of(kind)
     except ValueError as error:
         raise ClmoeError(f"{file}: {error}") from error
-    return kind
+    return str(kind)
 
 
 def _check_means(config: ModelConfig) -> None:

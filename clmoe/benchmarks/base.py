@@ -37,6 +37,10 @@ _RESERVED = (*ORDERS, "all", "after", "zero_shot")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+PAIRED = ("mme",)
+"""Scorers that need all questions about an image: a sample of the questions would be another score."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch.
@@ -73,6 +77,10 @@ class Task:
             raw = () if self.raw is None or path.is_file() else self.raw.files(kind)
             found += [(f"raw.{kind}", file) for file in raw] or [(kind, path)]
         return found + [("gold", path) for path in gold]
+
+    def sample(self, limit: int | None) -> int | None:
+        """Of its questions, so many are asked where a ``limit`` holds; None: all."""
+        return None if self.scorer in PAIRED else limit
 
     @property
     def half_there(self) -> str:
@@ -256,13 +264,14 @@ def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_fi
 
 def _task(entry: _TaskEntry, root: Path, where: str, *, general: bool = False) -> Task:
     files = () if entry.raw else ("test",) if general else ("train", "test")
-    _require(entry, ("name", *files, "images", "scorer"), where)
+    _require(entry, ("name", *files, "images", "scorer", "max_new_tokens"), where)
     if general and (entry.train or (entry.raw and entry.raw.train) or entry.passes > 1):
         raise ClmoeError(f"{where}: a set of general ability is never trained on: remove 'train' and 'passes'")
     if not _NAME.fullmatch(entry.name) or entry.name in _RESERVED:
         raise ClmoeError(f"{where}.name: {entry.name!r} is reserved, or has characters other than A-Z a-z 0-9 . _ -")
-    if min(entry.max_new_tokens, entry.passes) < 1:
-        raise ClmoeError(f"{where}: max_new_tokens {entry.max_new_tokens} and passes {entry.passes} must be at least 1")
+    for field_name in ("max_new_tokens", "passes"):
+        if (value := getattr(entry, field_name)) < 1:
+            raise ClmoeError(f"{where}.{field_name}: {value} is out of range, it must be at least 1")
     for kind, name in (("train", entry.train), ("test", entry.test)):
         if name.endswith(TABLES):
             raise ClmoeError(f"{where}.{kind}: {name!r} is not LLaVA's JSON; write it as {where}.raw.{kind}: [{name}]")
@@ -311,10 +320,23 @@ def _raw(entry: _RawEntry, root: Path, where: str, *, general: bool) -> Raw:
     return Raw(files(entry.train), files(entry.test), entry.columns, entry.image, entry.instruction)
 
 
+_EXAMPLES = {
+    "name": "pets",
+    "root": "data/pets",
+    "tasks": "[{name: pets, ...}]",
+    "train": "pets/train.json",
+    "test": "pets/test.json",
+    "images": "pets/images",
+    "scorer": "short_answer",
+    "max_new_tokens": "16",
+}
+
+
 def _require(entry: _BenchmarkEntry | _TaskEntry | _RawEntry, fields: Sequence[str], where: str) -> None:
     for name in fields:
         if not getattr(entry, name):
-            raise ClmoeError(f"{where}.{name}: missing or empty")
+            example = f"[{_EXAMPLES[name]}]" if isinstance(entry, _RawEntry) else _EXAMPLES[name]
+            raise ClmoeError(f"{where}.{name}: missing or empty; write it as in `{name}: {example}`")
 
 
 # ---- the rows ----

@@ -129,7 +129,10 @@ def _check_questions(
     elif task.gold is None or all(path.is_file() for path in task.gold.files):
         with result.listing():
             completed = complete(task, questions, result.bad.append)
-            problems = (gold_problem(task.scorer, question) for question in completed)
+            try:
+                problems = [gold_problem(task.scorer, question) for question in completed]
+            except ClmoeError as error:
+                raise ClmoeError(f"task {task.name!r}, field 'scorer': {error}") from error
             result.bad += [ClmoeError(f"{file}: {problem}") for problem in problems if problem]
             if task.scorer == "vqa" and not all("answers" in question.extra for question in completed):
                 result.notes.append(f"{task.name}: questions without ten annotators are scored by exact match")

@@ -33,7 +33,7 @@ from clmoe.evaluate.matrix import (
 )
 from clmoe.evaluate.record import record_checkpoint
 from clmoe.evaluate.rules import Mode
-from clmoe.evaluate.scoring import PAIRED, check_gold, check_scorer, score_answers, shown_answer
+from clmoe.evaluate.scoring import check_gold, check_scorer, score_answers, shown_answer
 from clmoe.experts.forward import feature_folder
 from clmoe.experts.model import detach_adapter
 from clmoe.locators.base import Locator
@@ -122,7 +122,10 @@ def asked_besides(benchmark: Benchmark, config: Config, order: list[str], learne
 def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
     """Raise ClmoeError unless the scorer of each of these ``sets`` of the benchmark is known and can run here."""
     for task in benchmark.sets(names):
-        check_scorer(task.scorer)
+        try:
+            check_scorer(task.scorer)
+        except ClmoeError as error:
+            raise ClmoeError(f"benchmark {benchmark.name}: task {task.name!r}, field 'scorer': {error}") from error
 
 
 def check_questions(benchmark: Benchmark, names: Sequence[str], *, images: bool = False) -> list[Question]:
@@ -188,7 +191,7 @@ class Cell:
         return summary_path(self.run, self.after, self.task.name, self.locator)
 
     def questions(self, *, images: bool) -> list[Question]:
-        return sampled(task_questions(self.task, images=images), None if self.task.scorer in PAIRED else self.limit)
+        return sampled(task_questions(self.task, images=images), self.task.sample(self.limit))
 
     def answer_settings(self, questions: list[Question]) -> dict[str, Any]:
         """All that the answers depend on."""

@@ -33,8 +33,6 @@ SCORERS: dict[str, Scorer] = {
     "pope": rules.pope,
     "mme": rules.mme,
 }
-PAIRED = ("mme",)
-"""Rules that need all questions about an image: a sample of the questions would be another score."""
 CAPTIONS = "captions"
 """The one rule that needs all answers of a task at once."""
 

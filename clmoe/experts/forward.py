@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from clmoe.bases.families import MASKED
 from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, base_fingerprint, decoder_layers
 from clmoe.bases.stack import CACHE
@@ -65,9 +66,8 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
     ``weights`` replace parameters of ``model.base_model`` in this pass.
     """
     left_out = {"labels", "rows", "logits"}
-    if not {"token_type_ids", "image_grid_thw"} & batch.keys():
-        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel; token
-        # types change that, and from an image's own positions old versions of transformers guess packed sequences
+    if not MASKED & batch.keys():
+        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
         left_out.add("attention_mask")
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in left_out}
     inputs["use_cache"] = False

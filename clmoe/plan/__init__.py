@@ -1,7 +1,7 @@
 """What a sequence trains and needs, before it runs: parameters, steps, missing files, memory of a GPU, its cost."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,9 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from clmoe.bases.inputs import WORTHWHILE
-from clmoe.bases.llava import decoder_layers, meta_base, shapes_file
+from clmoe.bases.llava import LoadedBase, decoder_layers, meta_base, shapes_file
 from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.config import FFN_PROJECTIONS, Config
 from clmoe.data.records import count_records
@@ -25,7 +24,8 @@ from clmoe.experts.config import ExpertConfig
 from clmoe.experts.layer import expert_layers, experts_by_linear
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, attach_on_meta
-from clmoe.plan.cost import MFU, Card, answer_flops, answers_asked, downloads, step_flops
+from clmoe.plan.cost import MFU, Card, answer_flops, downloads, questions_asked, step_flops
+from clmoe.plan.shapes import ImageSize, Shapes, image_size, shapes_of
 from clmoe.train.loop import BatchPlan, total_steps
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import find_config, resolve_model_path
@@ -60,14 +60,28 @@ class AdaptedLinear:
 
 @dataclass(frozen=True)
 class FirstTask:
-    """A meta model with the adapter of a method's first task; ``file`` is the config.json that it was built from."""
+    """A meta model with the adapter of a method's first task; ``file`` is the config.json that it was built from.
+
+    Images are those of ``tasks``.
+    """
 
     method: Method
     file: Path
+    base: LoadedBase
     model: PeftModel
+    shapes: Shapes
     base_parameters: int
     base_bytes: int
-    image_tokens: int
+    tasks: Sequence[Task] = ()
+
+    @cached_property
+    def image(self) -> ImageSize:
+        """What an image of its tasks takes. Raises ClmoeError as ``image_size``."""
+        return image_size(self.method.config.model, self.base, self.tasks)
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image.tokens
 
     @cached_property
     def experts(self) -> ExpertConfig | None:
@@ -93,11 +107,12 @@ class FirstTask:
         return sum(p.numel() for name, p in trained.items() if any(mark in name for mark in marks))
 
 
-def first_task(method: Method) -> FirstTask:
-    """Attach the adapter of the method's first task to a meta model."""
+def first_task(method: Method, tasks: Sequence[Task] = ()) -> FirstTask:
+    """Attach the adapter of the method's first task to a meta model. Raises ClmoeError as ``meta_base``."""
     config = method.config.model
     file = shapes_file(config)
     base = meta_base(file)
+    shapes = shapes_of(base)
     model = base.model.to(getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if config.load_in_4bit or config.load_in_8bit:
@@ -106,7 +121,7 @@ def first_task(method: Method) -> FirstTask:
         size += round(sum(bits * linear.weight.numel() - linear.weight.nbytes for linear in linears))
         size += 0 if config.load_in_4bit else sum(FLOAT32 * linear.out_features for linear in linears)
     parameters = sum(p.numel() for p in model.parameters())
-    return FirstTask(method, file, attach_on_meta(method, base), parameters, size, base.image_token_count)
+    return FirstTask(method, file, base, attach_on_meta(method, base), shapes, parameters, size, tasks)
 
 
 def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | None], int | None, dict[str, int]]:
@@ -162,13 +177,11 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
 def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: bool) -> int:
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
-    ``b`` bytes of the base's type, ``N`` tokens, ``Q`` heads x head size, ``W`` the tower's width. The peak is in the
-    loss, or in the backward pass of the last norm or the last block; ``20 D`` and the factors of ``F`` are measured.
+    ``b`` bytes of the base's type, ``N`` tokens. The peak is in the loss, or in the backward pass of the last norm or
+    the last block; ``20 D`` and the factors of ``F`` are measured.
     """
-    base, adapter = cast(PreTrainedModel, first.model.get_base_model()), first.method.config.adapter
-    text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
-    b, N, D, F = base.dtype.itemsize, samples * tokens, text.hidden_size, text.intermediate_size
-    L, V, Q = text.num_hidden_layers, text.vocab_size, text.num_attention_heads * text.head_dim
+    s, adapter, model = first.shapes, first.method.config.adapter, first.method.config.model
+    b, N, D, F, L = first.base.dtype.itemsize, samples * tokens, s.D, s.F, s.L
     lora, half = first.experts is None, b < FLOAT32
     per_block = not lora and adapter.router_scope == "per_block"
     names, own = {x.name for x in first.linears}, FLOAT32 if lora else b
@@ -180,46 +193,47 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
         adapted += b * D * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
         adapted += b * F * ("down_proj" in names and not per_block)
     cast_experts = 0 if lora or not half else sum(b * x.parameters // x.blocks for x in first.linears)
-    attention = N * (2 * FLOAT32 * D + 4 * b * Q)  # with both norms
+    attention = N * (FLOAT32 * s.norms + 2 * b * (s.queries + (s.queries if s.masked else s.keys)))
+    attention += N * tokens * b * s.masked
     block = attention + N * (3 * b * F + adapted) + cast_experts
-    images, W, tuned = samples * first.image_tokens, vision.hidden_size, first.count("projector") > 0
+    tuned = first.count("projector") > 0
     spared = 0 if tuned or not names <= set(FFN_PROJECTIONS) else attention  # by the first block: only its FFN trains
     if recompute:  # the inputs of the other blocks, and what the last one's recomputation holds
         kept, again = b * (L - 1) * D * N, block - (spared if L == 1 else 0)
     else:
         kept, again = L * block - spared, 0
-    if tuned:
-        kept += b * (images * (W + 2 * D) + half * (W * D + D * D))
-    few_bits = first.method.config.model.load_in_4bit or first.method.config.model.load_in_8bit
-    kept += b * D * F * few_bits  # the largest linear, which is widened for its product
-    loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * V * (b + 3 * FLOAT32)
+    kept += _projector_bytes(first, samples) if tuned else 0
+    kept += b * D * F * (model.load_in_4bit or model.load_in_8bit)  # the largest linear, widened for its product
+    loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * s.V * (b + 3 * FLOAT32)
     routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
     last_block = again + (4 * b if per_block else 8 if routed else 2 * b) * F * N
     return kept + max(loss, 20 * D * N, last_block)
 
 
+def _projector_bytes(first: FirstTask, samples: int) -> int:
+    """What a tuned projector keeps: the inputs of its norms, matrices and functions, and copies of cast weights."""
+    b, total = first.base.dtype.itemsize, 0
+    for part in first.shapes.projector:
+        ins, outs = zip(*part.matrices, strict=True)
+        rows, size = samples * first.image.patches // part.merged, FLOAT32 if part.wide else b
+        total += rows * size * (sum(ins) + sum(outs[:-1]) + part.norms * ins[0])
+        total += b * part.weights * (b < FLOAT32 and not part.wide)
+    return total
+
+
 def answer_bytes(first: FirstTask, questions: int, tokens: int, new: int) -> int:
     """The most that answering a batch holds, base and adapter included; each question has an image of its own.
 
-    Keys and values of all tokens and of ``new`` ones; once more for the prefixes that questions of one image share, of
-    which a batch has at most ``WORTHWHILE``. Beside them one block's tensors, of which ``7 D`` is measured. The tower
-    comes before them.
+    Keys and values of all tokens and of ``new`` ones; with LLaVA-1.5 once more for the prefixes that questions of one
+    image share, of which a batch has at most ``WORTHWHILE``. Beside them one block's tensors, of which ``7 D`` is
+    measured. The tower comes before them.
     """
-    base = cast(PreTrainedModel, first.model.get_base_model())
-    text, vision = cast(Any, base.config.get_text_config()), cast(Any, base.config).vision_config
-    b, N, D, F, W = (
-        base.dtype.itemsize,
-        questions * tokens,
-        text.hidden_size,
-        text.intermediate_size,
-        vision.hidden_size,
-    )
-    heads = 2 * text.num_key_value_heads * text.head_dim
-    cache = b * text.num_hidden_layers * heads * questions * (tokens + new + WORTHWHILE * tokens)
-    block = N * b * (7 * D + 3 * F)
-    tower = (
-        b * questions * (first.image_tokens + 1) * (W * (vision.num_hidden_layers + 1) + 2 * vision.intermediate_size)
-    )
+    s, b, N = first.shapes, first.base.dtype.itemsize, questions * tokens
+    again = WORTHWHILE * tokens * first.base.family.vicuna
+    cache = b * s.L * 2 * s.keys * questions * (tokens + new + again)
+    block = N * b * (7 * s.D + 3 * s.F)
+    rows = first.image.patches + first.image.tiles
+    tower = b * questions * rows * (s.tower * s.tower_states + 2 * s.tower_ffn)
     return first.base_bytes + b * first.count() + round(max(cache + block, tower))
 
 
@@ -244,15 +258,22 @@ def make_plan(
     if extended_blocks is not None and not method.grows:
         raise ClmoeError(f"--extended-blocks: {config.name} adds no experts to later tasks")
     tasks = [benchmark.task(name) for name in order]
-    missing, notes, fetches = _absent(method, benchmark, tasks)
+    sets = benchmark.general if config.evaluation.general else ()
+    missing, notes, fetches = _absent(method, benchmark, [*tasks, *sets])
+    tests = {task.name: _records(task.test, missing) for task in (*tasks, *sets)}
     groups = [tasks] if method.chain == "union" else [[task] for task in tasks]
-    rows = [_training(group, config, missing) for group in groups]
+    rows = [_training(group, config, tests, missing) for group in groups]
     values: dict[str, Any] = {"method": config.name, "model": config.model.path}
-    found = {"tasks": rows, "missing": missing, "notes": notes}
+    found = {
+        "tasks": rows,
+        "general": {task.name: tests[task.name] for task in sets},
+        "missing": missing,
+        "notes": notes,
+    }
     if method.chain == "none":
         rows[:] = [row | {"parameters": 0, "steps": 0} for row in rows]
         return values | {"trainable_parameters": 0, "downloads": downloads(benchmark, "", None)} | found
-    first = first_task(method)
+    first = first_task(method, tasks)
     trained, kept, growth = by_task(first, len(rows), extended_blocks)
     rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
     if config.model.attention == "eager":
@@ -266,6 +287,7 @@ def make_plan(
     memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     values |= {
         "shapes": str(first.file),
+        "image": asdict(first.image),
         "base_parameters": first.base_parameters,
         "linears": [asdict(x) | {"parameters": x.parameters} for x in first.linears],
         **{f"{part}_parameters": first.count(part) for part in PARTS},
@@ -275,7 +297,7 @@ def make_plan(
         "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
         "gradient_checkpointing": training.gradient_checkpointing,
         "memory": {"tokens": tokens, **memory, "total": sum(memory.values())},
-        "flops": _flops(first, rows, usual),
+        "flops": _flops(first, rows, questions_asked(method, tasks, sets, tests), usual),
     }
     values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
     if card is not None:
@@ -290,16 +312,14 @@ def _card_figures(card: Card, peak: int, flops: dict[str, int | None], gpus: int
     return limits | {"mfu": mfu, "rate": card.rate, "hours": hours}
 
 
-def _flops(first: FirstTask, rows: list[dict[str, Any]], tokens: int) -> dict[str, int | None]:
+def _flops(first: FirstTask, rows: list[dict[str, Any]], asked: int | None, tokens: int) -> dict[str, int | None]:
     """Of all trainings, as the first task's, and of all answers' prompts, without what locators and probes add."""
-    config, base = first.method.config, cast(Any, first.model.get_base_model()).config
+    config, sizes = first.method.config, (first.shapes, first.image)
     training, adapter = config.training, first.count("expert") + first.count("router")
-    base.image_seq_length = first.image_tokens
     tuned, again = first.count("projector") > 0, training.gradient_checkpointing
-    one = step_flops(base, 1, tokens, min(ANSWER_TOKENS, tokens), adapter, tuned, again)
+    one = step_flops(*sizes, 1, tokens, min(ANSWER_TOKENS, tokens), adapter, tuned, again)
     steps = [row["steps"] for row in rows]
-    asked = answers_asked([row["test_records"] for row in rows], config.evaluation.limit, first.method.chain == "union")
-    answer = answer_flops(base, tokens, adapter)
+    answer = answer_flops(*sizes, tokens, adapter)
     return {
         "training": None if None in steps else one * training.batch_size * sum(steps),
         "answers": None if asked is None else asked * answer,
@@ -308,10 +328,10 @@ def _flops(first: FirstTask, rows: list[dict[str, Any]], tokens: int) -> dict[st
     }
 
 
-def _training(tasks: list[Task], config: Config, missing: list[str]) -> dict[str, Any]:
+def _training(tasks: list[Task], config: Config, tests: dict[str, int | None], missing: list[str]) -> dict[str, Any]:
     """Name, records and optimizer steps of a training: on one task, or on all at once, each as often as it says."""
     union, training = method_class(config.method).chain == "union", config.training
-    train, test = ([_records(getattr(t, kind), missing) for t in tasks] for kind in ("train", "test"))
+    train, test = [_records(task.train, missing) for task in tasks], [tests[task.name] for task in tasks]
     times = [task.passes if union else 1 for task in tasks]
     records = None if None in train else sum(n * k for n, k in zip(train, times, strict=True) if n)
     steps = total_steps(training, records or 0, 1 if union else tasks[0].passes, len(tasks))
@@ -347,7 +367,7 @@ def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[li
         missing += [] if benchmark.root.is_dir() else [f"data folder {benchmark.root}"]
         missing += benchmark.missing_files(names)
         missing += [f"{t.name}: image folder {t.image_root}" for t in tasks if not (t.image_root.is_dir() or t.raw)]
-        raw = [t.name for t in tasks if t.raw is not None and not (t.train.is_file() and t.test.is_file())]
+        raw = [t.name for t in tasks if t.raw is not None and not all(path.is_file() for _, path in t.made)]
         fix = f"the first training prepares them, or clmoe data prepare {benchmark.name}"
         notes += [f"files in other formats of {', '.join(raw)}: {fix}"] if raw else []
     path = method.config.model.path
@@ -366,9 +386,16 @@ def plan_text(values: dict[str, Any]) -> str:
     lines = [f"{values['method']} trains nothing", ""]
     kinds = ("task", "parameters", "train_records", "test_records", "steps")
     tasks = [_row(*kinds), *(_row(*(row[kind] for kind in kinds)) for row in values["tasks"])]
+    tasks += [_row(f"general: {name}", 0, 0, number, 0) for name, number in values["general"].items()]
     if "memory" in values:
         lines = [f"{values['method']} on {values['model']} ({values['base_parameters']:,} frozen parameters)"]
-        lines += [f"shapes: {values['shapes']}", "", _row("linear", "in", "out", "experts", "rank each", "blocks")]
+        image = f"an image takes {values['image']['tokens']:,} tokens ({values['image']['source']})"
+        lines += [
+            f"shapes: {values['shapes']}",
+            *wrap(image, 100),
+            "",
+            _row("linear", "in", "out", "experts", "rank each", "blocks"),
+        ]
         lines += [_row(*list(linear.values())[:6]) for linear in values["linears"]]
         lines += ["", "trainable parameters in the first task"]
         lines += [_row(f"  {name}", values[f"{name}_parameters"]) for name in (*PARTS, "trainable")]

@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import cast
 
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.errors import ClmoeError
+from clmoe.methods.base import Method
+from clmoe.plan.shapes import ImageSize, Shapes
 from clmoe.utils.names import unknown
 
 GB = 10**9
@@ -59,49 +61,83 @@ def card(text: str) -> Card:
 
 
 def step_flops(
-    config: Any, samples: int, tokens: int, answers: int, adapter: int, tuned: bool, recompute: bool = False
+    shapes: Shapes,
+    image: ImageSize,
+    samples: int,
+    tokens: int,
+    answers: int,
+    adapter: int,
+    tuned: bool,
+    recompute: bool = False,
 ) -> int:
-    """Multiplications and additions of a LLaVA's training step, forward and backward, with or without recomputation.
+    """Multiplications and additions of a training step, forward and backward, with or without recomputation.
 
     Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. The ``adapter`` has so
     many parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient.
-    Causal attention counts the half of its square that is not masked.
+    Causal attention counts the half of its square that is not masked; windows of attention are not looked at.
     """
-    W, P, D, N = config.vision_config.hidden_size, config.image_seq_length, _text(config).hidden_size, samples * tokens
-    blocks, attention, head, tower = _forward(config, samples, tokens, answers)
-    projector = 2 * samples * P * ((2 * W * D + 3 * D * D) if tuned else (W * D + D * D))
-    again = blocks + attention + 2 * N * adapter if recompute else 0
-    return 2 * (blocks + head) + 3 * attention + 3 * 2 * N * adapter + tower + projector + again
+    blocks, attention, head, tower = _forward(shapes, image, samples, tokens, answers)
+    again = blocks + attention + 2 * samples * tokens * adapter if recompute else 0
+    projector = samples * _projector(shapes, image, tuned)
+    return 2 * (blocks + head) + 3 * attention + 3 * 2 * samples * tokens * adapter + tower + projector + again
 
 
-def answer_flops(config: Any, tokens: int, adapter: int) -> int:
+def answer_flops(shapes: Shapes, image: ImageSize, tokens: int, adapter: int) -> int:
     """Of reading one question of so many tokens, with its image, and its answer's first token."""
-    W, P, D = config.vision_config.hidden_size, config.image_seq_length, _text(config).hidden_size
-    return sum(_forward(config, 1, tokens, 1)) + 2 * tokens * adapter + 2 * P * (W * D + D * D)
+    return sum(_forward(shapes, image, 1, tokens, 1)) + 2 * tokens * adapter + _projector(shapes, image, False)
 
 
-def _text(config: Any) -> Any:
-    return config.get_text_config()
+def _projector(shapes: Shapes, image: ImageSize, tuned: bool) -> int:
+    """Of an image's; the first matrix of each part passes no gradient on."""
+    total = 0
+    for part in shapes.projector:
+        first = part.matrices[0][0] * part.matrices[0][1]
+        total += 2 * (image.patches // part.merged) * (3 * part.weights - first if tuned else part.weights)
+    return total
 
 
-def _forward(config: Any, samples: int, tokens: int, answers: int) -> tuple[int, int, int, int]:
+def _forward(s: Shapes, image: ImageSize, samples: int, tokens: int, answers: int) -> tuple[int, int, int, int]:
     """Of a forward pass: linears of the blocks, causal attention, head, vision tower."""
-    text, vision, P = _text(config), config.vision_config, config.image_seq_length
-    D, L, W = text.hidden_size, text.num_hidden_layers, vision.hidden_size
-    blocks = 2 * samples * tokens * L * (4 * D * D + 3 * D * text.intermediate_size)
-    tower = 2 * (P + 1) * (4 * W * W + 2 * W * vision.intermediate_size) + 4 * (P + 1) ** 2 * W
-    tower = samples * (tower * vision.num_hidden_layers + 2 * P * W * 3 * vision.patch_size**2)
-    return blocks, 2 * samples * tokens**2 * D * L, 2 * answers * text.vocab_size * D, tower
+    rows = image.patches // image.tiles + 1  # with a class token
+    tower = image.tiles * (2 * rows * s.tower_linears + 4 * rows**2 * s.tower * s.tower_blocks)
+    tower = samples * (tower + 2 * image.patches * s.patching)
+    return 2 * samples * tokens * s.linears, 2 * samples * tokens**2 * s.queries * s.L, 2 * answers * s.V * s.D, tower
 
 
-def answers_asked(questions: Sequence[int | None], limit: int | None, union: bool) -> int | None:
-    """Of a sequence's whole matrix: all learned tasks after each, ``limit`` of each in all rows but the last."""
-    if None in questions:
+Asked = tuple[int, int]
+"""Questions of a test file: all, and those of a sample."""
+
+
+def answers_asked(tasks: Sequence[Asked], general: Sequence[Asked] | None = None) -> int:
+    """Of a sequence's whole matrix: all learned tasks after each, a sample of each in all rows but the last.
+
+    With ``general`` sets also what ``evaluation.general`` asks: the bare base everything, each row the sets, and each
+    but the last the next task.
+    """
+    whole, part = (sum(pair[k] for pair in [*tasks, *(general or ())]) for k in (0, 1))
+    besides, ahead = part - sum(pair[1] for pair in tasks), general is not None
+    rows = [sum(pair[1] for pair in tasks[: row + ahead]) + besides for row in range(1, len(tasks))]
+    return sum(rows) + (1 + ahead) * whole
+
+
+def questions_asked(
+    method: Method, tasks: Sequence[Task], sets: Sequence[Task], tests: dict[str, int | None]
+) -> int | None:
+    """Of a sequence's whole matrix, from the questions of each test file; None if one is not there."""
+    if None in tests.values():
         return None
-    whole = [number for number in questions if number is not None]
-    part = [min(number, limit or number) for number in whole]
-    rows = [] if union else [sum(part[:row]) for row in range(1, len(part))]
-    return sum(rows) + sum(whole)
+    limit, counts = method.config.evaluation.limit, cast(dict[str, int], tests)
+    pairs = [
+        [(counts[t.name], min(counts[t.name], t.sample(limit) or counts[t.name])) for t in x] for x in (tasks, sets)
+    ]
+    learned, general = pairs
+    if method.chain == "union":
+        learned = [(sum(whole for whole, _ in learned), sum(part for _, part in learned))]
+    if not method.config.evaluation.general:
+        return answers_asked(learned)
+    if method.keeps_parts and method.config.locator.name == "oracle":  # it has no answer for what is not learned
+        return answers_asked(learned) + sum(whole for whole, _ in [*learned, *general])
+    return answers_asked(learned, general)
 
 
 def downloads(benchmark: Benchmark, model: str, parameters: int | None) -> list[str]:

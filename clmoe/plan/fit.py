@@ -4,12 +4,13 @@ Micro-batch, offloading and recomputation change a result by rounding at most, b
 changes it. So all of the former are tried before any of the latter, and each in the order of the time that it takes.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from clmoe.benchmarks.base import Task
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
 from clmoe.methods import method_class
@@ -43,11 +44,18 @@ class Fitted:
         return self.planned <= self.usable
 
 
-def fit(config: Config, given: Collection[str], card: Card, gpus: int = 1, deepspeed: str | None = None) -> Fitted:
+def fit(
+    config: Config,
+    given: Collection[str],
+    card: Card,
+    gpus: int = 1,
+    deepspeed: str | None = None,
+    tasks: Sequence[Task] = (),
+) -> Fitted:
     """The cheapest settings with which a training's planned peak, and then its answers', fit the card.
 
-    ``given``: the user's own ``key=value`` settings, which stay. If nothing fits, what takes least. Raises ClmoeError
-    for a method that trains nothing.
+    ``given``: the user's own ``key=value`` settings, which stay. Images are those of ``tasks``. If nothing fits, what
+    takes least. Raises ClmoeError for a method that trains nothing.
     """
     method = method_class(config.method)
     if method.chain == "none":
@@ -56,7 +64,7 @@ def fit(config: Config, given: Collection[str], card: Card, gpus: int = 1, deeps
     keys, offloads = {pair.partition("=")[0] for pair in given}, _offloads(deepspeed)
     for bits in _bits(config, keys):
         model = replace(config.model, **{name.partition(".")[2]: value for name, value in bits.items()})
-        first = first_task(method(replace(config, model=model)))
+        first = first_task(method(replace(config, model=model)), tasks)
         tokens = min(first.image_tokens + LONG_TEXT, config.training.max_length)
         for recompute, zero, micro in product(_recompute(config, keys), offloads, _micro(config, keys, gpus)):
             state = sum(state_bytes(first, gpus, zero).values())

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from clmoe.bases.llava import meta_base, shapes_file
-from clmoe.benchmarks.base import Benchmark
+from clmoe.benchmarks.base import Benchmark, Task
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
 from clmoe.locators import make_locator
@@ -20,6 +21,7 @@ from clmoe.methods.base import ADAPTER_FILE, Method
 from clmoe.methods.replay import load_memory
 from clmoe.plan import ANSWER_TOKENS, TEXT_TOKENS
 from clmoe.plan.cost import answer_flops, step_flops
+from clmoe.plan.shapes import image_size, shapes_of
 from clmoe.train.checkpoint import MANIFEST, Finished
 from clmoe.train.task import SAMPLES, by_checkpoint
 from clmoe.utils.files import read_json, write_json
@@ -33,10 +35,10 @@ def write_spent(run: Path, benchmark: Benchmark, config: Config, dones: list[Fin
 
     ``active_parameters`` of the adapter serve one token, ``locator_parameters`` are numbers that the locator stores,
     ``stored_bytes`` and ``stored_samples`` what the last checkpoint keeps for later tasks. FLOPs are those of ``clmoe
-    plan``: of all training, and of one question at the end. Only LLaVA's are known.
+    plan``: of all training, and of one question at the end.
     """
     method = method_class(config.method)
-    training, question = _flops(run, config, dones)
+    training, question = _flops(run, benchmark.tasks, config, dones)
     found: dict[str, int | None] = {"training_flops": training, "question_flops": question}
     if dones:
         folder = dones[-1].folder
@@ -87,27 +89,27 @@ def sizes(path: Path) -> dict[str, int]:
         return {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
-def _flops(run: Path, config: Config, dones: list[Finished]) -> tuple[int | None, int | None]:
+def _flops(run: Path, tasks: Sequence[Task], config: Config, dones: list[Finished]) -> tuple[int | None, int | None]:
     """Of all training steps, and of one question at the end with the pass that finds its task."""
+    model = replace(config.model, path=resolve_model_path(config.model.path))
     try:
-        base = meta_base(shapes_file(replace(config.model, path=resolve_model_path(config.model.path))))
-    except ClmoeError:  # another family than LLaVA, whose shapes the plan does not know
+        base = meta_base(shapes_file(model))
+        taken = shapes_of(base), image_size(model, base, tasks)
+    except ClmoeError:  # the base is no longer where the training found it
         return None, None
-    shapes: Any = base.model.config
-    shapes.image_seq_length = base.image_token_count
     method, samples, training = method_class(config.method), by_checkpoint(run / SAMPLES), 0
-    tokens = min(base.image_token_count + TEXT_TOKENS, config.training.max_length)
+    tokens = min(taken[1].tokens + TEXT_TOKENS, config.training.max_length)
     tuned, again = config.adapter.train_projector, config.training.gradient_checkpointing
     adapter = 0
     for done in dones:
         parts = sizes(done.folder / ADAPTER_FILE).items()
         adapter = sum(size for name, size in parts if "lora_" in name or ".clmoe_" in name)
         trained = done.lineage.trainable_parameters if method.chain == "fresh" else adapter
-        step = step_flops(shapes, 1, tokens, min(ANSWER_TOKENS, tokens), trained, tuned, again)
+        step = step_flops(*taken, 1, tokens, min(ANSWER_TOKENS, tokens), trained, tuned, again)
         training += step * sum(samples.get(done.folder.name, {}).values())
-    question = answer_flops(shapes, tokens, adapter)
+    question = answer_flops(*taken, tokens, adapter)
     if method.keeps_parts:
         locator = make_locator(config.locator, config.seed)
-        question += answer_flops(shapes, tokens, adapter if locator.asks else 0) * (locator.looks or locator.asks)
+        question += answer_flops(*taken, tokens, adapter if locator.asks else 0) * (locator.looks or locator.asks)
     complete = all(done.folder.name in samples for done in dones)  # older versions noted none
     return training if complete else None, question

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from clmoe.utils.files import append_json_lines, read_json_lines
+from clmoe.utils.files import append_json_lines, read_json_lines, write_text
 from clmoe.utils.processes import is_main
 
 
@@ -169,7 +169,7 @@ def write_timing(run: Path) -> None:
     """``timing.json``: minutes of training and evaluation so far, from the event log."""
     spent = sum(event.get("seconds", 0.0) for event in read_events(run / "events.jsonl"))
     text = json.dumps({"minutes": round(spent / 60, 2)}) + "\n"
-    (run / "timing.json").write_text(text, encoding="utf-8")
+    write_text(run / "timing.json", text)
 
 
 def provenance() -> dict[str, str | None]:

@@ -65,6 +65,11 @@ def check_target(
         raise ClmoeError(f"{option} {target} cannot be written: it is no {'file' if file else 'folder'}, or read-only")
 
 
+def is_hub_name(path: str) -> bool:
+    """It has the form ``owner/name``; the hub need not know it."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
 def resolve_model_path(path: str) -> str:
     """A model folder, the embedded base, or a name that the hub may know. Raises ClmoeError if it can be none."""
     folder = Path(path).expanduser()
@@ -72,6 +77,6 @@ def resolve_model_path(path: str) -> str:
         return str(folder)
     if path == EMBEDDED_BASE:
         return str(shipped_root() / path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_name(path):
         raise ClmoeError(f"no such folder, and {unknown('model', path, known_configs('models'))}")
     return path

@@ -34,11 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in METHODS:
         config = load_config(name, {}, [], args.base)
         first = first_task(method_class(config.method)(config))
-        shapes = first.model.get_base_model().config
+        sizes = first.shapes, first.image
         adapter, tuned = first.count("expert") + first.count("router"), first.count("projector") > 0
-        record = step_flops(shapes, 1, args.tokens, ANSWERS, adapter, tuned)
+        record = step_flops(*sizes, 1, args.tokens, ANSWERS, adapter, tuned)
         hours = [[record * n / args.mfu / card(c).rate / 3600 for c in CARDS] for n in TRAINED.values()]
-        answers = [1000 * answer_flops(shapes, args.tokens, adapter) / args.mfu / card(c).rate / 3600 for c in CARDS]
+        answers = [1000 * answer_flops(*sizes, args.tokens, adapter) / args.mfu / card(c).rate / 3600 for c in CARDS]
         cells = [f"{hour:.1f}" for pair in hours for hour in pair] + [f"{hour:.3f}" for hour in answers]
         print(f"| `{name}` | {first.count() / 1e6:.1f} | {record / 1e12:.1f} | {' | '.join(cells)} |")
 

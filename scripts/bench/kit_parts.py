@@ -201,7 +201,7 @@ def methods(record: Record, size: Sizes, folder: Path) -> None:
             times = [timed(partial(training.step, batch))[0] for _ in range(size.steps)]
             seconds, adapter = median(times), first.count("expert") + first.count("router")
             tuned = first.count("projector") > 0
-            work = step_flops(base.model.config, samples, tokens, answers, adapter, tuned)
+            work = step_flops(first.shapes, first.image, samples, tokens, answers, adapter, tuned)
             record.add(
                 f"{name}_",
                 step_s=seconds,

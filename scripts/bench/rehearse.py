@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,18 +37,23 @@ import torch
 import yaml
 from clock import Peak, timed
 from five_questions import QUESTIONS, random_base, records, write_images
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaTokenizer, LlavaProcessor
 
-from clmoe.bases.llava import meta_base, shapes_file
+from clmoe.bases.chat import TOKEN_TYPES
+from clmoe.bases.llava import LoadedBase, meta_base, open_encoder, shapes_file
 from clmoe.cli import main as clmoe
 from clmoe.config import Config, load_config
+from clmoe.data.batches import TrainItem, collate_train
+from clmoe.data.prompts import IGNORE
 from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
 from clmoe.plan.cost import step_flops
+from clmoe.plan.shapes import SIZE
 from clmoe.sequence import chosen
 from clmoe.train.checkpoint import MANIFEST
 from clmoe.train.loop import TaskTrainer, TrainedModel, enable_checkpointing
@@ -122,7 +128,7 @@ def measured(config: Config, samples: int, tokens: int, computes: bool = True) -
         base = loaded.model.to(getattr(torch, config.model.dtype)).to_empty(device="cpu")
         base.set_attn_implementation(config.model.attention)
         for tensor in (*base.parameters(), *base.buffers()):
-            tensor.fill_(0.01) if tensor.is_floating_point() else tensor.copy_(torch.arange(tensor.numel())[None])
+            tensor.fill_(0.01) if tensor.is_floating_point() else tensor.copy_(numbered(tensor))
         trained = TrainedModel(attach_adapter(base, method.adapter(loaded)), method, samples).train()
         parameters = [p for p in trained.parameters() if p.requires_grad]
         for parameter in parameters:
@@ -130,13 +136,9 @@ def measured(config: Config, samples: int, tokens: int, computes: bool = True) -
         optimizer = torch.optim.AdamW(parameters, fused=True)
         optimizer.step()
         state = alive.now
-        ids, labels = torch.full((samples, tokens), 5), torch.full((samples, tokens), -100)
-        ids[:, 2 : 2 + loaded.image_token_count] = base.config.image_token_index
-        labels[:, -ANSWERS - 4 : -4] = 7
-        mask, side = torch.ones_like(ids), base.config.vision_config.image_size
-        mask[0, -3:] = 0
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "num_items_in_batch": torch.tensor(16)}
-        inputs["pixel_values"] = torch.randn(samples, 3, side, side).to(base.dtype)
+        inputs = {
+            k: v.to(base.dtype) if v.is_floating_point() else v for k, v in batch(config, loaded, samples, tokens)
+        }
 
         def step() -> None:
             trained(**inputs)["loss"].backward()
@@ -149,6 +151,33 @@ def measured(config: Config, samples: int, tokens: int, computes: bool = True) -
             step()
             found.append(Step(state, alive.most - before))
     return found[0], found[1]
+
+
+def numbered(tensor: Tensor) -> Tensor:
+    """What a buffer of positions holds."""
+    return torch.arange(tensor.numel()).reshape(tensor.shape)
+
+
+def batch(config: Config, loaded: LoadedBase, samples: int, tokens: int) -> Iterable[tuple[str, Tensor]]:
+    """Inputs of a training step: an image each, of ``SIZE`` where that matters; the first record is a bit shorter."""
+    if loaded.family.vicuna:
+        shapes = loaded.model.config
+        word, start = 5, torch.tensor([5, 5, *[shapes.image_token_index] * loaded.image_token_count])
+        side = shapes.vision_config.image_size
+        extra = {"pixel_values": torch.randn(1, 3, side, side)}
+    else:
+        chat = open_encoder(config.model, offline=True).chat
+        assert chat is not None
+        item = chat.prompt_item("What is it?", Image.new("RGB", SIZE))
+        word, start, extra = int(item.input_ids[-1]), item.input_ids, item.extra
+    items = []
+    for row in range(samples):
+        ids = torch.cat([start, start.new_full((tokens - len(start) - 3 * (row == 0),), word)])
+        labels = torch.full_like(ids, IGNORE)
+        labels[-ANSWERS - 4 : -4] = 7
+        types = {k: torch.cat([v, v.new_zeros(len(ids) - len(v))]) for k, v in extra.items() if k.endswith(TOKEN_TYPES)}
+        items.append(TrainItem(ids, None, labels, extra=extra | types))
+    return (collate_train(items, 0) | {"num_items_in_batch": torch.tensor(16)}).items()
 
 
 def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
@@ -341,9 +370,8 @@ def numbers(config: Config, noted: dict[str, Any], target: Path) -> list[str]:
     tokens = step["tokens"] // step["records"]
     plan = (sum(state_bytes(first).values()) + activation_bytes(first, 1, tokens, again)) / GIB
     adapter, tuned = first.count("expert") + first.count("router"), first.count("projector") > 0
-    work = step_flops(
-        first.model.get_base_model().config, step["records"], tokens, step["answers"], adapter, tuned, again
-    )
+    sizes = first.shapes, first.image
+    work = step_flops(*sizes, step["records"], tokens, step["answers"], adapter, tuned, again)
     cells = [f"{seconds:.0f}" for seconds in (*spent.values(), noted["seconds"])]
     cells += [f"{1e3 * step['seconds'] / step['tokens']:.1f}", f"{work / step['tokens'] / 1e9:.2f}"]
     cells += [f"{work / step['seconds'] / 1e9:.0f}"]

@@ -246,6 +246,23 @@ def save_family(name: str, folder: Path) -> Path:
     return folder
 
 
+def save_wide(name: str, folder: Path) -> Path:
+    """The family's folder without weights: the decoder has four blocks of published proportions, 512 wide."""
+    save_family(name, folder)
+    values = json.loads((folder / "config.json").read_text())
+    text, vision = values["text_config"], values["vision_config"]
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    text |= {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, **heads}
+    text.pop("layer_types", None)
+    if "mrope_section" in text.get("rope_parameters", {}):
+        text["rope_parameters"]["mrope_section"] = [8, 12, 12]
+    if name.startswith("qwen"):
+        vision["hidden_size" if name == "qwen2_vl" else "out_hidden_size"] = 512
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
 def _tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
     """A byte-level BPE that knows the family's special tokens."""
     bpe = Tokenizer(models.BPE(unk_token=None))

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from clmoe import cli
+from clmoe.benchmarks.base import load_benchmark
 from clmoe.errors import ClmoeError
+from clmoe.evaluate.run import check_tasks
 from clmoe.utils.paths import check_target
 
 Edit = Callable[[Any], Any]
@@ -116,6 +118,13 @@ def test_a_recipe_with_an_unknown_key_is_bad(recipe: dict[str, Any], own: Path, 
     edit(own / "mini.yaml", lambda values: values.update(recipe=recipe))
     error = check(bad=True)
     assert "recipe" in error and ("'lr'" in error or "'rang'" in error)
+
+
+def test_an_unknown_scorer_names_its_task(own: Path, check: Callable[..., str]) -> None:
+    edit(own / "mini.yaml", lambda values: values["tasks"][1].update(scorer="iuo"))
+    assert "task 'count', field 'scorer'" in check(bad=True)
+    with pytest.raises(ClmoeError, match=r"'count'.*'scorer'.*'iou'"):
+        check_tasks(load_benchmark(str(own / "mini.yaml")), ["colour", "count"])
 
 
 INPUTS = ["mini.yaml", "colour/train.json", "side/test.json", "side/images/3.png", "colour", "count/images", "link"]

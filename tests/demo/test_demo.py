@@ -16,7 +16,7 @@ import pytest
 import clmoe
 from clmoe import cli
 from clmoe.benchmarks.base import Benchmark
-from clmoe.evaluate.answer import Explanation, RouterWeights
+from clmoe.evaluate.loaded import Explanation, RouterWeights
 from tests.runs import Runs
 from tests.support import TASKS
 

@@ -20,7 +20,8 @@ from clmoe.data.batches import collate_prompts
 from clmoe.data.records import Question, load_questions
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import answer
-from clmoe.evaluate.answer import Answer, Answerer, Explanation, LoadedCheckpoint
+from clmoe.evaluate.answer import Answer, Answerer
+from clmoe.evaluate.loaded import Explanation, LoadedCheckpoint
 from clmoe.experts.forward import adapted_base, base_features
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteSelection, routing
