@@ -309,17 +309,18 @@ def alone(figures: Path, arguments: list[str]) -> None:
     steps, peak, train, forward = [], Peak(), TaskTrainer.train, TrainedModel.forward
 
     def watched(trainer: TaskTrainer) -> None:
-        sizes, held = [], sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
+        sizes, before = [], [*trainer.model.parameters(), *trainer.model.buffers()]
 
         def counted(self: TrainedModel, *given: Any, **inputs: Any) -> Any:
             sizes.append((inputs["input_ids"].numel(), int((inputs["labels"] >= 0).sum())))
             return forward(self, *given, **inputs)
 
         with patch.object(TrainedModel, "forward", counted), Alive(computes=True) as alive:
+            alive.seen.update(tensor.untyped_storage()._cdata for tensor in before)  # views of these are not new
             seconds, _ = timed(lambda: train(trainer))
         tokens, answers = map(sum, zip(*sizes, strict=True))
         row = {"tokens": tokens, "answers": answers, "records": len(sizes), "seconds": seconds}
-        steps.append(row | {"held": held + alive.most})
+        steps.append(row | {"held": sum(tensor.nbytes for tensor in before) + alive.most})
 
     with Widened(), patch.object(TaskTrainer, "train", watched), patch.object(time, "monotonic", time.process_time):
         clmoe(arguments)

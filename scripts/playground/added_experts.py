@@ -1,12 +1,12 @@
 """What LLaVA-CMoE's growth does in finished runs: docs/llava_cmoe.md prints these tables.
 
-    python scripts/playground/added_experts.py depth RUN ...                     experts added to each block
+    python scripts/playground/added_experts.py depth RUN ...
     python scripts/playground/added_experts.py alpha RUN ... [--values 0,0.4,0.8,1.2,1.6,2]
-    python scripts/playground/added_experts.py experts RUN ...                   how much added experts differ from older ones
-    python scripts/playground/added_experts.py probe RUN OUT [--vary options.probe_seed=0,1,2] [--benchmark playground-coin]
+    python scripts/playground/added_experts.py experts RUN ...
+    python scripts/playground/added_experts.py probe RUN OUT [--vary options.probe_seed=0,1,2] [--benchmark B]
 
-RUN is a run folder of `llava_cmoe`. `alpha` decides again by the activations that the run recorded, under other
-thresholds. `probe` probes each task but the first again from the checkpoint before it, with the run's own settings but
+RUN is a run folder of `llava_cmoe`. `depth` counts the experts added to each block, `experts` compares them with older
+ones. `alpha` decides again by the activations that the run recorded, under other thresholds. `probe` probes each task but the first again from the checkpoint before it, with the run's own settings but
 for one, into OUT: after the decision one step of training and of fitting the locator is enough. Means are over the runs
 and, in `experts`, over the blocks.
 """
