@@ -6,9 +6,9 @@
     python scripts/playground/added_experts.py probe RUN OUT [--vary options.probe_seed=0,1,2] [--benchmark B]
 
 RUN is a run folder of `llava_cmoe`. `depth` counts the experts added to each block, `experts` compares them with older
-ones. `alpha` decides again by the activations that the run recorded, under other thresholds. `probe` probes each task but the first again from the checkpoint before it, with the run's own settings but
-for one, into OUT: after the decision one step of training and of fitting the locator is enough. Means are over the runs
-and, in `experts`, over the blocks.
+ones. `alpha` decides again by the activations that the run recorded, under other thresholds. `probe` probes each task
+but the first again from the checkpoint before it, with the run's own settings but for one, into OUT: after the decision
+one step of training and of fitting the locator is enough. Means are over the runs and, in `experts`, over the blocks.
 """
 
 import argparse
