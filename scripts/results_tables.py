@@ -44,7 +44,7 @@ def add(tables: Path, studies: Sequence[str], folders: Iterable[Path]) -> list[s
 
     Seeds of a row that the tables have from other commits are replaced all together: until all of them have been run
     again, the new ones are left out. Raises ClmoeError, before anything is written, for a run of another benchmark or
-    another number of steps than the study's, and for two folders with one seed of a row.
+    another number of steps or of questions than the study's, and for two folders with one seed of a row.
     """
     old, said = read_table(tables / "runs.csv"), list[str]()
     rows: dict[tuple[str, str], dict[int, dict[str, pd.DataFrame]]] = defaultdict(dict)
@@ -109,9 +109,12 @@ def read(folder: Path, studies: Sequence[str], old: pd.DataFrame) -> dict[str, p
     study = info["benchmark"]
     if study not in studies:
         raise ClmoeError(f"{folder / 'run.json'}: benchmark {study!r} is none of {', '.join(studies)}")
-    steps = set(old[old.study == study].steps_per_task) - {0}
+    own = old[old.study == study]
+    steps, limits = set(own.steps_per_task) - {0}, set(own.limit.fillna(0))
     if steps and info["steps_per_task"] not in {0, *steps}:
         raise ClmoeError(f"{folder / 'run.json'}: steps_per_task is {info['steps_per_task']}; {study} has {steps}")
+    if limits and (info.get("limit") or 0) not in limits:
+        raise ClmoeError(f"{folder / 'run.json'}: limit is {info.get('limit')}; {study} has {limits}, where 0 is none")
     if (folder / "locator.csv").exists() and not info.get("locator"):
         raise ClmoeError(f"{folder / 'run.json'}: field 'locator' does not say which locator chose the tasks")
     run = read_run(folder)
@@ -128,7 +131,7 @@ def read(folder: Path, studies: Sequence[str], old: pd.DataFrame) -> dict[str, p
 def read_facts(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     events, timing = read_events(folder / "events.jsonl"), folder / "timing.json"
     started = [event for event in events if event["event"] == "started"]
-    command = started[0]["command"] if started else ""
+    command = started[0]["command"].replace("cli.py ", "clmoe ", 1) if started else ""
     facts = info | {"order": " ".join(info["order"]), "locator": info.get("locator") or ""}
     facts["command"] = command.replace(str(folder.resolve()), "RUN").replace(str(folder.resolve().parent), "OUT")
     facts["commit"] = " ".join(sorted({event["commit"] for event in started if event["commit"]}))

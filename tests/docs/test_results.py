@@ -212,6 +212,7 @@ def test_locator_and_growth_are_kept(empty: ModuleType, tmp_path: Path, monkeypa
     ("info", "file", "text", "message"),
     [
         ({"steps_per_task": 20}, "", "", r"run\.json: steps_per_task is 20"),
+        ({"limit": 20}, "", "", r"run\.json: limit is 20"),
         ({"benchmark": "coin"}, "", "", r"run\.json: benchmark 'coin'"),
         ({}, "locator.csv", "after,locator,task,located,count\n", r"run\.json: field 'locator'"),
         ({"seed": 0}, "", "", r"x/lora-seed0: .*seed 0|y/lora-seed1: .*seed 0"),
