@@ -26,7 +26,7 @@ PUBLIC = {
 _COMMAND_LINE = ("-m", "clmoe") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) or "clmoe.cli" in sys.orig_argv
 _COMMAND_LINE |= bool(sys.argv) and Path(sys.argv[0]).name == "clmoe"
 if not _COMMAND_LINE:
-    if reason := importlib.import_module("clmoe.utils.versions").unfit():
+    if reason := importlib.import_module("clmoe.utils.versions").unfit(absent=False):
         raise ImportError(reason)
     importlib.import_module("clmoe.experts.model")
 

@@ -46,10 +46,17 @@ def tested(edge: Edge) -> dict[str, str]:
 
 
 @cache
-def unfit() -> str | None:
-    """Why clmoe cannot run on what is installed, and the command that mends it; None if it can."""
+def unfit(absent: bool = True) -> str | None:
+    """Why clmoe cannot run on what is installed, and the command that mends it; None if it can.
+
+    Without ``absent``, packages that are not there do not count, as the parts that need none of them.
+    """
     needed = [(requirement, installed(requirement.name)) for extra, requirement in requirements() if not extra]
-    wrong = [(r, found) for r, found in needed if found is None or not r.specifier.contains(found, prereleases=True)]
+    wrong = [
+        (requirement, found)
+        for requirement, found in needed
+        if (absent if found is None else not requirement.specifier.contains(found, prereleases=True))
+    ]
     if not wrong:
         return None
     found = ", ".join(f"{requirement} (found: {version or 'none'})" for requirement, version in wrong)

@@ -4,7 +4,7 @@
     python scripts/bench/kit.py fill OUT [PAGE]               writes the figures of OUT's files into the page's table
     python scripts/bench/kit.py check OUT                     fails unless all parts ended with finite figures
 
-Needs torch, transformers and peft, no network, and not the package `datasets`, which nothing here uses.
+Needs torch, transformers, peft and Pillow, and no network. With --smoke it runs as if `ABSENT` were not installed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,30 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs/performance.md"
 BEGIN, END = "<!-- gpu kit: filled by scripts/bench/kit.py -->\n", "<!-- end of gpu kit -->\n"
 NOT_MEASURED = "not measured"
 RANKS = (32, 64, 512)
+ABSENT = {name: name for name in ("datasets", "pyarrow", "pandas", "matplotlib", "sentencepiece")}
+ABSENT |= {"sklearn": "scikit-learn"}  # module -> package, of those that clmoe needs and a CUDA image lacks
+STAND_INS = (
+    "datasets",
+    "datasets.arrow_writer",
+    "pyarrow",
+    "pyarrow.parquet",
+    "sklearn",
+    "sklearn.covariance",
+    "sentencepiece",
+)
 METHODS = ("lora", "olora", "moelora", "clmoe", "clmoe_released", "llava_cmoe")
 
 
@@ -122,15 +133,35 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def stand_ins(*names: str) -> Iterator[None]:
-    """Inside, packages that are not installed can be imported; what is imported of them must not be used."""
-    absent = [name for name in names if find_spec(name.split(".")[0]) is None]
-    sys.modules |= dict.fromkeys(absent, MagicMock())
+def replaced(modules: dict[str, Any]) -> Iterator[None]:
+    """Inside, imports find these; None: nothing."""
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules |= modules
     try:
         yield
     finally:
-        for name in absent:
-            del sys.modules[name]
+        for name in modules:
+            sys.modules.pop(name, None)
+        sys.modules |= before
+
+
+def stand_ins(*names: str) -> AbstractContextManager[None]:
+    """Inside, packages that are not installed can be imported; what is imported of them must not be used."""
+    absent = [name for name in names if find_spec(name.split(".")[0]) is None]
+    return replaced(dict.fromkeys(absent, MagicMock()))
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Inside, the packages of ``ABSENT`` can be neither imported nor found."""
+
+    def found(package: str) -> str:
+        if package in ABSENT.values():
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    with replaced(dict.fromkeys(ABSENT)), patch("importlib.metadata.version", found):
+        yield
 
 
 def run(part: str, out: Path, smoke: bool) -> int:
@@ -143,12 +174,13 @@ def run(part: str, out: Path, smoke: bool) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = Record(part, out)
     try:
-        import_module("transformers.trainer")  # looks for datasets itself, and must not find the stand-in
-        sys.path[:0] = [str(REPOSITORY)]
-        with stand_ins("datasets", "datasets.arrow_writer", "pyarrow"):
-            parts = import_module("kit_parts")
-        record.values |= {"device": parts.device_name(), "smoke": smoke}
-        parts.PARTS[part](record, parts.Sizes.smoke() if smoke else parts.Sizes())
+        with bare() if smoke else nullcontext():
+            import_module("transformers.trainer")  # looks for datasets itself, and must not find the stand-in
+            sys.path[:0] = [str(REPOSITORY)]
+            with stand_ins(*STAND_INS):
+                parts = import_module("kit_parts")
+            record.values |= {"device": parts.device_name(), "smoke": smoke}
+            parts.PARTS[part](record, parts.Sizes.smoke() if smoke else parts.Sizes())
     except BaseException as error:
         record.end(f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}")
         print(f"{part}: {record.values['error']}", file=sys.stderr)
