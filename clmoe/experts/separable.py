@@ -49,8 +49,8 @@ class SeparableBank(RouterBank):
         seen = self._seen(x, selection)
         picks = torch.cat([seen, self._followed(selection).expand_as(seen)], -1).unsqueeze(1)  # [B, 1, E]
         A, B = (factor.float() for factor in experts.packed())
-        words = self.fusion.repeat_interleave(B.shape[1] // 2, 0).t() * B  # each half's own score of each rank
-        V = torch.einsum("er,erd->ed", words.sum(0).view(2 * self.each, -1), A.view(2 * self.each, -1, A.shape[1]))
+        scored = self.fusion.repeat_interleave(B.shape[1] // 2, 0).t() * B  # each half's own score of each rank
+        V = torch.einsum("er,erd->ed", scored.sum(0).view(2 * self.each, -1), A.view(2 * self.each, -1, A.shape[1]))
         with torch.autocast(x.device.type, enabled=False):
             scores = self.scaling * RouterLogits.apply(x, V)  # of fusion_k . B_i A_i x, without [..., dout] tensors
         halves = (picks * scores).unflatten(-1, (2, self.each)).sum(-1)

@@ -5,23 +5,27 @@ stored samples of each of the tasks 1..t to answer ``referral(question)`` with t
 
     y = W0 x + s * B_i A_i x,    i = argmax over letters of p( letter | image, referral(q); base + s * B_r A_r )
 
-The released code starts its router from the base with the mean of all tasks' LoRAs merged in, describes each expert in
-a sentence (``options.descriptions``), and draws a task where the model says no letter; here only letters count.
+The released code's router is a LoRA on the base with the mean of all tasks' LoRAs merged in, those of task t included:
+``options.variant=released`` trains it last, beside them. The code describes each expert in a sentence
+(``options.descriptions``), and draws a task where the model says no letter; here only letters count.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 
 from clmoe.bases.inputs import answer_letters
 from clmoe.config import Config
 from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import expert_layers
-from clmoe.experts.model import attach_adapter, detach_adapter, expert_config, tensor_name
-from clmoe.experts.routing import LETTER_ROUTER
+from clmoe.experts.layer import expert_layers, seeded
+from clmoe.experts.model import attach_adapter, detach_adapter, expert_config, grow_experts, tensor_name
+from clmoe.experts.routing import LETTER_ROUTER, RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, Phase, TaskContext, lora_adapter
 from clmoe.methods.bounds import Separate
 from clmoe.methods.replay import MEMORY, Remembered, check_memory, load_memory, save_memory
@@ -38,6 +42,7 @@ class Options:
         router_rank: a multiple of ``adapter.rank``; 128.
         router_rate: learning rate of the router over the tasks', 0.25 (5e-6 to 2e-5).
         router_epochs, router_batch: passes over the stored records, 40, and the global batch, 32 (4 on each of 8 GPUs).
+        variant: the router's base is bare (``published``), or has the mean of all tasks' LoRAs added (``released``).
         descriptions: of tasks, for the list of experts that the router reads; a task's name where there is none.
     """
 
@@ -46,6 +51,7 @@ class Options:
     router_rate: Positive = 0.25
     router_epochs: Count = 40
     router_batch: Count = 32
+    variant: Literal["published", "released"] = "published"
     descriptions: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,7 +89,10 @@ class MrLora(Separate):
         check_memory(previous, data)
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """From the second task on the router, which no later training changes; then the task's own LoRA."""
+        """From the second task on the router, which no later training changes; then the task's own LoRA.
+
+        As released the router comes last.
+        """
         options, training = self.options, self.config.training
         where = self.config.seed, context.image_root, context.data
         newest = Remembered.draw(context.task, context.records, options.stored, *where)
@@ -110,7 +119,10 @@ class MrLora(Separate):
             options.router_batch,
             of_task=False,
         )
-        return [router, *own]
+        if self.options.variant == "published":
+            return [router, *own]
+        later = replace(router, begin=self._begin_beside, end=self.end_task)
+        return [*(replace(phase, end=lambda context: None) for phase in own), later]
 
     def _begin_router(self, context: TaskContext) -> None:
         """A fresh LoRA of the router's rank, with the tasks' scale."""
@@ -118,6 +130,21 @@ class MrLora(Separate):
         rank = self.options.router_rank
         wider = replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank)
         self._attach(context, replace(self.config, adapter=wider))
+
+    def _begin_beside(self, context: TaskContext) -> None:
+        """Fresh experts for the router beside the tasks' LoRAs, which are frozen and count ``1 / t`` each."""
+        self._append_own(context)
+        tasks, config, factors = context.index + 1, expert_config(context.model), {}
+        config.pick = "sum"
+        for name, layer in expert_layers(context.model).items():
+            ((linear, experts),) = layer.experts.items()
+            (A, B), width = experts.packed(), tasks * experts.rank
+            experts.frozen_A, experts.frozen_B = A[-width:].clone(), B[:, -width:] / tasks
+            config.layout[layer.block], layer.routers.pick = list(range(tasks)), "sum"
+            generator = seeded(self.config.seed, f"mrlora:{tasks}:{name}")
+            fresh = experts.fresh(self.options.router_rank // experts.rank, generator)
+            factors[name] = {linear: (fresh[0].to(A), fresh[1].to(B))}
+        grow_experts(context.model, tasks, factors)
 
     def begin_task(self, context: TaskContext) -> None:
         """A fresh LoRA for the task, as without a router before it."""
@@ -130,21 +157,36 @@ class MrLora(Separate):
 
     def end_task(self, context: TaskContext) -> None:
         """Append the trained LoRA to the parent's, put the new router in the old one's place, and keep the samples."""
-        super().end_task(context)
+        self._append_own(context)
         save_memory(self._memory, context.work / MEMORY)
         if len(self._memory) == 1:
             return
         router, config = load_tensors(context.sealed / "router" / ADAPTER_FILE), expert_config(context.model)
         for name, layer in expert_layers(context.model).items():
             old = layer.routers.owners.count(LETTER_ROUTER)
-            A, B = (router[tensor_name(name, f"lora_{f}.weight")].to(context.base.device) for f in "AB")
-            for experts in layer.experts.values():
+            for linear, experts in layer.experts.items():
+                kind = "lora_{}.weight" if self.options.variant == "published" else f"clmoe_experts.{linear}.{{}}"
+                A, B = (router[tensor_name(name, kind.format(f))].to(context.base.device) for f in "AB")
                 own_A, own_B = experts.packed()
                 experts.frozen_A = torch.cat([A, own_A[old * experts.rank :]])
                 experts.frozen_B = torch.cat([B, own_B[:, old * experts.rank :]], dim=1)
                 count = len(A) // experts.rank
             config.layout[layer.block] = [LETTER_ROUTER] * count + list(range(context.index + 1))
             layer.routers.owners = list(config.layout[layer.block])
+
+    def _append_own(self, context: TaskContext) -> None:
+        """As ``separate`` does, whichever phase is under way."""
+        phase, context.trained = context.trained, context.sealed / "trained"
+        super().end_task(context)
+        context.trained = phase
+
+    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
+        """A task's LoRA, or the router; as released with the mean of all LoRAs beside it."""
+        if self.options.variant == "published" or bool((tasks != LETTER_ROUTER).any()):
+            return super().selection(model, tasks)
+        count = 1 + max(next(iter(expert_layers(model).values())).routers.owners)
+        shares = torch.tensor([1 / count] * count + [1.0], device=model.device)  # the last is that of -1, the router
+        return RouteSelection(weights=shares.expand(len(tasks), -1))
 
 
 METHODS = {"mrlora": MrLora}

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +22,11 @@ from clmoe.experts.layer import ExpertLayer, expert_layers, experts_by_linear
 from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import LETTER_ROUTER, RouteSelection, routing
 from clmoe.methods import method_class
+from clmoe.methods.base import TaskContext
+from clmoe.methods.mrlora import MrLora
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.utils.tensors import same_bits
+from tests.methods.helpers import same_adapter
 from tests.methods.test_contract import ROWS
 from tests.runs import Runs, events, texts
 from tests.support import TASKS, copy_base, prompt_batch, prompt_batches, tiny_config
@@ -113,9 +116,12 @@ def test_a_sample_has_its_own_shares_in_a_batch_of_any_size(runs: Runs, tmp_path
     assert texts(hard, TASKS[-1], *(f"{task}.oracle" for task in TASKS)) != found[0]
 
 
-def test_the_loras_of_mrlora_are_those_that_separate_trains(runs: Runs, tiny_base: LoadedBase) -> None:
-    """The router, trained before each of them, leaves no trace; it is anew for every number of tasks."""
-    same = ("adapter.targets=[gate_proj,up_proj,down_proj]",)
+@pytest.mark.parametrize("variant", [(), ("options.variant=released",)], ids=["published", "released"])
+def test_the_loras_of_mrlora_are_those_that_separate_trains(
+    variant: tuple[str, ...], runs: Runs, tiny_base: LoadedBase
+) -> None:
+    """The router, trained before or after each of them, leaves no trace; it is anew for every number of tasks."""
+    same = ("adapter.targets=[gate_proj,up_proj,down_proj]", *variant)
     mine, theirs = last(runs, "mrlora", *same), last(runs, "separate")
     separate = factors(tiny_base, theirs)
     for name, pairs in factors(tiny_base, mine).items():
@@ -126,16 +132,18 @@ def test_the_loras_of_mrlora_are_those_that_separate_trains(runs: Runs, tiny_bas
     assert all(not torch.equal(before[name][0][0], pairs[0][0]) for name, pairs in factors(tiny_base, mine).items())
 
 
+@pytest.mark.parametrize("variant", ["published", "released"])
 def test_letters_are_the_logits_of_the_base_with_the_router_merged_in(
-    runs: Runs, tiny_base: LoadedBase, mini_yaml: Path
+    variant: str, runs: Runs, tiny_base: LoadedBase, mini_yaml: Path
 ) -> None:
-    """Oracle: ``W0 + s B_r A_r`` in a plain model, asked prompt by prompt."""
-    done = read_checkpoint(last(runs, "mrlora"))
-    router = {name: pairs[:2] for name, pairs in factors(tiny_base, done.folder).items()}
+    """Oracle: ``W0 + s B_r A_r``, as released and the mean of ``s B_i A_i``, in a plain model, prompt by prompt."""
+    done = read_checkpoint(last(runs, "mrlora", *([] if variant == "published" else ["options.variant=released"])))
     merged = copy_base(tiny_base)
-    for name, pairs in router.items():
+    for name, pairs in factors(tiny_base, done.folder).items():
         weight = merged.model.get_submodule(name).weight
-        weight.data += SCALE * sum(B @ A for A, B in pairs).float()
+        weight.data += SCALE * sum(B @ A for A, B in pairs[:2]).float()
+        if variant == "released":
+            weight.data += SCALE * sum(B @ A for A, B in pairs[2:]).float() / 3
     answerer = open_answerer(done.config, done, copy_base(tiny_base))
     folder = mini_yaml.parent / TASKS[1]
     questions = load_questions(folder / "test.json", folder / "images")
@@ -150,6 +158,32 @@ def test_letters_are_the_logits_of_the_base_with_the_router_merged_in(
     assert said.std(0).min() > 0
     chosen = answerer.task_scores(questions, folder / "images")
     assert chosen is not None and torch.equal(chosen.argmax(1), said.argmax(1))
+
+
+def test_as_released_the_router_trains_last_and_beside_the_mean_of_all_loras(
+    runs: Runs, tiny_base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it begins with, itself zero, against the LoRAs of the finished checkpoint."""
+    settings, beside = (*ROWS["mrlora"].overrides, "options.variant=released"), dict[str, tuple[Tensor, Tensor]]()
+    checkpoints, real = runs.chain("mrlora", *settings, tasks=TASKS), MrLora._begin_beside
+    trained = [(event["task"], event["phase"]) for event in events(checkpoints[-1].parent, "trained")]
+    later = [(task, phase) for task in TASKS[1:] for phase in ("trained", "router")]
+    assert trained == [(TASKS[0], "trained"), *later]
+
+    def spy(self: MrLora, context: TaskContext) -> None:
+        real(self, context)
+        for name, experts in experts_by_linear(context.model).items():
+            A, B = (factor.detach().double() for factor in experts.packed())
+            beside[name] = (B @ A, cast(Tensor, experts.B).detach().clone())
+
+    monkeypatch.setattr(MrLora, "_begin_beside", spy)
+    again = runs.train(tmp_path / TASKS[2], "mrlora", TASKS[2], *settings, previous=checkpoints[1])
+    assert same_adapter(again, checkpoints[2])
+    for name, pairs in factors(tiny_base, again).items():
+        assert len(pairs) == 2 + 3
+        update, router = beside[name]
+        torch.testing.assert_close(update, sum(B @ A for A, B in pairs[2:]) / 3, rtol=1e-5, atol=1e-7)
+        assert router.shape[1] == 16 and not router.any()
 
 
 def test_the_router_of_mrlora_learns_from_its_stored_records(runs: Runs) -> None:

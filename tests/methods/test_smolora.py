@@ -17,7 +17,7 @@ from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base, answer_states, prefill
 from clmoe.experts.layer import ExpertLayer, expert_layers
 from clmoe.experts.model import load_adapter
-from clmoe.experts.routing import NEWEST_ROUTER, reading, routing
+from clmoe.experts.routing import NEWEST_ROUTER, Installed, current_routing, reading, routing
 from clmoe.methods import method_class
 from clmoe.methods.smolora import banks
 from clmoe.train.checkpoint import checked_method, read_checkpoint
@@ -135,8 +135,14 @@ def test_a_gate_never_sees_the_answer_that_it_helps_to_predict(runs: Runs, new_b
     base = new_base()
     model = load_adapter(base.model, runs.chain("smolora")[0], trainable=False).eval()
     batch = train_batch(base, [("What is it?", "A circle and many more."), ("What is it?", "No."), ("Who?", "Me.")])
+    seen: list[Tensor] = []
+    layer = next(iter(expert_layers(model).values()))
+    layer.register_forward_pre_hook(lambda *_: seen.append(cast(Tensor, cast(Installed, current_routing())[0].asked)))
     with torch.no_grad():
         states = answer_states(adapted_base(model), batch)
+    for row, labels in enumerate(batch["labels"].tolist()):
+        first = next(place for place, token in enumerate(labels) if token != -100)
+        assert seen[0][row].tolist() == [place < first for place in range(len(labels))]
     firsts = [int(n) for n in (batch["labels"][:, 1:] != -100).sum(1).cumsum(0)]
     torch.testing.assert_close(states[0], states[firsts[0]], rtol=0, atol=1e-5)
     assert not torch.allclose(states[0], states[firsts[1]], atol=1e-3)
