@@ -12,7 +12,7 @@ rehearse() { python -W ignore "$ROOT/scripts/bench/rehearse.py" "$@"; }
 for model in ${MODEL:-llava-1.5-7b llava-1.5-13b}; do
   layers=2
   if [ "$model" = llava-1.5-13b ]; then layers=1; fi
-  rehearse memory --model "$model" --layers "$layers" $((layers + 1)) --methods "$@"
+  rehearse memory --model "$model" --layers 2 3 --methods "$@" # the first layer may need no gradient: no line through it
   base="$OUT/$model-$layers"
   if [ ! -e "$base/benchmark.yaml" ]; then rehearse make "$base" --model "$model" --layers "$layers"; fi
   rehearse run "$base" "$base-runs" --methods "$@" --dtype "${DTYPE:-bfloat16}"
