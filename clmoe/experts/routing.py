@@ -197,6 +197,8 @@ class InstanceRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
         with torch.autocast(x.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return linear(x.float(), self.weight.float())
             return RouterLogits.apply(x, self.weight)
 
 
