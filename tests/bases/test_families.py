@@ -335,7 +335,7 @@ def pairs(tried: Iterable[str], always: tuple[str, ...]) -> list[tuple[str, str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("base", "method"), pairs(methods(), ("clmoe", "llava_cmoe")), indirect=["base"])
+@pytest.mark.parametrize(("base", "method"), pairs(methods(), ("clmoe",)), indirect=["base"])
 def test_two_tasks_are_trained_one_after_the_other_and_answered(
     method: str, base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
