@@ -23,6 +23,18 @@ from tests.runs import Runs
 torch.set_num_threads(1)
 
 
+HEAVY = ("tests/bases", "tests/docs", "tests/methods/test_contract.py", "tests/train", "tests/test_scripts.py")
+"""Where slow tests take most of the time; measuring coverage would make it half as long again."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what scripts/test.sh --all runs without measuring coverage."""
+    for item in items:
+        if item.get_closest_marker("slow") and item.nodeid.startswith(HEAVY):
+            item.add_marker("heavy")
+
+
 def pytest_collection_finish() -> None:
     """Spare what the imports made from every later garbage collection: 0.3 s each."""
     gc.freeze()
