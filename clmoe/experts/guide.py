@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from clmoe.experts.routing import InstanceRouter
+from clmoe.experts.routing import InstanceRouter, uniform
 
 
 class Guide(nn.Module):
@@ -23,7 +23,7 @@ class Guide(nn.Module):
         width, size = widths
         rows = [InstanceRouter.fresh(din, size, generator) for din in (width, size)]
         self.mlp = nn.ModuleList(rows)
-        keys = (torch.rand(frozen + count, size, generator=generator) * 2 - 1) / size**0.5
+        keys = uniform(frozen + count, size, generator)
         self.register_buffer("frozen_key", keys[:frozen] if frozen else None)
         self.key = nn.Parameter(keys[frozen:])
 
@@ -35,8 +35,7 @@ class Guide(nn.Module):
     def begin(self, generator: torch.Generator) -> None:
         """Freeze all keys, bit for bit, and add a fresh one for the next task."""
         self.frozen_key = self.keys.detach().clone()
-        fresh = (torch.rand(1, self.key.shape[1], generator=generator) * 2 - 1) / self.key.shape[1] ** 0.5
-        self.key = nn.Parameter(fresh.to(self.key))
+        self.key = nn.Parameter(uniform(1, self.key.shape[1], generator).to(self.key))
 
     def forward(self, embeddings: Tensor, asked: Tensor) -> Tensor:
         """``softmax(k . MLP(max over tokens) / sqrt(size))``, ``[B, N]`` float32.

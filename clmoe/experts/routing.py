@@ -165,6 +165,17 @@ class RouterLogits(torch.autograd.Function):
         return d_x, d_weight
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``RouterLogits``, without an autograd function where nothing needs a gradient."""
+    with torch.autocast(x.device.type, enabled=False):
+        return RouterLogits.apply(x, weight) if torch.is_grad_enabled() else linear(x.float(), weight.float())
+
+
+def uniform(rows: int, din: int, generator: torch.Generator) -> Tensor:
+    """``[rows, din]`` float32, uniform in +-1/sqrt(din), as ``nn.Linear`` starts."""
+    return (torch.rand(rows, din, generator=generator) * 2 - 1) / din**0.5
+
+
 def gate_from_logits(logits: Tensor, top_k: int | None) -> Tensor:
     """Softmax of ``[..., E]``, or of the ``top_k`` largest (LLaVA-CMoE eq. 1); ties go to the lower index."""
     if top_k is None or top_k >= logits.shape[-1]:
@@ -185,7 +196,7 @@ class InstanceRouter(nn.Module):
     @classmethod
     def fresh(cls, din: int, experts: int, generator: torch.Generator) -> "InstanceRouter":
         """Uniform in +-1/sqrt(din), as ``nn.Linear`` starts."""
-        return cls((torch.rand(experts, din, generator=generator) * 2 - 1) / din**0.5)
+        return cls(uniform(experts, din, generator))
 
     def freeze(self) -> None:
         """Turn the weight into a buffer, bit for bit."""
@@ -196,10 +207,7 @@ class InstanceRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., din]`` any float dtype -> logits ``[..., E]`` float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            if not torch.is_grad_enabled():
-                return linear(x.float(), self.weight.float())
-            return RouterLogits.apply(x, self.weight)
+        return router_logits(x, self.weight)
 
 
 class TaskRouter(nn.Module):

@@ -10,10 +10,11 @@ from clmoe.experts.routing import (
     NEWEST_ROUTER,
     InstanceRouter,
     RouterBank,
-    RouterLogits,
     RouterOutput,
     RouteSelection,
     current_routing,
+    router_logits,
+    uniform,
 )
 
 
@@ -41,7 +42,7 @@ class SeparableBank(RouterBank):
         super().__init__(name, None, owners)
         self.each, self.scaling = len(owners) // 2, scaling
         self.instruction = InstanceRouter.fresh(width, self.each, generator)
-        self.fusion = nn.Parameter((torch.rand(2, dout, generator=generator) * 2 - 1) / dout**0.5)
+        self.fusion = nn.Parameter(uniform(2, dout, generator))
         self.embedding: Tensor | None = None
 
     def forward(self, x: Tensor, experts: Any = None) -> Tensor:
@@ -51,8 +52,7 @@ class SeparableBank(RouterBank):
         A, B = (factor.float() for factor in experts.packed())
         scored = self.fusion.repeat_interleave(B.shape[1] // 2, 0).t() * B  # each half's own score of each rank
         V = torch.einsum("er,erd->ed", scored.sum(0).view(2 * self.each, -1), A.view(2 * self.each, -1, A.shape[1]))
-        with torch.autocast(x.device.type, enabled=False):
-            scores = self.scaling * RouterLogits.apply(x, V)  # of fusion_k . B_i A_i x, without [..., dout] tensors
+        scores = self.scaling * router_logits(x, V)  # of fusion_k . B_i A_i x, without [..., dout] tensors
         halves = (picks * scores).unflatten(-1, (2, self.each)).sum(-1)
         weights = picks * halves.softmax(-1).repeat_interleave(self.each, -1)
         if trace is not None:

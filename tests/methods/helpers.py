@@ -17,7 +17,7 @@ from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method, TaskContext
 from clmoe.utils.tensors import same_bits
-from tests.runs import Runs, tensors
+from tests.runs import Runs, tensors, texts
 from tests.support import TASKS
 
 NewBase = Callable[[], LoadedBase]
@@ -58,3 +58,11 @@ def same_adapter(first: Path, second: Path) -> bool:
     """Equal bits under equal names."""
     mine, other = tensors(first), tensors(second)
     return mine.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in mine.items())
+
+
+def answers_alone_and_together(checkpoint: Path, runs: Runs, out: Path) -> list[list[str]]:
+    """A checkpoint's answers to the questions of all tasks, one by one and in batches of 64."""
+    return [
+        texts(runs.evaluate(checkpoint, out / size, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
+        for size in ("1", "64")
+    ]

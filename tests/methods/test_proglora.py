@@ -18,8 +18,8 @@ from clmoe.experts.model import attach_adapter, detach_adapter, find_guide, load
 from clmoe.experts.routing import routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
-from tests.methods.helpers import NewBase, watch_inputs
-from tests.runs import Runs, tensors, texts
+from tests.methods.helpers import NewBase, answers_alone_and_together, watch_inputs
+from tests.runs import Runs, tensors
 from tests.support import TASKS, copy_base, prompt_batch, train_batch
 
 SCALE = 2.0
@@ -147,9 +147,5 @@ def test_a_detached_adapter_leaves_no_hook(tiny_base: LoadedBase, runs: Runs) ->
 
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(runs: Runs, tmp_path: Path) -> None:
-    checkpoint = runs.chain("proglora", tasks=TASKS)[-1]
-    found = [
-        texts(runs.evaluate(checkpoint, tmp_path / size, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
-        for size in ("1", "64")
-    ]
-    assert found[0] == found[1]
+    alone, together = answers_alone_and_together(runs.chain("proglora", tasks=TASKS)[-1], runs, tmp_path)
+    assert alone == together

@@ -21,9 +21,9 @@ from clmoe.experts.routing import NEWEST_ROUTER, Installed, current_routing, rea
 from clmoe.methods import method_class
 from clmoe.methods.smolora import banks
 from clmoe.train.checkpoint import checked_method, read_checkpoint
-from tests.methods.helpers import NewBase, begun, task_data
+from tests.methods.helpers import NewBase, answers_alone_and_together, begun, task_data
 from tests.methods.test_routed import in_and_out
-from tests.runs import Runs, tensors, texts
+from tests.runs import Runs, tensors
 from tests.support import TASKS, copy_base, prompt_batch, train_batch
 
 SCALE = 4.0  # alpha / rank
@@ -181,12 +181,8 @@ def test_generated_tokens_keep_the_prompts_experts_and_as_released_pick_their_ow
 
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(runs: Runs, tmp_path: Path) -> None:
-    checkpoint = runs.chain("smolora", tasks=TASKS)[-1]
-    found = [
-        texts(runs.evaluate(checkpoint, tmp_path / size, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
-        for size in ("1", "64")
-    ]
-    assert found[0] == found[1]
+    alone, together = answers_alone_and_together(runs.chain("smolora", tasks=TASKS)[-1], runs, tmp_path)
+    assert alone == together
 
 
 @pytest.mark.parametrize(
