@@ -273,15 +273,19 @@ def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
 
 
 def draw(study: Study) -> Path:
-    """A line for each method that learns the tasks in turn: its mean score on those learned so far, after each."""
+    """A line for each method that learns the tasks in turn: its mean score on those learned so far, after each.
+
+    The legend begins with the method that ends highest.
+    """
     mpl.rcParams.update({"svg.hashsalt": study.name, "svg.fonttype": "none"})
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
     shown = [label for label in study.methods if study.spread(label, "forgetting_max") != BLANK]
-    for number, label in enumerate(shown):
-        means = study.runs.loc[label, [f"so far:{task}" for task in study.tasks]].astype(float).mean()
+    columns = [f"so far:{task}" for task in study.tasks]
+    means = {label: list(study.runs.loc[label, columns].astype(float).mean()) for label in shown}
+    figure = Figure(figsize=(8, max(4, 0.22 * len(shown) + 0.6)), layout="constrained")
+    axes = figure.subplots()
+    for number, label in enumerate(sorted(shown, key=lambda label: -means[label][-1])):
         dashes = ("-", "--", ":")[number // 10 % 3]  # of ten colours
-        axes.plot(study.tasks, list(means), dashes, marker="o", markersize=3, label=label)
+        axes.plot(study.tasks, means[label], dashes, marker="o", markersize=3, label=label)
     axes.set(ylabel="mean score on the tasks so far (%)", xlabel="after training", ylim=(0, 100))
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(TABLES / f"{study.name}.svg", metadata={"Date": None})
