@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
 from clmoe.methods.base import TaskContext, loss_gradients
-from clmoe.methods.replay import MemoryOptions, Remembers, load_memory
+from clmoe.methods.memory import MemoryOptions, Remembers, load_memory
 from clmoe.utils.names import derived_seed
 from clmoe.utils.schema import Count
 from clmoe.utils.tensors import trainable

@@ -28,7 +28,7 @@ from clmoe.experts.model import attach_adapter, detach_adapter, expert_config, g
 from clmoe.experts.routing import LETTER_ROUTER, RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, Phase, TaskContext, lora_adapter
 from clmoe.methods.bounds import Separate
-from clmoe.methods.replay import MEMORY, Remembered, check_memory, load_memory, save_memory
+from clmoe.methods.memory import MEMORY, Remembered, check_memory, load_memory, save_memory
 from clmoe.utils.schema import Count, Positive, Steps
 from clmoe.utils.tensors import load_tensors
 

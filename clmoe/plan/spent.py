@@ -18,7 +18,7 @@ from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
 from clmoe.methods import method_class
 from clmoe.methods.base import ADAPTER_FILE, Method
-from clmoe.methods.replay import load_memory
+from clmoe.methods.memory import load_memory
 from clmoe.plan import ANSWER_TOKENS, TEXT_TOKENS
 from clmoe.plan.cost import answer_flops, step_flops
 from clmoe.plan.shapes import image_size, shapes_of

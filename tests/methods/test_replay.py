@@ -17,7 +17,8 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
-from clmoe.methods.replay import LOGITS, MEMORY, Remembered, load_memory, mixed
+from clmoe.methods.memory import MEMORY, Remembered, load_memory
+from clmoe.methods.replay import LOGITS, mixed
 from clmoe.train import task as task_module
 from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import NewBase, begun, task_records
