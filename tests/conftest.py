@@ -23,18 +23,6 @@ from tests.runs import Runs
 torch.set_num_threads(1)
 
 
-MEASURED = ("tests/evaluate/test_relocate.py", "tests/methods/test_check_method.py", "tests/test_export.py")
-"""Slow tests of lines that the fast ones leave out; measuring coverage makes a test half as long again."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests that scripts/test.sh --all measures coverage in."""
-    for item in items:
-        if item.nodeid.startswith(MEASURED):
-            item.add_marker("measured")
-
-
 def pytest_collection_finish() -> None:
     """Spare what the imports made from every later garbage collection: 0.3 s each."""
     gc.freeze()
