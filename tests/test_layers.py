@@ -151,6 +151,12 @@ def test_training_and_evaluation_name_no_method() -> None:
             assert of_methods <= {"methods", "methods.base"}, module
 
 
+def test_a_method_fits_on_a_page_or_two() -> None:
+    texts = [path.read_text() for module, path in FILES.items() if room_of(module) == "methods"]
+    lengths = [text.count("\n") for text in texts if "\nMETHODS = {" in text]
+    assert len(lengths) > 15 and max(lengths) <= 150
+
+
 def test_the_page_lists_the_arrows_of_the_code() -> None:
     """The last column of its table; that nearly every room imports ``errors`` is said once, above it."""
     rows = re.findall(

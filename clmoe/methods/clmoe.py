@@ -3,15 +3,14 @@
 In the paper's order:
 
 - eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``; training is MoELoRA's.
-- eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``gate_statistics``).
+- eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``statistics.py``).
 - figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
 - eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routing.py``).
 - eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
-  for task-specific experts and ``gamma`` for all others (``keep_weights``, ``consolidate_factors``).
+  for task-specific experts and ``gamma`` for all others (``consolidation.py``).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,18 +18,16 @@ from peft import PeftModel
 from torch import Tensor
 
 from clmoe.config import Config
-from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import add_task_gates, tensor_name
 from clmoe.experts.routing import RouteSelection
-from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext, router_sums
+from clmoe.methods.base import ADAPTER_FILE, STATISTICS, TaskContext
+from clmoe.methods.consolidation import consolidate_delta, consolidate_factors, keep_weights, mix, salient_experts
 from clmoe.methods.lora import MoeLora
+from clmoe.methods.statistics import Statistics, gate_statistics, save_statistics
 from clmoe.utils.schema import Count, Share, Steps
-from clmoe.utils.tensors import load_tensors, save_tensors
-
-# Of one task: patched module -> ``gate_mean [E]`` float64, ``topk_counts [E]`` int64, ``tokens`` int64.
-Statistics = dict[str, dict[str, Tensor]]
+from clmoe.utils.tensors import load_tensors
 
 
 @dataclass(frozen=True)
@@ -131,106 +128,6 @@ class ClMoe(MoeLora):
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
         """Mix in the gates of the samples' tasks."""
         return RouteSelection(task=tasks.to(model.device), beta=self.options.beta)
-
-
-def gate_statistics(context: TaskContext, top_k: int, samples: int) -> Statistics:
-    """Instance-gate statistics of every patched module on at most ``samples`` training records."""
-    records = sample_records(context.records, samples, context.config.seed)
-    sums = router_sums(context, records, lambda output, mask: count_gates(output.gate, mask, top_k))
-    return {
-        name: {"gate_mean": total / tokens, "topk_counts": picks, "tokens": tokens}
-        for name, (total, picks, tokens) in sums.items()
-    }
-
-
-def count_gates(gate: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of gates ``[E]`` float64, how often each is among the ``top_k`` largest ``[E]`` int64, and tokens int64.
-
-    ``gate [B, T, E]``, ``mask [B, T]`` nonzero where a token is real. Ties go to the lower index.
-    """
-    real = gate[mask.bool()]
-    order = real.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-    picks = torch.bincount(order.flatten(), minlength=gate.shape[-1])
-    return real.double().sum(0).cpu(), picks.cpu(), mask.bool().sum().cpu()
-
-
-def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
-    """Append the task's statistics to its parent's and write all; returns all tasks' statistics, oldest first."""
-    history = [*([] if previous is None else load_statistics(previous / path.name)), newest]
-    tensors = {
-        f"{task}.{name}.{kind}": value
-        for task, statistics in enumerate(history)
-        for name, values in statistics.items()
-        for kind, value in values.items()
-    }
-    save_tensors(tensors, path)
-    return history
-
-
-def load_statistics(path: Path) -> list[Statistics]:
-    """Statistics of all tasks, oldest first."""
-    tensors = load_tensors(path)
-    history: list[Statistics] = [{} for _ in {key.split(".", 1)[0] for key in tensors}]
-    for key, value in tensors.items():
-        task, rest = key.split(".", 1)
-        name, _, kind = rest.rpartition(".")
-        history[int(task)].setdefault(name, {})[kind] = value
-    return history
-
-
-def salient_experts(score: Tensor, top_k: int) -> set[int]:
-    """The ``top_k`` experts of largest score ``[E]``; ties go to the lower index."""
-    return set(score.argsort(descending=True, stable=True)[:top_k].tolist())
-
-
-def keep_weights(now: set[int], before: set[int], experts: int, gamma: float) -> Tensor:
-    """What each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11): ``1 - gamma`` if salient now and not before."""
-    return torch.tensor([1 - gamma if i in now - before else gamma for i in range(experts)], dtype=torch.float64)
-
-
-def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
-    """``keep * old + (1 - keep) * new`` in float64, rounded once; 0 and 1 copy the bits of one side."""
-    mixed = (keep * old.double() + (1 - keep) * new.double()).to(old.dtype)
-    keep = keep.expand_as(mixed)
-    return torch.where(keep == 1, old, torch.where(keep == 0, new, mixed))
-
-
-def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix ``(A [E*r, din], B [dout, E*r])`` on their own, the paper's rule; ``keep [E]`` float64."""
-    per_rank = keep.repeat_interleave(len(old[0]) // len(keep))
-    return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
-
-
-def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``left [dout, k] @ right [k, din]``, float64, without forming it.
-
-    ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``; the largest entry of each column of U is positive.
-    """
-    Q_left, R_left = torch.linalg.qr(left)
-    Q_right, R_right = torch.linalg.qr(right.t())
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.t())
-    U, Vh = Q_left @ U[:, :rank], Vh[:rank] @ Q_right.t()
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U)
-    root = S[:rank].sqrt()
-    return (root * sign.squeeze(0)).unsqueeze(1) * Vh, U * sign * root
-
-
-def consolidate_delta(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix each expert's product BA and return to rank r by SVD in float64. Arguments as ``consolidate_factors``."""
-    r = len(old[0]) // len(keep)
-    A, B = old[0].clone(), old[1].clone()
-    for i, weight in enumerate(keep.tolist()):
-        rows = slice(i * r, (i + 1) * r)
-        if weight == 1:
-            continue
-        if weight == 0:
-            A[rows], B[:, rows] = new[0][rows], new[1][:, rows]
-            continue
-        left = torch.cat([weight * old[1][:, rows].double(), (1 - weight) * new[1][:, rows].double()], dim=1)
-        A_i, B_i = factorise(left, torch.cat([old[0][rows], new[0][rows]]).double(), r)
-        A[rows], B[:, rows] = A_i.to(A), B_i.to(B)
-    return A, B
 
 
 METHODS = {"clmoe": ClMoe}

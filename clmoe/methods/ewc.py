@@ -1,113 +1,12 @@
-"""Weights that mattered to old tasks are held in place: EWC (PNAS 2017, online form ICML 2018) and MAS (ECCV 2018).
+"""EWC (PNAS 2017; its online form ICML 2018): a weight's importance is its Fisher information."""
 
-Both add ``factor * weight * sum_k I_k (theta - theta_k)^2`` to the loss, with ``theta_k`` the weights at the end of an
-old task and ``I_k >= 0`` how much each mattered to it, measured in two ways.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
-import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clmoe.bases.inputs import to_device, train_dataset
-from clmoe.data.batches import collate_train, sample_records
-from clmoe.data.records import TrainRecord
-from clmoe.experts.forward import adapted_base, answer_logits, answer_tokens
-from clmoe.experts.routing import RouteTrace
-from clmoe.methods.base import TaskContext
-from clmoe.methods.lora import Lora
-from clmoe.utils.processes import count, rank, summed
-from clmoe.utils.schema import NotNegative, Share, Steps
-from clmoe.utils.tensors import load_tensors, save_tensors, trainable
-
-STATE = "importance.safetensors"
-
-
-@dataclass(frozen=True)
-class ImportanceOptions:
-    """Choices of a method that penalises changes of important weights.
-
-    Attributes:
-        weight: lambda, the strength of the penalty.
-        anchors: one penalty around the newest weights with all tasks' importance (``online``), or one for each task.
-        decay: ``online``: what remains of the older tasks' importance when a task ends; 1 is their plain sum.
-        samples: training records behind a task's importance.
-    """
-
-    weight: NotNegative = 1.0
-    anchors: Literal["online", "per_task"] = "online"
-    decay: Share = 1.0
-    samples: Steps = 500
-
-
-class HeldByImportance(Lora):
-    """LoRA with the penalty of this file; ``factor`` belongs to the method's formula."""
-
-    factor: ClassVar[float] = 1.0
-
-    def measure(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The scalar of one sample whose gradient says what matters; logits ``[n, V]``, right tokens ``[n]``."""
-        raise NotImplementedError
-
-    def fold(self, gradient: Tensor) -> Tensor:
-        """A sample's gradient as importance, before the mean over the samples."""
-        raise NotImplementedError
-
-    def begin_task(self, context: TaskContext) -> None:
-        """Read importance and anchors from the parent's file."""
-        state = {} if context.previous is None else load_tensors(context.previous / STATE)
-        state = {name: tensor.to(context.base.device) for name, tensor in state.items()}
-        self._held = [
-            (name, importance, state[f"{task}.anchor.{name}"])
-            for (task, kind, name), importance in ((key.split(".", 2), value) for key, value in state.items())
-            if kind == "importance"
-        ]
-
-    def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """The penalty, the same for every batch."""
-        if not self._held:
-            return None
-        now = dict(model.named_parameters())
-        pulls = [(importance * (now[name] - anchor).square()).sum() for name, importance, anchor in self._held]
-        return self.factor * self.options.weight * torch.stack(pulls).sum()
-
-    def end_task(self, context: TaskContext) -> None:
-        """Measure the importance of the trained weights and store it with them."""
-        records = sample_records(context.records, self.options.samples, context.config.seed)
-        newest = self.importance(context, records)
-        state = {} if context.previous is None else load_tensors(context.previous / STATE)
-        if self.options.anchors == "online":
-            for (_, kind, name), old in ((key.split(".", 2), value) for key, value in state.items()):
-                if kind == "importance":
-                    newest[name] = newest[name] + self.options.decay * old
-            state = {}
-        for name, parameter in trainable(context.model).items():
-            state[f"{context.index}.importance.{name}"] = newest[name]
-            state[f"{context.index}.anchor.{name}"] = parameter.detach().cpu().contiguous()
-        save_tensors(state, context.work / STATE)
-
-    def importance(self, context: TaskContext, records: Sequence[TrainRecord]) -> dict[str, Tensor]:
-        """The mean over ``records`` of each one's folded gradient: float32 on the CPU, by parameter.
-
-        One record at a time, as the square of a mean is not the mean square; float64 sums hide how processes share.
-        """
-        adapted, base = adapted_base(context.model.eval()), context.base
-        parameters = trainable(context.model)
-        totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-        dataset = train_dataset(base, records, context.image_root, context.config.training.max_length)
-        for row in range(rank(), len(dataset), count()):
-            batch = to_device(collate_train([dataset[row]], base.tokenizer.pad_token_id), base)
-            value = self.measure(answer_logits(adapted, batch), answer_tokens(batch["labels"]))
-            # a tuned projector has no part in a record without an image
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for total, gradient in zip(totals.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += self.fold(gradient.double())
-        return {name: (summed(total) / len(dataset)).float().cpu() for name, total in totals.items()}
+from clmoe.methods.importance import HeldByImportance, ImportanceOptions
+from clmoe.utils.schema import NotNegative
 
 
 @dataclass(frozen=True)
@@ -135,28 +34,4 @@ class Ewc(HeldByImportance):
         return gradient.square()
 
 
-@dataclass(frozen=True)
-class MasOptions(ImportanceOptions):
-    """MAS's own choices; see ``ImportanceOptions``.
-
-    Attributes:
-        weight: lambda of ``lambda * Omega (theta - theta*)^2``; the authors' 1 does not fit other logits' scale.
-    """
-
-    weight: NotNegative = 1e-4
-
-
-class Mas(HeldByImportance):
-    """Importance without labels: how much a weight moves the squared length of the logits."""
-
-    Options = MasOptions
-
-    def measure(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Squared L2 norm of the logits over all positions that predict the answer; its tokens are not used."""
-        return logits.square().sum()
-
-    def fold(self, gradient: Tensor) -> Tensor:
-        return gradient.abs()
-
-
-METHODS = {"ewc": Ewc, "mas": Mas}
+METHODS = {"ewc": Ewc}

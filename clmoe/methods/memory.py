@@ -27,12 +27,12 @@ class Remembered:
     records: list[TrainRecord]
 
     @classmethod
-    def draw(
-        cls, task: str, records: Sequence[TrainRecord], size: int, seed: int, image_root: Path, data: Path
-    ) -> Self:
-        """At most ``size`` of a task's records, each subset equally likely: a reservoir after one pass over them."""
-        drawn = sample_records(records, size, derived_seed(seed, f"memory of {task}"))
-        return cls(task, len(records), seed, UnionRecords([Part.of(task, drawn, image_root, data)])[:])
+    def of(cls, context: TaskContext, size: int) -> Self:
+        """At most ``size`` of the task's records, each subset equally likely: a reservoir after one pass over them."""
+        task, seed = context.task, context.config.seed
+        drawn = sample_records(context.records, size, derived_seed(seed, f"memory of {task}"))
+        records = UnionRecords([Part.of(task, drawn, context.image_root, context.data)])[:]
+        return cls(task, len(context.records), seed, records)
 
 
 def save_memory(memory: Sequence[Remembered], path: Path) -> None:
@@ -86,6 +86,5 @@ class Remembers(Lora):
 
     def end_task(self, context: TaskContext) -> None:
         """Draw from the task's own records and add them to the parent's memory."""
-        size, seed = self.options.per_task, context.config.seed
-        newest = Remembered.draw(context.task, context.records, size, seed, context.image_root, context.data)
+        newest = Remembered.of(context, self.options.per_task)
         save_memory([*load_memory(context.previous), newest], context.work / MEMORY)

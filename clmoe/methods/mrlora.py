@@ -21,16 +21,15 @@ from torch import Tensor
 
 from clmoe.bases.inputs import answer_letters
 from clmoe.config import Config
-from clmoe.data.records import TrainRecord, Turn
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import expert_layers, seeded
-from clmoe.experts.model import attach_adapter, detach_adapter, expert_config, grow_experts, tensor_name
+from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import attach_adapter, detach_adapter
 from clmoe.experts.routing import LETTER_ROUTER, RouteSelection
 from clmoe.methods.base import ADAPTER_FILE, Phase, TaskContext, lora_adapter
 from clmoe.methods.bounds import Separate
+from clmoe.methods.letter_router import begin_beside, place_router, referral, router_records
 from clmoe.methods.memory import MEMORY, Remembered, check_memory, load_memory, save_memory
 from clmoe.utils.schema import Count, Positive, Steps
-from clmoe.utils.tensors import load_tensors
 
 
 @dataclass(frozen=True)
@@ -81,44 +80,25 @@ class MrLora(Separate):
         return replace(config, options=config.options | {"router_rank": router})
 
     def referral(self, question: str, experts: Mapping[str, str]) -> str:
-        listed = [f"{letter}. {self.options.descriptions.get(task, task)}" for letter, task in experts.items()]
-        ask, end = "Which of these experts should answer the question?", "Do not answer it, give the letter alone."
-        return "\n".join([ask, *listed, f"Question: {question}", end])
+        return referral(question, {key: self.options.descriptions.get(task, task) for key, task in experts.items()})
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
         check_memory(previous, data)
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """From the second task on the router, which no later training changes; then the task's own LoRA.
-
-        As released the router comes last.
-        """
+        """From the second task on the router, which as released comes last; then the task's own LoRA."""
         options, training = self.options, self.config.training
-        where = self.config.seed, context.image_root, context.data
-        newest = Remembered.draw(context.task, context.records, options.stored, *where)
-        self._memory = [*load_memory(context.previous), newest]
+        self._memory = [*load_memory(context.previous), Remembered.of(context, options.stored)]
         own = super().phases(context)
         if len(self._memory) == 1:
             return own
-        letters = answer_letters(context.base, len(self._memory))
-        experts = dict(zip(letters, [past.task for past in self._memory], strict=True))
-        records = [
-            TrainRecord(record.id, record.image, (Turn(self.referral(record.turns[0].question, experts), letter),))
-            for letter, past in zip(experts, self._memory, strict=True)
-            for record in past.records
-        ]
-        steps = -(-len(records) * options.router_epochs // options.router_batch)
-        router = Phase(
-            "router",
-            records,
-            context.data,
-            self._begin_router,
-            lambda context: None,
-            options.router_rate * training.learning_rate,
-            steps,
-            options.router_batch,
-            of_task=False,
-        )
+        letters, tasks = answer_letters(context.base, len(self._memory)), [past.task for past in self._memory]
+        experts = dict(zip(letters, tasks, strict=True))
+        records = router_records(self._memory, list(letters), lambda question: self.referral(question, experts))
+        rate, size = options.router_rate * training.learning_rate, options.router_batch
+        steps = -(-len(records) * options.router_epochs // size)
+        during = records, context.data, self._begin_router, lambda context: None
+        router = Phase("router", *during, rate, steps, size, of_task=False)
         if self.options.variant == "published":
             return [router, *own]
         later = replace(router, begin=self._begin_beside, end=self.end_task)
@@ -126,25 +106,14 @@ class MrLora(Separate):
 
     def _begin_router(self, context: TaskContext) -> None:
         """A fresh LoRA of the router's rank, with the tasks' scale."""
-        adapter = self.config.adapter
-        rank = self.options.router_rank
+        adapter, rank = self.config.adapter, self.options.router_rank
         wider = replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank)
         self._attach(context, replace(self.config, adapter=wider))
 
     def _begin_beside(self, context: TaskContext) -> None:
         """Fresh experts for the router beside the tasks' LoRAs, which are frozen and count ``1 / t`` each."""
         self._append_own(context)
-        tasks, config, factors = context.index + 1, expert_config(context.model), {}
-        config.pick = "sum"
-        for name, layer in expert_layers(context.model).items():
-            ((linear, experts),) = layer.experts.items()
-            (A, B), width = experts.packed(), tasks * experts.rank
-            experts.frozen_A, experts.frozen_B = A[-width:].clone(), B[:, -width:] / tasks
-            config.layout[layer.block], layer.routers.pick = list(range(tasks)), "sum"
-            generator = seeded(self.config.seed, f"mrlora:{tasks}:{name}")
-            fresh = experts.fresh(self.options.router_rank // experts.rank, generator)
-            factors[name] = {linear: (fresh[0].to(A), fresh[1].to(B))}
-        grow_experts(context.model, tasks, factors)
+        begin_beside(context.model, context.index + 1, self.options.router_rank, self.config.seed)
 
     def begin_task(self, context: TaskContext) -> None:
         """A fresh LoRA for the task, as without a router before it."""
@@ -159,20 +128,9 @@ class MrLora(Separate):
         """Append the trained LoRA to the parent's, put the new router in the old one's place, and keep the samples."""
         self._append_own(context)
         save_memory(self._memory, context.work / MEMORY)
-        if len(self._memory) == 1:
-            return
-        router, config = load_tensors(context.sealed / "router" / ADAPTER_FILE), expert_config(context.model)
-        for name, layer in expert_layers(context.model).items():
-            old = layer.routers.owners.count(LETTER_ROUTER)
-            for linear, experts in layer.experts.items():
-                kind = "lora_{}.weight" if self.options.variant == "published" else f"clmoe_experts.{linear}.{{}}"
-                A, B = (router[tensor_name(name, kind.format(f))].to(context.base.device) for f in "AB")
-                own_A, own_B = experts.packed()
-                experts.frozen_A = torch.cat([A, own_A[old * experts.rank :]])
-                experts.frozen_B = torch.cat([B, own_B[:, old * experts.rank :]], dim=1)
-                count = len(A) // experts.rank
-            config.layout[layer.block] = [LETTER_ROUTER] * count + list(range(context.index + 1))
-            layer.routers.owners = list(config.layout[layer.block])
+        kind = "lora_{factor}.weight" if self.options.variant == "published" else "clmoe_experts.{linear}.{factor}"
+        if context.index:
+            place_router(context.model, context.index + 1, context.sealed / "router" / ADAPTER_FILE, kind)
 
     def _append_own(self, context: TaskContext) -> None:
         """As ``separate`` does, whichever phase is under way."""

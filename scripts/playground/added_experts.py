@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clmoe.methods.llava_cmoe import decide
+from clmoe.methods.probes import decide
 from clmoe.utils.files import read_json
 
 ONE_STEP = ("training.steps=1", "locator.options.steps=1")

@@ -28,7 +28,7 @@ from clmoe.evaluate.run import (
 )
 from clmoe.locators import make_locator
 from clmoe.locators.base import Locator
-from clmoe.methods.clmoe import load_statistics
+from clmoe.methods.statistics import load_statistics
 from clmoe.train.checkpoint import read_checkpoint
 from tests.evaluate.opened import checkpoints
 from tests.runs import Killed, Runs, contents, events, kill, texts

@@ -21,17 +21,15 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, routing
-from clmoe.methods.clmoe import (
-    ClMoe,
+from clmoe.methods.clmoe import ClMoe
+from clmoe.methods.consolidation import (
     consolidate_delta,
     consolidate_factors,
-    count_gates,
     factorise,
     keep_weights,
-    load_statistics,
     salient_experts,
-    save_statistics,
 )
+from clmoe.methods.statistics import count_gates, load_statistics, save_statistics
 from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import same_adapter, task_data, task_records, watch_inputs
 from tests.runs import Runs, tensors

@@ -15,14 +15,8 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import NEWEST_ROUTER, gate_from_logits, routing
 from clmoe.methods.base import TaskContext
-from clmoe.methods.llava_cmoe import (
-    BlockDecision,
-    balance_loss,
-    choose_blocks,
-    decide,
-    extend_router,
-    measure_activations,
-)
+from clmoe.methods.llava_cmoe import balance_loss
+from clmoe.methods.probes import BlockDecision, choose_blocks, decide, extend_router, measure_activations
 from clmoe.utils.tensors import same_bits
 from tests.experts.adapters import attached, grow
 from tests.methods.helpers import task_records, watch_inputs

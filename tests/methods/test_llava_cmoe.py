@@ -22,11 +22,12 @@ from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base, base_features
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import adapter_tensors, load_adapter
-from clmoe.experts.routing import routing
+from clmoe.experts.routing import RouterOutput, RouteTrace, routing
 from clmoe.locators.vae import Options as VaeOptions
 from clmoe.locators.vae import fit_vae
 from clmoe.methods.base import Method, TaskContext
-from clmoe.methods.llava_cmoe import BlockDecision, LlavaCMoe, choose_blocks, decide, measure_activations
+from clmoe.methods.llava_cmoe import LlavaCMoe
+from clmoe.methods.probes import BlockDecision, choose_blocks, decide, measure_activations
 from clmoe.train import task as task_module
 from clmoe.train.checkpoint import read_checkpoint
 from clmoe.train.loop import TaskTrainer, TrainedModel
@@ -214,11 +215,12 @@ def test_each_phase_has_its_own_rate_length_and_balance_weight(
 ) -> None:
     """Also when the probes were sealed by an interrupted run. 12 records, 3 measured; 9 three times in batches of 8."""
     trainings: list[tuple[float, int, int, float]] = []
-    real = TaskTrainer.train
+    real, ones = TaskTrainer.train, torch.ones(1, 1, 2)
+    balanced = RouteTrace({"": RouterOutput(ones, ones, ones)})  # of two experts, so that the balance loss is 1
 
     def spy(self: TaskTrainer) -> Any:
-        weight = self.model.method._balance_weight  # type: ignore[union-attr]
-        trainings.append((self.config.learning_rate, self.steps, len(self.train_dataset), weight))  # type: ignore[arg-type]
+        loss = self.model.method.extra_loss(self.model, balanced, {"attention_mask": ones[0, :, :1]})  # type: ignore[operator, union-attr]
+        trainings.append((self.config.learning_rate, self.steps, len(self.train_dataset), float(loss)))  # type: ignore[arg-type]
         return real(self)
 
     monkeypatch.setattr(TaskTrainer, "train", spy)

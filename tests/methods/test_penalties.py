@@ -19,7 +19,7 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
-from clmoe.methods.ewc import STATE
+from clmoe.methods.importance import STATE
 from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import NewBase, begun, same_adapter, task_data, task_records

@@ -17,7 +17,8 @@ from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import RouteSelection, routing
 from clmoe.methods.base import Method, TaskContext
-from clmoe.methods.clmoe import ClMoe, load_statistics
+from clmoe.methods.clmoe import ClMoe
+from clmoe.methods.statistics import load_statistics
 from clmoe.utils.tensors import same_bits
 from tests.runs import Runs, contents, tensors
 from tests.support import TASKS, prompt_batch, tiny_config

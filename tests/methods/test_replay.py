@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
+from clmoe.methods.base import TaskContext
 from clmoe.methods.memory import MEMORY, Remembered, load_memory
 from clmoe.methods.replay import LOGITS, mixed
 from clmoe.train import task as task_module
@@ -61,7 +63,10 @@ def test_every_record_is_drawn_equally_often() -> None:
     records = [TrainRecord(str(number), None, ()) for number in range(12)]
     picks = dict.fromkeys([f"t/{number}" for number in range(12)], 0)
     for seed in range(1000):
-        for record in Remembered.draw("t", records, 3, seed, Path(), Path()).records:
+        context = SimpleNamespace(
+            task="t", records=records, config=SimpleNamespace(seed=seed), image_root=Path(), data=Path()
+        )
+        for record in Remembered.of(cast(TaskContext, context), 3).records:
             picks[record.id] += 1
     assert sum(picks.values()) == 3000
     assert all(abs(count - 250) < 5 * (1000 * 0.25 * 0.75) ** 0.5 for count in picks.values())
