@@ -6,10 +6,9 @@
 
 The page's numbers come from `runs.csv` (a row for each run), `STUDY.csv` (a row for each cell of a run's accuracy
 matrix; `locator` says who chose the task), `growth.csv` (a row for each task of a run), `located.csv` (questions of
-`task` at the end of a run that a locator took for `chosen`) and `tuned.csv` (trials of `clmoe tune`); its prose from
-`page.template.md`; the papers' figures and claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables
-from `configs/grids.yaml`. `results_tables.py` reads the runs, `results_study.py` compares
-them.
+`task` at the end of a run that a locator took for `chosen`); its prose from `page.template.md`; the papers' figures and
+claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables from `configs/grids.yaml`; the trials of
+`clmoe tune` from `configs/tuned`. `results_tables.py` reads the runs, `results_study.py` compares them.
 """
 
 import argparse
@@ -41,11 +40,16 @@ from results_study import (
 )
 from results_tables import BUDGETED
 
+from clmoe.benchmarks.base import load_benchmark
+from clmoe.config import load_config
 from clmoe.errors import ClmoeError
+from clmoe.methods import method_class
 from clmoe.report.tables import BLANK, show_number
+from clmoe.utils.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES, PAGE, GRIDS = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "configs" / "grids.yaml"
+TABLES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
+GRIDS, CHOICES = ROOT / "configs" / "grids.yaml", ROOT / "configs" / "tuned"
 STUDIES = ("playground-coin", "playground-cl4vqa")
 YARDSTICKS = ("zero_shot", "multitask", "separate")
 VERDICTS = ("holds", "contradicted", "no difference shown", "not verified", "not run")
@@ -113,21 +117,29 @@ def under_budget(study: Study) -> str:
     if not rows:
         return "Not run yet."
     tables = [compare(study, rows, SCORES), compare(study, rows, GROWTH | COUNTS | SPENT), by_task(study, rows)]
+    tuned = study.runs.tuned.loc[rows].groupby("label", sort=False).first()
+    said = ", ".join(f"`{label}` {options}" for label, options in tuned.items() if options) or "none"
     return "\n\n".join([*tables, f"Against `lora{BUDGETED}`:", beaten(study, rows, f"lora{BUDGETED}"),
-                        "Tuned options:", trials(study, rows)])  # fmt: skip
+                        f"Options that `clmoe tune` chose: {said}."])  # fmt: skip
 
 
-def trials(study: Study, labels: list[str]) -> str:
-    """The options that `clmoe tune` chose for a row, and all that it tried."""
-    own = study.tuned[study.tuned.label.isin(labels)]
-    own = own[own.seed == own.groupby("label").seed.transform("min")]  # the same for every seed
-    rows = [
-        (row.label, row.options, show_number(row.last), "chosen" if row.chosen == "True" else "", row.tasks)
-        for row in own.itertuples()
-    ]
-    return (
-        markdown(("method", "options", "last", "", "tasks"), rows, keys=2) if rows else "No row has tuned options yet."
-    )
+def trials(study: Study) -> str:
+    """What `clmoe tune` tried for each method, the mean score after its three tasks, and which options it chose."""
+    recipe, rows = load_benchmark(study.name, check_files=False).recipe, []
+    for path in sorted((CHOICES / study.name).glob("*.json")):
+        found, config = read_json(path), load_config(path.stem, recipe, [])
+        options = method_class(config.method)(config).options
+        own = {key: getattr(options, key.removeprefix("options.")) for key in found["grid"]}
+        tried = [f"{_values(trial['settings'])}: {show_number(trial['mean'])}" for trial in found["trials"]]
+        kept = "as chosen" if own == found["chosen"] else _values(own)
+        names = ", ".join(key.removeprefix("options.") for key in found["grid"])
+        rows.append((path.stem, names, "; ".join(tried), _values(found["chosen"]), kept, " ".join(found["order"])))
+    header = ("method", "options", "tried: last", "chosen", "the method's own", "tasks")
+    return markdown(header, rows, keys=6) if rows else "No method's options were tuned yet."
+
+
+def _values(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in settings.values())
 
 
 def by_task(study: Study, labels: list[str]) -> str:
@@ -264,7 +276,7 @@ def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
         blocks |= {name: ablations(study, grids[name]["sections"]) for name in ("clmoe", "llava_cmoe")}
         blocks["methods"] = compare(study, study.methods, SCORES)
         blocks["methods_spent"] = compare(study, study.methods, GROWTH | COUNTS | SPENT)
-        blocks |= {"by_task": by_task(study, study.methods), "trials": trials(study, study.methods)}
+        blocks |= {"by_task": by_task(study, study.methods), "trials": trials(study)}
         blocks |= {"and_lora": beaten(study, study.methods, "lora"), "matched": under_budget(study)}
         blocks["head_start"] = study.spread("llava_cmoe", "head_start")
         for name, text in blocks.items():

@@ -47,7 +47,6 @@ class Study:
     matched: list[str]  # under one budget
     runs: pd.DataFrame
     located: pd.DataFrame
-    tuned: pd.DataFrame
 
     def spread(self, label: str, column: str, *, ranged: bool = False) -> str:
         if label not in self.labels:
@@ -60,8 +59,8 @@ class Study:
 
 def read_study(folder: Path, name: str, grids: dict[str, Any]) -> Study:
     """Of the tables in this folder; ``grids`` are those of configs/grids.yaml."""
-    tables = [read_table(folder / f"{table}.csv") for table in ("runs", "growth", "located", "tuned")]
-    runs, growth, located, tuned = (table[table.study == name] for table in tables)
+    tables = [read_table(folder / f"{table}.csv") for table in ("runs", "growth", "located")]
+    runs, growth, located = (table[table.study == name] for table in tables)
     cells = dict(iter(read_table(folder / f"{name}.csv").groupby(["label", "seed"])))
     figures = pd.DataFrame([run_figures(run, cells[run.label, run.seed]) for run in runs.itertuples()], runs.index)
     by_run = growth.groupby(["label", "seed"])
@@ -77,7 +76,7 @@ def read_study(folder: Path, name: str, grids: dict[str, Any]) -> Study:
     listed["matched"] += [label for label in others if label.endswith(BUDGETED)]
     listed["published"] += [label for label in others if not label.endswith(BUDGETED)]
     rows = ([label for label in listed[grid] if label in labels] for grid in ("published", "matched"))
-    return Study(name, runs.order.iloc[0].split(), labels, *rows, runs, located, tuned)
+    return Study(name, runs.order.iloc[0].split(), labels, *rows, runs, located)
 
 
 def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:

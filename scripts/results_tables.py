@@ -13,14 +13,14 @@ from clmoe.evaluate.run import summary_path
 from clmoe.plan.spent import SPENT
 from clmoe.report.formats import formats_frame
 from clmoe.report.runs import Group, Run, read_run
-from clmoe.report.tables import matrix_frame, tuned_frame
+from clmoe.report.tables import matrix_frame
 from clmoe.sequence import SETTINGS
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
 TYPES: Any = dict.fromkeys(  # of the columns that pandas would guess wrong in a table with few rows or blank cells
-    ("study", "label", "method", "locator", "order", "commit", "date", "command", "after", "task", "chosen", "options",
-     "tuned", "tasks"), "str",
+    ("study", "label", "method", "locator", "order", "commit", "date", "command", "after", "task", "chosen",
+     "tuned"), "str",
 ) | dict.fromkeys(
     ("seed", "questions", "stored", "blocks", "extended", "added", "limit", "active_parameters", "locator_parameters",
      "stored_bytes", "stored_samples", "training_flops", "question_flops"), "Int64",
@@ -122,9 +122,8 @@ def read(folder: Path, studies: Sequence[str], old: pd.DataFrame) -> dict[str, p
     facts = {"study": study} | read_facts(folder, info) | read_more(group)
     if facts["tuned"] and not run.label.endswith(BUDGETED):
         facts["label"] += TUNED
-    trials = tuned_frame([group]).rename(columns={"value": "last"})
     located = located[located.after == run.order[-1]]
-    parts = {"growth": read_growth(run), "located": located, "tuned": trials, study: cells}
+    parts = {"growth": read_growth(run), "located": located, study: cells}
     return {"runs": pd.DataFrame([facts])} | parts
 
 

@@ -3,14 +3,16 @@
 import csv
 import json
 import statistics
+from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 
+from clmoe.config import load_config
 from clmoe.errors import ClmoeError
 from clmoe.utils.logging import EventLog
 from tests.report.folders import block, layer, predict
@@ -309,8 +311,48 @@ def test_what_a_row_keeps_how_it_answers_and_how_it_was_tuned(empty: ModuleType,
     # 2 (10 + s - 60) / 3 for s = 0, 1, 2: -33.33, -32.67, -32: mean -32.67, 4.303 * 0.667 / sqrt 3 = 1.656
     assert line_of(against, "dgg")[2:] == ["3", "-32.7 (-34.3 to -31.0)", "below"]
     assert against.index("- below: dgg") < against.index("- not verified: ewc_tuned")
-    assert line_of(empty.trials(study, study.matched), "ewc_matched | per_task=100")[2:] == ["100.00", "chosen", "c a"]
-    assert "Not run yet." in empty.under_budget(study), "lora_matched is missing"
+    told = empty.under_budget(study)
+    assert "Not run yet." in told, "lora_matched is missing"
+    assert "chose: `ewc_matched` per_task=100." in told
+
+
+def test_the_trials_and_the_methods_own_setting(
+    empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EWC's own lambda is 1000; CL-MoE's gamma and beta are 0.7 and 0.5."""
+    study = SimpleNamespace(name=STUDY)
+    monkeypatch.setattr(empty, "CHOICES", tmp_path / "tuned")
+    assert empty.trials(study) == "No method's options were tuned yet."
+    (tmp_path / "tuned" / STUDY).mkdir(parents=True)
+    for method, grid, best in (
+        ("ewc", {"options.weight": [1000, 1e5]}, {"options.weight": 1000}),
+        ("clmoe", {"options.gamma": [0.3], "options.beta": [0.25, 0.5]}, {"options.gamma": 0.3, "options.beta": 0.25}),
+    ):
+        trials = [
+            {"settings": dict(zip(grid, values, strict=True)), "last": {}, "mean": 10.0 * number}
+            for number, values in enumerate(product(*grid.values()))
+        ]
+        found = {"order": ["c", "a"], "grid": grid, "trials": trials, "chosen": best}
+        (tmp_path / "tuned" / STUDY / f"{method}.json").write_text(json.dumps(found))
+    table = empty.trials(study)
+    assert line_of(table, "ewc | weight")[2:] == ["1000: 0.00; 100000: 10.00", "1000", "as chosen", "c a"]
+    expected = ["0.3, 0.25: 0.00; 0.3, 0.5: 10.00", "0.3, 0.25", "0.7, 0.5", "c a"]
+    assert line_of(table, "clmoe | gamma, beta")[2:] == expected
+
+
+def test_every_committed_choice_is_one_that_the_method_takes(results: ModuleType) -> None:
+    """Its grid is the method's own, all combinations were tried, and the best, of equals the first, won."""
+    for path in sorted(results.CHOICES.glob("*/*.json")):
+        found, config = json.loads(path.read_text()), load_config(path.stem, {}, [])
+        assert found["grid"] == config.tune, path
+        assert [list(trial["settings"].values()) for trial in found["trials"]] == list(
+            map(list, product(*found["grid"].values()))
+        )
+        means = [trial["mean"] for trial in found["trials"]]
+        assert found["trials"][means.index(max(means))]["settings"] == found["chosen"], path
+        assert {key.removeprefix("options."): value for key, value in found["chosen"].items()}.items() <= (
+            load_config(path.stem, {}, [f"tuned={path}"]).options.items()
+        )
 
 
 def test_the_two_misprinted_means(results: ModuleType) -> None:
