@@ -1,4 +1,4 @@
-"""A Gaussian per task: a sample belongs to the task under which its feature is likeliest (discriminant analysis)."""
+"""A Gaussian per task: a sample belongs to the task under which its feature is likeliest, or most typical."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from clmoe.config import LocatorConfig
+from clmoe.errors import ClmoeError
 from clmoe.locators.base import Asked, Locator
 
 VARIANCE_FLOOR = 1e-6  # added to every dimension: a single or constant sample has no covariance
@@ -16,25 +17,38 @@ VARIANCE_FLOOR = 1e-6  # added to every dimension: a single or constant sample h
 
 @dataclass(frozen=True)
 class Options:
-    """How many covariances there are.
+    """How many covariances there are, and what decides.
 
     Attributes:
         covariance: ``shared``, the mean of the tasks' own, weighted by their samples (linear discriminant analysis); or
             each task's ``own`` (quadratic). Own ones take ``8 D^2`` bytes a task, 134 MB at 4,096 dimensions.
+        decision: the largest ``density``; or, with own covariances, the largest ``z_score``: the log density's standard
+            score among those of the task's own records, which is LLaVA-CMoE's rule for its VAEs.
     """
 
     covariance: Literal["shared", "own"] = "shared"
+    decision: Literal["density", "z_score"] = "density"
+
+    def __post_init__(self) -> None:
+        if self.decision == "z_score" and self.covariance == "shared":
+            raise ClmoeError(
+                "locator.options.decision=z_score needs locator.options.covariance=own: a shared covariance changes "
+                "with every task, and with it the densities of the older ones"
+            )
 
 
 class Gaussian(Locator):
-    """Each task's ``means [N, D]`` and covariances ``[N or 1, D, D]``, float64, shrunk as Ledoit and Wolf (2004) do."""
+    """Each task's ``means [N, D]`` and covariances ``[N or 1, D, D]``, float64, shrunk as Ledoit and Wolf (2004) do.
+
+    With own covariances ``typical [N, 2]`` holds mean and deviation of the log densities of each task's own records.
+    """
 
     Options = Options
     decisive = ("covariance",)
 
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self.means = self.covariances = torch.zeros(0, dtype=torch.float64)
+        self.means = self.covariances = self.typical = torch.zeros(0, dtype=torch.float64)
         self.count = torch.zeros(0, dtype=torch.int64)
         self._factors: Tensor | None = None  # of the covariances: D^3 operations that batches of questions share
 
@@ -50,25 +64,39 @@ class Gaussian(Locator):
             self.covariances = torch.cat([self.covariances, covariance])
         else:
             self.covariances = (before * self.covariances + len(values) * covariance) / float(self.count.sum())
+        if self.options.covariance == "own":
+            own = self._density(values, len(self.means) - 1)
+            deviation = own.std(unbiased=False).clamp(min=VARIANCE_FLOOR)
+            self.typical = torch.cat([self.typical, torch.stack([own.mean(), deviation]).unsqueeze(0)])
 
-    def scores(self, asked: Asked) -> Tensor:
-        """Log densities, up to a constant that all tasks share."""
-        assert asked.features is not None
+    def _density(self, values: Tensor, task: int) -> Tensor:
+        """Log densities ``[M]`` of values ``[M, D]`` float64 under a task's Gaussian, up to a constant of all tasks."""
         if self._factors is None:
             floor = VARIANCE_FLOOR * torch.eye(self.means.shape[1], dtype=torch.float64)
             self._factors = torch.linalg.cholesky(self.covariances + floor)
-        found = []
-        for task, mean in enumerate(self.means[: asked.tasks]):
-            factor = self._factors[task % len(self._factors)]
-            z = torch.linalg.solve_triangular(factor, (asked.features.double().cpu() - mean).t(), upper=False)
-            found.append(-0.5 * z.square().sum(0) - factor.diagonal().log().sum())
-        return torch.stack(found, dim=1)
+        factor = self._factors[task % len(self._factors)]
+        z = torch.linalg.solve_triangular(factor, (values - self.means[task]).t(), upper=False)
+        return -0.5 * z.square().sum(0) - factor.diagonal().log().sum()
+
+    def scores(self, asked: Asked) -> Tensor:
+        """Log densities, up to a constant that all tasks share, or their standard scores."""
+        assert asked.features is not None
+        values = asked.features.double().cpu()
+        found = torch.stack([self._density(values, task) for task in range(len(self.means[: asked.tasks]))], dim=1)
+        if self.options.decision == "density":
+            return found
+        mean, deviation = self.typical[: asked.tasks].unbind(1)
+        return (found - mean) / deviation
 
     def state(self) -> dict[str, Tensor]:
-        return {f"gaussian.{name}": getattr(self, name) for name in ("means", "covariances", "count")}
+        return {f"gaussian.{name}": getattr(self, name) for name in self._parts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._factors = None
-        self.means, self.covariances, self.count = (
-            state[f"gaussian.{name}"] for name in ("means", "covariances", "count")
-        )
+        for name in self._parts:
+            setattr(self, name, state[f"gaussian.{name}"])
+
+    @property
+    def _parts(self) -> list[str]:
+        own = ["typical"] if self.options.covariance == "own" else []
+        return ["means", "covariances", "count", *own]

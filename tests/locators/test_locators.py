@@ -117,6 +117,9 @@ def fitted(name: str, data: list[np.ndarray], folder: Path | None = None, **opti
     return made
 
 
+CONSTANT = WIDTH / 2 * np.log(2 * np.pi)  # of all log densities
+
+
 def queries(width: int = WIDTH) -> np.ndarray:
     return np.random.default_rng(3).normal(4, 2, (9, width)).astype(np.float32)
 
@@ -125,21 +128,28 @@ def scored(locator: Locator, asked: np.ndarray) -> np.ndarray:
     return locator.scores(Asked([""] * len(asked), 3, torch.from_numpy(asked))).numpy()
 
 
-@pytest.mark.parametrize("covariance", ["shared", "own"])
-def test_a_gaussian_gives_scipys_log_densities(covariance: str, tmp_path: Path) -> None:
-    """The single sample of the second task has no covariance of its own, only the floor."""
+@pytest.mark.parametrize(("covariance", "decision"), [("shared", "density"), ("own", "density"), ("own", "z_score")])
+def test_a_gaussian_gives_scipys_log_densities(covariance: str, decision: str, tmp_path: Path) -> None:
+    """The single sample of the second task has no covariance of its own, only the floor, and no deviation."""
     data, asked = tasks(), queries()
     own = [np.zeros((WIDTH, WIDTH)) for _ in data]
     for task in (0, 2):
         own[task] = LedoitWolf().fit(data[task].astype(np.float64)).covariance_
     shared = sum(size * each for size, each in zip(SIZES, own, strict=True)) / sum(SIZES)
     used = [(shared if covariance == "shared" else each) + 1e-6 * np.eye(WIDTH) for each in own]
-    expected = [
-        multivariate_normal(features.astype(np.float64).mean(0), each).logpdf(asked.astype(np.float64))
-        for features, each in zip(data, used, strict=True)
-    ]
-    scores = scored(fitted("gaussian", data, tmp_path, covariance=covariance), asked)
-    np.testing.assert_allclose(scores + -WIDTH / 2 * np.log(2 * np.pi), np.stack(expected, 1), rtol=1e-8)
+    expected = []
+    for features, each in zip(data, used, strict=True):
+        gaussian = multivariate_normal(features.astype(np.float64).mean(0), each)
+        scores, typical = gaussian.logpdf(asked.astype(np.float64)), gaussian.logpdf(features.astype(np.float64))
+        mean, deviation = (typical.mean(), max(typical.std(), 1e-6)) if decision == "z_score" else (-CONSTANT, 1.0)
+        expected.append((scores - mean) / deviation)
+    scores = scored(fitted("gaussian", data, tmp_path, covariance=covariance, decision=decision), asked)
+    np.testing.assert_allclose(scores, np.stack(expected, 1), rtol=1e-7)
+
+
+def test_a_shared_covariance_has_no_typical_density() -> None:
+    with pytest.raises(ClmoeError, match="z_score needs"):
+        fitted("gaussian", tasks(), decision="z_score")
 
 
 @pytest.mark.parametrize(("neighbours", "stored"), [(4, 500), (100, 5)])
