@@ -22,6 +22,7 @@ SPENT = [
 STARTS = ["rank", "effective_scale", "projector_trained", "steps_per_task"]
 COSTS = ["trainable_parameters", "experts_added", "minutes", "peak_memory_mib"]
 UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
+EXACT = 10**7  # counts below it are shown whole
 CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
@@ -374,9 +375,11 @@ def show_number(value: float) -> str:
 
 
 def show_count(value: float) -> str:
-    """A count: 90,624, or in the largest unit of which it has ten, as in 61.9 M."""
-    unit, size = next(((unit, size) for unit, size in UNITS.items() if value >= 10 * size), ("", 1))
-    return f"{value / size:,.1f} {unit}" if unit else f"{round(value):,}"
+    """A count: whole below ten million, as in 90,624; else in the largest unit of which it has one, as in 61.9 M."""
+    if value < EXACT:
+        return f"{round(value):,}"
+    unit, size = next((unit, size) for unit, size in UNITS.items() if value >= size)
+    return f"{value / size:.1f} {unit}"
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:

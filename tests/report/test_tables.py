@@ -263,7 +263,7 @@ def test_what_a_row_spent_stands_beside_its_scores_and_its_trials_in_a_table(tmp
     groups = group_runs([*runs, make_run(tmp_path, "older", 0)])
     moe, older = (row_of(tables.spent_table(groups), label) for label in ("moe", "older"))
     assert (moe["adapter_parameters"], moe["active_parameters"], moe["stored_bytes"]) == ("120,000", "30,208", "12.3 M")
-    assert (moe["stored_samples"], moe["question_flops"]) == ("0", "3,000.0 G ± 1,414.2 G")
+    assert (moe["stored_samples"], moe["question_flops"]) == ("0", "3.0 T ± 1.4 T")
     assert "training_flops" not in moe and older["adapter_parameters"] == "120,000"
     assert older["active_parameters"] == BLANK
     assert [table.title for table in report_tables(groups)[:2]] == ["Comparison", "What a row keeps and computes"]
@@ -279,3 +279,9 @@ def test_what_a_row_spent_stands_beside_its_scores_and_its_trials_in_a_table(tmp
     write(runs[0] / "spent.json", "[1]")
     with pytest.raises(ClmoeError, match=r"spent\.json"):
         group_runs(runs)
+
+
+def test_a_count_is_whole_or_in_its_largest_unit() -> None:
+    counts = (0, 90_624, 9_999_999, 10_000_000, 959_403_000, 1_102_500_000, 8_759_100_000_000, 2.5e15)
+    shown = ["0", "90,624", "9,999,999", "10.0 M", "959.4 M", "1.1 G", "8.8 T", "2.5 P"]
+    assert list(map(tables.show_count, counts)) == shown
