@@ -81,7 +81,8 @@ def tune(options: argparse.Namespace) -> str:
     for folder, settings in _combinations(options, list(grid.items())).items():
         _, tried, _ = sequence.chosen(options.method, options.benchmark, settings, **known)
         result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
-        values = {key: tried.options[key.removeprefix(OPTIONS)] for key in grid}
+        built = method_class(tried.method)(tried).options  # YAML reads 1e-05 as text, which the option's type mends
+        values = {key: getattr(built, key.removeprefix(OPTIONS)) for key in grid}
         trial = trials.setdefault(json.dumps(values), {"settings": values, "last": {}})
         trial["last"][str(tried.seed)] = result.metrics["last"]
     for trial in trials.values():

@@ -58,14 +58,14 @@ def test_the_best_mean_is_chosen_and_all_is_written_down(
     scored: list[dict[str, Any]], runs: Runs, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "extends: clmoe\ntune: {options.beta: [0.5, 0, 1], options.gamma: [0.1, 0.2]}\n"
+        "extends: clmoe\ntune: {options.beta: [0.5, 0, 1], options.gamma: [1.0e-05, 0.2]}\n"
     )
     cli.main(["tune", "mine.yaml", str(runs.benchmark), "--base", str(runs.model), "--seeds", "0,1", "--output", "out"])
     found = json.loads(Path("out/mine.json").read_text())
-    assert found["chosen"] == {"options.beta": 1.0, "options.gamma": 0.1}, "of equals the first"
+    assert found["chosen"] == {"options.beta": 1.0, "options.gamma": 1e-05}, "of equals the first, and a number"
     assert (found["method"], found["order"], len(found["trials"])) == ("clmoe", list(TASKS[::-1]), 6)
     assert found["trials"][0] == {
-        "settings": {"options.beta": 0.5, "options.gamma": 0.1},
+        "settings": {"options.beta": 0.5, "options.gamma": 1e-05},
         "last": {"0": 25, "1": 35},
         "mean": 30,
     }
