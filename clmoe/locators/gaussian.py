@@ -53,6 +53,7 @@ class Gaussian(Locator):
         self._factors: Tensor | None = None  # of the covariances: D^3 operations that batches of questions share
 
     def fit(self, features: Tensor) -> None:
+        """Add the next task's Gaussian; only a shared covariance changes what older tasks have."""
         self._factors, values = None, features.double().cpu()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Only one sample")  # the floor alone is left of its covariance
@@ -65,24 +66,20 @@ class Gaussian(Locator):
         else:
             self.covariances = (before * self.covariances + len(values) * covariance) / float(self.count.sum())
         if self.options.covariance == "own":
-            own = self._density(values, len(self.means) - 1)
+            own = log_density(values, self.means[-1], cholesky(covariance)[0])
             deviation = own.std(unbiased=False).clamp(min=VARIANCE_FLOOR)
             self.typical = torch.cat([self.typical, torch.stack([own.mean(), deviation]).unsqueeze(0)])
-
-    def _density(self, values: Tensor, task: int) -> Tensor:
-        """Log densities ``[M]`` of values ``[M, D]`` float64 under a task's Gaussian, up to a constant of all tasks."""
-        if self._factors is None:
-            floor = VARIANCE_FLOOR * torch.eye(self.means.shape[1], dtype=torch.float64)
-            self._factors = torch.linalg.cholesky(self.covariances + floor)
-        factor = self._factors[task % len(self._factors)]
-        z = torch.linalg.solve_triangular(factor, (values - self.means[task]).t(), upper=False)
-        return -0.5 * z.square().sum(0) - factor.diagonal().log().sum()
 
     def scores(self, asked: Asked) -> Tensor:
         """Log densities, up to a constant that all tasks share, or their standard scores."""
         assert asked.features is not None
-        values = asked.features.double().cpu()
-        found = torch.stack([self._density(values, task) for task in range(len(self.means[: asked.tasks]))], dim=1)
+        if self._factors is None:
+            self._factors = cholesky(self.covariances)
+        values, factors = asked.features.double().cpu(), self._factors
+        found = torch.stack(
+            [log_density(values, mean, factors[i % len(factors)]) for i, mean in enumerate(self.means[: asked.tasks])],
+            dim=1,
+        )
         if self.options.decision == "density":
             return found
         mean, deviation = self.typical[: asked.tasks].unbind(1)
@@ -100,3 +97,14 @@ class Gaussian(Locator):
     def _parts(self) -> list[str]:
         own = ["typical"] if self.options.covariance == "own" else []
         return ["means", "covariances", "count", *own]
+
+
+def cholesky(covariances: Tensor) -> Tensor:
+    """Lower factors ``[N, D, D]`` of covariances with the floor."""
+    return torch.linalg.cholesky(covariances + VARIANCE_FLOOR * torch.eye(covariances.shape[-1], dtype=torch.float64))
+
+
+def log_density(values: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    """Log densities ``[M]`` of ``values [M, D]`` under one Gaussian, without the constant that all Gaussians share."""
+    z = torch.linalg.solve_triangular(factor, (values - mean).t(), upper=False)
+    return -0.5 * z.square().sum(0) - factor.diagonal().log().sum()
