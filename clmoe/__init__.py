@@ -22,7 +22,7 @@ PUBLIC = {
 """The public names, described in docs/api.md, and where they live."""
 
 # The command line skips the registration, which imports torch and peft and takes seconds: `clmoe --help` answers at
-# once, and its verbs import the adapter when they need it.
+# once, and the verbs import the adapter when they need it.
 _COMMAND_LINE = ("-m", "clmoe") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) or "clmoe.cli" in sys.orig_argv
 _COMMAND_LINE |= bool(sys.argv) and Path(sys.argv[0]).name == "clmoe"
 if not _COMMAND_LINE:

@@ -1,4 +1,4 @@
-"""``python -m clmoe``, for where the command ``clmoe`` is not on the path."""
+"""``python -m clmoe``, for when the command ``clmoe`` is not on the path."""
 
 from clmoe.cli import main
 

@@ -25,7 +25,7 @@ OLD = {  # options and a verb of clmoe 0.1
 
 
 def metrics(options: argparse.Namespace) -> Any:
-    """``clmoe metrics``: of any accuracy matrix."""
+    """``clmoe metrics``: the metrics of any accuracy matrix."""
     from clmoe.evaluate.matrix import metrics_from_files
 
     result, lacking = metrics_from_files(options.matrix, options.immediate, options.unit)
@@ -36,7 +36,7 @@ def metrics(options: argparse.Namespace) -> Any:
 
 
 def data(options: argparse.Namespace) -> str:
-    """``clmoe data prepare|check``; raises ClmoeError if files are missing or rows bad, which are listed."""
+    """``clmoe data prepare|check``; raises ClmoeError that lists missing files or bad rows, if there are any."""
     from clmoe.benchmarks.base import load_benchmark
     from clmoe.benchmarks.prepare import prepare_benchmark
 
@@ -88,9 +88,9 @@ def _sequence_arguments(
     """ZeRO for what trains, base, order and settings."""
     if trains:
         sub.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero2_offload or a JSON file")
-        sub.add_argument("--fit", metavar="CARD", help="choose settings that fit it, as in 24GB or A100, and say which")
+        sub.add_argument("--fit", metavar="CARD", help="choose and print settings that fit a card, as in 24GB or A100")
     sub.add_argument("--base", "--model", help="a name in configs/models, a model folder or a hub name")
-    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0); the same as seed=SEED")
+    sub.add_argument("--seed", type=int, help="seed of weights, order and dropout (default: 0); same as seed=SEED")
     sub.add_argument("--order", default="norm", help="norm, rev, rand or task names separated by commas")
     sub.add_argument("settings", nargs="*", metavar="key=value", help=f"for instance {example}")
 
@@ -107,7 +107,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="run folder (default: runs/BENCHMARK/METHOD-seedSEED); of a sweep: its",
+        help="run folder (default: runs/BENCHMARK/METHOD-seedSEED); of a sweep: the folder of its runs",
     )
     sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="sweep: a run for each of these seeds, as in 0,1,2")
     sub.add_argument(
@@ -117,7 +117,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="KEY=V,V",
         help="sweep: a run for each of these values; repeatable",
     )
-    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and start it over")
     _sequence_arguments(sub)
 
 
@@ -125,10 +125,10 @@ def _tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("method", metavar="METHOD", help="a name in configs/methods, or a YAML file with tune: in it")
     _benchmark_arguments(sub, option=False)
     sub.add_argument(
-        "--output", type=Path, metavar="DIR", help="for METHOD.json and trials (default: runs/BENCHMARK/tune)"
+        "--output", type=Path, metavar="DIR", help="folder for METHOD.json and trials (default: runs/BENCHMARK/tune)"
     )
-    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="of each trial (default: 100)")
-    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
+    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="seeds of each trial (default: 100)")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and start it over")
     _sequence_arguments(sub, "training.steps=20")
     sub.set_defaults(order="rev")
 
@@ -136,9 +136,9 @@ def _tune_arguments(sub: argparse.ArgumentParser) -> None:
 def _train_arguments(sub: argparse.ArgumentParser) -> None:
     _method_arguments(sub)
     sub.add_argument("--task", required=True, help="task to train; 'all' for methods that train on the union")
-    sub.add_argument("--previous", type=Path, help="checkpoint of the task before")
+    sub.add_argument("--previous", type=Path, help="checkpoint of the previous task")
     sub.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
-    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and begin it anew")
+    sub.add_argument("--restart", action="store_true", help="delete an interrupted training and start it over")
     _sequence_arguments(sub)
 
 
@@ -152,27 +152,27 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
         "--scoring",
         choices=("fixed", "official"),
         default="fixed",
-        help="what a metric means, or what the benchmark's published scripts print",
+        help="score what a metric means, or what the benchmark's published scripts print",
     )
     _sequence_arguments(sub, "locator=oracle evaluation.batch_size=16", trains=False)
 
 
 def _matrix_arguments(sub: argparse.ArgumentParser) -> None:
     _benchmark_arguments(sub, option=False)
-    sub.add_argument("--methods", type=_paths, required=True, metavar="M,M", help="that keep parts per task")
+    sub.add_argument("--methods", type=_paths, required=True, metavar="M,M", help="methods that keep parts per task")
     sub.add_argument(
-        "--locators", type=_paths, default=["all"], metavar="L,L", help="default: all that a method can have"
+        "--locators", type=_paths, default=["all"], metavar="L,L", help="default: all that a method can use"
     )
-    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="of the runs (default: 0)")
-    sub.add_argument("--order", default="norm", help="of the runs: norm, rev, rand or task names separated by commas")
-    sub.add_argument("--runs", type=Path, metavar="DIR", help="holds METHOD-seedK, ... (default: runs/BENCHMARK)")
+    sub.add_argument("--seeds", type=_seeds, metavar="K,K", help="seeds of the runs (default: 0)")
+    sub.add_argument("--order", default="norm", help="order of the runs: norm, rev, rand or task names with commas")
+    sub.add_argument("--runs", type=Path, metavar="DIR", help="folder with METHOD-seedK, ... (default: runs/BENCHMARK)")
     sub.add_argument("--output", type=Path, help="default: matrix, beside the runs")
 
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; equal labels are averaged")
-    sub.add_argument("--format", type=_paths, default=["md", "csv"], help="of md, csv, tex, pdf, svg, html")
-    sub.add_argument("--output", type=Path, help="default: report, beside the runs; of one run, in it")
+    sub.add_argument("--format", type=_paths, default=["md", "csv"], help="any of md, csv, tex, pdf, svg, html")
+    sub.add_argument("--output", type=Path, help="default: report, beside the runs; for one run, in it")
     sub.add_argument("--data", type=Path, help="html: the benchmark's data folder, if it has moved since the runs")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
 
@@ -180,7 +180,7 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
 def _metrics_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("matrix", type=Path, metavar="MATRIX.csv", help="rows: after training that task; columns: tasks")
     sub.add_argument("--immediate", type=Path, metavar="ROW.csv", help="scores right after training, task known")
-    sub.add_argument("--unit", choices=("percent", "fraction"), help="of the scores (default: percent)")
+    sub.add_argument("--unit", choices=("percent", "fraction"), help="unit of the scores (default: percent)")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
@@ -188,7 +188,7 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     _method_arguments(sub)
     sub.add_argument("--gpus", type=_at_least_one, default=1, metavar="N", help="processes, one per GPU")
     sub.add_argument(
-        "--tokens", type=_at_least_one, metavar="T", help="of a sample (default: the image's and 64 of text)"
+        "--tokens", type=_at_least_one, metavar="T", help="tokens of a sample (default: the image's and 64 of text)"
     )
     sub.add_argument(
         "--extended-blocks", type=float, metavar="X", help="blocks that a later task extends by one expert, on average"
@@ -197,7 +197,7 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
         "--mfu",
         type=float,
         metavar="SHARE",
-        help="with --fit: of the card's rate, for hours (default: 0.4)",
+        help="with --fit: share of the card's rate, for hours (default: 0.4)",
     )
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
     _sequence_arguments(sub)
@@ -210,12 +210,12 @@ def _data_arguments(sub: argparse.ArgumentParser) -> None:
     _benchmark_arguments(sub, option=False)
     sub.add_argument("--bad", type=Path, metavar="FILE", help="check: write the list of all bad rows here")
     sub.add_argument("--order", default="norm", help="check: task names separated by commas (default: all)")
-    sub.add_argument("--base", "--model", help="check: whose tokens training.max_length counts (default: the recipe's)")
+    sub.add_argument("--base", "--model", help="check: base to count training.max_length with (default: the recipe's)")
 
 
 def _check_method_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("method", metavar="METHOD", help="a Python file, or a name in configs/methods")
-    sub.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
+    sub.add_argument("--seed", type=int, help="seed of weights, order and dropout (default: 0)")
     sub.add_argument("settings", nargs="*", metavar="key=value", help="for instance options.weight=2")
 
 
@@ -243,7 +243,7 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
 def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder")
     sub.add_argument("--port", type=int, help="default: the first free one from 7860")
-    sub.add_argument("--benchmark", help="whose test questions are the examples (default: the checkpoint's)")
+    sub.add_argument("--benchmark", help="its test questions are the examples (default: the checkpoint's)")
     sub.add_argument("--data", type=Path, help="the benchmark's data folder (default: the YAML's root)")
     sub.add_argument(
         "--base", "--model", dest="model", metavar="BASE", help="folder or hub name, if the base has moved"
@@ -252,18 +252,18 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "run": ("Train and evaluate a method on a whole sequence; continues where it stopped.", _run_arguments),
-    "tune": ("Choose a method's own options on three tasks of another order, by few trials.", _tune_arguments),
+    "tune": ("Choose a method's own options on three tasks of another order, in a few trials.", _tune_arguments),
     "train": ("Train one task; does nothing when the output is finished.", _train_arguments),
     "eval": ("Evaluate a checkpoint on tasks; fills only cells that are missing.", _eval_arguments),
-    "matrix": ("Finished runs of several methods, each under several locators; trains nothing.", _matrix_arguments),
+    "matrix": ("Evaluate finished runs of several methods under several locators; trains nothing.", _matrix_arguments),
     "report": ("Tables and figures from one or several run folders.", _report_arguments),
     "metrics": ("Continual-learning metrics of any accuracy matrix.", _metrics_arguments),
     "plan": ("What a sequence trains and needs. Exit code 1: files are missing.", _plan_arguments),
     "data": ("Build or verify a benchmark's files.", _data_arguments),
     "check-method": ("Does a method keep what clmoe promises? Exit code 1: it does not.", _check_method_arguments),
     "doctor": ("Versions, devices, what is usable. Exit code 1: something is broken.", _doctor_arguments),
-    "convert": ("Another project's LLaVA or adapter -> a folder of ours.", _convert_arguments),
-    "export": ("A checkpoint as a folder for the hub, with a model card.", _export_arguments),
+    "convert": ("Convert another project's LLaVA or adapter to a folder of ours.", _convert_arguments),
+    "export": ("Write a checkpoint as a folder for the hub, with a model card.", _export_arguments),
     "demo": ("Ask a checkpoint about an image in the browser; shows task and experts.", _demo_arguments),
 }  # fmt: skip
 LIGHT = {"metrics": metrics, "data": data, "doctor": doctor}  # need neither transformers nor peft
@@ -348,14 +348,15 @@ def _silence_libraries() -> None:
     # transformers on its own deprecated property, accelerate on DDP's, DeepSpeed on torch's
     remarks = r"`(is_gradient_checkpointing` is deprecated|broadcast_buffers` is deprecated|torch\.distributed)"
     warnings.filterwarnings("ignore", message=remarks, category=FutureWarning)
-    # where it is installed on a machine without a GPU, DeepSpeed says so in every command, used or not
+    # if it is installed on a machine without a GPU, DeepSpeed says so in every command, used or not
     logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 
 
 def _leave(message: str, code: int) -> NoReturn:
     """Stop with this code and say why.
 
-    The main process reports what stops all. A process that the launcher has not ended after a moment knows alone.
+    The main process reports what stops all. A process that the launcher has not ended after a moment is the only one
+    that knows why it stops.
     """
     from clmoe.utils.processes import is_main, leave, rank
 
@@ -369,7 +370,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _report_lost(command: str, error: RuntimeError) -> None:
-    """One line on each machine whose processes go on: another process ended, and with it the command."""
+    """Print one line on each machine whose processes still run: another process ended, and with it the command."""
     from clmoe.utils.processes import count, local_rank, rank
 
     if local_rank() == 0:

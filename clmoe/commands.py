@@ -49,7 +49,7 @@ TUNE_TASKS, TUNE_SEED, MOST_TRIALS = 3, 100, 6
 
 
 def run(options: argparse.Namespace) -> str:
-    """``clmoe run``: a method on a benchmark, or a sweep: with every seed and every combination of values."""
+    """``clmoe run``: a method on a benchmark, or a sweep over every seed and every combination of values."""
     given = {name: value for name, value in vars(options).items() if name not in ("verb", "seeds", "sets", "fit")}
     if options.seeds is None and options.sets is None:
         result = sequence.run(**given | _fitted(options, options.method, options.settings))
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> str:
 
 
 def tune(options: argparse.Namespace) -> str:
-    """``clmoe tune``: each combination of the values that the method's ``tune`` lists, on three tasks; the best one."""
+    """``clmoe tune``: choose the best combination of the values that the method's ``tune`` lists, on three tasks."""
     known = {"order": options.order, "base": options.base, "data": options.data}
     described, config, order = sequence.chosen(options.method, options.benchmark, options.settings, **known)
     grid = _grid(config)
@@ -81,22 +81,22 @@ def tune(options: argparse.Namespace) -> str:
     for folder, settings in _combinations(options, list(grid.items())).items():
         _, tried, _ = sequence.chosen(options.method, options.benchmark, settings, **known)
         result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
-        built = method_class(tried.method)(tried).options  # YAML reads 1e-05 as text, which the option's type mends
+        built = method_class(tried.method)(tried).options  # YAML reads 1e-05 as text, which the option's type corrects
         values = {key: getattr(built, key.removeprefix(OPTIONS)) for key in grid}
         trial = trials.setdefault(json.dumps(values), {"settings": values, "last": {}})
         trial["last"][str(tried.seed)] = result.metrics["last"]
     for trial in trials.values():
         trial["mean"] = sum(trial["last"].values()) / len(trial["last"])
-    best = max(trials.values(), key=lambda trial: trial["mean"])  # of equals the first
+    best = max(trials.values(), key=lambda trial: trial["mean"])  # the first of equals
     found = {"method": config.method, "benchmark": described.name, "order": order[:TUNE_TASKS], "grid": grid}
     path = options.output / f"{Path(options.method).stem}.json"
     from_main(lambda: write_json(path, found | {"trials": list(trials.values()), "chosen": best["settings"]}))
     lines = [f"{', '.join(f'{k}={v}' for k, v in t['settings'].items())}: {t['mean']:.2f}" for t in trials.values()]
-    return "\n".join([*lines, f"{path}: chosen {best['settings']}; tuned={path} lets a run take it"])
+    return "\n".join([*lines, f"{path}: chosen {best['settings']}; tuned={path} makes a run use it"])
 
 
 def _grid(config: Config) -> dict[str, list[Any]]:
-    """What ``clmoe tune`` tries. Raises ClmoeError for nothing, other keys than options, or over ``MOST_TRIALS``."""
+    """What ``clmoe tune`` tries. Raises ClmoeError for nothing, keys other than options, or over ``MOST_TRIALS``."""
     lists = all(isinstance(values, list) and values for values in config.tune.values())
     if not (config.tune and lists and all(key.startswith(OPTIONS) for key in config.tune)):
         raise ClmoeError(
@@ -110,11 +110,11 @@ def _grid(config: Config) -> dict[str, list[Any]]:
 
 
 def _combinations(options: argparse.Namespace, axes: list[tuple[str, list[Any]]]) -> dict[Path, list[str]]:
-    """The settings of each run of a sweep by its folder; a wrong one of the last stops it before the first."""
+    """The settings of each run of a sweep by its folder; a wrong one in the last run stops it before the first."""
     keys = [key for key, _ in axes]
     for key in keys:
         if key == "seed" or keys.count(key) > 1 or any(pair.startswith(f"{key}=") for pair in options.settings):
-            raise ClmoeError(f"--set {key}: is given twice, or by an option of its own (seeds: --seeds 0,1,2)")
+            raise ClmoeError(f"--set {key}: is given twice, or has an option of its own (seeds: --seeds 0,1,2)")
     seeds = [[f"seed={seed}"] for seed in options.seeds or ()] or [[]]
     known = {"order": options.order, "base": options.base, "data": options.data}
     found: dict[Path, list[str]] = {}
@@ -135,7 +135,7 @@ def _combinations(options: argparse.Namespace, axes: list[tuple[str, list[Any]]]
 
 
 def _fitted(options: argparse.Namespace, method: str, settings: list[str], gpus: int | None = None) -> dict[str, Any]:
-    """The settings and ZeRO's, with what ``--fit`` adds to them and says. Raises ClmoeError if nothing fits."""
+    """The settings and ZeRO's, with what ``--fit`` adds to them and prints. Raises ClmoeError if nothing fits."""
     if options.fit is None:
         return {"settings": settings, "deepspeed": options.deepspeed}
     known = {"order": options.order, "base": options.base, "data": options.data}
@@ -178,7 +178,7 @@ def train(options: argparse.Namespace) -> str:
 
 
 def check(options: argparse.Namespace) -> str:
-    """``clmoe data check``: all that is bad in a benchmark's data."""
+    """``clmoe data check``: list all that is bad in a benchmark's data."""
     benchmark = load_benchmark(options.benchmark, options.data, check_files=False)
     order = benchmark.order(options.order, 0)
     if options.bad is not None:
@@ -189,7 +189,7 @@ def check(options: argparse.Namespace) -> str:
     asked = benchmark.asked(order, config.evaluation.general)
     checked = check_benchmark(benchmark, gold_problem, asked, answers_fit(config))
     lines = [f"{benchmark.name} at {benchmark.root}", *checked.lines, *(f"note: {note}" for note in checked.notes)]
-    lines.append(f"answers are held against {config.training.max_length} tokens of {config.model.path}")
+    lines.append(f"answers are checked against {config.training.max_length} tokens of {config.model.path}")
     if not checked.bad:
         return "\n".join(lines)
     if options.bad is not None:

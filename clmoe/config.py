@@ -1,8 +1,8 @@
-"""Configuration: dataclasses filled from YAML and ``key=value`` overrides; unknown keys fail and name the nearest.
+"""Configuration: dataclasses filled from YAML and ``key=value`` overrides; an unknown key fails and names the nearest.
 
 Order of precedence, weakest first: the dataclass defaults, ``configs/methods/<name>.yaml``, the benchmark's
-``recipe.comparable``, a method's YAML of the user's own, the rest of the ``recipe``, what its ``recipe.methods`` says
-of the method, what ``clmoe tune`` chose, the model's YAML, overrides on the command line.
+``recipe.comparable``, the user's own YAML of a method, the rest of the ``recipe``, what its ``recipe.methods`` says
+about the method, what ``clmoe tune`` chose, the model's YAML, overrides on the command line.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_PROJECTIONS)
 
 FeatureKind = Literal["last", "pooled"]  # see ``LocatorConfig``
 View = Literal["prompt", "text", "image_text"]
-"""What of a sample a locator looks at: the whole prompt; its text without the image; image and text, each apart."""
+"""What a locator looks at in a sample: the whole prompt; its text without the image; image and text separately."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelConfig:
         attention: of the language model; ``flash_attention_2`` needs a GPU and the package flash-attn.
         load_in_4bit: keep the frozen language model's blocks in 4 bits (NF4); needs bitsandbytes.
         load_in_8bit: the same in 8 bits (LLM.int8).
-        architecture: a config.json with the shapes, for ``clmoe plan`` where the weights are not at hand.
+        architecture: a config.json with the shapes, for ``clmoe plan`` without the weights.
     """
 
     path: str = "playground/base"
@@ -77,7 +77,7 @@ class LocatorConfig:
         name: of ``clmoe.locators.LOCATORS``, such as ``oracle``, ``nearest_mean`` or ``vae``, a Python file that
             registers one, or an entry point ``clmoe.locators``; empty if none is needed.
         feature: the bare base's state of the last prompt token: after the final norm, or ``pooled``, over all layers.
-        samples: of a task's training records, at most so many are looked at.
+        samples: at most this many of a task's training records are looked at.
         options: the locator's own fields, checked by its ``Options`` dataclass.
     """
 
@@ -100,7 +100,7 @@ class AdapterConfig:
         rank, rank_is: LoRA rank, over all experts together (``total``) or of each one (``per_expert``).
         experts: experts per adapted module at the start; plain LoRA methods ignore it.
         alpha: numerator of the update's scale: ``alpha / rank``, with ``rank`` counted as ``rank_is`` says.
-        scale: the *effective* scale, ``s`` times the mean gate, the same with and without one; replaces ``alpha``.
+        scale: the *effective* scale, ``s`` times the mean gate, the same with and without gates; replaces ``alpha``.
         dropout: on the adapter's input.
         as_released: experts as in CL-MoE's released code: A ~ N(0, 0.01^2) at every width, and a dropout mask for each.
         targets: the linears of each decoder block that are adapted.
@@ -142,7 +142,7 @@ class TrainingConfig:
     Attributes:
         learning_rate: of the adapter (AdamW).
         projector_learning_rate: of the projector when it is trained.
-        epochs: passes over the task's records. ``steps`` of the same or a weaker source must be null: it would win.
+        epochs: passes over the task's records. ``steps`` of the same or a weaker source must be null, as it would win.
         steps: optimizer steps per task; wins over ``epochs`` of a weaker source.
         batch_size: **global** batch, over all processes and accumulation steps.
         micro_batch_size: samples per forward and process; None is the process's whole share.
@@ -156,9 +156,9 @@ class TrainingConfig:
         keep_states: how many of them are kept; the second saves the day when the newest is damaged.
         logging_steps: steps between two lines of ``events.jsonl``.
         on_bad_record: training rows that cannot be used are an ``error``, or left out (``skip``), or keep their place
-            in their batch without an answer token (``mask``), as in LLaVA's code; how many is printed.
+            in their batch without an answer token (``mask``), as in LLaVA's code; their number is printed.
         asd: share of a task's records that are rewritten in other answer styles (SEFE's ASD; 0.2 in its paper).
-        asd_texts: a JSON file of explanations for them, see ``clmoe.data.styles``; without it no record explains.
+        asd_texts: a JSON file of explanations for them, see ``clmoe.data.styles``; without it, no record explains.
         trackers: transformers' ``report_to``: ``tensorboard``, ``wandb``.
     """
 
@@ -189,10 +189,10 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: questions per batch.
-        exact: answer alone, too, if the two best logits came closer than ``margin``: no answer depends on its batch.
-        margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so that the default finds equal ones only.
-        share_images: questions of one image and router read its tokens once, on LLaVA-1.5.
-        limit: questions of each test file, drawn once and for all, asked in rows before the last task; None asks all.
+        exact: answer again alone if the two best logits came closer than ``margin``: no answer depends on its batch.
+        margin: see ``exact``; bfloat16's logits lie up to 0.125 apart, so the default finds only equal ones.
+        share_images: on LLaVA-1.5, questions with the same image and router read its tokens once.
+        limit: questions of each test file, drawn once and for all, to ask in rows before the last task; None asks all.
         general: also ask the benchmark's sets of general ability before training and after each task and, for forward
             transfer, all tasks before training and the next one after each. A benchmark that names sets turns it on.
     """
@@ -210,7 +210,7 @@ class BudgetConfig:
     """What all methods of a comparison may use; each field replaces settings of the method, see docs/budget.md.
 
     Attributes:
-        parameters: that the method has trained and keeps at the end, within 2 %: chooses ``adapter.rank``.
+        parameters: how many the method has trained and keeps at the end, within 2 %: chooses ``adapter.rank``.
         stored_samples: training records of all tasks together that a method with a memory keeps: sets its size.
         steps: training steps of each task: sets ``training.steps``.
         extended_blocks: what ``parameters`` assumes of a method that grows: blocks that a later task extends.
@@ -272,8 +272,8 @@ def load_config(
 
     ``source`` names a file in ``configs/methods``, a YAML (``extends`` names the one that it changes), a Python file
     that registers a method, or an installed package's entry point; ``model`` a file in ``configs/models``, a path to
-    one, or a model folder or hub name. An error, also of ``check``, begins with the file, ``benchmark`` or option that
-    gave the value.
+    one, or a model folder or hub name. An error, also one from ``check``, begins with the file, ``benchmark`` or option
+    that gave the value.
     """
     shipped: dict[str, Any]
     if source.endswith(".py") or (source not in known_configs("methods") and source in installed("METHODS")):
@@ -298,24 +298,24 @@ def load_config(
 
 
 def _tuned(file: Path, method: Any) -> dict[str, Any]:
-    """The settings that ``clmoe tune`` chose. Raises ClmoeError for a file that is none, or of another method."""
+    """The settings that ``clmoe tune`` chose. Raises ClmoeError for another kind of file, or another method."""
     found = read_json(file) if file.is_file() else None
     if not (isinstance(found, dict) and isinstance(found.get("chosen"), dict)):
-        raise ClmoeError(f"tuned={file}: no such choice of settings: `clmoe tune {method} BENCHMARK` writes one")
+        raise ClmoeError(f"tuned={file}: not a choice of settings: `clmoe tune {method} BENCHMARK` writes one")
     if found.get("method") != method:
         raise ClmoeError(f"tuned={file}: field 'method': {found.get('method')} was tuned, not {method}")
     return nested(found["chosen"])
 
 
-GIVEN = "key=value"  # how errors call what the command line or the caller sets
+GIVEN = "key=value"  # what errors call the settings of the command line or the caller
 
 
 def _resolved(
     layers: list[tuple[str, dict[str, Any]]], check: Callable[[Config], object], of_method: int = 0
 ) -> Config:
-    """The configuration of ``layers``, the weakest first, each with its name; the first are the method's own.
+    """The configuration of ``layers``, the weakest first, each with its name; the first ``of_method`` are the method's.
 
-    Where there are such, ``epochs`` and ``steps`` exclude each other.
+    If there are any, ``epochs`` and ``steps`` exclude each other.
     """
     try:
         values: dict[str, Any] = {}
@@ -331,7 +331,7 @@ def _resolved(
 
 
 def _check_lengths(values: dict[str, Any], layers: list[tuple[str, dict[str, Any]]], of_method: int) -> None:
-    """Refuse ``training.epochs`` that ``training.steps``, which wins, of the same or a weaker layer would silence.
+    """Refuse ``training.epochs`` if ``training.steps``, which wins, of the same or a weaker layer would silence it.
 
     A method's file may hold both, as a checkpoint's config.yaml does.
     """
@@ -353,7 +353,7 @@ def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def check_recipe(recipe: dict[str, Any], where: str) -> None:
-    """Raise ClmoeError for a key or value that no configuration can have; a method's options are checked with it."""
+    """Raise ClmoeError for a key or value that no configuration can have; the method checks its own options."""
     own = recipe.get("methods", {})
     if not isinstance(own, dict):
         raise ClmoeError(f"{where}.methods: expected a mapping, got {own!r}")
@@ -368,7 +368,7 @@ def check_recipe(recipe: dict[str, Any], where: str) -> None:
 
 
 def _without_replaced_scale(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
-    """``adapter.scale`` replaces ``alpha``: of what lies below a layer that gives ``alpha``, it must not."""
+    """``adapter.scale`` replaces ``alpha``, but not if it comes from below a layer that gives ``alpha``."""
     given = layer.get("adapter")
     if isinstance(given, dict) and "alpha" in given and "scale" not in given:
         return values | {"adapter": {key: value for key, value in values["adapter"].items() if key != "scale"}}
@@ -376,7 +376,7 @@ def _without_replaced_scale(values: dict[str, Any], layer: dict[str, Any]) -> di
 
 
 def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe says of this method; its locator's settings only where the method still has that locator."""
+    """What the recipe says about this method; its locator's settings only if the method still has that locator."""
     own = merge({}, recipe.get("methods", {}).get(str(values.get("method")), {}))
     chosen = merge({}, {"locator": values.get("locator", {})})["locator"]
     if own.get("locator", {}).get("name") != chosen.get("name"):
@@ -385,7 +385,7 @@ def _own_recipe(recipe: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 
 
 def _method_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What shipped YAMLs say of a method, and what the user's own say over it; an extended one extends no other."""
+    """What shipped YAMLs say about a method, and what the user's own say over it; an extended one extends no other."""
     layers: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     values = read_yaml(path)
     files = [(path, values)]
@@ -393,7 +393,7 @@ def _method_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         parent = find_config("methods", str(values.pop("extends")))
         files.insert(0, (parent, read_yaml(parent)))
         if "extends" in files[0][1]:
-            raise ClmoeError(f"{path}: extends {parent}, which extends another file itself: name that one")
+            raise ClmoeError(f"{path}: extends {parent}, which itself extends another file: name that one")
     for file, read in files:
         of_user = file.parent != shipped_root() / "configs" / "methods"
         layers = (layers[0], merge(layers[1], read)) if of_user else (merge(layers[0], read), layers[1])
@@ -410,7 +410,7 @@ def model_values(model: str) -> dict[str, Any]:
 def recorded(config: Config) -> dict[str, Any]:
     """What a checkpoint records: all but what cannot make a difference to a training by itself.
 
-    Keys that came later are recorded where they are not the default: checkpoints without them keep their bytes.
+    Keys that were added later are recorded only if not the default: checkpoints without them keep their bytes.
     """
     values = dataclasses.asdict(config)
     del values["model"]["architecture"], values["tune"], values["tuned"]
@@ -430,5 +430,5 @@ def dump_config(config: Config) -> str:
 
 
 def reload_config(path: Path, overrides: list[str], check: Callable[[Config], object] = lambda config: None) -> Config:
-    """A frozen ``config.yaml``, with overrides for evaluation; errors as of ``load_config``."""
+    """A frozen ``config.yaml``, with overrides for evaluation; errors as from ``load_config``."""
     return _resolved([(str(path), read_yaml(path)), (GIVEN, parse_overrides(overrides))], check)

@@ -1,4 +1,4 @@
-"""What every method owes its users: ``clmoe check-method`` tries it on the embedded base; the tests share the checks.
+"""What every method promises its users: ``clmoe check-method`` tries it on the embedded base; tests share the checks.
 
 A check raises ``BrokenPromise`` with what was found.
 """
@@ -39,7 +39,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-class BrokenPromise(ClmoeError):  # noqa: N818 - as ``Killed``, it says what happened
+class BrokenPromise(ClmoeError):  # noqa: N818 - like ``Killed``, it says what happened
     """A promise that the method does not keep."""
 
 
@@ -77,7 +77,7 @@ def fresh_adapter_changes_nothing(method: Method, base: LoadedBase, batch: dict[
 
 
 def base_is_as_before(base: LoadedBase, before: dict[str, Tensor]) -> None:
-    """After a training the base has no adapter, and every tensor its old bits."""
+    """After training, the base has no adapter and every tensor has its old bits."""
     require_same(base.model.state_dict(), before, "the base after training")
     thawed = [name for name, p in base.model.named_parameters() if p.requires_grad]
     require(not thawed, f"parameters of the base that train: {thawed[:3]}")
@@ -113,7 +113,7 @@ def starts_from_its_parent(kind: type[Method], parent: Path, train: Callable[[],
 def killed_it_ends_in_the_same_bytes(
     kind: type[Method], train: Callable[[], Path], straight: Path, step: int = 2
 ) -> None:
-    """``train`` makes ``straight`` anew; it is killed before the step ``step``, at the task's end, and then not."""
+    """``train`` makes ``straight`` again; it is killed before step ``step``, at the task's end, and then not at all."""
     seen: list[int] = []
     real = TaskTrainer.training_step
 
@@ -130,18 +130,18 @@ def killed_it_ends_in_the_same_bytes(
                 train()
             except Killed:
                 continue
-            raise BrokenPromise(f"the training never came to {name}")
+            raise BrokenPromise(f"the training never reached {name}")
     made = train()
     names = {path.name for folder in (made, straight) for path in folder.iterdir()}
     for name in sorted(names):
         files = (made / name, straight / name)
         require(all(file.is_file() for file in files), f"{name} is only in one of the two checkpoints")
-        require(files[0].read_bytes() == files[1].read_bytes(), f"{name} has other bytes than without interruption")
+        require(files[0].read_bytes() == files[1].read_bytes(), f"{name} has different bytes than without interruption")
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the block the class ``owner`` has another ``name``."""
+    """Within the block, the class ``owner`` has another ``name``."""
     own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -155,7 +155,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A method on two small tasks of the embedded benchmark, whose files and checkpoints lie in ``folder``."""
+    """A method on two small tasks of the embedded benchmark, whose files and checkpoints are in ``folder``."""
 
     method: str
     settings: tuple[str, ...]
@@ -235,21 +235,21 @@ PROMISES: dict[str, tuple[Callable[[Trial], None], tuple[str, ...]]] = {
     "training leaves the base as it was, bit for bit": (Trial.leaves_the_base_alone, ALWAYS),
     "a checkpoint loads bit for bit and holds no absolute path": (Trial.loads, ALWAYS),
     "the second task starts from the first one's weights": (Trial.starts_from_the_parent, ("sequence",)),
-    "killed in mid-training and at its end, it ends in the same bytes": (Trial.survives_a_kill, CHAINED),
+    "killed while it trains and as it ends, it ends in the same bytes": (Trial.survives_a_kill, CHAINED),
     "a checkpoint answers": (Trial.answers, ALWAYS),
 }
 """What ``clmoe check-method`` tries, and for which ``Method.chain``."""
 
 
 def check_method(method: str, settings: list[str]) -> Iterator[tuple[str, str]]:
-    """Try every promise; yields each with what is wrong, empty where it is kept. Raises ClmoeError: no such method."""
+    """Try every promise; yields each with what is wrong, or empty if kept. Raises ClmoeError for an unknown method."""
     with TemporaryDirectory(prefix="clmoe-check-") as folder:
         trial = Trial(method, tuple(settings), Path(folder).resolve())
         for promise, (check, chains) in PROMISES.items():
             if trial.kind.chain in chains or check is Trial.describes_itself:
                 try:
                     check(trial)
-                except Exception as error:  # of whatever kind: it is the method's
+                except Exception as error:  # of any kind: it is the method's
                     yield promise, str(error) if isinstance(error, ClmoeError) else repr(error)
                 else:
                     yield promise, ""

@@ -47,7 +47,7 @@ class Example(NamedTuple):
 def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 2) -> list[Example]:
     """The first ``per_task`` test questions of every learned task.
 
-    Raises ClmoeError: the benchmark holds none of the tasks, or a file is missing or malformed.
+    Raises ClmoeError if the benchmark holds none of the tasks, or a file is missing or malformed.
     """
     tasks = [task for task in benchmark.tasks if task.name in learned]
     if not tasks:
@@ -66,7 +66,7 @@ def read_examples(benchmark: Benchmark, learned: Sequence[str], per_task: int = 
 def scores_panel(explanation: Explanation) -> str:
     """A row per task: its score over a bar from the lowest to the highest; the task that was chosen is marked."""
     if not explanation.scores:
-        return "<p>This method answers without looking for the task: every question takes the same way.</p>"
+        return "<p>This method answers without looking for the task: every question takes the same path.</p>"
     frame = pd.DataFrame({"score": explanation.scores})
     table = frame.style.format("{:.2f}").format_index(escape="html")
     table = table.bar(color=COLOUR, align="left", vmin=frame["score"].min() - 0.01)  # a lone task has a bar, too
@@ -83,7 +83,7 @@ def experts_panel(explanation: Explanation, learned: Sequence[str]) -> str:
         return "<p>This checkpoint has no experts: plain LoRA, the same for every token.</p>"
     rows = {}
     for router in explanation.routers:
-        # by owner and number within the owner: the blocks may hold different experts, and later ones are out of reach
+        # by owner and number within the owner: blocks may hold different experts, and later ones are out of reach
         keys = [(owner, router.owners[:k].count(owner) + 1) for k, owner in enumerate(router.owners)]
         shares = [100 * weight for weight in router.weights]
         rows[f"block {router.block} {router.linear}".strip()] = dict(zip_longest(keys, shares, fillvalue=0.0))
@@ -93,7 +93,7 @@ def experts_panel(explanation: Explanation, learned: Sequence[str]) -> str:
     frame.columns = pd.MultiIndex.from_tuples([(names[owner], str(number)) for owner, number in frame])
     table = frame.style.format("{:.0f}", na_rep="").format_index(escape="html", axis=1)
     table = table.background_gradient("Blues", axis=None, vmin=0).highlight_null(props="background: none")
-    text = "Weight of each expert in percent, mean over the prompt's tokens. Experts of later tasks than the router's "
+    text = "Weight of each expert in percent, mean over the prompt's tokens. Experts of tasks after the router's "
     text += "are out of its reach; blank ones are not in the block."
     return f"<p>{text}</p><div class='wide'>" + table.to_html(table_attributes='class="experts"') + "</div>"
 

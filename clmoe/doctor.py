@@ -46,7 +46,7 @@ class Device:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown: each package is ours or of an extra that users install."""
+    """All findings, in the order in which they are shown; the packages are ours and those of extras for users."""
     gpus = devices()
     ours = [
         (extra, package)
@@ -66,7 +66,7 @@ def examine() -> list[Finding]:
 
 
 def report_text(findings: list[Finding]) -> str:
-    """One line per finding, what to do below it."""
+    """One line per finding, with what to do below it."""
     lines, wrap = [], partial(textwrap.wrap, width=100, break_on_hyphens=False)
     for finding in findings:
         lines += wrap(f"{finding.state:<9}{finding.name:<20}{finding.text}", subsequent_indent=" " * 29)
@@ -78,7 +78,7 @@ def report_text(findings: list[Finding]) -> str:
 
 
 def import_error(package: str) -> str | None:
-    """Why an installed package cannot be imported, None if it can."""
+    """Why an installed package cannot be imported; None if it can."""
     try:
         importlib.import_module(package.replace("-", "_"))
     except Exception as error:  # compiled code fails in many ways
@@ -111,7 +111,7 @@ def _package(extra: str, requirement: Requirement) -> Finding:
 
 
 def _versions(packages: dict[str, Finding]) -> Finding:
-    """What was tested of the packages on which results hang, and whether the installed ones lie within."""
+    """The tested versions of the packages on which results depend, and whether the installed ones lie within them."""
     low, high = tested("lowest"), tested("highest")
     beyond = []
     for name in TESTED:
@@ -122,7 +122,7 @@ def _versions(packages: dict[str, Finding]) -> Finding:
     if not beyond:
         return Finding("tested", "ok", text)
     fix = "they may work: bash scripts/test_versions.sh installed tries them, in a checkout"
-    return Finding("tested", "untested", f"{', '.join(beyond)}; tested are {text}", fix)
+    return Finding("tested", "untested", f"{', '.join(beyond)}; tested: {text}", fix)
 
 
 def _gpus(gpus: list[Device]) -> Iterator[Finding]:
@@ -155,13 +155,13 @@ def _usable(gpus: list[Device], packages: dict[str, Finding]) -> Iterator[Findin
 
 
 def _bases(packages: dict[str, Finding]) -> list[Finding]:
-    """The families whose processors can be imported, in one line; then each other one."""
+    """The families whose processors can be imported, in one line; then each of the others."""
     if packages["torch"].broken or packages["transformers"].broken:
         return []
     usable, others = list[str](), list[Finding]()
     for name, family in FAMILIES.items():
         if problem := import_error(f"transformers.models.{name}.processing_{name}"):
-            others.append(Finding(name, "missing", problem, "a newer transformers may do without"))
+            others.append(Finding(name, "missing", problem, "a newer transformers may not need it"))
         elif family.needs and (problem := import_error(family.needs)):
             others.append(Finding(name, "missing", problem, f"pip install {family.needs}"))
         else:

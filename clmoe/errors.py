@@ -9,7 +9,7 @@ class ClmoeError(Exception):
 
 
 class Interrupted(BaseException):
-    """The command was told to stop; what is finished is on disk, and the same command goes on from there.
+    """The command was told to stop; what is finished is on disk, and the same command continues from there.
 
-    No ``Exception``, so that nothing which handles failures takes it for one.
+    Not an ``Exception``, so that nothing that handles failures takes it for one.
     """

@@ -73,7 +73,7 @@ def run(
     settings: Mapping[str, Any] | Iterable[str] = (),
     restart: bool = False,
 ) -> Result:
-    """``clmoe run``: a method on the whole sequence of a benchmark, or on from where an earlier call stopped.
+    """``clmoe run``: a method on the whole sequence of a benchmark, continuing where an earlier call stopped.
 
     Args:
         method: a name in configs/methods, a YAML file, or a Python file that registers a method.
@@ -84,7 +84,7 @@ def run(
         data: the benchmark's data folder.
         deepspeed: ``zero2``, ``zero2_offload`` or a JSON file; needs the processes that a launcher starts.
         settings: configuration keys and values, ``{"training.steps": 20}`` or ``["training.steps=20"]``.
-        restart: delete an interrupted training and begin it anew; what is finished stays.
+        restart: delete an interrupted training and start it over; what is finished stays.
 
     Raises ClmoeError if the folder holds a run with other settings (they are named, nothing is touched), if files are
     missing or hold rows that cannot be used, and where training or evaluation does.
@@ -117,7 +117,7 @@ def check_output(output: Path, config: Config, benchmark: Benchmark, checkpoint:
 def chosen(
     method: str, benchmark: str, settings: list[str], *, order: str, base: str | None, data: Path | None
 ) -> tuple[Benchmark, Config, list[str]]:
-    """The benchmark, whose files need not be there, the method's configuration on it, and the order of its tasks.
+    """The benchmark, whose files need not exist, the method's configuration on it, and the order of its tasks.
 
     The configuration keeps to ``budget``.
     """
@@ -128,7 +128,7 @@ def chosen(
 
 
 def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
-    """``runs/<benchmark>/<method>[-<order>]-seed<seed>``; orders of the user's own get a number of their own."""
+    """``runs/<benchmark>/<method>[-<order>]-seed<seed>``; a user's own order gets a number of its own."""
     suffix = {"norm": ""}.get(order, f"-{order}" if order in ORDERS else f"-own{zlib.crc32(order.encode())}")
     return Path("runs") / benchmark / f"{Path(method).stem}{suffix}-seed{seed}"
 
@@ -136,7 +136,7 @@ def default_folder(benchmark: str, method: str, order: str, seed: int) -> Path:
 def _go_on(
     config: Config, benchmark: Benchmark, order: list[str], run: Path, deepspeed: Path | None, restart: bool
 ) -> list[Path]:
-    """Train and evaluate task after task on one base, which is loaded when it is first needed; the checkpoints."""
+    """Train and evaluate task after task on one base, loaded when it is first needed; returns the checkpoints."""
     method = method_class(config.method)(config)
     trained = {"none": [], "union": [UNION]}.get(method.chain, order)
     steps = list(zip(checkpoint_folders(run, trained), trained, strict=True))
@@ -167,7 +167,7 @@ def _go_on(
 
 
 def _check_rows(config: Config, benchmark: Benchmark, names: list[str]) -> None:
-    """Read all rows and the images' headers, so that bad ones, all listed, stop the sequence before its first step."""
+    """Read all rows and the images' headers, so that bad ones stop the sequence, all listed, before its first step."""
     fits, on_bad, bad, images = answers_fit(config), config.training.on_bad_record, list[ClmoeError](), set[Path]()
     if config.training.asd_texts:
         read_texts(Path(config.training.asd_texts))
@@ -190,7 +190,7 @@ def _check_rows(config: Config, benchmark: Benchmark, names: list[str]) -> None:
 def _settings(config: Config, benchmark: Benchmark, order: list[str], run: Path, anew: bool) -> dict[str, Any]:
     """All that decides the run's files.
 
-    Raises ClmoeError if the folder holds another run's; it may become longer, or begin ``anew``.
+    Raises ClmoeError if the folder holds those of another run; a run may become longer, or begin ``anew``.
     """
     values = lasting(config)
     del values["evaluation"]["batch_size"]

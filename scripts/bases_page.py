@@ -1,6 +1,6 @@
 """Write the table of docs/bases.md: ``python scripts/bases_page.py`` runs the contract of every family of bases.
 
-A cell is the number of checks of its column that passed, of all; one that fails or is skipped is named too. Every
+A cell says how many checks of its column passed, out of how many; one that fails or is skipped is named too. Every
 method and every locator is tried on every family, which takes minutes.
 """
 
@@ -33,7 +33,7 @@ COLUMNS = {
     "compile": ("an_adapted_ffn",),
     "checkpointing": ("recomputed_activations",),
 }
-"""Beginnings of the tests' names."""
+"""How the tests' names begin."""
 
 
 def outcomes(suite: Path) -> dict[tuple[str, str], list[str]]:

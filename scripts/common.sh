@@ -1,13 +1,13 @@
-# Sourced by the other scripts: Python environment, threads, and how processes are started. Paths that users give count
-# from the folder in which they call a script.
+# Sourced by the other scripts: Python environment, threads, and how processes are started. Paths that users give are
+# relative to the folder in which they call a script.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -x "$ROOT/.venv/bin/clmoe" ]; then PATH="$ROOT/.venv/bin:$PATH"; fi
-# Sums are split over threads, so equal bytes need an equal number of them.
+# Sums are split over threads, so equal bytes need the same number of threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export TOKENIZERS_PARALLELISM=false
 
-# Processes per machine and what starts them; see docs/multi-gpu.md.
+# Processes per machine, and what starts them; see docs/multi-gpu.md.
 VISIBLE=$(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES:-}" | grep -c . || true)
 if [ -z "${GPUS:-}" ]; then
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -21,7 +21,7 @@ if [ "$VISIBLE" -gt 0 ] && [ "$GPUS" -gt "$VISIBLE" ]; then
   echo "GPUS=$GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names $VISIBLE" >&2
   exit 2
 fi
-# Several machines that start the same script each (NODES, NODE_RANK 0 to NODES - 1, MASTER_ADDR, MASTER_PORT).
+# Several machines, each starting the same script (NODES, NODE_RANK 0 to NODES - 1, MASTER_ADDR, MASTER_PORT).
 NODES=${NODES:-1}
 if [ "$NODES" -gt 1 ]; then
   for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
@@ -38,7 +38,7 @@ if [ "$LAUNCHER" = deepspeed ]; then DEEPSPEED=${DEEPSPEED:-zero2}; fi
 # Variables that processes on other machines need; DeepSpeed passes on few besides those in DS_ENV_FILE.
 HANDED_OVER='^(CLMOE_[A-Z_]+|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|WANDB_MODE)='
 
-# run COMMAND ...: the command, or with DRY_RUN=1 its line alone.
+# run COMMAND ...: run the command, or with DRY_RUN=1 only print its line.
 run() {
   local word shown=()
   if [ -z "${DRY_RUN:-}" ]; then
@@ -89,10 +89,10 @@ launch() {
   run "${line[@]}" "$@"
 }
 
-# How many cores there are. nproc itself answers with OMP_NUM_THREADS, where that is set.
+# How many cores there are. nproc itself answers with OMP_NUM_THREADS if that is set.
 cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
 
-# A free port: two runs on one machine must not meet on the launcher's default.
+# A free port: two runs on one machine must not collide on the launcher's default.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 # setup EXTRAS [VENV] [CONSTRAINTS]: make .venv and install the pinned packages, once per state of pyproject.toml and
@@ -115,7 +115,7 @@ setup() {
     echo "clmoe needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=/path/to/python)" >&2
     exit 2
   fi
-  echo "Installing into ${venv#"$ROOT/"} ($("$python" --version)): two minutes, 2 GB, with CUDA more."
+  echo "Installing into ${venv#"$ROOT/"} ($("$python" --version)): two minutes, 2 GB, more with CUDA."
   echo "Log: $log"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} $torch &&
@@ -130,7 +130,7 @@ setup() {
   echo "Installed in $(($(date +%s) - start)) s."
 }
 
-# packages ARGUMENTS: pip install's, through uv where it is present; quiet but for the log.
+# packages ARGUMENTS: pip install with these, through uv if there is one; all output goes to the log.
 packages() {
   if command -v uv >/dev/null; then
     uv pip install --python "$venv/bin/python" --compile-bytecode --constraint "$constraints" ${PIP_NO_INDEX:+--no-index} \

@@ -3,8 +3,8 @@
     python scripts/grid.py GRID [--benchmark B] [--seeds 0,1,2] [--jobs N] [--only LABEL,LABEL] [--list] [key=value ...]
                            [--tuned FOLDER]
 
-A run is the folder OUT/LABEL-seedK, shared by all grids with that row; its output goes to OUT/logs. Give the same line
-again after any stop: finished runs are skipped, unfinished ones go on. After a failure nothing new starts.
+A run is the folder OUT/LABEL-seedK, shared by all grids with that row; its output goes to OUT/logs. Run the same line
+again after any stop: finished runs are skipped, unfinished ones continue. After a failure nothing new starts.
 --list prints what is left and about how many hours it takes.
 """
 
@@ -41,7 +41,7 @@ START = 4700
 def rounds_per_second(jobs: int, seconds: float = 1.0) -> float:
     """How fast one of ``jobs`` processes is: rounds of the small model's matrix products and activations, measured.
 
-    It counts each thread's own CPU time, since the benchmark may be drawn meanwhile.
+    It counts each thread's own CPU time, since the benchmark may be drawn at the same time.
     """
     x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((1600, 128), (128, 344)))
 
@@ -59,7 +59,7 @@ def rounds_per_second(jobs: int, seconds: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; configs/grids.yaml explains the fields."""
+    """One variant; configs/grids.yaml explains its fields."""
 
     label: str
     method: str = ""
@@ -98,7 +98,7 @@ class Grid:
             self._match([f"budget.{key}={value}" for key, value in budget.items()], grid.get("set", {}))
 
     def _match(self, budget: list[str], own: dict[str, list[str]]) -> None:
-        """Give all rows, under labels of their own, the grid's budget and what it says of a row."""
+        """Give all rows, under their own labels, the grid's budget and what it says about a row."""
         end = f"_{self.args.grid}"
         if evaluated := [row.label for row in self.chosen if row.of]:
             raise ClmoeError(
@@ -126,13 +126,13 @@ class Grid:
         return [[*CLMOE, "run", row.method or row.label, args.benchmark, *where, label, *self.settings(row)]]
 
     def settings(self, row: Row) -> list[str]:
-        """Of a row that trains: its own, what was chosen for its method, and those of the command line."""
+        """Settings of a row that trains: its own, what was chosen for its method, and those of the command line."""
         method, folder = row.method or row.label, self.args.tuned
         tuned = [f"tuned={folder / f'{Path(method).stem}.json'}"] if folder and load_config(method, {}, []).tune else []
         return [*row.set, *tuned, *self.args.overrides]
 
     def todo(self, row: Row, seed: int) -> tuple[list[list[str]], Path]:
-        """The commands that have not ended well yet, all of them where the run folder is gone; and the run's log."""
+        """The commands that have not succeeded yet (all of them if the run folder is gone), and the run's log."""
         name = f"{row.label}-seed{seed}"
         log = self.out / "logs" / f"{name}.log"
         ended = log.read_text(errors="replace").splitlines() if log.exists() and (self.out / name).exists() else []
@@ -161,10 +161,10 @@ class Grid:
             print(f"{log.stem}: finished", flush=True)
 
     def hours(self) -> dict[str, float]:
-        """By row that trains, about how long a run takes: its other runs, or else the cost of its method or of lora.
+        """By row that trains, about how long a run takes, from its other runs or the cost of its method or of lora.
 
-        Costs were measured in rounds of a calibration, which tells how fast this machine is. A row's differs from its
-        method's as the FLOPs of their plans do; once rows have finished, all estimates are scaled by what they took.
+        Costs were measured in rounds of a calibration, which tells how fast this machine is. A row's cost differs from
+        its method's as the FLOPs of their plans do; once rows have finished, their times scale all estimates.
         """
         rate, known = rounds_per_second(self.args.jobs), yaml.safe_load(COSTS.read_text(encoding="utf-8"))["cost"]
         guessed, took = {}, dict[str, float]()
@@ -217,7 +217,7 @@ class Grid:
 
     def stop(self, *unused: object) -> None:
         """Pass SIGTERM on: every run saves its state and stops."""
-        self.stopped, self.code = "interrupted; the same line goes on from there", EXIT_CODE
+        self.stopped, self.code = "interrupted; the same line continues from there", EXIT_CODE
         for child in list(self.children):
             os.killpg(child.pid, signal.SIGTERM)
 
@@ -229,9 +229,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), metavar="K,K")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[], metavar="LABEL,LABEL", help="these rows"
+        "--only", type=lambda text: text.split(","), default=[], metavar="LABEL,LABEL", help="run only these rows"
     )
-    parser.add_argument("--order", default="norm", help="of the tasks, for rows that name none")
+    parser.add_argument("--order", default="norm", help="order of the tasks, for rows that name none")
     parser.add_argument("--out", type=Path, help="default: runs/grid/BENCHMARK")
     for name in ("--base", "--data"):
         parser.add_argument(name, help="as for clmoe run")
@@ -242,7 +242,7 @@ def main() -> int:
     grid = Grid(args := parser.parse_intermixed_args())
     if args.seeds:
         grid.seeds = dict.fromkeys(grid.seeds, args.seeds)
-    # seed by seed; within a seed cheapest first, and last what waits for another row
+    # seed by seed; within a seed, cheapest first, and what waits for another row last
     jobs = [(row, seed) for seed in dict.fromkeys(seed for seeds in grid.seeds.values() for seed in seeds)
             for row in sorted(grid.chosen, key=lambda row: bool(row.of))
             if seed in grid.seeds[row.label][: 1 if row.once else None]]  # fmt: skip
@@ -262,7 +262,7 @@ def main() -> int:
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """End the script with its code; an error of the user's is one line."""
+    """End the script with its code; an error that the user can fix is one line."""
     try:
         sys.exit(main())
     except ClmoeError as error:

@@ -109,7 +109,7 @@ def row(setup: str, model: str, name: str) -> str:
 def planned(
     name: str, model: str, settings: list[str], size: str, gpus: int, deepspeed: str | None
 ) -> tuple[dict[str, Any], str]:
-    """``make_plan``'s figures with what ``--fit`` chooses, and that in short."""
+    """``make_plan``'s figures with what ``--fit`` chooses, and that choice in short."""
     benchmark = load_benchmark("coin", check_files=False)
     config = load_config(name, benchmark.recipe, settings, model)
     found = fit(config, settings, card(size), gpus, deepspeed)

@@ -3,7 +3,7 @@
     python scripts/quickstart.py [--full] [--seed K] [--jobs N] [--out FOLDER] [--steps N] [--limit N]
 
 Four tasks of the embedded benchmark with a short schedule; with --full all eight, all methods, and the full schedule.
-The runs are scripts/grid.py's: the same line again skips what is finished and goes on with what is not.
+The runs are scripts/grid.py's: the same line again skips what is finished and continues what is not.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Forecast:
     """How long runs take: from a calibration, and once a run has finished a task, from that run itself.
 
     Attributes:
-        rate: measures, once, the rounds per second of a core; not called where every run is finished.
+        rate: measures, once, the rounds per second of a core; not called if every run is finished.
         cost: by row, the rounds of a training step with its share of all that a task needs besides.
         tasks, steps: tasks of a run, training steps of a task.
         jobs, cores: runs side by side, and the cores that they share.
@@ -59,7 +59,7 @@ class Forecast:
         return (START + self.tasks * self.steps * self.cost[label]) / self.rate()
 
     def left(self, label: str, before: int, done: int, since: float, elapsed: float) -> float:
-        """Seconds of a core that a run still takes, which has had ``elapsed`` of them.
+        """Seconds of a core that a run still takes after ``elapsed`` of them.
 
         It began with ``before`` finished tasks and had ``since`` seconds when it had finished ``done`` more.
         """
@@ -73,7 +73,7 @@ class Forecast:
 
 
 class Runs(grid.Grid):
-    """A grid whose runs tell how far they are. The longest go first and are served first, so none ends last alone."""
+    """A grid whose runs tell how far they are. The longest start first and have priority, so none ends last alone."""
 
     def __init__(self, args: argparse.Namespace, forecast: Forecast) -> None:
         super().__init__(args)
@@ -93,7 +93,7 @@ class Runs(grid.Grid):
         return child
 
     def state(self) -> tuple[float, str]:
-        """Seconds left of all runs, and the tasks that those under way are at."""
+        """Seconds left for all runs, and the tasks that those under way have reached."""
         left, at = [], []
         for label, (process, began) in dict(self.processes).items():
             if (used := core_seconds(process)) is None:
@@ -113,7 +113,7 @@ class Runs(grid.Grid):
 
 
 def core_seconds(process: int) -> float | None:
-    """What a process has had of a core so far; None once it has ended."""
+    """Seconds of a core that a process has had so far; None once it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -184,8 +184,8 @@ def main() -> int:
     seconds = forecast.together([], runs.waiting)
     print(f"{', '.join(row.label for row in runs.chosen)} on {tasks} tasks of {BENCHMARK}: {order}")
     print(f"{steps} steps a task, {own.jobs} methods at a time.", end=" ")
-    print(f"About {minutes(seconds)}, as measured on this machine." if runs.waiting else "All is finished.", flush=True)
-    # what the frozen base makes of images and questions is computed once for all methods
+    print(f"About {minutes(seconds)}, as measured on this machine." if runs.waiting else "All finished.", flush=True)
+    # the frozen base's work on images and questions is done once for all methods
     shared = {"CLMOE_VISION": str(out / "vision"), "CLMOE_FEATURES": str(out / "features")}
     os.environ |= shared | {"CLMOE_PROGRESS": "0"}
     runs.run_all([(row, own.seed) for row in runs.chosen], partial(follow, runs))

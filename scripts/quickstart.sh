@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a table and a page: set up an environment, train lora, clmoe and llava_cmoe on four tasks of the embedded
-# benchmark with a short schedule, and report. Run it again and everything that is finished is skipped.
+# From nothing to a table and a page: set up an environment, train lora, clmoe and llava_cmoe on four tasks of the
+# embedded benchmark with a short schedule, and report. If you run it again, everything that is finished is skipped.
 #
 #   bash scripts/quickstart.sh [--full]      --full: all methods, eight tasks, the schedule of docs/results.md
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaVA-1.5 at its true width with one or two of its layers and random weights, on a CPU with 8 GiB free: what a step
 # holds in memory against the plan, then two tasks of each method from end to end (train, seal, continue, grow, locate,
-# evaluate), without and with activation checkpointing. Given again, it goes on where it was stopped.
+# evaluate), without and with activation checkpointing. If you run it again, it continues where it was stopped.
 #
 #   bash scripts/rehearse.sh [METHOD ...]    (MODEL=llava-1.5-13b: that width alone; DTYPE=float32; OUT=runs/rehearsal)
 set -euo pipefail

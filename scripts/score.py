@@ -26,7 +26,7 @@ DIVIDED_BY_QUESTIONS = ("option_letter",)
 
 
 class FileScore(NamedTuple):
-    """Score in percent, and the number of samples that it claims to cover."""
+    """The score in percent, and the number of samples that it claims to cover."""
 
     percent: float
     samples: int

@@ -7,7 +7,7 @@
 # folder), DATA (the benchmark's files), GPUS (all), LAUNCHER (python, torchrun, deepspeed), DEEPSPEED (zero2,
 # zero2_offload or a JSON file), HOSTFILE, NODES; DRY_RUN=1 prints the commands instead of running them. A method's own
 # script takes METHOD, another configuration of it (configs/methods, or a YAML file). Run the same line again after any
-# interruption, with as many GPUs as there are then.
+# interruption, with however many GPUs there are then.
 source "$(dirname "$0")/common.sh"
 if [ $# -lt 2 ]; then
   echo "usage: bash $0 BENCHMARK METHOD [key=value ...]" >&2

@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh [--all] [pytest arguments]
 #
-# Without --all: lint, types and the fast tests, in minutes; line coverage of the package is at least 85 %. With --all: every
-# test, coverage at least 95 %, and the site of the documentation. Arguments replace the choice of tests.
+# Without --all: lint, types and the fast tests, in minutes; line coverage of the package must be at least 85 %. With
+# --all: every test, coverage at least 95 %, and the documentation's site. Arguments replace the choice of tests.
 source "$(dirname "$0")/common.sh"
 setup dev
 cd "$ROOT"
@@ -27,7 +27,7 @@ tests() {
 }
 failed=0
 tests "${chosen[@]}" "${coverage[@]}" "$@"
-# Nearly all of their lines are those of the fast ones, and tracing took two of them 60 % more CPU time.
+# Nearly all of their lines are those of the fast ones, and tracing cost two of them 60 % more CPU time.
 if [ ${#unmeasured[@]} -gt 0 ]; then tests "${unmeasured[@]}"; fi
 wait "$types" || { cat .venv/types.log && failed=1; }
 exit "$failed"

@@ -4,9 +4,9 @@
 #
 #   bash scripts/test_versions.sh lowest|highest|installed [--install | pytest arguments]
 #
-# The first two sets are in configs/versions. Each is installed once, under ENVIRONMENTS (~/.cache/clmoe); PyPI has these
-# torches with CUDA only: 6 GB. TORCH_INDEX_URL and PYTHON choose as for the other scripts. `installed` takes what is there.
-# With --install nothing is tested. Exit code 3: the set cannot be installed here.
+# The first two sets are in configs/versions. Each is installed once, under ENVIRONMENTS (~/.cache/clmoe); PyPI has
+# these torches only with CUDA: 6 GB. TORCH_INDEX_URL and PYTHON work as for the other scripts. `installed` uses what is
+# there. With --install, nothing is tested. Exit code 3: the set cannot be installed here.
 source "$(dirname "$0")/common.sh"
 name=${1:-}
 case $name in
@@ -30,11 +30,11 @@ esac
 shift
 if [ "${1:-}" = --install ]; then exit; fi
 cd "$ROOT"
-export PYTHONPATH="$ROOT" # an environment that is kept was made from another checkout, perhaps
-# Code 3 is pytest's for an internal error, too.
+export PYTHONPATH="$ROOT" # an environment that is kept may have been made from another checkout
+# Code 3 is also pytest's for an internal error.
 suite() { python -m pytest -n "$(($(cores) + 1))" --maxprocesses 8 --dist worksteal "$@" || exit 1; }
 suite -m "not slow" tests/experts tests/methods/test_contract.py tests/train tests/bases tests/convert \
   tests/data/test_formats.py tests/data/test_prompts.py tests/test_export.py "$@"
-# What is slow but differs between versions; of the families one method, and that a killed training goes on.
+# What is slow but differs between versions; for the families, one method, and that a killed training continues.
 suite -m slow -k "not inductor and not finds_the_tasks and not adapted_ffn and (clmoe or not two_tasks)" \
   tests/experts/test_compile.py tests/test_export.py tests/bases/test_families.py "$@"

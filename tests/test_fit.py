@@ -104,6 +104,7 @@ def test_what_the_user_sets_stays(tiny_folder: Path) -> None:
     fixed = [*given, "model.dtype=float32"]
     found = fit(config, fixed, of_size(1))
     assert found.settings == [] and not found.fits
+    assert ": does not fit, and no setting is left to change (planned peak" in found.line
     with pytest.raises(ClmoeError, match="--fit"):
         fit(load_config("zero_shot", {}, [], str(tiny_folder)), [], of_size(1))
 

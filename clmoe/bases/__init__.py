@@ -1,1 +1,1 @@
-"""The base models: what is particular to LLaVA-1.5, its inputs, and kept vision features."""
+"""The base models: what is specific to a family of them, its inputs, and cached vision features."""

@@ -1,8 +1,8 @@
-"""Inputs of the bases that bring a processor: its chat template, its image inputs, and labels for the answers alone.
+"""Inputs of the bases that come with a processor: its chat template, its image inputs, and labels for answers alone.
 
-The rendered conversation is tokenised once, by the processor, which puts an image's tokens in the place of its mark.
-Labels follow from the tokens' character offsets. An image lies before every answer, so that its tokens move all answers
-by the same number of characters, and the last end of a turn tells by how many.
+The rendered conversation is tokenised once, by the processor, which replaces an image's mark with its tokens. Labels
+follow from the tokens' character offsets. An image comes before every answer, so its tokens move all answers by the
+same number of characters, and the last end of a turn shows by how many.
 """
 
 import re
@@ -33,7 +33,7 @@ OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "labels", TOKEN_TYPE
 
 
 class _ImagesOnly:
-    """A processor without its part for videos, which no record holds, and which alone would need torchvision."""
+    """A processor without its part for videos: no record holds them, and only that part would need torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -41,7 +41,7 @@ class _ImagesOnly:
 
 
 def open_processor(folder: str, config: PretrainedConfig, **cached: Any) -> ProcessorMixin:
-    """A folder's processor; images go through Pillow, so that the machine does not decide their pixels."""
+    """A folder's processor; images go through Pillow, so that their pixels do not depend on the machine."""
     kind: Any = PROCESSOR_MAPPING[type(config)]
     if "video_processor" not in kind.get_attributes():
         return kind.from_pretrained(folder, **WITH_PILLOW, **cached)
@@ -60,7 +60,7 @@ class Chat:
 
     Attributes:
         template: the chat template, in Jinja.
-        end: the token that ends an answer: the template's, or the tokenizer's where the template writes none
+        end: the token that ends an answer: the template's, or the tokenizer's if the template writes none
             (``appended``).
     """
 
@@ -73,7 +73,7 @@ class Chat:
 
     @classmethod
     def open(cls, processor: ProcessorMixin, family: Family) -> "Chat":
-        """Raises ValueError: no template, an unknown input, or a template that labels cannot be read from."""
+        """Raises ValueError for no template, an unknown input, or a template that labels cannot be read from."""
         template = family.template or processor.chat_template or processor.tokenizer.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if not template:
@@ -105,14 +105,14 @@ class Chat:
         return re.compile("|".join(map(re.escape, reversed(words))))
 
     def made_by(self) -> list[str]:
-        """What decides the inputs of a record, for names of kept results."""
+        """What decides the inputs of a record, for the names of cached results."""
         return [self.tokenizer.backend_tokenizer.to_str(), self.processor.to_json_string(), self.template]
 
     # ---- Items
 
     def train_item(self, record: TrainRecord, image: Image.Image | None, max_length: int) -> TrainItem:
-        """A record, cut off on the right at ``max_length`` tokens. Raises ClmoeError naming it, also if that leaves
-        no answer token."""
+        """A record, cut off on the right at ``max_length`` tokens. Raises ClmoeError naming it, also if no answer token
+        is left."""
         if record.masked:
             ids = torch.tensor([self.end_id])
             return TrainItem(ids, None, torch.full_like(ids, IGNORE))
@@ -125,7 +125,7 @@ class Chat:
         return TrainItem(found["input_ids"][0, :max_length], None, torch.tensor(labels[:max_length]), extra=extra)
 
     def prompt_item(self, question: str, image: Image.Image | None) -> PromptItem:
-        """A question up to where the answer begins, never cut off. Raises ClmoeError as ``train_item``."""
+        """A question up to where the answer begins, never cut off. Raises ClmoeError like ``train_item``."""
         where = f"question {question[:60]!r}"
         found = self._encode(self.render([Turn(question, "")], image is not None, where, ask=True)[0], image, where)
         if self.family.typed_answers:
@@ -133,7 +133,7 @@ class Chat:
         return PromptItem(found["input_ids"][0], None, extra=self._extra(found))
 
     def answer_tokens(self, record: TrainRecord, image_root: Path, max_length: int) -> tuple[int, int]:
-        """Answer tokens of a record within ``max_length`` tokens, and beyond; an image's content does not matter."""
+        """A record's answer tokens within ``max_length`` tokens, and beyond; an image's content does not matter."""
         where = f"record {record.id!r}"
         size = None if record.image is None else images.size_of(image_root / record.image)
         text, _ = self.render(record.turns, size is not None, where)
@@ -154,7 +154,7 @@ class Chat:
     # ---- Text
 
     def render(self, turns: Sequence[Turn], has_image: bool, where: str, ask: bool = False) -> tuple[str, Spans]:
-        """The conversation, and the characters of each answer with its end; ``ask``: the first question alone."""
+        """The conversation, and the characters of each answer with its end; with ``ask``, the first question alone."""
         messages: list[dict[str, Any]] = []
         prompts = []
         for number, turn in enumerate(turns):
@@ -181,7 +181,7 @@ class Chat:
     # ---- Tokens
 
     def _encode(self, text: str, image: Image.Image | None, where: str) -> dict[str, Tensor]:
-        """What processor or tokenizer make of one text, with a first dimension of 1, and its ``offset_mapping``."""
+        """What the processor or tokenizer makes of one text, with a first dimension of 1 and its ``offset_mapping``."""
         begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         how = {"add_special_tokens": not begun, "return_offsets_mapping": True, "return_tensors": "pt"}
         try:
@@ -194,13 +194,13 @@ class Chat:
     def _labelled(
         self, turns: Sequence[Turn], image: Image.Image | None, where: str
     ) -> tuple[dict[str, Tensor], list[int]]:
-        """What ``_encode`` gives of a conversation, and a label for each token."""
+        """What ``_encode`` gives for a conversation, and a label for each token."""
         text, spans = self.render(turns, image is not None, where)
         found = self._encode(text, image, where)
         ids, offsets = found["input_ids"][0].tolist(), found["offset_mapping"][0].tolist()
         ends = [place for place, token in enumerate(ids) if token == self.end_id]
         if len(ends) != text.count(self.end):
-            raise ClmoeError(f"{where}: {len(ends)} tokens {self.end}, the text has {text.count(self.end)}")
+            raise ClmoeError(f"{where}: {len(ends)} tokens {self.end}, but the text has {text.count(self.end)}")
         moved = offsets[ends[-1]][0] - text.rindex(self.end)
         spans = [(start + moved, stop + moved) for start, stop in spans]
         labels = answer_labels(ids, [(left, right) for left, right in offsets], spans, self.end_id, where)
@@ -210,12 +210,12 @@ class Chat:
         return found, labels
 
     def _extra(self, found: dict[str, Tensor], max_length: int | None = None) -> dict[str, Tensor]:
-        """The model's other inputs: ``[T]`` int64 by token, and as the processor made them for an image."""
+        """The model's other inputs: ``[T]`` int64 by token, or as the processor made them for an image."""
         wanted = {name: found[name] for name in ("pixel_values", *self.family.inputs) if name in found}
         return {name: value[0, :max_length] if name.endswith(TOKEN_TYPES) else value for name, value in wanted.items()}
 
     def _check(self) -> None:
-        """Raise ClmoeError or ValueError unless the tokens of a probe are what this class takes them for."""
+        """Raise ClmoeError or ValueError unless the tokens of a probe are what this class expects."""
         blank = Image.new("RGB", (SIDE, SIDE))
         found, labels = self._labelled([PROBE], blank, "a probe")
         prompt = self.prompt_item(PROBE.question, blank).input_ids.tolist()

@@ -1,7 +1,7 @@
 """The families of bases: for each ``model_type`` of transformers, where its parts are and what its processor makes.
 
-docs/add-a-base.md adds a row. Nothing else in the package is particular to a family but LLaVA-1.5, which keeps the
-prompt of its paper (``vicuna_v1``), shared prefixes, and cached vision features.
+docs/add-a-base.md shows how to add a row. Nothing else in the package is specific to a family, except that LLaVA-1.5
+keeps the prompt of its paper (``vicuna_v1``), shared prefixes, and cached vision features.
 """
 
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 DECODER = "language_model"
 PROJECTOR = "multi_modal_projector"
 MASKED = {"token_type_ids", "image_grid_thw"}
-"""Inputs with which a right-padded batch needs its attention mask: token types make attention bidirectional, and from
-an image's own positions old versions of transformers guess packed sequences."""
+"""Inputs with which a right-padded batch needs its attention mask: token types make attention bidirectional, and old
+versions of transformers take an image's own positions for packed sequences."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Family:
     Attributes:
         decoder: what holds the decoder's ``layers``.
         vision: the image encoder.
-        projector: what maps its features to token embeddings; of a list of modules, each one.
+        projector: what maps its features to token embeddings; each one of a list of modules.
         inputs: what the processor makes for the model besides ``input_ids``, ``attention_mask`` and ``pixel_values``.
         vicuna: the prompt is LLaVA-1.5's own, and images are padded to a square as there.
-        template: a chat template in Jinja, in the place of the processor's.
+        template: a chat template in Jinja that replaces the processor's.
         tail: what the processor puts after every text with an image.
         typed_answers: ``token_type_ids`` are 1 from the first answer on (attention is bidirectional before it).
-        needs: a package that the processor asks for, besides those of clmoe.
-        assumed: where there is no processor to ask, tokens, patches and tiles of an image of 640 x 480 pixels, as
+        needs: a package that the processor needs besides those of clmoe.
+        assumed: if there is no processor to ask, the tokens, patches and tiles of an image of 640 x 480 pixels, as
             transformers' processor makes them with the published models' settings.
     """
 
@@ -56,7 +56,7 @@ _IDEFICS = Family(
     inputs=("pixel_attention_mask",),
     assumed=(2197, 8788, 13),
 )
-# As transformers' conversion script writes it; the hub's file ends its prompt in another way than it begins an answer.
+# As transformers' conversion script writes it; the hub's file ends its prompt differently than it begins an answer.
 _ONEVISION = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else "
     "c.text }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -79,7 +79,9 @@ LLAVA = FAMILIES["llava"]
 def family_of(model_type: object) -> Family:
     """Raises ValueError for a ``model_type`` that has no row."""
     if model_type not in FAMILIES:
-        convert = "; clmoe convert makes a llava of it" if model_type in ("llava_llama", "llama") else ""
+        convert = "; clmoe convert turns it into a llava" if model_type in ("llava_llama", "llama") else ""
         known = f"clmoe knows {', '.join(FAMILIES)}"
-        raise ValueError(f"model_type {model_type!r} in its config.json: {known}; docs/add-a-base.md adds one{convert}")
+        raise ValueError(
+            f"model_type {model_type!r} in its config.json: {known}; docs/add-a-base.md shows how to add one{convert}"
+        )
     return FAMILIES[str(model_type)]

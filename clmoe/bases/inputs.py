@@ -1,7 +1,7 @@
-"""Batches on a base's device, and what the prompts of one image have in common, read once.
+"""Batches on a base's device, and what the prompts of one image share, which is read once.
 
-LLaVA's prompt puts system sentence and image first, so under causal attention the states of these tokens do not depend
-on the question. Letters: B rows, G groups of rows with a common prefix, P and S tokens of the longest prefix and rest.
+LLaVA's prompt puts the system sentence and image first, so under causal attention their states do not depend on the
+question. Notation: B rows, G groups of rows with a common prefix, P and S tokens of the longest prefix and rest.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -27,7 +27,7 @@ R = TypeVar("R")
 Compute = Callable[[dict[str, Tensor]], R]
 
 WORTHWHILE = 0.75
-"""Prefixes are shared if this reads at most this share of the tokens that whole prompts would take."""
+"""Prefixes are shared if that reads at most this share of the tokens of whole prompts."""
 
 
 def train_dataset(
@@ -37,7 +37,7 @@ def train_dataset(
     max_length: int,
     rows: Iterable[int] | None = None,
 ) -> TrainDataset:
-    """Records as training items for this base; all processes must call it. Only ``rows`` (all) are going to be read."""
+    """Records as training items for this base; all processes must call it. Only ``rows`` (default all) will be read."""
     read = records if rows is None else (records[row] for row in rows)
     _fill_cache(base, (record.image for record in read), image_root)
     return TrainDataset(records, image_root, base.encoder, max_length)
@@ -51,7 +51,7 @@ def prompt_dataset(base: LoadedBase, questions: Sequence[Question], image_root: 
 
 @dataclass(frozen=True)
 class AnswersFit:
-    """How many answer tokens of a record ``max_length`` tokens hold; see ``clmoe.data.records.Fits``."""
+    """How many of a record's answer tokens ``max_length`` tokens hold; see ``clmoe.data.records.Fits``."""
 
     encoder: LoadedBase
     max_length: int
@@ -68,7 +68,7 @@ class AnswersFit:
 
 
 def answer_letters(base: LoadedBase, count: int) -> dict[str, int]:
-    """The first ``count`` letters, then digits, that are one token as an answer of this base, each with this token.
+    """The first ``count`` letters, then digits, that are a single token as an answer of this base, with that token.
 
     Raises ClmoeError if there are fewer.
     """
@@ -79,7 +79,7 @@ def answer_letters(base: LoadedBase, count: int) -> dict[str, int]:
         if len(tokens) == 2 and len(found) < count:  # the other one ends the answer
             found[letter] = tokens[0]
     if len(found) < count:
-        raise ClmoeError(f"tokenizer: {count} tasks need as many letters of one token, it has {len(found)}")
+        raise ClmoeError(f"tokenizer: {count} tasks need as many single-token letters, but it has {len(found)}")
     return found
 
 
@@ -97,7 +97,7 @@ def to_device(batch: dict[str, Tensor], base: LoadedBase) -> dict[str, Tensor]:
 def positions(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
     """Positions of left-padded prompts that skip padding, so that a padded row is computed like a lone one.
 
-    ``[B, T]`` int64 for a ``mask [B, T]``; ``[3, B, T]`` where the family has its own for the tokens of an image
+    ``[B, T]`` int64 for a ``mask [B, T]``; ``[3, B, T]`` if the family has its own for the tokens of an image
     (Qwen2-VL, arXiv 2409.12191, section 2.1).
     """
     if "image_grid_thw" not in inputs:
@@ -109,7 +109,7 @@ def positions(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor) -
 
 
 def over_train_batches(base: LoadedBase, dataset: TrainDataset, size: int, compute: Compute[R]) -> list[R]:
-    """``compute`` of right-padded batches of whole records, in order; the processes share the work."""
+    """Apply ``compute`` to right-padded batches of whole records, in order; the processes share the work."""
 
     def one(start: int) -> R:
         items = dataset.__getitems__(range(start, min(start + size, len(dataset))))
@@ -144,7 +144,7 @@ class SharedPrompts:
 
 
 def image_order(images: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[int]:
-    """An order of rows in which those of one image are neighbours.
+    """An order of rows that puts those of one image side by side.
 
     Images come by first appearance or, with ``lengths``, all by length (an image by its longest row), None last.
     """
@@ -163,8 +163,8 @@ def prompt_inputs(
 ) -> dict[str, Tensor] | SharedPrompts:
     """A batch on the base's device; LLaVA-1.5's is split into common prefixes and rests unless that would save little.
 
-    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: another one
-    changes its states. It ends before the first token that differs; a lone row is cut after its image.
+    Rows share a prefix if they hold the same ``pixel_values`` tensor (or none) and have equal ``routes``: another
+    route changes its states. It ends before the first token that differs; a lone row is cut after its image.
     """
     pad = base.tokenizer.pad_token_id
     if not base.family.vicuna:
@@ -180,7 +180,7 @@ def prompt_inputs(
         most = min(map(len, ids)) - 1  # every row keeps at least one token to itself
         same = torch.stack([whole[:most] == ids[0][:most] for whole in ids]).all(0)
         length = int(same.cumprod(0).sum())
-        if len(rows) == 1:  # cut a text without image anywhere
+        if len(rows) == 1:  # a text without an image is cut anywhere
             image_at = (ids[0] == image_token).nonzero()
             length = int(image_at[-1]) + 1 if len(image_at) else len(ids[0]) // 2
         prefixes.append(PromptItem(ids[0][:length], items[rows[0]].pixel_values))

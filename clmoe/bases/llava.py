@@ -1,4 +1,4 @@
-"""Bases, transformers' own classes: loading, identity, inputs, and the names of their parts.
+"""Bases, which are transformers' own classes: loading, identity, inputs, and the names of their parts.
 
 Everything else takes a base as a ``PreTrainedModel`` and finds its parts through the functions here.
 """
@@ -54,7 +54,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def projector_names(base: "LoadedBase") -> list[str]:
-    """Modules, below ``model``, that map the image encoder's features to token embeddings; lists are taken apart."""
+    """Modules below ``model`` that map the image encoder's features to token embeddings; lists are taken apart."""
     parts = {name: base.model.get_submodule(f"model.{name}") for name in base.family.projector}
     found = (
         [f"{name}.{i}" for i in range(len(x))] if isinstance(x, nn.ModuleList) else [name] for name, x in parts.items()
@@ -96,9 +96,9 @@ class LoadedBase:
     """The frozen base and, as an ``Encoder``, what turns records into its inputs.
 
     Attributes:
-        image_token_count: of every image of LLaVA-1.5; 0 where it depends on the image.
-        chat: what makes the inputs of other families; their own template and processor.
-        vision: kept image features.
+        image_token_count: tokens of every image of LLaVA-1.5; 0 if their number depends on the image.
+        chat: what makes the inputs of other families, with their own template and processor.
+        vision: cached image features.
     """
 
     model: PreTrainedModel
@@ -122,7 +122,7 @@ class LoadedBase:
         return self.read_pixels(path) if self.vision is None else self.vision.read(path)
 
     def train_item(self, record: TrainRecord, image: Any, max_length: int) -> TrainItem:
-        """Raises ClmoeError as ``encode_training``."""
+        """Raises ClmoeError like ``encode_training``."""
         if self.chat is not None:
             return self.chat.train_item(record, image, max_length)
         if record.masked:
@@ -132,7 +132,7 @@ class LoadedBase:
         return TrainItem(torch.tensor(encoded.input_ids), image, torch.tensor(encoded.labels))
 
     def prompt_item(self, question: Question, image: Any) -> PromptItem:
-        """Raises ClmoeError as ``encode_training``."""
+        """Raises ClmoeError like ``encode_training``."""
         if self.chat is not None:
             return self.chat.prompt_item(question.text, image)
         ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
@@ -144,12 +144,12 @@ class LoadedBase:
             encode_training(record, self.tokenizer, self.image_token_count, max_length)
 
     def answer_tokens(self, record: TrainRecord, image_root: Path, max_length: int) -> tuple[int, int]:
-        """Answer tokens of a record within ``max_length``, and beyond. Raises ClmoeError as ``encode_training``."""
+        """A record's answer tokens within ``max_length``, and beyond. Raises ClmoeError like ``encode_training``."""
         if self.chat is not None:
             return self.chat.answer_tokens(record, image_root, max_length)
         image_tokens = self.image_token_count if record.image is not None else 0
         text = render(record.turns, record.image is not None)[0]
-        # A token is at least a byte, but for the marks of a beginning: most records need not be encoded.
+        # A token is at least a byte, except for the marks of a beginning, so most records need not be encoded.
         if len(text.encode()) + image_tokens + 8 * len(record.turns) <= max_length:
             return 1, 0
         labels = encode_training(record, self.tokenizer, self.image_token_count, UNCUT).labels
@@ -158,7 +158,7 @@ class LoadedBase:
 
     @property
     def made_by(self) -> Any:
-        """What makes its inputs, as JSON's types, for names of kept results."""
+        """What makes its inputs, as JSON types, for the names of cached results."""
         return self.image_processor.to_dict() if self.chat is None else self.chat.made_by()
 
     @property
@@ -184,11 +184,11 @@ class LoadedBase:
 
 
 def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> LoadedBase:
-    """Load model, tokenizer and processor; all parameters frozen, evaluation mode.
+    """Load model, tokenizer and processor; all parameters frozen, in evaluation mode.
 
-    Raises ClmoeError: a family without a row, not in transformers' format, a tensor is missing or does not fit
-    config.json, attention or 4-bit weights need something that is absent, ``CLMOE_VISION`` does not fit the model, or
-    as ``pieces.repaired`` and ``Chat.open``.
+    Raises ClmoeError if the family has no row, the files are not in transformers' format, a tensor is missing or does
+    not fit config.json, attention or 4-bit weights need something that is absent, or ``CLMOE_VISION`` does not fit the
+    model, and as ``pieces.repaired`` and ``Chat.open`` do.
     """
     _check_means(config)
     disable_progress_bar()
@@ -199,7 +199,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
         shapes = AutoConfig.from_pretrained(folder, **cached)
         family = family_of(shapes.model_type)
         if getattr(shapes.get_text_config(), "final_logit_softcapping", None):
-            raise ValueError("its config.json has final_logit_softcapping, which neither loss nor answers apply")
+            raise ValueError("its config.json has final_logit_softcapping, which neither loss nor answering applies")
         loaded = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
@@ -234,7 +234,7 @@ def load_base(config: ModelConfig, device: torch.device | str = "cpu") -> Loaded
 def open_encoder(config: ModelConfig, *, offline: bool = False) -> LoadedBase:
     """A base's tokenizer and processor as ``load_base`` gives them, without its weights. Raises ClmoeError.
 
-    ``offline``: from a folder or the hub's cache alone.
+    With ``offline``, from a folder or the hub's cache alone.
     """
     folder = resolve_model_path(config.path)
     cached = {"local_files_only": True} if offline else _cached_only(folder)
@@ -265,18 +265,18 @@ def _processor_parts(folder: str, shapes: PretrainedConfig, family: Family, cach
 
 
 def _cached_only(folder: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: a hub name that cannot be asked is read from the cache alone."""
+    """Arguments of ``from_pretrained``: a hub name is read from the cache alone if the hub is out of reach."""
     return {"local_files_only": not Path(folder).is_dir() and _hub_is_out_of_reach(folder)}
 
 
 def _hub_is_out_of_reach(name: str) -> bool:
-    """Asked once, without retries: transformers would try six times, for half a minute, before it reads its cache."""
+    """Ask once, without retries: transformers would try six times, for half a minute, before reading its cache."""
     if is_offline_mode():
         return True
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
     except Exception as error:  # the type of a lost connection depends on huggingface_hub's HTTP client
-        return not isinstance(error, HfHubHTTPError)  # an answer of the hub, which transformers explains
+        return not isinstance(error, HfHubHTTPError)  # an answer from the hub, which transformers explains
     return False
 
 
@@ -290,9 +290,9 @@ def _check_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def shapes_file(config: ModelConfig) -> Path:
-    """The model folder's config.json, else the file that ``architecture`` names, else that of the hub's cache.
+    """The model folder's config.json, else the file that ``architecture`` names, else the one in the hub's cache.
 
-    Raises ClmoeError: none exists.
+    Raises ClmoeError if none exists.
     """
     names = [f"{config.path}/config.json", *([config.architecture] if config.architecture else [])]
     for name in names:
@@ -309,9 +309,9 @@ def shapes_file(config: ModelConfig) -> Path:
 
 
 def meta_base(file: Path) -> LoadedBase:
-    """The shapes of a config.json on the meta device, in float32, without weights, tokenizer and processor.
+    """The shapes of a config.json on the meta device, in float32, without weights, tokenizer or processor.
 
-    Raises ClmoeError: a family without a row, or values that transformers cannot build a model from.
+    Raises ClmoeError for a family without a row, or for values that transformers cannot build a model from.
     """
     kind, values = _model_type(file), read_json(file)
     family = FAMILIES[kind]
@@ -369,11 +369,11 @@ def _few_bits(config: ModelConfig, family: Family, device: torch.device | str) -
 
 def _check_report(report: dict[str, set[Any]]) -> None:
     """Raise ValueError with the first tensor that only the files or only the model have, or whose shapes differ."""
-    for problem, keys in (("lack", "missing_keys"), ("hold, beyond the model's,", "unexpected_keys")):
+    for problem, keys in (("lack", "missing_keys"), ("have, besides the model's,", "unexpected_keys")):
         if names := sorted(report[keys]):
             raise ValueError(f"its files {problem} {len(names)} tensors, {names[0]} first")
     for name, found, needed in sorted(report["mismatched_keys"]):
-        raise ValueError(f"{name} has shape {list(found)} in its files, config.json makes it {list(needed)}")
+        raise ValueError(f"{name} has shape {list(found)} in its files, but config.json makes it {list(needed)}")
 
 
 def _check_shards(folder: Path) -> None:
@@ -393,7 +393,8 @@ def _check_shards(folder: Path) -> None:
 def base_fingerprint(folder: str) -> str:
     """sha256 over ``config.json`` and every weight file's name, size and sixteen evenly spaced MiB.
 
-    Trainings differ everywhere, so the sample tells them apart without reading 14 GB. A hub name gives the name's hash.
+    Two trainings differ everywhere, so the sample tells them apart without reading 14 GB. For a hub name, it is the
+    name's hash.
     """
     root, sample = Path(folder), 1 << 20
     if not root.is_dir():
@@ -401,7 +402,7 @@ def base_fingerprint(folder: str) -> str:
     weights = sorted(root.glob("*.safetensors"))
     if not weights or not (root / "config.json").is_file():
         if (root / "config.json").is_file():
-            _model_type(root / "config.json")  # another model is the better reason
+            _model_type(root / "config.json")  # another model is the better reason to give
         raise ClmoeError(f"model {folder}: expected config.json and *.safetensors in it (transformers' format)")
     digest = hashlib.sha256((root / "config.json").read_bytes())
     for path in weights:

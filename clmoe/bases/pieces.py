@@ -26,8 +26,8 @@ PROBES = (
     "\nlines\n\n\n  and\ttabs\r\n\n",
     "naïve “café” Ωμέγα 狗 한국 עברית \u00a0🐕👩‍🚀 e\u0301",
 )
-"""Texts on which tokenizers are compared. None begins with a blank, nor does any prompt: there SentencePiece puts a
-second one before it, and transformers does not."""
+"""Texts on which tokenizers are compared. None begins with a blank, nor does any prompt: SentencePiece would put a
+second one before it, and transformers would not."""
 
 
 def read_pieces(file: Path, **settings: Any) -> tuple[LlamaTokenizer, Ids]:
@@ -39,7 +39,7 @@ def read_pieces(file: Path, **settings: Any) -> tuple[LlamaTokenizer, Ids]:
     try:
         pieces = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise ClmoeError(f"{file}: not a model of SentencePiece: {error}") from error
+        raise ClmoeError(f"{file}: not a SentencePiece model: {error}") from error
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     merges = generate_merges(vocabulary, {piece: pieces.get_score(i) for piece, i in vocabulary.items()})
     words = "  ".join(piece[1:] for piece in vocabulary if piece[0] == "▁" and piece[1:].isalpha())
@@ -48,25 +48,25 @@ def read_pieces(file: Path, **settings: Any) -> tuple[LlamaTokenizer, Ids]:
 
 
 def different(tokenizer: PreTrainedTokenizerFast, ids: Ids) -> str:
-    """How the tokenizer differs from these ids of the probes, a ``<s>`` before each apart; empty if it does not."""
+    """How the tokenizer differs from these ids of the probes, apart from a ``<s>`` before each; empty if not at all."""
     for text, wanted in ids.items():
         found = tokenizer(text, verbose=False)["input_ids"]
         found = found[found[:1] == [tokenizer.bos_token_id] :]
         if found != wanted:
             at = next((n for n, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), 0)
             ours, theirs = found[at : at + 5], wanted[at : at + 5]
-            return f"gives {ours} from token {at} of {text[:40]!r}... on, the original {theirs}"
+            return f"gives {ours} from token {at} of {text[:40]!r}... on, but the original gives {theirs}"
     return ""
 
 
 def repaired(tokenizer: PreTrainedTokenizerFast, folder: Path, image_id: int) -> PreTrainedTokenizerFast:
-    """A LLaVA folder's tokenizer or, if ``tokenizer.model`` is there alone, one that follows its scores.
+    """A LLaVA folder's tokenizer or, if only ``tokenizer.model`` is there, one that follows its scores.
 
-    Raises ClmoeError where ids are not SentencePiece's, or ``<image>`` does not have its id of config.json.
+    Raises ClmoeError if ids are not SentencePiece's, or if ``<image>`` does not have its id from config.json.
     """
     file, made = folder / "tokenizer.model", folder / "tokenizer.json"
     if getattr(tokenizer, "image_token", None) is None and tokenizer.convert_ids_to_tokens(image_id) == IMAGE_MARK:
-        # llava-hf's folders name it since transformers 4.46, older ones only hold it
+        # llava-hf's folders have named it since transformers 4.46, older ones only hold it
         tokenizer.image_token, tokenizer.image_token_id = IMAGE_MARK, image_id
     if not file.is_file():
         return tokenizer
@@ -76,8 +76,8 @@ def repaired(tokenizer: PreTrainedTokenizerFast, folder: Path, image_id: int) ->
         tokenizer = own
     reason = different(tokenizer, ids)
     if not reason and tokenizer.image_token_id != image_id:
-        reason = f"puts {IMAGE_MARK} at {tokenizer.image_token_id}, config.json at {image_id}"
+        reason = f"puts {IMAGE_MARK} at {tokenizer.image_token_id}, but config.json at {image_id}"
     if reason:
-        fix = f"{made.name} and {file.name} differ: remove the wrong one" if made.is_file() else "take another one"
+        fix = f"{made.name} and {file.name} differ: remove the wrong one" if made.is_file() else "use another one"
         raise ClmoeError(f"{folder}: the tokenizer {reason}; {fix}")
     return tokenizer

@@ -1,4 +1,4 @@
-"""Where the supported versions of transformers and peft differ: each switch looks for a feature, and all are here."""
+"""Where the supported versions of transformers and peft differ: every switch is here, and looks for a feature."""
 
 from inspect import signature
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaModel, PreTrain
 _HAS_BACKENDS = hasattr(transformers, "CLIPImageProcessorPil")
 
 CLIPImageProcessorPil: Any = getattr(transformers, "CLIPImageProcessorPil" if _HAS_BACKENDS else "CLIPImageProcessor")
-"""CLIP's image processor on Pillow. Older versions (5.0) give that one the plain name, newer ones torchvision's."""
+"""CLIP's image processor on Pillow. Older versions (5.0) give the plain name to it, newer ones to torchvision's."""
 
 WITH_PILLOW = {"backend": "pil"} if _HAS_BACKENDS else {"use_fast": False}
 """Arguments of ``AutoProcessor.from_pretrained`` that choose it, whatever else is installed."""
@@ -20,7 +20,7 @@ NAMES_ADAPTERS = hasattr(BaseTuner, "_remove_adapter_name_from_key")
 """peft asks the tuner for the names in adapter files (from 0.21 on); else they are those of ``state_dict``."""
 
 CACHE = "cache" if "cache" in signature(LlavaModel.forward).parameters else "past_key_values"
-"""What models call the keys and values of earlier tokens, which they take and give (the shorter name from 5.24 on)."""
+"""What models call the keys and values of earlier tokens that they take and return (the shorter name from 5.24 on)."""
 
 
 def tower_names(family: str) -> dict[str, Any]:

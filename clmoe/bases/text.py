@@ -1,4 +1,4 @@
-"""A CLIP text tower that the user names, by whose features DISCO and HiDe-LLaVA compare questions."""
+"""A CLIP text tower that the user names, whose features DISCO and HiDe-LLaVA use to compare questions."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -39,7 +39,7 @@ class TextTower:
 
 @lru_cache(maxsize=1)
 def open_text_tower(path: str) -> TextTower:
-    """Load a CLIP model's text tower, in float32, by folder or hub name. Raises ClmoeError if it is none."""
+    """Load a CLIP model's text tower, in float32, by folder or hub name. Raises ClmoeError if it is not one."""
     folder = resolve_model_path(path)
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
@@ -49,5 +49,5 @@ def open_text_tower(path: str) -> TextTower:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
-        raise ClmoeError(f"{KEY}: {path} is no CLIP text tower ({text}); name CLIP's folder or hub name") from error
+        raise ClmoeError(f"{KEY}: {path} is not a CLIP text tower ({text}); give CLIP's folder or hub name") from error
     return TextTower(model.eval().to(device()), tokenizer)

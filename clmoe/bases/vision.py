@@ -1,8 +1,8 @@
-"""The frozen tower's output for every image, kept on disk: later passes neither decode nor encode it again.
+"""The frozen tower's output for every image, kept on disk: later passes neither decode nor encode the image again.
 
-Opt-in, and LLaVA-1.5 only: `CLMOE_VISION` names the folder, which all runs on one base may share (1.18 MB an image with
-LLaVA-1.5 in 16 bits). Each image is computed alone, so what is kept does not depend on the others; a batch differs by
-rounding.
+Opt-in, and LLaVA-1.5 only: `CLMOE_VISION` names the folder, which all runs on one base may share (1.18 MB per image
+with LLaVA-1.5 in 16 bits). Each image is computed alone, so what is kept does not depend on the others; a batch would
+differ by rounding.
 """
 
 import os
@@ -52,7 +52,7 @@ class CachedTower(nn.Module):
 
 @dataclass(frozen=True)
 class VisionCache:
-    """A folder of features of one tower, preprocessing and type: a file for each distinct image content."""
+    """A folder of features of one tower, preprocessing and dtype, with one file per distinct image content."""
 
     folder: Path
 
@@ -63,7 +63,7 @@ class VisionCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def read(self, image: Path) -> Tensor:
-        """Features ``[P, D]`` of an image that ``fill`` was given. Raises ClmoeError with a damaged file's name."""
+        """Features ``[P, D]`` of an image that ``fill`` was given. Raises ClmoeError naming a damaged file."""
         return load_tensors(self.path(image))["features"]
 
     def fill(self, tower: nn.Module, images: Iterable[Path], read_pixels: Callable[[Path], Tensor]) -> None:
@@ -76,7 +76,7 @@ class VisionCache:
 
             def one(image: Path) -> int:
                 progress.advance_rows(count())
-                if self.path(image).is_file():  # by now: another run keeps its features here, too
+                if self.path(image).is_file():  # by now: another run also keeps its features here
                     return 0
                 features = tower.features(read_pixels(image))
                 replace_tensors({"features": features}, self.path(image))
@@ -114,7 +114,7 @@ def attach_cache(
         return None
     if not family.vicuna:
         raise ClmoeError(
-            f"{VARIABLE}: vision features are kept for LLaVA-1.5 alone, not {model.config.model_type}. Unset it"
+            f"{VARIABLE}: vision features are kept for LLaVA-1.5 only, not {model.config.model_type}. Unset it"
         )
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):

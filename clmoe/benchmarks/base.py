@@ -1,8 +1,8 @@
 """What a benchmark is: a YAML file that lists tasks, their files and how they are scored.
 
 docs/benchmarks.md describes the file. The data folder is the argument ``data_root``, else the environment variable
-``CLMOE_DATA_ROOT``, else the file's ``root``. Relative paths count from the current folder, with one exception: the
-``root`` of a user's own YAML file counts from that file's folder.
+``CLMOE_DATA_ROOT``, else the file's ``root``. Relative paths are relative to the current folder, with one exception:
+the ``root`` of a user's own YAML file is relative to that file's folder.
 """
 
 import hashlib
@@ -25,28 +25,28 @@ from clmoe.utils.names import unknown
 from clmoe.utils.paths import find_config, shipped_root
 
 COMPARABLE: dict[str, Any] = {"adapter": {"rank": 64, "scale": 2.0, "train_projector": False}}
-"""What the shipped methods share on a benchmark: updates of one size, on parts that every method can train.
+"""What the shipped methods share on a benchmark: updates of equal size, on parts that every method can train.
 
-A published benchmark's methods keep the adapters of their papers, which differ in all three.
+On a published benchmark, methods keep the adapters of their papers, which differ in all three.
 """
 ROOT_VARIABLE = "CLMOE_DATA_ROOT"
 ORDERS = ("norm", "rev", "rand")
-MADE = ("train.json", "test.json")  # of raw files, in prepared/<task> below the root
+MADE = ("train.json", "test.json")  # made from raw files, in prepared/<task> below the root
 
 _RESERVED = (*ORDERS, "all", "after", "zero_shot")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 PAIRED = ("mme",)
-"""Scorers that need all questions about an image: a sample of the questions would be another score."""
+"""Scorers that need all questions about an image: a sample of the questions would give a different score."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task, with absolute paths; ``suffix`` ends its questions, ``passes`` over its records make an epoch.
+    """One task, with absolute paths. ``suffix`` ends its questions; ``passes`` over its records make an epoch.
 
-    ``text_rows``: rows without an image are meant, also where most rows have one. ``raw``: files in other formats, of
-    which ``train`` and ``test`` are made. ``general``: a set of general ability, which is asked and never trained on;
+    ``text_rows``: rows without an image are intended, even if most rows have one. ``raw``: files in other formats from
+    which ``train`` and ``test`` are made. ``general``: a set of general ability, which is asked but never trained on;
     it has no training file.
     """
 
@@ -65,13 +65,13 @@ class Task:
 
     @property
     def made(self) -> tuple[tuple[Kind, Path], ...]:
-        """Training and test file, which raw files are made into; a set of general ability has the latter alone."""
+        """The training and test files, which raw files are made into; a set of general ability has only the latter."""
         test: tuple[Kind, Path] = ("test", self.test)
         return (test,) if self.general else (("train", self.train), test)
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """Field and path of everything but images that is read; raw files only until they have been prepared."""
+        """Field and path of every file that is read, except images; raw files only until they have been prepared."""
         gold, found = self.gold.files if self.gold else (), list[tuple[str, Path]]()
         for kind, path in self.made:
             raw = () if self.raw is None or path.is_file() else self.raw.files(kind)
@@ -79,21 +79,21 @@ class Task:
         return found + [("gold", path) for path in gold]
 
     def sample(self, limit: int | None) -> int | None:
-        """Of its questions, so many are asked where a ``limit`` holds; None: all."""
+        """How many of its questions are asked under a ``limit``; None: all."""
         return None if self.scorer in PAIRED else limit
 
     @property
     def half_there(self) -> str:
-        """Why a builder leaves the task alone: one of its files exists, and the other would be another selection."""
+        """Why a builder leaves the task alone: one of its files exists, and a new one would not match it."""
         there, lacking = sorted((self.train, self.test), key=lambda path: not path.is_file())
         if lacking.is_file() or not there.is_file():
             return ""
-        return f"{self.name}: not built, {there} is there without {lacking.name}: delete it, or bring both"
+        return f"{self.name}: not built, {there} exists without {lacking.name}: delete it, or provide both"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks in the order ``norm``; ``sources``: where files come from, by file or folder relative to the root.
+    """Tasks in the order ``norm``. ``sources``: where files come from, by file or folder relative to the root.
 
     ``general``: sets that are asked before training and after each task, if ``evaluation.general`` is set.
     """
@@ -108,26 +108,26 @@ class Benchmark:
 
     @property
     def built_on_first_use(self) -> bool:
-        """Its builder needs no downloads, so that its data need not exist yet."""
+        """Its builder needs no downloads, so its data need not exist yet."""
         return self.prepare == "playground"
 
     @property
     def inputs(self) -> list[Path]:
-        """What no command may write to: all files, and the image folders, each by a file in it."""
+        """What no command may write to: all files, and the image folders, each given by a file in it."""
         tasks = [*self.tasks, *self.general]
         files = [path for task in tasks for _, path in task.files]
         files += [path for task in tasks if task.raw is not None for path in (*task.raw.train, *task.raw.test)]
         return files + [task.image_root / "image" for task in tasks]
 
     def task(self, name: str) -> Task:
-        """The task of that name. Raises ClmoeError naming the nearest one."""
+        """The task of that name. Raises ClmoeError, naming the nearest one, if there is none."""
         by_name = {task.name: task for task in self.tasks}
         if name not in by_name:
             raise ClmoeError(f"benchmark {self.name}: {unknown('task', name, by_name)}")
         return by_name[name]
 
     def sets(self, names: Collection[str] | None = None) -> list[Task]:
-        """The tasks and sets of general ability of these names; None: all tasks, and the sets if the recipe asks.
+        """The tasks and sets of general ability with these names; None: all tasks, and the sets if the recipe asks.
 
         Raises ClmoeError for an unknown name.
         """
@@ -151,7 +151,7 @@ class Benchmark:
         return self.named([part.strip() for part in spec.split(",")], f"order {spec!r}")
 
     def named(self, names: Sequence[str], where: str) -> list[str]:
-        """These names of tasks. Raises ClmoeError, naming ``where``, unless all are known and none comes twice."""
+        """These task names. Raises ClmoeError, naming ``where``, unless all are known and none is repeated."""
         for name in names:
             if names.count(self.task(name).name) > 1:
                 raise ClmoeError(f"{where}: task {name!r} is listed more than once")
@@ -179,7 +179,6 @@ class Benchmark:
     def source(self, path: Path) -> str | None:
         """Where a file below the root comes from: the longest entry of ``sources`` that it lies in."""
         below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
-        # Path.glob takes no absolute pattern
         fitting = [place for place in self.sources if below == place or below.startswith(f"{place}/")]
         return self.sources[max(fitting, key=len)] if fitting else None
 
@@ -233,8 +232,8 @@ class _BenchmarkEntry:
 def load_benchmark(name_or_yaml: str, data_root: Path | None = None, *, check_files: bool = True) -> Benchmark:
     """Read a benchmark by its name or by the path of a YAML file (which ends in .yaml or .yml).
 
-    Raises ClmoeError: unknown name or key (the nearest is named), broken YAML, wrong type, repeated task and, with
-    ``check_files``, a missing file, unless ``open_benchmark`` builds them all.
+    Raises ClmoeError for an unknown name or key (naming the nearest), broken YAML, a wrong type, a repeated task and,
+    with ``check_files``, a missing file, unless ``open_benchmark`` builds them all.
     """
     path = find_config("benchmarks", name_or_yaml).resolve()
     built_in = path.parent == (shipped_root() / "configs" / "benchmarks").resolve()
@@ -293,17 +292,17 @@ def _task(entry: _TaskEntry, root: Path, where: str, *, general: bool = False) -
     texts = (entry.scorer, entry.max_new_tokens, entry.suffix, entry.passes)
     raw = None if entry.raw is None else _raw(entry.raw, root, f"{where}.raw", general=general)
     if raw is not None and {train, test} & {*raw.train, *raw.test}:
-        raise ClmoeError(f"{where}: 'train' and 'test' are made of the raw files; give them names of their own")
+        raise ClmoeError(f"{where}: 'train' and 'test' are made from the raw files; give them different names")
     return Task(entry.name, train, test, images, *texts, gold, entry.text_rows, raw, general)
 
 
 def _raw(entry: _RawEntry, root: Path, where: str, *, general: bool) -> Raw:
-    """Files in other formats; a name with ``*`` stands for all files that it fits, in order of their names."""
+    """Files in other formats; a name with ``*`` stands for all files that it matches, sorted by name."""
     _require(entry, ("test",) if general else ("train", "test"), where)
     for name, column in entry.columns.items():
         if name not in COLUMNS or not isinstance(column, str):
             raise ClmoeError(
-                f"{where}.columns: {unknown('column', str(name), COLUMNS)}, and a name in the files for it"
+                f"{where}.columns: {unknown('column', str(name), COLUMNS)}; give each the name that the files use"
             )
     try:
         placeholders(entry.image)
@@ -313,7 +312,6 @@ def _raw(entry: _RawEntry, root: Path, where: str, *, general: bool) -> Raw:
         raise ClmoeError(f"{where}.instruction: {entry.instruction!r} holds {END} or {IMAGE_MARK}; remove it")
 
     def files(names: list[str]) -> tuple[Path, ...]:
-        # Path.glob takes no absolute pattern
         fitting = [sorted(glob(str(root / name))) if "*" in name else [] for name in names]  # noqa: PTH207
         return tuple(root / path for name, found in zip(names, fitting, strict=True) for path in found or [name])
 
@@ -343,7 +341,7 @@ def _require(entry: _BenchmarkEntry | _TaskEntry | _RawEntry, fields: Sequence[s
 
 
 def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
-    """The row of a training file that asks what a test file's row asks."""
+    """The training row that asks what a test row asks."""
     turns = [{"from": "human", "value": f"<image>\n{row['text']}"}, {"from": "gpt", "value": answer}]
     return {"id": str(row["question_id"]), "image": row["image"], "conversations": turns}
 
@@ -351,7 +349,7 @@ def training_record(row: dict[str, Any], answer: str) -> dict[str, Any]:
 def train_records(
     task: Task, on_bad: OnBad = "error", fits: Fits | None = None, seen: Seen | None = None
 ) -> Sequence[TrainRecord]:
-    """The task's training records, as ``load_train``. Raises ClmoeError as that and ``images_missing``."""
+    """The task's training records. Raises ClmoeError as ``load_train`` does, and for ``images_missing``."""
     seen = Seen() if seen is None else seen
     records = load_train(task.train, task.image_root, on_bad, fits, seen)
     if problem := images_missing(task, task.train, seen):
@@ -370,7 +368,7 @@ def task_questions(task: Task, *, images: bool = True, seen: Seen | None = None)
 
 
 def images_missing(task: Task, file: Path, seen: Seen) -> str | None:
-    """Why the file's rows without an image are an error: most have one, and nothing says that those need none."""
+    """Why the file's rows without an image are an error: most have one, and nothing says that these need none."""
     without = seen.without_image
     if task.text_rows or not 0 < len(without) < seen.rows / 2:
         return None
@@ -380,7 +378,7 @@ def images_missing(task: Task, file: Path, seen: Seen) -> str | None:
 
 
 def complete(task: Task, questions: Sequence[Question], failed: Failed | None = None) -> list[Question]:
-    """Questions of a test file with the gold files' answers and the suffix; ``failed`` as for ``read_gold``."""
+    """Questions of a test file with the gold files' answers and the suffix; ``failed`` as in ``read_gold``."""
     if task.gold is not None:
         questions = read_gold(task.gold, questions, failed)
     return [replace(question, text=question.text + task.suffix) for question in questions]
@@ -389,7 +387,7 @@ def complete(task: Task, questions: Sequence[Question], failed: Failed | None = 
 def sampled(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """``limit`` of the questions (None: all), in their order, from the whole file, which may be sorted by difficulty.
 
-    Which ones depends on their number alone: every stage of every run asks the same, a smaller sample is part of a
-    larger one.
+    The choice depends only on how many there are: every stage of every run asks the same ones, and a smaller sample is
+    part of a larger one.
     """
     return [questions[row] for row in sorted(epoch_permutation(0, 0, len(questions))[:limit].tolist())]

@@ -1,4 +1,4 @@
-"""Reading all of a benchmark's data to list what is bad and what is odd (``clmoe data check``)."""
+"""Read all of a benchmark's data and list what is bad or odd (``clmoe data check``)."""
 
 import hashlib
 from collections import Counter
@@ -24,9 +24,9 @@ ANSWERS_SHOWN = 5
 
 @dataclass
 class Checked:
-    """What was found: the counts of each task, what is no fault but worth knowing, and each bad row, image or file.
+    """What was found: the counts of each task, what is worth knowing but not a fault, and each bad row, image or file.
 
-    ``inside``: names of the images that lie in rows, which have been decoded there.
+    ``inside``: names of images that are stored in rows and were decoded there.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Checked:
     inside: set[str] = field(default_factory=set)
 
     def source(self, task: Task, kind: Kind) -> tuple[Path, Rows | None]:
-        """The file that rows are read from, and the rows of one in another format."""
+        """The file that rows are read from, and its rows if it is in another format."""
 
         def keep(data: bytes) -> str:
             name = f"inside-{hashlib.sha256(data).hexdigest()}.{ending(data, decode=True)}"
@@ -47,19 +47,19 @@ class Checked:
         return task.raw.files(kind)[0], raw_rows(task.raw, kind, keep)
 
     def report(self) -> list[str]:
-        """The bad ones, a line for each kind."""
+        """What is bad, a line for each kind."""
         return str(all_of(self.bad)).splitlines()
 
     @contextmanager
     def listing(self) -> Iterator[None]:
-        """List the error that ends the block: the file itself cannot be read."""
+        """List the error that ends the block, because the file itself cannot be read."""
         try:
             yield
         except ClmoeError as error:
             self.bad.append(error)
 
     def note(self, task: Task, file: Path, seen: Seen) -> None:
-        """What reading a task's file found besides its bad rows."""
+        """Note what reading a task's file found besides its bad rows."""
         problem = images_missing(task, file, seen)
         self.bad += [ClmoeError(problem)] if problem else []
         self.notes += [f"{task.name}: {file.name}: {line}" for line in seen.notes()]
@@ -68,9 +68,9 @@ class Checked:
 def check_benchmark(
     benchmark: Benchmark, gold_problem: GoldProblem, tasks: Collection[str] | None = None, fits: Fits | None = None
 ) -> Checked:
-    """Read all rows, gold files and images (each image once) of these ``Benchmark.sets``; nothing bad stops the check.
+    """Read all rows, gold files and images (each image once) of these ``Benchmark.sets``; no fault stops the check.
 
-    ``fits`` judges the length of training records, None judges none.
+    ``fits`` judges the length of training records; with None, nothing does.
     """
     result = Checked(bad=[ClmoeError(line) for line in benchmark.missing_files(tasks)])
     images: set[Path] = set()
@@ -79,7 +79,7 @@ def check_benchmark(
     for task in benchmark.sets(tasks):
         _check_task(task, result, images, gold_problem, fits)
     paths = sorted(images)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's global lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases Python's global lock while decoding
         for start in range(0, len(paths), 4096):  # a waiting task takes more memory than a path
             result.bad += filter(None, pool.map(_image_problem, paths[start : start + 4096]))
     result.lines.append(f"{len(paths) + len(result.inside)} different images decoded")
@@ -107,7 +107,7 @@ def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: Go
         images.update(task.image_root / image for image in named)
         shared = [q.question_id for q in questions if hash((q.image, q.text)) in asked]
         if shared:
-            of = f"{len(shared)} of {len(questions)} test questions are asked of the same image in the training file"
+            of = f"{len(shared)} of {len(questions)} test questions are also in the training file, with the same image"
             result.notes.append(f"{task.name}: {of}, question_id {short(shared[0])!r} for instance")
     if repeated:
         result.notes.append(f"{task.name}: {repeated} training ids hold a '#'; repeated ones are numbered #2, #3, ...")
@@ -118,7 +118,7 @@ def _check_task(task: Task, result: Checked, images: set[Path], gold_problem: Go
 def _check_questions(
     task: Task, file: Path, rows: Rows | None, result: Checked, gold_problem: GoldProblem
 ) -> list[Question]:
-    """The test file's good rows, which are checked with their expected answers."""
+    """The test file's good rows, checked with their expected answers."""
     before, seen, questions = len(result.bad), Seen(), list[Question]()
     with result.listing():
         known = task.gold is None
@@ -141,7 +141,7 @@ def _check_questions(
 
 
 def _answers(questions: list[Question]) -> Iterator[str]:
-    """How often each expected answer occurs; of several accepted ones the most frequent counts."""
+    """How often each expected answer occurs; where several are accepted, the most frequent counts."""
     several = ((question.answer, question.extra.get("answers")) for question in questions)
     golden = [
         [answer] if answer else list(map(str, more)) if isinstance(more, list) else [] for answer, more in several

@@ -1,7 +1,7 @@
-"""Expected answers that are in other files than the questions, and how to read other people's JSON.
+"""Expected answers that are not in the questions' files, and how to read other people's JSON.
 
-A reader takes gold files and questions, and returns what puts all that the scorer needs into ``answer`` or ``extra`` of
-one question, or raises ClmoeError naming file and id.
+A reader takes gold files and questions. It returns a function that puts all that the scorer needs into ``answer`` or
+``extra`` of one question, or raises ClmoeError naming file and id.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Gold:
 
 @dataclass(frozen=True)
 class Reader:
-    """How gold files are read, what they are, and whether this needs every question of the test file (``whole``)."""
+    """How gold files are read, what they are, and whether that needs every question of the test file (``whole``)."""
 
     read: Callable[[Sequence[Path], Sequence[Question], Failed], Answered]
     files: tuple[str, ...]
@@ -35,7 +35,7 @@ class Reader:
 
 
 def read_gold(gold: Gold, questions: Sequence[Question], failed: Failed | None) -> list[Question]:
-    """The questions with their answers. Each fault goes to ``failed`` and its question is left out; None raises."""
+    """The questions with their answers. Faults go to ``failed`` and their questions are left out; None raises."""
 
     def report(error: ClmoeError) -> None:
         if failed is None:
@@ -60,18 +60,18 @@ def entries(file: Path) -> dict[str, Any]:
 
 
 def listed(file: Path, field: str, row: Mapping[str, Any] | None = None, name: str | None = None) -> list[Any]:
-    """A list that is not empty, in a row, else at the file's top. Raises ClmoeError naming file, id and field."""
+    """A non-empty list, in a row or else at the file's top level. Raises ClmoeError naming file, id and field."""
     value = (entries(file) if row is None else row).get(field)
     if not isinstance(value, list) or not value:
         where = f"{file}" + (f": id {name!r}" if name is not None else "")
-        raise ClmoeError(f"{where}: field '{field}': expected a list with something in it, found {shown(value)}")
+        raise ClmoeError(f"{where}: field '{field}': expected a non-empty list, found {shown(value)}")
     return value
 
 
 def _entry(file: Path, rows: Mapping[str, Any], name: str) -> dict[str, Any]:
     row = rows.get(name)
     if not isinstance(row, dict):
-        raise ClmoeError(f"{file}: no entry for question_id {name!r}; take questions and gold file of the same release")
+        raise ClmoeError(f"{file}: no entry for question_id {name!r}; use questions and gold file from one release")
     return row
 
 
@@ -84,7 +84,7 @@ def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Fai
     lacking = [name for name in split if name not in asked]
     if lacking:
         of = f"{len(lacking)} of the {len(split)} questions of split 'test' are not in the test file"
-        fix = f"e.g. {lacking[0]!r}; scores count the whole split, so take the complete test file"
+        fix = f"e.g. {lacking[0]!r}; scores count the whole split, so use the complete test file"
         failed(ClmoeError(f"{splits_file}: {of}, {fix}"))
 
     def answered(question: Question) -> Question:
@@ -93,7 +93,7 @@ def _scienceqa(files: Sequence[Path], questions: Sequence[Question], failed: Fai
         number = problem.get("answer")
         if not isinstance(number, int) or not 0 <= number < len(choices):
             raise ClmoeError(
-                f"{problems_file}: id {question.question_id!r}: answer {short(number)} is none of its choices"
+                f"{problems_file}: id {question.question_id!r}: answer {short(number)} is not one of its choices"
             )
         return replace(question, answer=_LETTERS[number], extra={**question.extra, "choices": choices})
 
@@ -114,7 +114,7 @@ def _textvqa(files: Sequence[Path], questions: Sequence[Question], failed: Faile
 
 
 def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
-    """GQA: the answer of each question, which must be a balanced one: the published score counts only those."""
+    """GQA: the answer of each question, which must be a balanced one, since the published score counts only those."""
     (file,) = files
     rows = entries(file)
 
@@ -122,7 +122,7 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
         row = _entry(file, rows, question.question_id)
         answer, where = row.get("answer"), f"{file}: id {question.question_id!r}"
         if row.get("isBalanced") is not True:
-            fix = "GQA's score counts balanced questions, so take only those into the test file"
+            fix = "GQA's score counts balanced questions, so keep only those in the test file"
             raise ClmoeError(f"{where}: isBalanced is {short(repr(row.get('isBalanced')))}; {fix}")
         if not isinstance(answer, str) or not answer:
             raise ClmoeError(f"{where}: no 'answer'")
@@ -134,14 +134,14 @@ def _gqa(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -
 def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed: Failed) -> Answered:
     """UCIT: the reference captions of each question's image, in ``extra["captions"]``.
 
-    Image n belongs to the n-th question, from 1, unless the images' ids are the question ids. A ``file_name`` must fit.
+    Image n belongs to the n-th question, from 1, unless the image ids are the question ids. A ``file_name`` must match.
     """
     (file,) = files
     data = entries(file)
     images = {str(image.get("id")): image for image in listed(file, "images", data)}
     if len(images) != len(questions):
         counts = f"{len(images)} images for {len(questions)} questions"
-        raise ClmoeError(f"{file}: {counts}; take both files of the same release")
+        raise ClmoeError(f"{file}: {counts}; use both files from the same release")
     captions: dict[str, list[str]] = {}
     for row in listed(file, "annotations", data):
         captions.setdefault(str(row.get("image_id")), []).append(str(row.get("caption", "")))
@@ -157,7 +157,7 @@ def _coco_captions(files: Sequence[Path], questions: Sequence[Question], failed:
         if of_image and PurePosixPath(str(of_image)).name != PurePosixPath(question.image or "").name:
             asked = f"question_id {question.question_id!r} is about {question.image!r}"
             raise ClmoeError(
-                f"{file}: image {name!r} is {of_image!r}, but {asked}; take both files of the same release"
+                f"{file}: image {name!r} is {of_image!r}, but {asked}; use both files from the same release"
             )
         return replace(question, extra={**question.extra, "captions": texts})
 

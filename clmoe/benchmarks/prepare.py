@@ -1,7 +1,7 @@
-"""Putting a benchmark's data in place (``clmoe data prepare``).
+"""Put a benchmark's data in place (``clmoe data prepare``).
 
-The field `prepare` names the builder; a task that has one of its files is left alone. Files in other formats, a task's
-field `raw`, are made into training and test files again when they change.
+The field `prepare` names the builder, which leaves a task alone if one of its files exists. Files in other formats (a
+task's field `raw`) are made into training and test files, again whenever they change.
 """
 
 import hashlib
@@ -40,15 +40,15 @@ def padded_box(box: Sequence[float], width: int, height: int) -> str:
 
 
 def prepare_grounding(benchmark: Benchmark) -> list[str]:
-    """Write training and test file of task ``Grounding`` where neither exists.
+    """Write the training and test files of task ``Grounding`` if neither exists.
 
     Each sentence of split ``train`` in a ``RefCOCO/<name>/refs.json`` becomes a record, each of ``test``, ``testA`` and
     ``testB`` a question. Training records whose box has no area after rounding are left out and counted. Returns what
-    was done, one line each. Raises ClmoeError: broken annotations, or such a box in the test split.
+    was done, one line each. Raises ClmoeError for broken annotations, or for such a box in the test split.
     """
     task, annotations = benchmark.task("Grounding"), benchmark.root / "RefCOCO"
     if task.train.is_file() and task.test.is_file():
-        return [f"Grounding: there already ({task.train})"]
+        return [f"Grounding: already there ({task.train})"]
     if task.half_there:
         return [task.half_there]
     folders = sorted(path.parent for path in annotations.glob("*/refs.json"))
@@ -66,11 +66,11 @@ def prepare_grounding(benchmark: Benchmark) -> list[str]:
     write_json(task.test, test)
     line = f"Grounding: {len(kept)} training records, {len(test)} questions from {len(folders)} annotation folder(s)"
     left_out = len(train) - len(kept)
-    return [line + (f"; {left_out} record(s) left out, as their boxes have no area" if left_out else "")]
+    return [line + (f"; {left_out} record(s) left out because their boxes have no area" if left_out else "")]
 
 
 def _references(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and test row of every sentence."""
+    """The split and test row of every sentence."""
     file, references = folder / "instances.json", folder / "refs.json"
     instances = entries(file)
     images = {row["id"]: row for row in listed(file, "images", instances)}
@@ -101,16 +101,16 @@ def _has_area(box: str) -> bool:
 
 
 def prepare_cl4vqa(benchmark: Benchmark) -> list[str]:
-    """Write training and test file of every task of which neither exists.
+    """Write the training and test files of every task that has neither.
 
-    Of ``VQACL/karpathy_{train,test}_q_<task>.json`` only ``question_id`` is used. Training answers are the most common
-    ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was done, one
-    line each. Raises ClmoeError: a question of VQACL's is not in VQA v2, or a file is broken.
+    Only ``question_id`` is used from ``VQACL/karpathy_{train,test}_q_<task>.json``. Training answers are the most
+    common ones (``multiple_choice_answer``); test questions also hold the ten annotators' answers. Returns what was
+    done, one line each. Raises ClmoeError if a question of VQACL is not in VQA v2, or a file is broken.
     """
     lines = [task.half_there for task in benchmark.tasks if task.half_there]
     tasks = [task for task in benchmark.tasks if not task.train.is_file() and not task.test.is_file()]
     if not tasks:
-        return lines or ["all tasks: there already"]
+        return lines or ["all tasks: already there"]
     raw, division = benchmark.root / "VQA_v2", benchmark.root / "VQACL"
     chosen = {
         task.name: [division / f"karpathy_{part}_q_{task.name}.json" for part in ("train", "test")] for task in tasks
@@ -159,13 +159,13 @@ def _chosen(file: Path, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]
 
 # ---- files in other formats ----
 
-FORMAT = 1  # of what is made of them; a new number makes all of it again
+FORMAT = 1  # of what is made from them; a new number makes all of it again
 
 
 def prepare_raw(task: Task) -> list[str]:
-    """Make training and test file of a task's raw files, and files of the images in them, unless they are up to date.
+    """Make training, test and image files from a task's raw files, unless they are up to date.
 
-    A set of general ability has a test file alone. A file that nobody made here is left alone. Returns a line for each
+    A set of general ability has only a test file. A file that was not made here is left alone. Returns a line for each
     file that was written, and notes on its rows. Raises ClmoeError that lists all bad rows; then no file was written.
     """
     if task.raw is None:
@@ -188,7 +188,7 @@ def prepare_raw(task: Task) -> list[str]:
                 answered = task.gold is None
                 load_questions(file, task.image_root, bad.append, answered=answered, seen=seen, rows=read)
             if not rows:
-                raise ClmoeError(f"{task.raw.files(kind)[0]}: no row in it; expected at least one")
+                raise ClmoeError(f"{task.raw.files(kind)[0]}: has no rows; expected at least one")
         except ClmoeError as error:
             bad.append(error)
         made[file] = rows, decides
@@ -209,7 +209,7 @@ def _collecting(rows: Rows, into: list[Any]) -> Rows:
 
 
 def _decides(raw: Raw, kind: Kind, known: dict[str, Any]) -> dict[str, Any]:
-    """Settings and the sha256 of each raw file, which is ``known`` where its size and time are as before."""
+    """Settings and the sha256 of each raw file, taken from ``known`` if its size and time are as before."""
     files = {}
     for path in raw.files(kind):
         for file in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
@@ -222,12 +222,12 @@ def _decides(raw: Raw, kind: Kind, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(decides: dict[str, Any]) -> Any:
-    """Without names and times: data may move."""
+    """Without names and times, since data may move."""
     return decides["format"], decides["settings"], [file["sha256"] for file in decides["files"].values()]
 
 
 def _writer(folder: Path) -> Callable[[bytes], str]:
-    """Writes an image into the folder, once for each content, which its name is made of."""
+    """Writes an image into the folder, once for each content; the name is made from the content."""
 
     def keep(data: bytes) -> str:
         name = f"{hashlib.sha256(data).hexdigest()[:32]}.{ending(data, decode=False)}"
@@ -263,9 +263,9 @@ BUILDERS: dict[str, Callable[[Benchmark], list[str]]] = {
 
 
 def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] | None = None) -> Benchmark:
-    """As ``load_benchmark``, but embedded data is drawn and raw files are prepared where they have to be.
+    """Like ``load_benchmark``, but draws embedded data and prepares raw files where necessary.
 
-    With ``tasks`` only their files are required.
+    With ``tasks``, only their files are required.
     """
     benchmark = load_benchmark(name, data, check_files=False)
     if benchmark.built_on_first_use:
@@ -278,7 +278,7 @@ def open_benchmark(name: str, data: Path | None = None, tasks: Collection[str] |
 
 
 def prepare_benchmark(benchmark: Benchmark) -> str:
-    """What was built from the downloads that are there, a line each; ClmoeError adds the missing files."""
+    """What was built from the downloads that exist, a line each; ClmoeError adds the missing files."""
     lines = [] if benchmark.prepare is None else BUILDERS[benchmark.prepare](benchmark)
     missing = benchmark.missing_files()
     lines += [] if missing else [line for task in benchmark.sets() for line in prepare_raw(task)]

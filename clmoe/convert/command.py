@@ -31,7 +31,7 @@ from clmoe.utils.tensors import load_tensors, save_tensors
 LIUHAOTIAN, LLAMA, ADAPTER = "an original LLaVA", "a LLaMA or Vicuna", "an adapter of CoIN or CL-MoE"
 OLD = "a checkpoint that clmoe 0.1 sealed"
 NEEDED = {LIUHAOTIAN: {"vision"}, LLAMA: {"vision", "projector"}, ADAPTER: {"model", "benchmark", "tasks"}, OLD: set()}
-"""The options that each format needs; it takes no others."""
+"""The options that each format needs; it accepts no others."""
 
 
 def convert_any(options: Namespace) -> str:
@@ -84,7 +84,7 @@ DROPPED = (MANIFEST, "README.md", CONFIG, LINEAGE, *OLD_BANK.values())
 
 
 def convert_old_checkpoint(source: Path, target: Path) -> str:
-    """Return what it was. Raises ClmoeError: a file is missing or damaged, or a setting has no counterpart."""
+    """Return what it was. Raises ClmoeError if a file is missing or damaged, or a setting has no counterpart."""
     files = read_json(source / MANIFEST)["files"]
     for name, entry in files.items():
         if not (source / name).is_file() or file_sha256(source / name) != entry["sha256"]:
@@ -99,7 +99,7 @@ def convert_old_checkpoint(source: Path, target: Path) -> str:
             shutil.copy(source / name, folder / (EXPANSION if name == "plan.json" else name))
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         lineage = read_json(source / LINEAGE) | {"method": config.method}
-        lineage.pop("config_sha256", None)  # of the settings under their old names
+        lineage.pop("config_sha256", None)  # that of the settings under their old names
         write_json(folder / LINEAGE, lineage)
         if bank is not None:
             locator = make_locator(config.locator, config.seed)
@@ -146,7 +146,7 @@ PROJECTOR_FILE = "non_lora_trainables.bin"
 START = "base_model.model.model."
 PLACES = {START + ours: f"base_model.model.{theirs}" for ours, theirs in weights.PROJECTOR.items()}
 PLACES |= {f"{START}language_model.": START}
-"""Beginning of a name in our file -> in theirs; ``_pieces`` has the ends."""
+"""Prefix of a name in our file -> prefix in theirs; ``_pieces`` has the suffixes."""
 
 PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_to_transform": None,
@@ -184,7 +184,7 @@ def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def convert_adapter(source: Path, target: Path, model: str, benchmark: Benchmark, tasks: list[str]) -> str:
-    """Write the checkpoint of these tasks; return what was found. Raises ClmoeError where anything does not fit."""
+    """Write the checkpoint of these tasks; return what was found. Raises ClmoeError if anything does not fit."""
     benchmark.named(tasks, "--tasks")
     kind, settings = read_settings(source)
     config = load_config(METHODS[kind], merge(benchmark.recipe, {"adapter": settings}), [], model)
@@ -228,7 +228,7 @@ def read_tensors(folder: Path, wanted: dict[str, Size], settings: dict[str, Any]
 
 
 def _pieces(name: str, shape: Size, experts: int) -> tuple[list[str], Size, int]:
-    """Names and shape of their tensors (one an expert) that make up one of ours, and the dimension to join them in."""
+    """Names and shape of their tensors (one per expert) that make up one of ours, and the dimension to join along."""
     packed = re.fullmatch(r"(.+)\.clmoe_experts\.\w+\.([AB])", name)
     if packed is None:
         return [name.replace(".clmoe_routers.instance.0.", ".lora_router.")], shape, 0

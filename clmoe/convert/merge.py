@@ -1,6 +1,6 @@
-"""A checkpoint's low-rank updates added to its base's files: a model that needs neither clmoe nor peft.
+"""Add a checkpoint's low-rank updates to its base's files: the result needs neither clmoe nor peft.
 
-Works on files alone, one of the base's at a time. The tensors keep the names, types and places that they have there.
+Works on files only, one of the base's at a time. The tensors keep the names, types and places that they have there.
 """
 
 import re
@@ -31,7 +31,7 @@ def check_mergeable(done: Finished) -> None:
     if values["peft_type"] == "LORA":
         reason = next((f"{key} is set" for key in ("use_rslora", "use_dora", "rank_pattern") if values.get(key)), "")
     elif values["router_owners"]:
-        reason = "a router weighs its experts anew for every token"
+        reason = "a router weights its experts differently for every token"
     else:
         reason = "it keeps an adapter for each task" if values["pick"] == "task" else ""
     if reason:
@@ -41,12 +41,12 @@ def check_mergeable(done: Finished) -> None:
 def merge_checkpoint(done: Finished, target: Path) -> int:
     """Write the merged base into the new folder ``target``; returns the number of tensors that changed.
 
-    Raises ClmoeError as ``check_mergeable``, or where the base is another one or does not hold what was adapted.
+    Raises ClmoeError as ``check_mergeable`` does, and if the base is another one or does not hold what was adapted.
     """
     check_mergeable(done)
     folder = resolve_model_path(done.config.model.path)
     if base_fingerprint(folder) != done.lineage.base:
-        raise ClmoeError(f"{done.folder} was trained on another base than {done.config.model.path}")
+        raise ClmoeError(f"{done.folder} was trained on a different base from {done.config.model.path}")
     if not Path(folder).is_dir():
         folder = snapshot_download(folder, local_files_only=True)
     files = {path: open_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))}
@@ -73,14 +73,14 @@ def merge_checkpoint(done: Finished, target: Path) -> int:
 def read_updates(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """What an adapter changes, by the base's parameter names: ``A [r, din]`` and ``s B [dout, r]``; whole tensors.
 
-    LoRA (arXiv 2106.09685, section 4.1) adds ``s B A``. Experts that are all added up are one LoRA of all their ranks.
+    LoRA (arXiv 2106.09685, section 4.1) adds ``s B A``. Experts that are all summed are one LoRA with all their ranks.
     """
     values, tensors = read_json(folder / "adapter_config.json"), load_tensors(folder / "adapter_model.safetensors")
     lora = values["peft_type"] == "LORA"
     scaling = values["lora_alpha"] / values["r"] if lora else values["scaling"]
     factors: dict[str, dict[str, list[Tensor]]] = {}
     tuned: dict[str, Tensor] = {}
-    for key, tensor in sorted(tensors.items()):  # so that A, B and frozen_A, frozen_B come in one order
+    for key, tensor in sorted(tensors.items()):  # so that A, B and frozen_A, frozen_B come in the same order
         name = key.removeprefix(IN_FILES)
         found = (LORA if lora else EXPERTS).fullmatch(name)
         if found is None:
@@ -97,10 +97,10 @@ def _linear(module: str, name: str) -> str:
 
 
 def place_in(shapes: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> str:
-    """The tensor of a base's files that becomes the parameter ``name``; modules above it may be named otherwise there.
+    """The tensor in a base's files that becomes the parameter ``name``; modules above it may have other names there.
 
-    Of the tensors of its shape, it shares the longest ending and, among those, the most words. Raises ClmoeError if
-    none or several do.
+    Among the tensors of its shape, it shares the longest ending and, if several do, the most words. Raises ClmoeError
+    if none or several remain.
     """
     parts = name.split(".")
 

@@ -1,7 +1,7 @@
 """Foreign weights, and the LLaVA folder that they become.
 
 Weight files are mapped, not read into memory: names, shapes and dtypes are checked before anything is written, and
-writing goes from map to file. Of 14 GB, the process itself holds no more than the widened embeddings and head.
+tensors go from the map to the file. Of 14 GB, the process itself holds only the widened embeddings and head.
 """
 
 import re
@@ -33,7 +33,7 @@ from clmoe.errors import ClmoeError
 from clmoe.utils.files import flush, read_json
 from clmoe.utils.tensors import load_tensors, refuse_infinite, writing
 
-# How each format names its tensors: beginning of the name in our folder (which is llava-hf's) -> beginning there.
+# How each format names its tensors: prefix of the name in our folder (which is llava-hf's) -> prefix there.
 LLAMA = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
 PROJECTOR = {
     "multi_modal_projector.linear_1.": "model.mm_projector.0.",
@@ -55,7 +55,7 @@ LEFT_OUT = re.compile(
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHARD_SIZE = "5GB"
 Part = tuple[Path, dict[str, Tensor], dict[str, str]]
-"""Where tensors come from, they themselves, and their layout."""
+"""Where tensors come from, the tensors themselves, and their layout."""
 
 
 def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
@@ -65,12 +65,12 @@ def renamed(names: Iterable[str], layout: dict[str, str]) -> dict[str, str]:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped; nothing of it is run. Raises ClmoeError: missing, damaged, or no dense tensors."""
+    """A file's tensors, mapped; nothing in it is run. ClmoeError if it is missing, damaged, or has no dense tensors."""
     if not path.is_file():
         raise ClmoeError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
-    try:  # torch's zip format can be mapped where nothing is compressed: a map shows members as they are
+    try:  # torch's zip format can be mapped if nothing is compressed: a map shows members as they are
         mapped = is_zipfile(path) and all(member.compress_type == ZIP_STORED for member in ZipFile(path).infolist())
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a strange file makes torch raise almost anything
@@ -85,15 +85,15 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """One line of torch's message, which goes on to explain how to switch the protection off."""
+    """One line of torch's message; the rest explains how to turn the protection off."""
     text = str(error).strip() or type(error).__name__
     if refused := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"it asks for {refused[1]}, which is not a tensor; nothing of it was run"
+        return f"it asks for {refused[1]}, which is not a tensor; nothing in it was run"
     return "torch does not recognise it as weights" if "weights_only" in text else text.splitlines()[0][:300]
 
 
 def model_tensors(folder: Path) -> dict[str, Tensor]:
-    """A model folder's tensors, from safetensors rather than pickles. Raises ClmoeError as ``open_tensors``."""
+    """A model folder's tensors, from safetensors rather than pickles. Raises ClmoeError as ``open_tensors`` does."""
     for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = file.with_name(f"{file.name}.index.json")
         if file.is_file():
@@ -127,7 +127,7 @@ def check_tensors(found: dict[str, Tensor], shapes: dict[str, Size], where: Path
     for name, needed in shapes.items():
         shape, dtype = found[name].shape, found[name].dtype
         if shape != needed:
-            raise ClmoeError(f"{where}: {name} has shape {list(shape)}, the configuration makes it {list(needed)}")
+            raise ClmoeError(f"{where}: {name} has shape {list(shape)}, but the configuration gives {list(needed)}")
         if dtype not in DTYPES:
             raise ClmoeError(f"{where}: {name} is {dtype}; expected 16- or 32-bit floating point")
 
@@ -144,11 +144,11 @@ TEXT_FIELDS = (
 
 
 def read_tower(folder: Path) -> tuple[Any, Any]:
-    """``CLIPVisionConfig`` and image processor of a CLIP, whole or its vision model alone; ClmoeError if unfit."""
+    """``CLIPVisionConfig`` and image processor of a CLIP, whole or its vision model only; ClmoeError if unfit."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ClmoeError(f"--vision: {folder / 'config.json'}: model_type is {kind!r}, expected 'clip'")
-    read_json(folder / "preprocessor_config.json")  # transformers' own reader would make one up
+    read_json(folder / "preprocessor_config.json")  # without it, transformers' own reader would make one up
     tower: Any = CLIPVisionConfig.from_pretrained(folder)
     images = CLIPImageProcessorPil.from_pretrained(folder)
     side, crop = tower.image_size, dict(images.crop_size)
@@ -158,7 +158,7 @@ def read_tower(folder: Path) -> tuple[Any, Any]:
 
 
 def check_connection(values: dict[str, Any], where: Path) -> None:
-    """Raise ClmoeError where a config.json's ``mm_*`` fields join tower and language model unlike LLaVA-1.5."""
+    """Raise ClmoeError if a config.json's ``mm_*`` fields do not join tower and language model as LLaVA-1.5 does."""
     allowed = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_vision_select_feature": ("patch", "cls_patch", None),
@@ -174,7 +174,7 @@ def check_connection(values: dict[str, Any], where: Path) -> None:
 def llava_config(
     language: dict[str, Any], tower: Any, connection: dict[str, Any], added: tuple[int, int]
 ) -> LlavaConfig:
-    """From two config.json, LLaVA's ``mm_*`` fields (or LLaVA-1.5's) and the ids of ``<image>`` and ``<pad>``."""
+    """Made from two config.json, LLaVA's ``mm_*`` fields (or LLaVA-1.5's) and the ids of ``<image>`` and ``<pad>``."""
     with_class = connection.get("mm_vision_select_feature") == "cls_patch"
     text = LlamaConfig(
         **{name: language[name] for name in TEXT_FIELDS if name in language},
@@ -197,9 +197,9 @@ def llava_config(
 
 
 def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
-    """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives the probes.
+    """The folder's tokenizer with ``<image>`` and ``<pad>`` added, and the ids that the original gives for ``PROBES``.
 
-    A ``tokenizer.model`` goes before a ``tokenizer.json``. Raises ClmoeError if there is no readable one.
+    A ``tokenizer.model`` wins over a ``tokenizer.json``. Raises ClmoeError if there is no readable one.
     """
     settings: dict[str, Any] = dict(SETTINGS)
     try:
@@ -212,9 +212,9 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
             tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
             ids = {text: raw.encode(text, add_special_tokens=False).ids for text in PROBES}
         tokenizer.add_special_tokens({"pad_token": PAD})
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises nothing more specific
         raise ClmoeError(f"{folder}: no readable tokenizer.model or tokenizer.json: {error}") from error
-    if getattr(tokenizer, "image_token_id", None) is None:  # in transformers 5.0 the file goes before our settings
+    if getattr(tokenizer, "image_token_id", None) is None:  # in transformers 5.0 the file wins over our settings
         where = folder / "tokenizer_config.json"
         raise ClmoeError(f"{where}: field 'extra_special_tokens' leaves no place for {IMAGE_MARK}: remove the field")
     return tokenizer, ids
@@ -224,10 +224,10 @@ def read_tokenizer(folder: Path) -> tuple[LlamaTokenizer, Ids]:
 
 
 def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
-    """Write LLaVA-1.5 as its authors publish it (liuhaotian/llava-v1.5-7b, 13b); return what was found.
+    """Convert LLaVA-1.5 as its authors publish it (liuhaotian/llava-v1.5-7b, 13b); return what was found.
 
-    A tower in the checkpoint may be trained and is taken before the CLIP folder's, which says how images are scaled.
-    Raises ClmoeError as ``_assemble``.
+    A tower in the checkpoint may be trained and wins over that of the CLIP folder, which says how images are scaled.
+    Raises ClmoeError as ``_assemble`` does.
     """
     values = read_json(source / "config.json")
     check_connection(values, source / "config.json")
@@ -241,10 +241,10 @@ def convert_liuhaotian(source: Path, target: Path, vision: Path) -> str:
 
 
 def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) -> str:
-    """Write the papers' start from a LLaMA (Vicuna), a CLIP and a projector; return what was put together.
+    """Write the papers' starting point from a LLaMA (Vicuna), a CLIP and a projector; return what was put together.
 
     A config.json that LLaVA-1.5's first stage left beside ``mm_projector.bin`` says which of the tower's features are
-    taken; without one they are LLaVA-1.5's. Raises ClmoeError as ``_assemble``.
+    used; without one they are LLaVA-1.5's. Raises ClmoeError as ``_assemble`` does.
     """
     beside = projector.with_name("config.json")
     connection = read_json(beside) if beside.is_file() else {"mm_projector_type": "mlp2x_gelu"}
@@ -261,8 +261,8 @@ def convert_vicuna(source: Path, target: Path, vision: Path, projector: Path) ->
 def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, Any], parts: list[Part]) -> int:
     """Write a LLaVA folder from ``parts`` that cover it, whole or not at all; return its number of tensors.
 
-    ``source`` has the language model's config.json and tokenizer. Raises ClmoeError: a size, the tokenizer or a tensor
-    does not fit, or the disk does not hold what was written.
+    ``source`` has the language model's config.json and tokenizer. Raises ClmoeError if a size, the tokenizer or a
+    tensor does not fit, or the disk does not hold what was written.
     """
     language, (tokenizer, ids) = read_json(source / "config.json"), read_tokenizer(source)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -310,7 +310,7 @@ def _assemble(source: Path, target: Path, vision: Path, connection: dict[str, An
 def _widen(tensor: Tensor, rows: int) -> Tensor:
     """``[V, D]`` -> ``[rows, D]``: ``<image>``, ``<pad>`` and the filling get the mean of all rows.
 
-    llava-hf draws them around that mean. As an output its logit is the mean logit, which no greedy answer picks.
+    llava-hf draws them around that mean. As an output, its logit is the mean logit, which greedy decoding never picks.
     """
     mean = tensor.mean(0, dtype=torch.float64).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
@@ -330,7 +330,7 @@ def _save_all_but_weights(folder: Path, config: LlavaConfig, processor: LlavaPro
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors, bit for bit, as transformers does, and read them back. Raises ClmoeError where that fails."""
+    """Write tensors, bit for bit, as transformers does, and read them back. Raises ClmoeError if that fails."""
     with writing(folder):
         save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
     for path in folder.iterdir():

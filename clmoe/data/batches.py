@@ -23,7 +23,7 @@ Item = TypeVar("Item", bound="PromptItem")
 
 
 class Encoder(Protocol):
-    """What turns records into a base's inputs; ``read_image`` gives what the makers of items take as an image."""
+    """Turns records into a base's inputs; ``read_image`` gives what the makers of items take as an image."""
 
     def read_image(self, path: Path) -> Any: ...
     def train_item(self, record: TrainRecord, image: Any, max_length: int) -> "TrainItem": ...
@@ -38,7 +38,7 @@ class PromptItem:
 
     Attributes:
         input_ids: [T] int64.
-        pixel_values: [3, H, W] float32, or kept features [P, D], of LLaVA-1.5; None for text only, and other bases.
+        pixel_values: [3, H, W] float32, or kept features [P, D], for LLaVA-1.5; None for text only and other bases.
         extra: other inputs of the model by name: ``*token_type_ids`` [T] int64, and those of the image, whose first
             dimension counts images or their parts.
     """
@@ -50,7 +50,7 @@ class PromptItem:
 
 @dataclass(frozen=True, slots=True)
 class TrainItem(PromptItem):
-    """As ``PromptItem``, with labels: [T] int64."""
+    """A ``PromptItem`` with labels: [T] int64."""
 
     labels: Tensor
 
@@ -59,7 +59,7 @@ class TrainItem(PromptItem):
 
 
 class _Items(Dataset[Item]):
-    """Rows as items: text is tokenised and images are read on access. Subclasses make the item of one row."""
+    """Rows as items: text is tokenised and images are read on access. Subclasses make the item for one row."""
 
     def __init__(self, rows: Sequence[Any], image_root: Path, encoder: Encoder) -> None:
         self.rows, self.image_root, self.encoder = rows, Path(image_root), encoder
@@ -74,7 +74,7 @@ class _Items(Dataset[Item]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """A batch's items, as the loader asks for them. Items of one image, which is read once, share its tensor."""
+        """A batch's items, as the loader asks for them. Each image is read once, and its items share the tensor."""
         images: dict[str | None, Any] = {None: None}
         items = []
         for row in (self.rows[index] for index in indices):
@@ -125,15 +125,15 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     """A training batch, padded on the right.
 
     ``input_ids``, ``attention_mask`` (1 = token) and ``labels`` (padding is -100) are ``[B, T]`` int64, ``pixel_values
-    [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image; absent if none has. Of
-    ``extra``, ``*token_type_ids`` become ``[B, T]``, 0 in padding and where a record has none; image inputs follow each
-    other, and where their other dimensions differ, all get the largest, filled up with 0.
+    [I, 3, H, W]`` float32 (or kept features ``[I, P, D]``) of the records that have an image; absent if none has. From
+    ``extra``, ``*token_type_ids`` become ``[B, T]``, 0 in padding and where a record has none; image inputs are
+    concatenated, and if their other dimensions differ, all are padded with 0 to the largest.
     """
     return _collate(items, pad_id, "right") | {"labels": _pad([item.labels for item in items], IGNORE, "right")}
 
 
 def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
-    """As ``collate_train``, with the items' places in their dataset as ``rows [B]`` int64."""
+    """Like ``collate_train``, with the items' places in their dataset as ``rows [B]`` int64."""
     return collate_train([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
 
 
@@ -161,7 +161,7 @@ def _pad(rows: list[Tensor], value: int, side: str) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """``[n_i, ...]`` one after the other, filled up with 0 to the largest of each later dimension."""
+    """``[n_i, ...]`` one after the other, padded with 0 to the largest of each later dimension."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     joined = parts[0].new_zeros(sum(map(len, parts)), *largest)
     row = 0

@@ -1,7 +1,7 @@
-"""Training and question files of other projects, made into rows in LLaVA's layout: one reader for each kind of file.
+"""Make training and question files of other projects into rows in LLaVA's layout: one reader for each kind of file.
 
-A row is one question and its answer, or a conversation: role and content (LLaMA-Factory, ms-swift, TRL) or from and
-value. docs/add-your-data.md lists the files and columns that are known. Every error names the file, row and column.
+A row is one question and its answer, or a conversation with role and content (LLaMA-Factory, ms-swift, TRL) or from and
+value. docs/add-your-data.md lists the known files and columns. Every error names the file, row and column.
 """
 
 import csv
@@ -27,17 +27,17 @@ COLUMNS = {
     "question": ("question", "messages", "conversations", "prompt", "text", "query"),
     "answer": ("answer", "completion", "multiple_choice_answer", "response"),
 }
-"""What a row is read from, the first of these that it has: ``question`` and ``answer`` may be lists of messages."""
+"""A row is read from the first of these that it has; ``question`` and ``answer`` may be lists of messages."""
 
-TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files that are in no case in LLaVA's layout
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files that are never in LLaVA's layout
 MARK = "<image>"
 SPEAKERS = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt"}
 FOR_SCORERS = ("answers", "answer_bbox", "captions", "size", "category")
-COCO_IMAGE = "{data_subtype}/COCO_{data_subtype}_{image_id:012d}.jpg"  # of VQA v2
+COCO_IMAGE = "{data_subtype}/COCO_{data_subtype}_{image_id:012d}.jpg"  # for VQA v2
 AT_ONCE = 256  # rows of a Parquet file or Arrow table, with their images
 
 Keep = Callable[[bytes], str]
-"""Takes the bytes of an image and returns its path below the image root; raises ClmoeError if they are none."""
+"""Takes the bytes of an image and returns its path below the image root; raises ClmoeError if they are not one."""
 Kind = Literal["train", "test"]
 
 
@@ -47,8 +47,8 @@ class Raw:
 
     Attributes:
         train, test: the files, whose rows follow one another.
-        columns: our name of a column, see ``COLUMNS`` -> the files' name.
-        image: how an image's path is made of a row's columns, as in ``{image_id}.png``; empty if a column holds it.
+        columns: our name for a column, see ``COLUMNS`` -> the files' name.
+        image: how an image's path is made from a row's columns, as in ``{image_id}.png``; empty if a column holds it.
         instruction: text at the end of every question.
     """
 
@@ -63,10 +63,10 @@ class Raw:
 
 
 def raw_rows(raw: Raw, kind: Kind, keep: Keep) -> Iterator[Row | RowError]:
-    """The rows in LLaVA's layout, each in the order of its file, or what is wrong with one.
+    """The rows in LLaVA's layout, in the order of the files, or what is wrong with one.
 
-    A row without an id gets its number over all files. ``keep`` gets the images that lie in rows. Raises ClmoeError for
-    a file that cannot be read.
+    A row without an id gets its number over all files. ``keep`` gets the images that are stored in rows. Raises
+    ClmoeError for a file that cannot be read.
     """
     numbers = count()
     for path, index, data in _stored(raw.files(kind)):
@@ -115,7 +115,7 @@ def _noted(path: Path, index: int, row: Any, data: dict[str, Any], notes: dict[s
         return row
     name = str(row.get("question_id"))
     if name not in notes:
-        problem = "no annotation has this id; list the file of its annotations, too"
+        problem = "no annotation has this id; list the file with its annotations too"
         return RowError(str(path), index, name, "question_id", problem)
     return {key: data[key] for key in ("data_subtype",) if key in data} | row | notes[name]
 
@@ -141,12 +141,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield index, parse_json(line, rows=True)
-            except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, too
+            except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
                 yield index, RowError(str(path), index, None, "", f"broken JSON: {error}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    """Empty cells are missing; the first line names the columns."""
+    """Empty cells count as missing; the first line names the columns."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         names = next(table, [])
@@ -166,7 +166,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _folder(path: Path) -> Iterator[tuple[int, Any]]:
-    """What ``save_to_disk`` of datasets wrote; images stay encoded."""
+    """What datasets' ``save_to_disk`` wrote; images stay encoded."""
     try:
         data: Dataset | DatasetDict = load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def _folder(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Source:
-    """A row of another format and what has been read of it."""
+    """A row in another format and what has been read from it."""
 
     def __init__(self, row: Row, raw: Raw, keep: Keep) -> None:
         self.row, self.raw, self.keep = row, raw, keep
@@ -226,7 +226,7 @@ class _Source:
         """Question and expected answer of a test row."""
         if len(turns) != 2:
             self.fail(
-                self.key["question"], "a test row asks one question, which one answer follows", f"{len(turns)} turns"
+                self.key["question"], "a test row has one question, followed by one answer", f"{len(turns)} turns"
             )
         self.names |= {"text": self.names["conversations[0].value"], "answer": self.names["conversations[1].value"]}
         question, answer = (turn["value"] for turn in turns)
@@ -236,7 +236,7 @@ class _Source:
         return {"text": question, **({} if answer is None else {"answer": answer}), **kept}
 
     def turns(self, kind: Kind) -> list[dict[str, Any]]:
-        """LLaVA's ``conversations``: of messages, or one question and its answer."""
+        """LLaVA's ``conversations``: made from messages, or from one question and its answer."""
         asked, said = self.value("question"), self.value("answer")
         key, answer_key = self.key["question"], self.key["answer"]
         self.names["conversations"] = answer_key
@@ -266,7 +266,7 @@ class _Source:
         speaker = message.get(role)
         if speaker == "system":
             fix = "remove the message, or write its text before the question"
-            self.fail(f"{field}.{role}", f"the prompt has a system sentence of its own; {fix}")
+            self.fail(f"{field}.{role}", f"the prompt has its own system sentence; {fix}")
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             self.fail(f"{field}.{role}", f"expected one of {', '.join(SPEAKERS)}", shown(speaker))
         value = message.get(content)
@@ -279,7 +279,7 @@ class _Source:
         return {"from": SPEAKERS[speaker], "value": value}
 
     def part(self, field: str, part: Any) -> str:
-        """The text of a part of a message; of an image the mark."""
+        """The text of a part of a message; for an image, the mark."""
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return self.row.text(f"{field}.text", part.get("text"))
@@ -291,12 +291,12 @@ class _Source:
         return f"{MARK}\n"
 
     def image(self) -> str | None:
-        """The image's path below the image root, None without one; ``keep`` takes one that lies in the row."""
+        """The image's path below the image root, None without one; ``keep`` takes one that is stored in the row."""
         self.key["image"], value = self.shown[0] if self.shown else (self.key["image"], self.value("image"))
         field, data = self.key["image"], self.row.data
         several = [item for item in value if item is not None] if isinstance(value, list) else self.shown
         if len(several) > 1:
-            self.fail(field, "expected one image: one for each row is supported", str(len(several)))
+            self.fail(field, "expected one image: only one per row is supported", str(len(several)))
         if isinstance(value, list):
             value = several[0] if several else None
         pattern = self.raw.image or ("" if value or not data.get("data_subtype") else COCO_IMAGE)
@@ -320,7 +320,7 @@ class _Source:
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             self.fail(
                 self.key["image"],
-                f"the image's path {pattern!r} cannot be made of it ({error}); correct the row or raw.image",
+                f"the image's path {pattern!r} cannot be made from it ({error}); correct the row or raw.image",
             )
 
     def taken(self, field: str, encoded: Any) -> str:
@@ -337,12 +337,12 @@ class _Source:
         return [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
 
     def most_common(self, answers: list[Any], field: str) -> str:
-        """The first of those that most annotators gave."""
+        """The first of the answers that most annotators gave."""
         texts = [self.row.text(f"{field}[{n}]", answer) for n, answer in enumerate(answers)]
         return Counter(texts).most_common(1)[0][0]
 
 
 @cache
 def placeholders(pattern: str) -> frozenset[str]:
-    """The columns that a path is made of: ``{image_id:012d}.jpg`` -> ``image_id``."""
+    """The columns that a path is made from: ``{image_id:012d}.jpg`` -> ``image_id``."""
     return frozenset(name for _, name, _, _ in string.Formatter().parse(pattern) if name)

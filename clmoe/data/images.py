@@ -1,7 +1,7 @@
 """From an image file to the vision tower's input: one path for training and evaluation.
 
 As in LLaVA-1.5, transparency is dropped, not blended, an animation gives its first frame, and no EXIF rotation is
-applied: boxes of the benchmarks refer to the stored pixels. A non-square image is padded to a square and never cropped;
+applied: the benchmarks' boxes refer to the stored pixels. A non-square image is padded to a square and never cropped;
 published evaluation scripts crop what training padded, which moves boxes.
 """
 
@@ -19,14 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clmoe.errors import ClmoeError
 
-LONGEST_SIDE = 13_377  # its square has the 179 megapixels that Pillow decodes at most
-MOST_DRAWN_OUT = 300  # longer side / shorter side: beyond it, less than a line of pixels is left at LLaVA-1.5's 336
+LONGEST_SIDE = 13_377  # its square has 179 megapixels, the most that Pillow decodes
+MOST_DRAWN_OUT = 300  # longer side / shorter side: beyond it, less than one line of pixels is left at LLaVA-1.5's 336
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode as RGB; what Pillow warns of names the file.
+    """Decode as RGB; Pillow's warnings name the file.
 
-    Raises ClmoeError if that fails, for more than 8 bits per channel or 179 megapixels, and as ``check_shape``.
+    Raises ClmoeError if that fails, for more than 8 bits per channel or 179 megapixels, and as ``check_shape`` does.
     """
     with _named_warnings(path):
         try:
@@ -41,9 +41,9 @@ def load_image(path: Path) -> Image.Image:
 
 
 def ending(data: bytes, *, decode: bool) -> str:
-    """What the name of a file with this encoded image ends in: ``png``. Raises ClmoeError as ``load_image``.
+    """What the name of a file with this encoded image ends in, as ``png``. Raises ClmoeError as ``load_image`` does.
 
-    Without ``decode`` only the header is looked at.
+    Without ``decode``, only the header is read.
     """
     try:
         with _named_warnings(Path("image")), Image.open(io.BytesIO(data)) as image:
@@ -69,7 +69,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:
-    """What is wrong with files of which only the header is read, once: no image, not to be opened, a bad shape."""
+    """What is wrong with these files: not an image, cannot be opened, or a bad shape. Reads only the header, once."""
     new = sorted(path for path in set(paths) if hash(path) not in _readable)
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(_header_problem, new))
@@ -77,7 +77,7 @@ def unreadable(paths: Iterable[Path]) -> list[ClmoeError]:
     return [error for error in found if error is not None]
 
 
-_readable: set[int] = set()  # hashes of those that this process has opened: a sequence has a million
+_readable: set[int] = set()  # hashes of the paths that this process has opened: a sequence has a million
 
 
 def _header_problem(path: Path) -> ClmoeError | None:
@@ -99,7 +99,7 @@ _reading: list[warnings.catch_warnings] = []  # one entry for each image that is
 
 @contextmanager
 def _named_warnings(path: Path) -> Iterator[None]:
-    """Give this thread's warnings again afterwards, with the file's name. Python's own recorder is not thread-safe."""
+    """Repeat this thread's warnings afterwards, with the file's name. Python's own recorder is not thread-safe."""
     with _lock:
         listener = warnings.catch_warnings()
         if not _reading:

@@ -2,11 +2,12 @@
 
 As in LLaVA, the texts before and after ``<image>`` are tokenised separately, with ``image_token_count`` copies of the
 image token between them. LLaMA's tokenizer marks the beginning of the second text: the tokens after an image are ``▁``,
-``<0x0A>``, where a single string gives ``<0x0A>`` alone. Only the first text gets a ``<s>``, if the tokenizer adds one.
+``<0x0A>``, while a single string gives ``<0x0A>`` alone. Only the first text gets a ``<s>``, if the tokenizer adds one.
 docs/faults.md lists where ids and labels differ from those of the released training code.
 
-The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn, what
-LLaVA's ``preprocess_v1`` leaves unmasked, and also where that loses count (``ASSISTANT: `` in the text) and masks all.
+The labels follow from the tokens' character offsets: they are exactly the tokens of `` answer</s>`` of every turn.
+LLaVA's ``preprocess_v1`` leaves the same ones unmasked, unless it loses count (``ASSISTANT: `` in the text) and masks
+all.
 """
 
 from bisect import bisect_left
@@ -48,7 +49,7 @@ def encode_training(
 ) -> Encoded:
     """Token ids and labels of a record, truncated on the right to ``max_length`` tokens, the image's included.
 
-    Raises ClmoeError naming the record: the tokenizer does not fit the template, the text holds a special token
+    Raises ClmoeError naming the record if the tokenizer does not fit the template, the text holds a special token
     (``</s>``, ``<image>``), or truncation leaves no answer token.
     """
     where = f"record {record.id!r}"
@@ -71,7 +72,7 @@ def encode_training(
 def encode_prompt(
     question: str, has_image: bool, tokenizer: PreTrainedTokenizerFast, image_token_count: int
 ) -> list[int]:
-    """Token ids of the prompt up to ``ASSISTANT:``, never truncated. Raises ClmoeError as ``encode_training``."""
+    """Token ids of the prompt up to ``ASSISTANT:``, never truncated. Raises ClmoeError as ``encode_training`` does."""
     text, image_tokens = prompt_text(question, has_image), image_token_count if has_image else 0
     return _tokenise(text, tokenizer, image_tokens, 0, f"question {question[:60]!r}")[0]
 
@@ -111,13 +112,13 @@ def _tokenise(
     for token, token_id, wanted in ((END, tokenizer.eos_token_id, ends), (IMAGE_MARK, image_id, image_tokens)):
         if ids.count(token_id) != wanted:
             fix = "remove it from the text or, if it is not there, fix the tokenizer: one special token, never appended"
-            raise ClmoeError(f"{where}: {ids.count(token_id)} tokens {token}, the template has {wanted}; {fix}")
+            raise ClmoeError(f"{where}: {ids.count(token_id)} tokens {token}, but the template has {wanted}; {fix}")
     return ids, offsets
 
 
 @lru_cache(maxsize=16)
 def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, first: bool) -> tuple[Sequence[int], Spans]:
-    """Ids and offsets of a text. They are kept, since the text before an image is that of every prompt."""
+    """Ids and offsets of a text. They are kept, since the text before an image is the same in every prompt."""
     encoded = tokenizer(text, add_special_tokens=first, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], encoded["offset_mapping"]
 
@@ -125,8 +126,8 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, first: bool) -> tupl
 def answer_labels(ids: list[int], offsets: Spans, spans: Spans, end_id: int, where: str) -> list[int]:
     """The ids of the tokens inside a span, IGNORE elsewhere. Each span must hold some answer and end in ``end_id``.
 
-    Raises ClmoeError, which begins with ``where``, if one does not. A token of no width (``<s>``, or white space in
-    tokenizers that trim offsets) belongs to the span that it begins in.
+    Raises ClmoeError, which begins with ``where``, if one does not. A token of zero width (``<s>``, or white space in
+    tokenizers that trim offsets) belongs to the span in which it begins.
     """
     labels = [IGNORE] * len(ids)
     lefts = [left for left, _ in offsets]

@@ -1,7 +1,7 @@
 """Training and question files in LLaVA's layout, and the records of several tasks as one sequence.
 
-Ids become strings, white space around questions and training answers and the mark ``<image>`` go (the prompt puts the
-image first), and image paths are normalised. Every error names the file, the row (counted from 0) and the field.
+Ids become strings, white space around questions and training answers and the mark ``<image>`` are removed (the prompt
+puts the image first), and image paths are normalised. Every error names the file, the row (from 0) and the field.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from clmoe.utils.tensors import writing
 
 IMAGE_MARK = "<image>"
 GOLD_FIELDS = ("answer", "answers", "answer_bbox", "captions")
-"""A question must have at least one of these: what a scorer compares a prediction with."""
+"""A question must have at least one of these, with which a scorer compares a prediction."""
 
 LARGE_FILE = 16 * 2**20
 """Training files of at least this many bytes are not held in memory."""
 
 LONGEST_QUESTION = 16_384
-"""Characters of a test question, which is never truncated: four for each of the 4,096 tokens of LLaVA-1.5."""
+"""Character limit of a test question, which is never truncated: four for each of the 4,096 tokens of LLaVA-1.5."""
 
 LARGEST_FRACTION = 2.0
-"""A box may reach a little over the edge of its image, whose sides are 1; larger numbers are pixels or percent."""
+"""A box may reach a little beyond the edge of its image, whose sides are 1; larger numbers are pixels or percent."""
 
 OnBad = Literal["error", "mask", "skip"]
 Failed = Callable[[ClmoeError], None]
 Rows = Iterable[Row | RowError]
-"""Of another format, see ``data.formats``: made into LLaVA's layout, or what is wrong with one that cannot be."""
+"""Rows of another format, see ``data.formats``: in LLaVA's layout, or what is wrong with one that cannot be used."""
 R = TypeVar("R")
 
 _TRAIN_KEYS = {"id", "image", "conversations"}
@@ -76,7 +76,7 @@ class TrainRecord:
 
     @property
     def masked(self) -> bool:
-        """It only keeps a bad row's place: none of its tokens counts in the loss."""
+        """Whether it only keeps a bad row's place: none of its tokens counts in the loss."""
         return self.turns == MASKED
 
 
@@ -111,7 +111,7 @@ def load_train(
 ) -> Sequence[TrainRecord]:
     """Read and check a file of ``{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
 
-    The images must exist; they are not decoded. Published LLaVA files repeat ids: later rows of an id get ``#2``,
+    The images must exist; they are not decoded. Published LLaVA files repeat ids: later rows with an id get ``#2``,
     ``#3``, ... Records of a file of LARGE_FILE bytes or more stay on disk. Bad rows raise one ClmoeError that lists all
     of them, or are left out (``skip``), or become records without an answer token (``mask``). ``seen`` is filled.
     """
@@ -120,7 +120,7 @@ def load_train(
     read = _stored_train if large else _read_train
     records = read(path, image_root, on_bad, fits, seen)
     if len(seen.bad) == seen.rows:
-        raise all_of([ClmoeError(f"{path}: no row of {seen.rows} can be used"), *seen.bad])
+        raise all_of([ClmoeError(f"{path}: none of the {seen.rows} rows can be used"), *seen.bad])
     return records
 
 
@@ -184,7 +184,7 @@ def load_questions(
 
     Expected answers stay as they are; a list in ``answer`` (several accepted ones) is moved to ``extra["answers"]``.
     ``answered``: every row must have one of GOLD_FIELDS. ``images``: the images must exist. Raises ClmoeError
-    that lists all bad rows, as those with a repeated id; with ``failed``, they are reported to it and left out.
+    that lists all bad rows, also those with a repeated id; with ``failed``, they are reported to it and left out.
     ``rows`` are read instead of the file's.
     """
     known: set[str] | None = set() if images else None
@@ -236,7 +236,7 @@ def _each_row(
 
 
 def count_records(path: Path) -> int:
-    """Number of objects in a training or question file; their fields are not checked. Raises as ``json_rows``."""
+    """Number of objects in a training or question file; their fields are not checked. Raises as ``json_rows`` does."""
     return len([Row(path, index, data) for index, data in enumerate(json_rows(path))])
 
 
@@ -265,7 +265,7 @@ def _question_text(row: Row, field: str, value: str, image: str | None) -> str:
     """The text without its image mark; one mark is allowed, and only if the row has an image."""
     marks = value.count(IMAGE_MARK)
     if marks > 1:
-        row.fail(field, f"expected one {IMAGE_MARK}: one image per record is supported", str(marks))
+        row.fail(field, f"expected one {IMAGE_MARK}: only one image per record is supported", str(marks))
     if marks and image is None:
         row.fail(field, f"{IMAGE_MARK} is used, but the row has no field 'image'; add it or remove the mark")
     text = value.replace(IMAGE_MARK, "").strip()
@@ -311,7 +311,7 @@ class LookedUpRecords(Sequence[TrainRecord]):
 
 
 class StoredRecords(LookedUpRecords):
-    """An Arrow file's, memory-mapped."""
+    """The records of an Arrow file, memory-mapped."""
 
     def __init__(self, file: Path) -> None:
         self._rows = Dataset.from_file(str(file))
@@ -331,11 +331,11 @@ def _record(row: dict[str, Any]) -> TrainRecord:
 
 
 def _stored_train(path: Path, image_root: Path, on_bad: OnBad, fits: Fits | None, seen: Seen) -> StoredRecords:
-    """The records of a training file, which the first process that asks for them checks and stores.
+    """The records of a training file. The first process that asks for them checks and stores them.
 
     The file's name in ``$CLMOE_CACHE`` (default ``~/.cache/clmoe``) is a hash of content, image root and what decides
     the records, so a changed file is checked again. A JSON file beside it holds its sha256 and what was seen. An image
-    that has gone is an error when it is read.
+    that has since disappeared is an error when it is read.
     """
     how = [on_bad, None if fits is None else fits.key]
     key = json_sha256([_CACHE_FORMAT, file_sha256(path), str(Path(image_root).absolute()), how])[:32]
@@ -375,7 +375,7 @@ def _kept(file: Path, about: Any, seen: Seen) -> StoredRecords:
 class Part:
     """One task's records in a union, where they occur ``passes`` times.
 
-    ``name`` is the prefix of their ids, none if empty; ``folder`` holds the images, relative to the union's root.
+    ``name`` is the prefix of their ids (none if empty); ``folder`` holds the images, relative to the union's root.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Rows of JSON files: strict parsing, and faults that name file, row (counted from 0) and field.
 
-Faults are collected, so that all are reported at once, and grouped, so that 200 equal ones take one line.
+Faults are collected so that all are reported at once, and grouped so that 200 equal ones take one line.
 """
 
 import json
@@ -17,7 +17,7 @@ from clmoe.errors import ClmoeError
 END = "</s>"
 LONGEST = 80
 LONGEST_ID = 500
-SHOWN = 50  # so many lines of a report
+SHOWN = 50  # lines of a report at most
 
 _IMAGE_KEY = re.compile(
     r"\s*(image|img|picture|photo|pic)s?([_-]?(path|file|name|file_?name|url)s?)?\s*", re.IGNORECASE
@@ -29,7 +29,7 @@ _IMAGE_FILE = re.compile(r"[^\n]+\.(jpe?g|png|gif|bmp|webp|tiff?)", re.IGNORECAS
 
 
 class _Repeating(dict[str, Any]):
-    """An object in which a key occurs twice."""
+    """An object with a key that occurs twice."""
 
     key: str
 
@@ -37,7 +37,7 @@ class _Repeating(dict[str, Any]):
 def read_json_strictly(path: Path, *, rows: bool = False) -> Any:
     """Parse strict JSON: UTF-8 without a byte-order mark, no NaN, no Infinity, no key twice in an object.
 
-    With ``rows``, an object with a repeated key is left to the reader of its row. Raises ClmoeError with the place.
+    With ``rows``, an object with a repeated key is left to the reader of its row. Raises ClmoeError that says where.
     """
     try:
         data = Path(path).read_bytes()
@@ -58,7 +58,7 @@ def read_json_strictly(path: Path, *, rows: bool = False) -> Any:
 
 
 def parse_json(data: bytes, *, rows: bool = False) -> Any:
-    """Strict JSON as ``read_json_strictly`` describes it. Raises ValueError, of which its callers know the place."""
+    """Strict JSON as ``read_json_strictly`` describes it. Raises ValueError; the callers know where."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -78,7 +78,7 @@ def parse_json(data: bytes, *, rows: bool = False) -> Any:
 
 
 def json_rows(path: Path) -> list[Any]:
-    """The elements of a JSON list. Raises ClmoeError as ``read_json_strictly``, and for no list or an empty one."""
+    """The elements of a JSON list. Raises ClmoeError as ``read_json_strictly``, and if it is no list or empty."""
     data = read_json_strictly(path, rows=True)
     if not isinstance(data, list):
         raise ClmoeError(f"{path}: expected a JSON list of records at the top level, found {shown(data)}")
@@ -112,7 +112,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class RowError(ClmoeError):
-    """A row that cannot be used. ``problem`` is the same for all rows with this fault, ``found`` this row's own."""
+    """A row that cannot be used. ``problem`` is the same for all rows with this fault, ``found`` is this row's own."""
 
     def __init__(self, path: str, row: int, name: str | None, field: str, problem: str, found: str = "") -> None:
         super().__init__(path, row, name, field, problem, found)
@@ -141,7 +141,7 @@ class Seen:
     bad: list[ClmoeError] = field(default_factory=list)
 
     def notes(self, *, images: bool = True) -> list[str]:
-        """What is no fault but worth knowing, a line each; without ``images`` rows that have none are not."""
+        """What is worth knowing but not a fault, a line each; with ``images``, also the rows that have none."""
         unread = (f"{n} of {self.rows} rows hold the key {short(key)!r}" for key, n in sorted(self.unread.items()))
         lines = [f"{line}, which is not read" for line in unread]
         odd = {
@@ -154,7 +154,7 @@ class Seen:
 
 
 def short(value: object) -> str:
-    """A value as text that fits a line."""
+    """A value as text that fits on a line."""
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}... ({len(text)} characters)"
 
@@ -169,7 +169,7 @@ def ranges(rows: Iterable[int]) -> str:
 
 
 def grouped(errors: Sequence[ClmoeError]) -> list[str]:
-    """A line for each kind of fault, in the order of first occurrence."""
+    """A line for each kind of fault, in order of first occurrence."""
     groups: dict[Any, list[ClmoeError]] = {}
     for error in errors:
         kind: Any = id(error)
@@ -199,10 +199,10 @@ def all_of(errors: Sequence[ClmoeError]) -> ClmoeError:
 
 
 class Row:
-    """One JSON object of a file, in which ``keys`` are read, with the errors that name it.
+    """One JSON object of a file, of which ``keys`` are read, with the errors that name it.
 
-    A row that was made of another format's has ``names`` (our field -> what the file calls it) and may have ``unread``
-    keys of its own. The image of one that is ``held`` lies in the file itself; a ``numbered`` one's id does not.
+    A row that was made from another format has ``names`` (our field -> what the file calls it) and may have ``unread``
+    keys of its own. If it is ``held``, the file itself stores its image; if it is ``numbered``, the file has no id.
     """
 
     def __init__(self, path: Path, index: int, data: Any, keys: Collection[str] = ()) -> None:
@@ -255,7 +255,7 @@ class Row:
         return text
 
     def image(self, root: Path, known: set[str] | None) -> str | None:
-        """The normalised image path. The file must exist; ``known`` ones are not looked up again, with None none is."""
+        """The normalised image path. The file must exist; ``known`` ones are not looked up, with None none is."""
         if self.data.get("image") is None:
             self.no_other_image()
             return None
@@ -275,14 +275,14 @@ class Row:
         return image
 
     def no_other_image(self) -> None:
-        """A row without an image must not name one elsewhere: it would be read as text only."""
+        """A row without an image must not name one under another key: it would be read as text only."""
         for key, value in self.data.items():
             if key in self.keys or not value:
                 continue
             first = value[0] if isinstance(value, list) else value
             named = _IMAGE_KEY.fullmatch(key) and isinstance(value, str | list | dict)
             if named or (isinstance(first, str) and _IMAGE_FILE.fullmatch(first)):
-                fix = "looks like an image, which only the key 'image' names, one for each row; rename the key"
+                fix = "looks like an image; only the key 'image' names images, one per row; rename the key"
                 self.fail(short(key), fix, shown(value))
 
 

@@ -1,6 +1,6 @@
 """Answer-style diversification (SEFE's ASD): a share of a task's training records, asked and answered in other styles.
 
-Chen et al., ICML 2025: X % of each task (20) are divided evenly over the styles that are not its own: yes or
+Chen et al., ICML 2025: X % of each task (20) is divided evenly among the styles that are not its own: yes or
 no, multiple choice, short answer, brief and detailed explanation. A question's last line says which style is wanted.
 Rules make the first three from a task's questions and answers alone. The paper has a large model write most wrong
 choices and all explanations; here wrong choices are other answers of the task, and explanations come from a file.
@@ -24,7 +24,7 @@ STYLES = {
     "brief": "Please explain the answer briefly.",
     "detailed": "Please explain the answer in detail.",
 }
-"""Each style and the line that asks for it. Those of choices and short answers are CoIN's, the others ours."""
+"""Each style and the line that asks for it. Those for choices and short answers are CoIN's, the others ours."""
 EXPLAINED = ("brief", "detailed")
 WRONG_CHOICES = 3
 
@@ -37,7 +37,7 @@ Texts = Mapping[str, Mapping[str, str]]  # record's id -> style -> explanation
 
 
 class DiversifiedRecords(LookedUpRecords):
-    """The records of a task, ``share`` of them rewritten; which ones, and how, the seed and their ids decide."""
+    """The records of a task, ``share`` of them rewritten; the seed and their ids decide which ones, and how."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class DiversifiedRecords(LookedUpRecords):
         """Args:
         share: X / 100.
         texts: explanations, as ``read_texts``; a record without them gets no explaining style.
-        fits: a rewritten record that leaves no answer token stays as it was.
+        fits: a record stays as it was if rewriting it leaves no answer token.
         """
         self.records, self.seed, self.texts, self.fits, self.root = records, seed, texts or {}, fits, image_root
         able = [n for n, record in enumerate(records) if self._able(record)]
@@ -128,7 +128,7 @@ class DiversifiedRecords(LookedUpRecords):
 def diversified(
     records: Sequence[TrainRecord], share: float, seed: int, texts: str, fits: Fits, image_root: Path
 ) -> Sequence[TrainRecord]:
-    """The records under ``training.asd`` and ``training.asd_texts``. Raises ClmoeError as ``read_texts``."""
+    """The records under ``training.asd`` and ``training.asd_texts``. Raises ClmoeError as ``read_texts`` does."""
     if not share:
         return records
     explained = read_texts(Path(texts)) if texts else None

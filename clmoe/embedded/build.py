@@ -1,12 +1,12 @@
-"""Draw an embedded benchmark to disk, in the files a real benchmark has: JSON lists and PNG images.
+"""Draw an embedded benchmark to disk, in the files that a real benchmark has: JSON lists and PNG images.
 
     <root>/playground-coin/<task>/train.json, test.json, images/{train,test}/00000.png          (playground-long, too)
     <root>/playground-cl4vqa/<task>/train.json, test.json and one images/ for all tasks
     <root>/<any>/warmup/train.json, images/       the neutral mixture, for methods that warm up their experts
-    <root>/playground-coin/general/<set>/test.json, images/         sets of general ability, drawn when they are asked
+    <root>/playground-coin/general/<set>/test.json, images/         sets of general ability, drawn when asked for
 
-The marker `benchmark.json` is written last, and the finished folder appears by one rename. A folder whose marker is of
-another version or size is drawn anew.
+The marker `benchmark.json` is written last, and the finished folder appears by one rename. A folder whose marker has
+another version or size is drawn again.
 """
 
 import json
@@ -47,13 +47,13 @@ TASKS: dict[str, tuple[TaskSpec, ...]] = {
     "playground-long": LONG_TASKS,
 }
 ROWS = {"train": 2_000, "test": 300}
-"""Of each task's files."""
+"""Rows of each task's files."""
 
 
 def prepare(benchmark_name: str, target: Path) -> Path:
     """Make sure that the folder `target` holds the whole benchmark of this version, and return it.
 
-    Raises ClmoeError for an unknown name, or a folder of somebody else.
+    Raises ClmoeError for an unknown name, or for somebody else's folder.
     """
     if benchmark_name not in TASKS:
         raise ClmoeError(unknown("embedded benchmark", benchmark_name, TASKS))
@@ -61,7 +61,7 @@ def prepare(benchmark_name: str, target: Path) -> Path:
 
 
 def prepare_general(root: Path) -> Path:
-    """Make sure that the sets of general ability lie in a folder below a benchmark's root; raises as ``prepare``."""
+    """Make sure that the sets of general ability are in a folder below a benchmark's root; raises like ``prepare``."""
 
     def write(folder: Path) -> None:
         for general in GENERAL_SETS:
@@ -76,9 +76,9 @@ def _prepare(target: Path, name: str, write: Callable[[Path], None]) -> Path:
     if _is_complete(target, marker):
         return target
     if target.exists() and not (target / MARKER).is_file():
-        raise ClmoeError(f"{target} exists, and `clmoe data prepare` did not write it: choose another data folder")
+        raise ClmoeError(f"{target} exists, but `clmoe data prepare` did not write it: choose another data folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):  # of several processes one draws, the others wait
+    with FileLock(target.with_name(f".{target.name}.lock")):  # one of several processes draws, the others wait
         if _is_complete(target, marker):
             return target
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
@@ -102,12 +102,12 @@ def draw_tasks(folder: Path, names: Sequence[str], rows: dict[str, int]) -> None
 
 
 def _is_complete(target: Path, marker: str) -> bool:
-    """The folder was written to the end, by this version of the generator and in these sizes."""
+    """Whether the folder was written to the end, by this version of the generator and in these sizes."""
     return (target / MARKER).is_file() and (target / MARKER).read_text() == marker
 
 
 def _write(folder: Path, benchmark: str) -> None:
-    """All files of a benchmark but the marker."""
+    """Write all files of a benchmark except the marker."""
     shared = TASKS[benchmark] is CL4VQA_TASKS  # one pool of images for all tasks
     pools = {split: _scene_pool(split, folder / "images") for split in ROWS} if shared else {}
     for task in TASKS[benchmark]:
@@ -124,7 +124,7 @@ def _write(folder: Path, benchmark: str) -> None:
 def _write_task(
     folder: Path, benchmark: str, task: TaskSpec, counts: dict[str, int], pools: dict[str, list[tuple[str, Scene]]]
 ) -> None:
-    """A task's two files and, unless ``pools`` has the images of all tasks, its images."""
+    """Write a task's two files and, unless ``pools`` has the images of all tasks, its images."""
     for split, count in counts.items():
         rng = Random(f"0/{benchmark}/{task.name}/{split}")
         if pools:

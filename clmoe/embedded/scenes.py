@@ -1,7 +1,7 @@
 """Scenes: what can be drawn, how it is drawn, and random scenes of a split.
 
 A scene is a handful of integers, which decide its image and its split: pre-training of the base, training and test
-share no scene, whatever seed draws them. Words, fields' names and the order in which random numbers are taken decide
+share no scene, whatever seed draws them. Words, field names and the order in which random numbers are taken decide
 every file of the benchmark: raise `build.VERSION` with any change to them.
 """
 
@@ -166,7 +166,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The scene's parameters as text: equal keys, equal images up to blur."""
+        """The scene's parameters as text: equal keys mean equal images, up to blur."""
         return f"{self.kind}/{self.background}/{self.lettering or self.handwriting or self.pattern or self.things!r}"
 
     @property

@@ -107,7 +107,7 @@ def _ask_compose(scene: Scene, rng: Random) -> list[Turn]:
 
 
 def _ask_photo(scene: Scene, rng: Random) -> list[Turn]:
-    """Colour or shape of what a photo shows, or that it cannot be told."""
+    """Colour or shape of what a photo shows, or that this cannot be told."""
     (thing,) = scene.things
     question, answer = rng.choice((("What colour is the shape?", thing.colour), ("What shape is it?", thing.shape)))
     return [Turn(question + WORD_SUFFIX, "unanswerable" if scene.blur else answer)]
@@ -156,7 +156,7 @@ _FORMS = {
 
 
 def _ask_again(task: TaskSpec, scene: Scene, rng: Random) -> list[Turn]:
-    """The task's questions, which ask for its other form."""
+    """The task's questions, asking for the answer's other form."""
     form, found = _FORMS[task.name], task.ask(scene, rng)
     asked = [turn.question.removesuffix(WORD_SUFFIX).removesuffix(LETTER_SUFFIX) for turn in found]
     suffix = f"\nAnswer in the form: {form.format('...')}"
@@ -172,7 +172,7 @@ LONG_TASKS = COIN_TASKS + tuple(
     )
     for task in COIN_TASKS
 )
-"""Sixteen: those of playground-coin, and each again in another form and on the backgrounds that it does not have."""
+"""Sixteen: those of playground-coin, and each again in another form and on the backgrounds that it does not use."""
 
 # ---- playground-cl4vqa ----
 
@@ -195,7 +195,7 @@ _POOL_QUESTIONS = {
 
 
 def _ask_pool(task: str, scene: Scene, rng: Random) -> list[Turn]:
-    """Only single things have a place; of them one in three is counted, else most answers would be "1"."""
+    """Only single things have a place; one in three of them is counted, as otherwise most answers would be "1"."""
     single = len(scene.things) == 1
     if (task == "location" and not single) or (task == "count" and single and rng.random() < 2 / 3):
         return []
@@ -315,7 +315,7 @@ def _coordinates(thing: Thing, phrase: str, rng: Random) -> Turn:
 
 
 def _check(scene: Scene, rng: Random) -> Turn:
-    """A shape or colour that is or is not in the scene, one as often as the other."""
+    """A shape or colour that is or is not in the scene, equally often."""
     shapes, colours = {thing.shape for thing in scene.things}, {thing.colour for thing in scene.things}
     present, names = rng.choice(((shapes, scenes.EVERY_SHAPE), (colours, scenes.EVERY_COLOUR)))
     true = rng.random() < 0.5
@@ -332,7 +332,7 @@ def _legend(answer: str, names: tuple[str, ...], rng: Random) -> Turn:
     return _fill("legend", rng, legend=legend, letter=scenes.LETTERS[chosen.index(answer)])
 
 
-# ---- General ability: what the mixture taught the base, asked about scenes that are in nothing it was trained on
+# ---- General ability: what the mixture taught the base, asked about scenes that it was never trained on
 
 _GENERAL: dict[str, dict[Sampler, tuple[str, ...]]] = {
     "naming": {scenes.one_thing: ("colour", "shape", "ground"), scenes.one_pattern: ("pattern",)},

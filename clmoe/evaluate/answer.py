@@ -1,6 +1,6 @@
 """Answer questions in batches, with a checkpoint's model.
 
-Each question's task is found, then it is routed and answered greedily; close calls are repeated alone.
+Each question's task is found, then the question is routed and answered greedily; close calls are repeated alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,8 @@ class Answer:
 
     Attributes:
         margin: the smallest gap between the two best logits on the way.
-        redone: it was answered again alone.
-        task: position of the one that it was taken for; None for methods without parts.
+        redone: whether the question was answered again alone.
+        task: position of the task that the question was assigned to; None for methods without parts.
     """
 
     text: str
@@ -55,9 +55,9 @@ class Answer:
 
 
 class Answerer:
-    """Asks an adapted (or bare) base that has ``learned`` so many ``tasks``, whose names a letter router needs.
+    """Asks an adapted (or bare) base that has ``learned`` this many ``tasks``; a letter router needs their names.
 
-    ``own`` is the locator that it finds tasks with, None for methods without parts; ``store`` gives its features.
+    ``own`` is the locator that finds tasks, None for methods without parts; ``store`` gives its features.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Answerer:
         self.use(None)
 
     def use(self, locator: Locator | None) -> None:
-        """Find tasks with this one from now on."""
+        """Find tasks with this locator from now on."""
         self.own = locator
         config = self.method.config if locator is None else replace(self.method.config, locator=locator.config)
         self.store = FeatureStore.of(self.base, config, self.folder, "prompt" if locator is None else locator.view)
@@ -98,9 +98,9 @@ class Answerer:
         Args:
             locator: ``oracle``, ``last`` or ``random`` instead of the answerer's own.
             task: the questions' true task, for the oracle.
-            known: answers by question id; batches that it holds completely are not computed.
+            known: answers by question id; batches that are completely in it are not computed.
             finish: called with each batch that this process computed.
-            same: answers by question id and task, which hold wherever a question is taken for this task again.
+            same: answers by question id and task, which hold wherever a question is assigned to this task again.
         """
         scores = self.task_scores(questions, image_root, locator, task)
         found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
@@ -135,12 +135,12 @@ class Answerer:
         return [answers[row] for row in range(len(questions))]  # type: ignore[misc]
 
     def locator(self, name: str = "") -> Locator | None:
-        """The answerer's own locator, or by name one that needs no fit (else ClmoeError); None without parts."""
+        """The answerer's own locator, or the named one if it needs no fit (else ClmoeError); None without parts."""
         if self.own is None or not name or name == self.own.config.name:
             return self.own
         locator = make_locator(LocatorConfig(name), self.method.config.seed)
         if locator.looks or (locator.asks and not self.method.letters):
-            raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` does so")
+            raise ClmoeError(f"locator {name!r} is not fitted: `clmoe eval ... locator={name}` fits it")
         return locator
 
     def task_scores(
@@ -187,7 +187,7 @@ class Answerer:
     def selection(self, tasks: Sequence[int | None], scores: Tensor | None = None) -> RouteSelection:
         """The routing of a batch of questions that belong to these tasks, None for methods without parts.
 
-        ``scores [B, N]`` of the locator share them among the tasks' parts if the method does.
+        If the method mixes the tasks' parts, the locator's ``scores [B, N]`` decide each part's share.
         """
         if self.own is None:
             return self.method.plain_selection()
@@ -204,7 +204,7 @@ class Answerer:
         max_new_tokens: int,
         watch: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], list[float]]:
-        """Texts and margins of one batch: the likeliest token again and again, until every row has said an end token.
+        """Texts and margins of one batch: the likeliest token at each step, until every row has said an end token.
 
         With ``share_images``, items that hold the same ``pixel_values`` tensor and are routed alike share their prefix.
         ``watch`` gets the texts so far before every further token.
@@ -248,17 +248,18 @@ def open_answerer(
     features: Path | None = None,
     benchmark: Benchmark | None = None,
 ) -> Answerer:
-    """Load a checkpoint, or the bare base without one, onto ``base`` if it is loaded already.
+    """Load a checkpoint, or without one the bare base, onto ``base`` if that is already loaded.
 
-    The folder ``features`` keeps the locator's features; the benchmark's training data fit a locator that is not the
-    sealed one. Raises ClmoeError: trained on another base, or another locator without a benchmark.
+    The folder ``features`` keeps the locator's features; a locator other than the sealed one is fitted on the
+    benchmark's training data. Raises ClmoeError for a checkpoint trained on another base, or for another locator
+    without a benchmark.
     """
     method = method_class(config.method)(config)
     base = base or load_base(config.model, device())
     if done is None:
         return Answerer(base, base.model, method, 0, None)
     if done.lineage.base != base.fingerprint:
-        raise ClmoeError(f"{done.folder} was trained on another base than {config.model.path}")
+        raise ClmoeError(f"{done.folder} was trained on a different base from {config.model.path}")
     model = load_adapter(base.model, done.folder, trainable=False)
     for experts in experts_by_linear(model).values():
         experts.freeze_as(base.model.dtype)
@@ -269,7 +270,7 @@ def open_answerer(
 
 
 def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> None:
-    """Use the checkpoint's own locator, or another one, fitted on the training data of all learned tasks."""
+    """Use the checkpoint's own locator, or another one fitted on the training data of all learned tasks."""
     answerer.use(locator := make_locator(config.locator, config.seed))
     if not locator.looks:
         return

@@ -1,4 +1,4 @@
-"""``clmoe.load``: a checkpoint that answers one question about one image, with its reasons if asked for."""
+"""``clmoe.load``: a checkpoint that answers one question about one image, with its reasons on request."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,11 +29,11 @@ ImageSource = Path | str | Image.Image | None
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """What one router weighted its experts with, averaged over the prompt's tokens.
+    """The weights that one router gave its experts, averaged over the prompt's tokens.
 
     Attributes:
         linear: the linear that the router serves; empty if it serves the whole FFN.
-        owners: of all experts of the block, oldest first: number of each one's task, from 0, negative before it.
+        owners: task number (from 0; negative: before that) of each expert of the block, oldest first.
         weights: of the oldest experts, as many as the router reaches; they sum to 1.
     """
 
@@ -48,7 +48,7 @@ class Explanation:
     """An answer, or its beginning while it is being generated, and what led to it.
 
     Attributes:
-        task: the one that the question was taken for; None for methods without parts.
+        task: the one that the question was assigned to; None for methods without parts.
         scores: task -> how typical the checkpoint's own locator finds the question of it; empty without parts.
         routers: in model order; empty for methods without experts.
     """
@@ -67,7 +67,7 @@ class LoadedCheckpoint:
 
     @property
     def keeps_parts(self) -> bool:
-        """Answers depend on the question's task, which a locator finds."""
+        """Whether answers depend on the question's task, which a locator finds."""
         return self.answerer.method.keeps_parts
 
     @told('answer("photo.png", "What is this?"), or answer(None, "...") without an image')
@@ -77,7 +77,7 @@ class LoadedCheckpoint:
         """Answer one question about one image (a path, a PIL image, or None for text only).
 
         The checkpoint's own locator finds the task; ``locator="oracle"`` takes ``task``, ``"last"`` the newest task,
-        and ``"random"`` one drawn from the question. Raises ClmoeError: another kind of image, the oracle without a
+        and ``"random"`` one drawn from the question. Raises ClmoeError for another kind of image, the oracle without a
         learned task, or a task without the oracle.
         """
         with _asked(image, question) as (asked, root):
@@ -94,7 +94,7 @@ class LoadedCheckpoint:
         task: str | None = None,
         watch: Callable[[Explanation], None] = lambda partial: None,
     ) -> Explanation:
-        """As ``answer``, with the reasons, which ``watch`` gets before the first token, then with the text so far."""
+        """Like ``answer``, with the reasons, which ``watch`` gets before the first token, then with the text so far."""
         oracle, answerer = self._oracle(locator, task), self.answerer
         with _asked(image, question) as (asked, root):
             found = answerer.task_scores([asked], root, locator, oracle)
@@ -127,11 +127,11 @@ class LoadedCheckpoint:
 
 @contextmanager
 def _asked(image: ImageSource, question: str) -> Iterator[tuple[Question, Path]]:
-    """A question whose id, which the random locator reads, is its text; and the folder of its image, while it lasts."""
+    """A question with its text as id, which the random locator reads, and the folder of its image, while it lasts."""
     if not question.strip():
         raise ClmoeError("question: it is empty")
     with TemporaryDirectory() as folder:
-        if isinstance(image, Image.Image):  # as a file, so that all images go one way
+        if isinstance(image, Image.Image):  # as a file, so that all images take the same path
             to_rgb(image).save(Path(folder) / "image.png")
             image = Path(folder) / "image.png"
         path = Path() if image is None else Path(image).resolve()
@@ -156,7 +156,7 @@ def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSele
             trace.outputs[name].weights[0].mean(0).tolist(),
         )
         for name, layer in layers.items()
-        if name in trace.outputs  # experts that are all added up have no router
+        if name in trace.outputs  # experts that are all summed have no router
     ]
 
 
@@ -164,8 +164,8 @@ def _router_weights(answerer: Answerer, prompt: PromptItem, selection: RouteSele
 def load(folder: Path | str, model: str | None = None) -> LoadedCheckpoint:
     """Open a checkpoint folder: ``clmoe.load("runs/x/08_digits").answer("photo.png", "What is this?")``.
 
-    ``model``: folder or hub name of its base, if it is no longer where the training found it. Raises ClmoeError: not a
-    finished checkpoint, damaged, or its base cannot be loaded or is another one.
+    ``model``: folder or hub name of its base, if it is no longer where the training found it. Raises ClmoeError if the
+    checkpoint is not finished or is damaged, or if its base cannot be loaded or is another one.
     """
     done = read_checkpoint(Path(folder), [] if model is None else [f"model.path={json.dumps(model)}"])
     return LoadedCheckpoint(open_answerer(done.config, done), done.lineage.tasks)

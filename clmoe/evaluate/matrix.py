@@ -13,8 +13,8 @@ model). Papers divide the same sum by different numbers, so a name here says its
     immediate_known   mean_i K[i]
     bwt_known         mean_i (A[N][i] - K[i]), over all N              LLaVA-CMoE
 
-``K[i]`` is the score on task i right after its training, with the right router given. ``G[t]`` is the mean score on the
-benchmark's sets of general ability, which no task trains, after task t:
+``K[i]`` is the score on task i right after its training, with the right router given. ``G[t]`` is the mean score after
+task t on the benchmark's sets of general ability, which no task trains:
 
     general_zero_shot  G[0]
     general_last       G[N]
@@ -107,7 +107,7 @@ def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | No
 
 
 def general_metrics(rows: Mapping[str, Scores], last: str) -> dict[str, float | None]:
-    """Those of ``GENERAL_METRICS``; ``rows`` as of ``read_general_csv``, ``last`` is the last task trained."""
+    """The ``GENERAL_METRICS``; ``rows`` are as from ``read_general_csv``, ``last`` is the last task trained."""
     before, after = (_mean(np.array(rows.get(stage, ()), dtype=float)) for stage in (ZERO_SHOT, last))
     values = zip(GENERAL_METRICS, (before, after, after - before), strict=True)
     return {name: None if math.isnan(value) else float(value) for name, value in values}
@@ -121,10 +121,10 @@ def _mean(values: Iterable[float]) -> float:
 def metrics_from_files(
     matrix: Path, immediate: Path | None = None, unit: Unit | None = None
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """The metrics of a matrix file and, if given, its one-row file of K; and what each metric that is None lacks.
+    """The metrics of a matrix file and, if given, its one-row file of K; and what is missing for each that is None.
 
-    ``unit`` of the scores in both files; by default percent. Raises ClmoeError, besides ``read_csv``'s reasons, for a
-    file without a score, for a column of means, and where scores may be shares but no unit says so.
+    ``unit`` is that of the scores in both files (default: percent). Raises ClmoeError, besides ``read_csv``'s reasons,
+    for a file without a score, for a column of means, and if scores may be shares but no unit says so.
     """
     loaded = AccuracyMatrix.read_csv(matrix)
     known = None if immediate is None else read_immediate_csv(immediate, loaded.tasks)
@@ -151,7 +151,7 @@ def _check_scores(path: Path, rows: Iterable[Scores], unit: Unit | None) -> None
             f"{path}: no score is above 1: are they shares or percent? Say --unit fraction or --unit percent"
         )
     if unit == "fraction" and max(given) > 1:
-        raise ClmoeError(f"{path}: {max(given):g} is above 1 and so no share: leave out --unit fraction")
+        raise ClmoeError(f"{path}: {max(given):g} is above 1, so it is not a share: leave out --unit fraction")
 
 
 def _check_means(path: Path, matrix: AccuracyMatrix) -> None:
@@ -161,11 +161,11 @@ def _check_means(path: Path, matrix: AccuracyMatrix) -> None:
                   matrix.rows.values()]  # fmt: skip
         equal = [mean is not None and abs(mean - _mean(rest)) < ROUNDED for mean, rest in others if rest]
         if name not in matrix.rows and (name.lower() in MEANS or (len(equal) > 1 and all(equal))):
-            raise ClmoeError(f"{path}, header: column {name!r} is the mean of the others and no task: remove it")
+            raise ClmoeError(f"{path}, header: column {name!r} is the mean of the others, not a task: remove it")
 
 
 def _lacking(name: str, matrix: AccuracyMatrix, known: Scores | None) -> str:
-    """The first cell whose absence alone leaves a metric without a value; or why no cell would give it one."""
+    """The first cell whose absence alone leaves a metric without a value; or why no cell could give it one."""
 
     def filled(scores: Scores, but: int | None) -> Scores:
         return tuple(0.0 if s is None and i != but else s for i, s in enumerate(scores))
@@ -180,11 +180,11 @@ def _lacking(name: str, matrix: AccuracyMatrix, known: Scores | None) -> str:
 
 
 def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
-    """Read K, [N] in the order of ``tasks``, from a matrix file with one row of any label. Raises as ``read_csv``."""
+    """Read K, [N] in the order of ``tasks``, from a matrix file with one row of any label. Raises like ``read_csv``."""
     columns, lines = _read_table(path)
     odd = sorted(set(columns) ^ set(tasks))
     if odd:
-        raise ClmoeError(f"{path}, header: task {odd[0]!r} is only in one of this file and the matrix")
+        raise ClmoeError(f"{path}, header: task {odd[0]!r} is in only one of this file and the matrix")
     if len(lines) != 1:
         raise ClmoeError(f"{path}: expected one row of scores below the header, found {len(lines)}")
     by_task = dict(zip(columns, lines[0][2], strict=True))
@@ -197,7 +197,7 @@ def write_immediate_csv(path: Path, tasks: Sequence[str], scores: Sequence[float
 
 
 def read_general_csv(path: Path, order: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Scores]]:
-    """The sets of general ability, and their scores by stage: ``zero_shot`` or a task. Raises as ``read_csv``."""
+    """The sets of general ability, and their scores by stage: ``zero_shot`` or a task. Raises like ``read_csv``."""
     sets, lines = _read_table(path)
     rows = {after: scores for _, after, scores in lines}
     if odd := [f"row {line}: {after!r}" for line, after, _ in lines if after not in (ZERO_SHOT, *order)]:
@@ -224,7 +224,7 @@ def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Score
     rows = []
     for line, (after, *cells) in table[1:]:
         if len(cells) != len(tasks):
-            raise ClmoeError(f"{path}, row {line}: {len(cells)} scores for {len(tasks)} tasks; leave a blank one empty")
+            raise ClmoeError(f"{path}, row {line}: {len(cells)} scores for {len(tasks)} tasks; leave blank ones empty")
         scores = [_score(text, f"{path}, row {line}, column {task!r}") for task, text in zip(tasks, cells, strict=True)]
         rows.append((line, after, tuple(scores)))
     return tasks, rows

@@ -1,7 +1,7 @@
-"""A finished run under other locators: nothing is trained, and only questions taken for another task are asked again.
+"""A finished run under other locators: trains nothing, and asks again only questions assigned to another task.
 
 The answers become cells of the run folder, as ``clmoe eval ... locator=NAME`` makes them. What each locator stores and
-takes is measured once and kept in ``locators.json``.
+how long it takes is measured once and kept in ``locators.json``.
 """
 
 from collections import Counter
@@ -35,10 +35,10 @@ TIMED = 64  # questions of the newest task
 
 @dataclass(frozen=True)
 class Cost:
-    """What a locator takes with all tasks of a run.
+    """What a locator costs with all tasks of a run.
 
     Attributes:
-        numbers, bytes: of what it stores.
+        numbers, bytes: how much it stores.
         feature_ms, decision_ms: per question, for its feature (batched, nothing kept) and for the scores of all tasks.
     """
 
@@ -52,7 +52,7 @@ class Cost:
 class Found:
     """What a run reaches with one locator: ``metrics`` in percent, see ``clmoe.evaluate.matrix``.
 
-    ``confusion``: at the end of the run, task -> task that a question was taken for -> number of questions.
+    ``confusion``: at the end of the run, task -> task that a question was assigned to -> number of questions.
     """
 
     locator: str
@@ -62,13 +62,13 @@ class Found:
 
     @property
     def located(self) -> float:
-        """Percent of all questions that were taken for their task."""
+        """Percent of all questions that were assigned to their own task."""
         right = sum(counts[task] for task, counts in self.confusion.items())
         return 100 * right / sum(counts.total() for counts in self.confusion.values())
 
 
 def usable_locators(method: str) -> list[str]:
-    """All locators but those that ask the model, unless the method taught it to answer."""
+    """All locators except those that ask the model, unless the method taught the model to answer."""
     taught = method_class(method).letters
     return [name for name, kind in LOCATORS.items() if taught or not kind.asks]
 
@@ -82,7 +82,7 @@ def finished_method(run: Path) -> str:
     if not method_class(method).keeps_parts:
         raise ClmoeError(f"{run}: method {method} keeps no parts per task, so no locator makes a difference")
     if missing := [folder.name for folder in checkpoint_folders(run, info["order"]) if not folder.is_dir()]:
-        raise ClmoeError(f"{run} is not finished, {missing[0]} is missing: give the line that began it again")
+        raise ClmoeError(f"{run} is not finished, {missing[0]} is missing: repeat the command that started it")
     return method
 
 
@@ -98,14 +98,14 @@ def relocate(
     """What the run reaches with each of these locators; fills the cells that are missing.
 
     ``features`` is the folder for features, which runs on one base may share. ``owners``: locators and runs of the same
-    seed that were trained with them; their settings hold, and their fits are taken over if they know the same tasks.
-    Raises ClmoeError for a run that is not finished, keeps no parts per task, or cannot have one of the locators.
+    seed that were trained with them; their settings apply, and their fits are reused if they know the same tasks.
+    Raises ClmoeError for a run that is not finished, keeps no parts per task, or cannot use one of the locators.
     """
     order, dones = _checkpoints(run, benchmark)
     method = dones[-1].config.method
     for name in names:
         if name not in usable_locators(method):
-            raise ClmoeError(f"{run}: method {method} cannot have locator={name}, only {usable_locators(method)}")
+            raise ClmoeError(f"{run}: method {method} cannot use locator={name}, only {usable_locators(method)}")
     others = {name for name in names if LOCATORS[name].looks and owners.get(name, run) != run}
     sealed = {name: _checkpoints(owners[name], benchmark)[1] for name in others}
     plans = [_Plan.of(name, dones, run, benchmark, sealed.get(name)) for name in names]
@@ -148,7 +148,7 @@ def _checkpoints(run: Path, benchmark: Benchmark) -> tuple[list[str], list[Finis
 
 @dataclass
 class _Plan:
-    """A locator, and the cells that it needs of each checkpoint: of the newest task, of the last one all."""
+    """A locator, and the cells that it needs: the newest task of each checkpoint, and all tasks of the last one."""
 
     locator: Locator
     config: Config
@@ -206,7 +206,7 @@ class _Plan:
 
 
 def locating_cost(answerer: Answerer, cell: Cell) -> Cost:
-    """Of finding the task, measured on the first questions of this cell."""
+    """The cost of finding the task, measured on the first questions of this cell."""
     questions = cell.questions(images=True)[:TIMED]
     fresh = replace(answerer.store, folder=None)
     finder = answerer.locator(cell.locator)

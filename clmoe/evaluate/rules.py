@@ -1,7 +1,7 @@
 """The scoring rules of single answers: short answers, letters of options, ten annotators' consensus, boxes.
 
 Every rule has two modes. ``fixed``, the default, scores what the metric means. ``official`` computes what the
-benchmark's published script computes, faults included; ``scripts/score.py`` adds those of reading a file of answers.
+benchmark's published script computes, faults included; ``scripts/score.py`` adds its faults in reading answer files.
 """
 
 import re
@@ -32,7 +32,7 @@ def unfit(question: Question, field: str, needed: str) -> ClmoeError:
 
 # ---- Letters of options
 
-# Markdown, quotes and the kind of brackets say nothing; an apostrophe within a word stays.
+# Markdown, quotes and the kind of brackets mean nothing; an apostrophe within a word stays.
 _DECORATION = re.compile(r"""[*_`"“”„«»「」『』$#]|(?<!\w)['‘’]|['‘’](?!\w)|\\boxed""")
 _BRACKETS = str.maketrans("[{【《]}】》。", "(((()))).")
 # Tried in this order. An unmarked "A" or "I" before another word is the article or the pronoun, and a letter before a
@@ -79,8 +79,8 @@ def parse_letter(text: str) -> str | None:
 # ---- Short answers
 #
 # MLLM-DCL's published rules (`contains_...`, `science`) look for the gold answer anywhere in the prediction and find
-# "no" in "none" and in "it is not". Their `fixed` versions look for whole words. All published rules of MLLM-DCL pass
-# over predictions with "Unanswerable", whatever the gold answer, and count them as wrong.
+# "no" in "none" and in "it is not". Their `fixed` versions look for whole words. All published rules of MLLM-DCL skip
+# predictions with "Unanswerable", whatever the gold answer, and count them as wrong.
 
 _SKIPPED = "Unanswerable"
 
@@ -107,7 +107,7 @@ def any_matches(fixed: Match, official: Match) -> Scorer:
 
 
 def same_words(text: str, gold: str) -> bool:
-    """Equal, ignoring case, surrounding blanks and trailing full stops ("Mug." is "mug"); nothing equals silence."""
+    """Equal, ignoring case, surrounding blanks and trailing full stops ("Mug." is "mug"); empty text equals nothing."""
     return bool(_plain(text)) and _plain(text) == _plain(gold)
 
 
@@ -140,16 +140,16 @@ class_name = any_matches(same_words, lambda text, gold: text in gold or gold in 
 """Name of the object in the image (CoIN's ImageNet). ``official`` takes "cat" for "catamaran", and "" for anything."""
 
 gqa = any_matches(same_words, lambda text, gold: text.rstrip(".").lower() == gold)
-"""GQA. ``official`` lower-cases the prediction only, so that nothing matches a gold answer with a capital."""
+"""GQA. ``official`` lower-cases only the prediction, so nothing matches a gold answer with a capital."""
 
 ocr_vqa = any_matches(same_words, _official_equal)
-"""OCR-VQA. ``official`` strips nothing, and takes no "Unanswerable"."""
+"""OCR-VQA. ``official`` strips nothing, and accepts no "Unanswerable"."""
 
 contains_words = any_matches(has_words, official_words)
 """Remote sensing and driving: the prediction contains the answer."""
 
 contains_answer = any_matches(has_words, lambda text, gold: _SKIPPED not in text and gold.lower() in text.lower())
-"""Medicine (PathVQA): the prediction contains the answer; for ``official``, as any piece of text."""
+"""Medicine (PathVQA): the prediction contains the answer; with ``official``, as any substring."""
 
 
 def science(prediction: str, question: Question, mode: Mode) -> float:
@@ -200,7 +200,7 @@ _YES_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
 def pope(prediction: str, question: Question, mode: Mode) -> float:
-    """POPE: yes or no. ``fixed`` takes the first of these words; an answer without one is wrong.
+    """POPE: yes or no. ``fixed`` reads the first of these words; an answer without one is wrong.
 
     ``official`` reads up to the first full stop: it is "no" if it has the word "No", "no" or "not" between blanks, and
     otherwise "yes", whatever it is.
@@ -296,7 +296,7 @@ def agreement(prediction: str, answers: list[str], stops: int = 0) -> float:
 def normalise(text: str, stops: int = 0) -> str:
     """As VQA's evaluation server: lower case, no articles or punctuation, and no full stops or the first ``stops``.
 
-    Number words become digits, a mark between letters a blank, and contractions get their missing apostrophes back.
+    Number words become digits, a mark between letters becomes a blank, and contractions get missing apostrophes back.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.strip().replace("\n", " ").replace("\t", " ").strip()
@@ -322,7 +322,7 @@ def iou(prediction: str, question: Question, mode: Mode) -> float:
     Boxes are ``[x1, y1, x2, y2]`` in fractions of the image padded to a square; ``question.extra["answer_bbox"]`` is a
     string or a list. ``fixed`` computes exactly with the printed decimals. ``official`` keeps CoIN's parser, which cuts
     a character off either end within the brackets ("0.12, 0.94" becomes .12, .9; "1.00, ..." 0.0, ...), and its pixels:
-    both boxes times the larger of ``question.extra["size"]``, if given. No box fits a gold box without area.
+    both boxes times the larger of ``question.extra["size"]``, if given. No box matches a gold box without area.
     """
     gold = _gold_box(question, mode)
     if mode == "fixed":
@@ -347,7 +347,7 @@ def parse_box(text: str) -> Box | None:
 
 
 def _gold_box(question: Question, mode: Mode) -> list[Any]:
-    """Four numbers, exact ones for ``fixed``; raises ClmoeError for all else, where the published script crashes."""
+    """Four numbers, exact for ``fixed``; raises ClmoeError for anything else, where the published script crashes."""
     gold, number = question.extra.get("answer_bbox"), Fraction if mode == "fixed" else float
     text = ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
     text = text.replace("[", "").replace("]", "")

@@ -61,15 +61,15 @@ def evaluate_checkpoint(
     """Fill a checkpoint's row of the accuracy matrix and write the run's files; loads no model if the row is filled.
 
     Rows before the last task's ask ``evaluation.limit`` questions of each task. Every process calls this. Returns the
-    scores as one line, ``after text: sqa 40.0, text 91.3``, and the base without adapter, if it is loaded now.
+    scores as one line, ``after text: sqa 40.0, text 91.3``, and the base without adapter, if it is loaded by now.
 
     Args:
         done: None for the bare base, which fills row ``zero_shot``.
         config: the checkpoint's; locator, evaluation settings and options may differ from those at training.
-        tasks: of ``order``; by default all learned ones (the base: all), with parts the newest again as oracle, and
-            with ``evaluation.general`` what ``asked_besides`` names.
+        tasks: of ``order``; by default all learned ones (for the base: all), for methods with parts the newest again
+            with the oracle, and with ``evaluation.general`` what ``asked_besides`` names.
 
-    Raises ClmoeError before the first answer: another base or order, or a question cannot be read or scored.
+    Raises ClmoeError before the first answer for another base or order, or a question that cannot be read or scored.
     """
     learned = [] if done is None else done.lineage.tasks
     names = benchmark.named(tasks or learned or order, "--tasks")
@@ -109,8 +109,8 @@ def evaluate_checkpoint(
 def asked_besides(benchmark: Benchmark, config: Config, order: list[str], learned: list[str]) -> list[Task]:
     """With ``evaluation.general``: the task after the learned ones, for forward transfer, and sets of general ability.
 
-    The locator chooses a part for such a question as for any other. The oracle has no answer for it, so of a method
-    with parts under the oracle nothing is asked but the bare base.
+    The locator chooses a part for such a question as for any other. The oracle has no answer for it, so for a method
+    with parts under the oracle, only the bare base is asked.
     """
     parts = bool(learned) and method_class(config.method).keeps_parts
     if not config.evaluation.general or (parts and config.locator.name == "oracle"):
@@ -131,7 +131,7 @@ def check_tasks(benchmark: Benchmark, names: Sequence[str]) -> None:
 def check_questions(benchmark: Benchmark, names: Sequence[str], *, images: bool = False) -> list[Question]:
     """The sets' questions. Raises ClmoeError, naming file and row or question, unless all can be read and scored.
 
-    Their images must exist only with ``images``.
+    Their images need to exist only with ``images``.
     """
     found = []
     for task in benchmark.sets(names):
@@ -157,7 +157,7 @@ def check_run_order(run: Path, order: list[str]) -> None:
 
 
 def summary_path(run: Path, after: str, task: str, locator: str = "") -> Path:
-    """A cell's score and settings; ``locator`` may be a Python file, empty is the checkpoint's own."""
+    """The file of a cell's score and settings; ``locator`` may be a Python file; empty is the checkpoint's own."""
     return run / "predictions" / after / (f"{task}.{Path(locator).stem}.json" if locator else f"{task}.json")
 
 
@@ -166,7 +166,7 @@ class Cell:
     """One score of a run: a model asked a task's questions.
 
     Attributes:
-        locator: another than the checkpoint's own (the configured one, or ``oracle``); empty for the own.
+        locator: one other than the checkpoint's own (the configured one, or ``oracle``); empty for the own.
         identity: sha256 of the checkpoint's manifest, or the bare base's fingerprint.
         learned: the model's tasks, oldest first; none for the bare base.
     """
@@ -187,7 +187,7 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        """Of the score and its settings; the answers lie beside it as ``.jsonl``."""
+        """The file of the score and its settings; the answers are beside it as ``.jsonl``."""
         return summary_path(self.run, self.after, self.task.name, self.locator)
 
     def questions(self, *, images: bool) -> list[Question]:
@@ -196,7 +196,7 @@ class Cell:
     def answer_settings(self, questions: list[Question]) -> dict[str, Any]:
         """All that the answers depend on."""
         model, evaluation, locator = self.config.model, self.config.evaluation, self.config.locator
-        # exact answers depend on the margin but not on how batches are cut; others the other way round
+        # exact answers depend on the margin but not on how batches are cut; for others it is the other way round
         cut = {"batch_size": evaluation.batch_size, "share_images": evaluation.share_images}
         return {
             "checkpoint": self.identity,
@@ -218,7 +218,7 @@ class Cell:
         return {"scoring": self.scoring, "scorer": self.task.scorer, "gold": gold}
 
     def settled(self) -> bool:
-        """Filled with these settings; if only scoring or gold answers differ, scores again. Needs no image."""
+        """Whether it is filled with these settings; scores again if only scoring or gold differ. Needs no image."""
         if not self.path.is_file():
             return False
         summary, questions = read_json(self.path), self.questions(images=False)
@@ -236,7 +236,7 @@ class Cell:
         return True
 
     def fill(self, questions: list[Question], answerer: Answerer, advance: Callable[[int], None]) -> float:
-        """Answer and score; the score in percent. Goes on from the hidden files to which processes append batches."""
+        """Answer and score; returns percent. Continues from the hidden files to which processes append batches."""
         evaluation, task = self.config.evaluation, self.task
         key = json_sha256([self.answer_settings(questions), [evaluation.batch_size, evaluation.share_images]])[:16]
         mine = self.path.with_name(f".{self.path.stem}.partial-{key}-{rank()}.jsonl")
@@ -253,7 +253,7 @@ class Cell:
         return from_main(lambda: self._complete(questions, answers, finder))
 
     def _complete(self, questions: list[Question], answers: list[Answer], finder: Locator | None) -> float:
-        """Write the answers and their score, and what ``finder`` decided if it looked."""
+        """Write the answers and their score, and what ``finder`` decided if it looked or asked."""
         rows = [
             {
                 "question_id": question.question_id,
@@ -291,14 +291,14 @@ class Cell:
         return percent
 
     def _kept(self, key: str) -> dict[str, Answer]:
-        """Answers by question id in all processes' hidden files; a line that was cut is missing."""
+        """Answers by question id in all processes' hidden files; a line that was cut off is left out."""
         rows = [row for path in self._hidden_files(key) for row in files.read_json_lines(path)]
         return {row.pop("question_id"): Answer(**row) for row in rows}
 
     def _same(self, questions: list[Question]) -> dict[tuple[str, int | None], Answer]:
         """The answers of this model's other cells of the task, by question id and task: no locator changes these.
 
-        None where an answer depends on its batch, or on more of the locator than the task it finds.
+        There are none if an answer depends on its batch, or on more of the locator than the task that it finds.
         """
         method = method_class(self.config.method)
         if not (self.config.evaluation.exact and method.keeps_parts) or method.mixture is not Method.mixture:
@@ -361,9 +361,9 @@ class RunInfo:
 def write_run_info(
     run: Path, benchmark: Benchmark, config: Config, order: list[str], scoring: Mode, done: Finished | None
 ) -> None:
-    """Write ``run.json``; the bare base (``done`` None) keeps a trained run's.
+    """Write ``run.json``; the bare base (``done`` is None) leaves that of a trained run alone.
 
-    In a run of the checkpoint's own locator, another one has cells of its own: the run keeps its locator and limit.
+    In a run with the checkpoint's own locator, another one has cells of its own: the run keeps its locator and limit.
     """
     path = run / "run.json"
     there = read_json(path) if path.is_file() else {}
@@ -404,7 +404,7 @@ def write_tables(
 ) -> None:
     """Write ``matrix.csv``, ``immediate.csv``, ``locator.csv`` and ``metrics.json`` from the run's cells.
 
-    The matrix shows cells of ``locator`` where there are none of the checkpoints' own. ``sets`` of general ability that
+    The matrix shows cells of ``locator`` if there are none of the checkpoints' own. ``sets`` of general ability that
     were asked go to ``general.csv``. ``untrained``: the sequence ends as it began. ``always_known``: the matrix itself
     is measured with the task known.
     """
@@ -430,7 +430,7 @@ def write_tables(
     if set(known) != {None}:
         write_immediate_csv(run / "immediate.csv", order, known)
     else:
-        (run / "immediate.csv").unlink(missing_ok=True)  # of another scoring mode
+        (run / "immediate.csv").unlink(missing_ok=True)  # from another scoring mode
     located = [
         (after, finder, task, name, counts[name])
         for number, after in enumerate(order)

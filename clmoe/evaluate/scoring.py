@@ -39,7 +39,7 @@ CAPTIONS = "captions"
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """The score of a list of answers (not always the mean of its rows), of each one, and the figures beside it."""
+    """The score of a list of answers (not always the mean of its rows), of each answer, and the figures beside it."""
 
     score: float
     rows: list[float]
@@ -69,23 +69,23 @@ def gold_problem(scorer: str, question: Question) -> str | None:
     except ClmoeError as error:
         return str(error)
     shown = short(repr(shown_answer(question)))
-    return f"question {question.question_id}: scorer {scorer!r} would take no answer for {shown}, not even itself"
+    return f"question {question.question_id}: scorer {scorer!r} would accept no answer for {shown}, not even itself"
 
 
 def check_gold(scorer: str, questions: Sequence[Question], mode: Mode = "fixed") -> None:
-    """Raise ClmoeError, naming the question, unless all can be scored; published files hold some none can get right."""
+    """Raise ClmoeError, naming the question, unless all can be scored; some published ones have no right answer."""
     check_scorer(scorer, mode)
     for question in questions:
         if scorer == CAPTIONS:
             references(question)
         else:
-            SCORERS[scorer]("?", question, mode)  # not "": for that, a rule may not read the gold answer
+            SCORERS[scorer]("?", question, mode)  # not "", for which a rule may not read the gold answer
 
 
 def score_answers(
     scorer: str, predictions: Sequence[str], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> CorpusScore:
-    """Score a task's answers, one a question. Raises ClmoeError for no questions and as ``check_gold``."""
+    """Score a task's answers, one per question. Raises ClmoeError for no questions and as ``check_gold`` does."""
     check_scorer(scorer, mode)
     if not questions:
         raise ClmoeError("there are no questions to score; check the task's test file")
@@ -132,7 +132,7 @@ _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translatio
 
 def _mme(rows: list[float], questions: Sequence[Question]) -> CorpusScore:
     """MME (Fu et al., 2023): a subtask's score is its accuracy plus the share of images with all answers right, at most
-    200; parts: of each subtask, and the sums ``perception`` and ``cognition``. The score is their mean, out of 100.
+    200; parts: subtask scores, and the sums ``perception`` and ``cognition``. The score is their mean, out of 100.
     """
     answers: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row, question in zip(rows, questions, strict=True):
@@ -199,7 +199,7 @@ def references(question: Question) -> list[str]:
 
 
 def _tokenized_as_published(texts: list[list[str]]) -> dict[int, list[str]]:
-    """As UCIT's script: all texts are lines of one file. Raises ClmoeError where lines get lost, and that stops."""
+    """As in UCIT's script, all texts are lines of one file. ClmoeError if lines get lost, where the script stops."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in row] for i, row in enumerate(texts)})

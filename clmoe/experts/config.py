@@ -13,7 +13,7 @@ from clmoe.config import FFN_PROJECTIONS
 PEFT_NAME = "clmoe"
 
 
-# A member more in peft's enum, which offers no public way to do this.
+# Add a member to peft's enum, which offers no public way to do this.
 MEMBER = PEFT_NAME.upper()
 CLMOE = str.__new__(PeftType, MEMBER)
 CLMOE._name_ = CLMOE._value_ = MEMBER
@@ -27,25 +27,25 @@ class ExpertConfig(PeftConfig):
     """Shape of a LoRA-expert adapter; enough to rebuild it exactly, however much it has grown.
 
     Attributes:
-        rank: of **one** expert.
+        rank: rank of **one** expert.
         scaling: the factor ``s`` of the mixture.
         dropout: one mask per linear, shared by its experts.
-        as_released: as in ``AdapterConfig``; a mask per expert. Written where it is set only, as there.
+        as_released: as in ``AdapterConfig``; one mask per expert. Written only if it is set, as there.
         projections: the linears that carry experts.
         router_scope: ``per_linear`` (each linear has its own router) or ``per_block`` (one router per FFN).
         router_top_k: experts kept per token; None keeps all.
         layout: block -> owner task of each expert, oldest first.
-        router_owners: owner task of each instance router, oldest first; a router spans no younger task's experts.
+        router_owners: owner task of each instance router, oldest first; a router spans no newer task's experts.
         pick: without routers: the ``sum`` of all experts, or those of the ``task`` in ``RouteSelection.router``.
-        pick_from: the first block in which ``pick`` holds; in those before it all experts are added up.
+        pick_from: the first block in which ``pick`` holds; in the blocks before it, all experts are added up.
         frozen_before: experts and routers of owners below this are frozen.
         task_gates: number of rows of the task routers.
-        instruction_width: of an instruction's embedding, where experts are two halves with a gate each (SMoLoRA); else
-            0, and unwritten.
-        guide: widths of the embeddings and of the keys by which tasks are weighed (ProgLoRA); else None, and unwritten.
-        seed: of the initial weights.
+        instruction_width: width of an instruction's embedding if the experts are two halves with a gate each (SMoLoRA);
+            else 0, and not written.
+        guide: widths of the embeddings and of the keys that weight the tasks (ProgLoRA); else None, and not written.
+        seed: seed of the initial weights.
         modules_to_save: the projector's modules when it is tuned.
-        decoder: the base's module that holds the blocks; written where it is not LLaVA's only.
+        decoder: the base's module that holds the blocks; written only if it is not LLaVA's.
     """
 
     rank: int = 8
@@ -73,7 +73,7 @@ class ExpertConfig(PeftConfig):
         self.peft_type = CLMOE
         for name, known in (("router_scope", ("per_linear", "per_block")), ("pick", ("sum", "task"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {known}")
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {known}")
         picking = {frozenset(owners) for block, owners in self.layout.items() if int(block) >= self.pick_from}
         if self.pick == "task" and (self.router_owners or len(picking) > 1):
             raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block that picks")
@@ -86,6 +86,6 @@ class ExpertConfig(PeftConfig):
 
     @property
     def needs_routing(self) -> bool:
-        """Several tasks share the checkpoint, so each sample needs its task chosen."""
+        """Several tasks share the checkpoint, so a task must be chosen for each sample."""
         owners = {owner for block in self.layout.values() for owner in block}
         return len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1)

@@ -1,6 +1,6 @@
 """Forward passes of an adapted model: at the answers' tokens, on prompts, and the frozen base's features of prompts.
 
-Letters: B records or prompts of T tokens, N answer tokens of a batch, D the hidden width, V the vocabulary.
+Notation: B records or prompts of T tokens, N answer tokens in a batch, D the hidden width, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def answered(labels: Tensor) -> Tensor:
 
 
 def answer_tokens(labels: Tensor) -> Tensor:
-    """The right tokens, ``[N]`` int64, row by row."""
+    """The correct tokens, ``[N]`` int64, row by row."""
     return labels[:, 1:][answered(labels)]
 
 
@@ -67,7 +67,7 @@ def answer_states(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
     """
     left_out = {"labels", "rows", "logits"}
     if not MASKED & batch.keys():
-        # right padding needs no mask under causal attention, and without one attention takes its fastest kernel
+        # right padding needs no mask under causal attention, and without one attention uses its fastest kernel
         left_out.add("attention_mask")
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in left_out}
     inputs["use_cache"] = False
@@ -84,7 +84,7 @@ def answer_logits(model: PreTrainedModel, batch: Tensors, weights: Tensors | Non
 
 
 def answer_loss(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``tokens [N]`` at ``states [N, D]``, in float32; long ones in recomputed pieces."""
+    """Sum of the cross-entropies of ``tokens [N]`` at ``states [N, D]``, in float32; in recomputed pieces if many."""
 
     def piece(states: Tensor, tokens: Tensor) -> Tensor:
         return cross_entropy(head(states).float(), tokens, reduction="sum")
@@ -96,16 +96,16 @@ def answer_loss(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
 
 
 def mean_over_samples(values: Tensor, labels: Tensor) -> Tensor:
-    """``values [N]``, one per answer token: averaged over every sample's tokens, then over the samples."""
+    """Average ``values [N]``, one per answer token, over every sample's tokens and then over the samples."""
     rows, samples = answer_rows(labels), len(labels)
     tokens = torch.bincount(rows, minlength=samples)
     return (values / tokens[rows]).sum() / samples
 
 
 class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values as views of buffers with room for ``room`` more tokens than the first ones.
+    """One layer's keys and values, as views of buffers with room for ``room`` tokens after the first ones.
 
-    transformers' dynamic layer copies everything for every token; with its fixed-size one, attention reads all of it.
+    transformers' dynamic layer copies everything for every token; with its fixed-size one, attention reads it all.
     """
 
     def __init__(self, room: int) -> None:
@@ -126,7 +126,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def empty_cache(layers: int, room: int) -> Cache:
-    """For a prompt, read at once, and ``room`` more tokens."""
+    """A cache for a prompt, read at once, and ``room`` more tokens."""
     return Cache(layers=[_RoomyLayer(room) for _ in range(layers)])
 
 
@@ -141,7 +141,7 @@ def copied_rows(cache: Cache, rows: Tensor, room: int) -> Cache:
 class Prefill(NamedTuple):
     """Prompts that have been read: ``hidden [B, D]`` is the last token's state after the final norm.
 
-    ``attention_mask [B, T]`` int64 is the cache's; each row goes on at ``next_position [B]`` int64.
+    ``attention_mask [B, T]`` int64 is the cache's; each row continues at ``next_position [B]`` int64.
     """
 
     hidden: Tensor
@@ -181,7 +181,7 @@ def _read(
 
 @torch.no_grad()
 def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor:
-    """The bare base's state of the last token of left-padded prompts, ``[B, D]`` float32 on the CPU.
+    """The bare base's state at the last token of left-padded prompts, ``[B, D]`` float32 on the CPU.
 
     ``last``: after the final norm (LLaVA-CMoE section 3.3, F_end); ``pooled``: the mean over all decoder layers'
     outputs (its Table 5).
@@ -201,9 +201,9 @@ def base_features(model: PeftModel, batch: Prompts, kind: FeatureKind) -> Tensor
 
 @torch.no_grad()
 def image_embeddings(model: PeftModel, inputs: dict[str, Tensor], images: int) -> Tensor:
-    """The mean over each image's tokens out of the bare base's projector, ``[I, D]`` float32 on the CPU.
+    """The mean over each image's tokens from the bare base's projector, ``[I, D]`` float32 on the CPU.
 
-    More than one image only of LLaVA-1.5: the other families cut an image into parts, whose tokens are taken together.
+    Several images only with LLaVA-1.5: the other families cut an image into parts, whose tokens are taken together.
     """
     with model.disable_adapter():
         output = cast(Any, adapted_base(model)).get_image_features(**inputs)
@@ -225,9 +225,9 @@ def feature_folder(run: Path) -> Path:
 class FeatureStore:
     """Features of lists of prompts, computed once: the base is frozen, so they hold for every method on it.
 
-    A file in ``folder`` is named after all that decides its content; without a folder all is computed anew. ``view``
-    says what of a sample they are of, see ``clmoe.config``. ``text_encoder`` names a CLIP text tower that reads texts
-    alone, instead of the base.
+    A file in ``folder`` is named after everything that decides its content; without a folder, everything is recomputed.
+    ``view`` says what in a sample they describe, see ``clmoe.config``. ``text_encoder`` names a CLIP text tower that
+    reads texts alone, instead of the base.
     """
 
     base: LoadedBase
@@ -244,9 +244,9 @@ class FeatureStore:
         return cls(base, config.locator.feature, evaluation.batch_size, folder, evaluation.share_images, view, encoder)
 
     def features(self, model: PeftModel, questions: Sequence[Question], image_root: Path) -> Tensor:
-        """``[M, D]`` float32 on the CPU, one row per question, in order; ``[M, 2 D]`` of image and text apart.
+        """``[M, D]`` float32 on the CPU, one row per question, in order; ``[M, 2 D]`` for separate image and text.
 
-        Of halves of unequal width the narrower one ends in zeros, which change no cosine.
+        If the halves differ in width, the narrower one ends in zeros, which change no cosine.
         """
         if self.view == "text":
             questions = [replace(question, image=None) for question in questions]

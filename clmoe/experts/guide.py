@@ -13,7 +13,7 @@ from clmoe.experts.routing import InstanceRouter, uniform
 class Guide(nn.Module):
     """A key of ``size`` for each task, oldest first, and an MLP from embeddings of ``width`` to queries.
 
-    ``widths`` are the two. ``key [n, size]`` trains, ``frozen_key`` is a buffer; None where there are none.
+    ``widths`` is ``(width, size)``. ``key [n, size]`` trains, ``frozen_key`` is a buffer, or None if no key is frozen.
     """
 
     frozen_key: Tensor | None
@@ -40,7 +40,7 @@ class Guide(nn.Module):
     def forward(self, embeddings: Tensor, asked: Tensor) -> Tensor:
         """``softmax(k . MLP(max over tokens) / sqrt(size))``, ``[B, N]`` float32.
 
-        ``embeddings [B, T, width]`` of any float dtype; ``asked [B, T]`` bool: the tokens that count, one at least.
+        ``embeddings [B, T, width]`` of any float dtype; ``asked [B, T]`` bool: the tokens that count, at least one.
         """
         largest = embeddings.float().masked_fill(~asked.unsqueeze(-1), -torch.inf).amax(1)
         first, second = cast(list[InstanceRouter], list(self.mlp))

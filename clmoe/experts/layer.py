@@ -1,6 +1,6 @@
 """A mixture of LoRA experts on frozen linears: the packed product, the loop that defines it, and the peft layers."""
 
-from __future__ import annotations  # torch before 2.13 compiles no function that evaluates its own
+from __future__ import annotations  # torch before 2.13 cannot compile a function that evaluates its own annotations
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def packed_experts(
         x: ``[..., din]``, the linear's input, after dropout.
         gate, A, B: ``[..., E]`` float32, ``[E*r, din]`` and ``[dout, E*r]``.
         out: ``[..., dout]``, the frozen linear's output; overwritten and returned.
-        frozen_rank: this many ranks, the first ones, get no gradient.
+        frozen_rank: the first ``frozen_rank`` ranks get no gradient.
         product: ``(g, u)`` with ``x = silu(g) * u``; the backward pass recomputes ``x`` instead of keeping it.
         frozen: ``W0 [dout, din]`` if ``out`` has no graph: the backward pass adds its part of ``x``'s gradient.
     """
@@ -104,7 +104,7 @@ class _AddExperts(torch.autograd.Function):
 
 
 def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
-    """The same sum, one expert at a time: the definition that tests and benchmarks compare with."""
+    """The same sum, one expert at a time: the definition that tests and benchmarks compare against."""
     E = gate.shape[-1]
     for g, A_i, B_i in zip(gate.split(1, -1), A.chunk(E), B.chunk(E, 1), strict=True):
         out = out + scaling * g.to(x.dtype) * (x @ A_i.to(x.dtype).t() @ B_i.to(x.dtype).t())
@@ -114,7 +114,7 @@ def loop_experts(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, scaling: float, 
 class Experts(nn.Module):
     """``E`` LoRA experts of rank ``r`` on one linear ``din -> dout``, in packed float32 tensors, oldest first.
 
-    The oldest may be frozen: buffers, which peft cannot re-enable and an optimizer cannot round. The others are
+    The oldest may be frozen into buffers, which peft cannot re-enable and an optimizer cannot round. The others are
     parameters. ``A [n*r, din]`` and ``B [dout, n*r]`` are None when there are none.
     """
 
@@ -156,7 +156,7 @@ class Experts(nn.Module):
             self.A = self.B = None
 
     def freeze_as(self, dtype: torch.dtype) -> None:
-        """Freeze in the dtype that the forward pass computes in, which saves casts; no longer fit for saving."""
+        """Freeze in the dtype that the forward pass computes in, which saves casts; not fit for saving afterwards."""
         self.freeze()
         self.frozen_A, self.frozen_B = (factor.to(dtype) for factor in self.packed())
 
@@ -169,7 +169,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, gate: Tensor, base: nn.Linear, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """``base(x)`` plus the experts' mixture, ``[..., dout]``; ``product`` as in ``packed_experts``.
 
-        ``gate [..., e]`` of fewer than all experts means the ``e`` oldest, the span of an older router.
+        A ``gate [..., e]`` over fewer than all experts refers to the ``e`` oldest, the span of an older router.
         """
         A, B = self.packed()
         rank = gate.shape[-1] * self.rank
@@ -192,7 +192,7 @@ class Experts(nn.Module):
         return packed_experts(dropped, gate, A, B, self.scaling, out, frozen_rank, product, frozen)
 
     def _takes_over(self, base: nn.Linear, x: Tensor) -> bool:
-        """Not a linear that is 4-bit, trained, sharded (ZeRO-3), has a bias, or sees another input (dropout)."""
+        """False for a linear that is 4-bit, trained, sharded (ZeRO-3), has a bias, or sees another input (dropout)."""
         return (
             type(base) is nn.Linear
             and base.bias is None
@@ -208,7 +208,7 @@ class Experts(nn.Module):
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):
-    """A patched module: its frozen original, and per adapter the experts of its linears and their routers."""
+    """A patched module: its frozen original and, per adapter, the experts of its linears and their routers."""
 
     adapter_layer_names = ("clmoe_experts", "clmoe_routers")
 
@@ -223,7 +223,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         return {name: getattr(self.base_layer, name) for name in config.projections}
 
     def guides(self, config: ExpertConfig) -> bool:
-        """Whether this is the one layer that holds the guide of all: the first block's first linear."""
+        """Whether this is the one layer that holds the guide for all layers: the first block's first linear."""
         return self.block == "0" and self.name.endswith(f".{config.projections[0]}")
 
     @property
@@ -272,7 +272,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Peft's own would also cast to the base's dtype."""
+        """Peft's own version would also cast to the base's dtype."""
         device = device or next(self.base_layer.parameters()).device
         for container in (self.clmoe_experts, self.clmoe_routers):
             if adapter_name in container and not any(t.is_meta for t in container[adapter_name].state_dict().values()):

@@ -30,7 +30,7 @@ IN_FILES = "base_model.model."
 
 
 class ExpertModel(BaseTuner):
-    """peft's view of the adapter: replaces the targeted modules by ``ExpertLinear`` or ``ExpertMLP``."""
+    """peft's view of the adapter: replaces the targeted modules with ``ExpertLinear`` or ``ExpertMLP``."""
 
     prefix = f"{PEFT_NAME}_"
     tuner_layer_cls = ExpertLayer
@@ -77,13 +77,13 @@ class ExpertModel(BaseTuner):
 
 
 def find_guide(model: nn.Module) -> Guide | None:
-    """What weighs the tasks for all layers; None for methods without."""
+    """The module that weights the tasks for all layers; None for methods without one."""
     found = [module for module in model.modules() if isinstance(module, Guide)]
     return found[0] if found else None
 
 
 def _guided(guide: Guide, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the first decoder block, whose input is the embeddings: weigh the tasks of each sample by its prompt."""
+    """Before the first decoder block, whose input is the embeddings: weight the tasks of each sample by its prompt."""
     selection, _ = current_routing() or (NEWEST_ROUTER, None)
     if selection.asked is not None and selection.kept is not None:
         selection.kept[SHARES] = guide(args[0] if args else kwargs["hidden_states"], selection.asked)
@@ -155,12 +155,12 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Everything the adapter file holds, under its names there: trainable and frozen tensors, a tuned projector too."""
+    """Everything in the adapter file, under its names there: trainable and frozen tensors, and a tuned projector."""
     return get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
 
 
 def tensor_name(module: str, inner: str) -> str:
-    """Name in the adapter file of a patched module's tensor; ``inner`` is such as ``clmoe_experts.up_proj.A``."""
+    """The adapter file's name for a patched module's tensor; ``inner`` is, say, ``clmoe_experts.up_proj.A``."""
     return f"{IN_FILES}{module}.{inner}"
 
 
@@ -195,13 +195,13 @@ def expert_config(model: PeftModel) -> ExpertConfig:
 
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:
-    """(trainable now, all of the adapter): the second counts frozen experts and routers, which are buffers."""
+    """(trainable now, all of the adapter): the second includes frozen experts and routers, which are buffers."""
     stored = sum(tensor.numel() for tensor in adapter_tensors(model).values())
     return sum(p.numel() for p in trainable(model).values()), stored
 
 
 def freeze_experts(model: PeftModel, before: int) -> None:
-    """Freeze all experts and routers, whose owners must be tasks below ``before``: they become buffers."""
+    """Turn all experts and routers into buffers; their owners must be tasks below ``before``."""
     for layer in expert_layers(model).values():
         for experts in layer.experts.values():
             experts.freeze()

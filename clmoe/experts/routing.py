@@ -15,22 +15,22 @@ from torch.nn.functional import linear, pad
 from clmoe.errors import ClmoeError
 
 SHARES = "shares"  # in ``RouteSelection.kept``: what a guide finds, used as ``weights``
-LETTER_ROUTER = -1  # in the place of a task: experts that do not answer questions but say whose they are
+LETTER_ROUTER = -1  # in place of a task: experts that do not answer questions but say whose they are
 
 
 @dataclass(frozen=True)
 class RouteSelection:
-    """How the samples of one batch are routed; lives through a whole generation.
+    """How the samples of one batch are routed; holds for a whole generation.
 
     Attributes:
         router: ``[B]`` int64, index into each layer's router bank, without routers a task; None uses the newest.
         task: ``[B]`` int64, row of the task router to mix in; None uses the instance router alone.
         beta: weight of the instance router in the mix (CL-MoE eq. 8); 1 is the instance router alone.
-        weights: ``[B, N]`` float32, without routers: each task's experts count so much, instead of one task's alone.
-        whole: a gate looks at a sample's whole prompt, so that no two samples share a prefix.
+        weights: ``[B, N]`` float32, without routers: the weight of each task's experts, instead of one task's alone.
+        whole: a gate looks at a sample's whole prompt, so no two samples share a prefix.
         asked: ``[B, T]`` bool: the tokens of this pass that belong to the first prompt; None outside such passes.
-        kept: what routers, by name, and a guide found in the pass with ``asked``, for all layers and the tokens that
-            follow; None keeps nothing.
+        kept: what routers, by name, and a guide found in the pass with ``asked``, kept for all layers and the tokens
+            that follow; None keeps nothing.
     """
 
     router: Tensor | None = None
@@ -43,7 +43,7 @@ class RouteSelection:
 
     @cached_property
     def by_router(self) -> dict[int, Tensor]:
-        """The routers in use, each with the rows ``[b]`` int64 of its samples; waits for the device, so only once."""
+        """The routers in use, each with the rows ``[b]`` int64 of its samples; waits for the device, so cached."""
         assert self.router is not None
         routers, device = self.router.tolist(), self.router.device
         return {
@@ -79,7 +79,7 @@ class RouterOutput(NamedTuple):
 class RouteTrace:
     """What each router answered in its last forward pass, by name; the routers write here.
 
-    ``real [B, T]`` bool: which tokens of the batch are no padding; None where all are real.
+    ``real [B, T]`` bool: which tokens of the batch are not padding; None if all are real.
     """
 
     outputs: dict[str, RouterOutput] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class _Current(local):
 
 
 class _Latest:
-    """The one that was installed last, by whichever thread: compiled layers read it.
+    """The routing that any thread installed last, which compiled layers read.
 
     torch before 2.13 compiles a thread's own attributes in as constants, without a guard. So threads that share a
     compiled model must take turns.
@@ -228,10 +228,10 @@ class TaskRouter(nn.Module):
 class RouterBank(nn.Module):
     """All routers of one layer: instance routers, oldest first, and the task router.
 
-    A sample uses the instance router that the ``RouteSelection`` in force names, mixed with its task's gate where a
-    task is named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance routers the gate is 1 for
-    every expert, or with ``pick`` ``task`` for those of one of the ``owners``, which are the experts' tasks; or each
-    counts as its task does in the selection's ``weights``.
+    A sample uses the instance router that the current ``RouteSelection`` names, mixed with its task's gate if a task is
+    named: ``beta * G_I(x) + (1 - beta) * G_T(task)`` (CL-MoE eq. 8). Without instance routers, the gate is 1 for every
+    expert; with ``pick`` ``task``, it is 1 for those of one of the ``owners``, which are the experts' tasks, or each
+    expert has its task's weight in the selection's ``weights``.
     """
 
     def __init__(self, name: str, top_k: int | None, owners: Sequence[int] = (), pick: str = "sum") -> None:
@@ -239,14 +239,14 @@ class RouterBank(nn.Module):
         self.name, self.top_k, self.owners, self.pick = name, top_k, list(owners), pick
         self.instance = nn.ModuleList()
         self.task = TaskRouter()
-        self.guide: nn.Module | None = None  # of all banks, in one of them
+        self.guide: nn.Module | None = None  # serves all banks, kept in one of them
 
-    parts: ClassVar[int] = 1  # into which the experts are cut, each with routers of its own
+    parts: ClassVar[int] = 1  # groups that the experts are cut into, each with its own routers
 
     def forward(self, x: Tensor, experts: Any = None) -> Tensor:
         """The experts' weights for every token, ``[B, T, e]`` float32, ``e`` the widest in use; ``x [B, T, din]``.
 
-        ``experts``, those of the one linear that this bank serves, are for gates that look at what experts answer.
+        ``experts``, those of the one linear that this bank serves, are for gates that look at the experts' outputs.
         """
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         if not len(self.instance):
@@ -286,7 +286,7 @@ class RouterBank(nn.Module):
 
     def _mixed(self, x: Tensor, selection: RouteSelection, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and gate, each sample by its own router; narrower ones are padded."""
-        graph = torch.compiler.is_compiling()  # its shapes cannot depend on the routing: every router on every sample
+        graph = torch.compiler.is_compiling()  # its shapes cannot depend on the routing: all routers see all samples
         used = range(len(self.instance)) if graph else list(selection.by_router)
         if len(used) == 1:
             return self._own(x, used[0])

@@ -1,4 +1,4 @@
-"""SMoLoRA's gates (ICCV 2025): one expert of each half of a linear's serves a sample; tokens weigh the two."""
+"""SMoLoRA's gates (ICCV 2025): one expert from each half of a linear's serves a sample; tokens weight the two."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -19,7 +19,7 @@ from clmoe.experts.routing import (
 
 
 def best(logits: Tensor, trains: bool) -> Tensor:
-    """One-hot of the largest of ``[..., e]``, ties to the lower index; if it ``trains`` with the softmax's gradient."""
+    """One-hot of the largest of ``[..., e]``, ties to the lower index; with the softmax's gradient if it ``trains``."""
     first = logits.argsort(dim=-1, descending=True, stable=True)[..., :1]
     chosen = torch.zeros_like(logits).scatter(-1, first, 1.0)
     shares = logits.softmax(-1) if trains else chosen
@@ -27,11 +27,12 @@ def best(logits: Tensor, trains: bool) -> Tensor:
 
 
 class SeparableBank(RouterBank):
-    """The routers of a linear ``din -> dout`` whose first experts see (VU) and whose others follow instructions (IF).
+    """The routers of a linear ``din -> dout``; half of its experts see (VU), the other half follow instructions (IF).
 
-    The instance router ``[E/2, din]`` picks the one by the mean of ``x`` over the sample's prompt; ``instruction``
-    ``[E/2, width]`` the other by the ``embedding [width]`` of the task that trains, or the row of ``task`` of the
-    sample's. ``fusion [2, dout]`` scores what the two answer. ``clmoe/methods/smolora.py`` has the equations.
+    The instance router ``[E/2, din]`` picks one expert by the mean of ``x`` over the sample's prompt. ``instruction``
+    ``[E/2, width]`` picks the other by the ``embedding [width]`` of the task that trains; else the row of ``task`` for
+    the sample's task gives it. ``fusion [2, dout]`` scores the outputs of the two. ``clmoe/methods/smolora.py`` has the
+    equations.
     """
 
     parts: ClassVar[int] = 2
@@ -60,7 +61,7 @@ class SeparableBank(RouterBank):
         return weights
 
     def _seen(self, x: Tensor, selection: RouteSelection) -> Tensor:
-        """The pick ``[B, E/2]`` of the seeing half; that of the prompt for the tokens that follow it."""
+        """The pick ``[B, E/2]`` of the seeing half; tokens after the prompt keep the prompt's."""
         asked, kept = selection.asked, selection.kept
         if asked is None and kept and self.name in kept:
             return kept[self.name]

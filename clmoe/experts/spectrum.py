@@ -1,4 +1,4 @@
-"""In which directions the inputs of adapted linears vary, and how much: from sketches that add up over batches."""
+"""The directions in which the inputs of adapted linears vary, and how much: from sketches that add up over batches."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ Spectrum = tuple[Tensor, Tensor]
 class InputSketch:
     """Before a linear ``[.., din]``, gathers ``C Q`` of its inputs' covariance ``C`` while ``on``; ``Q [din, width]``.
 
-    It looks at passes with a ``RouteTrace``, at their real tokens; the recomputation of a pass has none. ``energy
+    It looks at the real tokens of passes with a ``RouteTrace``; the recomputation of a pass has none. ``energy
     [B, T]`` is the squared length of the newest inputs.
     """
 
@@ -69,7 +69,7 @@ def watch_inputs(model: nn.Module, width: int, seed: int) -> dict[str, InputSket
 def spectra_of(
     model: PeftModel, base: LoadedBase, dataset: TrainDataset, width: int, seed: int, share: float
 ) -> dict[str, Spectrum]:
-    """What the linears' inputs are on whole training records, dropout off; one at a time, so that none is padded."""
+    """Spectra of the linears' inputs on whole training records, dropout off; one at a time, so that none is padded."""
     sketches, adapted = watch_inputs(model, width, seed), adapted_base(model.eval())
 
     def read(batch: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Who finds the task of a test sample; each locator works with every method that keeps parts per task."""
+"""Locators find the task of a test sample. All but ``letter`` work with every method that keeps parts per task."""
 
 from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
@@ -29,9 +29,9 @@ LOCATORS: dict[str, type[Locator]] = {
 
 
 def make_locator(config: LocatorConfig, seed: int) -> Locator:
-    """The locator that a configuration names, by name, Python file or entry point ``clmoe.locators``; without any task.
+    """The locator that a configuration gives by name, Python file or entry point ``clmoe.locators``; without any task.
 
-    Raises ClmoeError if it names none.
+    Raises ClmoeError if there is no such locator.
     """
     kind = named(config.name, "LOCATORS", LOCATORS)
     if kind is None:

@@ -17,7 +17,7 @@ FILE = "locator.safetensors"  # a checkpoint's locator
 
 @dataclass(frozen=True)
 class Asked:
-    """M samples whose task, one of ``tasks``, is wanted; their true one is ``task``, from 0, where it is known.
+    """M samples whose task, one of ``tasks``, is wanted; ``task``, counted from 0, is the true one if it is known.
 
     ``features [M, D]`` float32 on the CPU are None for locators that do not look.
     """
@@ -32,11 +32,11 @@ class Locator:
     """Finds the task of a test sample.
 
     Class attributes:
-        looks: it needs features of the samples, and of each task's training samples before.
-        asks: its features are instead the logits ``[M, N]`` that the model itself gives to the tasks' letters, see
+        looks: it needs features of the samples, and beforehand those of each task's training samples.
+        asks: its features are instead the logits ``[M, N]`` that the model itself gives the tasks' letters, see
             ``clmoe.methods.base.Method.letters``; there is nothing to fit.
-        view: what of a sample its features are of; ``image_text`` gives ``[M, 2 D]``, the image's half first.
-        decisive: the options that a fitted state belongs to; they cannot change within a sequence.
+        view: what in a sample its features describe; ``image_text`` gives ``[M, 2 D]``, the image's half first.
+        decisive: the options that a fitted state depends on; they cannot change within a sequence.
     """
 
     looks: ClassVar[bool] = True
@@ -53,11 +53,11 @@ class Locator:
         """Add the next task from features ``[M, D]`` float32 of its training samples; older tasks do not change."""
 
     def scores(self, asked: Asked) -> Tensor:
-        """How typical each sample is of each task, ``[M, N]`` float64 on the CPU; the largest wins, ties the older."""
+        """How typical each sample is of each task, ``[M, N]`` float64 on the CPU; the largest wins, then the older."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """All that ``fit`` has learned."""
+        """Everything that ``fit`` has learned."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -69,17 +69,17 @@ class Locator:
         return sum(tensor.numel() for tensor in state), sum(tensor.nbytes for tensor in state)
 
     def save(self, path: Path) -> None:
-        """Write the state and the settings that it belongs to."""
+        """Write the state and the settings that it depends on."""
         save_tensors(self.state(), path, metadata={"settings": json.dumps(self._settings())})
 
     def load(self, path: Path) -> None:
-        """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another."""
+        """Read what ``save`` wrote. Raises ClmoeError, naming the setting, if it was fitted with another value."""
         stored, settings = json.loads(metadata(path).get("settings", "{}")), self._settings()
         for name in settings | stored:
             was = stored.get(name)
             if was != (value := settings.get(name, getattr(self.options, name, was))):
                 raise ClmoeError(
-                    f"{path}: was fitted with {name}={was}, not {value}: it cannot change within a sequence"
+                    f"{path} was fitted with {name}={was}, not {value}: it cannot change within a sequence"
                 )
         self.load_state(load_tensors(path))
 

@@ -1,7 +1,7 @@
-"""A sample belongs to the task whose mean feature points its way: of its text (DISCO), or of image and text (HiDe).
+"""A sample belongs to the task whose mean feature has the closest direction: of text (DISCO) or image and text (HiDe).
 
-The papers take both features from CLIP; here the frozen base gives them, so that no further model is needed, or that of
-texts comes from a CLIP text tower that the user names.
+The papers take both features from CLIP. Here the frozen base gives them, so no further model is needed; the text's can
+also come from a CLIP text tower that the user names.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Options:
     """Where the text's feature comes from.
 
     Attributes:
-        text_encoder: folder or hub name of a CLIP model, whose text tower reads the question; empty: the base.
+        text_encoder: folder or hub name of a CLIP model, whose text tower reads the question; empty means the base.
     """
 
     text_encoder: str = ""
 
 
 class TextCentroid(Locator):
-    """DISCO (ICCV 2025): the cosine between a question's feature without its image and each task's mean of these.
+    """DISCO (ICCV 2025): the cosine between the feature of a question without its image and each task's mean of these.
 
     ``means [N, D]`` are float64.
     """
@@ -47,7 +47,7 @@ class TextCentroid(Locator):
         self.means = torch.cat([self.means, features.double().cpu().mean(0, keepdim=True)])
 
     def scores(self, asked: Asked) -> Tensor:
-        """Cosines, averaged over the parts of a feature; a part of zeros, as of a missing image, counts as 0."""
+        """Cosines, averaged over the parts of a feature; a part of zeros, as for a missing image, counts as 0."""
         assert asked.features is not None
         halves = zip(
             asked.features.double().cpu().chunk(self.parts, 1), self.means[: asked.tasks].chunk(self.parts, 1),

@@ -1,4 +1,4 @@
-"""A Gaussian per task: a sample belongs to the task under which its feature is likeliest, or most typical."""
+"""A Gaussian per task: a sample belongs to the task whose Gaussian makes its feature likeliest, or most typical."""
 
 import warnings
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Options:
 
     Attributes:
         covariance: ``shared``, the mean of the tasks' own, weighted by their samples (linear discriminant analysis); or
-            each task's ``own`` (quadratic). Own ones take ``8 D^2`` bytes a task, 134 MB at 4,096 dimensions.
+            each task's ``own`` (quadratic). Own ones take ``8 D^2`` bytes per task, 134 MB at 4,096 dimensions.
         decision: the largest ``density``; or, with own covariances, the largest ``z_score``: the log density's standard
             score among those of the task's own records, which is LLaVA-CMoE's rule for its VAEs.
     """
@@ -33,14 +33,15 @@ class Options:
         if self.decision == "z_score" and self.covariance == "shared":
             raise ClmoeError(
                 "locator.options.decision=z_score needs locator.options.covariance=own: a shared covariance changes "
-                "with every task, and with it the densities of the older ones"
+                "with every task, and so do the densities of the older ones"
             )
 
 
 class Gaussian(Locator):
-    """Each task's ``means [N, D]`` and covariances ``[N or 1, D, D]``, float64, shrunk as Ledoit and Wolf (2004) do.
+    """Each task's ``means [N, D]`` and covariances ``[N or 1, D, D]``, float64, shrunk as in Ledoit and Wolf (2004).
 
-    With own covariances ``typical [N, 2]`` holds mean and deviation of the log densities of each task's own records.
+    With own covariances, ``typical [N, 2]`` holds the mean and standard deviation of the log densities of each task's
+    own records.
     """
 
     Options = Options
@@ -50,13 +51,13 @@ class Gaussian(Locator):
         super().__init__(config, seed)
         self.means = self.covariances = self.typical = torch.zeros(0, dtype=torch.float64)
         self.count = torch.zeros(0, dtype=torch.int64)
-        self._factors: Tensor | None = None  # of the covariances: D^3 operations that batches of questions share
+        self._factors: Tensor | None = None  # of the covariances: D^3 operations, shared by batches of questions
 
     def fit(self, features: Tensor) -> None:
-        """Add the next task's Gaussian; only a shared covariance changes what older tasks have."""
+        """Add the next task's Gaussian; older tasks change only through a shared covariance."""
         self._factors, values = None, features.double().cpu()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Only one sample")  # the floor alone is left of its covariance
+            warnings.filterwarnings("ignore", "Only one sample")  # its covariance is then the floor alone
             covariance = torch.from_numpy(ledoit_wolf(values.numpy())[0]).unsqueeze(0)
         before = float(self.count.sum())
         self.means = torch.cat([self.means, values.mean(0, keepdim=True)])
@@ -100,7 +101,7 @@ class Gaussian(Locator):
 
 
 def cholesky(covariances: Tensor) -> Tensor:
-    """Lower factors ``[N, D, D]`` of covariances with the floor."""
+    """Lower factors ``[N, D, D]`` of covariances plus the floor."""
     return torch.linalg.cholesky(covariances + VARIANCE_FLOOR * torch.eye(covariances.shape[-1], dtype=torch.float64))
 
 

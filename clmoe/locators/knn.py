@@ -9,15 +9,15 @@ from clmoe.config import LocatorConfig
 from clmoe.locators.base import Asked, Locator
 from clmoe.utils.schema import Steps
 
-NEAREST = 1e-12  # a distance counts as at least this: a stored sample that is asked again
+NEAREST = 1e-12  # floor of the distances, for a stored sample that is asked again
 
 
 @dataclass(frozen=True)
 class Options:
-    """How many samples speak.
+    """How many samples vote and are stored.
 
     Attributes:
-        neighbours: that vote, each with the inverse of its distance.
+        neighbours: samples that vote, each with the inverse of its distance.
         stored: features that are kept of each task, at most.
     """
 

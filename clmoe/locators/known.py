@@ -1,4 +1,4 @@
-"""Locators that do not look at the sample: its task is given, the newest one, or drawn."""
+"""Locators that do not look at the sample: its task is given, the newest one, or drawn at random."""
 
 import hashlib
 
@@ -25,11 +25,11 @@ class Known(Locator):
 
 
 class Oracle(Known):
-    """The true task: what finding the task perfectly would give. Raises ClmoeError if it has not been learned."""
+    """The true task: what perfect task identification would give. Raises ClmoeError if it has not been learned."""
 
     def task(self, name: str, asked: Asked) -> int:
         if asked.task is None or asked.task >= asked.tasks:
-            raise ClmoeError("locator=oracle: the questions' task was not learned: name a learned one")
+            raise ClmoeError("locator=oracle: the questions' task has not been learned: name one that has")
         return asked.task
 
 

@@ -1,4 +1,4 @@
-"""The model itself is asked which task a sample belongs to, and says a letter (MR-LoRA)."""
+"""The model itself is asked which task a sample belongs to, and answers with a letter (MR-LoRA)."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from clmoe.locators.base import Asked, Locator
 
 
 class GeneratedLetter(Locator):
-    """The task whose letter is the likeliest; only for methods that teach the model to say it."""
+    """The task whose letter is likeliest; only for methods that teach the model to say it."""
 
     looks: ClassVar[bool] = False
     asks: ClassVar[bool] = True

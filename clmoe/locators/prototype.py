@@ -40,7 +40,7 @@ class Options:
     """*Open* in the paper: how a sample finds the nearest centre.
 
     Attributes:
-        distance: to the centres.
+        distance: distance to the centres.
         radius: ``normalised`` divides a task's distances by the root mean square distance of its own samples.
     """
 
@@ -68,7 +68,7 @@ class Prototype(Locator):
         self.count = torch.cat([self.count, torch.tensor([len(values)])])
 
     def standardisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation ``[D]`` of all tasks' samples together, by the law of total variance."""
+        """Mean and standard deviation ``[D]`` of all tasks' samples together, by the law of total variance."""
         weight = (self.count.double() / self.count.sum()).unsqueeze(1)
         mean = (weight * self.mean).sum(0)
         variance = (weight * (self.variance + (self.mean - mean) ** 2)).sum(0)

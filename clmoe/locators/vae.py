@@ -18,17 +18,17 @@ from clmoe.utils.schema import Count, Inside, LearningRate, NotNegative, Positiv
 
 @dataclass(frozen=True)
 class Options:
-    """All *open* in the paper but ``eta`` and ``weight_kl`` (1e-3 each, so 1 : 1 in a phase of its own).
+    """All are *open* in the paper except ``eta`` and ``weight_kl`` (1e-3 each, so 1 : 1 in a phase of its own).
 
     Attributes:
         latent, hidden: widths.
         draws: latent draws per reconstruction probability.
         steps, batch_size, learning_rate: of the fit. With fewer features than steps it ends, at its best weights, when
-            the held-out loss has not fallen for ``PATIENCE`` steps: on so few features a VAE learns single samples.
+            the held-out loss has not fallen for ``PATIENCE`` steps: on so few features a VAE memorises single samples.
         eta, weight_kl: weights of the reconstruction and of the KL divergence in the loss.
-        held_out: share of the features kept for the primitive, where it is computed on such.
+        held_out: share of the features held out for the primitive, if it is computed on held-out features.
         primitive_on, primitive_last: the primitive's instances: ``held_out``, or the last so many of those trained on.
-        objective: ``log`` maximises log p_rec; ``density`` the literal p_rec of the paper.
+        objective: ``log`` maximises log p_rec; ``density`` maximises the literal p_rec of the paper.
         feature_floor, sigma_floor, primitive_floor: least deviation of features, of decoder and latent, of log p_rec.
     """
 
@@ -49,12 +49,12 @@ class Options:
     primitive_floor: Positive = 1e-2
 
 
-CHECK, PATIENCE = 50, 150  # steps between two looks at the held-out loss; without a better one the fit ends
-NEGLIGIBLE = 60.0  # below a sample's likeliest draw, in log density: e^-60 of a sum is far below float32's precision
+CHECK, PATIENCE = 50, 150  # steps between checks of the held-out loss; steps without a better one that end the fit
+NEGLIGIBLE = 60.0  # in log density, below a sample's likeliest draw: e^-60 of a sum is far below float32's precision
 
 
 class Gaussian(nn.Module):
-    """Two FFNs that give mean and deviation of a diagonal Gaussian: ``[*, din] -> [*, dout]`` twice."""
+    """Two FFNs that give the mean and standard deviation of a diagonal Gaussian: ``[*, din] -> [*, dout]`` twice."""
 
     def __init__(self, din: int, hidden: int, dout: int, sigma_floor: float) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Gaussian(nn.Module):
 class TaskVae(nn.Module):
     """VAE of one task's features.
 
-    ``shift`` and ``scale [D]`` standardise the features, ``noise [draws, latent]`` is drawn once, ``primitive [2]``
-    float64 is mean and deviation of log p_rec over instances of the task.
+    ``shift`` and ``scale [D]`` standardise the features, ``noise [draws, latent]`` is drawn once, and ``primitive [2]``
+    float64 is the mean and standard deviation of log p_rec over instances of the task.
     """
 
     shift: Tensor
@@ -90,7 +90,7 @@ class TaskVae(nn.Module):
     def log_p_rec(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log p_rec [B], KL [B])`` of features ``[B, D]``; p_rec, the mean density over the draws, may underflow.
 
-        ``noise [draws, (B,) latent]`` is by default the stored one.
+        ``noise [draws, (B,) latent]`` defaults to the stored one.
         """
         x = (features - self.shift) / self.scale
         mean, sigma = self.encoder(x)
@@ -98,14 +98,14 @@ class TaskVae(nn.Module):
         latent = mean + sigma * (draws.unsqueeze(1) if draws.dim() == 2 else draws)
         rec, rec_sigma = self.decoder(latent)
         log_density = -0.5 * (((x - rec) / rec_sigma) ** 2 + 2 * rec_sigma.log() + math.log(2 * math.pi)).sum(-1)
-        # such a draw's gradients would be denormal numbers, with which a CPU computes many times slower
+        # such a draw's gradients would be denormal numbers, on which a CPU is many times slower
         log_density = log_density.masked_fill(log_density < log_density.amax(0) - NEGLIGIBLE, -math.inf)
         kl = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1)
         return log_density.logsumexp(0) - math.log(len(draws)), kl
 
 
 def fit_vae(features: Tensor, settings: Options, seed: int, title: str = "locator") -> TaskVae:
-    """Fit one task's VAE on ``features [M, D]`` float32; warns if they are too few or constant for the primitive.
+    """Fit one task's VAE on ``features [M, D]`` float32; warns if they are too few or too constant for the primitive.
 
     ``title`` names the progress row.
     """
@@ -127,7 +127,7 @@ def fit_vae(features: Tensor, settings: Options, seed: int, title: str = "locato
     if len(scores) < 10 or deviation < settings.primitive_floor:
         warnings.warn(
             f"the task locator's primitive rests on {len(scores)} instances with deviation {float(deviation):.3g}: "
-            "its decisions for this task are unreliable; give the task more or more varied training records",
+            "its decisions for this task are unreliable; give the task more, or more varied, training records",
             stacklevel=2,
         )
     vae.primitive.copy_(torch.stack([scores.mean(), deviation.clamp(min=settings.primitive_floor)]))
@@ -137,7 +137,7 @@ def fit_vae(features: Tensor, settings: Options, seed: int, title: str = "locato
 def _train(
     vae: TaskVae, train: Tensor, watched: Tensor, settings: Options, generator: torch.Generator, title: str
 ) -> None:
-    """``settings.steps`` steps on ``train [M, D]``, or fewer where ``watched [W, D]`` holds features to stop by."""
+    """Take ``settings.steps`` steps on ``train [M, D]``, or fewer if ``watched [W, D]`` holds features to stop by."""
     optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate, fused=True)
     least, best, best_step = math.inf, vae.state_dict(), 0
     with Progress(title, settings.steps, []) as progress:
@@ -154,7 +154,7 @@ def _train(
             progress.advance(CHECK * len(batch), CHECK)
             if not len(watched):
                 continue
-            with torch.no_grad():  # with the stored noise, the same in every look
+            with torch.no_grad():  # with the stored noise, the same in every check
                 now = float(_loss(vae, watched, settings))
             if now < least:
                 least, best_step = now, step
@@ -204,7 +204,7 @@ class Vae(Locator):
         self.vaes = []
         for i in range(len({key.split(".", 2)[1] for key in state})):
             tensors = {key.split(".", 2)[2]: value for key, value in state.items() if key.startswith(f"vae.{i}.")}
-            with torch.device("meta"):  # initial weights would be drawn for nothing
+            with torch.device("meta"):  # drawing initial weights would be wasted
                 vae = TaskVae(len(tensors["shift"]), self.options)
             vae.load_state_dict(tensors, assign=True)
             self.vaes.append(vae.requires_grad_(False).eval())

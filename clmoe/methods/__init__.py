@@ -1,6 +1,6 @@
 """Where a task's knowledge is kept: continual-learning methods, one file per paper.
 
-A file of this folder registers its methods in a dictionary ``METHODS``; nothing else has to be edited.
+A file in this folder registers its methods in a dictionary ``METHODS``; nothing else needs to change.
 """
 
 import importlib
@@ -23,9 +23,9 @@ def methods() -> dict[str, type[Method]]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of that name, of a Python file (``my_method.py``), or of an entry point ``clmoe.methods``.
+    """The method given by name, Python file (``my_method.py``) or entry point ``clmoe.methods``.
 
-    Raises ClmoeError for an unknown name and for a file that does not register exactly one.
+    Raises ClmoeError for an unknown name and for a file that does not register exactly one method.
     """
     found = named(name, "METHODS", methods())
     if found is None:

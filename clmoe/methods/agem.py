@@ -1,11 +1,11 @@
-"""A-GEM (ICLR 2019): a step never raises, to first order, the mean loss on a memory of the past tasks.
+"""A-GEM (ICLR 2019): to first order, no step raises the mean loss on a memory of the past tasks.
 
-In the paper's letters, with ``g`` the gradient of the batch and ``g_ref`` that of records drawn from the memory:
+In the paper's notation, with ``g`` the gradient of the batch and ``g_ref`` that of records drawn from the memory:
 
 - eq. 8: minimise ``|g - g~|^2`` subject to ``g~ . g_ref >= 0``.
 - eq. 11, its solution: ``g~ = g - (g . g_ref) / (g_ref . g_ref) g_ref`` where ``g . g_ref < 0``, else ``g~ = g``.
 
-``g`` and ``g_ref`` are over all weights that train, taken as one vector.
+``g`` and ``g_ref`` cover all weights that train, taken as one vector.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ class Options(MemoryOptions):
     """A-GEM's own choices; see ``MemoryOptions``.
 
     Attributes:
-        reference_batch: records of the memory behind ``g_ref`` in each step; None takes training.batch_size.
+        reference_batch: memory records used for ``g_ref`` in each step; None takes training.batch_size.
     """
 
     reference_batch: Count | None = None
 
 
 class AGem(Remembers):
-    """LoRA whose gradient is projected where it would undo what the memory holds; it never trains on the memory."""
+    """LoRA whose gradient is projected where it would raise the memory's loss; it never trains on the memory."""
 
     Options = Options
     needs_gradients = True
 
     def begin_task(self, context: TaskContext) -> None:
-        """Open the parent's memory."""
+        """Load the parent's memory."""
         records = [record for past in load_memory(context.previous) for record in past.records]
         length, self._base, self._task = context.config.training.max_length, context.base, context.task
         self._memory = train_dataset(context.base, records, context.data, length) if records else None
@@ -60,7 +60,7 @@ class AGem(Remembers):
 
 
 def project(gradients: list[Tensor], reference: list[Tensor]) -> bool:
-    """Eq. 11 in place, the lists of tensors taken as two vectors; whether they were in conflict."""
+    """Apply eq. 11 in place, each list of tensors taken as one vector; return whether the two were in conflict."""
     along = sum((g * r).sum() for g, r in zip(gradients, reference, strict=True))
     length = sum(r.square().sum() for r in reference)
     if along >= 0:  # also where the memory's gradient vanishes

@@ -34,10 +34,10 @@ class TaskContext:
 
     Attributes:
         index: position in the sequence, from 0.
-        work: for a method's state files; each process has a folder of its own, the main one's becomes the checkpoint.
-        sealed, trained: the folder of the finished phases' adapters by name, and the newest of them.
+        work: for a method's state files; each process has its own folder, and the main one's becomes the checkpoint.
+        sealed, trained: the folder with the adapters of the finished phases, by name, and the newest of them.
         previous: the parent checkpoint.
-        data: the benchmark's folder, below which the images of every task are found.
+        data: the benchmark's folder; the images of every task are below it.
     """
 
     task: str
@@ -54,19 +54,19 @@ class TaskContext:
     data: Path = Path()
 
     def load(self, folder: Path) -> None:
-        """Replace the live adapter by a saved one."""
+        """Replace the live adapter with a saved one."""
         detach_adapter(self.model)
         self.model = load_adapter(self.base.model, folder, trainable=True)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training of a task; most methods have one.
+    """One phase of a task's training; most methods have only one.
 
     Attributes:
-        begin, end: called before training, and when its adapter is sealed, also if an earlier process sealed it.
-        learning_rate, steps, batch_size: None for the configuration's.
-        of_task: the records are the task's, which the benchmark may ask to pass over several times.
+        begin, end: called before training, and once its adapter is sealed, even if an earlier process sealed it.
+        learning_rate, steps, batch_size: None takes the configuration's.
+        of_task: the records are the task's own, so the benchmark may ask for several passes over them.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Method:
     Class attributes:
         chain: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each trains a fresh adapter,
             which ``end_task`` adds to the parent's), ``union`` (all tasks at once), ``none`` (nothing is trained).
-        keeps_parts: the answer to a sample depends on its task, so that a locator is needed; see ``selection``.
-        letters: the model was taught to answer ``referral`` with the letter of a task, as ``generated_letter`` asks it.
-        reads_logits: ``extra_loss`` looks at ``batch["logits"]``; otherwise they are computed in pieces and dropped.
-        needs_gradients: ``change_gradients`` is called, and ``after_step`` finds whole gradients. ZeRO has none.
-        memory: the option that says how many training records of each task are kept; empty without such.
+        keeps_parts: the answer to a sample depends on its task, so a locator is needed; see ``selection``.
+        letters: the model learns to answer ``referral`` with the letter of a task; ``generated_letter`` asks for it.
+        reads_logits: ``extra_loss`` reads ``batch["logits"]``; otherwise the logits are computed in pieces and dropped.
+        needs_gradients: ``change_gradients`` is called, and ``after_step`` sees whole gradients. ZeRO has none.
+        memory: the option that sets how many training records of each task are kept; empty if there is none.
         Options: dataclass of the method's own options.
     """
 
@@ -117,95 +117,95 @@ class Method:
 
     @property
     def grows(self) -> bool:
-        """Later tasks add experts; ``clmoe plan`` says how many parameters they take."""
+        """Whether later tasks add experts; ``clmoe plan`` says how many parameters these take."""
         return False
 
     @property
     def shared_rank(self) -> int:
-        """Rank of a LoRA on the adapted linears that is kept beside the tasks' own from the second task on."""
+        """Rank of a LoRA on the adapted linears that is kept next to the tasks' own from the second task on."""
         return 0
 
     def ranked(self, rank: int) -> Config:
-        """The configuration with this ``adapter.rank``, and with the update's scale as it is."""
+        """The configuration with this ``adapter.rank`` and an unchanged scale of the update."""
         adapter = self.config.adapter
         alpha = adapter.alpha * rank / adapter.rank if adapter.scale is None else adapter.alpha
         return replace(self.config, adapter=replace(adapter, rank=rank, alpha=alpha))
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """The trainings of a task, in order."""
+        """The phases of a task's training, in order."""
         return [Phase("trained", context.records, context.image_root, self.begin_task, self.end_task)]
 
     def check_inputs(self, previous: Path | None, data: Path) -> None:
-        """Raise ClmoeError if a file is missing that training reads besides the task's own; nothing is loaded yet."""
+        """Raise ClmoeError if a file that training reads besides the task's own is missing; nothing is loaded yet."""
 
     def reads(self, previous: Path | None, data: Path) -> list[Path]:
-        """Training files besides the task's own; one that has changed since ends a continuation."""
+        """Training files besides the task's own; if one has changed, an interrupted training is not continued."""
         return []
 
     def begin_task(self, context: TaskContext) -> None:
         """Before training: grow, freeze, choose what trains."""
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """A loss to add: a mean over the samples of ``batch``, weighted by their share of the global batch.
+        """A loss to add: a mean over the samples of ``batch``, later weighted by their share of the global batch.
 
-        ``batch``: the model's inputs, ``labels``, ``rows [B]`` int64 (places in the phase's records), and with
-        ``reads_logits`` ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
+        ``batch`` holds the model's inputs, ``labels``, ``rows [B]`` int64 (indices into the phase's records) and, with
+        ``reads_logits``, ``logits [N, V]`` float32 with gradient, which predict the answers' N tokens.
         """
         return None
 
     def rate_factor(self, name: str) -> float:
-        """Of the learning rate of the parameter ``name``; 0 keeps it out of the training."""
+        """Factor on the learning rate of the parameter ``name``; 0 keeps it out of the training."""
         return 1.0
 
     def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
-        """Before step ``step`` (from 0): change in place what the optimizer follows; only with ``needs_gradients``.
+        """Change in place, before step ``step`` (from 0), what the optimizer follows; only with ``needs_gradients``.
 
-        ``gradients``, float32 by parameter name, are the whole global batch's: accumulated, the same in every process,
-        not yet clipped.
+        ``gradients``, float32 by parameter name, are those of the whole global batch: accumulated, the same in every
+        process, and not yet clipped.
         """
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """After step ``step`` of the optimizer; the parameters still have their gradients, which have been clipped."""
+        """Called after step ``step`` of the optimizer; the parameters still have their gradients, now clipped."""
 
     def finish(self, model: PeftModel) -> None:
-        """After the last step: change the weights before they are saved as the phase's result."""
+        """Change the weights after the last step, before they are saved as the phase's result."""
 
     def state(self) -> dict[str, Tensor]:
         """What the method has gathered in the steps so far, for saved states; the same in every process."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned; called after ``begin_task``."""
+        """Continue from what ``state`` returned; called after ``begin_task``."""
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Note a number during a step; ``events.jsonl`` and the report's page get its mean over steps and processes."""
+        """Record a number during a step; ``events.jsonl`` and the report page get its mean over steps and processes."""
         self._measured.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
 
     def end_task(self, context: TaskContext) -> None:
         """After training, with the trained adapter saved in ``context.trained``."""
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """How a batch of samples of ``tasks [B]`` int64 is routed; only called with ``keeps_parts``."""
+        """How to route a batch of samples that belong to ``tasks [B]`` int64; only called with ``keeps_parts``."""
         raise NotImplementedError
 
     def plain_selection(self) -> RouteSelection:
-        """How any batch is routed without ``keeps_parts``."""
+        """How to route any batch without ``keeps_parts``."""
         return NEWEST_ROUTER
 
     def referral(self, question: str, experts: Mapping[str, str]) -> str:
-        """What the model, routed to ``LETTER_ROUTER``, is asked to choose a task by letter; only with ``letters``."""
+        """The question that asks the model, routed to ``LETTER_ROUTER``, for a task's letter; only with ``letters``."""
         raise NotImplementedError
 
     def mixture(self, scores: Tensor) -> Tensor | None:
-        """Shares ``[B, N]`` of the tasks' parts in samples with these scores of the locator, ``[B, N]`` float64.
+        """Shares ``[B, N]`` of the tasks' parts for samples with these locator scores, ``[B, N]`` float64.
 
-        None, the default: all goes to the best task, see ``selection``. The shares need experts that ``pick`` ``task``.
+        None, the default, uses the best task alone, see ``selection``. Shares need experts with ``pick`` ``task``.
         """
         return None
 
 
 def measured(method: Method) -> dict[str, float]:
-    """Means of all that was logged since the last call, in this and the other processes; all of them must call it."""
+    """Means of everything logged since the last call, over all processes; every process must call it."""
     mine = {name: (sum(map(float, values)), len(values)) for name, values in method._measured.items()}
     method._measured.clear()
     shares = in_order(range(count()), lambda _: mine)
@@ -214,7 +214,7 @@ def measured(method: Method) -> dict[str, float]:
 
 
 def attach_on_meta(method: Method, base: LoadedBase) -> PeftModel:
-    """A base of ``meta_base`` with the adapter of the method's first task."""
+    """A base from ``meta_base`` with the adapter of the method's first task."""
     with torch.device("meta"):
         return attach_adapter(base.model, method.adapter(base))
 
@@ -225,7 +225,7 @@ def lora_scaling(adapter: AdapterConfig) -> float:
 
 
 def mean_gate(adapter: AdapterConfig) -> float:
-    """The gate that an expert gets on average where it gets one: 1/E when all mix, 1/k when ``k < E`` are kept."""
+    """The mean gate of an expert where it is used: 1/E when all are mixed, 1/k when ``k < E`` are kept."""
     return 1 / min(adapter.router_top_k or adapter.experts, adapter.experts)
 
 
@@ -235,7 +235,7 @@ def expert_scaling(adapter: AdapterConfig) -> float:
 
 
 def expert_rank(adapter: AdapterConfig) -> int:
-    """The rank of one expert. Raises ClmoeError for a total rank that the number of experts does not divide."""
+    """The rank of one expert. Raises ClmoeError if the total rank is not a multiple of the number of experts."""
     if adapter.rank_is == "per_expert":
         return adapter.rank
     if adapter.rank % adapter.experts:
@@ -266,7 +266,7 @@ def expert_adapter(config: Config, base: LoadedBase, owner: int = 0) -> ExpertCo
 def lora_parts_adapter(
     config: Config, base: LoadedBase, pick: Literal["sum", "task"], owners: list[int]
 ) -> ExpertConfig:
-    """LoRAs of ``owners`` as experts without router, in every block: added up, or picked by the sample's task."""
+    """The LoRAs of ``owners`` as experts without a router, in every block: added up, or picked by the sample's task."""
     adapter = config.adapter
     return _experts(config, base, owners, adapter.rank, lora_scaling(adapter), router_owners=[], pick=pick)
 
@@ -298,9 +298,9 @@ def router_sums(
     records: Sequence[TrainRecord],
     count: Callable[[RouterOutput, Tensor], tuple[Tensor, ...]],
 ) -> dict[str, list[Tensor]]:
-    """Sums over whole training records of what the newest routers answer, dropout off, by patched module.
+    """Sums of the newest routers' outputs over whole training records, with dropout off, by patched module.
 
-    ``count`` gets a router's output and the mask ``[B, T]`` of real tokens, and returns tensors on the CPU to add up.
+    ``count`` gets a router's output and the mask ``[B, T]`` of real tokens, and returns CPU tensors to add up.
     """
     base, config = context.base, context.config
     adapted = adapted_base(context.model.eval())
@@ -328,7 +328,7 @@ def loss_gradients(
     batch_size: int,
     per: Literal["token", "sample"],
 ) -> list[Tensor]:
-    """Gradient at ``weights`` of the mean cross-entropy of ``rows``, float32, the same in every process.
+    """Gradient with respect to ``weights`` of the mean cross-entropy over ``rows``, float32, the same in every process.
 
     The mean is over all answer tokens, as in training, or over the samples' means.
     """
@@ -342,7 +342,7 @@ def loss_gradients(
         here = len(tokens) if per == "token" else len(items)
         value = losses.sum() if per == "token" else here * mean_over_samples(losses, batch["labels"])
         for total, gradient in zip(totals, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
-            if gradient is not None:  # a tuned projector has no part in a batch without images
+            if gradient is not None:  # a batch without images gives a tuned projector none
                 total += gradient
         parts += here
     whole = float(summed(torch.tensor(parts, device=base.device)))

@@ -1,4 +1,4 @@
-"""The bounds that a method is compared with: all tasks at once, one LoRA per task, and no training at all."""
+"""The bounds that a method is compared against: all tasks at once, one LoRA per task, and no training at all."""
 
 from peft import PeftModel
 from torch import Tensor
@@ -15,13 +15,13 @@ from clmoe.utils.tensors import load_tensors
 
 
 class Multitask(Lora):
-    """LoRA on the union of all tasks, trained once; ``training.steps`` counts per task."""
+    """LoRA on the union of all tasks, trained once; ``training.steps`` is the number per task."""
 
     chain = "union"
 
 
 class Separate(Lora):
-    """A LoRA of its own for every task, trained from the bare base: all that it can lose is a sample's task."""
+    """A separate LoRA for every task, trained from the bare base; its only risk is mistaking a sample's task."""
 
     chain = "fresh"
     keeps_parts = True
@@ -30,12 +30,12 @@ class Separate(Lora):
         super().__init__(config)
         if config.adapter.train_projector:
             raise ClmoeError(
-                f"{config.method} keeps a LoRA per task, and all tasks share one projector: set "
+                f"{config.method} keeps a LoRA per task, but all tasks share one projector: set "
                 "adapter.train_projector=false"
             )
 
     def parts(self, context: TaskContext) -> ExpertConfig:
-        """The adapter of all tasks' LoRAs, still without any."""
+        """The adapter that will hold all tasks' LoRAs, still empty."""
         return lora_parts_adapter(self.config, context.base, "task", owners=[])
 
     def end_task(self, context: TaskContext) -> None:
@@ -54,7 +54,7 @@ class Separate(Lora):
         freeze_experts(context.model, context.index + 1)
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """Every sample is served by its task's LoRA."""
+        """Every sample uses its task's LoRA."""
         return RouteSelection(router=tasks.to(model.device))
 
 

@@ -2,9 +2,9 @@
 
 In the paper's order:
 
-- eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``; training is MoELoRA's.
+- eq. 3, 5: every FFN projection mixes E LoRA experts under a per-token instance router ``G_I``, trained as in MoELoRA.
 - eq. 6-7: after task t, ``G_T(t)`` is what the instance router did on the task's training data (``statistics.py``).
-- figure 2: a sample's task is the nearest task centre (``locators/prototype.py``).
+- figure 2: a sample belongs to the task with the nearest centre (``locators/prototype.py``).
 - eq. 8: at test time experts are weighted ``beta G_I(x) + (1 - beta) G_T(t)`` (``experts/routing.py``).
 - eq. 9-11: experts are consolidated, ``theta_t = lambda theta_{t-1} + (1 - lambda) phi_t``, with ``lambda = 1 - gamma``
   for task-specific experts and ``gamma`` for all others (``consolidation.py``).
@@ -36,7 +36,7 @@ class Options:
 
     Attributes:
         beta: weight of the instance router at test time, 0.5; 1 switches the task router off ("RMoE off").
-        gamma: what an expert keeps of its old weights, unless it is task-specific (1 - gamma); 0.7.
+        gamma: share of its old weights that an expert keeps, unless it is task-specific (1 - gamma); 0.7.
         top_k: size of a task's set of salient experts, 2.
         statistic: *open*: a task's gate is the mean instance gate, or its normalised top-k picks.
         salience: *open*: rank experts in each module, or once for the whole model (``global``).
@@ -44,7 +44,7 @@ class Options:
         consolidation: ``momentum``, or ``none`` ("MMoE off").
         momentum_on: *open*: also consolidate the routers' rows.
         merge_space: *open*: mix the factors A and B (the paper's formula), or their products.
-        samples: training samples behind the statistics.
+        samples: training samples that the statistics are taken over.
     """
 
     beta: Share = 0.5
@@ -73,7 +73,7 @@ class ClMoe(MoeLora):
             )
 
     def end_task(self, context: TaskContext) -> None:
-        """Statistics, task gates, consolidation: all from the saved adapter of the trained task."""
+        """Take statistics, add task gates and consolidate, all from the saved adapter of the trained task."""
         statistics = gate_statistics(context, self.options.top_k, self.options.samples)
         history = save_statistics(context.previous, context.work / STATISTICS, statistics)
         gates = {name: self._score(values) for name, values in history[-1].items()}
@@ -99,7 +99,7 @@ class ClMoe(MoeLora):
         return sets
 
     def keep_by_module(self, history: list[Statistics]) -> dict[str, Tensor]:
-        """What each expert of each module keeps of its old weights, ``[E]`` float64."""
+        """The share of its old weights that each expert of each module keeps, ``[E]`` float64."""
         *earlier, now = self.salient_sets(history)
         earlier = earlier[-1:] if self.options.before == "last" else earlier
         before = {name: set().union(*(sets[name] for sets in earlier)) for name in now}
@@ -107,7 +107,7 @@ class ClMoe(MoeLora):
         return {name: keep_weights(now[name], before[name], experts[name], self.options.gamma) for name in now}
 
     def _consolidate(self, context: TaskContext, history: list[Statistics]) -> None:
-        """theta_t from theta_{t-1} (the parent's file) and phi_t (the trained file), never from live weights."""
+        """Get theta_t from theta_{t-1} (the parent's file) and phi_t (the trained file), never from live weights."""
         assert context.previous is not None
         merge = consolidate_factors if self.options.merge_space == "factors" else consolidate_delta
         theta = load_tensors(context.previous / ADAPTER_FILE)

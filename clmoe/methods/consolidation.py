@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def salient_experts(score: Tensor, top_k: int) -> set[int]:
-    """The ``top_k`` experts of largest score ``[E]``; ties go to the lower index."""
+    """The ``top_k`` experts with the largest score ``[E]``; ties go to the lower index."""
     return set(score.argsort(descending=True, stable=True)[:top_k].tolist())
 
 
 def keep_weights(now: set[int], before: set[int], experts: int, gamma: float) -> Tensor:
-    """What each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11): ``1 - gamma`` if salient now and not before."""
+    """The share each expert keeps, ``[E]`` float64 (CL-MoE eq. 10-11): ``1 - gamma`` if salient now but not before."""
     return torch.tensor([1 - gamma if i in now - before else gamma for i in range(experts)], dtype=torch.float64)
 
 
@@ -22,13 +22,13 @@ def mix(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:
 
 
 def consolidate_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix ``(A [E*r, din], B [dout, E*r])`` on their own, the paper's rule; ``keep [E]`` float64."""
+    """Mix ``A [E*r, din]`` and ``B [dout, E*r]`` separately, as in the paper; ``keep [E]`` float64."""
     per_rank = keep.repeat_interleave(len(old[0]) // len(keep))
     return mix(old[0], new[0], per_rank.unsqueeze(1)), mix(old[1], new[1], per_rank.unsqueeze(0))
 
 
 def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``left [dout, k] @ right [k, din]``, float64, without forming it.
+    """Best rank-``rank`` factors of ``left [dout, k] @ right [k, din]``, float64, without forming the product.
 
     ``A [rank, din] = sqrt(S) V^T``, ``B [dout, rank] = U sqrt(S)``; the largest entry of each column of U is positive.
     """
@@ -43,7 +43,7 @@ def factorise(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def consolidate_delta(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix each expert's product BA and return to rank r by SVD in float64. Arguments as ``consolidate_factors``."""
+    """Mix each expert's product BA and reduce it to rank r by SVD in float64. Arguments: ``consolidate_factors``."""
     r = len(old[0]) // len(keep)
     A, B = old[0].clone(), old[1].clone()
     for i, weight in enumerate(keep.tolist()):

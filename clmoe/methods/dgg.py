@@ -1,13 +1,13 @@
-"""DGG (CVPR 2026): the gradients of old tasks are approximated by the way back to the weights that they ended in.
+"""DGG (CVPR 2026): the way back to the weights that the old tasks ended in approximates their gradients.
 
-With ``theta*_{t-1}`` the weights at the end of the task before, ``g`` the gradient of a batch of new and replayed
+With ``theta*_{t-1}`` the weights at the end of the previous task, ``g`` the gradient of a batch of new and replayed
 records, and ``b ~ Bernoulli(alpha)`` drawn in every step:
 
-    g_old = theta - theta*_{t-1},  shortened to the length of g where it is longer
+    g_old = theta - theta*_{t-1},  shortened to the length of g if it is longer
     g <- g + b g_old
 
-The paper is known here second-hand, from notes on it, and its code could not be had. So these are ours: lengths are
-taken over all weights as one vector, and old records are mixed into the batches as in ``replay``.
+We know the paper only second-hand, from notes on it, and its code is not available to us. Two choices are therefore
+ours: lengths are taken over all weights as one vector, and old records are mixed into the batches as in ``replay``.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Options(ReplayOptions):
 
 
 class Dgg(Replay):
-    """Replay whose steps are now and then pulled back."""
+    """Replay with some steps pulled back towards the old weights."""
 
     Options = Options
     needs_gradients = True
@@ -50,7 +50,7 @@ class Dgg(Replay):
 
     @torch.no_grad()
     def change_gradients(self, model: PeftModel, gradients: dict[str, Tensor], step: int) -> None:
-        """Add the guidance in a share of ``alpha`` of the steps."""
+        """Add the guidance in a share ``alpha`` of the steps."""
         if not self._optimum:
             return
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, f"dgg:{self._task}:{step}"))
@@ -62,7 +62,7 @@ class Dgg(Replay):
 
 
 def guide(gradients: list[Tensor], away: list[Tensor]) -> None:
-    """Add ``away``, shortened to the gradients' length where it is longer, in place; lists of tensors as vectors."""
+    """Add ``away`` in place, shortened to the gradients' length if it is longer; each list of tensors is one vector."""
     length, limit = (torch.stack([part.norm() for part in parts]).norm() for parts in (away, gradients))
     factor = torch.where(length > limit, limit / length, 1.0)
     for gradient, part in zip(gradients, away, strict=True):

@@ -5,10 +5,11 @@ Task t trains ``B_t A_t`` alone, from the bare base. At test time, in every bloc
     y = W0 x + s * sum_i w_i B_i A_i x,    w = softmax_i( cos(f(q), c_i) / tau ),    tau = 0.05
 
 with ``f(q)`` the feature of question ``q`` without its image and ``c_i`` its mean over task i's training questions
-(``locators/centroid.py``). With another locator its scores stand in for the cosines.
+(``locators/centroid.py``). With another locator, its scores replace the cosines.
 
-The released code computes one similarity for a batch, and so evaluates one question at a time: the same as here. It
-adds the number of samples to a running sum of features instead of to its count, which hardly turns the centre.
+The released code computes one similarity per batch and so evaluates one question at a time, with the same result as
+here. It adds the number of samples to a running sum of features instead of to its count, which hardly turns the
+centre.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Options:
 
 
 class Disco(Separate):
-    """Every sample is served by all tasks' LoRAs, weighted by how near the locator finds each task."""
+    """Every sample uses all tasks' LoRAs, weighted by how near the locator finds each task."""
 
     Options: ClassVar[type] = Options
 

@@ -14,7 +14,7 @@ class EwcOptions(ImportanceOptions):
     """EWC's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of ``lambda / 2 * F (theta - theta*)^2``; no paper's value fits other gradients' scale.
+        weight: lambda in ``lambda / 2 * F (theta - theta*)^2``; no paper's value fits gradients of another scale.
     """
 
     weight: NotNegative = 1e3

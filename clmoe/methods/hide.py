@@ -1,4 +1,4 @@
-"""HiDe-LLaVA (ACL 2025): a LoRA per task, fused into one below the last block and mixed by image and text in it.
+"""HiDe-LLaVA (ACL 2025): a LoRA per task, all fused into one below the last block and mixed by image and text in it.
 
 Task t trains ``B_t A_t`` alone, from the bare base. At test time
 
@@ -7,11 +7,11 @@ Task t trains ``B_t A_t`` alone, from the bare base. At test time
     S_i = ( cos(f_v, c_v,i) + cos(f_t, c_t,i) ) / 2
 
 with ``f_v`` and ``f_t`` the features of image and question and ``c`` their means over task i's training samples
-(``locators/centroid.py``). With another locator its scores stand in for ``S``.
+(``locators/centroid.py``). With another locator, its scores replace ``S``.
 
-The released code adds up the factors instead of the products, ``(sum_i B_i) (sum_j A_j) x``, and so has the cross
+The released code adds up the factors instead of the products, ``(sum_i B_i) (sum_j A_j) x``, and so includes the cross
 terms ``B_i A_j``: ``options.variant=released``. It starts its centres from noise, which stays in their means with the
-weight of one sample, and computes one similarity for a batch of one: neither makes a difference worth an option.
+weight of one sample, and it computes one similarity for a batch of one. Neither difference is worth an option.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Options:
 
 
 class HiDe(Disco):
-    """The last block takes the sample's tasks, those before it take all alike."""
+    """The last block weights the tasks by the sample; the blocks before it use all tasks alike."""
 
     Options = Options
 
@@ -50,7 +50,7 @@ class HiDe(Disco):
         return config
 
     def end_task(self, context: TaskContext) -> None:
-        """Append the trained LoRA; as released, add its factors to the sums of the blocks before the last."""
+        """Append the trained LoRA; as released, add its factors to the sums in the blocks before the last."""
         super().end_task(context)
         config = expert_config(context.model)
         for layer in expert_layers(context.model).values():

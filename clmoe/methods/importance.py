@@ -1,7 +1,7 @@
-"""Weights that mattered to old tasks are held in place: what EWC and MAS share.
+"""What EWC and MAS share: weights that mattered to old tasks are held in place.
 
-Both add ``factor * weight * sum_k I_k (theta - theta_k)^2`` to the loss, with ``theta_k`` the weights at the end of an
-old task and ``I_k >= 0`` how much each mattered to it, measured in two ways.
+Both add ``factor * weight * sum_k I_k (theta - theta_k)^2`` to the loss. ``theta_k`` are the weights at the end of an
+old task, and ``I_k >= 0`` says how much each mattered to it, which the two measure differently.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ STATE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class ImportanceOptions:
-    """Choices of a method that penalises changes of important weights.
+    """Choices of a method that penalises changes to important weights.
 
     Attributes:
         weight: lambda, the strength of the penalty.
-        anchors: one penalty around the newest weights with all tasks' importance (``online``), or one for each task.
-        decay: ``online``: what remains of the older tasks' importance when a task ends; 1 is their plain sum.
-        samples: training records behind a task's importance.
+        anchors: one penalty around the newest weights with all tasks' importance (``online``), or one per task.
+        decay: with ``online``, share of the older tasks' importance that remains when a task ends; 1 is the plain sum.
+        samples: training records that a task's importance is measured on.
     """
 
     weight: NotNegative = 1.0
@@ -44,16 +44,16 @@ class ImportanceOptions:
 
 
 class HeldByImportance(Lora):
-    """LoRA with the penalty of this file; ``factor`` belongs to the method's formula."""
+    """LoRA with this file's penalty; ``factor`` is part of the method's formula."""
 
     factor: ClassVar[float] = 1.0
 
     def measure(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The scalar of one sample whose gradient says what matters; logits ``[n, V]``, right tokens ``[n]``."""
+        """The scalar of one sample whose gradient says what matters; logits ``[n, V]``, correct tokens ``[n]``."""
         raise NotImplementedError
 
     def fold(self, gradient: Tensor) -> Tensor:
-        """A sample's gradient as importance, before the mean over the samples."""
+        """Turn a sample's gradient into importance, before the mean over the samples."""
         raise NotImplementedError
 
     def begin_task(self, context: TaskContext) -> None:
@@ -90,9 +90,10 @@ class HeldByImportance(Lora):
         save_tensors(state, context.work / STATE)
 
     def importance(self, context: TaskContext, records: Sequence[TrainRecord]) -> dict[str, Tensor]:
-        """The mean over ``records`` of each one's folded gradient: float32 on the CPU, by parameter.
+        """The folded gradient of each record, averaged over ``records``: float32 on the CPU, by parameter.
 
-        One record at a time, as the square of a mean is not the mean square; float64 sums hide how processes share.
+        Takes one record at a time, as the square of a mean is not the mean square. Sums in float64 hide how the records
+        are split over processes.
         """
         adapted, base = adapted_base(context.model.eval()), context.base
         parameters = trainable(context.model)
@@ -101,7 +102,7 @@ class HeldByImportance(Lora):
         for row in range(rank(), len(dataset), count()):
             batch = to_device(collate_train([dataset[row]], base.tokenizer.pad_token_id), base)
             value = self.measure(answer_logits(adapted, batch), answer_tokens(batch["labels"]))
-            # a tuned projector has no part in a record without an image
+            # a record without an image gives a tuned projector none
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(totals.values(), gradients, strict=True):
                 if gradient is not None:

@@ -3,15 +3,15 @@
 For each linear ``W [dout, din]``, with the rows of ``U [k, din]`` an orthonormal basis of the input directions to keep:
 
 1. ``U`` starts as the right singular vectors of the pretrained ``W`` that hold ``weight_energy`` of its energy.
-2. Before task ``t``: ``G``, the mean gradient of ``W`` over a share of the task's records, without what lies in ``U``,
-   ``G <- G - G U^T U``; ``A`` becomes its ``r`` first right singular vectors, ``B = 0``.
+2. Before task ``t``: take ``G``, the mean gradient of ``W`` over a share of the task's records, and remove what lies in
+   ``U``: ``G <- G - G U^T U``. ``A`` becomes its first ``r`` right singular vectors, and ``B = 0``.
 3. Only ``B`` trains: ``W + s B A``, with the cross-entropy alone.
-4. ``B A`` joins the weights; here, as in O-LoRA, it is frozen and added up.
-5. After task ``t``: ``G`` anew, at the trained weights. Right singular vectors of ``G - G U^T U`` join ``U`` until it
-   holds ``gradient_energy`` of the energy of ``G``.
+4. ``B A`` is merged into the weights; here, as in O-LoRA, it is frozen and added up.
+5. After task ``t``: take ``G`` again, at the trained weights. Right singular vectors of ``G - G U^T U`` join ``U``
+   until it holds ``gradient_energy`` of the energy of ``G``.
 
-The weights' gradients exist for ``blocks_per_pass`` blocks at a time; in the released code those of all. It leaves out
-the direction with which step 1 passes the threshold (``options.variant=released``), and step 2's are a random sketch's.
+Gradients are held for ``blocks_per_pass`` blocks at a time; the released code holds those of all. It also leaves out
+the direction that takes step 1 past the threshold (``options.variant=released``) and uses a random sketch in step 2.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,10 @@ class Options:
 
     Attributes:
         weight_energy: share of a pretrained weight's energy that is kept, 0.6.
-        gradient_energy: share of a task's gradient's energy that is kept afterwards, 0.99.
-        gradient_share: share of a task's records behind each gradient, evenly spaced, 0.2.
+        gradient_energy: share of the energy of a task's gradient that is kept afterwards, 0.99.
+        gradient_share: share of a task's records used for each gradient, evenly spaced, 0.2.
         variant: keep as many directions of ``W`` as hold the energy (``published``), or one fewer (``released``).
-        blocks_per_pass: blocks whose gradients are held at once; each pass over the records computes so many.
+        blocks_per_pass: blocks whose gradients are held at once; each pass over the records computes this many.
     """
 
     weight_energy: InnerShare = 0.6
@@ -75,7 +75,7 @@ class KeepLora(AddedLora):
             linears[name].A.data.copy_(free_directions(gradient, kept[name], rank))  # type: ignore[union-attr]
 
     def state(self) -> dict[str, Tensor]:
-        """A, which other processes than those at the task's start would compute with other roundings."""
+        """A: processes other than those at the task's start would compute it with different rounding."""
         return {name: experts.A.data for name, experts in self._linears.items()}  # type: ignore[union-attr]
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ class KeepLora(AddedLora):
         return {name: principal(W, energy)[:last] for name, W in weights.items()}
 
     def _gradients(self, context: TaskContext) -> Iterator[tuple[str, Tensor]]:
-        """Linear and mean gradient ``[dout, din]`` float32, a few blocks at a time."""
+        """Yield linears and their mean gradients ``[dout, din]`` float32, a few blocks at a time."""
         training, layers = context.config.training, expert_layers(context.model)
         dataset = train_dataset(context.base, context.records, context.image_root, training.max_length)
         wanted = max(1, int(self.options.gradient_share * len(dataset)))
@@ -130,7 +130,7 @@ def principal(W: Tensor, energy: float) -> Tensor:
 
 
 def free_directions(G: Tensor, U: Tensor, rank: int) -> Tensor:
-    """The ``rank`` first right singular vectors ``[rank, din]`` of ``G - G U^T U``; zeros where there are fewer."""
+    """The first ``rank`` right singular vectors ``[rank, din]`` of ``G - G U^T U``; zeros if there are fewer."""
     _, S, V = torch.linalg.svd(G - (G @ U.t()) @ U, full_matrices=False)
     A = G.new_zeros(rank, G.shape[1])
     free = min(rank, int((torch.finfo(S.dtype).eps * max(G.shape) * G.norm() < S).sum()))

@@ -1,4 +1,4 @@
-"""MR-LoRA's router: the question that it reads, the records it trains on, and its place beside the tasks' LoRAs."""
+"""MR-LoRA's router: the question it reads, the records it trains on, and its place beside the tasks' LoRAs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def referral(question: str, experts: Mapping[str, str]) -> str:
 def router_records(
     memory: Sequence[Remembered], letters: Sequence[str], ask: Callable[[str], str]
 ) -> list[TrainRecord]:
-    """Every stored record, with ``ask`` of its question for a question and its task's letter for an answer."""
+    """Every stored record, with ``ask`` of its question as the question and its task's letter as the answer."""
     return [
         TrainRecord(record.id, record.image, (Turn(ask(record.turns[0].question), letter),))
         for letter, past in zip(letters, memory, strict=True)
@@ -33,7 +33,7 @@ def router_records(
 
 
 def begin_beside(model: PeftModel, tasks: int, rank: int, seed: int) -> None:
-    """As released: fresh experts of ``rank`` beside the LoRAs of ``tasks``, frozen, which count ``1 / tasks`` each."""
+    """As released: fresh experts of ``rank`` next to the frozen LoRAs of ``tasks``, which count ``1 / tasks`` each."""
     config, factors = expert_config(model), {}
     config.pick = "sum"
     for name, layer in expert_layers(model).items():
@@ -47,7 +47,7 @@ def begin_beside(model: PeftModel, tasks: int, rank: int, seed: int) -> None:
 
 
 def place_router(model: PeftModel, tasks: int, file: Path, kind: str) -> None:
-    """Put the router of ``file``, its tensors named ``kind``, before the LoRAs of ``tasks`` in an older one's place."""
+    """Put the router of ``file``, its tensors named ``kind``, before the LoRAs of ``tasks``, replacing an older one."""
     router, config = load_tensors(file), expert_config(model)
     for name, layer in expert_layers(model).items():
         old = layer.routers.owners.count(LETTER_ROUTER)

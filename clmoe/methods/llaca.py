@@ -1,4 +1,4 @@
-"""LLaCA (ICML 2025): each task ends in a moving average of its weights, whose pace follows from the gradients.
+"""LLaCA (ICML 2025): each task ends with a moving average of its weights, whose pace follows from the gradients.
 
 In the released code's form of the paper's rule, for each tensor ``theta_t`` after step ``t`` with the gradient ``L'_t``
 of that step, and with ``|.|`` the sum of absolute values:
@@ -6,10 +6,10 @@ of that step, and with ``|.|`` the sum of absolute values:
     alpha_t  = 2 (1 + |L'_t|) / (|theta_t - theta*_{t-1}| |L'_t - L'_{t-1}|),  ``fallback`` unless 0 < alpha_t < 1
     theta*_t = (1 - alpha_t) theta*_{t-1} + alpha_t theta_t
 
-``1 - alpha_t`` is the paper's balance weight ``beta_t``. At the end of a task ``theta*`` takes the place of ``theta``.
+``1 - alpha_t`` is the paper's balance weight ``beta_t``. At the end of a task ``theta*`` replaces ``theta``.
 The first task has no older weights to keep: it is plain LoRA, as in the released scripts. The average starts from the
 weights that the task begins with; the released code starts it from those after the first step: ``variant: released``.
-The paper's other half, which groups instructions and gives each group parameters of its own, is not here.
+The paper's other half, which groups instructions and gives each group parameters of its own, is not implemented here.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Options:
     """LLaCA's own choices.
 
     Attributes:
-        fallback: alpha where the rule gives none between 0 and 1, 0.01.
+        fallback: alpha where the rule gives no value between 0 and 1, 0.01.
         variant: the average starts before (``published``) or after (``released``) a task's first step.
     """
 
@@ -39,7 +39,7 @@ class Options:
 
 
 class Llaca(Lora):
-    """LoRA that trains freely; what it hands on is the average."""
+    """LoRA that trains freely but hands on the average."""
 
     Options = Options
     needs_gradients = True
@@ -53,7 +53,7 @@ class Llaca(Lora):
 
     @torch.no_grad()
     def after_step(self, model: PeftModel, step: int) -> None:
-        """Move the average of every tensor."""
+        """Update the average of every tensor."""
         if not self._averages:
             return
         paces = []
@@ -72,7 +72,7 @@ class Llaca(Lora):
         return {f"{kind}.{name}": tensor for kind, tensors in kept.items() for name, tensor in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Onto the device of the weights."""
+        """Restore both on the device of the weights."""
         device = next(iter(self._average.values())).device if self._average else None
         for key, tensor in state.items():
             kind, name = key.split(".", 1)
@@ -80,13 +80,13 @@ class Llaca(Lora):
 
     @torch.no_grad()
     def finish(self, model: PeftModel) -> None:
-        """The average takes the place of the weights."""
+        """Replace the weights with the average."""
         for name, theta in trainable(model).items() if self._averages else ():
             theta.copy_(self._average[name])
 
 
 def pace(theta: Tensor, average: Tensor, gradient: Tensor, before: Tensor | None, fallback: float) -> float:
-    """``alpha_t`` of one tensor; ``before`` is the gradient of the step before, None in a task's first step."""
+    """``alpha_t`` of one tensor; ``before`` is the previous step's gradient, None in a task's first step."""
     if before is None:
         return fallback
     bend = (theta - average).abs().sum() * (gradient - before).abs().sum()

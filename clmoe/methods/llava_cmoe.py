@@ -1,9 +1,9 @@
-"""LLaVA-CMoE (arXiv 2503.21227): probes decide where a task needs new experts (PGKE), VAEs find its samples (PTL).
+"""LLaVA-CMoE (arXiv 2503.21227): probes decide where a task needs new experts (PGKE), and VAEs find its samples (PTL).
 
 In the paper's order:
 
-- eq. 1-2: every FFN mixes LoRA experts under a top-k router; a task owns a router per block that spans the experts of
-  its time. Everything older than the task is frozen, bit for bit.
+- eq. 1-2: every FFN mixes LoRA experts under a top-k router; a task owns a router per block, which spans the
+  experts that exist at its time. Everything older than the task is frozen, bit for bit.
 - section 3.2 (PGKE): probes say which blocks need new experts for a task (``pgke.py``).
 - training adds the Switch Transformer's balance loss (``balance_loss``).
 - section 3.3 (PTL): a VAE per task finds the task of a test sample (``locators/vae.py``).
@@ -36,9 +36,9 @@ class Options(ProbeOptions):
     """LLaVA-CMoE's own choices besides ``ProbeOptions``. *Open* marks those the paper does not state.
 
     Attributes:
-        initial_experts_from: *open*: the first experts learn from data of their own, or from an unprobed first task.
+        initial_experts_from: *open*: the first experts learn from separate data, or from an unprobed first task.
         warmup_train, warmup_images: LLaVA-format JSON and image folder of ``warmup``, absolute or in the data folder.
-        balance_weight, probe_balance_weight: of the Switch balance loss, 1e-3.
+        balance_weight, probe_balance_weight: weight of the Switch balance loss, 1e-3.
     """
 
     initial_experts_from: Literal["warmup", "first_task"] = "first_task"
@@ -73,16 +73,16 @@ class LlavaCMoe(ProbeGuided):
         if top_k is None and self.options.activation == "frequency":
             raise ClmoeError(
                 "options.activation=frequency needs adapter.router_top_k: a dense gate uses every expert on every "
-                "token and probes never stand out; set adapter.router_top_k=2 or options.activation=logit"
+                "token, so probes never stand out; set adapter.router_top_k=2 or options.activation=logit"
             )
         experts = adapter.experts + self.options.probe_experts
         if self.grows and experts <= (top_k or 0):
             raise ClmoeError(
-                f"adapter.router_top_k {top_k} takes every one of the {experts} experts and probes of a block, so that "
+                f"adapter.router_top_k {top_k} takes every one of the {experts} experts and probes of a block, so "
                 "no probe stands out: lower it or start with more adapter.experts"
             )
         if adapter.train_projector:
-            raise ClmoeError("llava_cmoe freezes all that is older than the task: set adapter.train_projector=false")
+            raise ClmoeError("llava_cmoe freezes everything older than the task: set adapter.train_projector=false")
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         owner = WARM_UP_OWNER if self.options.initial_experts_from == "warmup" else 0
@@ -101,7 +101,7 @@ class LlavaCMoe(ProbeGuided):
         return [data / self.options.warmup_train] if warms_up else []
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """Initial experts with the first task, probes, then the task itself."""
+        """Initial experts for the first task, then probes, then the task itself."""
         options, training, first = self.options, self.config.training, context.previous is None
         phases = []
         if first and options.initial_experts_from == "warmup":
@@ -121,7 +121,7 @@ class LlavaCMoe(ProbeGuided):
         return weight * torch.stack(losses).sum()
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """Each sample is served by its task's routers; initial experts of their own have one before the tasks'."""
+        """Each sample uses its task's routers; warmed-up initial experts have a router before the tasks'."""
         owners = expert_config(model).router_owners
         if len(owners) == 1:  # nothing was ever extended
             return NEWEST_ROUTER
@@ -129,7 +129,7 @@ class LlavaCMoe(ProbeGuided):
 
 
 def balance_loss(logits: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """Switch Transformer's balance loss of one router, ``E * sum_e f_e P_e``, a mean over samples; 1 when balanced.
+    """Switch Transformer's balance loss of one router, ``E * sum_e f_e P_e``, averaged over samples; 1 when balanced.
 
     ``f_e`` is the share of picks (gate ``[B, T, E]`` positive) and ``P_e`` the mean probability (softmax of logits
     ``[B, T, E]``) over one sample's real tokens (mask ``[B, T]``).

@@ -17,7 +17,7 @@ from clmoe.methods.base import (
 
 
 class Lora(Method):
-    """Nothing is frozen but the base; the newest task writes over the older ones."""
+    """Only the base is frozen; the newest task overwrites the older ones."""
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         return lora_adapter(self.config, base)

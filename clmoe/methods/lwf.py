@@ -14,7 +14,7 @@ from clmoe.methods.lora import Lora
 from clmoe.utils.schema import NotNegative, Positive
 from clmoe.utils.tensors import trainable
 
-ADAPTED = "base_model.model.model."  # begins the names of a PeftModel's parameters inside the base's ``model``
+ADAPTED = "base_model.model.model."  # prefix of the names of a PeftModel's parameters inside the base's ``model``
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Options:
     """LwF's own choices.
 
     Attributes:
-        weight: of the distillation loss, lambda_o.
-        temperature: of both distributions, 2.
+        weight: weight of the distillation loss, lambda_o.
+        temperature: temperature of both distributions, 2.
     """
 
     weight: NotNegative = 1.0
@@ -37,7 +37,7 @@ def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
 
 
 class LwF(Lora):
-    """LoRA that is held by its parent's answers; the parent is a few tensors on the same frozen base."""
+    """LoRA that is held to its parent's answers; the parent is a few tensors on the same frozen base."""
 
     Options = Options
     reads_logits = True
@@ -50,7 +50,7 @@ class LwF(Lora):
             self._parent = {name.removeprefix(ADAPTED): p.detach().clone() for name, p in trained}
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """A second pass without gradient, with the parent's tensors in the place of the live ones and dropout off."""
+        """A second pass without gradient, with the parent's tensors in place of the live ones and dropout off."""
         if not self._parent:
             return None
         adapted = adapted_base(model)

@@ -13,7 +13,7 @@ class MasOptions(ImportanceOptions):
     """MAS's own choices; see ``ImportanceOptions``.
 
     Attributes:
-        weight: lambda of ``lambda * Omega (theta - theta*)^2``; the authors' 1 does not fit other logits' scale.
+        weight: lambda in ``lambda * Omega (theta - theta*)^2``; the authors' 1 does not fit logits of another scale.
     """
 
     weight: NotNegative = 1e-4
@@ -25,7 +25,7 @@ class Mas(HeldByImportance):
     Options = MasOptions
 
     def measure(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Squared L2 norm of the logits over all positions that predict the answer; its tokens are not used."""
+        """Squared L2 norm of the logits over all positions that predict the answer, whose tokens are not used."""
         return logits.square().sum()
 
     def fold(self, gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Records of past tasks, kept for later ones: how they are drawn, stored and found again."""
+"""Records of past tasks, kept for later ones: how they are drawn, stored and loaded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ class Remembered:
 
     @classmethod
     def of(cls, context: TaskContext, size: int) -> Self:
-        """At most ``size`` of the task's records, each subset equally likely: a reservoir after one pass over them."""
+        """At most ``size`` of the task's records, each subset equally likely, as in a reservoir after one pass."""
         task, seed = context.task, context.config.seed
         drawn = sample_records(context.records, size, derived_seed(seed, f"memory of {task}"))
         records = UnionRecords([Part.of(task, drawn, context.image_root, context.data)])[:]
@@ -36,7 +36,7 @@ class Remembered:
 
 
 def save_memory(memory: Sequence[Remembered], path: Path) -> None:
-    """A JSON list, one entry for each past task, oldest first; a turn is a pair."""
+    """Write a JSON list, one entry per past task, oldest first; a turn is a pair."""
     entries = [asdict(remembered) for remembered in memory]
     for record in (record for entry in entries for record in entry["records"]):
         record["turns"] = [list(turn.values()) for turn in record["turns"]]
@@ -44,7 +44,7 @@ def save_memory(memory: Sequence[Remembered], path: Path) -> None:
 
 
 def load_memory(checkpoint: Path | None) -> list[Remembered]:
-    """What ``save_memory`` wrote; nothing without a checkpoint."""
+    """What ``save_memory`` wrote; an empty list without a checkpoint."""
     entries = [] if checkpoint is None else read_json(checkpoint / MEMORY)
     for entry in entries:
         turns = [tuple(Turn(*turn) for turn in record["turns"]) for record in entry["records"]]
@@ -53,13 +53,13 @@ def load_memory(checkpoint: Path | None) -> list[Remembered]:
 
 
 def check_memory(checkpoint: Path | None, data: Path) -> list[Remembered]:
-    """As ``load_memory``. Raises ClmoeError unless every image that the memory points to is still there."""
+    """Like ``load_memory``. Raises ClmoeError unless every image that the memory refers to is still there."""
     memory = load_memory(checkpoint)
     for record in (record for past in memory for record in past.records):
         if record.image is not None and not (data / record.image).is_file():
             raise ClmoeError(
                 f"{checkpoint}/{MEMORY}: record {record.id!r}: no file {data / record.image}; past tasks' images are "
-                "read where they lay: put them back, or say with --data where the benchmark is now"
+                "read from where they were: put them back, or say with --data where the benchmark is now"
             )
     return memory
 
@@ -76,7 +76,7 @@ class MemoryOptions:
 
 
 class Remembers(Lora):
-    """LoRA with a memory of every past task's records; what a method does with it is up to its kin."""
+    """LoRA with a memory of every past task's records; subclasses decide what to do with it."""
 
     Options: ClassVar[type] = MemoryOptions
     memory = "per_task"

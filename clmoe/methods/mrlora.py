@@ -1,13 +1,13 @@
-"""MR-LoRA (MLLM-CL, 2025): a LoRA per task, and one more that reads image and question and says which task's to take.
+"""MR-LoRA (MLLM-CL, 2025): a LoRA per task, and one more that reads image and question and says which one to use.
 
-Task t trains ``B_t A_t`` alone, from the bare base. A router, a LoRA on the bare base too, then learns anew from a few
-stored samples of each of the tasks 1..t to answer ``referral(question)`` with the letter of the sample's task:
+Task t trains ``B_t A_t`` alone, from the bare base. Before it, a router, also a LoRA on the bare base, learns from
+scratch, from a few stored samples of each of tasks 1..t, to answer ``referral(question)`` with the letter of its task:
 
     y = W0 x + s * B_i A_i x,    i = argmax over letters of p( letter | image, referral(q); base + s * B_r A_r )
 
-The released code's router is a LoRA on the base with the mean of all tasks' LoRAs merged in, those of task t included:
-``options.variant=released`` trains it last, beside them. The code describes each expert in a sentence
-(``options.descriptions``), and draws a task where the model says no letter; here only letters count.
+The released code's router is a LoRA on the base with the mean of all tasks' LoRAs merged in, including task t's:
+``options.variant=released`` trains it last, next to them. The code describes each expert in a sentence
+(``options.descriptions``) and picks a random task if the model gives no letter; here only letters count.
 """
 
 from collections.abc import Mapping
@@ -34,15 +34,15 @@ from clmoe.utils.schema import Count, Positive, Steps
 
 @dataclass(frozen=True)
 class Options:
-    """MR-LoRA's own choices, by default those of the released scripts.
+    """MR-LoRA's own choices; the defaults are those of the released scripts.
 
     Attributes:
         stored: training records kept of each task for the router, 20.
         router_rank: a multiple of ``adapter.rank``; 128.
-        router_rate: learning rate of the router over the tasks', 0.25 (5e-6 to 2e-5).
+        router_rate: learning rate of the router relative to the tasks', 0.25 (5e-6 to 2e-5).
         router_epochs, router_batch: passes over the stored records, 40, and the global batch, 32 (4 on each of 8 GPUs).
         variant: the router's base is bare (``published``), or has the mean of all tasks' LoRAs added (``released``).
-        descriptions: of tasks, for the list of experts that the router reads; a task's name where there is none.
+        descriptions: of tasks, for the list of experts that the router reads; a task without one is listed by name.
     """
 
     stored: Steps = 20
@@ -66,7 +66,7 @@ class MrLora(Separate):
         if self.options.router_rank % config.adapter.rank:
             raise ClmoeError(
                 f"options.router_rank {self.options.router_rank} is not a multiple of adapter.rank "
-                f"{config.adapter.rank}: the router is kept as so many experts of that rank"
+                f"{config.adapter.rank}: the router is kept as several experts of that rank"
             )
 
     @property
@@ -74,7 +74,7 @@ class MrLora(Separate):
         return self.options.router_rank
 
     def ranked(self, rank: int) -> Config:
-        """The router's rank grows with the tasks'."""
+        """The router's rank scales with the tasks'."""
         config = super().ranked(rank)
         router = self.options.router_rank // self.config.adapter.rank * rank
         return replace(config, options=config.options | {"router_rank": router})
@@ -86,7 +86,7 @@ class MrLora(Separate):
         check_memory(previous, data)
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """From the second task on the router, which as released comes last; then the task's own LoRA."""
+        """From the second task on, the router, then the task's own LoRA; as released, the router comes last."""
         options, training = self.options, self.config.training
         self._memory = [*load_memory(context.previous), Remembered.of(context, options.stored)]
         own = super().phases(context)
@@ -111,12 +111,12 @@ class MrLora(Separate):
         self._attach(context, replace(self.config, adapter=wider))
 
     def _begin_beside(self, context: TaskContext) -> None:
-        """Fresh experts for the router beside the tasks' LoRAs, which are frozen and count ``1 / t`` each."""
+        """Fresh experts for the router next to the tasks' LoRAs, which are frozen and count ``1 / t`` each."""
         self._append_own(context)
         begin_beside(context.model, context.index + 1, self.options.router_rank, self.config.seed)
 
     def begin_task(self, context: TaskContext) -> None:
-        """A fresh LoRA for the task, as without a router before it."""
+        """A fresh LoRA for the task, as if no router came before it."""
         self._attach(context, self.config)
 
     def _attach(self, context: TaskContext, config: Config) -> None:
@@ -125,7 +125,7 @@ class MrLora(Separate):
         context.model = attach_adapter(context.base.model, lora_adapter(config, context.base))
 
     def end_task(self, context: TaskContext) -> None:
-        """Append the trained LoRA to the parent's, put the new router in the old one's place, and keep the samples."""
+        """Append the trained LoRA to the parent's, replace the old router with the new one, and keep the samples."""
         self._append_own(context)
         save_memory(self._memory, context.work / MEMORY)
         kind = "lora_{factor}.weight" if self.options.variant == "published" else "clmoe_experts.{linear}.{factor}"
@@ -133,17 +133,17 @@ class MrLora(Separate):
             place_router(context.model, context.index + 1, context.sealed / "router" / ADAPTER_FILE, kind)
 
     def _append_own(self, context: TaskContext) -> None:
-        """As ``separate`` does, whichever phase is under way."""
+        """Append the task's LoRA as ``separate`` does, whichever phase is running."""
         phase, context.trained = context.trained, context.sealed / "trained"
         super().end_task(context)
         context.trained = phase
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """A task's LoRA, or the router; as released with the mean of all LoRAs beside it."""
+        """A task's LoRA, or the router; as released, the router has the mean of all LoRAs next to it."""
         if self.options.variant == "published" or bool((tasks != LETTER_ROUTER).any()):
             return super().selection(model, tasks)
         count = 1 + max(next(iter(expert_layers(model).values())).routers.owners)
-        shares = torch.tensor([1 / count] * count + [1.0], device=model.device)  # the last is that of -1, the router
+        shares = torch.tensor([1 / count] * count + [1.0], device=model.device)  # the last is for -1, the router
         return RouteSelection(weights=shares.expand(len(tasks), -1))
 
 

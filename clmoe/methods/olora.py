@@ -22,7 +22,7 @@ class Options:
 
     Attributes:
         weight: lambda_1 of the orthogonality penalty, 0.5.
-        norm: of the entries of ``A_i A_t^T``: their absolute values (the released code) or squares (the paper).
+        norm: penalise absolute values (the released code) or squares (the paper) of the entries of ``A_i A_t^T``.
     """
 
     weight: NotNegative = 0.5
@@ -36,7 +36,7 @@ class AddedLora(Lora):
         return lora_parts_adapter(self.config, base, "sum", owners=[0])
 
     def begin_task(self, context: TaskContext) -> None:
-        """Freeze what is there and add the task's LoRA, fresh: A random, B zero."""
+        """Freeze what is there and add a fresh LoRA for the task: A random, B zero."""
         if context.previous is None:
             return
         device, factors = context.base.device, {}

@@ -1,7 +1,7 @@
 """PGKE, probe-guided knowledge extension (LLaVA-CMoE, section 3.2): a task first asks which blocks need new experts.
 
-Probes, averages of a block's experts, train on a share of the task's data. A block gets as many copies of its most
-activated expert as probes are activated above ``mean - alpha std`` (``probes.py``).
+Probes start as averages of a block's experts and train on a share of the task's data. A block gets one copy of its most
+activated expert for each probe that is activated above ``mean - alpha std`` (``probes.py``).
 """
 
 from collections.abc import Sequence
@@ -39,15 +39,15 @@ class ProbeOptions:
     """Choices about probes and growth. *Open* marks those the paper does not state.
 
     Attributes:
-        extend: where experts are added: ``probed``; ablations ``random`` blocks (the probes' numbers), ``every`` block
-            (one each), ``none`` (nothing is added or frozen, one shared router).
-        probe_share: share of a task's records behind the probes, 0.1.
-        probe_held_out: *open*: share of those kept to measure activations.
+        extend: where experts are added: ``probed``; for ablations ``random`` blocks (the probes' numbers), ``every``
+            block (one each), ``none`` (nothing is added or frozen, one shared router).
+        probe_share: share of a task's records that the probes use, 0.1.
+        probe_held_out: *open*: share of these held out to measure activations.
         probe_experts: N_p, 1.
-        probe_rate: learning rate of the probes over the task's, 1.5 (3e-4 to 2e-4).
+        probe_rate: learning rate of the probes relative to the task's, 1.5 (3e-4 to 2e-4).
         probe_epochs, probe_min_steps: *open*: length of the probe training.
         alpha: of the threshold mean - alpha * std, 0.8.
-        activation: *open*: share of tokens whose top-k holds the expert, or the mean logit.
+        activation: *open*: share of tokens whose top-k includes the expert, or the mean logit.
         probe_seed: added to the run's seed for the probes' records, order and router rows: are decisions stable?
     """
 
@@ -64,7 +64,7 @@ class ProbeOptions:
 
 
 class ProbeGuided(MoeLora):
-    """MoELoRA whose every task probes, decides, extends and trains; ``sealed/initial`` holds experts older than all."""
+    """MoELoRA that probes, decides, extends and trains per task; ``sealed/initial`` holds experts older than all."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -78,7 +78,7 @@ class ProbeGuided(MoeLora):
         return self.options.extend != "none"
 
     def probed_phases(self, context: TaskContext) -> list[Phase]:
-        """The probes' training, which ends in the decisions, and the task's."""
+        """The probes' training, which ends with the decisions, and then the task's."""
         options, training = self.options, self.config.training
         train, self._held_out = self._probe_split(context.records)
         steps = max(options.probe_min_steps, -(-len(train) * options.probe_epochs // training.batch_size))
@@ -89,15 +89,15 @@ class ProbeGuided(MoeLora):
         ]
 
     def _probe_split(self, records: Sequence[TrainRecord]) -> tuple[list[TrainRecord], list[TrainRecord]]:
-        """Two disjoint parts of a share of the records: to train the probes, and to measure their activations."""
+        """Two disjoint parts of a share of the records: one to train the probes, one to measure their activations."""
         if len(records) < 2:
-            raise ClmoeError("probes need at least 2 training records: one to train on and one to measure")
+            raise ClmoeError("probes need at least 2 training records: one to train on and one to measure on")
         drawn = sample_records(records, max(2, round(self.options.probe_share * len(records))), self._probe_seed)
         kept = min(len(drawn) - 1, max(1, round(self.options.probe_held_out * len(drawn))))
         return drawn[kept:], drawn[:kept]
 
     def _add_probes(self, context: TaskContext) -> None:
-        """Every block gets probes that start as the average of its experts; all older is frozen."""
+        """Every block gets probes that start as the average of its experts; everything older is frozen."""
         self._probing = True
         averages = {
             name: {k: average_expert(*e.packed(), e.rank) for k, e in layer.experts.items()}
@@ -106,7 +106,7 @@ class ProbeGuided(MoeLora):
         self._grow(context, averages, dict.fromkeys(averages, self.options.probe_experts), "probe", self._probe_seed)
 
     def _grow(self, context: TaskContext, source: Factors, added: dict[str, int], purpose: str, seed: int) -> None:
-        """Freeze what is there; every block gets a router for the task, and so many copies of its source expert."""
+        """Freeze what is there; every block gets a router for the task and ``added`` copies of its source expert."""
         factors = {
             name: {linear: (A.repeat(added[name], 1), B.repeat(1, added[name])) for linear, (A, B) in by_linear.items()}
             for name, by_linear in source.items()
@@ -134,7 +134,7 @@ class ProbeGuided(MoeLora):
             }
 
     def _extend(self, context: TaskContext) -> None:
-        """Drop the probes and add the experts that were decided, each a copy of its block's most active one."""
+        """Drop the probes and add the experts that were decided on, each a copy of its block's most active one."""
         context.load(context.sealed / "initial" if context.previous is None else context.previous)
         self._probing = False
         self._grow(context, self._sources, self._added(context), "extend", self.config.seed)
@@ -143,7 +143,7 @@ class ProbeGuided(MoeLora):
         return choose_blocks(self._decisions, self.options.extend, self.config.seed + context.index)
 
     def end_task(self, context: TaskContext) -> None:
-        """Record what the probes said and what was added."""
+        """Record what the probes showed and what was added."""
         old = [] if context.previous is None else read_json(context.previous / EXPANSION)
         added = self._added(context)
         blocks = {name: asdict(decision) | {"added": added[name]} for name, decision in self._decisions.items()}

@@ -1,4 +1,4 @@
-"""PGKE's steps (LLaVA-CMoE, section 3.2): how probes start, what they are measured by, and what they decide."""
+"""PGKE's steps (LLaVA-CMoE, section 3.2): how probes start, how they are measured, and what they decide."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Where = Literal["probed", "random", "every", "none"]
 def measure_activations(
     context: TaskContext, records: Sequence[TrainRecord], kind: Literal["frequency", "logit"]
 ) -> dict[str, Tensor]:
-    """Each expert's share of real tokens whose top-k holds it, or its mean logit: patched module -> ``[E]`` float64."""
+    """Share of real tokens whose top-k includes each expert, or its mean logit: patched module -> ``[E]`` float64."""
 
     def count(output: RouterOutput, mask: Tensor) -> tuple[Tensor, Tensor]:
         real = mask.bool()
@@ -30,12 +30,12 @@ def measure_activations(
 
 @dataclass(frozen=True)
 class BlockDecision:
-    """What the probes said of one block, as it stands in the file.
+    """What the probes showed for one block, as written to the file.
 
     Attributes:
-        activations: ``[E + N_p]`` of the block's experts, the ``probes`` last.
+        activations: those of the block's experts, ``[E + N_p]``, the ``probes`` last.
         threshold: mean - alpha * std (population) over ``activations``.
-        margin: distance of the probe nearest to the limit from it; the decision is safe where this is not small.
+        margin: distance between the limit and the probe nearest to it; the decision is safe unless this is small.
         probed: ``N_s``, the number of experts to add.
     """
 
@@ -54,7 +54,7 @@ class BlockDecision:
 def decide(activations: Tensor, probes: int, alpha: float) -> BlockDecision:
     """Count the probes, the last of ``activations [E + probes]``, that are above ``max(mean - alpha * std, 0)``.
 
-    The floor at 0 stops unused probes where concentrated routing makes ``mean - alpha * std`` negative.
+    The floor at 0 rejects unused probes where concentrated routing makes ``mean - alpha * std`` negative.
     """
     values = activations.double()
     threshold = float(values.mean() - alpha * values.std(unbiased=False))
@@ -74,19 +74,19 @@ def choose_blocks(decisions: dict[str, BlockDecision], where: Where, seed: int) 
 
 
 def average_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The mean of the factors of all experts, how probes start: ``A [E*r, din]``, ``B [dout, E*r]`` -> of one."""
+    """The mean of all experts' factors, with which probes start: ``A [E*r, din]``, ``B [dout, E*r]`` -> of one."""
     mean_A = A.detach().view(-1, rank, A.shape[1]).mean(0)
     return mean_A, B.detach().reshape(B.shape[0], -1, rank).mean(1)
 
 
 def pick_expert(A: Tensor, B: Tensor, rank: int, index: int) -> tuple[Tensor, Tensor]:
-    """A copy of expert ``index``: how the experts of an extended block start. ``A [r, din]``, ``B [dout, r]``."""
+    """A copy of expert ``index``, with which a block's new experts start: ``A [r, din]``, ``B [dout, r]``."""
     rows = slice(index * rank, (index + 1) * rank)
     return A[rows].detach().clone(), B[:, rows].detach().clone()
 
 
 def extend_router(weight: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """A copy of ``weight [E, din]`` with ``rows`` new ones from ``N(0, std of the copied rows)``."""
+    """A copy of ``weight [E, din]`` with ``rows`` new rows from ``N(0, std of the copied rows)``."""
     old = weight.detach().cpu()
     new = torch.randn(rows, old.shape[1], generator=generator) * old.std(unbiased=False)
     return torch.cat([old, new])

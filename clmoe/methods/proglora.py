@@ -1,16 +1,16 @@
-"""ProgLoRA (Findings of ACL 2025): a LoRA per task, weighed for each sample by keys that are learned with them.
+"""ProgLoRA (Findings of ACL 2025): a LoRA per task, weighted for each sample by keys that are learned with them.
 
     y = W0 x + s * sum_{i <= t} w_i B_i A_i x
     w = softmax_i( k_i . q / sqrt(d) ),    q = MLP( max over the prompt's tokens of their embeddings )
 
-``w`` is computed once for a sample and holds in all layers. Task t trains ``B_t A_t``, its key ``k_t`` and the MLP;
-older LoRAs and keys are frozen, bit for bit. No task is told or looked for at test time.
+``w`` is computed once per sample and holds in all layers. Task t trains ``B_t A_t``, its key ``k_t`` and the MLP;
+older LoRAs and keys are frozen, bit for bit. At test time, no task is given or looked for.
 
-This is what the released code does; the paper was not at hand. Its "task recall", which sets the weights of old tasks
-right again after the MLP has moved on, is not in that code, and not here.
+This is what the released code does; we could not read the paper. Its "task recall", which corrects the weights of old
+tasks after the MLP has moved on, is not in that code, and not here.
 
-*Open*: whether the MLP goes on training (ours: it does), its depth and the keys' width (ours: two layers without bias,
-64). The maximum is over the first question and its image, also in training, where the answer would give itself away.
+*Open*: whether the MLP keeps training (ours: it does), its depth and the keys' width (ours: two layers without bias,
+64). The maximum is over the first question and its image, in training too, where the answer would give itself away.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class Options:
     """ProgLoRA's own choice.
 
     Attributes:
-        key_width: *open*: ``d``, of keys and queries.
+        key_width: *open*: ``d``, the width of keys and queries.
     """
 
     key_width: Count = 64
 
 
 class ProgLora(AddedLora):
-    """Every sample is served by all tasks' LoRAs, weighed by an attention over the tasks."""
+    """Every sample uses all tasks' LoRAs, weighted by attention over the tasks."""
 
     Options = Options
 
@@ -57,7 +57,7 @@ class ProgLora(AddedLora):
             guide.begin(seeded(self.config.seed, f"proglora:{context.index}"))
 
     def plain_selection(self) -> RouteSelection:
-        """Whole prompts, whose weights are kept for the tokens that follow."""
+        """Route whole prompts, and keep their weights for the tokens that follow."""
         kept: dict[str, Tensor] = {}
         return RouteSelection(whole=True, kept=kept)
 

@@ -2,13 +2,13 @@
 
 With ``dW_t = B_t A_t`` the update of task ``t``, which trains on a base that holds all older updates:
 
-- after task ``t``: ``M_t``, the ``top`` share of the entries of ``|dW_t|`` in each linear that are largest.
+- after task ``t``: ``M_t`` holds the largest entries of ``|dW_t|`` in each linear, a share ``top`` of them.
 - task ``t`` is trained with ``L = L_CE + lambda * mean over linears of mean over (i, j) in M_1 u .. u M_{t-1} of
-  |(B_t A_t)_ij|``; LoRA's factor ``s`` is no part of the penalty.
+  |(B_t A_t)_ij|``; LoRA's factor ``s`` is not part of the penalty.
 
 SEFE's other half, answer-style diversification, rewrites a task's data: ``training.asd``, see ``clmoe.data.styles``.
-The released code appends ``M_t`` to the list of the older ones, so that an entry of several tasks counts several times
-in the mean: ``variant: released``.
+The released code appends ``M_t`` to the list of the older ones, so an entry of several tasks counts several times in
+the mean: ``variant: released``.
 """
 
 from dataclasses import dataclass
@@ -79,16 +79,16 @@ class RegLora(AddedLora):
 
 
 def key_elements(A: Tensor, B: Tensor, top: float) -> Tensor:
-    """Places in the flattened ``B A`` of its largest entries, at least one: sorted int32, on the CPU.
+    """Positions of the largest entries in the flattened ``B A``, at least one: sorted int32, on the CPU.
 
-    ``A [r, din]``, ``B [dout, r]``; ``top`` is their share.
+    ``A [r, din]``, ``B [dout, r]``; ``top`` is the share to take.
     """
     size = (B @ A).abs().flatten()
     return size.topk(max(1, int(top * len(size)))).indices.sort().values.int().cpu()
 
 
 def key_mean(A: Tensor, B: Tensor, keys: Tensor) -> Tensor:
-    """Mean of ``|(B A)_ij|`` over ``keys``, int64 places in the flattened product."""
+    """Mean of ``|(B A)_ij|`` over ``keys``, int64 positions in the flattened product."""
     return (B @ A).flatten()[keys].abs().mean()
 
 

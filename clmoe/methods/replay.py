@@ -1,4 +1,4 @@
-"""Records of past tasks are seen again: replay, and DER++ (NeurIPS 2020), which also keeps the logits of then."""
+"""Training on records of past tasks again: replay, and DER++ (NeurIPS 2020), which also keeps their old logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LOGITS = "memory_logits.safetensors"
 
 
 def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecords:
-    """The task's own records, then as many of ``memory``, over and over in order, as make a share of ``ratio``."""
+    """The task's own records, then those of ``memory``, repeated in order until they make up a share of ``ratio``."""
     wanted = round(len(own.records) * ratio / (1 - ratio)) if memory else 0
     return UnionRecords([own, Part("", "", [memory[i % len(memory)] for i in range(wanted)])])
 
@@ -32,7 +32,7 @@ class ReplayOptions(MemoryOptions):
     """Replay's own choices.
 
     Attributes:
-        ratio: share of the memory in the samples of a later task's training.
+        ratio: share of memory records in the samples that a later task trains on.
     """
 
     ratio: Annotated[float, Range(0, 0.99)] = 0.5
@@ -44,7 +44,7 @@ class Replay(Remembers):
     Options = ReplayOptions
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """One training, on the task's records and the memory's."""
+        """One phase, on the task's records and the memory's."""
         if context.previous is None:
             return super().phases(context)
         memory = [record for past in load_memory(context.previous) for record in past.records]
@@ -58,7 +58,7 @@ class DerOptions(ReplayOptions):
     """DER's own choices, besides replay's.
 
     Attributes:
-        weight: alpha, of the squared distance between logits.
+        weight: alpha, the weight of the squared distance between logits.
     """
 
     weight: NotNegative = 0.1
@@ -71,7 +71,7 @@ class Der(Replay):
     reads_logits = True
 
     def begin_task(self, context: TaskContext) -> None:
-        """Read the parent's logits; a memory record's place among them is its place in the memory."""
+        """Read the parent's logits, which are in the order of the memory's records."""
         self._own = len(context.records)
         self._logits = load_logits(context.previous)
 
@@ -89,7 +89,7 @@ class Der(Replay):
         return self.options.weight * mean_over_samples(distances, labels)
 
     def end_task(self, context: TaskContext) -> None:
-        """Draw the task's records, and store what the trained model says to them."""
+        """Draw records of the task, and store the trained model's logits for them."""
         super().end_task(context)
         config, base, adapted = context.config, context.base, adapted_base(context.model.eval())
         records = load_memory(context.work)[-1].records
@@ -107,7 +107,7 @@ class Der(Replay):
 
 
 def load_logits(checkpoint: Path | None) -> list[Tensor]:
-    """``[n, V]`` float32 of each record of the memory, in its order."""
+    """Logits ``[n, V]`` float32 of each record in the memory, in its order."""
     return [] if checkpoint is None else [logits for _, logits in sorted(load_tensors(checkpoint / LOGITS).items())]
 
 

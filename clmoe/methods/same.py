@@ -1,17 +1,17 @@
-"""SAME (ICML 2026): routers and experts of MoELoRA whose gradients are reshaped by the spectrum of their inputs.
+"""SAME (ICML 2026): MoELoRA whose routers and experts have gradients reshaped by the spectrum of their inputs.
 
 For each linear, with ``U [din, k]`` and ``S [k]`` the directions and standard deviations that hold ``energy`` of the
 variance of its inputs ``x``, and with gradients ``g`` of the rows that act on ``x``:
 
 - router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``. ``w`` is ``1 / S``, with ``S`` averaged over
   the last ``window`` directions, divided by its largest value and kept within ``1 +- spread``.
-- A, from the second task on, with ``U, S`` of the end of the task before:
+- A, from the second task on, with ``U, S`` from the end of the previous task:
   ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
-- an expert's score is its use (mean gate) less its importance (mean of gate times ``|x|^2``), both moving averages
-  scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, but for that of the task's number.
+- an expert's score is its use (mean gate) minus its importance (mean of gate times ``|x|^2``), both moving averages
+  scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, except that of the task's number.
 
-The router's spectrum is a batch's, taken anew every ``every`` steps. The released code, from which all this is, routes
-by the mean gate of a batch's tokens and takes frozen experts out of it; here each token is routed as in MoELoRA.
+The router's spectrum is that of a batch, retaken every ``every`` steps. All this follows the released code, which
+routes by the mean gate of a batch's tokens, with frozen experts left out; here each token is routed as in MoELoRA.
 """
 
 from dataclasses import dataclass
@@ -40,15 +40,15 @@ MEMORY = 0.95  # of the moving averages
 
 @dataclass(frozen=True)
 class Options:
-    """SAME's own choices, by the letters above.
+    """SAME's own choices, in the notation above.
 
     Attributes:
         energy: share of the inputs' variance that the directions hold, 0.9.
         mu: damping of A's rule, 0.9.
         tau: score below which an expert is frozen, 0.1.
-        window, spread, start, every: of the router's rule: 3, 0.2, 10, 20.
-        components: width of the sketch behind a spectrum, 64.
-        samples: *open*: training records behind the spectrum at a task's end.
+        window, spread, start, every: parameters of the router's rule: 3, 0.2, 10, 20.
+        components: width of the sketch used for a spectrum, 64.
+        samples: *open*: training records used for the spectrum at a task's end.
     """
 
     energy: Share = 0.9
@@ -82,7 +82,7 @@ class Same(MoeLora):
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
-        """No loss: note what the gates of the real tokens did."""
+        """Add no loss, but record what the gates of the real tokens did."""
         real = batch["attention_mask"].bool()
         for name, output in trace.outputs.items():
             gate, energy = output.gate.detach()[real], self._sketches[name].energy[real]
@@ -121,7 +121,7 @@ class Same(MoeLora):
         return idle
 
     def state(self) -> dict[str, Tensor]:
-        """Spectra and moving averages; ``on``: the next step takes spectra anew."""
+        """Spectra and moving averages; ``on``: the next step takes new spectra."""
         on = torch.tensor([sketch.on for sketch in self._sketches.values()])
         return pack(self._spectra) | {f"use.{name}": use for name, use in self._use.items()} | {"on": on}
 

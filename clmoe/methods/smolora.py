@@ -1,23 +1,23 @@
-"""SMoLoRA (ICCV 2025): of eight LoRA experts one is picked by what a sample shows, and one by how it is to be answered.
+"""SMoLoRA (ICCV 2025): of eight LoRA experts, one is picked by what a sample shows and one by how to answer it.
 
-The first half of a linear's experts is for visual understanding (VU), the other for instruction following (IF):
+The first half of a linear's experts is for visual understanding (VU), the second for instruction following (IF):
 
     i = argmax W_vu x_mean        x_mean: mean of x over the sample's prompt
     j = argmax W_if e             e: embedding of the instruction of the sample's task
     v = s * B_i A_i x,  f = s * B_j A_j x,  (alpha, beta) = softmax( w_A . v, w_B . f )
     y = W0 x + alpha * v + beta * f
 
-Experts, ``w_A`` and ``w_B`` train on task after task; both gates on the first one alone, after which they are fixed.
-Nothing is replayed. A test sample has the instruction of the task that the locator finds.
+Experts, ``w_A`` and ``w_B`` train on every task; both gates train on the first task only and are then fixed. Nothing is
+replayed. A test sample gets the instruction of the task that the locator finds.
 
 *Open*: how a gate learns through its argmax (ours: its softmax's gradient, straight through), and the embedding (ours:
-the mean of the frozen base's features of a task's questions without images, of length 1; the paper: a sentence
-encoder's of a fixed text for each task).
+the mean of the frozen base's features of a task's questions without images, scaled to length 1; the paper: a sentence
+encoder's embedding of a fixed text for each task).
 
-The released code's mask is a constant, so that neither gate ever learns; while it generates, ``x_mean`` is the newest
-token alone; and its scripts tell the task of each test set. ``options.variant=released`` is the first two, with
-``locator=oracle`` the third. Its training takes the answer, and padding, into ``x_mean``, which here would show the
-gate what it is to predict.
+In the released code the mask is a constant, so neither gate ever learns; during generation, ``x_mean`` is the newest
+token alone; and the scripts give the task of each test set. ``options.variant=released`` reproduces the first two, and
+``locator=oracle`` with it the third. Training there includes the answer, and padding, in ``x_mean``, which here would
+show the gate what it has to predict.
 """
 
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Options:
 
     Attributes:
         variant: gates that train on the first task (``published``), or that never do (``released``).
-        gate_rate: *open*: learning rate of the gates over the experts'.
-        samples: *open*: training records behind a task's embedding.
+        gate_rate: *open*: learning rate of the gates relative to the experts'.
+        samples: *open*: training records used for a task's embedding.
     """
 
     variant: Literal["published", "released"] = "published"
@@ -60,7 +60,7 @@ class Options:
 
 
 class SMoLora(MoeLora):
-    """What a task's instruction picks is kept as its gates, which the located task selects."""
+    """The experts that a task's instruction picks are kept as the task's gates, which the located task selects."""
 
     keeps_parts = True
     Options = Options
@@ -73,7 +73,7 @@ class SMoLora(MoeLora):
         if adapter.router_top_k != 2 or adapter.experts % 2:
             raise ClmoeError(
                 f"adapter.experts {adapter.experts}, router_top_k {adapter.router_top_k}: {config.method} takes 2 of "
-                "an even number of experts, one of each half"
+                "an even number of experts, one from each half"
             )
         self._gates_learn = self.options.variant == "published"
 
@@ -88,7 +88,7 @@ class SMoLora(MoeLora):
         return self.options.gate_rate if self._gates_learn else 0.0
 
     def phases(self, context: TaskContext) -> list[Phase]:
-        """From the second task on the gates are fixed."""
+        """From the second task on, the gates are fixed."""
         self._gates_learn = self.options.variant == "published" and context.previous is None
         return super().phases(context)
 
@@ -111,7 +111,7 @@ class SMoLora(MoeLora):
         return normalize(features.double().mean(0), dim=0).float().to(base.device)
 
     def state(self) -> dict[str, Tensor]:
-        """``e``, which other processes than those at the task's start would compute with other roundings."""
+        """``e``: processes other than those at the task's start would compute it with different rounding."""
         bank = next(iter(self._banks.values()))
         return {"instruction": bank.embedding}  # type: ignore[dict-item]
 
@@ -129,7 +129,7 @@ class SMoLora(MoeLora):
         add_task_gates(context.model, {name: torch.cat([torch.zeros_like(j), j]) for name, j in found.items()})
 
     def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """The instruction's experts of the samples' tasks, and a sight of whole prompts."""
+        """Use the experts of the samples' tasks' instructions, and let the gates see whole prompts."""
         kept: dict[str, Tensor] | None = None if self.options.variant == "released" else {}
         return RouteSelection(task=tasks.to(model.device), whole=True, kept=kept)
 

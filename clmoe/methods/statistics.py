@@ -35,7 +35,7 @@ def count_gates(gate: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor,
 
 
 def save_statistics(previous: Path | None, path: Path, newest: Statistics) -> list[Statistics]:
-    """Append the task's statistics to its parent's and write all; returns all tasks' statistics, oldest first."""
+    """Append the task's statistics to its parent's and write them all; returns all tasks' statistics, oldest first."""
     history = [*([] if previous is None else load_statistics(previous / path.name)), newest]
     tensors = {
         f"{task}.{name}.{kind}": value

@@ -76,7 +76,7 @@ class FirstTask:
 
     @cached_property
     def image(self) -> ImageSize:
-        """What an image of its tasks takes. Raises ClmoeError as ``image_size``."""
+        """What an image of its tasks takes. Raises ClmoeError as ``image_size`` does."""
         return image_size(self.method.config.model, self.base, self.tasks)
 
     @property
@@ -101,14 +101,14 @@ class FirstTask:
         return [replace(linear, blocks=count) for linear, count in counts.items()]
 
     def count(self, part: str | None = None, *, kept: bool = False) -> int:
-        """Parameters that train, or all that are ``kept``, held still or not; of the adapter or one of ``PARTS``."""
+        """Parameters that train, or all that are ``kept``, frozen or not; of the adapter or one of ``PARTS``."""
         marks = ("",) if part is None else PARTS[part]
         trained = {name: p for name, p in trainable(self.model).items() if kept or self.method.rate_factor(name)}
         return sum(p.numel() for name, p in trained.items() if any(mark in name for mark in marks))
 
 
 def first_task(method: Method, tasks: Sequence[Task] = ()) -> FirstTask:
-    """Attach the adapter of the method's first task to a meta model. Raises ClmoeError as ``meta_base``."""
+    """Attach the adapter of the method's first task to a meta model. Raises ClmoeError as ``meta_base`` does."""
     config = method.config.model
     file = shapes_file(config)
     base = meta_base(file)
@@ -125,10 +125,10 @@ def first_task(method: Method, tasks: Sequence[Task] = ()) -> FirstTask:
 
 
 def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | None], int | None, dict[str, int]]:
-    """What each task trains; what the sequence keeps; sizes that growth goes by, of one block, empty without growth.
+    """What each task trains; what the sequence keeps; and the sizes by which one block grows, empty without growth.
 
     A later task of a growing method trains the experts that it adds to ``X`` blocks on average, and in every block a
-    router, a copy of the newest with a row more for each new expert. Without ``X`` these counts are None.
+    router: a copy of the newest with one more row for each new expert. Without ``X`` these counts are None.
     """
     whole = first.count()
     if not first.method.grows or first.experts is None:
@@ -153,8 +153,8 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
 def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -> dict[str, int]:
     """What a GPU holds through the whole training; trained parameters are float32. DeepSpeed need not be installed.
 
-    AdamW keeps two moments, and DDP a copy of the gradients. ZeRO cuts moments and float32 masters over the GPUs, from
-    stage 2 the gradients too; offloading moves all three to the host.
+    AdamW keeps two moments, and DDP a copy of the gradients. ZeRO shards moments and float32 masters over the GPUs, and
+    from stage 2 the gradients too; offloading moves all three to the host.
     """
     settings = {} if deepspeed is None else read_json(find_config("deepspeed", deepspeed, ".json"))
     zero = settings.get("zero_optimization", {})
@@ -177,8 +177,8 @@ def state_bytes(first: FirstTask, gpus: int = 1, deepspeed: str | None = None) -
 def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: bool) -> int:
     """The most that the passes of a micro-batch hold besides weights and gradients; each sample has an image.
 
-    ``b`` bytes of the base's type, ``N`` tokens. The peak is in the loss, or in the backward pass of the last norm or
-    the last block; ``20 D`` and the factors of ``F`` are measured.
+    ``b`` is the bytes of the base's type, ``N`` the tokens. The peak is in the loss, or in the backward pass of the
+    last norm or the last block; ``20 D`` and the factors of ``F`` are measured.
     """
     s, adapter, model = first.shapes, first.method.config.adapter, first.method.config.model
     b, N, D, F, L = first.base.dtype.itemsize, samples * tokens, s.D, s.F, s.L
@@ -189,7 +189,7 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     if adapter.dropout or (lora and half):  # a copy for every linear, and dropout's mask
         copies = adapter.experts if adapter.as_released and not lora else 1
         adapted += sum(copies * x.din * (own + (adapter.dropout > 0)) for x in first.linears)
-    if not lora or not (adapter.dropout or half):  # once where linears or routers read the same
+    if not lora or not (adapter.dropout or half):  # once if linears or routers read the same
         adapted += b * D * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
         adapted += b * F * ("down_proj" in names and not per_block)
     cast_experts = 0 if lora or not half else sum(b * x.parameters // x.blocks for x in first.linears)
@@ -224,9 +224,9 @@ def _projector_bytes(first: FirstTask, samples: int) -> int:
 def answer_bytes(first: FirstTask, questions: int, tokens: int, new: int) -> int:
     """The most that answering a batch holds, base and adapter included; each question has an image of its own.
 
-    Keys and values of all tokens and of ``new`` ones; with LLaVA-1.5 once more for the prefixes that questions of one
-    image share, of which a batch has at most ``WORTHWHILE``. Beside them one block's tensors, of which ``7 D`` is
-    measured. The tower comes before them.
+    It holds keys and values of all tokens and of ``new`` ones; with LLaVA-1.5 once more for the prefixes that questions
+    about one image share, of which a batch has at most ``WORTHWHILE``. Beside them are one block's tensors, of which
+    ``7 D`` is measured. The tower runs before that.
     """
     s, b, N = first.shapes, first.base.dtype.itemsize, questions * tokens
     again = WORTHWHILE * tokens * first.base.family.vicuna
@@ -248,11 +248,11 @@ def make_plan(
     card: Card | None = None,
     mfu: float = MFU,
 ) -> dict[str, Any]:
-    """The figures of ``clmoe plan``, memory in bytes; None where a file is missing, or growth decides.
+    """The figures of ``clmoe plan``, memory in bytes; None if a file is missing or growth decides.
 
-    A sample has ``tokens``, by default its image's and 64 of text, 256 where a ``card`` must hold it; a later task
+    A sample has ``tokens``, by default its image's and 64 of text, 256 if a ``card`` must hold it; a later task
     extends ``extended_blocks`` by one expert, on average. ``card``: whether the training fits it, and hours at the
-    share ``mfu`` of its rate. Raises ClmoeError for unknown shapes, and a batch that the GPUs do not divide.
+    share ``mfu`` of its rate. Raises ClmoeError for unknown shapes, and for a batch that the GPUs do not divide.
     """
     config, training = method.config, method.config.training
     if extended_blocks is not None and not method.grows:
@@ -277,9 +277,9 @@ def make_plan(
     trained, kept, growth = by_task(first, len(rows), extended_blocks)
     rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
     if config.model.attention == "eager":
-        notes.append("memory is that of model.attention=sdpa: eager keeps a square of the tokens besides")
+        notes.append("memory is that of model.attention=sdpa: eager also keeps the square of the tokens")
     if None in trained:
-        notes.append("what a later task trains depends on the blocks that it extends: say --extended-blocks X")
+        notes.append("what a later task trains depends on the blocks that it extends: give --extended-blocks X")
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
     usual, longest = first.image_tokens + TEXT_TOKENS, first.image_tokens + (LONG_TEXT if card else TEXT_TOKENS)
     usual, tokens = (min(tokens or size, training.max_length) for size in (usual, longest))
@@ -306,14 +306,14 @@ def make_plan(
 
 
 def _card_figures(card: Card, peak: int, flops: dict[str, int | None], gpus: int, mfu: float) -> dict[str, Any]:
-    """Whether a peak fits each of so many cards, and hours at the share ``mfu`` of their rate."""
+    """Whether a peak fits each of the cards, and hours at the share ``mfu`` of their rate."""
     hours = {k: None if n is None else n / (mfu * card.rate * gpus) / 3600 for k, n in flops.items()}
     limits = {"name": card.name, "usable": round(USABLE * card.memory), "fits": peak <= USABLE * card.memory}
     return limits | {"mfu": mfu, "rate": card.rate, "hours": hours}
 
 
 def _flops(first: FirstTask, rows: list[dict[str, Any]], asked: int | None, tokens: int) -> dict[str, int | None]:
-    """Of all trainings, as the first task's, and of all answers' prompts, without what locators and probes add."""
+    """FLOPs of all trainings, each like the first task's, and of all answers' prompts, without locators and probes."""
     config, sizes = first.method.config, (first.shapes, first.image)
     training, adapter = config.training, first.count("expert") + first.count("router")
     tuned, again = first.count("projector") > 0, training.gradient_checkpointing
@@ -329,7 +329,7 @@ def _flops(first: FirstTask, rows: list[dict[str, Any]], asked: int | None, toke
 
 
 def _training(tasks: list[Task], config: Config, tests: dict[str, int | None], missing: list[str]) -> dict[str, Any]:
-    """Name, records and optimizer steps of a training: on one task, or on all at once, each as often as it says."""
+    """Name, records and optimizer steps of a training: on one task, or on all at once, each for its own passes."""
     union, training = method_class(config.method).chain == "union", config.training
     train, test = [_records(task.train, missing) for task in tasks], [tests[task.name] for task in tasks]
     times = [task.passes if union else 1 for task in tasks]
@@ -348,7 +348,7 @@ def _records(path: Path, missing: list[str]) -> int | None:
 
 
 def _unless(missing: list[str], work: Callable[[], T]) -> T | None:
-    """What ``work`` returns; None where it finds a file missing or unreadable, which is then added to ``missing``."""
+    """What ``work`` returns; None if it finds a file missing or unreadable, which is then added to ``missing``."""
     try:
         return work()
     except ClmoeError as error:
@@ -357,7 +357,7 @@ def _unless(missing: list[str], work: Callable[[], T]) -> T | None:
 
 
 def _absent(method: Method, benchmark: Benchmark, tasks: list[Task]) -> tuple[list[str], list[str], bool]:
-    """(files and folders that a run would stop at, what it will make or fetch, whether that is the base)."""
+    """(missing files and folders that would stop a run, what it will make or fetch, whether that is the base)."""
     missing: list[str] = []
     notes: list[str] = []
     if benchmark.built_on_first_use and not benchmark.root.exists():

@@ -1,4 +1,4 @@
-"""``budget``: the rank, memory and steps with which a method keeps to what all methods of a comparison may use."""
+"""``budget``: the rank, memory and steps that keep a method within what all methods of a comparison may use."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,13 +12,13 @@ TOLERANCE = 0.02  # of budget.parameters
 
 
 def within_budget(config: Config, tasks: int, given: Collection[str] = ()) -> Config:
-    """The configuration of a sequence of so many tasks, with ``config.budget`` carried out.
+    """The configuration of a sequence of this many tasks, with ``config.budget`` applied.
 
     ``given``: keys that the user has set beside the budget. Parameters are what ``clmoe plan`` calls "kept in the end".
     A method that grows gets the nearest rank: what it ends with depends on the data.
 
-    Raises ClmoeError: a key is ``given`` that the budget replaces, no rank comes within 2 % of the parameters, the
-    samples do not divide among the tasks, ``extended_blocks`` is lacking, or the base's shapes are unknown.
+    Raises ClmoeError if a key is ``given`` that the budget replaces, no rank comes within 2 % of the parameters, the
+    samples do not divide among the tasks, ``extended_blocks`` is missing, or the base's shapes are unknown.
     """
     budget, method = config.budget, method_class(config.method)(config)
     if budget == BudgetConfig() or method.chain == "none":
@@ -43,12 +43,12 @@ def within_budget(config: Config, tasks: int, given: Collection[str] = ()) -> Co
 
 
 def _ranked(config: Config, tasks: int, wanted: int) -> Config:
-    """With the rank that comes nearest. Parameters are linear in it, so that two ranks say where that is."""
+    """The configuration with the nearest rank. Parameters are linear in it, so two ranks tell where that is."""
     method, X = method_class(config.method)(config), config.budget.extended_blocks
     if method.grows and X is None:
         raise ClmoeError(
             f"budget.extended_blocks: {config.name} adds experts where the data asks for it: say how many blocks a "
-            "later task is taken to extend, on average, as clmoe plan --extended-blocks does"
+            "later task is assumed to extend, on average, as clmoe plan --extended-blocks does"
         )
 
     def kept(rank: int) -> int:
@@ -64,7 +64,7 @@ def _ranked(config: Config, tasks: int, wanted: int) -> Config:
     if abs(found[best] - wanted) > TOLERANCE * wanted and not method.grows:
         near = " and ".join(f"{count:,} with adapter.rank={rank}" for rank, count in found.items())
         raise ClmoeError(
-            f"budget.parameters {wanted:,}: no rank of {config.name} keeps so many on {tasks} tasks, within "
+            f"budget.parameters {wanted:,}: no rank of {config.name} keeps that many on {tasks} tasks, within "
             f"{TOLERANCE:.0%}; the nearest are {near}"
         )
     return method.ranked(best)

@@ -13,7 +13,7 @@ from clmoe.plan.shapes import ImageSize, Shapes
 from clmoe.utils.names import unknown
 
 GB = 10**9
-MFU = 0.4  # of a card's rate, for hours
+MFU = 0.4  # share of a card's rate, for hours
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ CARDS = tuple(
         ("B200", 180, 2250e12),
     )
 )
-"""Of one size the first stands for it; of names that begin alike the longest comes first."""
+"""The first card of a size stands for it; of names that begin alike, the longest comes first."""
 
 
 def card(text: str) -> Card:
-    """A card by its name, or by its memory, as in ``24GB``: the rate is then the first's in ``CARDS`` that has as much.
+    """A card by its name, or by its memory as in ``24GB``, with the rate of the first in ``CARDS`` that has as much.
 
-    Raises ClmoeError for neither.
+    Raises ClmoeError if it is neither.
     """
     by_name = {known.name.lower().replace(" ", ""): known for known in CARDS}
     name = re.sub(r"[\s_-]", "", text.lower())
@@ -54,7 +54,7 @@ def card(text: str) -> Card:
         return by_name[name]
     size = re.fullmatch(r"(\d+(?:\.\d+)?)(gi?b?)", name)
     if size is None or float(size[1]) == 0:
-        raise ClmoeError(f"{text!r}: write a memory, as in 24GB or 22.5GiB; {unknown('card', text, by_name)}")
+        raise ClmoeError(f"{text!r}: write a memory size, as in 24GB or 22.5GiB; {unknown('card', text, by_name)}")
     memory = int(float(size[1]) * (2**30 if size[2].startswith("gi") else GB))
     like = next((known for known in CARDS if known.memory >= 0.9 * memory), CARDS[-1])  # GiB, or what drivers report
     return Card(f"{text} (rate of {like.name})", memory, like.rate)
@@ -72,9 +72,9 @@ def step_flops(
 ) -> int:
     """Multiplications and additions of a training step, forward and backward, with or without recomputation.
 
-    Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. The ``adapter`` has so
-    many parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient.
-    Causal attention counts the half of its square that is not masked; windows of attention are not looked at.
+    Each of ``samples`` has an image and ``tokens``; ``answers`` tokens in all reach the head. ``adapter``: its number
+    of parameters, each used for every token; ``tuned``: the projector trains. Frozen linears have no weight gradient.
+    Causal attention counts the half of its square that is not masked; attention windows are ignored.
     """
     blocks, attention, head, tower = _forward(shapes, image, samples, tokens, answers)
     again = blocks + attention + 2 * samples * tokens * adapter if recompute else 0
@@ -83,12 +83,12 @@ def step_flops(
 
 
 def answer_flops(shapes: Shapes, image: ImageSize, tokens: int, adapter: int) -> int:
-    """Of reading one question of so many tokens, with its image, and its answer's first token."""
+    """FLOPs of reading one question of this many tokens, with its image, and its answer's first token."""
     return sum(_forward(shapes, image, 1, tokens, 1)) + 2 * tokens * adapter + _projector(shapes, image, False)
 
 
 def _projector(shapes: Shapes, image: ImageSize, tuned: bool) -> int:
-    """Of an image's; the first matrix of each part passes no gradient on."""
+    """FLOPs for one image; the first matrix of each part passes no gradient on."""
     total = 0
     for part in shapes.projector:
         first = part.matrices[0][0] * part.matrices[0][1]
@@ -97,7 +97,7 @@ def _projector(shapes: Shapes, image: ImageSize, tuned: bool) -> int:
 
 
 def _forward(s: Shapes, image: ImageSize, samples: int, tokens: int, answers: int) -> tuple[int, int, int, int]:
-    """Of a forward pass: linears of the blocks, causal attention, head, vision tower."""
+    """FLOPs of a forward pass: linears of the blocks, causal attention, head, vision tower."""
     rows = image.patches // image.tiles + 1  # with a class token
     tower = image.tiles * (2 * rows * s.tower_linears + 4 * rows**2 * s.tower * s.tower_blocks)
     tower = samples * (tower + 2 * image.patches * s.patching)
@@ -109,10 +109,10 @@ Asked = tuple[int, int]
 
 
 def answers_asked(tasks: Sequence[Asked], general: Sequence[Asked] | None = None) -> int:
-    """Of a sequence's whole matrix: all learned tasks after each, a sample of each in all rows but the last.
+    """Questions of a sequence's whole matrix: all learned tasks after each, only a sample in all rows but the last.
 
-    With ``general`` sets also what ``evaluation.general`` asks: the bare base everything, each row the sets, and each
-    but the last the next task.
+    With ``general`` sets, also what ``evaluation.general`` asks: everything for the bare base, the sets in each row,
+    and the next task in each row but the last.
     """
     whole, part = (sum(pair[k] for pair in [*tasks, *(general or ())]) for k in (0, 1))
     besides, ahead = part - sum(pair[1] for pair in tasks), general is not None
@@ -123,7 +123,7 @@ def answers_asked(tasks: Sequence[Asked], general: Sequence[Asked] | None = None
 def questions_asked(
     method: Method, tasks: Sequence[Task], sets: Sequence[Task], tests: dict[str, int | None]
 ) -> int | None:
-    """Of a sequence's whole matrix, from the questions of each test file; None if one is not there."""
+    """Questions of a sequence's whole matrix, from those of each test file; None if one is missing."""
     if None in tests.values():
         return None
     limit, counts = method.config.evaluation.limit, cast(dict[str, int], tests)
@@ -135,13 +135,13 @@ def questions_asked(
         learned = [(sum(whole for whole, _ in learned), sum(part for _, part in learned))]
     if not method.config.evaluation.general:
         return answers_asked(learned)
-    if method.keeps_parts and method.config.locator.name == "oracle":  # it has no answer for what is not learned
+    if method.keeps_parts and method.config.locator.name == "oracle":  # it has no answer for tasks that are not learned
         return answers_asked(learned) + sum(whole for whole, _ in [*learned, *general])
     return answers_asked(learned, general)
 
 
 def downloads(benchmark: Benchmark, model: str, parameters: int | None) -> list[str]:
-    """Commands that fetch a base from the hub, which has so many 16-bit ``parameters``, and data that is not there."""
+    """Commands that fetch a base with this many 16-bit ``parameters`` from the hub, and data that is missing."""
     lines = []
     if parameters is not None:
         lines.append(f"hf download {model}  # {2 * parameters / GB:.1f} GB")

@@ -1,7 +1,7 @@
-"""``--fit 24GB``: the settings with which a training fits a card, those first that cost least.
+"""``--fit 24GB``: the settings with which a training fits a card, cheapest first.
 
 Micro-batch, offloading and recomputation change a result by rounding at most, but take time; a base in fewer bits
-changes it. So all of the former are tried before any of the latter, and each in the order of the time that it takes.
+changes it. So all of the former are tried before the latter, each in order of the time that it takes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -54,8 +54,8 @@ def fit(
 ) -> Fitted:
     """The cheapest settings with which a training's planned peak, and then its answers', fit the card.
 
-    ``given``: the user's own ``key=value`` settings, which stay. Images are those of ``tasks``. If nothing fits, what
-    takes least. Raises ClmoeError for a method that trains nothing.
+    ``given``: the user's own ``key=value`` settings, which stay. Images are those of ``tasks``. If nothing fits,
+    returns what takes least. Raises ClmoeError for a method that trains nothing.
     """
     method = method_class(config.method)
     if method.chain == "none":
@@ -80,7 +80,7 @@ def fit(
 
 
 def _bits(config: Config, keys: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Changes of the base's type; none of one that is small already, and only what the user left open."""
+    """Changes of the base's type; none if it is already small, and only what the user left open."""
     fixed = config.model.load_in_4bit or config.model.load_in_8bit
     for change in BITS:
         new = {name: value for name, value in change.items() if _now(config)[name] != value}
@@ -119,7 +119,7 @@ def _answers(config: Config, keys: Collection[str]) -> list[int]:
 
 
 def _now(config: Config) -> Mapping[str, Any]:
-    """The settings that may change, as they are."""
+    """The settings that may change, as they are now."""
     model, training = config.model, config.training
     return {
         "model.dtype": model.dtype,
@@ -136,8 +136,11 @@ def _fitted(
 ) -> Fitted:
     changed = {name: value for name, value in chosen.items() if _now(config)[name] != value}
     settings = [f"{name}={str(value).lower()}" for name, value in changed.items()]
-    shown = " ".join([*settings, *([] if zero == deepspeed else [f"--deepspeed {zero}"])]) or "nothing needs to change"
+    shown = " ".join([*settings, *([] if zero == deepspeed else [f"--deepspeed {zero}"])])
     usable = round(USABLE * card.memory)
-    does = "" if planned <= usable else "does not fit, at the least with "
+    if planned <= usable:
+        verdict = shown or "nothing needs to change"
+    else:
+        verdict = f"does not fit, even with {shown}" if shown else "does not fit, and no setting is left to change"
     peak = f"planned peak {planned / 2**30:.1f} of {usable / 2**30:.1f} GiB"
-    return Fitted(settings, zero, planned, usable, f"--fit {card.name}: {does}{shown} ({peak})")
+    return Fitted(settings, zero, planned, usable, f"--fit {card.name}: {verdict} ({peak})")

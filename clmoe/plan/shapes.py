@@ -1,4 +1,4 @@
-"""Sizes of a base by which memory and FLOPs go, and what an image takes in it."""
+"""Sizes of a base that decide memory and FLOPs, and what an image takes in it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from clmoe.data.images import size_of
 from clmoe.errors import ClmoeError
 from clmoe.utils.files import read_json
 
-SIZE = (640, 480)  # pixels of an image, where a benchmark has none to look at
+SIZE = (640, 480)  # pixels of an image, if a benchmark has none to look at
 LOOKED_AT = 16  # rows of each test file
 
 
@@ -84,7 +84,7 @@ class ImageSize:
 
 
 def shapes_of(base: LoadedBase) -> Shapes:
-    """Of a base that no adapter has changed yet; it may be on the meta device."""
+    """The shapes of a base that no adapter has changed yet; it may be on the meta device."""
     model, config = base.model, base.model.config
     text, vision, blocks = config.get_text_config(), config.vision_config, decoder_layers(base.model)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -121,7 +121,7 @@ def _linears(modules: Any) -> Iterator[nn.Linear]:
 
 
 def _layers_read(config: Any) -> int:
-    """Of the tower's layers, those whose states the projector reads; 0 where it reads the tower's output."""
+    """Number of the tower's layers whose states the projector reads; 0 if it reads the tower's output."""
     layers = getattr(config, "vision_feature_layer", None)
     return len(layers) if isinstance(layers, Sequence) else int(layers not in (None, -1))
 
@@ -136,9 +136,9 @@ def _part(part: nn.Module, width: int) -> Part:
 
 
 def image_size(config: ModelConfig, base: LoadedBase, tasks: Sequence[Task] = ()) -> ImageSize:
-    """What the largest of some images of these tasks takes; of one of ``SIZE``, where they are not there.
+    """What the largest of some images of these tasks takes; without images, what one of ``SIZE`` takes.
 
-    The base's processor is asked about a blank image. Where there is none, its family's row says what to assume.
+    The base's processor is asked about a blank image. Without a processor, its family's row says what to assume.
     """
     if base.family.vicuna:
         return ImageSize(base.image_token_count, base.image_token_count, 1, "of any size")
@@ -165,7 +165,7 @@ def image_size(config: ModelConfig, base: LoadedBase, tasks: Sequence[Task] = ()
 
 
 def _sizes(task: Task) -> Iterator[tuple[int, int]]:
-    """Of the images of a test file's first rows, as far as they can be read; `clmoe data check` lists what cannot."""
+    """Sizes of the images of a test file's first rows, if they can be read; `clmoe data check` lists what cannot."""
     try:
         rows = read_json(task.test) if task.test.is_file() else []
     except ClmoeError:

@@ -31,7 +31,7 @@ SPENT = "spent.json"  # in a run folder
 
 
 def write_spent(run: Path, benchmark: Benchmark, config: Config, dones: list[Finished]) -> None:
-    """Write ``spent.json`` of a finished sequence; None where a figure cannot be had.
+    """Write ``spent.json`` of a finished sequence; None where a figure is not available.
 
     ``active_parameters`` of the adapter serve one token, ``locator_parameters`` are numbers that the locator stores,
     ``stored_bytes`` and ``stored_samples`` what the last checkpoint keeps for later tasks. FLOPs are those of ``clmoe
@@ -56,11 +56,11 @@ def write_spent(run: Path, benchmark: Benchmark, config: Config, dones: list[Fin
 
 
 def active_parameters(checkpoint: Path, method: type[Method]) -> int:
-    """Of the adapter, those that one token of a question meets.
+    """The adapter's parameters that one token of a question meets.
 
-    In a block these are the experts that its router keeps (all, where it mixes all) and the newest router; without
-    routers those of the newest task, or of all tasks where they are added up or mixed. All else, such as LoRA or a
-    trained projector, counts whole; a task router's gates, which are no weights, do not.
+    In a block these are the experts that its router keeps (all, if it mixes all) and the newest router; without
+    routers, those of the newest task, or of all tasks if they are summed or mixed. All else, such as LoRA or a trained
+    projector, counts in full; a task router's gates are not weights and do not count.
     """
     adapter: dict[str, Any] = read_json(checkpoint / "adapter_config.json")
     routers, experts, total = adapter.get("router_owners", []), Counter[str](), 0
@@ -82,7 +82,7 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
 
 
 def sizes(path: Path) -> dict[str, int]:
-    """Elements of each tensor of a safetensors file; nothing where there is none."""
+    """Elements of each tensor of a safetensors file; empty if there is no file."""
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as file:
@@ -90,7 +90,7 @@ def sizes(path: Path) -> dict[str, int]:
 
 
 def _flops(run: Path, tasks: Sequence[Task], config: Config, dones: list[Finished]) -> tuple[int | None, int | None]:
-    """Of all training steps, and of one question at the end with the pass that finds its task."""
+    """FLOPs of all training steps, and of one question at the end with the pass that finds its task."""
     model = replace(config.model, path=resolve_model_path(config.model.path))
     try:
         base = meta_base(shapes_file(model))
@@ -111,5 +111,5 @@ def _flops(run: Path, tasks: Sequence[Task], config: Config, dones: list[Finishe
     if method.keeps_parts:
         locator = make_locator(config.locator, config.seed)
         question += answer_flops(*taken, tokens, adapter if locator.asks else 0) * (locator.looks or locator.asks)
-    complete = all(done.folder.name in samples for done in dones)  # older versions noted none
+    complete = all(done.folder.name in samples for done in dones)  # older versions recorded none
     return training if complete else None, question

@@ -19,7 +19,7 @@ from clmoe.report.runs import Group, Run
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
-RIGHT = 0.5  # a score of at least this: VQA's consensus and science's lists give parts of a point
+RIGHT = 0.5  # a score of at least this: VQA's consensus and science's lists give partial points
 OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outcome
     (True, True): "kept",
     (True, False): "forgotten",
@@ -29,19 +29,19 @@ OUTCOMES: dict[tuple[Any, Any], str] = {  # right then, right at the end -> outc
 _FIELDS: dict[str, tuple[type, ...]] = dict.fromkeys(("question_id", "prompt", "text", "answer"), (str,))
 _FIELDS |= {"score": (int, float), "image": (str, type(None)), "task": (str, type(None))}
 PER_TASK = 24
-FORGOTTEN_SHARE = 0.75  # of the questions of a task, as far as there are any
+FORGOTTEN_SHARE = 0.75  # of a task's shown questions, as far as there are any
 LONGEST = 1000  # characters of a question or answer
 SIDE = 224  # pixels of an image's longer side
 _LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would smear
 _ENDINGS = ("", *(f".{name}" for name in LOCATORS))  # of the cells' names; "" is the checkpoint's own locator
 
 
-@lru_cache(maxsize=1024)  # several sections read them; a run is read anew for every report
+@lru_cache(maxsize=1024)  # several sections read them; every report reads the run again
 def read_answers(run: Run, task: str) -> pd.DataFrame:
     """All questions of a task that were asked then or at the end, one row each; not to be changed.
 
-    Columns: label, seed, task, question, image, prompt, reference, located (the task it was taken for at the end),
-    then, now (texts), then_score, now_score, then_right, now_right (None where not judged, as captions), outcome (of
+    Columns: label, seed, task, question, image, prompt, reference, located (the task it was assigned to at the end),
+    then, now (texts), then_score, now_score, then_right, now_right (None if not judged, as for captions), outcome (of
     `OUTCOMES`, or None).
     """
     folder = run.path / "predictions"
@@ -65,8 +65,8 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
 def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Outcomes by label and task, summed over the seeds, and the answers to the chosen questions of each task.
 
-    The counts leave out each run's last task, whose two answers are one. The answers are those of `read_answers`, with
-    `asked`, the task's number of questions.
+    The counts leave out each run's last task, whose two answers are the same. The answers are those of `read_answers`,
+    with `asked`, the task's number of questions.
     """
     counts, chosen = [pd.DataFrame(columns=["label", "task", *OUTCOMES.values()])], []
     runs = [run for group in groups for run in group.runs]
@@ -88,7 +88,7 @@ def explore(groups: Sequence[Group], number: int = PER_TASK) -> tuple[pd.DataFra
 def majority_shares(groups: Sequence[Group]) -> pd.Series:
     """By task, percent of its test questions with the most frequent expected answer: what knowing only that gives.
 
-    As far as a run's predictions show it; tasks that are scored as a whole, as captions, have none.
+    This is as far as a run's predictions show it; tasks that are scored as a whole, such as captions, have none.
     """
     shares, runs = {}, [run for group in groups for run in group.runs]
     for task in runs[0].order:
@@ -100,7 +100,7 @@ def majority_shares(groups: Sequence[Group]) -> pd.Series:
 
 
 def choose(answers: pd.DataFrame, number: int) -> list[str]:
-    """Questions of a task to show, in a pseudo-random order that only their names decide.
+    """Questions of a task to show, in a pseudo-random order that depends only on their names.
 
     Up to `FORGOTTEN_SHARE` are forgotten ones, each label's in turn; the others come from all, those asked twice first.
     """
@@ -116,8 +116,8 @@ def choose(answers: pd.DataFrame, number: int) -> list[str]:
 
 
 def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
-    """A small copy of an image as data URI, or None and the reason why there is none."""
-    # A path that leaves the folder is not followed: a page that is passed on holds no other picture of this machine.
+    """A small copy of an image as a data URI, or None and the reason why there is none."""
+    # A path that leaves the folder is not followed: a page that is passed on holds no other picture from this machine.
     path = None if misplaced(image) else next((f / image for f in folders if (f / image).is_file()), None)
     if path is None:
         return None, "image file not found"
@@ -157,10 +157,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ClmoeError(f"{path}, row {number}: no JSON ({error})") from error
+            raise ClmoeError(f"{path}, row {number}: not JSON ({error})") from error
         for field, types in _FIELDS.items():
             if field not in row or not isinstance(row[field], types):
-                raise ClmoeError(f"{path}, row {number}: field {field!r} is missing or of a wrong type")
+                raise ClmoeError(f"{path}, row {number}: field {field!r} is missing or has the wrong type")
         rows[row["question_id"]] = row | {"right": None if corpus else row["score"] >= RIGHT}
     return rows
 

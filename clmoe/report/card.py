@@ -33,7 +33,7 @@ def model_card(done: Finished, folder: str, merged: bool) -> str:
     """README.md of a checkpoint that lies in ``folder``: the hub's metadata in YAML, then Markdown.
 
     The scores are those of the run that the checkpoint belongs to, if it is still there. Raises ClmoeError as
-    ``read_run``.
+    ``read_run`` does.
     """
     lineage, config, base = done.lineage, done.config, done.config.model.path
     trained = f"{len(lineage.tasks)} task{'s' if len(lineage.tasks) > 1 else ''} of {lineage.benchmark}"
@@ -61,7 +61,7 @@ def model_card(done: Finished, folder: str, merged: bool) -> str:
 
 
 def metadata(base: str, merged: bool) -> dict[str, object]:
-    """The hub's fields. ``base_model`` must be a name there, which that of a folder is not."""
+    """The hub's fields. ``base_model`` must be a name there, which a folder's is not."""
     fields: dict[str, object] = {"library_name": "transformers" if merged else "peft"}
     if not Path(resolve_model_path(base)).is_dir():
         fields |= {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
@@ -84,7 +84,7 @@ def _scores(done: Finished) -> str:
 
 
 def _use(done: Finished, folder: str, merged: bool) -> list[str]:
-    """Code that loads the folder, and what one must know about it."""
+    """Code that loads the folder, and what its user must know."""
     model, values = done.config.model, read_json(done.folder / "adapter_config.json")
     if merged:
         rounded = "The adapter was trained on a 4-bit base and added to the whole one, so answers may differ a little."

@@ -16,7 +16,7 @@ _BOX = "[x1, y1, x2, y2]"
 def formats_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """label, seed, task, and in percent, NaN where not measured, over the questions that were asked both times.
 
-    last, last_any_form: mean score at the end, and with answers counted as right that are so but for their form;
+    last, last_any_form: mean score at the end, and with answers counted as right that are right but for their form;
     forgotten, forgotten_any_form: the same scores right after training less those at the end, for all but the last
     task; foreign: answers at the end that only another task expects. Tasks that are scored as a whole have no row.
     """
@@ -43,8 +43,8 @@ def formats_frame(groups: Sequence[Group]) -> pd.DataFrame:
 def right_but_for_form(text: str, prompt: str, expected: str) -> bool:
     """Whether an answer is an expected one (several are joined by `` | ``) but for its form.
 
-    Forms are letter case, punctuation, articles, numerals or words, and an option's letter or its text, as far as the
-    prompt lists its options line by line (``A. red``).
+    Forms are letter case, punctuation, articles, numerals or words, and an option's letter or its text, if the prompt
+    lists its options line by line (``A. red``).
     """
     options = {letter: _word(option) for letter, option in _OPTION.findall(prompt)}
     said, wanted = {_word(text)}, {_word(one) for one in expected.split(" | ")}

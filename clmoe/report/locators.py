@@ -62,7 +62,7 @@ def scores_frame(results: Results) -> pd.DataFrame:
 
 
 def confusion_frame(results: Results) -> pd.DataFrame:
-    """method, locator, seed, task, located, count: what each task's questions were taken for at the end."""
+    """method, locator, seed, task, located, count: the tasks that each task's questions were assigned to at the end."""
     rows = [
         (method, one.locator, seed, task, located, counts[located])
         for (method, seed), found in results.items()
@@ -74,7 +74,7 @@ def confusion_frame(results: Results) -> pd.DataFrame:
 
 
 def score_table(scores: pd.DataFrame, name: str) -> Table:
-    """A row per method, a column per locator: mean and, of several seeds, deviation."""
+    """A row per method, a column per locator: the mean and, with several seeds, the deviation."""
     found = over_seeds(scores, ["method", "locator"], name)
     texts = [
         show_number(mean) + ("" if pd.isna(std) else f" ± {show_number(std)}")

@@ -1,4 +1,4 @@
-"""A report folder from run folders. Its page needs no other file; its policy lets no model's answer become active."""
+"""A report folder from run folders. Its page needs no other file; its policy keeps models' answers from running."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ from clmoe.report.runs import Group, group_runs
 from clmoe.report.tables import Table
 from clmoe.utils.names import unknown
 
-REPORT = "report"  # the folder beside several runs, or in one, where a report goes by default
+REPORT = "report"  # the default folder of a report: beside several runs, or in one
 FORMATS = ("md", "csv", "tex", "pdf", "svg", "html")
 
 
@@ -41,12 +41,12 @@ class Section:
 def write_report(
     runs: Sequence[Path], output: Path, formats: Sequence[str] = ("md", "csv"), data: Path | None = None
 ) -> list[Path]:
-    """Write a report of run folders into the folder `output`, and return the paths; same runs, same bytes.
+    """Write a report of run folders into the folder `output`, and return the paths; equal runs give equal bytes.
 
     csv: `report.csv` (one line per run) and the numbers behind each other section; pdf, svg: each picture. Pictures
     are also written as PNG unless html is the only format. `data` is the benchmark's data folder now, for the page's
-    images. Raises ClmoeError for an unknown format, an `output` in a run folder but for its `report`, and as
-    `group_runs`.
+    images. Raises ClmoeError for an unknown format, for an `output` in a run folder other than its `report`, and as
+    `group_runs` does.
     """
     for name in formats:
         if name not in FORMATS:
@@ -79,7 +79,7 @@ def write_report(
 
 
 def default_folder(runs: Sequence[Path]) -> Path:
-    """`report` in the run's folder; of several runs, in the nearest folder that holds them all."""
+    """`report` in the run's folder; for several runs, in the nearest folder that holds them all."""
     if len(runs) == 1:
         return runs[0] / REPORT
     common = Path(os.path.commonpath([run.resolve().parent for run in runs]))

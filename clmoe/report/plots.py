@@ -35,7 +35,7 @@ HEAT = colormaps["YlGnBu"]
 REFERENCES = {"chance": (SOFT, ":"), "zero-shot": (SOFT, "--")}  # levels that a method has to exceed
 WIDTH = 3.4  # inches: a panel fits a phone
 Styles = dict[str, tuple[str, str]]  # label -> colour, dash
-METADATA = {  # left out: the same runs give the same bytes
+METADATA = {  # left out, so that the same runs give the same bytes
     ".pdf": ("Creator", "Producer", "CreationDate"),
     ".png": ("Software",),
     ".svg": ("Creator", "Date", "Format", "Type"),
@@ -56,7 +56,7 @@ class Panel:
     def alt(self) -> str:
         """The numbers in words, for screen readers."""
         rows = [(name, row.dropna().items()) for name, row in self.cells.iterrows()]
-        told = [(name, list(row)) for name, row in rows]  # of a long curve so many points as one listens to
+        told = [(name, list(row)) for name, row in rows]  # of a long curve, only as many points as one listens to
         shown = [(name, row[:: math.ceil(len(row) / 24) or 1]) for name, row in told]
         texts = (f"{name}: " + ", ".join(f"{column} {value:.3g}" for column, value in row) for name, row in shown)
         return f"{self.title}. {'; '.join(texts)}"
@@ -119,7 +119,7 @@ def styles(groups: Sequence[Group], labels: pd.Series) -> Styles:
 def comparison(groups: Sequence[Group]) -> Picture:
     """One row per label: the mean score right after training, and at the end; the line between them was forgotten.
 
-    Upright lines: what chance and the untrained model reach.
+    Vertical lines: what chance and the untrained model reach.
     """
     legend = {"immediate": (PALETTE[1], ""), "last": (PALETTE[0], "")}
     seeds = tables.metrics_frame(groups).groupby("label", sort=False)[list(legend)]
@@ -151,7 +151,7 @@ def matrices(groups: Sequence[Group]) -> Picture:
 
 
 def curves_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, task, after, mean, std, n: score of a task after each stage, of the seeds in the first run's order."""
+    """label, task, after, mean, std, n: score of a task after each stage, for the seeds in the first run's order."""
     order = groups[0].runs[0].order
     same = [Group(group.label, tuple(run for run in group.runs if run.order == order)) for group in groups]
     return tables.over_seeds(tables.matrices_frame(same), ["label", "task", "after"])
@@ -260,7 +260,7 @@ def parameters(groups: Sequence[Group]) -> Picture:
 
 
 def heat_panel(title: str, cells: pd.DataFrame, top: float = 100, stds: pd.DataFrame | None = None) -> Panel:
-    """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them; `stds` are beside."""
+    """Cells coloured from 0 to `top`, without numbers where there are too many rows to read them; `stds` go beside."""
     longest, widest = (max(map(len, _short(names))) for names in (cells.index, cells.columns))
     row = 0.28 if len(cells) <= 40 else 0.09
     column = 0.44 if stds is None or stds.isna().all(axis=None) else 0.68
@@ -270,7 +270,7 @@ def heat_panel(title: str, cells: pd.DataFrame, top: float = 100, stds: pd.DataF
 
 
 def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool, stds: pd.DataFrame | None = None) -> None:
-    """The first row on top, blank where NaN; cells whose row and column have one name are framed."""
+    """The first row is on top, NaN is blank; cells whose row and column have the same name are framed."""
     ax.set_facecolor(BLANK)
     ax.pcolormesh(cells.to_numpy(float), cmap=HEAT, vmin=0, vmax=top, edgecolors=PAPER, linewidth=0.8 * numbers)
     for (y, row), (x, column) in product(enumerate(cells.index), enumerate(cells)):
@@ -321,7 +321,7 @@ def _lines(
         ax.axvline(list(means).index(mark), color=SOFT, lw=0.8, ls=(0, (3, 3)), zorder=0)
     for i, (label, values) in enumerate(means.iterrows()):
         colour, dash = drawn[str(label)]
-        # A line is wider than the equal ones on top of it
+        # A line is wider than the equal ones that are drawn on top of it
         hidden = sum(values.equals(means.iloc[later]) for later in range(i + 1, len(means)))
         ax.plot(list(values), color=colour, ls=dash, lw=1.4 + 2.2 * hidden, marker="o", ms=3 + 3 * hidden)
         if stds is not None:
@@ -358,6 +358,6 @@ def _short(names: Iterable[object]) -> list[str]:
 
 
 def _first_seeds(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Title and rows of each label's first seed: experts of several seeds are not the same experts."""
+    """Title and rows of each label's first seed: experts of different seeds are not the same experts."""
     firsts = frame.groupby("label", sort=False)["seed"].first().items()
     return [(f"{label}, seed {n}", frame[(frame["label"] == label) & (frame["seed"] == n)]) for label, n in firsts]

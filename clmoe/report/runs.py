@@ -39,11 +39,11 @@ class Run(RunInfo):
         usage       task, block, expert, kind, share: kind is "expert" or "probe"
         located     after, locator, task, located, count
         general     after, set, value: of sets of general ability; ``after`` is "zero_shot" or a task
-        losses      task, phase, step, loss: of training; phase "" did not end
+        losses      task, phase, step, loss: of training; phase "" has not ended
         measured    task, phase, step, name, value: what the method logged besides
 
     ``settings`` are those that decide the run's result, by dotted key; `commits` those of clmoe that worked on it.
-    ``spent`` holds the figures of spent.json, ``tuned`` what `clmoe tune` wrote, where the run has its options from it.
+    ``spent`` holds the figures of spent.json, ``tuned`` what `clmoe tune` wrote, if the run took its options from it.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class Run(RunInfo):
 
     @property
     def chain(self) -> str:
-        """`Method.chain` of the run's method: "sequence", or else the method is a bound."""
+        """`Method.chain` of the run's method; if it is not "sequence", the method is a bound."""
         try:
             return method_class(self.method).chain
         except ClmoeError:  # a method of the user's own that is not here
@@ -74,7 +74,7 @@ class Run(RunInfo):
 
     @property
     def staged(self) -> bool:
-        """Some task was evaluated before the last training."""
+        """Whether some task was evaluated before the last training."""
         return any(task in self.matrix.rows for task in self.order[:-1])
 
 
@@ -88,7 +88,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Of expansion.json."""
+    """An entry of expansion.json."""
 
     task: str
     blocks: dict[str, Any]
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
     """Read one run folder. Raises ClmoeError if a file is missing or malformed, or two do not fit together."""
     where, timing, known = (folder / name for name in ("run.json", "timing.json", "immediate.csv"))
     if not where.is_file():
-        raise ClmoeError(f"{where} is missing: is {folder} the folder of a run?")
+        raise ClmoeError(f"{where} is missing: is {folder} a run folder?")
     info = _build(RunInfo, read_json(where), str(where))
     matrix, order = AccuracyMatrix.read_csv(folder / "matrix.csv"), info.order
     if list(matrix.tasks) != order:
@@ -146,7 +146,7 @@ def read_run(folder: Path) -> Run:
 
 
 def group_runs(folders: Sequence[Path]) -> list[Group]:
-    """Groups by label, in the order given. Raises ClmoeError: no folder, one seed twice, or what cannot be compared."""
+    """Groups by label, in the order given. Raises ClmoeError for no folder, a repeated seed, or incomparable runs."""
     if not folders:
         raise ClmoeError("no run folder given")
     runs = [read_run(folder) for folder in folders]
@@ -179,7 +179,7 @@ def _long(sets: Sequence[str], rows: Mapping[str, Scores]) -> pd.DataFrame:
 def _read_steps(events: list[dict[str, Any]]) -> pd.DataFrame:
     """task, phase, step, name, value: the loss and what the method measured.
 
-    Of a step that came twice, because a command was interrupted, the later one.
+    If a step came twice because a command was interrupted, the later one counts.
     """
     found, running = dict[tuple[str, str, int, str], float](), dict[tuple[str, int, str], float]()
     for event in events:
@@ -224,7 +224,7 @@ def _build(kind: type[T], values: Any, where: str) -> T:
 
 
 def _read_table(path: Path, keys: dict[str, Any], values: dict[str, Any]) -> pd.DataFrame:
-    """A CSV file (or none) of whole numbers, shares (float), text or given names; the keys name a row."""
+    """A CSV file (or none) of whole numbers, shares (float), text or given names; the keys identify a row."""
     columns, rows = keys | values, {}
     if not path.exists():
         return pd.DataFrame(columns=list(columns))
@@ -252,7 +252,7 @@ def _cell(where: str, text: str, kind: Any) -> Any:
             raise ClmoeError(f"{where}: {text!r} is not a {'whole number' if kind is int else 'number from 0 to 1'}")
         return value
     if kind is not str and text not in kind:
-        raise ClmoeError(f"{where}: {text!r} is none of {', '.join(kind)}")
+        raise ClmoeError(f"{where}: {text!r} is not one of {', '.join(kind)}")
     return text
 
 

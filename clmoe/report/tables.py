@@ -27,7 +27,7 @@ CHANCE = "majority answer"
 LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
 _OF_WHAT_WAS_LEARNED = {"forgetting_max", "bwt_n", "bwt_n_minus_1", "bwt_known", "general_last", "general_change"}
-ENOUGH_LEARNED = 0.5  # of what the best row learned; who learns nothing forgets nothing
+ENOUGH_LEARNED = 0.5  # of what the best row learned; a row that learns nothing forgets nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def references(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def settings_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """key, label, seed, value (text): settings in which runs differ that have them, and the commits of clmoe."""
+    """key, label, seed, value (text): settings in which the runs that have them differ, and the commits of clmoe."""
     runs, names = all_runs(groups), ("benchmark", "label", "method", "order", "seed")
     rows = [("commit", run.label, run.seed, " ".join(run.commits)) for run in runs if run.commits]
     for key in sorted({key for run in runs for key in run.settings if key not in names and key[:6] != "train."}):
@@ -103,9 +103,9 @@ def _text(value: Any) -> str:
 
 
 def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
-    """label, seed, locator, task, located, value: percent of a task's questions taken for each task, at the end.
+    """label, seed, locator, task, located, value: percent of a task's questions assigned to each task, at the end.
 
-    The task "overall" counts the questions of all, if none lacks any.
+    The task "overall" counts the questions of all tasks, if every task has some.
     """
     frames = [pd.DataFrame(columns=["label", "seed", "locator", "task", "located", "value"])]
     for run in all_runs(groups):
@@ -191,8 +191,8 @@ def spent_table(groups: Sequence[Group]) -> Table:
 def _winner(groups: Sequence[Group], frame: pd.DataFrame, metric: str) -> int | None:
     """The row that is better than every other by more than both deviations over the seeds together; None if none is.
 
-    Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared; nor is what
-    those forget that have learned little.
+    Bounds (multitask, separate, zero_shot) do not learn the tasks one after another and are not compared. Nor is the
+    forgetting of rows that have learned little.
     """
     learned, floor = frame.groupby("label", sort=False)["immediate"].mean(), references(groups).mean(skipna=False).max()
     chains = [group.runs[0].chain for group in groups]
@@ -202,7 +202,7 @@ def _winner(groups: Sequence[Group], frame: pd.DataFrame, metric: str) -> int | 
         compared &= (gained > 0) & (gained >= ENOUGH_LEARNED * gained[compared].max())
     found = frame.groupby("label", sort=False)[metric].agg(["mean", "std"])[compared].dropna(subset="mean")
     ranked = list(found.sort_values("mean", ascending=metric in _LOWER_IS_BETTER).itertuples())
-    # of one seed the deviation is NaN, which nothing exceeds
+    # with one seed the deviation is NaN, which nothing exceeds
     clear = [abs(ranked[0].mean - row.mean) > ranked[0].std + row.std for row in ranked[1:]]
     return list(learned.index).index(ranked[0].Index) if clear and all(clear) else None
 
@@ -236,7 +236,7 @@ def settings_table(groups: Sequence[Group]) -> Table:
 
 
 def alike_note(groups: Sequence[Group]) -> str:
-    """In what the trained rows differ besides the method, so that a difference in scores may come from it."""
+    """What the trained rows differ in besides the method, so that a difference in scores may come from it."""
     trained = [run for run in all_runs(groups) if run.trainable_parameters]
     found: dict[str, dict[str, dict[str, None]]] = {name: {} for name in STARTS}
     for run in trained:
@@ -255,7 +255,7 @@ def alike_note(groups: Sequence[Group]) -> str:
 
 
 def report_tables(groups: Sequence[Group]) -> list[Table]:
-    """Comparison, what was spent, costs, scores, percent located right (perhaps no row), and each label's matrix."""
+    """Comparison, what was spent, costs, scores, percent located right (may have no row), and each label's matrix."""
     order = groups[0].runs[0].order
     scores = dict.fromkeys((*order, "mean"), show_number)
     located = dict.fromkeys((*order, "overall"), show_number)
@@ -317,7 +317,7 @@ def formats_table(groups: Sequence[Group], frame: pd.DataFrame) -> Table:
 
 
 def limit_note(groups: Sequence[Group]) -> str:
-    """Which runs asked only some of the questions before the last row; empty where none is known to."""
+    """Which runs asked only some of the questions before the last row; empty if none is known to have done so."""
     limits: dict[int, dict[str, None]] = {}
     for run in all_runs(groups):
         if run.limit is not None and run.staged:
@@ -327,7 +327,7 @@ def limit_note(groups: Sequence[Group]) -> str:
 
 
 def report_text(runs: Sequence[Path], width: int = 100) -> str:
-    """All tables for a terminal of `width` columns, `alike_note` and `limit_note`."""
+    """All tables for a terminal of `width` columns, with `alike_note` and `limit_note`."""
     groups = group_runs(runs)
     general, tuned = general_tables(groups, general_frame(groups)), tuned_table(tuned_frame(groups))
     tables = [*report_tables(groups), *general, tuned]
@@ -344,7 +344,7 @@ def to_text(table: Table, width: int = 100) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub table whose keys are set flush left, and whose best cells are bold."""
+    """A GitHub table whose keys are left-aligned and whose best cells are bold."""
     rule = ["---"] * table.keys + ["---:"] * (len(table.cells.columns) - table.keys)
     rows = [
         [f"**{cell}**" if (r, c) in table.best else cell.replace("|", "\\|") for c, cell in enumerate(row)]
@@ -375,7 +375,7 @@ def show_number(value: float) -> str:
 
 
 def show_count(value: float) -> str:
-    """A count: whole below ten million, as in 90,624; else in the largest unit of which it has one, as in 61.9 M."""
+    """A count: whole below ten million, as in 90,624; else in the largest unit that it reaches, as in 61.9 M."""
     if value < EXACT:
         return f"{round(value):,}"
     unit, size = next((unit, size) for unit, size in UNITS.items() if value >= size)
@@ -383,7 +383,7 @@ def show_count(value: float) -> str:
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
-    """In order."""
+    """All runs, in order."""
     return [run for group in groups for run in group.runs]
 
 

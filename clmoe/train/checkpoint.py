@@ -34,7 +34,7 @@ RECORDED_VERSIONS = ("clmoe", "torch", "transformers", "peft", "accelerate")
 
 
 class SuperfluousFileError(ClmoeError):
-    """Somebody put a file into a sealed folder, whose own files are whole."""
+    """Somebody put a file into a sealed folder; its own files are intact."""
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:
@@ -70,7 +70,7 @@ def verify(folder: Path) -> str:
         manifest = json.loads(text)
         entries, found = manifest["files"], manifest["format_version"]
         if text != json_text(manifest):  # its own hash is the checkpoint's identity, so every byte counts
-            raise ValueError("it is not as it was written")
+            raise ValueError("it has been changed since it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise ClmoeError(f"{path} is damaged: {error}; train this task again or restore the folder") from error
     if found == OLD_FORMAT:
@@ -92,7 +92,7 @@ def verify(folder: Path) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """True for a sealed folder, False where nothing was finished. Raises ClmoeError if it was damaged since."""
+    """True for a sealed folder, False where nothing was finished. Raises ClmoeError if it has been damaged since."""
     return (folder / MANIFEST).is_file() and bool(verify(folder))
 
 
@@ -124,8 +124,9 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
 class Lineage:
     """Content of ``continual.json``.
 
-    ``tasks`` are those learned so far, oldest first, ``parent`` the manifest's sha256 of the checkpoint it continues,
-    ``base`` the fingerprint of the frozen base. ``steps`` and ``trainable_parameters`` are the last task's.
+    ``tasks`` are those learned so far, oldest first; ``parent`` is the sha256 of the manifest of the checkpoint
+    that it continues; ``base`` is the fingerprint of the frozen base. ``steps`` and ``trainable_parameters`` are the
+    last task's.
     """
 
     method: str
@@ -143,7 +144,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Finished:
-    """A verified checkpoint; ``config`` has the overrides that it was read with, ``locator`` is as it was sealed."""
+    """A verified checkpoint; ``config`` has the overrides that it was read with, ``locator`` is the sealed one."""
 
     folder: Path
     identity: str
@@ -153,7 +154,7 @@ class Finished:
 
 
 def lasting(config: Config) -> dict[str, Any]:
-    """All settings but those that change a training's result by rounding at most."""
+    """All settings except those that change the result of training by rounding at most."""
     values = recorded(config)
     for key in FREE_TRAINING_KEYS:
         del values["training"][key]
@@ -166,7 +167,7 @@ def checkpoint_folders(run: Path, tasks: Sequence[str]) -> list[Path]:
 
 
 def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finished:
-    """Verify a checkpoint folder and read it, under ``overrides`` for evaluation. Raises ClmoeError as ``verify``."""
+    """Verify a checkpoint folder and read it, with ``overrides`` for evaluation. Raises ClmoeError like ``verify``."""
     identity = verify(folder)
     try:
         values = dict(read_json(folder / LINEAGE))
@@ -189,7 +190,7 @@ def checked_method(config: Config) -> Method:
 
 
 def identity(config: Config, benchmark: str, parent: str | None, tasks: list[str]) -> dict[str, Any]:
-    """All that decides a checkpoint; ``parent`` is as in ``Lineage``."""
+    """Everything that decides a checkpoint; ``parent`` is as in ``Lineage``."""
     values = lasting(config)
     del values["evaluation"], values["label"]
     return {**values, "benchmark": benchmark, "parent": parent, "tasks": tasks}
@@ -213,7 +214,7 @@ def check_successor(parent: Finished, config: Config, benchmark: str, task: str)
     if changed:
         raise ClmoeError(f"--previous {parent.folder} was made with other settings ({changed})")
     if task in parent.lineage.tasks:
-        raise ClmoeError(f"--previous {parent.folder} has learned {task!r} already ({', '.join(parent.lineage.tasks)})")
+        raise ClmoeError(f"--previous {parent.folder} has already learned {task!r} ({', '.join(parent.lineage.tasks)})")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -230,5 +231,5 @@ def difference(name: str, old: Any, new: Any) -> str:
             if there != here:
                 return difference(f"{name}.{key}", there, here)
     if name.startswith(TRAIN):  # hashes, which nobody wants to compare
-        return f"{name}: another training file than at the start"
+        return f"{name}: the training file has changed since the start"
     return f"{name} {old} there, {new} here"

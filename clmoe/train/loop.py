@@ -1,6 +1,6 @@
 """The training loop: the loss, and transformers' Trainer with our sample order, optimizer groups, log and states.
 
-It runs alone, under DDP or under DeepSpeed's ZeRO. It writes no checkpoint of its own: those are pickles, and
+It runs alone, under DDP or under DeepSpeed's ZeRO. Trainer writes no checkpoints of its own: those are pickles, and
 DeepSpeed's are tied to the number of processes.
 """
 
@@ -49,13 +49,13 @@ from clmoe.utils.processes import Asked, any_of_them, mean_of_each, rank
 from clmoe.utils.tensors import check_finite, trainable
 
 PROJECTOR = "modules_to_save"  # in the names of a tuned projector's parameters
-LOST_UPDATES = 3  # in a row end a training
+LOST_UPDATES = 3  # in a row end the training
 
 
 class TrainedModel(nn.Module):
     """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
 
-    Logits exist at answer positions only, which is exact, and piece by piece unless the method reads them.
+    Logits are computed at answer positions only, which is exact, and in pieces unless the method reads them.
     """
 
     def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
@@ -71,18 +71,19 @@ class TrainedModel(nn.Module):
         rows: Tensor | None = None,
         **inputs: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of one micro-batch as its share of the global batch's, which has ``num_items_in_batch`` answer tokens.
+        """The micro-batch's share of the loss of the global batch, which has ``num_items_in_batch`` answer tokens.
 
-        ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels -100 outside the
-        answers. ``rows [B]`` int64 are the samples' places in the phase's records; ``inputs`` are the model's others.
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``[B, T]`` int64, right-padded; labels are -100 outside
+        the answers. ``rows [B]`` int64 are the samples' indices in the phase's records; ``inputs`` are the model's
+        other inputs.
         """
         adapted = adapted_base(self.model)
         trace = RouteTrace(real=attention_mask.bool())
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **inputs}
         loss: Tensor | float = 0.0
         if "pixel_values" not in inputs:
-            # Processes wait for each other's gradients, so a tuned projector needs one, of zero, without images too. It
-            # is computed first, so that its gradient comes last, as with images: ZeRO-2 packs gradients as they come.
+            # Processes wait for each other's gradients, so a tuned projector needs one, of zeros, even without images.
+            # It is computed first, so that its gradient comes last, as with images: ZeRO-2 packs them as they come.
             loss = 0.0 * sum(p.sum() for name, p in trainable(self.model).items() if PROJECTOR in name)
         with routing(NEWEST_ROUTER, trace):
             states = answer_states(adapted, batch)
@@ -91,7 +92,7 @@ class TrainedModel(nn.Module):
             answers = cross_entropy(batch["logits"], answer_tokens(labels), reduction="sum")
         else:
             answers = answer_loss(adapted.lm_head, states, answer_tokens(labels))
-        loss = loss + answers / num_items_in_batch.clamp(min=1)  # none where all records are masked
+        loss = loss + answers / num_items_in_batch.clamp(min=1)  # there are none if all records are masked
         batch |= {} if rows is None else {"rows": rows}
         extra = self.method.extra_loss(self.model, trace, batch)
         if extra is not None:
@@ -107,7 +108,7 @@ def enable_checkpointing(model: PeftModel) -> None:
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:
     """Optimizer steps over ``records``; a partial last batch is filled from the next epoch.
 
-    ``training.steps`` counts per task, the union has several. ``passes`` multiplies the epochs.
+    ``training.steps`` is per task; the union has several. ``passes`` multiplies the epochs.
     """
     if training.steps is not None:
         return training.steps * tasks
@@ -116,7 +117,7 @@ def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How global batches are cut over processes and ``accumulation`` forward passes of ``micro`` samples."""
+    """How global batches are cut into processes' shares and ``accumulation`` forward passes of ``micro`` samples."""
 
     seed: int
     records: int
@@ -172,7 +173,7 @@ class MicroBatches:
 def parameter_groups(
     model: nn.Module, lr: float, projector_lr: float, factor: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict[str, object]]:
-    """Trainable parameters in a group for each learning rate, the projector's last; ``factor`` is by parameter."""
+    """Trainable parameters in one group per learning rate, the projector's last; ``factor`` is per parameter."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         inside = PROJECTOR in name
@@ -194,7 +195,7 @@ def deepspeed_settings(name: str) -> Path:
                 "base's type with model.dtype"
             )
     if settings.get("zero_optimization", {}).get("stage") not in (1, 2):
-        raise ClmoeError(f"{path}: zero_optimization.stage must be 1 or 2; stage 3 would spread the frozen base, too")
+        raise ClmoeError(f"{path}: zero_optimization.stage must be 1 or 2; stage 3 would also spread the frozen base")
     return path
 
 
@@ -269,7 +270,7 @@ class Snapshots(TrainerCallback):
 
 
 class OneDevice(TrainingArguments):
-    """A process computes on one GPU. transformers would split each batch over all, and average our shares of a sum."""
+    """A process computes on one GPU. transformers would split each batch over all and average our shares of a sum."""
 
     @property
     def n_gpu(self) -> int:
@@ -277,7 +278,7 @@ class OneDevice(TrainingArguments):
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A data worker ignores the signal that a launcher sends to all processes: the step under way needs its batches."""
+    """A data worker ignores the signal that a launcher sends to all processes: the current step needs its batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -337,9 +338,9 @@ class TaskTrainer(Trainer):
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clip_and_keep_norm
 
     def _clip_and_keep_norm(self, *arguments: Any, **named: Any) -> Any:
-        """What Trainer calls as accelerate's own, once for every update: after the method's change of the gradients.
+        """Trainer calls this instead of accelerate's own, once per update; the method changes the gradients first.
 
-        The norm is kept because callbacks are not told it.
+        The norm is kept because callbacks do not get it.
         """
         adapted, method = self.trained.model, self.trained.method
         if method.needs_gradients:
@@ -349,7 +350,7 @@ class TaskTrainer(Trainer):
         return self.norm
 
     def begin(self) -> None:
-        """Set the prepared model up, and give optimizer and scheduler moments, step and rates of the state found."""
+        """Set up the prepared model; give optimizer and scheduler the moments, step and rates of the state found."""
         if isinstance(self.model_wrapped, DistributedDataParallel):
             self.model_wrapped.register_comm_hook(None, mean_of_each)
         if self.found is None:
@@ -366,13 +367,13 @@ class TaskTrainer(Trainer):
         return ZeroOptimizer(self._adamw, self.deepspeed.optimizer) if self.deepspeed else PlainOptimizer(self._adamw)
 
     def release(self) -> None:
-        """Take DeepSpeed's hooks off the model and forget its settings: another training can follow."""
+        """Take DeepSpeed's hooks off the model and forget its settings, so that another training can follow."""
         if self.deepspeed:
             self.deepspeed.destroy()
             unset_hf_deepspeed_config()
 
     def check_gradient(self) -> None:
-        """Before every update. Raises ClmoeError when several in a row were lost to an overflow."""
+        """Check before every update. Raises ClmoeError when several in a row were lost to an overflow."""
         norm = self.deepspeed.get_global_grad_norm() if self.deepspeed else self.norm
         if math.isfinite(float(norm)):
             self.lost_in_a_row = 0
@@ -399,7 +400,7 @@ class TaskTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with groups of their own for the projector and for what the method wants."""
+        """AdamW with separate groups for the projector and for what the method wants."""
         config, trained = self.config, self.trained
         rates = config.learning_rate, config.projector_learning_rate
         groups = parameter_groups(trained.model, *rates, trained.method.rate_factor)

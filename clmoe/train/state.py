@@ -1,8 +1,8 @@
-"""The state of an unfinished training: weights, moments and step, so that a crash costs few steps and no bit.
+"""The state of an unfinished training: weights, moments and step, so that a crash costs few steps and changes no bit.
 
 One folder per state, sealed like a checkpoint. It does not depend on the number of processes or on how the optimizer
 is spread over them: moments are stored whole, by parameter name. Sample order and dropout follow from (seed, step), so
-no generator's state belongs to it.
+no generator's state is part of it.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from clmoe.utils.tensors import check_finite, load_tensors, save_tensors, traina
 
 TENSORS = "state.safetensors"
 STEP = "state.json"
-OWN = "method."  # begins the names of what the method keeps
+OWN = "method."  # prefix of the names of what the method keeps
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -75,7 +75,7 @@ class ZeroOptimizer(PlainOptimizer):
 
 
 def state_folder(phase: Path, step: int) -> Path:
-    """Beside the folder that the phase is sealed in."""
+    """Where a state lies: next to the folder that the phase is sealed in."""
     return phase.with_name(f"{phase.name}.step-{step:08}")
 
 

@@ -90,7 +90,7 @@ class TrainRequest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: an interrupted request of the same identity is continued."""
+        """What decides the result: an interrupted request with the same identity is continued."""
         parent = None if self.previous is None else self.previous.identity
         return identity(self.config, self.benchmark.name, parent, self.learned)
 
@@ -101,7 +101,7 @@ class TrainRequest:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The sha256 of the training files, by task, and of those that the method reads besides."""
+        """The sha256 of the training files, by task, and of the other files that the method reads."""
         found = {name: file_sha256(self.benchmark.task(name).train) for name in self.tasks}
         previous = None if self.previous is None else self.previous.folder
         others = [*method_class(self.config.method)(self.config).reads(previous, self.benchmark.root)]
@@ -110,7 +110,7 @@ class TrainRequest:
 
     @property
     def noted(self) -> dict[str, Any]:
-        """What an unfinished training notes, to be continued by the same request on the same files only."""
+        """What an unfinished training records, so that only the same request on the same files continues it."""
         return self.identity | {"train": self.files}
 
     @property
@@ -139,8 +139,8 @@ def prepare_request(
         )
     if deepspeed is not None and method.needs_gradients:
         raise ClmoeError(
-            f"method {config.method} works on whole gradients, and --deepspeed {deepspeed.stem} spreads them over the "
-            "processes: leave it out (in scripts: LAUNCHER=torchrun), several processes then train under DDP"
+            f"method {config.method} works on whole gradients, but --deepspeed {deepspeed.stem} spreads them over the "
+            "processes: leave it out (in scripts: LAUNCHER=torchrun); several processes then train under DDP"
         )
     if task != UNION:
         benchmark.task(task)
@@ -160,7 +160,7 @@ def prepare_request(
 
 
 def finished(request: TrainRequest) -> bool:
-    """True where the output exists already. Raises ClmoeError if it is damaged or not what this request makes."""
+    """True if the output already exists. Raises ClmoeError if it is damaged or not what this request makes."""
     output = request.output
     if not output.exists():
         return False
@@ -176,7 +176,7 @@ def finished(request: TrainRequest) -> bool:
 
 
 def by_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
-    """``FILES`` or ``SAMPLES``, by checkpoint folder of the run; those of older versions are not in it."""
+    """``FILES`` or ``SAMPLES``, by checkpoint folder of the run; checkpoints of older versions are not in it."""
     return read_json(path) if path.is_file() else {}
 
 
@@ -186,14 +186,14 @@ def answers_fit(config: Config, base: LoadedBase | None = None) -> AnswersFit:
 
 
 def training_records(config: Config, task: Task, fits: AnswersFit, seen: Seen | None = None) -> Sequence[TrainRecord]:
-    """What a task is trained on, and its locator fitted: its file's records, ``training.asd`` of them rewritten."""
+    """What a task is trained on and its locator fitted to: its file's records, ``training.asd`` of them rewritten."""
     training = config.training
     records = train_records(task, training.on_bad_record, fits, seen)
     return diversified(records, training.asd, config.seed, training.asd_texts, fits, task.image_root)
 
 
 def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequence[TrainRecord], Path, list[str]]:
-    """The training records, the folder that their images are relative to, and what is odd about them, a line each."""
+    """The training records, the folder that their images are relative to, and what is odd about them, one line each."""
     benchmark, on_bad = request.benchmark, request.config.training.on_bad_record
     fits, parts, notes = answers_fit(request.config, base), [], []
     for task in map(benchmark.task, request.tasks):
@@ -211,9 +211,9 @@ def load_records(request: TrainRequest, base: LoadedBase | None) -> tuple[Sequen
 
 
 def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedBase | None:
-    """Train one task and publish its checkpoint; does nothing when it is finished.
+    """Train one task and publish its checkpoint; does nothing if it is already finished.
 
-    ``base``, as the task before returned it, saves loading it. Returns the base as it was, for the next task.
+    ``base``, as the previous task returned it, saves loading it. Returns the base as it was, for the next task.
     """
     if finished(request):
         return base
@@ -228,11 +228,11 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     if base is None:
         base = load_base(config.model, device())
     if request.previous is not None and request.previous.lineage.base != base.fingerprint:
-        raise ClmoeError(f"--previous {previous} was trained on another base than {config.model.path}")
+        raise ClmoeError(f"--previous {previous} was trained on a different base from {config.model.path}")
     from_main(lambda: print("".join(f"{line}\n" for line in notes), end="", file=sys.stderr))
     building = from_main(lambda: open_work(request.output, request.noted))
     sealed = building / PHASES
-    with TemporaryDirectory(prefix="clmoe-") as scratch:  # where all but the main process's method writes
+    with TemporaryDirectory(prefix="clmoe-") as scratch:  # where the methods of all but the main process write
         work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
         model = _model(request, method, base)
         context = TaskContext(task, index, records, images, config, base, model, work, sealed, sealed, previous, data)
@@ -254,9 +254,9 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
 
 @cache
 def _spare_imports() -> None:
-    """Keep what the imports made out of garbage collection: the Trainer collects before each training.
+    """Keep what the imports made out of garbage collection: Trainer collects before each training.
 
-    Once per process, while no model is there: whatever is frozen is never freed from a cycle.
+    Done once per process, before there is a model: whatever is frozen is never freed from a cycle.
     """
     gc.freeze()
 
@@ -271,10 +271,10 @@ def check_work(request: TrainRequest) -> None:
     if request.restart:
         shutil.rmtree(work, ignore_errors=True)
     there = read_json(marker) if marker.is_file() else request.noted
-    if changed := differences({"train": request.files} | there, request.noted):  # older versions noted no files
+    if changed := differences({"train": request.files} | there, request.noted):  # older versions recorded no files
         raise ClmoeError(
             f"{work} holds an interrupted training with other settings ({changed}): give the same settings to "
-            "continue it, choose another --output, or give --restart to delete it and begin anew"
+            "continue it, choose another --output, or give --restart to delete it and start over"
         )
 
 
@@ -313,7 +313,7 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
 
 
 def _publish(request: TrainRequest, method: Method, context: TaskContext, phases: list[Phase], parameters: int) -> None:
-    """Complete the checkpoint's files, put it in its place, and only then remove what served to make them."""
+    """Complete the checkpoint's files, put it in place, and only then remove what was used to make them."""
     work, config = context.work, request.config
     save_adapter(context.model, work)
     (work / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -339,7 +339,7 @@ def _publish(request: TrainRequest, method: Method, context: TaskContext, phases
 
 
 def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phase: Phase, log: EventLog) -> int:
-    """Train and seal one phase, or take it as an interrupted run sealed it; then end it. Returns what it trained."""
+    """Train and seal one phase, or take an interrupted run's; then end it. Returns how many parameters it trained."""
     context.trained = context.sealed / phase.name
     if not from_main(lambda: is_complete(context.trained)):
         phase.begin(context)
@@ -355,7 +355,7 @@ def _run_phase(request: TrainRequest, method: Method, context: TaskContext, phas
 
 
 def batch_plan(request: TrainRequest, records: Sequence[TrainRecord], batch_size: int | None = None) -> BatchPlan:
-    """How this task's global batches are cut. Raises ClmoeError if the processes cannot divide them."""
+    """How this task's global batches are cut. Raises ClmoeError if they cannot be divided over the processes."""
     training = request.config.training
     sizes = batch_size or training.batch_size, training.micro_batch_size
     return BatchPlan(request.config.seed, len(records), *sizes, count())
@@ -366,7 +366,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     with writing(folder / ADAPTER_FILE):
         # embeddings never train; "auto" would look for the base's files to find that out
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's own, an empty form
+    (folder / "README.md").unlink(missing_ok=True)  # peft's own, an empty template
 
 
 def _model(request: TrainRequest, method: Method, base: LoadedBase) -> PeftModel:
@@ -381,7 +381,7 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
     if phase.steps is not None:
         return phase.steps
     training, records = request.config.training, len(phase.records)
-    if request.task == UNION:  # its records hold every task's passes already
+    if request.task == UNION:  # its records already hold every task's passes
         return total_steps(training, records, tasks=len(request.order))
     return total_steps(training, records, request.benchmark.task(request.task).passes if phase.of_task else 1)
 
@@ -389,7 +389,7 @@ def _phase_steps(request: TrainRequest, phase: Phase) -> int:
 def _train(
     request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog
 ) -> dict[str, Any]:
-    """Train a phase from its newest saved state and seal it; the class that wrapped the model, and lost updates."""
+    """Train a phase from its newest saved state and seal it; returns the model's wrapper class, and lost updates."""
     training, base = request.config.training, context.base
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)

@@ -49,7 +49,7 @@ def json_text(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically; one that holds it already stays as it is."""
+    """Replace a file's content atomically; a file that already holds it stays as it is."""
     if path.is_file() and path.read_bytes() == text.encode():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of ours. Raises ClmoeError: unreadable or broken; the file is named."""
+    """A JSON file of ours. Raises ClmoeError, naming the file, if it is unreadable or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -112,7 +112,7 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
 def locked(run: Path) -> Iterator[None]:
     """Hold a run folder for one command at a time, in the main process; the system releases it however that ends.
 
-    A new folder in which nothing was written is removed. Raises ClmoeError, naming the holder, if it is in use.
+    A new folder is removed if nothing was written in it. Raises ClmoeError, naming the holder, if it is in use.
     """
     new = not run.exists()
     lock, holder = FileLock(run / LOCK, timeout=0), run / f"{LOCK}.holder"

@@ -24,13 +24,13 @@ from clmoe.utils.processes import is_main
 
 
 class EventLog:
-    """Appends one JSON object per event; the only file, with ``timing.json``, that holds times."""
+    """Appends one JSON object per event. Only this file and ``timing.json`` hold times."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append ``{"time", "event", ...fields}``; of several processes only the main one does."""
+        """Append ``{"time", "event", ...fields}``; with several processes, only the main one does."""
         if is_main():
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             append_json_lines(self.path, [{"time": time, "event": event, **fields}])
@@ -52,8 +52,8 @@ class Stage:
 def seconds_left(events: list[dict[str, Any]], stage: Stage, here: float) -> float:
     """Seconds until the whole sequence ends, ``here`` of them for what is under way.
 
-    A later task is expected to train as long as the finished ones did on average, and so for each evaluated cell and
-    each fit of a locator.
+    A later task is expected to train as long as the finished ones did on average, and likewise for each evaluated cell
+    and each fit of a locator.
     """
     trained = [e["seconds"] for e in events if e["event"] == "trained"]
     evaluated = [e["seconds"] for e in events if e["event"] == "evaluated"]
@@ -82,7 +82,7 @@ _shown: list[tuple[RichProgress, TaskID]] = []  # the one live display of this p
 
 @contextmanager
 def display(title: str, tasks: int) -> Iterator[None]:
-    """Show a row for a whole sequence, and every ``Progress`` within the block below it; ``CLMOE_PROGRESS=0`` hides."""
+    """Show a row for a whole sequence, and every ``Progress`` in the block below it; ``CLMOE_PROGRESS=0`` hides all."""
     bars = _live()
     _shown.append((bars, bars.add_task(title, total=tasks, state="")))
     try:
@@ -125,7 +125,7 @@ class Progress:
         self.loss = f"loss {loss:.3f}, "
 
     def skip(self, steps: int) -> None:
-        """``steps`` units of the row were done before, by an interrupted command."""
+        """``steps`` units of the row were done earlier, by an interrupted command."""
         self.skipped = steps
         self.bars.update(self.row, advance=steps)
 
@@ -157,7 +157,7 @@ def timed(log: EventLog, event: str, **fields: Any) -> Iterator[dict[str, Any]]:
 
 
 def peak_memory() -> dict[str, int]:
-    """``peak_rss_mib`` of this process so far; where torch uses a GPU also ``peak_cuda_mib``, its tensors there."""
+    """``peak_rss_mib`` of this process so far; if torch uses a GPU, also ``peak_cuda_mib``, its tensors there."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     peaks = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
     if torch.cuda.is_available():
@@ -175,7 +175,7 @@ def write_timing(run: Path) -> None:
 def provenance() -> dict[str, str | None]:
     """The checkout's commit and this process's command line.
 
-    ``commit`` ends in ``+`` where files differ from it, but for docs/; it is None without a checkout or git.
+    ``commit`` ends in ``+`` if files outside docs/ differ from it; it is None without a checkout or git.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"commit": _commit(Path(__file__).resolve().parents[2]), "command": command}

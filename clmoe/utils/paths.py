@@ -1,4 +1,4 @@
-"""Where the shipped configurations and the embedded base are. All other paths count from the user's folder."""
+"""Where the shipped configurations and the embedded base are. All other paths are relative to the user's folder."""
 
 import os
 from collections.abc import Iterable
@@ -42,16 +42,16 @@ def find_config(kind: str, name: str, ending: str = ".yaml") -> Path:
 def check_target(
     option: str, target: Path, files: Iterable[Path] = (), folders: Iterable[Path] = (), *, file: bool = False
 ) -> None:
-    """Raise ClmoeError unless a command can write ``target``, a folder or a ``file``, and harms no input.
+    """Raise ClmoeError unless a command can write ``target``, a folder or a ``file``, without harming any input.
 
-    It must not be one of ``files`` or the folder that one of them lies in, must not be or lie in one of ``folders``,
-    nor in a checkpoint, and the nearest folder that exists must let it be written.
+    It must not be one of ``files`` or the folder that holds one, must not be or lie in one of ``folders``, and must not
+    lie in a checkpoint. The nearest folder that exists must be writable.
     """
     real = target.expanduser().resolve()
     for read in files:
         same = real.exists() and read.exists() and real.samefile(read)
         if same or real in (read.resolve(), read.resolve().parent):
-            raise ClmoeError(f"{option} {target} would overwrite {read}, or files beside it, that are read")
+            raise ClmoeError(f"{option} {target} would overwrite {read} or files beside it, which are read")
     for folder in [path.resolve() for path in folders]:
         if real == folder or folder in real.parents:
             raise ClmoeError(f"{option} {target} lies in {folder}, which is read: choose another place")
@@ -60,13 +60,13 @@ def check_target(
             raise ClmoeError(f"{option} {target} lies in the checkpoint {parent}: choose another place")
     there = next(path for path in (real.parent, *real.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ClmoeError(f"{option} {target} cannot be written: {there} is no folder, or not writable")
+        raise ClmoeError(f"{option} {target} cannot be written: {there} is not a writable folder")
     if real.exists() and (real.is_dir() == file or not os.access(real, os.W_OK)):
-        raise ClmoeError(f"{option} {target} cannot be written: it is no {'file' if file else 'folder'}, or read-only")
+        raise ClmoeError(f"{option} {target} cannot be written: not a {'file' if file else 'folder'}, or read-only")
 
 
 def is_hub_name(path: str) -> bool:
-    """It has the form ``owner/name``; the hub need not know it."""
+    """Whether it has the form ``owner/name``; the hub need not know it."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 

@@ -15,9 +15,9 @@ GROUPS = {"METHODS": "clmoe.methods", "LOCATORS": "clmoe.locators"}
 
 @cache
 def from_file(path: Path, registry: str) -> Any:
-    """The class that a file registers, ``METHODS = {name: class}``; asked twice, the same one.
+    """The class that a file registers, ``METHODS = {name: class}``; the same one each time.
 
-    Raises ClmoeError, naming the file, if it is not there, cannot be run, or does not register exactly one.
+    Raises ClmoeError, naming the file, if it does not exist, cannot be run, or does not register exactly one.
     """
     kind = registry.lower().removesuffix("s")
     if not path.is_file():
@@ -25,7 +25,7 @@ def from_file(path: Path, registry: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"clmoe_{kind}_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     registered = list(getattr(module, registry, {}).values())
     if len(registered) != 1:

@@ -1,4 +1,4 @@
-"""The data-parallel processes of one command, as a launcher starts them: what they agree on, how they share work.
+"""The data-parallel processes of one command, as a launcher starts them: what they agree on and how they share work.
 
 All run the same code; only the main one writes files that stay. SIGTERM, which schedulers send, is handled here too.
 """
@@ -49,7 +49,7 @@ def device() -> str:
 
 
 def start() -> None:
-    """Join the other processes; does nothing when there are none, or when it is done already."""
+    """Join the other processes; does nothing if there are none, or if it has joined already."""
     if count() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -58,7 +58,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the other processes, at the end of a command; DeepSpeed makes a group of one, too."""
+    """Leave the other processes at the end of a command; DeepSpeed makes a group even of one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -69,7 +69,7 @@ def lost_another(error: RuntimeError) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; one of several without Python's teardown, in which torch's communication thread may abort."""
+    """End this process; with several, without Python's teardown, in which torch's communication thread may abort."""
     if count() == 1:
         sys.exit(code)
     sys.stdout.flush()
@@ -78,7 +78,7 @@ def leave(code: int) -> NoReturn:
 
 
 def from_main(decide: Callable[[], T]) -> T:
-    """What ``decide`` returns in the main process, in all of them; its error is raised in all of them, too."""
+    """Return in all processes what ``decide`` returns in the main one; its error is raised in all of them, too."""
     if count() == 1:
         return decide()
     outcome: tuple[Any, Exception | None] = (None, None)
@@ -94,7 +94,7 @@ def from_main(decide: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Continue once every process has come here."""
     if count() > 1:
         _gather(None)
 
@@ -111,7 +111,7 @@ def in_order(items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape, the same bits in all of them; changes ``tensor``."""
+    """The sum of all processes' tensors, which have one shape; the same bits in all of them; changes ``tensor``."""
     if count() > 1:
         start()
         dist.all_reduce(tensor)
@@ -121,8 +121,8 @@ def summed(tensor: Tensor) -> Tensor:
 def mean_of_each(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's mean of gradients over the processes, each gradient summed by itself (a hook of ``register_comm_hook``).
 
-    The order in which more than two processes' numbers are added depends on where they stand in the message, and DDP
-    packs its messages anew after the first step of a process: a continued training would end in other bits.
+    The order in which more than two processes' numbers are added depends on their place in the message, and DDP packs
+    its messages anew after a process's first step: a continued training would end with different bits.
     """
     whole = bucket.buffer().div_(count())
     sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
@@ -137,7 +137,7 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-EXIT_CODE = 75  # of a command that was stopped and continues when it is given again (sysexits.h: EX_TEMPFAIL)
+EXIT_CODE = 75  # of a command that was stopped and continues when it is run again (sysexits.h: EX_TEMPFAIL)
 
 
 @dataclass

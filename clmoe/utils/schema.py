@@ -1,4 +1,4 @@
-"""What a mapping from YAML may hold: dataclasses with types and ranges; unknown keys name the right one."""
+"""What a mapping from YAML may hold: dataclasses with types and ranges; errors for unknown keys name the right one."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be: from ``low`` to ``high``, without an ``open`` end; never NaN or infinity."""
+    """What a number may be: from ``low`` to ``high``, excluding an ``open`` end; never NaN or infinity."""
 
     low: float
     high: float = math.inf
@@ -40,7 +40,7 @@ class Range:
         return low if self.high == math.inf else f"{low} and {high}"
 
 
-LARGEST = 65_536  # of what takes memory in proportion
+LARGEST = 65_536  # for numbers that take memory in proportion
 Positive = Annotated[float, Range(0, 1e9, "low")]
 NotNegative = Annotated[float, Range(0, 1e12)]
 Share = Annotated[float, Range(0, 1)]
@@ -58,7 +58,7 @@ RENAMED = {  # keys of clmoe 0.1
     "options.distance": "locator.options.distance",
     "options.radius": "locator.options.radius",
 }
-HOMES: dict[str, list[str]] = {}  # key -> where it stands in the configuration, which fills this
+HOMES: dict[str, list[str]] = {}  # key -> its places in the configuration, which fills this
 
 
 def _convert(value: Any, annotation: Any, where: str, make: bool = True) -> Any:
@@ -125,12 +125,12 @@ def build(kind: type[T], values: Any, where: str) -> T:
 
 @functools.cache
 def words() -> dict[str, str]:
-    """Words of the papers and of other libraries, and what to write for them."""
+    """Words of the papers and of other libraries, and what to write instead."""
     return yaml.safe_load((shipped_root() / "configs" / "words.yaml").read_text(encoding="utf-8"))
 
 
 def _hint(place: str, key: str) -> str:
-    """What to write for a key of another section, of clmoe 0.1, a paper or another library; empty if none is known."""
+    """What to write instead of a key of another section, clmoe 0.1, a paper or another library; empty if unknown."""
     if place in RENAMED:
         return f"{key} is now {RENAMED[place]}"
     found = [*HOMES.get(key, []), *filter(None, [words().get(key.lower())])]

@@ -1,4 +1,4 @@
-"""Settings as nested mappings: read from YAML and ``key=value``, laid over one another, and flattened."""
+"""Settings as nested mappings: read from YAML and ``key=value``, merged, and flattened."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from clmoe.errors import ClmoeError
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; another drops its options."""
+    """Settings ``high`` over ``low``. A locator's bare name is short for its mapping; a new name drops the options."""
     below, above = _locator(low), _locator(high)
     named = below.get("name")
     if named is not None and above.get("name", named) != named:
@@ -43,7 +43,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise ClmoeError(f"override {pair!r}: write key=value, for instance training.steps=20")
         try:
             value: Any = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:  # the latter: a day of no month, a number of 5,000 digits
+        except (yaml.YAMLError, ValueError) as error:  # the latter: a day that does not exist, a number of 5,000 digits
             raise ClmoeError(f"override {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
         result = merge(result, nested({key: value}))
     return result
@@ -60,7 +60,7 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises ClmoeError: unreadable file, broken YAML (with its line), or not a mapping."""
+    """A YAML mapping. Raises ClmoeError for an unreadable file, broken YAML (with its line), or no mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

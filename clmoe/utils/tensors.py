@@ -14,7 +14,7 @@ from clmoe.errors import ClmoeError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU. Raises ClmoeError, naming it: no safetensors, damaged, NaN or infinity."""
+    """All tensors of a file, on the CPU. Raises ClmoeError, naming it, if not safetensors, damaged, or not finite."""
     with _reading(path):
         tensors = load_file(path)
     refuse_infinite(tensors, path)
@@ -22,14 +22,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ClmoeError, naming file and tensor, if one that was read holds NaN or infinity."""
+    """Raise ClmoeError, naming file and tensor, if a tensor that was read holds NaN or infinity."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise ClmoeError(f"{path}: {name} holds NaN or infinity, so that every answer would be wrong: restore it")
+            raise ClmoeError(f"{path}: {name} holds NaN or infinity, so every answer would be wrong: restore it")
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No element is NaN or infinite; one pass without a copy. Types below 16 bits are not looked at."""
+    """No element is NaN or infinite; one pass without a copy. Types below 16 bits are not checked."""
     if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
         return True
     return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
@@ -44,7 +44,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What ``save_tensors`` wrote besides tensors. Raises as ``load_tensors``."""
+    """What ``save_tensors`` wrote besides tensors. Raises as ``load_tensors`` does."""
     with _reading(path), safe_open(path, "np") as file:
         return file.metadata() or {}
 
@@ -54,7 +54,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ClmoeError(f"{path}: cannot be read as safetensors ({error}); restore it or make it anew") from error
+        raise ClmoeError(f"{path}: cannot be read as safetensors ({error}); restore it or make it again") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -64,7 +64,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def replace_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """As ``save_tensors``, in a folder that is made; the file appears whole or not at all, also if several write it."""
+    """As ``save_tensors``, but makes the folder; the file appears whole or not at all, even if several write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_tensors(tensors, partial)
@@ -73,12 +73,12 @@ def replace_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise ClmoeError where the block cannot write; a full disk costs nothing that is finished."""
+    """Raise ClmoeError if the block cannot write; a full disk costs nothing that is finished."""
     try:
         yield
     except (SafetensorError, OSError) as error:
         raise ClmoeError(
-            f"{path}: cannot be written ({error}). What was finished before is whole: make room and give the same "
+            f"{path}: cannot be written ({error}). What was finished before is whole: make room and run the same "
             "command again"
         ) from error
 
@@ -89,7 +89,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_finite(values: Mapping[str, Tensor], when: str) -> None:
-    """Raise ClmoeError, naming the first value that holds an infinity or a NaN, and ``when``: ``step 3``."""
+    """Raise ClmoeError, naming the first value that holds infinity or NaN, and ``when``: ``step 3``."""
     for name, value in values.items():
         if not is_finite(value):
             raise ClmoeError(

@@ -17,7 +17,7 @@ Edge = Literal["lowest", "highest"]
 def requirements() -> Iterator[tuple[str, Requirement]]:
     """(extra or "", requirement) of this package: from the checkout's pyproject.toml, else as a wheel recorded them.
 
-    What is recorded at an editable installation may be older than the file.
+    What an editable installation recorded may be older than the file.
     """
     file = shipped_root() / "pyproject.toml"
     if file.is_file():
@@ -47,9 +47,9 @@ def tested(edge: Edge) -> dict[str, str]:
 
 @cache
 def unfit(absent: bool = True) -> str | None:
-    """Why clmoe cannot run on what is installed, and the command that mends it; None if it can.
+    """Why clmoe cannot run on what is installed, and the command that fixes it; None if it can.
 
-    Without ``absent``, packages that are not there do not count, as the parts that need none of them.
+    Without ``absent``, missing packages do not count, for the parts that need none of them.
     """
     needed = [(requirement, installed(requirement.name)) for extra, requirement in requirements() if not extra]
     wrong = [

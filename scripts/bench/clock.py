@@ -26,7 +26,7 @@ def device_name() -> str:
 
 
 def timed(work: Callable[[], R]) -> tuple[float, R]:
-    """Seconds, of the GPU's events or of this process on the CPU, and what ``work`` returns."""
+    """Seconds, by the GPU's events or of this process on the CPU, and what ``work`` returns."""
     if DEVICE.type == "cpu":
         start = time.process_time()
         result = work()
@@ -46,11 +46,11 @@ class Peak:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what an earlier form has freed is not this one's
+            ctypes.CDLL(None).malloc_trim(0)  # what an earlier form freed must not count for this one
             Path("/proc/self/clear_refs").write_text("5")
 
     def mib(self) -> float:
-        """Until now."""
+        """The peak until now."""
         if DEVICE.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         status = Path("/proc/self/status").read_text()
@@ -65,15 +65,15 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def _product_in_place(out: torch.Size, a: torch.Size, b: torch.Size, *unused: object, **named: object) -> int:
-    """torch counts ``addmm`` only."""
+    """torch counts only ``addmm``."""
     return 2 * a[0] * a[1] * b[1]
 
 
 class Products(TorchDispatchMode):
     """The matrix products of what runs inside, to be repeated on random numbers without all the rest.
 
-    Every product has factors of its own, as in the step: shared ones would stay in the cache. They take as much memory
-    as all that the products read.
+    Every product has its own factors, as in the step: shared ones would stay in the cache. They take as much memory as
+    everything that the products read.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ def _alike(tensor: Tensor) -> Tensor:
 
 
 def peak_rate(dtype: torch.dtype) -> float:
-    """The data sheet's, or ``best_rate`` of a device that is not in ``CARDS``."""
+    """The data sheet's rate, or ``best_rate`` for a device that is not in ``CARDS``."""
     return next((card.rate for card in CARDS if card.name in device_name()), 0.0) or best_rate(dtype)
 
 

@@ -1,10 +1,10 @@
-"""Kill `clmoe run` with -9 at random moments, give the same line again, and compare with an unbroken run.
+"""Kill `clmoe run` with -9 at random moments, run the same line again, and compare with an uninterrupted run.
 
     python scripts/bench/crash.py OUT [--methods clmoe llava_cmoe] [--kills 20] [--seed 0] [key=value ...]
 
-For each method a sequence of three tasks of the embedded benchmark (a few steps each) runs once unbroken and
-once while it is killed `--kills` times in all, the methods in turn. Every file but those that hold times must then have
-the same bytes.
+For each method, a sequence of three tasks of the embedded benchmark (a few steps each) runs once uninterrupted, and
+once while being killed. There are `--kills` kills in all, with the methods taking turns. Every file except those that
+hold times must then have the same bytes.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def start(method: str, run: Path, more: list[str]) -> subprocess.Popen[bytes]:
 
 
 def finish(method: str, run: Path, more: list[str]) -> float:
-    """Run to the end; returns the seconds that it took."""
+    """Run to the end; return the seconds that it took."""
     begun = time.monotonic()
     if start(method, run, more).wait():
         sys.exit(f"FAILED: {method} in {run} does not end")
@@ -46,7 +46,7 @@ def finish(method: str, run: Path, more: list[str]) -> float:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file but those that hold times."""
+    """Every file except those that hold times."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in UNCOMPARED)
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}
 
@@ -66,7 +66,7 @@ def main() -> None:
     while sum(kills.values()) < options.kills:
         method = options.methods[sum(kills.values()) % len(options.methods)]
         process = start(method, options.out / f"{method}-killed", settings)
-        time.sleep(rng.uniform(2, max(3.0, 0.5 * lasted[method])))  # seldom a whole run, so that it takes many
+        time.sleep(rng.uniform(2, max(3.0, 0.5 * lasted[method])))  # rarely a whole run, so that it takes many
         process.kill()
         if process.wait() == -signal.SIGKILL:
             kills[method] += 1
@@ -81,7 +81,7 @@ def main() -> None:
             found = contents(folder)
             odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             if odd:
-                sys.exit(f"FAILED: {folder}: {odd[:5]} differ from the unbroken run")
+                sys.exit(f"FAILED: {folder}: {odd[:5]} differ from the uninterrupted run")
         print(f"{method}: {kills[method]} kills survived, {len(expected)} files of equal bytes")
 
 

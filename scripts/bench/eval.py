@@ -1,11 +1,11 @@
-"""Evaluation in batches on shared image prefixes, against questions answered one by one, five questions to an image.
+"""Evaluation in batches on shared image prefixes, against questions answered one by one, five questions per image.
 
     OMP_NUM_THREADS=1 python scripts/bench/eval.py [--base llava] [--images 32] [--batch 64] [--json]
 
 The reference gives every question to transformers' ``generate`` alone. All forms run in one process on one adapted
 model (MoELoRA, eight experts, total rank 64, random up-projections), reading images included. Times are CPU seconds of
-the process, which preemption does not lengthen, or a GPU's where there is one, for which `--base llava-7b` is. Exact
-mode's include the questions that it answers again. The roofline's fraction is a form's FLOPs per second, without
+the process, which preemption does not lengthen, or a GPU's if there is one (`--base llava-7b` is for that). Those of
+exact mode include the questions that it answers again. The roofline's fraction is a form's FLOPs per second, without
 attention's, over those of one large matrix product; `times_its_products` divides its time by that of its own products,
 each the best of three (on the playground's base only: the repetition keeps all factors).
 """

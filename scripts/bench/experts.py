@@ -5,7 +5,7 @@ and experts). `again` is the packed form that recomputes the FFN's product inste
 allow. Repeats are interleaved and medians compared, so that other load on the machine affects all forms alike. On a
 CPU the times are CPU seconds of this process, on one thread; preemption does not lengthen them. A GPU is used if there
 is one: the times are then those of its events, and each form's peak memory is printed. The roofline fraction is the
-rate at which the adapter's own products are computed, over the rate of the frozen FFN's.
+rate at which the adapter's own products are computed, divided by that of the frozen FFN's.
 
     OMP_NUM_THREADS=1 python scripts/bench/experts.py [--tokens 2048] [--rank 64] [--repeats 15] [--json]
 """
@@ -107,7 +107,7 @@ def build(tokens: int, total_rank: int, experts: int, hidden: int, ffn: int, dty
 
 
 def seconds(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each form over ``repeats`` interleaved turns; one turn before the clock runs."""
+    """Median seconds of each form over ``repeats`` interleaved turns, after one turn that is not timed."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(repeats + 1):
         for name, work in forms.items():
@@ -118,7 +118,7 @@ def seconds(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that one step takes on the GPU beyond what lies there before."""
+    """The most memory that one step takes on the GPU beyond what was there before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

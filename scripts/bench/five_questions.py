@@ -1,4 +1,4 @@
-"""What the benches of evaluation, location and training share: bases of two sizes, and questions five to an image."""
+"""What the benches of evaluation, location and training share: bases of two sizes, and five questions per image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TRUE_SIZE = load_config("lora", {}, [], "llava-1.5-7b").model
 def open_base(kind: str) -> LoadedBase:
     """``playground``: the embedded benchmark's base, 16 image tokens; ``llava``: random weights, 576 image tokens.
 
-    ``llava-7b``: random weights in LLaVA-1.5-7B's shapes, bfloat16, for a GPU. On the GPU where there is one.
+    ``llava-7b``: random weights in LLaVA-1.5-7B's shapes, bfloat16, for a GPU. It is on the GPU if there is one.
     """
     if kind == "playground":
         return load_base(ModelConfig(), DEVICE)
@@ -85,7 +85,7 @@ def _with_processor(model: LlavaForConditionalGeneration, processor: LlavaProces
 
 
 def adapted(base: LoadedBase, config: Config | None = None) -> tuple[PeftModel, Method]:
-    """An adapter whose up-projections are not zero; MoELoRA's of eight experts unless ``config`` says otherwise."""
+    """An adapter whose up-projections are not zero; MoELoRA's with eight experts unless ``config`` says otherwise."""
     config = config or load_config("moelora", {"adapter": {"rank": 64, "experts": 8}}, [])
     kind = method_class(config.method)(config)
     model = attach_adapter(base.model, kind.adapter(base))
@@ -112,12 +112,12 @@ def write_images(folder: Path, count: int, side: int) -> list[str]:
 
 
 def questions(names: list[str]) -> list[Question]:
-    """Five of each image."""
+    """Five for each image."""
     return [Question(f"{name}-{k}", name, text, "", {}) for name in names for k, text in enumerate(QUESTIONS)]
 
 
 def records(names: list[str]) -> list[TrainRecord]:
-    """Five of each image, with short answers."""
+    """Five for each image, with short answers."""
     draw = random.Random(1)
     return [
         TrainRecord(f"{name}-{k}", name, (Turn(text, draw.choice(COLOURS)),))
@@ -129,7 +129,7 @@ def records(names: list[str]) -> list[TrainRecord]:
 def figures(
     measure: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """What ``measure`` finds on one thread, in a folder that is removed; with ``--json`` printed, and None returned."""
+    """What ``measure`` finds on one thread, in a folder that is removed; ``--json`` prints it and returns None."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args, Path(folder))

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python scripts/bench/growth.py RUN [--benchmark YAML] [--data FOLDER] [--json]
 
-Parameters trained in the task and kept after it, bytes of its checkpoint, minutes of its training (probes and locator
-included, evaluation not), and milliseconds that finding a question's task takes then: its feature on the frozen base,
-which does not grow, and the scores of all tasks.
+It shows parameters trained in the task and kept after it, bytes of its checkpoint, minutes of its training (probes and
+locator included, evaluation not), and milliseconds that finding a question's task takes by then: its feature on the
+frozen base, which does not grow, and the scores of all tasks.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def grown(run: Path, benchmark_name: str = "", data: Path | None = None) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--benchmark", default="", help="YAML file, if the run's benchmark is none of the shipped ones")
+    parser.add_argument("--benchmark", default="", help="YAML file, if the run's benchmark is not a shipped one")
     parser.add_argument("--data", type=Path, help="the benchmark's data folder")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python scripts/bench/hours.py [--base llava-1.5-7b] [--mfu 0.4] [--tokens 640]
 
 A record has its image's 576 tokens and 64 of text, 16 of them answers. Every method is counted as on its first task,
-without recomputation; probes, statistics, locators, loading, waiting and generated tokens after the first are not.
+without recomputation. Not counted: probes, statistics, locators, loading, waiting, generated tokens after the first.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from clmoe.plan.cost import MFU, answer_flops, card, step_flops
 METHODS = ("lora", "moelora", "clmoe", "clmoe_released", "llava_cmoe", "multitask")
 CARDS = ("A100", "H100")
 TRAINED = {"CoIN": 569_000, "CL4VQA": 537_503}
-"""Records of all tasks: CoIN's paper prints thousands, VQACL's supplement numbers. `clmoe data check` counts yours."""
+"""Records of all tasks: CoIN's paper prints thousands, VQACL's supplement units. `clmoe data check` counts yours."""
 ANSWERS = 16
 
 

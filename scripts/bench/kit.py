@@ -1,6 +1,6 @@
 """Parts of the GPU kit (scripts/gpu_kit.sh runs them all), and the kit's table in docs/performance.md.
 
-    python scripts/bench/kit.py run OUT PART... [--smoke]     writes OUT/PART.json, anew with every figure
+    python scripts/bench/kit.py run OUT PART... [--smoke]     writes OUT/PART.json, again with every figure
     python scripts/bench/kit.py fill OUT [PAGE]               writes the figures of OUT's files into the page's table
     python scripts/bench/kit.py check OUT                     fails unless all parts ended with finite figures
 
@@ -31,7 +31,7 @@ BEGIN, END = "<!-- gpu kit: filled by scripts/bench/kit.py -->\n", "<!-- end of 
 NOT_MEASURED = "not measured"
 RANKS = (32, 64, 512)
 ABSENT = {name: name for name in ("datasets", "pyarrow", "pandas", "matplotlib", "sentencepiece")}
-ABSENT |= {"sklearn": "scikit-learn"}  # module -> package, of those that clmoe needs and a CUDA image lacks
+ABSENT |= {"sklearn": "scikit-learn"}  # module -> package, for those that clmoe needs and a CUDA image lacks
 STAND_INS = (
     "datasets",
     "datasets.arrow_writer",
@@ -87,7 +87,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
 
 
 class Record:
-    """A part's JSON, written anew with every figure, so that a cut leaves what there is."""
+    """A part's JSON, written again with every figure, so that a cut part keeps what it has."""
 
     def __init__(self, part: str, out: Path) -> None:
         self.path = out / f"{part}.json"
@@ -134,7 +134,7 @@ def _version(package: str) -> str | None:
 
 @contextmanager
 def replaced(modules: dict[str, Any]) -> Iterator[None]:
-    """Inside, imports find these; None: nothing."""
+    """Inside, imports find these; for None, they find nothing."""
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules |= modules
     try:
@@ -168,7 +168,7 @@ def run(part: str, out: Path, smoke: bool) -> int:
     """Measure a part; returns the exit code. SIGTERM ends it with what it has."""
 
     def cut(number: int, frame: object) -> NoReturn:
-        raise TimeoutError("cut by SIGTERM: the part's time was over")
+        raise TimeoutError("cut by SIGTERM: the part's time was up")
 
     signal.signal(signal.SIGTERM, cut)
     out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def fill(out: Path | None, page: Path) -> None:
 
 
 def problems(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """What is missing, failed or not finite; figures that a part skips for want of a package are not."""
+    """What is missing, failed or not finite; figures that a part skips for lack of a package do not count."""
     found = [f"{part}: {values['error']}" for part, values in parts.items() if values["error"]]
     for part, _, keys, _ in ROWS:
         values = parts.get(part, {"figures": {}, "skipped": {}})

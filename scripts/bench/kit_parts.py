@@ -1,4 +1,4 @@
-"""What the GPU kit measures, one function a part; `kit.py` starts them and holds the table of their figures."""
+"""What the GPU kit measures, one function per part; `kit.py` starts them and holds the table of their figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COMPILED = ("frozen", "packed", "peft_16")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The true ones: LLaVA-1.5-7B, and what fills an 80 GB card for seconds."""
+    """The true sizes: LLaVA-1.5-7B, and what keeps an 80 GB card busy for seconds."""
 
     shapes: dict[str, Any] = field(default_factory=lambda: read_json(shapes_file(TRUE_SIZE)))
     ffn_tokens: int = 10240
@@ -67,7 +67,7 @@ class Sizes:
 
     @classmethod
     def smoke(cls) -> Sizes:
-        """Seconds on a CPU."""
+        """Sizes that take seconds on a CPU."""
         shapes = read_json(shapes_file(TRUE_SIZE)) | {"image_seq_length": 4}
         text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 832}
         heads = {"num_attention_heads": 2}
@@ -81,7 +81,7 @@ class Sizes:
         return random_base(self.shapes)
 
     def config(self, method: str, folder: Path, *overrides: str) -> Config:
-        """A method's, for a model folder that holds these shapes."""
+        """A method's configuration, for a model folder that holds these shapes."""
         (folder / "config.json").write_text(json.dumps(self.shapes))
         return load_config(method, {}, ["model.dtype=bfloat16", *overrides], str(folder))
 
@@ -132,7 +132,7 @@ def kept_activations(record: Record, size: Sizes) -> None:
 
 
 def recompute(model: PeftModel) -> None:
-    """Activation checkpointing as a training has it; transformers below 5.20 has another name for it."""
+    """Activation checkpointing as in a training; transformers below 5.20 has another name for it."""
     base = adapted_base(model)
     if hasattr(base, "activation_checkpointing_enable"):
         enable_checkpointing(model)
@@ -232,7 +232,7 @@ def four_bit(base: LoadedBase) -> None:
 
 
 def on_24_gib(record: Record, size: Sizes, folder: Path) -> None:
-    """CL-MoE's step where the allocator may take 24 GiB: the largest micro-batch, in bfloat16 and in 4 bits."""
+    """CL-MoE's step if the allocator may take 24 GiB: the largest micro-batch, in bfloat16 and in 4 bits."""
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
@@ -285,7 +285,7 @@ def soak(record: Record, size: Sizes, folder: Path) -> None:
 
 
 def answers(record: Record, size: Sizes, folder: Path) -> None:
-    """Five questions to an image, alone and in batches; random weights make close calls, which exact mode repeats."""
+    """Five questions per image, alone and in batches; random weights make close calls, which exact mode repeats."""
     asked = argparse.Namespace(images=size.images, batch=32, new_tokens=size.new_tokens, uncounted=True)
     found = measure_answers(asked, folder, size.base)
     count = found.pop("questions")
@@ -366,7 +366,7 @@ def attention(record: Record, size: Sizes, folder: Path) -> None:
 
 
 def in_folder(work: Callable[[Record, Sizes, Path], None]) -> Callable[[Record, Sizes], None]:
-    """The part with a folder for its pictures, which is removed."""
+    """Give the part a folder for its pictures, which is removed."""
 
     def part(record: Record, size: Sizes) -> None:
         with TemporaryDirectory() as folder:

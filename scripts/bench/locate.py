@@ -1,11 +1,11 @@
-"""What finding each question's task costs: features on shared prefixes and from the cache, against a prefill each.
+"""What finding each question's task costs: features on shared prefixes and from the cache, against one prefill each.
 
     OMP_NUM_THREADS=1 python scripts/bench/locate.py [--images 16] [--tasks 4] [--batch 32] [--json]
 
-A LLaVA-CMoE sequence is trained for a few steps per task on the embedded base, five questions to an image. After every
-task the questions of all tasks so far are answered, as in a sequence's evaluation: with the task known (oracle),
+A LLaVA-CMoE sequence is trained for a few steps per task on the embedded base, with five questions per image. After
+every task, the questions of all tasks so far are answered, as in a sequence's evaluation: with the task known (oracle),
 located with features kept on disk, and located the plain way, one prefill on the frozen base per question, nothing
-kept. All in one process; times are of the GPU where there is one, else CPU seconds of the process.
+kept. All run in one process; times are those of the GPU if there is one, else CPU seconds of the process.
 """
 
 from __future__ import annotations

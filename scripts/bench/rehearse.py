@@ -76,7 +76,7 @@ ANSWERS = 16  # tokens of each record, as the plan counts them
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and nothing has freed yet.
+    """Counts the bytes of all storages that operations have made and nothing has freed yet.
 
     Unless it ``computes``, matrix products are zeros of the right shape: minutes become seconds, with the same tensors.
     """
@@ -154,7 +154,7 @@ def measured(config: Config, samples: int, tokens: int, computes: bool = True) -
 
 
 def numbered(tensor: Tensor) -> Tensor:
-    """What a buffer of positions holds."""
+    """What a buffer of positions would hold."""
     return torch.arange(tensor.numel()).reshape(tensor.shape)
 
 
@@ -181,7 +181,7 @@ def batch(config: Config, loaded: LoadedBase, samples: int, tokens: int) -> Iter
 
 
 def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-    """With a mask of bytes, as on a GPU; a CPU's has the type of ``x``."""
+    """Dropout with a mask of bytes, as on a GPU; a CPU's has the type of ``x``."""
     return torch.native_dropout(x, p, training)[0]
 
 
@@ -305,7 +305,7 @@ class Widened(TorchDispatchMode):
 
 
 def alone(figures: Path, arguments: list[str]) -> None:
-    """Run ``clmoe`` with these arguments; note CPU seconds, and of each phase's steps tokens, seconds and memory."""
+    """Run ``clmoe`` with these arguments; note CPU seconds, and tokens, seconds and memory of each phase's steps."""
     steps, peak, train, forward = [], Peak(), TaskTrainer.train, TrainedModel.forward
 
     def watched(trainer: TaskTrainer) -> None:

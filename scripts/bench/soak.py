@@ -1,4 +1,4 @@
-"""Fifty tasks in one process: does a step get slower, or the process larger, apart from what experts are added?
+"""Fifty tasks in one process: does a step get slower, or the process larger, beyond what added experts explain?
 
     OMP_NUM_THREADS=1 python scripts/bench/soak.py OUT [--methods clmoe llava_cmoe] [--tasks 50] [--steps 10]
         [--set key=value ...]

@@ -4,8 +4,8 @@
 
 Forward and backward of one global batch of MoELoRA (eight experts, total rank 64, and the projector), without
 reading files. Both forms run in one process on the same weights, interleaved, and medians are compared: CPU seconds of
-the process, or a GPU's where there is one, for which `--base llava-7b` is. The roofline's fraction is a form's FLOPs
-per second, without attention's, over those of one large matrix product.
+the process, or a GPU's if there is one (`--base llava-7b` is for that). The roofline's fraction is a form's FLOPs per
+second, without attention's, over those of one large matrix product.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def plain_loss(model: TrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def differences(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
-    """Relative, of the loss, and the largest of a parameter's gradient."""
+    """Relative differences: that of the loss, and the largest of a parameter's gradient."""
     pairs = zip(found[1], wanted[1], strict=True)
     gradient = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     return float((found[0] - wanted[0]).abs() / wanted[0]), gradient

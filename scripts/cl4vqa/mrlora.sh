@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MR-LoRA on CL4VQA. The environment: scripts/benchmark.sh.
+# MR-LoRA on CL4VQA. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" cl4vqa "${METHOD:-mrlora}" "$@"

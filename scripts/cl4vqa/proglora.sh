@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# ProgLoRA on CL4VQA. The environment: scripts/benchmark.sh.
+# ProgLoRA on CL4VQA. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" cl4vqa "${METHOD:-proglora}" "$@"

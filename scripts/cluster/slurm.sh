@@ -8,14 +8,14 @@
 #SBATCH --signal=B:TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# One or more nodes under SLURM. Options of the site (partition, account) go on sbatch's command line:
+# One or more nodes under SLURM. Your site's options (partition, account) go on sbatch's command line:
 #
 #   SCRIPT=scripts/coin/llava_cmoe.sh DATA=/data/coin OUT=/runs/coin sbatch -p gpu scripts/cluster/slurm.sh [key=value ...]
 #   ... sbatch -p gpu --nodes=2 scripts/cluster/slurm.sh                  (torchrun on each node; DEEPSPEED=zero2 works too)
 #   ... DRY_RUN=1 NODES=2 bash scripts/cluster/slurm.sh                   (prints the commands)
 #
-# Five minutes before the time is up the training is told to stop; it saves its state, and the job queues itself again
-# and goes on from there. If a process of several nodes dies, srun ends the others. All nodes must share OUT and DATA.
+# Five minutes before the time is up, the training is told to stop; it saves its state, and the job queues itself again
+# and continues from there. If a process of several nodes dies, srun ends the others. All nodes must share OUT and DATA.
 set -euo pipefail
 for name in SCRIPT DATA OUT; do
   if [ -z "${!name:-}" ]; then
@@ -30,7 +30,7 @@ line=(bash "$SCRIPT" "$@")
 if [ "$NODES" -gt 1 ]; then
   if [ -z "${DRY_RUN:-}" ]; then MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}; fi
   export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
-  # Shells would end at SIGTERM before the processes that save; clmoe and torchrun have handlers of their own.
+  # Shells would end at SIGTERM before the processes that save; clmoe and torchrun have their own handlers.
   node='trap "" TERM; NODE_RANK=$SLURM_NODEID exec bash "$@"'
   srun=(srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}")
   line=("${srun[@]}" bash -c "$node" node "$SCRIPT" "$@")
@@ -57,7 +57,7 @@ trap stop TERM
 code=0
 wait "$group" || code=$?
 if [ -n "$stopped" ]; then
-  # The shells of the script are gone at once, and its processes still saving: SLURM kills them when this one ends.
+  # The script's shells end at once while its processes are still saving; SLURM kills those when this shell ends.
   while ps -e -o pgid=,stat= | awk -v group="$group" '$1 == group && $2 !~ /Z/ { n++ } END { exit !n }'; do sleep 1; done
   if [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 fi

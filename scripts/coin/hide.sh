@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# HiDe-LLaVA on CoIN. The environment: scripts/benchmark.sh.
+# HiDe-LLaVA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-hide}" "$@"

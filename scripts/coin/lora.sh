@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Sequential LoRA on CoIN. The environment: scripts/benchmark.sh.
+# Sequential LoRA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-lora}" "$@"

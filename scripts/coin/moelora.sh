@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MoELoRA on CoIN. The environment: scripts/benchmark.sh.
+# MoELoRA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-moelora}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MR-LoRA on CoIN. The environment: scripts/benchmark.sh.
+# MR-LoRA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-mrlora}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# ProgLoRA on CoIN. The environment: scripts/benchmark.sh.
+# ProgLoRA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-proglora}" "$@"

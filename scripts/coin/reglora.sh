@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# SEFE's RegLoRA on CoIN. The environment: scripts/benchmark.sh.
+# SEFE's RegLoRA on CoIN. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" coin "${METHOD:-reglora}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# HiDe-LLaVA on MLLM-DCL. The environment: scripts/benchmark.sh.
+# HiDe-LLaVA on MLLM-DCL. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" mllm_dcl "${METHOD:-hide}" "$@"

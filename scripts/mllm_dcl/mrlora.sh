@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MR-LoRA on MLLM-DCL. The environment: scripts/benchmark.sh.
+# MR-LoRA on MLLM-DCL. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" mllm_dcl "${METHOD:-mrlora}" "$@"

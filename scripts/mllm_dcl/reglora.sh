@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# SEFE's RegLoRA on MLLM-DCL. The environment: scripts/benchmark.sh.
+# SEFE's RegLoRA on MLLM-DCL. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" mllm_dcl "${METHOD:-reglora}" "$@"

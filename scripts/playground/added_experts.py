@@ -6,9 +6,10 @@
     python scripts/playground/added_experts.py probe RUN OUT [--vary options.probe_seed=0,1,2] [--benchmark B]
 
 RUN is a run folder of `llava_cmoe`. `depth` counts the experts added to each block, `experts` compares them with older
-ones. `alpha` decides again by the activations that the run recorded, under other thresholds. `probe` probes each task
-but the first again from the checkpoint before it, with the run's own settings but for one, into OUT: after the decision
-one step of training and of fitting the locator is enough. Means are over the runs and, in `experts`, over the blocks.
+ones. `alpha` decides again from the activations that the run recorded, under other thresholds. `probe` probes each task
+except the first again from the checkpoint before it, with all but one of the run's settings, into OUT: after the
+decision, one step of training and of fitting the locator is enough. Means are over the runs and, in `experts`, over the
+blocks.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def spread(values: list[float]) -> str:
 
 
 def depth(runs: list[Path]) -> None:
-    """Of all later tasks, the share that extended each block; the first's initial experts are not counted."""
+    """Experts that a later task added to each block, on average; the first task's initial experts do not count."""
     tasks = [task["blocks"] for run in runs for task in growth(run) if task["blocks"]]
     names = list(tasks[0])
     rows = [[str(number), spread([float(task[name]["added"]) for task in tasks])] for number, name in enumerate(names)]
@@ -67,7 +68,7 @@ def depth(runs: list[Path]) -> None:
 
 
 def alpha(runs: list[Path], values: list[float]) -> None:
-    """Experts that a task would have asked for under other thresholds, all that came before being as it was."""
+    """Experts that a task would have asked for under other thresholds, with everything before it unchanged."""
     tasks = [list(task["blocks"].values()) for run in runs for task in growth(run) if task["blocks"]]
 
     def asked(blocks: list[dict[str, Any]], value: float) -> int:
@@ -91,7 +92,7 @@ def products(checkpoint: Path, rank: int) -> Iterator[tuple[str, list[tuple[Tens
 
 
 def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """Of two updates ``B A``, as vectors, without making them."""
+    """Cosine of two updates ``B A``, as vectors, without making them."""
 
     def inner(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
         return float(((a[0] @ b[0].t()) * (a[1].t() @ b[1])).sum())
@@ -100,7 +101,7 @@ def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
 
 
 def experts(runs: list[Path]) -> None:
-    """Of added experts, what they began as and how alike they are, at the end, to the older ones of their linear."""
+    """What added experts began as, and how similar they are at the end to the older ones of their linear."""
     copied, nearest, initial, others = [], [], [], []
     for run in runs:
         last = checkpoints(run)[-1]

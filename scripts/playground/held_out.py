@@ -1,4 +1,4 @@
-"""Hold out training records as test questions, so that strengths can be chosen without a look at the test set.
+"""Hold out training records as test questions, so that strengths can be chosen without looking at the test set.
 
     python scripts/playground/held_out.py [playground-coin] [--last 200] [--output runs/held-out]
     clmoe run ewc runs/held-out/playground-coin-held-out.yaml options.samples=200 options.weight=1000

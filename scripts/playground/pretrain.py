@@ -3,7 +3,7 @@
     python scripts/playground/pretrain.py OUT
 
 OUT becomes a folder that `from_pretrained` reads, with the recipe in recipe.json. Everything is drawn from one seed: on
-one thread (OMP_NUM_THREADS=1) of one machine the weights repeat bit for bit.
+one thread (OMP_NUM_THREADS=1) of one machine, the weights repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sample_images(count: int, seed: int) -> tuple[list[Scene], Tensor]:
 
 
 def every_answer_word() -> tuple[str, ...]:
-    """All words that occur in an answer of either benchmark, in a fixed order, without repeats."""
+    """All words that occur in an answer of either benchmark, in a fixed order and without repeats."""
     shapes, colours = SHAPES.values(), COLOURS.values()
     groups = (
         COLOURS, BACKGROUNDS, SHAPES, PATTERNS, WORDS, scenes.COUNT_WORDS, scenes.DIGIT_WORDS,
@@ -154,7 +154,7 @@ def _ink(scene: Scene) -> str:
 
 
 def _patch_labels(scene: Scene) -> tuple[list[int], list[list[float]]]:
-    """Per patch, the thing that covers most of it (a fifth at least); blurred scenes have none."""
+    """Per patch, the thing that covers most of it (at least a fifth); blurred scenes have none."""
     kinds, boxes = [], []
     for patch in range(GRID * GRID):
         left, top = (patch % GRID) * PATCH, (patch // GRID) * PATCH
@@ -293,7 +293,7 @@ class TurnPacker:
 def packed_loss(
     model: LlavaForConditionalGeneration, features: Tensor, batch: PackedBatch
 ) -> tuple[Tensor, list[float]]:
-    """Mean cross-entropy over the answers' tokens, and each row's share of turns predicted without a slip.
+    """Mean cross-entropy over the answers' tokens, and each row's share of turns predicted without an error.
 
     Args:
         features: [B, patches, vision hidden]; `batch` holds the B rows' packed turns.

@@ -3,8 +3,8 @@
 #
 #   bash scripts/playground/table1.sh [key=value ...]
 #
-# Takes about eight hours on two cores; stop it at any time, the same line goes on. One seed of the eight tasks takes 42
-# minutes: SEEDS=0 BENCHMARKS=playground-coin bash scripts/playground/table1.sh
+# Takes about eight hours on two cores; stop it at any time, and the same line continues. One seed of the eight tasks
+# takes 42 minutes: SEEDS=0 BENCHMARKS=playground-coin bash scripts/playground/table1.sh
 # Environment: SEEDS (0,1,2), BENCHMARKS, JOBS (runs side by side, one thread each; default: one per core), GRID
 # (table1; or the ablations clmoe and llava_cmoe, see configs/grids.yaml), OUT (runs/grid).
 source "$(dirname "$0")/../common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LLaVA-CMoE on UCIT. METHOD names another of its configurations, WARMUP the data behind its initial experts (see
-# scripts/warmup.sh). The environment: scripts/benchmark.sh.
+# LLaVA-CMoE on UCIT. METHOD chooses another of its configurations, WARMUP the data behind its initial experts (see
+# scripts/warmup.sh). Environment: see scripts/benchmark.sh.
 set -euo pipefail
 source "$(dirname "$0")/../warmup.sh"
 exec bash "$(dirname "$0")/../benchmark.sh" ucit "${METHOD:-llava_cmoe}" "${warmup[@]}" "$@"

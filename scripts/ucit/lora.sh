@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Sequential LoRA on UCIT. The environment: scripts/benchmark.sh.
+# Sequential LoRA on UCIT. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" ucit "${METHOD:-lora}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MR-LoRA on UCIT. The environment: scripts/benchmark.sh.
+# MR-LoRA on UCIT. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" ucit "${METHOD:-mrlora}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# ProgLoRA on UCIT. The environment: scripts/benchmark.sh.
+# ProgLoRA on UCIT. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" ucit "${METHOD:-proglora}" "$@"

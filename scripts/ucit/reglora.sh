@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# SEFE's RegLoRA on UCIT. The environment: scripts/benchmark.sh.
+# SEFE's RegLoRA on UCIT. Environment: see scripts/benchmark.sh.
 exec bash "$(dirname "$0")/../benchmark.sh" ucit "${METHOD:-reglora}" "$@"

@@ -141,7 +141,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch
     ("name", "shape", "named"),
     [
         ("language_model.model.layers.1.mlp.up_proj.weight", None, r"lack.*layers\.1\.mlp\.up_proj\.weight"),
-        ("language_model.model.layers.9.mlp.up_proj.weight", [3], r"hold, beyond.*layers\.9"),
+        ("language_model.model.layers.9.mlp.up_proj.weight", [3], r"have, besides.*layers\.9"),
         ("multi_modal_projector.linear_1.bias", [3], r"linear_1\.bias .*\[3\].*\[48\]"),
     ],
 )

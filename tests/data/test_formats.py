@@ -345,7 +345,7 @@ def test_a_table_under_train_is_told_its_place(folder: Path) -> None:
 
 def test_the_raw_files_are_never_written_to(folder: Path) -> None:
     benchmark = described(folder, ["prepared/t/train.json"], ["x.csv"])
-    with pytest.raises(ClmoeError, match="names of their own"):
+    with pytest.raises(ClmoeError, match="different names"):
         load_benchmark(str(benchmark), check_files=False)
 
 

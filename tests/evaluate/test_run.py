@@ -296,7 +296,7 @@ def test_an_adapter_is_not_evaluated_on_other_weights(
     save_tiny(own.model, seed=1)
     with pytest.raises(SystemExit):
         own.evaluate(checkpoint, tmp_path / "run")
-    assert f"another base than {own.model}" in capsys.readouterr().err
+    assert f"a different base from {own.model}" in capsys.readouterr().err
     with pytest.raises(ClmoeError, match="another base"):
         clmoe.load(checkpoint)
     assert clmoe.load(checkpoint, model=str(runs.model)).learned == [TASKS[0]]

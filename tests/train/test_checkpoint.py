@@ -159,7 +159,7 @@ def test_what_may_follow_a_checkpoint(tmp_path: Path) -> None:
         (config("adapter.rank=32"), "mini", "side", r"adapter\.rank 64 there, 32 here"),
         (config("model.path=elsewhere"), "mini", "side", r"model\.path .* there, elsewhere here"),
         (config(), "other", "side", "benchmark mini there, other here"),
-        (config(), "mini", "count", "has learned 'count' already"),
+        (config(), "mini", "count", "has already learned 'count'"),
     ):
         with pytest.raises(ClmoeError, match=message):
             check_successor(parent, settings, benchmark, task)

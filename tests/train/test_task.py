@@ -153,7 +153,7 @@ def test_another_base_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.Capt
     shutil.rmtree(other)
     shutil.copytree(runs.model, other)
     error = refused(swapped, capsys, tmp_path / "run" / SECOND, "lora", SECOND, previous=parent)
-    assert "was trained on another base" in error
+    assert "was trained on a different base" in error
 
 
 def test_an_output_that_holds_something_else_is_refused(
@@ -169,7 +169,7 @@ def test_what_cannot_be_trained_is_refused(
     runs: Runs, chain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run" / "x"
-    assert "has learned 'colour' already" in refused(runs, capsys, output, "clmoe", FIRST, previous=chain[1])
+    assert "has already learned 'colour'" in refused(runs, capsys, output, "clmoe", FIRST, previous=chain[1])
     assert "leave out --previous" in refused(runs, capsys, output, "multitask", "all", previous=chain[1])
     assert "cannot be cut" in refused(runs, capsys, output, "lora", FIRST, "training.micro_batch_size=3")
     assert "--task all only" in refused(runs, capsys, output, "multitask", FIRST)
