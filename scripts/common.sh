@@ -82,7 +82,7 @@ launch() {
     line+=(--master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --log_level warning --module clmoe.cli)
     ;;
   *)
-    echo "LAUNCHER=$LAUNCHER is none of python, torchrun, deepspeed" >&2
+    echo "LAUNCHER=$LAUNCHER is not one of python, torchrun, deepspeed" >&2
     exit 2
     ;;
   esac

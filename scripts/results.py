@@ -5,10 +5,10 @@
     python scripts/results.py --add RUN ...   first put finished runs into the tables: run folders, or a grid's folder
 
 The page's numbers come from `runs.csv` (a row for each run), `STUDY.csv` (a row for each cell of a run's accuracy
-matrix; `locator` says who chose the task), `growth.csv` (a row for each task of a run), `located.csv` (questions of
-`task` at the end of a run that a locator took for `chosen`); its prose from `page.template.md`; the papers' figures and
-claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables from `configs/grids.yaml`; the trials of
-`clmoe tune` from `configs/tuned`. `results_tables.py` reads the runs, `results_study.py` compares them.
+matrix; `locator` says what chose the task), `growth.csv` (a row for each task of a run) and `located.csv` (questions
+of `task` at the end of a run that a locator assigned to `chosen`). Its prose comes from `page.template.md`; the papers'
+figures and claims from `paper.yaml` and `paper_tables.yaml`; the rows of its tables from `configs/grids.yaml`; the
+trials of `clmoe tune` from `configs/tuned`. `results_tables.py` reads the runs, `results_study.py` compares them.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def claims(paper: dict[str, Any], studies: list[Study]) -> str:
 
 
 def compare(study: Study, labels: list[str], shown: dict[str, str], with_difference: bool = False) -> str:
-    """A row for each variant, the first being what the others are compared with. Blank columns are left out."""
+    """A row for each variant; the others are compared with the first. Blank columns are left out."""
     columns, note = {"seeds": [study.n(label) for label in labels]}, ""
     if with_difference:
         others = [difference(study, label, labels[0], "last")[1] for label in labels[1:]]
@@ -91,7 +91,7 @@ def compare(study: Study, labels: list[str], shown: dict[str, str], with_differe
 
 
 def beaten(study: Study, labels: list[str], reference: str) -> str:
-    """Whether each method ends higher than `reference`, as low, or lower; those first that do not beat or tie it."""
+    """Whether each method beats or ties `reference` or ends below it; those that do not beat or tie it come first."""
     methods = [label for label in labels if label.removesuffix(BUDGETED) not in (*YARDSTICKS, "lora")]
     if reference not in study.labels or not methods:
         return "Not run yet."
@@ -135,7 +135,7 @@ def trials(study: Study) -> str:
         names = ", ".join(key.removeprefix("options.") for key in found["grid"])
         rows.append((path.stem, names, "; ".join(tried), _values(found["chosen"]), kept, " ".join(found["order"])))
     header = ("method", "options", "tried: last", "chosen", "the method's own", "tasks")
-    return markdown(header, rows, keys=6) if rows else "No method's options were tuned yet."
+    return markdown(header, rows, keys=6) if rows else "No method's options have been tuned yet."
 
 
 def _values(settings: dict[str, Any]) -> str:
@@ -169,7 +169,7 @@ def by_locator(study: Study) -> str:
 
 
 def paper_cells(study: Study, printed: dict[str, Any]) -> str:
-    """LLaVA-CMoE's tables with the study's scores below the paper's, and in how much the two agree."""
+    """LLaVA-CMoE's tables with the study's scores below the paper's, and how far the two agree."""
     parts, tasks = [], [f"{theirs} / {own}" for theirs, own in zip(printed["tasks"], study.tasks, strict=True)]
     for table in printed["tables"]:
         rows: list[tuple[str, ...]] = []
@@ -201,7 +201,7 @@ def paper_cells(study: Study, printed: dict[str, Any]) -> str:
 
 
 def comparable(study: Study, printed: dict[str, Any]) -> str:
-    """Of each of the paper's tables, how many rows were run here, and what can be compared."""
+    """For each of the paper's tables: how many rows were run here, and what can be compared."""
     rows = []
     for table in printed["tables"]:
         run = sum(row.get("label") in study.labels for row in table["rows"])
@@ -224,7 +224,7 @@ def agreement(study: Study, rows: list[dict[str, Any]]) -> str:
         pairs = [(a, b) for a in range(len(known)) for b in range(a)]
         same = sum((theirs[a] - theirs[b]) * (ours[a] - ours[b]) > 0 for a, b in pairs)
         said += [f"{same} of {len(pairs)} by {kind}"] if pairs else []
-    return f"Pairs of rows whose means have the paper's order here: {', '.join(said)}." if said else ""
+    return f"Pairs of rows whose means are in the paper's order here: {', '.join(said)}." if said else ""
 
 
 def misprints(printed: dict[str, Any]) -> str:
@@ -233,7 +233,7 @@ def misprints(printed: dict[str, Any]) -> str:
 
 
 def ablations(study: Study, sections: dict[str, list[str]]) -> str:
-    """A table for each section of a grid of which anything but the first row was run."""
+    """A table for each section of a grid whose first row and at least one other were run."""
     shown = SCORES | GROWTH | COUNTS
     present = {title: [label for label in labels if label in study.labels] for title, labels in sections.items()}
     missing = dict.fromkeys(label for labels in sections.values() for label in labels if label not in study.labels)
@@ -263,7 +263,7 @@ def _text(seeds: Iterable[int]) -> str:
 
 
 def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
-    """The whole page; the same bytes from the same tables."""
+    """The whole page; the same tables give the same bytes."""
     paper = yaml.safe_load((TABLES / "paper.yaml").read_text(encoding="utf-8"))
     counts = [(row["what"], row["paper"], row["ours"]) for row in paper["counts"]]
     parts: dict[str, Any] = {"claims": claims(paper, studies), "counts": markdown(("count", "paper", "ours"), counts)}
@@ -285,9 +285,9 @@ def results_page(studies: list[Study], grids: dict[str, Any]) -> str:
 
 
 def draw(study: Study) -> Path:
-    """A line for each method that learns the tasks in turn: its mean score on those learned so far, after each.
+    """A line for each method that learns the tasks in turn: its mean score on those learned so far, after each one.
 
-    The legend begins with the method that ends highest.
+    The legend starts with the method that ends highest.
     """
     mpl.rcParams.update({"svg.hashsalt": study.name, "svg.fonttype": "none"})
     shown = [label for label in study.methods if study.spread(label, "forgetting_max") != BLANK]

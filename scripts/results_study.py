@@ -1,4 +1,4 @@
-"""What scripts/results.py knows of a benchmark: every run's figures, and how they are written and compared."""
+"""What scripts/results.py knows about a benchmark: every run's figures, and how they are written and compared."""
 
 import math
 import statistics
@@ -58,7 +58,7 @@ class Study:
 
 
 def read_study(folder: Path, name: str, grids: dict[str, Any]) -> Study:
-    """Of the tables in this folder; ``grids`` are those of configs/grids.yaml."""
+    """The study ``name`` from the tables in this folder; ``grids`` are those of configs/grids.yaml."""
     tables = [read_table(folder / f"{table}.csv") for table in ("runs", "growth", "located")]
     runs, growth, located = (table[table.study == name] for table in tables)
     cells = dict(iter(read_table(folder / f"{name}.csv").groupby(["label", "seed"])))
@@ -102,9 +102,9 @@ def run_figures(run: Any, cells: pd.DataFrame) -> dict[str, float | None]:
 
 
 def spread(values: pd.Series, show: Callable[[float], str] = show_number, *, ranged: bool = False) -> str:
-    """Mean ± sample standard deviation over seeds; n is added where a seed lacks the value.
+    """Mean ± sample standard deviation over seeds; n is added if a seed lacks the value.
 
-    With `ranged` the lowest and the highest value of five or more follow.
+    With `ranged`, the lowest and the highest value follow if there are five or more.
     """
     given = values.dropna().astype(float)
     if given.empty:
@@ -137,17 +137,17 @@ def difference(study: Study, better: str, worse: str, metric: str) -> tuple[str,
 
 
 def markdown(header: Iterable[str], rows: Iterable[Sequence[str]], keys: int = 1) -> str:
-    """A GitHub table whose first `keys` columns are set flush left."""
+    """A GitHub table whose first `keys` columns are left-aligned."""
     names = list(header)
     lines = [names, ["---"] * keys + ["---:"] * (len(names) - keys), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def apart(study: Study, labels: Sequence[str]) -> str:
-    """Which rows have no commit in common with the first, so that a difference may be the code's."""
+    """Which rows have no commit in common with the first, so that a difference may come from the code."""
     first = commits(study.runs.loc[labels[0]])
     others = [label for label in labels[1:] if first and first.isdisjoint(commits(study.runs.loc[label]))]
-    return f"\n\nAt other commits than {labels[0]}: {', '.join(others)}." if others else ""
+    return f"\n\nMeasured at other commits than {labels[0]}: {', '.join(others)}." if others else ""
 
 
 def locates(study: Study, label: str) -> bool:
@@ -155,5 +155,5 @@ def locates(study: Study, label: str) -> bool:
 
 
 def kind_of(study: Study, label: str, kind: str) -> str:
-    """The paper's Immediate is with the task known, where a method has a locator."""
+    """The paper's Immediate is measured with the task known if a method has a locator."""
     return "immediate_known" if kind == "immediate" and locates(study, label) else kind

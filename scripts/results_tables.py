@@ -18,7 +18,7 @@ from clmoe.sequence import SETTINGS
 from clmoe.utils.files import read_json
 from clmoe.utils.logging import read_events
 
-TYPES: Any = dict.fromkeys(  # of the columns that pandas would guess wrong in a table with few rows or blank cells
+TYPES: Any = dict.fromkeys(  # of columns for which pandas would guess wrong in a table with few rows or blank cells
     ("study", "label", "method", "locator", "order", "commit", "date", "command", "after", "task", "chosen",
      "tuned"), "str",
 ) | dict.fromkeys(
@@ -26,7 +26,7 @@ TYPES: Any = dict.fromkeys(  # of the columns that pandas would guess wrong in a
      "stored_bytes", "stored_samples", "training_flops", "question_flops"), "Int64",
 )  # fmt: skip
 BUDGETED = "_matched"  # ends the labels of rows under one budget
-TUNED = "_tuned"  # ends those of rows with chosen options besides
+TUNED = "_tuned"  # ends the labels of other rows whose options `clmoe tune` chose
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -42,9 +42,9 @@ def commits(runs: pd.DataFrame) -> set[str]:
 def add(tables: Path, studies: Sequence[str], folders: Iterable[Path]) -> list[str]:
     """Put finished runs, or those of a grid's folder, into the tables; returns what was left out, and why.
 
-    Seeds of a row that the tables have from other commits are replaced all together: until all of them have been run
-    again, the new ones are left out. Raises ClmoeError, before anything is written, for a run of another benchmark or
-    another number of steps or of questions than the study's, and for two folders with one seed of a row.
+    If the tables have seeds of a row from other commits, these are replaced all together: until all of them have been
+    run again, the new ones are left out. Raises ClmoeError, before anything is written, for a run of another benchmark
+    or with another number of steps or questions than the study's, and for two folders with the same seed of a row.
     """
     old, said = read_table(tables / "runs.csv"), list[str]()
     rows: dict[tuple[str, str], dict[int, dict[str, pd.DataFrame]]] = defaultdict(dict)
@@ -56,7 +56,7 @@ def add(tables: Path, studies: Sequence[str], folders: Iterable[Path]) -> list[s
         (facts,) = run["runs"].itertuples()
         seeds = rows[facts.study, facts.label]
         if facts.seed in seeds:
-            raise ClmoeError(f"{folder}: another folder holds {facts.label}, seed {facts.seed}, too; leave one out")
+            raise ClmoeError(f"{folder}: another folder also holds {facts.label}, seed {facts.seed}; leave one out")
         seeds[facts.seed] = run
     taken: list[dict[str, pd.DataFrame]] = []
     for (study, label), seeds in rows.items():
@@ -64,17 +64,17 @@ def add(tables: Path, studies: Sequence[str], folders: Iterable[Path]) -> list[s
         kept, new = before[~before.seed.isin(list(seeds))], pd.concat([run["runs"] for run in seeds.values()])
         if not commits(kept) <= commits(new):
             run_again, there = (" ".join(map(str, sorted(numbers))) for numbers in (seeds, before.seed))
-            said.append(f"left out: {label}: the table has seeds {there} of other commits, finished are {run_again}")
+            said.append(f"left out: {label}: the table has seeds {there} from other commits; finished: {run_again}")
             continue
         taken += seeds.values()
         if len(found := commits(pd.concat([kept, new]))) > 1:
-            said.append(f"{label}: its seeds are of several commits: {', '.join(sorted(found))}")
+            said.append(f"{label}: its seeds come from several commits: {', '.join(sorted(found))}")
     _write(tables, taken)
     return said
 
 
 def _runs(folders: Iterable[Path]) -> list[Path]:
-    """The folders, each that is no run by the runs in it."""
+    """The run folders, with the runs inside in place of each grid's folder."""
     grids = {folder: sorted(path for path in folder.glob("*-seed*") if path.is_dir()) for folder in folders}
     return [run for folder, inner in grids.items() for run in (inner or [folder])]
 
@@ -99,22 +99,22 @@ def unfinished(folder: Path) -> str:
     if AccuracyMatrix.read_csv(folder / "matrix.csv").row(order[-1])[-1] is None:
         return "matrix.csv: the last task has no score"
     if (folder / SETTINGS).is_file() and not (folder / SPENT).is_file():
-        return f"no {SPENT} yet; the same line of `clmoe run` writes it"
+        return f"no {SPENT} yet; the same `clmoe run` command writes it"
     return ""
 
 
 def read(folder: Path, studies: Sequence[str], old: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of a finished run by table. Raises ClmoeError if it cannot stand beside the ``old`` runs."""
+    """The rows of a finished run, by table. Raises ClmoeError if it cannot be compared with the ``old`` runs."""
     info = read_json(folder / "run.json")
     study = info["benchmark"]
     if study not in studies:
-        raise ClmoeError(f"{folder / 'run.json'}: benchmark {study!r} is none of {', '.join(studies)}")
+        raise ClmoeError(f"{folder / 'run.json'}: benchmark {study!r} is not one of {', '.join(studies)}")
     own = old[old.study == study]
     steps, limits = set(own.steps_per_task) - {0}, set(own.limit.fillna(0))
     if steps and info["steps_per_task"] not in {0, *steps}:
         raise ClmoeError(f"{folder / 'run.json'}: steps_per_task is {info['steps_per_task']}; {study} has {steps}")
     if limits and (info.get("limit") or 0) not in limits:
-        raise ClmoeError(f"{folder / 'run.json'}: limit is {info.get('limit')}; {study} has {limits}, where 0 is none")
+        raise ClmoeError(f"{folder / 'run.json'}: limit is {info.get('limit')}; {study} has {limits} (0: no limit)")
     if (folder / "locator.csv").exists() and not info.get("locator"):
         raise ClmoeError(f"{folder / 'run.json'}: field 'locator' does not say which locator chose the tasks")
     run = read_run(folder)
@@ -167,7 +167,7 @@ def read_cells(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _questions(run: Run, after: str, task: str, locator: str) -> int | None:
-    """How many were asked for a cell; at the end of an untrained sequence they are those before it."""
+    """How many questions were asked for a cell; an untrained sequence has only those asked before it."""
     files = [summary_path(run.path, when, task, by) for when in (after, ZERO_SHOT) for by in (locator, "")]
     return next((read_json(file).get("questions") for file in files if file.is_file()), None)
 

@@ -322,7 +322,7 @@ def test_the_trials_and_the_methods_own_setting(
     """EWC's own lambda is 1000; CL-MoE's gamma and beta are 0.7 and 0.5."""
     study = SimpleNamespace(name=STUDY)
     monkeypatch.setattr(empty, "CHOICES", tmp_path / "tuned")
-    assert empty.trials(study) == "No method's options were tuned yet."
+    assert empty.trials(study) == "No method's options have been tuned yet."
     (tmp_path / "tuned" / STUDY).mkdir(parents=True)
     for method, grid, best in (
         ("ewc", {"options.weight": [1000, 1e5]}, {"options.weight": 1000}),

@@ -266,4 +266,4 @@ def test_the_sequence_script_starts_several_processes(runs: Runs, tmp_path: Path
 def test_an_unknown_launcher_is_named(runs: Runs, tmp_path: Path) -> None:
     done = sequence_script(runs, tmp_path, "lora", LAUNCHER="mpirun")
     assert done.returncode == 2
-    assert "LAUNCHER=mpirun is none of python, torchrun, deepspeed" in done.stderr
+    assert "LAUNCHER=mpirun is not one of python, torchrun, deepspeed" in done.stderr
