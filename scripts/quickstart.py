@@ -173,7 +173,7 @@ def main() -> int:
     steps = own.steps or (benchmark.recipe["training"]["steps"] if own.full else quick["steps"])
     overrides = [f"training.steps={steps}"] + ([] if own.full else [f"evaluation.limit={own.limit}"])
     args = argparse.Namespace(
-        grid="table1" if own.full else "quickstart", benchmark=BENCHMARK, seeds=[own.seed], jobs=own.jobs, only=[],
+        grid="published" if own.full else "quickstart", benchmark=BENCHMARK, seeds=[own.seed], jobs=own.jobs, only=[],
         order=order, out=out, base=None, data=None, tuned=None, overrides=overrides,
         file=CONFIGS / ("grids.yaml" if own.full else "quickstart.yaml"),
     )  # fmt: skip

@@ -79,5 +79,5 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
 
 def test_every_row_has_a_cost(quickstart: ModuleType) -> None:
     quick, grids = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("quickstart", "grids"))
-    rows = {row for part in grids["grids"]["table1"]["sections"].values() for row in part} | set(quick["rows"])
+    rows = {row for part in grids["grids"]["published"]["sections"].values() for row in part} | set(quick["rows"])
     assert rows <= set(quick["cost"])
