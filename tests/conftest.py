@@ -1,4 +1,4 @@
-"""Fixtures for all tests: offline, one thread, and everything that is slow to make made once per session."""
+"""Fixtures for all tests, which run offline on one thread; whatever is slow to make is made once per session."""
 
 import gc
 import os
@@ -24,47 +24,47 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Spare what the imports made from every later garbage collection: 0.3 s each."""
+    """Exempt the objects that the imports made from later garbage collections; this saves 0.3 s each."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny LLaVA (``model.path``)."""
+    """The folder of the tiny LLaVA, for ``model.path``."""
     return support.save_tiny(tmp_path_factory.mktemp("tiny-llava"))
 
 
 @pytest.fixture(scope="session")
 def pristine_base(tiny_folder: Path) -> LoadedBase:
-    """The tiny LLaVA as loaded; never patch or change it, take ``tiny_base`` for that."""
+    """The tiny LLaVA as loaded. Never patch or change it; use ``tiny_base`` for that."""
     return load_base(ModelConfig(path=str(tiny_folder)))
 
 
 @pytest.fixture
 def new_base(pristine_base: LoadedBase) -> Callable[[], LoadedBase]:
-    """Makes as many independent loaded bases as a test needs."""
+    """A function that makes another independent loaded base on every call."""
     return lambda: support.copy_base(pristine_base)
 
 
 @pytest.fixture
 def tiny_base(new_base: Callable[[], LoadedBase]) -> LoadedBase:
-    """A loaded base of the test's own."""
+    """A loaded base that belongs to the test, which may change it."""
     return new_base()
 
 
 @pytest.fixture(scope="session")
 def mini_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """YAML of the miniature benchmark; its data must not be changed."""
+    """The YAML of the miniature benchmark; tests must not change its data."""
     return support.write_benchmark(tmp_path_factory.mktemp("mini"))
 
 
 @pytest.fixture(scope="session")
 def mini(mini_yaml: Path) -> Benchmark:
-    """The miniature benchmark: tasks ``colour``, ``count``, ``side``."""
+    """The miniature benchmark, with the tasks ``colour``, ``count`` and ``side``."""
     return load_benchmark(str(mini_yaml))
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, mini_yaml: Path) -> Runs:
-    """Runs ``clmoe`` on the miniature benchmark and keeps what it made."""
+    """Runs ``clmoe`` on the miniature benchmark and keeps the checkpoints for other tests."""
     return Runs(tmp_path_factory.mktemp("runs"), tiny_folder, mini_yaml)

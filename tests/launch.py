@@ -1,4 +1,4 @@
-"""Commands in processes of their own, one or several, as a launcher starts them."""
+"""Run commands in one or more separate processes, as a launcher starts them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, offline, this checkout's package first."""
+    """The environment of a child process: one thread, offline, and this checkout's package first."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # where this test runs under a launcher's variables, the processes below must not think they are part of it
+    # if the tests themselves run under a launcher, the child processes must not think they are part of it
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def command(processes: int, *arguments: str) -> list[str]:
-    """``python ARGUMENTS``, by torchrun when there are several processes."""
+    """The command line ``python ARGUMENTS``, started by torchrun if there are several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), *arguments]
 
@@ -46,10 +46,10 @@ _PRELOADED = ["clmoe.commands", "clmoe.evaluate.run", "clmoe.train.task", "deeps
 
 
 def launch(processes: int, *arguments: str) -> None:
-    """``python ARGUMENTS`` in processes that find each other, to the end. Fails with what a failing one printed.
+    """Run ``python ARGUMENTS`` to the end in processes that find each other; if one fails, fail with its output.
 
-    They are forked from a server that has imported the libraries once: until they begin, a launcher's processes take
-    ten seconds of a core. test_machines.py and ``stop_when`` use the launchers themselves.
+    The processes are forked from a server that has imported the libraries once, because a launcher's processes take ten
+    seconds of a core to start. test_machines.py and ``stop_when`` use the launchers themselves.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_PRELOADED)
@@ -77,7 +77,7 @@ def launch(processes: int, *arguments: str) -> None:
 
 
 def _run(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> None:
-    """One of the processes: as ``python ARGUMENTS`` in this environment, all that it prints in ``log``."""
+    """Run one of the processes as ``python ARGUMENTS`` in this environment and write all its output to ``log``."""
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(REPOSITORY)
@@ -94,9 +94,9 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> No
 
 
 def stop_when(condition: Callable[[], bool], processes: int, *arguments: str, group: bool = False) -> int:
-    """Run until ``condition`` holds, then send SIGTERM to the launcher; returns the exit code.
+    """Run a command until ``condition`` holds, then send SIGTERM to the launcher; return the exit code.
 
-    ``group``: send it to everything that the launcher has started, too.
+    With ``group``, send it to everything that the launcher has started, too.
     """
     process = subprocess.Popen(
         command(processes, *arguments), env=environment(), cwd=REPOSITORY, stderr=subprocess.PIPE,

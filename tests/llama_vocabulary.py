@@ -1,4 +1,4 @@
-"""Vocabularies in a folder as LLaMA models ship it: a small one, trained with LLaMA's options, and LLaMA's own."""
+"""Vocabulary folders as LLaMA models ship them: a small one, trained with LLaMA's options, and LLaMA's own."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from clmoe.data.prompts import SYSTEM
 
 
 def _corpus() -> Iterator[str]:
-    """As in LLaMA's own vocabulary, ``USER`` becomes a token (here from the middle of words) and ``▁USER`` none."""
+    """As in LLaMA's own vocabulary, ``USER`` becomes a token (here from the middle of words) and ``▁USER`` does not."""
     yield from SYSTEM.split(". ")
     words = "dog cat red blue left right two what animal is it colour shape box circle square"
     for word in words.split():
@@ -22,10 +22,10 @@ def _corpus() -> Iterator[str]:
 
 
 def train_vocabulary(folder: Path) -> Path:
-    """``tokenizer.model`` and the settings beside it, as in lmsys/vicuna-7b-v1.5; returns the folder.
+    """Write ``tokenizer.model`` and the settings beside it, as in lmsys/vicuna-7b-v1.5; return the folder.
 
-    LLaMA's options: BPE, bytes as a fallback, every digit on its own, no normalisation, white space kept, a space
-    put before every text, and ``<unk> <s> </s>`` as the first three pieces without a padding piece.
+    LLaMA's options are BPE with byte fallback, every digit on its own, no normalisation, white space kept, a space
+    before every text, and ``<unk> <s> </s>`` as the first three pieces, without a padding piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
@@ -56,7 +56,8 @@ def train_vocabulary(folder: Path) -> Path:
 def llama_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """LLaMA's 32,000 pieces and its merges in order, as far as the released conversations and the probes need them.
 
-    Cut from the tokenizer.json in PyPI's wordllama 0.4.0: what is in no such text has a name of its own and no merge.
+    They are cut from the tokenizer.json in PyPI's wordllama 0.4.0. A piece that occurs in no such text has a
+    placeholder name and no merge.
     """
     data = json.loads(gzip.decompress((Path(__file__).parent / "data/llama_pieces.json.gz").read_bytes()))
     names = dict.fromkeys(range(32_000)) | {number: piece for piece, number in data["vocab"].items()}
@@ -65,8 +66,10 @@ def llama_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def write_llama_pieces(folder: Path) -> Path:
-    """The same as ``tokenizer.model``, as Vicuna has it: a piece's score falls with its merge, and runs of blanks merge
-    last of all. Returns the folder."""
+    """Write these pieces as ``tokenizer.model``, as Vicuna has it; return the folder.
+
+    A piece's score falls with the rank of its merge, and runs of blanks merge last of all.
+    """
     vocabulary, merges = llama_pieces()
     train_vocabulary(folder)
     proto = ModelProto()

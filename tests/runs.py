@@ -1,4 +1,4 @@
-"""Commands on the miniature benchmark: trained checkpoints, made once per session and never changed."""
+"""Run commands on the miniature benchmark; shared checkpoints are trained once per session and never changed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kill(*unused: Any, **also_unused: Any) -> None:
 
 
 def on_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None] = kill) -> list[int]:
-    """``act`` before the ``number``-th forward pass from now (from 0); the list grows with every pass."""
+    """Call ``act`` before the ``number``-th forward pass from now (from 0); the returned list grows with every pass."""
     real, seen = TaskTrainer.training_step, []
 
     def step(self: TaskTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +63,8 @@ class Runs:
     """Runs ``clmoe`` in this process on the tiny model and the miniature benchmark.
 
     Attributes:
-        root: where the shared runs lie.
-        model, benchmark: folder of the tiny LLaVA, YAML of the benchmark.
+        root: the folder of the shared runs.
+        model, benchmark: the folder of the tiny LLaVA and the YAML of the benchmark.
     """
 
     root: Path
@@ -75,7 +75,7 @@ class Runs:
     def train(
         self, output: Path, method: str, task: str, *overrides: str, previous: Path | None = None, **options: str
     ) -> Path:
-        """``clmoe train``; ``options`` become ``--name value``. Returns ``output``.
+        """Run ``clmoe train``, where ``options`` become ``--name value``; return ``output``.
 
         A later task without ``previous`` begins an order of its own.
         """
@@ -94,7 +94,7 @@ class Runs:
     def evaluate(
         self, checkpoint: Path | str, output: Path, *overrides: str, locator: str | None = None, **options: str
     ) -> Path:
-        """``clmoe eval``, with another locator than the checkpoint's where one is named. Returns ``output``."""
+        """Run ``clmoe eval``, with another locator than the checkpoint's if one is named; return ``output``."""
         arguments = ["eval", "--checkpoint", str(checkpoint), "--output", str(output)]
         overrides = (*overrides, *([] if locator is None else [f"locator={locator}"]))
         for name, value in {"benchmark": str(self.benchmark), **options}.items():
@@ -103,7 +103,7 @@ class Runs:
         return output
 
     def chain(self, method: str, *overrides: str, tasks: tuple[str, ...] = TASKS[:2]) -> list[Path]:
-        """Checkpoints of ``tasks`` one after the other; shared, so they must not be changed."""
+        """The checkpoints of ``tasks``, trained one after the other. Tests share them and must not change them."""
         key = (method, *overrides)
         done = self.made.setdefault(key, [])
         run = self.root / f"{len(self.made)}-{method}"
@@ -115,12 +115,12 @@ class Runs:
         return done[: len(tasks)]
 
     def copy(self, checkpoint: Path, target: Path) -> Path:
-        """A copy that a test may damage."""
+        """Copy a checkpoint for a test that damages it."""
         return Path(shutil.copytree(checkpoint, target))
 
 
 def _move_generators() -> None:
-    """Another state of the global generators for every training: a result that hung on it would not come twice."""
+    """Give the global generators another state before each training: a result that depends on it will not repeat."""
     seed = next(_SEEDS)
     random.seed(seed)
     np.random.seed(seed)
@@ -128,17 +128,17 @@ def _move_generators() -> None:
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Everything in the adapter file."""
+    """All tensors in the adapter file, by name."""
     return load_file(checkpoint / "adapter_model.safetensors")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by its relative name."""
+    """The bytes of every file below ``folder``, by relative name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def texts(run: Path, after: str, *cells: str) -> list[str]:
-    """The answers of cells, one after the other; they must differ, or comparing them would show nothing."""
+    """The answers of these cells in order; they must not all be the same, or comparing them would show nothing."""
     files = [run / "predictions" / after / f"{cell}.jsonl" for cell in cells]
     found = [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
     assert len(set(found)) > 2, f"all answers are {set(found)}"
@@ -146,6 +146,6 @@ def texts(run: Path, after: str, *cells: str) -> list[str]:
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of ``events.jsonl`` of one kind."""
+    """The lines of ``events.jsonl`` for one kind of event."""
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]

@@ -1,4 +1,4 @@
-"""One budget for all methods of a comparison, and what a finished run has spent of it."""
+"""All methods of a comparison keep to one budget, and a finished run records what it has spent of it."""
 
 import json
 import re
@@ -26,8 +26,8 @@ from tests.support import TASKS
 GRID = yaml.safe_load((shipped_root() / "configs" / "grids.yaml").read_text())["grids"]["matched"]
 METHODS = GRID["sections"]["All methods"]
 BUDGET = [f"budget.{key}={value}" for key, value in GRID["budget"].items()]
-PER_RANK = 4 * 3 * (128 + 344)  # of a LoRA on the FFN's three linears, in the four blocks of the playground's base
-ROUTERS = 4 * 8 * (128 + 128 + 344)  # of eight experts, one for each of these linears
+PER_RANK = 4 * 3 * (128 + 344)  # for a LoRA on the FFN's three linears, in the four blocks of the playground's base
+ROUTERS = 4 * 8 * (128 + 128 + 344)  # routers over eight experts, one for each of these linears
 
 
 def configured(method: str, *overrides: str, benchmark: str = "playground-coin") -> Config:
@@ -50,7 +50,7 @@ def test_every_row_of_the_matched_table_keeps_to_its_budget(method: str, benchma
     assert abs(number - 508_000) <= 0.02 * 508_000
     assert config.training.steps == 200 and kind(config).effective_scale() == kind(before).effective_scale()
     assert not kind.memory or config.options[kind.memory] == 800 / tasks
-    rank = config.adapter.rank  # and by hand, where nothing grows
+    rank = config.adapter.rank  # counted by hand as well, for methods that do not grow
     by_hand = {
         "lora": rank * PER_RANK,
         "clmoe": rank * PER_RANK + ROUTERS,
@@ -125,7 +125,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_worked_examples_of_active_parameters(case: str, tmp_path: Path) -> None:
-    """Those of docs/metrics.md, of which each is printed as a sum."""
+    """``active_parameters`` gives the counts of the worked examples in docs/metrics.md, each printed as a sum there."""
     method, adapter, shapes = CASES[case]
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     tensors = {f"language_model.layers.0.mlp.up_proj.{name}": torch.zeros(shape) for name, shape in shapes.items()}
@@ -140,7 +140,7 @@ def test_the_worked_examples_of_active_parameters(case: str, tmp_path: Path) -> 
 
 
 def test_the_worked_example_of_flops_and_bytes(tmp_path: Path) -> None:
-    """Of docs/metrics.md: LoRA of rank 16 with a memory on the playground's base, two tasks of 200 steps."""
+    """``spent.json`` has metrics.md's figures: rank-16 LoRA with a memory, playground base, two tasks of 200 steps."""
     page = (shipped_root() / "docs" / "metrics.md").read_text()
     printed = {
         name: int(text.replace(",", "")) for name, text in re.findall(r"`(\w+)` = .* = ([\d,]+)$", page, re.MULTILINE)
@@ -180,7 +180,7 @@ def test_the_worked_example_of_flops_and_bytes(tmp_path: Path) -> None:
     question = blocks + attention + 2 * V * D + adapter + tower + projector
     assert spent["question_flops"] == question == printed["question_flops"]
     assert spent["stored_samples"] == 3 == printed["stored_samples"]
-    (tmp_path / "run" / "samples.json").unlink()  # as an older version leaves a run
+    (tmp_path / "run" / "samples.json").unlink()  # runs of older versions lack it
     write_spent(
         tmp_path / "run", load_benchmark("playground-coin", check_files=False), replace(config, method="lora"), dones
     )
@@ -189,7 +189,7 @@ def test_the_worked_example_of_flops_and_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_meets_its_budget_and_says_what_it_spent(runs: Runs, tmp_path: Path) -> None:
-    """MR-LoRA, whose router is a LoRA more, on three tasks; rank 2 of all linears in two blocks."""
+    """MR-LoRA keeps a fourth LoRA, its router, on three tasks; the budget buys rank 2 on all linears of two blocks."""
     per_task = 2 * 2 * (4 * (48 + 48) + 3 * (48 + 64))
     budget = [f"budget.parameters={4 * per_task}", "budget.stored_samples=6", "budget.steps=1"]
     options = ["options.router_rank=8", "options.router_epochs=2", "options.router_batch=4"]
@@ -200,4 +200,4 @@ def test_a_run_meets_its_budget_and_says_what_it_spent(runs: Runs, tmp_path: Pat
     assert last.config.budget.parameters == 4 * per_task and (last.config.adapter.rank, last.lineage.steps) == (2, 1)
     spent, samples = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("spent", "samples"))
     assert (spent["active_parameters"], spent["stored_samples"]) == (per_task, 6)
-    assert samples[f"02_{TASKS[1]}"] == {"router": 8, "trained": 8}  # of 4 records twice by 4; one step of 8
+    assert samples[f"02_{TASKS[1]}"] == {"router": 8, "trained": 8}  # 4 records twice, 4 at a time; one step of 8

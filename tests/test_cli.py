@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line and exit code 2, and fast verbs stay fast."""
+"""The command line: bad input gives one clear line and exit code 2, and fast verbs stay fast."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Runs a command that must fail: one line on stderr, exit code 2, nothing written under ``out``."""
+    """Runs a command that must exit with code 2 and write nothing under ``out``; returns the one line it prints."""
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Path:
-    """A benchmark of its own to spoil; its YAML."""
+    """The YAML of a benchmark that belongs to the test, which may spoil it."""
     (tmp_path / "bad").mkdir()
     return write_benchmark(tmp_path / "bad")
 
@@ -128,9 +128,9 @@ WITH_FIGURES = [(table["table"], row) for table in PRINTED["tables"] for row in 
 def test_metrics_prints_published_figures(
     table: str, row: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """LLaVA-CMoE (arXiv 2503.21227) rounds most figures and cuts some off; its misprints are named with ours."""
+    """``clmoe metrics`` gives LLaVA-CMoE's figures (arXiv 2503.21227), rounded or cut off, except listed misprints."""
     own, rows = f"after,{','.join(PRINTED['tasks'])}\n", {row["row"]: row for _, row in WITH_FIGURES}
-    scores = {"immediate": rows["llava_cmoe"]["immediate"]} | row  # as in Table 1 where a table leaves it out
+    scores = {"immediate": rows["llava_cmoe"]["immediate"]} | row  # from Table 1 if a table leaves it out
     for kind, label in (("last", PRINTED["tasks"][-1]), ("immediate", "known")):
         (tmp_path / f"{kind}.csv").write_text(own + f"{label},{','.join(map(str, scores[kind]))}\n")
     cli.main(["metrics", str(tmp_path / "last.csv"), "--immediate", str(tmp_path / "immediate.csv"), "--json"])
@@ -195,7 +195,7 @@ def test_an_error_of_another_process_than_the_main_one_is_told(
 
 @pytest.mark.slow
 def test_a_package_of_ones_own_run_as_a_module_registers_the_adapter(tmp_path: Path) -> None:
-    """While its __init__ is imported, ``sys.argv[0]`` is ``-m``, as for the command line itself."""
+    """The adapter is registered although ``sys.argv[0]`` is ``-m`` during the import, as for our own command line."""
     package = tmp_path / "mine"
     package.mkdir()
     (package / "__init__.py").write_text("import clmoe, peft\nassert 'CLMOE' in peft.PeftType.__members__\n")

@@ -1,4 +1,4 @@
-"""Configuration: types are checked, unknown keys name the nearest, and every shipped YAML loads."""
+"""Configuration: types are checked, errors on unknown keys name the nearest one, and every shipped YAML loads."""
 
 import dataclasses
 import re
@@ -114,7 +114,7 @@ def test_numbers_that_do_not_fit_each_other(method: str, override: str, named: t
 
 
 def test_an_error_names_what_set_the_value(tmp_path: Path) -> None:
-    """The command line, the recipe, its part for the method, the model's and the method's file; also for options."""
+    """Errors, also on options, start with the source: key=value, recipe, recipe.methods, base or method file."""
     method, model = tmp_path / "mine.yaml", tmp_path / "model.yaml"
     method.write_text("extends: clmoe\nadapter: {rank: 7}\n")
     model.write_text("path: there\ndtype: fp8\n")
@@ -198,7 +198,7 @@ def test_of_epochs_and_steps_the_stronger_source_decides_or_both_are_refused(tmp
 
 @pytest.mark.parametrize("method", methods())
 def test_a_key_has_one_default(method: str) -> None:
-    """A method's YAML repeats the defaults of its options, which docs/api.md shows."""
+    """The options in a method's YAML must equal the defaults in its code, which docs/api.md shows."""
     given, default = load_config(method, {}, []).options, methods()[method].Options()
     assert given == {name: getattr(default, name) for name in given}
 
@@ -218,7 +218,7 @@ def numbers(kind: type, prefix: str = "") -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", methods())
 def test_no_number_ends_in_a_traceback(method: str, mini: Benchmark, tiny_folder: Path) -> None:
-    """Each is refused by its name, or planned: before any training."""
+    """Before any training, every extreme number is either refused with an error that names its key, or planned."""
     recipe = {"training": {"batch_size": 8}, "adapter": {"rank": 8, "experts": 4, "train_projector": False}}
     plain = load_config(method, recipe, [], str(tiny_folder))
     kinds = {"": Config, "options.": method_class(method).Options}
@@ -278,7 +278,7 @@ def test_precedence_of_method_recipe_model_and_overrides(tmp_path: Path) -> None
 
 
 def test_another_locator_drops_the_options_of_the_one_below(tmp_path: Path) -> None:
-    """A recipe's settings of a method's locator hold only while the method has that locator."""
+    """A recipe's settings for a method's locator apply only while the method has that locator."""
     recipe = {"methods": {"llava_cmoe": {"locator": {"name": "vae", "options": {"steps": 7}}}}}
     assert load_config("llava_cmoe", recipe, []).locator == LocatorConfig("vae", options={"steps": 7})
     kept = load_config("llava_cmoe", recipe, ["locator.options.draws=2"]).locator
@@ -343,7 +343,10 @@ def test_every_method_fits_every_benchmark(benchmark: str) -> None:
 
 
 def test_methods_are_comparable_on_a_benchmark_of_the_users_and_the_papers_on_a_published_one(tmp_path: Path) -> None:
-    """Rank, effective scale and projector; published values are alpha / rank, times the mean gate of experts."""
+    """On a user's benchmark, methods share rank, effective scale and projector; on CoIN they have the papers' values.
+
+    A published scale is alpha / rank, times the mean gate if there are experts.
+    """
     mine = write_benchmark(tmp_path)
     mine.write_text(yaml.safe_dump(yaml.safe_load(mine.read_text()) | {"recipe": {"training": {"steps": 3}}}))
     found: dict[str, set[Any]] = {}

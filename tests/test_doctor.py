@@ -1,4 +1,4 @@
-"""``clmoe doctor`` on machines that are made up: versions and devices come from patched finders."""
+"""``clmoe doctor`` on invented machines: versions and devices come from patched finders."""
 
 import json
 import os
@@ -32,7 +32,7 @@ Machine = Callable[..., dict[str, Finding]]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Findings, by name, on a machine with these packages (and versions), GPUs, and packages that fail to import."""
+    """A function that gives the findings, by name, on a machine with these GPUs, packages and failing imports."""
 
     def build(*gpus: Device, failing: dict[str, str] | None = None, **packages: str | None) -> dict[str, Finding]:
         versions = GOOD | {name.replace("_", "-"): version for name, version in packages.items()}
@@ -118,7 +118,7 @@ def test_the_tested_sets_are_the_ends_of_pyprojects_ranges() -> None:
 
 @pytest.mark.slow
 def test_an_old_stack_is_named_and_what_needs_none_works(tmp_path: Path) -> None:
-    """As with transformers 4 installed: `import clmoe` and a verb say so in one line; doctor and metrics go on."""
+    """With transformers 4, `import clmoe` and a verb name the fix in one line, while doctor and metrics still work."""
     old = tmp_path / "transformers-4.57.6.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.6\n")

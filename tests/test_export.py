@@ -1,4 +1,4 @@
-"""``clmoe export``: a folder for the hub whose card's code runs, and a base with the updates added to its weights."""
+"""``clmoe export`` writes a hub folder whose card's code runs, or a base with the updates added to its weights."""
 
 import re
 import shutil
@@ -38,7 +38,7 @@ def logits(model: Any, base: LoadedBase, **selection: Tensor) -> Tensor:
 
 
 def by_hand(checkpoint: Path, name: str, weight: Tensor) -> Tensor:
-    """A weight of the base's file, by its name there, with the updates of every task added, in float64."""
+    """A weight of the base, by its name in the base's file, with the updates of every task added, in float64."""
     config, saved = read_checkpoint(checkpoint).config, tensors(checkpoint)
     if name.startswith("multi_modal_projector."):
         return saved[f"base_model.model.model.{name}"].double()
@@ -55,7 +55,7 @@ def by_hand(checkpoint: Path, name: str, weight: Tensor) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "olora"])
 def test_a_merged_base_is_the_adapted_one(method: str, runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
-    """Weight by weight against W + s B A written out, and as a model against the adapter on its base."""
+    """Each merged weight is W + s B A written out, and the merged model gives the logits of adapter and base."""
     checkpoint = runs.chain(method)[-1]
     main(["export", str(checkpoint), str(tmp_path / "merged"), "--merge"])
     before, after = (load_file(folder / "model.safetensors") for folder in (runs.model, tmp_path / "merged"))

@@ -1,4 +1,4 @@
-"""``--fit`` and a sequence's cost: the cheapest settings that fit, hours from FLOPs, and what has to be fetched."""
+"""``--fit`` and a sequence's cost: the cheapest settings that fit, hours from FLOPs, and what must be fetched."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ from tests.support import TASKS, load_script, tiny_config
 
 
 def of_size(memory: float) -> Card:
-    """A card of which so many bytes are usable."""
+    """A card with this many usable bytes."""
     return Card("test", math.ceil(memory / 0.9), 1e12)
 
 
@@ -62,7 +62,7 @@ def test_cards(text: str, name: str | None, memory: float, rate: float) -> None:
 
 @pytest.mark.parametrize("deepspeed", [None, "zero2"])
 def test_the_cheapest_settings_that_fit_are_taken(deepspeed: str | None, tiny_folder: Path) -> None:
-    """Against every combination, sorted by the documented order: bits, then recomputation, offloading, micro-batch."""
+    """``fit`` takes the first combination that fits, ordered by bits, then recomputation, offloading, micro-batch."""
     config = tiny_config("clmoe", tiny_folder, "training.batch_size=8")
     types = [
         ("float32", False, False),
@@ -110,7 +110,7 @@ def test_what_the_user_sets_stays(tiny_folder: Path) -> None:
 
 
 def test_batches_of_questions_fit_too() -> None:
-    """A batch of 64 would keep more keys and values of 7B's than a card of 24 GB holds."""
+    """``--fit`` also lowers evaluation.batch_size: with 7B, the keys and values of 64 questions exceed a 24 GB card."""
     config = load_config("lora", {}, [], "llava-1.5-7b")
     found = fit(config, [], card("24GB"))
     (asked,) = [int(pair.split("=")[1]) for pair in found.settings if pair.startswith("evaluation.batch_size")]
@@ -168,7 +168,7 @@ def test_a_plan_says_fits_and_hours(capsys: pytest.CaptureFixture[str], runs: Ru
 
 
 def test_answers_are_counted_as_a_sequence_asks_them() -> None:
-    """Cell by cell."""
+    """``answers_asked`` equals the sum over the cells that a sequence asks, written out cell by cell."""
     tasks, sets = [(5, 5), (100, 10), (7, 7)], [(30, 10), (8, 8)]
     assert answers_asked(tasks) == 5 + (5 + 10) + (5 + 100 + 7)
     general = (5 + 100 + 7 + 38) + (5 + 10 + 18) + (5 + 10 + 7 + 18) + (5 + 100 + 7 + 38)
@@ -194,7 +194,7 @@ def test_what_to_fetch_is_a_line_for_a_shell(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "llava_cmoe"])
 def test_the_table_of_cards_is_up_to_date(method: str) -> None:
-    """Two of its six methods; `python scripts/hardware_page.py` writes it."""
+    """The table, which `python scripts/hardware_page.py` writes, has the rows that two of its six methods give now."""
     page = load_script("hardware_page")
     lines = page.PAGE.read_text().splitlines(keepends=True)
     assert page.HEAD.splitlines(keepends=True)[0] in lines
@@ -205,7 +205,10 @@ def test_the_table_of_cards_is_up_to_date(method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_of_answers_at_true_width(shared: bool, tmp_path: Path) -> None:
-    """Tensor by tensor, two layers, four questions of 640 tokens in bfloat16; matrix products are left out."""
+    """The plan bounds the peak, counted tensor by tensor for two layers and four questions of 640 tokens in bfloat16.
+
+    Matrix products are left out.
+    """
     rehearse = load_script("bench/rehearse")
     (tmp_path / "config.json").write_text(json.dumps(rehearse.cut("llava-1.5-7b", 2)))
     first = first_of(load_config("lora", {}, ["model.dtype=bfloat16"], str(tmp_path)))
@@ -234,7 +237,7 @@ def test_memory_of_answers_at_true_width(shared: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", ["lora", "clmoe"])
 def test_a_base_in_few_bits_stays_as_it_is(method: str, bits: int, runs: Runs, tmp_path: Path) -> None:
-    """Bit for bit through a training on a CPU, whose adapter is float32; the checkpoint records the bits."""
+    """Training on a CPU changes no bit of the base; the adapter is float32, and the checkpoint records the bits."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'clmoe[4bit]'")
     settings = [f"model.load_in_{bits}bit=true", "model.dtype=bfloat16", "training.gradient_checkpointing=true"]
     where = {"order": TASKS[0], "base": str(runs.model), "data": None}

@@ -1,4 +1,4 @@
-"""scripts/grid.py: what a row runs, and that a grid goes on after any stop. `clmoe` is replaced; nothing is trained."""
+"""scripts/grid.py: what a row runs, and that a grid resumes after any stop. A stub for `clmoe` trains nothing."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ rows:
 grids:
   g: {title: G, sections: {first: [beta1, lora, slow, real], second: [slow, slow_oracle]}}
 """
-# `clmoe run` that leaves two checkpoints and fails or waits where told so; `clmoe eval` that does nothing
+# a `clmoe run` that leaves two checkpoints and fails or waits when told to; a `clmoe eval` likewise
 STUB = """
 import pathlib, sys, time
 here, (verb, *arguments) = pathlib.Path(sys.argv[1]), sys.argv[2:]
@@ -58,7 +58,7 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType
 
 
 def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[str]]:
-    """Exit code, and the calls of `clmoe` so far."""
+    """Run the grid; return the exit code and the calls of `clmoe` so far."""
     monkeypatch.setattr("sys.argv", ["grid.py", "g", *arguments, "--file", "grids.yaml", "--out", "out"])
     code = module.main()
     return code, Path("calls").read_text().splitlines()
@@ -99,7 +99,7 @@ def test_a_grid_runs_in_the_files_order_and_a_second_time_does_nothing(
     assert run(grid, monkeypatch, "--seeds", "0") == (0, calls)
     Path("out/lora-seed0").rename("elsewhere")
     assert run(grid, monkeypatch, "--seeds", "0") == (0, [*calls, "run lora-seed0"])
-    # whether a finished run may get other settings is for clmoe to say
+    # clmoe decides whether a finished run may get other settings
     assert run(grid, monkeypatch, "--only", "lora", "--seeds", "0,1", "a=b") == (0, [*calls, *["run lora-seed0"] * 2])
 
 
@@ -188,7 +188,7 @@ def test_hours_follow_the_plan_and_what_finished_rows_took(grid: ModuleType, mon
     made = make(grid, only=["lora", "slow"], overrides=["training.steps=100"])
     hours = made.hours()
     cost = yaml.safe_load(grid.COSTS.read_text())["cost"]
-    # half of the recipe's 200 steps of each of the eight tasks; no data is there, so that no answers are counted
+    # half of the recipe's 200 steps for each of the eight tasks; there is no data, so no answers are counted
     assert hours["lora"] == pytest.approx((grid.START + 8 * 200 * cost["lora"] / 2) / 1000 / 3600)
     assert hours["slow"] == pytest.approx((grid.START + 8 * 200 * cost["clmoe"] / 2) / 1000 / 3600)
     (log := Path("out/logs/lora-seed0.log")).parent.mkdir(parents=True)

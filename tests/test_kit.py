@@ -1,4 +1,4 @@
-"""The GPU kit's own arithmetic and its table; `scripts/gpu_kit.sh --smoke` runs its parts."""
+"""The GPU kit's own arithmetic and its table; `scripts/gpu_kit.sh --smoke` runs the kit's parts."""
 
 import json
 from pathlib import Path
@@ -20,17 +20,20 @@ clock, kit, rehearse = (load_script(f"bench/{name}") for name in ("clock", "kit"
 
 
 def test_flops_of_a_step_at_7b() -> None:
-    """On paper, for 640 tokens: linears 8.29 TF, head 0.17, attention 0.11, tower 0.35; twice that goes backward."""
+    """``step_flops`` equals a count by hand, for 640 tokens.
+
+    Forward, linears take 8.29 TF, head 0.17, attention 0.11, tower 0.35.
+    """
     first = first_task(method_class("lora")(load_config("lora", {}, [], "llava-1.5-7b")))
     sizes = first.shapes, first.image
     found = step_flops(*sizes, 1, 640, 640, 0, tuned=False)
-    tower = 0.35e12 + 24 * 4 * 577**2 * 1024  # its attention, which the first figure leaves out
+    tower = 0.35e12 + 24 * 4 * 577**2 * 1024  # with its attention, which 0.35e12 leaves out
     assert found == pytest.approx(2 * 8.29e12 + 2 * 0.17e12 + 3 * 0.107e12 + tower + 2 * 576 * 4096 * 5120, rel=2e-3)
     experts = step_flops(*sizes, 1, 640, 640, 32 * 32 * 3 * (4096 + 11008), tuned=False) - found
     again = step_flops(*sizes, 1, 640, 640, 10**8, tuned=False, recompute=True)
     again -= step_flops(*sizes, 1, 640, 640, 10**8, tuned=False)
     assert again == pytest.approx(8.29e12 + 0.107e12 + 2 * 640 * 1e8, rel=2e-3), "the blocks' forward pass, once more"
-    assert experts / (4 * 640 * 32 * 3 * 4096 * 11008) == pytest.approx(5.02e-4 * 32, rel=1e-3)  # of the FFN's
+    assert experts / (4 * 640 * 32 * 3 * 4096 * 11008) == pytest.approx(5.02e-4 * 32, rel=1e-3)  # relative to the FFN
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_flops_of_a_step_at_7b() -> None:
     [("lora", "llava"), ("moelora", "llava"), *(("moelora", name) for name in tiny_families.FAMILIES)],
 )
 def test_flops_are_those_that_torch_counts(method: str, family: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """Attention apart, which the counter leaves out on a CPU."""
+    """``step_flops`` agrees with torch's count, apart from attention, which torch's counter leaves out on a CPU."""
     folder = tiny_folder if family == "llava" else tiny_families.save_family(family, tmp_path)
     config = tiny_config(method, folder, "adapter.train_projector=true")
     kind, base = method_class(method)(config), meta_base(folder / "config.json")
@@ -57,7 +60,7 @@ def test_flops_are_those_that_torch_counts(method: str, family: str, tiny_folder
 
 
 def test_the_rehearsals_products_are_rounded_once() -> None:
-    """In bfloat16, wider than a piece of the weight; in float64 and then rounded, but for a tie here and there."""
+    """A bfloat16 product wider than a piece of the weight is the float64 one rounded once, but for a few ties."""
     a, b, c = (torch.randn(*shape).bfloat16() for shape in ((300, 1100), (1100, 1600), (300, 1600)))
     product, added = a.double() @ b.double(), c.double()
     with rehearse.Widened():

@@ -49,7 +49,7 @@ def room_of(module: str) -> str:
 
 
 def imports(source: str) -> Iterator[tuple[int, str, bool]]:
-    """Line, dotted name, and whether it is inside a function, of everything that a file imports."""
+    """For everything that a file imports: its line, its dotted name, and whether it is inside a function."""
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
     inside = {id(node) for function in functions for node in ast.walk(function)}
@@ -65,7 +65,7 @@ def imports(source: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def target(name: str) -> str | None:
-    """The file behind ``clmoe.config.Config`` (``config``); None for other packages."""
+    """The module that holds an imported name (``config`` for ``clmoe.config.Config``); None for other packages."""
     parts = name.split(".")
     if parts[0] != "clmoe":
         return None
@@ -130,7 +130,7 @@ def test_only_bases_and_convert_know_the_names_of_a_base() -> None:
 
 
 def words(source: str) -> Iterator[str]:
-    """Identifiers and texts of a file without its docstrings."""
+    """The identifiers and strings of a file, without its docstrings."""
     tree = ast.parse(source)
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -141,7 +141,7 @@ def words(source: str) -> Iterator[str]:
 
 
 def test_training_and_evaluation_name_no_method() -> None:
-    """``clmoe`` is the package's name too, ``zero_shot`` that of the matrix's first row, ``same`` a word."""
+    """No method is named but ``clmoe`` (the package), ``zero_shot`` (the matrix's first row) and ``same`` (a word)."""
     names = "|".join(methods().keys() - {"clmoe", "zero_shot", "same"})
     pattern = re.compile(rf"(?<![a-z0-9])({names})(?![a-z0-9])", re.IGNORECASE)
     for module, path in FILES.items():
@@ -158,7 +158,7 @@ def test_a_method_fits_on_a_page_or_two() -> None:
 
 
 def test_the_page_lists_the_arrows_of_the_code() -> None:
-    """The last column of its table; that nearly every room imports ``errors`` is said once, above it."""
+    """The last column of design.md's table lists all arrows but those to ``errors``, which are stated once, above."""
     rows = re.findall(
         r"^\| `([a-z_]+)(?:/|\.py)` \|.*\| ([a-z_, ]*) \|$", (DOCS / "design.md").read_text(), re.MULTILINE
     )
@@ -168,7 +168,7 @@ def test_the_page_lists_the_arrows_of_the_code() -> None:
 
 
 def test_the_picture_draws_the_arrows_of_the_code() -> None:
-    """All of them but those that a longer way implies, each from a box above to a box below."""
+    """The picture draws all arrows except those that a longer path implies, each from a higher to a lower box."""
     picture = ET.parse(DOCS / "images" / "house.svg")
     drawn = {
         (path.get("data-from"), path.get("data-to")) for path in picture.iter(f"{SVG}path") if path.get("data-from")

@@ -1,4 +1,4 @@
-"""``clmoe plan``: figures that papers print, really attached and trained adapters, and memory that was measured."""
+"""``clmoe plan`` against figures that papers print, adapters really attached and trained, and measured memory."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def first_of(config: Config) -> FirstTask:
 def test_published_counts(
     method: str, overrides: tuple[str, ...], expert: int, router: int, projector: int, printed: str | None
 ) -> None:
-    """31 M, 62 M (LLaVA-CMoE's Table 8), and CL-MoE's released preset; as docs/results.md prints them."""
+    """The counts are LLaVA-CMoE's 31 M and 62 M (Table 8) and CL-MoE's released preset, as docs/results.md has them."""
     first = first_of(load_config(method, {}, list(overrides), "llava-1.5-7b"))
     assert [first.count(part) for part in ("expert", "router", "projector")] == [expert, router, projector]
     assert first.count() == expert + router + projector
@@ -86,7 +86,7 @@ def test_one_expert_in_22_75_blocks_is_the_papers_43_96_million() -> None:
     experts = 22.75 * growth["expert"]
     assert growth == {"expert": 2 * 64 * (HIDDEN + FFN), "router": 8 * HIDDEN, "router_row": HIDDEN}
     assert experts == 43_982_848 and on_results_page("LLaVA-CMoE: parameters trained") == f"{experts / 1e6:.2f} M"
-    rows = round(22.75 * HIDDEN)  # more in the routers, for every task before and with this one
+    rows = round(22.75 * HIDDEN)  # added to the routers by each task up to and including this one
     assert trained == [first.count(), *(experts + 8 * HIDDEN * BLOCKS + n * rows for n in (1, 2))]
     assert kept == sum(trained)  # type: ignore[arg-type]
 
@@ -135,7 +135,7 @@ def test_what_is_saved_at_full_size(
     method: str, linears: tuple[str, ...], rank: int, experts: int, projector: bool,
     model: str, D: int, F: int, blocks: int,
 ) -> None:  # fmt: skip
-    """Names, shapes and types, tensor by tensor; a router for each linear, LLaVA-CMoE's for each block."""
+    """Every saved tensor has the expected name, shape and type; routers are per linear, LLaVA-CMoE's per block."""
     first, expected = first_of(load_config(method, {}, [], f"llava-1.5-{model}")), {}
     for block in range(blocks):
         for linear in linears:
@@ -172,7 +172,7 @@ ROUTER = ("options.stored=2", "options.router_rank=8", "options.router_epochs=1"
 
 @pytest.mark.parametrize("method", ["lora", "clmoe", "olora", "keeplora", "llava_cmoe", "mrlora"])
 def test_counts_are_those_of_checkpoints(method: str, mini: Benchmark, runs: Runs) -> None:
-    """Trained by every task, and kept in the end; CL-MoE's task gates are no trained parameters."""
+    """Planned counts equal what each task trained and what is kept in the end; CL-MoE's task gates are not trained."""
     grows, overrides = method == "llava_cmoe", {"llava_cmoe": FAST, "mrlora": ROUTER}.get(method, ())
     checkpoints = runs.chain(method, *overrides, tasks=TASKS if grows else TASKS[:2])
     last = load_file(checkpoints[-1] / "adapter_model.safetensors").items()
@@ -187,7 +187,7 @@ def test_counts_are_those_of_checkpoints(method: str, mini: Benchmark, runs: Run
 
 
 def full_width(name: str, tokens: int = 160) -> None:
-    """Print what a step of two blocks and two tower layers of LLaVA-1.5-7b takes, and what is planned for it."""
+    """Print the measured and planned memory of a step with two blocks and two tower layers of LLaVA-1.5-7b."""
     torch.set_num_threads(1)
     shapes = json.loads(shapes_file(load_config(name, {}, [], "llava-1.5-7b").model).read_text())
     shapes["text_config"]["num_hidden_layers"], shapes["vision_config"]["num_hidden_layers"] = 2, 2
@@ -205,13 +205,13 @@ def full_width(name: str, tokens: int = 160) -> None:
 
 
 def largest_size() -> int:
-    """Of this process, resident, in bytes. What getrusage says begins at the size of the process that started it."""
+    """The peak resident size of this process in bytes. getrusage's figure starts at the size of its parent process."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 @pytest.mark.slow
 def test_memory_of_a_step_at_true_width() -> None:
-    """In a process of its own, whose resident size is a second witness."""
+    """The plan fits the bytes of the tensors and, as a second witness, the resident size of a process of its own."""
     code = "from tests.test_plan import full_width; full_width('clmoe')"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
@@ -224,7 +224,7 @@ def test_memory_of_a_step_at_true_width() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "olora", "clmoe_released", "llava_cmoe"])
 def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
-    """True width, 576 image tokens, tensor by tensor; matrix products are left out."""
+    """The plan fits the bytes counted tensor by tensor at true width with 576 image tokens, without matrix products."""
     rehearse = load_script("bench/rehearse")
     (tmp_path / "config.json").write_text(json.dumps(rehearse.cut("llava-1.5-7b", 2)))
     config = load_config(name, {}, ["model.dtype=bfloat16"], str(tmp_path))
@@ -235,7 +235,7 @@ def test_memory_of_a_step_in_bfloat16(name: str, tmp_path: Path) -> None:
 
 
 def step_and_plan(family: str, method: str, dtype: str, folder: Path) -> tuple[list[int], list[int]]:
-    """State, and activations without and with recomputation, of a family's wide model: measured, and planned."""
+    """Measured and planned bytes of a family's wide model: state, then activations without and with recomputation."""
     rehearse = load_script("bench/rehearse")
     config = load_config(method, {}, [f"model.dtype={dtype}"], str(tiny_families.save_wide(family, folder)))
     plain, again = rehearse.measured(config, 2, 320, computes=False)
@@ -243,7 +243,7 @@ def step_and_plan(family: str, method: str, dtype: str, folder: Path) -> tuple[l
 
 
 def families_wide() -> None:
-    """Print planned over measured activations of every family, type and method."""
+    """Print the ratio of planned to measured activations for every family, type and method."""
     for family, dtype in product(tiny_families.FAMILIES, ("float32", "bfloat16")):
         for method in ("lora", "clmoe", "llava_cmoe"):
             with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +255,7 @@ def families_wide() -> None:
 @pytest.mark.parametrize("method", ["lora", "clmoe"])
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_memory_of_a_step_of_other_families(family: str, method: str, tmp_path: Path) -> None:
-    """As above. Their attention has a quarter of the keys, Qwen3's and Gemma's norms on them; Qwen and Gemma mask."""
+    """The plan also fits attention with a quarter of the keys, norms on them (Qwen3, Gemma) and masks (Qwen, Gemma)."""
     measured, planned = step_and_plan(family, method, "bfloat16", tmp_path)
     assert planned[0] == pytest.approx(measured[0], rel=0.01)
     assert planned[1:] == pytest.approx(measured[1:], rel=0.1)
@@ -264,7 +264,7 @@ def test_memory_of_a_step_of_other_families(family: str, method: str, tmp_path: 
 @pytest.mark.parametrize(
     ("gpus", "settings", "buffers", "shares"),
     [
-        (1, None, 0, [1, 1, 1, 2, 0]),  # base, adapter; gradients, optimizer, communication as parts of the adapter
+        (1, None, 0, [1, 1, 1, 2, 0]),  # base, adapter; gradients, optimizer, communication as shares of the adapter
         (4, None, 0, [1, 1, 1, 2, 1]),
         (4, "zero1", 5e8, [1, 1, 1, 3 / 4, 0]),
         (4, "zero2", 2 * 5e7, [1, 1, 1 / 4, 3 / 4, 0]),
@@ -274,9 +274,9 @@ def test_memory_of_a_step_of_other_families(family: str, method: str, tmp_path: 
 def test_state_is_cut_as_zero_cuts_it(
     gpus: int, settings: str | None, buffers: float, shares: list[float], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Shares of the bytes of base and adapter; float32 elements of buffers."""
+    """Each part of the state is a share of the bytes of base or adapter; ``buffers`` counts float32 elements."""
     first = first_of(tiny_config("lora", tiny_folder))
-    if settings == "zero1":  # of one's own
+    if settings == "zero1":  # the user's own file
         settings = str(tmp_path / "zero1.json")
         Path(settings).write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}')
     P, B = 4 * first.count(), first.base_bytes
@@ -286,7 +286,7 @@ def test_state_is_cut_as_zero_cuts_it(
 
 
 def test_four_bit_weights_are_what_double_quantisation_stores() -> None:
-    """Counted tensor by tensor, as bitsandbytes stores them."""
+    """The planned bytes of 4-bit weights are those that bitsandbytes stores, counted tensor by tensor."""
     plain, packed = (
         first_of(load_config("lora", {}, [f"model.load_in_4bit={on}"], "llava-1.5-7b")).base_bytes
         for on in ("false", "true")
@@ -299,7 +299,7 @@ def test_four_bit_weights_are_what_double_quantisation_stores() -> None:
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Values:
-    """``clmoe plan --json``; ends with ``code``."""
+    """Run ``clmoe plan --json``, which must end with ``code``; return its values."""
     capsys.readouterr()
     try:
         cli.main(["plan", *map(str, arguments), "--json"])
@@ -377,7 +377,7 @@ def test_extended_blocks_without_a_meaning(mini: Benchmark) -> None:
 
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
 def test_every_family_plans(name: str, capsys: pytest.CaptureFixture[str], mini_yaml: Path, tmp_path: Path) -> None:
-    """Its parameters are those of the loaded base, an image's tokens those that its processor counts."""
+    """A family's plan has the parameters of the loaded base and the image tokens that its processor counts."""
     folder = tiny_families.save_family(name, tmp_path / name)
     base, config = load_base(ModelConfig(path=str(folder))), tiny_config("clmoe", folder)
     values = plan(capsys, "--config", "clmoe", "--model", folder, "--benchmark", mini_yaml, "training.steps=3")
@@ -387,7 +387,7 @@ def test_every_family_plans(name: str, capsys: pytest.CaptureFixture[str], mini_
     assert first.count() == sum(parameter.numel() for parameter in attached.parameters() if parameter.requires_grad)
     (width, height), chat = SIZE, base.chat
     assert chat is not None and first.image.source.startswith(f"{width} x {height}")
-    if name != "smolvlm":  # which cannot count
+    if name != "smolvlm":  # whose processor cannot count
         counted = chat.processor._get_num_multimodal_tokens(image_sizes=[[height, width]])["num_image_tokens"][0]
         assert first.image.tokens == pytest.approx(counted, abs=6), "besides marks around it, here of single bytes"
     assert "32 x 24 pixels" in values["image"]["source"], "the benchmark's images"

@@ -1,4 +1,4 @@
-"""scripts/quickstart.py: what the forecast says of runs that wait, run and have finished tasks. Nothing is trained."""
+"""scripts/quickstart.py: the forecast for runs that wait, are running, or have finished tasks; nothing is trained."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_a_run_is_forecast_by_the_calibration_and_then_by_its_own_tasks(quicksta
 def test_runs_share_the_cores(quickstart: ModuleType) -> None:
     forecast = quickstart.Forecast(lambda: 1000.0, {"long": 100, "short": 10}, 1, 1000, jobs=3, cores=2)
     long, short = forecast.whole("long"), forecast.whole("short")
-    assert forecast.together([], ["long", "short"]) == pytest.approx(long)  # one core works for the longest alone
+    assert forecast.together([], ["long", "short"]) == pytest.approx(long)  # the longest has a core to itself
     assert forecast.together([long, long, 5.0], ["short"]) == pytest.approx((2 * long + 5 + short) / 2)
     finished = quickstart.Forecast(lambda: pytest.fail("measured"), {"long": 100}, 1, 1000, jobs=3, cores=2)
     assert finished.together([], []) == 0.0
@@ -54,7 +54,7 @@ def test_the_line_counts_tasks_and_skips_what_is_finished(
     runs = quickstart.Runs(
         args, quickstart.Forecast(lambda: 1000.0, {"lora": 1, "clmoe": 2, "llava_cmoe": 3}, 2, 5, 2, 2)
     )
-    assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # the longest first
+    assert runs.waiting == ["llava_cmoe", "clmoe", "lora"]  # longest first
     lora = next(row for row in runs.chosen if row.label == "lora")
     with (tmp_path / "out").open("wb") as log:
         child = runs.start(lora, ["sleep", "60"], log)

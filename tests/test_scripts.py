@@ -1,6 +1,6 @@
-"""The real benchmarks' scripts, the same files that a node runs: to the final table on miniature trees.
+"""The real benchmarks' scripts, the same files that a node runs, reach the final table on miniature trees.
 
-With CLMOE_WHOLE_SEQUENCES=1 in the environment every sequence is run whole; else its first two tasks.
+With CLMOE_WHOLE_SEQUENCES=1 in the environment every sequence runs in full, otherwise only its first two tasks.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def test_a_script_runs_to_the_final_table(name: str, tmp_path: Path, tiny_folder
 
 @pytest.fixture
 def spoken(tmp_path: Path) -> Callable[..., list[str]]:
-    """Run a script with a `clmoe` that prints what it was asked, so that nothing is trained: its lines."""
+    """Runs a script with a `clmoe` that only prints its arguments, so that nothing is trained; returns the lines."""
     fake = tmp_path / "bin" / "clmoe"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "clmoe $*"\n')
     fake.chmod(0o755)
     (tmp_path / "data").mkdir()
-    # common.sh puts the checkout's own environment first where there is one
+    # a copy, because common.sh puts the checkout's own environment first if there is one
     scripts = tmp_path / "scripts"
     subprocess.run(["cp", "-r", str(REPOSITORY / "scripts"), str(scripts)], check=True)
 
@@ -118,7 +118,7 @@ METHOD_SCRIPTS = {
 
 @pytest.mark.parametrize("name", sorted(METHOD_SCRIPTS))
 def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spoken: Callable[..., list[str]]) -> None:
-    """A grid's row hands its `config` over as METHOD; ignored, it would train another one under the row's label."""
+    """A grid's row passes its `config` as METHOD; a script that ignored it would train another one under its label."""
     for variables, config in (({}, Path(name).name), ({"METHOD": "other_config"}, "other_config")):
         trained = [line for line in spoken(f"{name}.sh", **variables) if line.startswith("clmoe run ")]
         assert len(trained) == 1
@@ -165,7 +165,7 @@ NODE_1 = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "5
 
 
 def node_line(rank: int) -> str:
-    """What starts clmoe on one of two nodes of eight GPUs by torchrun."""
+    """The torchrun command that starts clmoe on one of two nodes with eight GPUs."""
     where = f"--nnodes 2 --node_rank {rank} --master_addr n1 --master_port 5"
     return f"{TORCHRUN} 8 {where} -m clmoe.cli run lora coin"
 
@@ -219,7 +219,7 @@ def test_several_nodes_need_to_know_each_other() -> None:
 
 
 def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
-    """A batch script is sent SIGTERM alone; what it started must see it, and its exit code be the job's."""
+    """SLURM sends SIGTERM to the batch script alone; its child must see it and decide the job's exit code."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/requeued\n')
     (tmp_path / "bin/scontrol").chmod(0o755)
@@ -262,7 +262,7 @@ def test_slurm_passes_the_signal_on_and_queues_again(tmp_path: Path) -> None:
 def test_deepspeed_is_started_on_the_devices_that_may_be_used(
     variables: dict[str, str], devices: str, spoken: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """`deepspeed` is replaced by one that prints what it was asked."""
+    """The script starts `deepspeed`, here a stand-in that prints its arguments, on exactly the devices it may use."""
     hosts = tmp_path / "hosts"
     fake = tmp_path / "bin" / "deepspeed"
     fake.write_text('#!/bin/sh\necho "deepspeed $*"\n')
@@ -287,7 +287,10 @@ def test_the_cores_are_the_machines_whatever_the_threads() -> None:
 def test_ci_fails_with_the_contract_suite_but_not_for_want_of_its_packages(
     code: int, expected: int, tmp_path: Path
 ) -> None:
-    """`.ci/run` among scripts that do nothing; on the oldest packages one ends with this code, installed or not."""
+    """With stub scripts, `.ci/run` fails if the suite on the oldest packages fails.
+
+    It only reports code 3, which means that these packages cannot be installed.
+    """
     for name in (".ci", "scripts", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci")

@@ -1,4 +1,4 @@
-"""`clmoe run`: the whole sequence in one program, wherever it is stopped, and every method with every locator."""
+"""`clmoe run` makes a whole sequence in one program, wherever it is stopped; every locator works with every method."""
 
 import dataclasses
 import json
@@ -41,20 +41,20 @@ PARTS = {
 
 
 def run(runs: Runs, output: Path, method: str, *settings: str, order: str = "norm", seed: int = 0) -> Result:
-    """From Python, as users call it."""
+    """Call ``clmoe.run`` from Python, as users do."""
     return clmoe.run(
         method, str(runs.benchmark), order=order, seed=seed, output=output, base=str(runs.model), settings=settings
     )
 
 
 def compared(folder: Path) -> dict[str, bytes]:
-    """All files but those that hold times."""
+    """The contents of all files except those that hold times."""
     return {name: content for name, content in contents(folder).items() if name not in UNCOMPARED}
 
 
 @pytest.fixture(scope="module")
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """CL-MoE on three tasks, for which the base is loaded once; never changed."""
+    """A run of CL-MoE on three tasks, which loads the base only once; tests never change it."""
     loads: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         for module in (task_module, answer_module):
@@ -66,7 +66,7 @@ def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_it_is_task_by_task_training_and_evaluation(whole: Result, runs: Runs, tmp_path: Path) -> None:
-    """`clmoe train` and `clmoe eval`, each from a checkpoint folder to the next, give the same bits."""
+    """`clmoe train` and `clmoe eval`, each from a checkpoint folder to the next, give the same bits as `clmoe run`."""
     by_hand = runs.chain("clmoe", tasks=TASKS)
     for checkpoint, other in zip(whole.checkpoints, by_hand, strict=True):
         assert contents(checkpoint) == contents(other)
@@ -86,7 +86,7 @@ def test_the_result_is_the_runs_tables(whole: Result) -> None:
 
 
 def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [path for path in whole.run.rglob("*") if path.is_file() and path.name != "run.json"]  # each row's in turn
+    files = [path for path in whole.run.rglob("*") if path.is_file() and path.name != "run.json"]  # each row writes it
     before = [path.stat().st_mtime_ns for path in files]
     for module in (task_module, answer_module):
         monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("the base was loaded"))
@@ -97,7 +97,7 @@ def test_the_same_line_again_finds_everything_done(whole: Result, runs: Runs, mo
 
 
 def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    """``real``, killed in the call of this number, from 1."""
+    """``real``, except that call ``number``, counted from 1, raises Killed."""
     calls: list[None] = []
 
     def armed(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def at_call(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
 def test_stopped_anywhere_the_same_line_ends_in_the_same_bytes(
     whole: Result, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In training the second task, publishing it, evaluating after it, and between the tasks."""
+    """A run killed while it trains or publishes the second task, evaluates after it, or between tasks ends the same."""
     moments: list[tuple[Any, str, int]] = [
         (TaskTrainer, "training_step", 6),
         (task_module, "publish", 1),
@@ -168,7 +168,7 @@ def test_restart_begins_a_run_anew_that_has_finished_no_task(
 
 
 def with_file(benchmark: Path, folder: Path, task: int, kind: str, text: str) -> str:
-    """YAML of a benchmark in ``folder`` that differs in one file of one task."""
+    """Write a benchmark to ``folder`` that differs in one file of one task; return its YAML."""
     values = yaml.safe_load(benchmark.read_text())
     (folder / f"{kind}.json").write_text(text)
     values["tasks"][task][kind] = str(folder / f"{kind}.json")
@@ -202,7 +202,7 @@ def test_every_way_of_chaining_ends_in_a_table(method: str, checkpoints: int, ru
 def test_general_ability_and_the_next_task_are_asked_where_wanted_and_change_nothing_else(
     runs: Runs, mini_yaml: Path, tmp_path: Path
 ) -> None:
-    """``before`` asks the last task's questions under another name: what is measured of both must be equal."""
+    """``before`` asks the last task's questions under another name, so both must get the same scores."""
     values = yaml.safe_load(mini_yaml.read_text())
     before = {name: value for name, value in values["tasks"][2].items() if name not in ("name", "train")}
     values |= {"general": [{"name": "before", **before}]}
@@ -253,7 +253,7 @@ def test_a_locator_chooses_for_a_question_that_belongs_to_no_task_and_the_oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("method", PARTS)
 def test_every_locator_works_with_every_method_that_keeps_parts(method: str, runs: Runs, tmp_path: Path) -> None:
-    """One training, every locator on its checkpoints: nothing is trained again, and known tasks are always found."""
+    """Every locator works on the checkpoints of one training without training again, and finds only known tasks."""
     settings = ("training.steps=2", "adapter.train_projector=false", *PARTS[method])
     trained = run(runs, tmp_path / "run", method, *settings, *FAST["vae"], "locator=vae", order=",".join(TASKS[:2]))
     for name in usable_locators(method):
@@ -270,7 +270,7 @@ def test_every_locator_works_with_every_method_that_keeps_parts(method: str, run
 
 
 def test_a_locator_of_its_own_is_what_training_with_it_gives(runs: Runs, tmp_path: Path) -> None:
-    """Fitted after training from the tasks' data, it decides as the one that was sealed in."""
+    """A locator fitted after training from the tasks' data decides like the one that training sealed in."""
     settings = ("training.steps=1", "adapter.train_projector=false")
     order = ",".join(TASKS[:2])
     other = run(runs, tmp_path / "oracle", "separate", *settings, order=order)
@@ -281,7 +281,7 @@ def test_a_locator_of_its_own_is_what_training_with_it_gives(runs: Runs, tmp_pat
 
 
 def test_separate_keeps_each_tasks_lora(runs: Runs, tmp_path: Path) -> None:
-    """Its part of the second checkpoint is the LoRA of the first, and what the second task gives when trained first."""
+    """The second checkpoint holds the first one's LoRA and the LoRA that the second task gives when trained first."""
     order = ",".join(TASKS[:2])
     frozen = "adapter.train_projector=false"
     both = run(runs, tmp_path / "both", "separate", frozen, order=order)
@@ -318,7 +318,7 @@ def test_a_method_of_the_users_own_file(runs: Runs, tmp_path: Path) -> None:
 def test_the_command_line(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From another folder, with relative paths and settings among the options."""
+    """`clmoe run` works from another folder, with relative paths and with settings among the options."""
     monkeypatch.chdir(tmp_path)
     fixed = ["run", "lora", str(runs.benchmark), "--base", str(runs.model), "training.steps=1", "--order", TASKS[0]]
     cli.main([*fixed, "--seed", "3", "adapter.rank=4"])
@@ -334,7 +334,7 @@ def test_the_command_line(
 def test_bad_files_of_later_tasks_stop_it_before_the_first_step_all_at_once(
     runs: Runs, mini_yaml: Path, tmp_path: Path
 ) -> None:
-    """Broken, unscorable, without an image, too long, and with an end token: each file is named."""
+    """One error names every bad file: broken, unscorable, without an image, too long, or with an end token."""
     root = tmp_path / "own"
     shutil.copytree(mini_yaml.parent, root)
     long = json.loads((root / TASKS[0] / "train.json").read_text())

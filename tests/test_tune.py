@@ -1,4 +1,4 @@
-"""``clmoe tune``: few trials of each method's own options, and runs that take what it chose."""
+"""``clmoe tune`` makes a few trials of each method's own options, and runs take what it chose."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def test_the_shipped_grid_of_every_method_is_six_values_of_its_own_options(metho
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """Runs are not trained: the higher beta the better, and seed 1 reaches 10 more than seed 0; the calls."""
+    """The calls of a ``run`` that trains nothing: higher beta scores better, and seed 1 gets 10 more than seed 0."""
     calls = []
 
     def run(method: str, benchmark: str, **given: Any) -> sequence_module.Result:

@@ -1,4 +1,4 @@
-"""What a user without the checkout gets: the wheel holds all that a run on the embedded benchmark needs."""
+"""What a user without the checkout gets: the wheel holds everything that a run on the embedded benchmark needs."""
 
 import os
 import shutil

@@ -21,7 +21,7 @@ def write(path: Path, data: Any) -> None:
 
 
 def draw(root: Path, name: str, number: int) -> str:
-    """A small picture; returns its name. Sizes are wide, high and square in turn."""
+    """Draw a small picture, wide, tall and square in turn; return its name."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", [(24, 16), (16, 24), (20, 20)][number % 3], COLOURS[number % 8]).save(path)
@@ -79,7 +79,7 @@ def coin(root: Path) -> Path:
 
 
 def _scienceqa(root: Path, save: Callable[[str, Rows, Rows], None]) -> None:
-    """Every second question has no image."""
+    """Write ScienceQA, where every second question has no image."""
     train, test, problems = [], [], {}
     for n in range(ROWS):
         image = None if n % 2 else draw(root, f"ScienceQA/images/test/{n}/image.png", n)
@@ -95,7 +95,7 @@ def _scienceqa(root: Path, save: Callable[[str, Rows, Rows], None]) -> None:
 
 
 def cl4vqa(root: Path) -> Path:
-    """The authors' files: one answer, no annotators."""
+    """Write the authors' files, which have one answer per question and no annotators."""
     answers = {"judge": ["yes", "no"], "count": ["2", "3"], "color": COLOURS}
     words = "recognition location judge commonsense count action color type subcategory causal"
     for task in words.split():

@@ -1,7 +1,8 @@
-"""What every family of bases owes its users: one contract, on a tiny random base of each.
+"""What every family of bases owes its users: one contract, checked on a tiny random base of each.
 
 ``scripts/bases_page.py`` runs it and writes the table of docs/bases.md from what passes. With CLMOE_EVERY_PAIR=1 in the
-environment, as there, every method and every locator is tried on every family; else the families share most of them.
+environment, which that script sets, every method and every locator is tried on every family. Without it, most of them
+are divided among the families.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from tests.support import copy_base, save_tiny, tiny_config
 
 NAMES = list(FAMILIES)
 TURNS = (Turn("How many things are there?", "two"), Turn("Are you sure?", "yes, quite"))
-SIZES = ((32, 24), (20, 60), (90, 40))  # what differs makes images of different numbers of tokens
+SIZES = ((32, 24), (20, 60), (90, 40))  # different enough to become different numbers of tokens
 QUESTIONS = ("How many?", "On which side is it, left or right?", "Which colour is it?", "Are you sure?")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedBase]:
-    """Loads a family's tiny base, once; it must not be changed."""
+    """Loads a family's tiny base, once; tests must not change it."""
 
     @cache
     def base(name: str) -> LoadedBase:
@@ -77,7 +78,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items(base: LoadedBase, pictures: Path) -> list[PromptItem]:
-    """A question about every picture, and one about none."""
+    """The prompts of one question about each picture and of one without a picture."""
     names = [*(f"{number}.png" for number in range(len(SIZES))), None]
     asked = [Question(text, name, text, "", {}) for text, name in zip(QUESTIONS, names, strict=True)]
     return [base.prompt_item(q, None if q.image is None else base.read_image(pictures / q.image)) for q in asked]
@@ -91,7 +92,7 @@ def batched(base: LoadedBase, prompts: list[PromptItem]) -> dict[str, Tensor]:
 def test_a_processor_with_other_settings_makes_other_inputs(
     name: str, bases: Callable[[str], LoadedBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So what is kept of them has another name: here, of more tokens for an image."""
+    """Names of cached results depend on the processor's settings; here, an image takes more tokens."""
     encoder = bases(name).encoder
     made_by, key = encoder.made_by, AnswersFit(encoder, 64).key
     monkeypatch.setattr(encoder.chat.processor, "image_seq_length", 9)  # type: ignore[union-attr]
@@ -103,7 +104,7 @@ def test_a_processor_with_other_settings_makes_other_inputs(
 
 @pytest.mark.parametrize("method", ["lora", "clmoe", "llava_cmoe"])
 def test_adapters_are_on_exactly_the_decoders_ffns(method: str, base: LoadedBase, pictures: Path) -> None:
-    """A fresh one leaves all states as they are, bit for bit; besides it, only the projector trains."""
+    """A fresh adapter leaves all logits unchanged, bit for bit; apart from the adapter, only the projector trains."""
     own = copy_base(base)
     inside = {id(module) for layer in decoder_layers(own.model) for module in layer.modules()}
     names = {name for name, module in own.model.named_modules() if id(module) in inside}
@@ -124,7 +125,7 @@ def test_adapters_are_on_exactly_the_decoders_ffns(method: str, base: LoadedBase
     assert sum(p.numel() for n, p in model.named_parameters() if n in saved) == whole * tuned
     assert all(".mlp." in name for name in trained - saved)
     batch = batched(base, items(base, pictures))
-    model.requires_grad_(False)  # torch multiplies in another order by weights that train, and rounds otherwise
+    model.requires_grad_(False)  # torch multiplies by trainable weights in another order, which rounds differently
     with torch.no_grad(), routing(NEWEST_ROUTER):
         assert same_bits(own.model(**batch).logits, base.model(**batch).logits)
     detach_adapter(model)
@@ -133,10 +134,10 @@ def test_adapters_are_on_exactly_the_decoders_ffns(method: str, base: LoadedBase
 # ---- Inputs
 
 
-@pytest.mark.parametrize("base", NAMES[1:], indirect=True)  # tests/data/test_prompts.py has LLaVA-1.5's
+@pytest.mark.parametrize("base", NAMES[1:], indirect=True)  # tests/data/test_prompts.py covers LLaVA-1.5
 @pytest.mark.parametrize("with_image", [True, False])
 def test_labels_are_exactly_the_answers_and_their_ends(with_image: bool, base: LoadedBase, pictures: Path) -> None:
-    """Oracle: the processor's own tokens of the conversation, cut off before and after each answer: no offsets."""
+    """Oracle: the processor's own tokens of the conversation up to the start and the end of each answer; no offsets."""
     image = base.read_image(pictures / "2.png") if with_image else None
     item = base.train_item(TrainRecord("r", "2.png" if with_image else None, TURNS), image, 4096)
     chat, tail = base.chat, base.family.tail
@@ -213,7 +214,7 @@ def test_a_batch_of_records_is_each_record_alone(base: LoadedBase, pictures: Pat
 
 
 def test_training_reads_what_a_plain_forward_pass_reads(base: LoadedBase, pictures: Path) -> None:
-    """Oracle: the model's own loss with its own labels, image inputs and mask."""
+    """Our answer states give the same loss; oracle: the model's own loss on the same labels, image inputs and mask."""
     item = base.train_item(TrainRecord("r", "1.png", TURNS), base.read_image(pictures / "1.png"), 4096)
     batch = collate_train([item], base.tokenizer.pad_token_id)
     with torch.no_grad():
@@ -224,7 +225,7 @@ def test_training_reads_what_a_plain_forward_pass_reads(base: LoadedBase, pictur
 
 
 def test_answers_are_those_of_generate(base: LoadedBase, pictures: Path) -> None:
-    """Oracle: transformers' own generation, a prompt at a time; ours reads all of them in a left-padded batch."""
+    """Oracle: transformers' own generation, one prompt at a time; ours reads all of them in one left-padded batch."""
     prompts = items(base, pictures)
     config = load_config("zero_shot", {}, [], base.model.name_or_path)
     answerer = Answerer(base, base.model, method_class("zero_shot")(config), 0, None)
@@ -240,7 +241,7 @@ def test_answers_are_those_of_generate(base: LoadedBase, pictures: Path) -> None
 
 @pytest.mark.parametrize("which", ["of the template", "of the generation settings"])
 def test_an_answer_ends_at_every_end_token(which: str, base: LoadedBase) -> None:
-    """The head of the copy always says that token."""
+    """The head of the copied base always predicts the end token, so the answer must be empty."""
     own = copy_base(base)
     end = END if base.chat is None else tiny_families.FAMILIES[base.model.config.model_type].end
     ids = [base.tokenizer.convert_tokens_to_ids(end), own.model.generation_config.eos_token_id]
@@ -268,7 +269,7 @@ def test_a_batch_of_prompts_is_each_prompt_alone(base: LoadedBase, pictures: Pat
 
 
 def test_features_for_locators_do_not_depend_on_the_batch(base: LoadedBase, pictures: Path) -> None:
-    """Oracle: hidden states of one prompt alone, from the model itself."""
+    """Oracle: the model's own hidden states of each prompt alone."""
     own = copy_base(base)
     model = attach_adapter(own.model, method_class("lora")(tiny_config("lora", Path("x"))).adapter(own)).eval()
     prompts = items(base, pictures)
@@ -283,7 +284,7 @@ def test_features_for_locators_do_not_depend_on_the_batch(base: LoadedBase, pict
 
 
 def test_an_images_embedding_is_the_mean_of_its_tokens(base: LoadedBase, pictures: Path) -> None:
-    """Oracle: what the model itself puts into the embeddings of a prompt in the place of image tokens."""
+    """Oracle: what the model itself puts into a prompt's embeddings in place of the image tokens."""
     own = copy_base(base)
     model = attach_adapter(own.model, method_class("lora")(tiny_config("lora", Path("x"))).adapter(own)).eval()
     questions = [Question(text, f"{n}.png", text, "", {}) for n, text in enumerate(QUESTIONS[: len(SIZES)])]
@@ -314,7 +315,7 @@ def test_an_adapted_ffn_compiles_to_one_graph(scope: str, base: LoadedBase) -> N
 
 @pytest.fixture(scope="session")
 def runs_on(tmp_path_factory: pytest.TempPathFactory, mini_yaml: Path) -> Callable[[LoadedBase], Runs]:
-    """The runs on a base; those of one base share what they train."""
+    """The runs on a base; tests of the same base share what they train."""
 
     @cache
     def runs(folder: str) -> Runs:
@@ -328,7 +329,7 @@ PAIR = ("count", "side")
 
 
 def pairs(tried: Iterable[str], always: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(family, what is tried on it): ``always`` and, as they share them out, the others; or all."""
+    """(family, name) pairs: ``always`` on every family and the others divided among them, or all on every family."""
     whole, count = bool(os.environ.get("CLMOE_EVERY_PAIR")), len(NAMES)
     shared = {name: place % count for place, name in enumerate(name for name in tried if name not in always)}
     return [(f, name) for n, f in enumerate(NAMES) for name in tried if whole or shared.get(name, n) == n]
@@ -352,12 +353,12 @@ def test_two_tasks_are_trained_one_after_the_other_and_answered(
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "locator"), pairs(LOCATORS, ("nearest_mean",)), indirect=["base"])
 def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]) -> None:
-    """Those that look at samples, more often than by chance; a few steps teach ``generated_letter`` nothing."""
+    """A locator that looks at samples must beat chance; a few steps teach ``generated_letter`` nothing."""
     runs, asks = runs_on(base), LOCATORS[locator].asks
     method = "mrlora" if asks else "separate"
     checkpoint = runs.chain(method, *SHORT, *ROWS[method].overrides, tasks=PAIR)[1]
     output = runs.evaluate(checkpoint, checkpoint.parent / locator, *FAST.get(locator, ()), locator=locator)
-    suffix = "" if asks or locator == "oracle" else f".{locator}"  # these are the methods' own
+    suffix = "" if asks or locator == "oracle" else f".{locator}"  # files of a method's own locator have none
     files = {task: output / "predictions" / PAIR[1] / f"{task}{suffix}.jsonl" for task in PAIR}
     found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
     assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())
@@ -381,7 +382,7 @@ def test_a_killed_training_ends_in_the_same_bytes(
 
 
 def test_recomputed_activations_give_the_same_gradients(base: LoadedBase, pictures: Path) -> None:
-    """Bit for bit, for records with and without an image."""
+    """The gradients are equal bit for bit with and without recomputation, for records with and without an image."""
     names = ("0.png", "1.png", None)
     found = [
         base.train_item(TrainRecord("r", name, TURNS), name and base.read_image(pictures / name), 4096)
@@ -410,14 +411,14 @@ def test_a_tuned_projector_is_float32_on_a_base_of_16_bits(base: LoadedBase, pic
     model = attach_adapter(own.model, method.adapter(own)).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(2**-12)  # less than a bit of most weights in 16
+            parameter.data.add_(2**-12)  # less than one bit of most 16-bit weights
     batch = to_device(batched(base, items(base, pictures)), own)
     with torch.no_grad():
         expected = own.model(**batch).logits
     assert expected.dtype == torch.bfloat16
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     detach_adapter(model)
-    again = load_adapter(own.model, tmp_path, trainable=True).eval()  # compares every bit with the file
+    again = load_adapter(own.model, tmp_path, trainable=True).eval()  # this compares every bit with the file
     with torch.no_grad():
         assert torch.equal(again.base_model.model(**batch).logits, expected)
     saved = tensors(tmp_path)

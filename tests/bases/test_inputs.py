@@ -1,4 +1,4 @@
-"""Prompts of one image side by side and cut into what they share and the rest; nothing lost, nothing shared wrongly."""
+"""Prompts about one image lie side by side and share a prefix; nothing is lost, and nothing is shared wrongly."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_the_order_keeps_images_together_and_is_that_of_length_without_repeats(s
 
 
 def joined(shared: SharedPrompts, row: int) -> list[int]:
-    """The whole prompt of a row, put together again."""
+    """The whole prompt of a row, put back together."""
     group = int(shared.group[row])
     parts = [
         part["input_ids"][index][part["attention_mask"][index].bool()]
@@ -58,7 +58,8 @@ def test_what_is_shared_ends_before_the_first_token_that_differs() -> None:
     assert isinstance(shared, SharedPrompts)
     assert shared.group.tolist() == [0, 0, 1, 1, 2, 2, 3], "the last row's router is another"
     assert shared.first.tolist() == [0, 2, 4, 6]
-    # 5 differs for image a only behind it; equal prompts and a shorter one keep a token each; a lone row keeps its rest
+    # the prompts of image a differ after the 5; equal prompts, and one that begins another, keep a token each; a lone
+    # row is cut after its image
     assert shared.prefixes["attention_mask"].sum(1).tolist() == [8, 7, 3, 7]
     assert shared.rests["attention_mask"].sum(1).tolist() == [2, 1, 1, 2, 1, 1, 2]
     assert [joined(shared, row) for row in range(7)] == prompts

@@ -49,7 +49,7 @@ QUESTIONS = ("How many things are there?", "On which side is it, left or right?"
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A base of the test's own, free to be damaged."""
+    """A copy of the tiny base that the test may damage."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "base"))
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_installed_is_named_before_anything_is_loaded(
 
 
 def test_4_bits_are_for_the_language_models_blocks_only(pristine_base: LoadedBase) -> None:
-    """By transformers' own rule: which linears would be replaced."""
+    """By transformers' own rule for replacing linears, exactly those of the decoder's blocks would be quantised."""
     skipped = _few_bits(ModelConfig(load_in_4bit=True), LLAVA, "cuda")["quantization_config"].llm_int8_skip_modules
     linears = [name for name, module in pristine_base.model.named_modules() if isinstance(module, torch.nn.Linear)]
     converted = {name for name in linears if should_convert_module(name, skipped)}
@@ -110,19 +110,19 @@ def test_4_bits_are_for_the_language_models_blocks_only(pristine_base: LoadedBas
 
 @pytest.mark.parametrize("kind", ["llama", "clip", "no-such-model", None])
 def test_a_folder_of_another_model_is_refused_at_once(kind: str | None, folder: Path) -> None:
-    """transformers would build a random LLaVA of the default size, 7B, for it."""
+    """Without the check, transformers would build a random LLaVA of its default size, 7B, from such a folder."""
     (folder / "config.json").write_text(json.dumps({"model_type": kind} if kind else {}))
     never = mock.patch.object(LlavaForConditionalGeneration, "__init__", side_effect=AssertionError("built"))
     with never, pytest.raises(ClmoeError, match=f"{folder} cannot be loaded"):
         load_base(ModelConfig(path=str(folder)))
     for file in folder.glob("*.safetensors"):
-        file.unlink()  # as in a folder of pickles
+        file.unlink()  # as in a folder that holds only pickles
     with pytest.raises(ClmoeError, match=rf"config\.json: model_type.*{kind}"):
         load_base(ModelConfig(path=str(folder)))
 
 
 def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then only the cache is read, which does not have this model."""
+    """After one failed request only the cache is read; it does not hold this model, so loading fails within seconds."""
     asked: list[str] = []
 
     def unreachable(url: str, **unused: Any) -> None:
@@ -208,7 +208,7 @@ def test_one_flipped_bit_changes_the_fingerprint(name: str, share: float, tiny_f
 
 
 def test_large_files_are_sampled_to_their_last_byte(tmp_path: Path) -> None:
-    """Sparse files of more than sixteen samples: both ends and the samples count, and so does the size."""
+    """Both ends and the size of a sparse file larger than sixteen samples count in the fingerprint."""
     (tmp_path / "config.json").write_text("{}")
     prints = set()
     for size, position in ((20 << 20, None), (20 << 20, 0), (20 << 20, (20 << 20) - 1), ((20 << 20) + 1, None)):
@@ -228,7 +228,7 @@ NAMES = ("0.png", "1.png", "2.png")
 
 @pytest.fixture
 def images(mini_yaml: Path, tmp_path: Path) -> Path:
-    """Images of the test's own, free to be changed."""
+    """A copy of the images that the test may change."""
     return Path(shutil.copytree(mini_yaml.parent / "colour" / "images", tmp_path / "images"))
 
 
@@ -243,7 +243,7 @@ RECORDS = [TrainRecord(str(i), image, TURNS) for i, image in enumerate(("0.png",
 
 
 def fill(base: LoadedBase, *images: Path) -> dict[str, bytes]:
-    """What the cache holds when these are in it."""
+    """Fill the cache with the features of these images and return its contents."""
     base.vision.fill(vision_tower_of(base.model), images, base.read_pixels)
     return contents(base.vision.folder)
 
@@ -267,7 +267,7 @@ def test_only_what_is_read_and_nobody_else_computed_is_computed(base: LoadedBase
 
     def read(image: Path) -> Tensor:
         decoded.append(image)
-        if len(decoded) == 1:  # meanwhile, a run beside this one is faster
+        if len(decoded) == 1:  # meanwhile, a parallel run fills the cache
             fill(base, *(images / name for name in NAMES))
         return base.read_pixels(image)
 
@@ -281,7 +281,7 @@ def test_equal_images_are_kept_once_and_a_new_content_anew(base: LoadedBase, ima
     assert len(fill(base, images / NAMES[0], again)) == 1
     before = base.vision.read(again)
     Image.new("RGB", (20, 20), (0, 250, 0)).save(again)
-    os.utime(again, ns=(1, 1))  # an edit within the clock's resolution is still an edit
+    os.utime(again, ns=(1, 1))  # the clock may be too coarse to give the edit a time of its own
     assert len(fill(base, again)) == 2
     assert not torch.equal(base.vision.read(again), before)
     assert torch.equal(base.vision.read(images / NAMES[0]), before)

@@ -35,13 +35,13 @@ CORPUS = (
     "On which side is it, left or right? user assistant system model USER: ASSISTANT: You are a helpful assistant.",
 )
 
-# In the manner of the families' published templates, for one image and text.
+# Modelled on the families' published templates, for one image and text.
 CHATML = (
     "{% for m in messages %}@SYSTEM@<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}@IMAGE@"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ONEVISION = (  # its answers do not begin where its prompt ends, as the published one's
+ONEVISION = (  # as in the published one, answers do not begin where the prompt ends
     "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<image>"
     "{% else %}\n{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -70,11 +70,11 @@ class Tiny:
     """How to make a family's base.
 
     Attributes:
-        end: the token that ends a turn; ``specials`` are the others.
-        named: attributes of the tokenizer (``image_token``) that stand for some of them.
-        config: fields of the model's config, from the ids of tokens.
+        end: the token that ends a turn; ``specials`` are the other special tokens.
+        named: attributes of the tokenizer (such as ``image_token``) and the special tokens that they stand for.
+        config: makes the fields of the model's config, given a function from a token to its id.
         processor: settings of the processor besides its parts.
-        bos, begins: the token that the tokenizer knows as a beginning, and whether it puts it before every text.
+        bos, begins: the tokenizer's beginning token, and whether the tokenizer puts it before every text.
     """
 
     images: dict[str, Any]
@@ -223,7 +223,7 @@ FAMILIES = {
 
 
 def save_family(name: str, folder: Path) -> Path:
-    """The family's folder, as the hub would hold it. The end token's logit is always 0, so that answers are long."""
+    """Write the family's folder as the hub would hold it. The end token's logit is always 0, so answers are long."""
     tiny = FAMILIES[name]
     tokenizer = _tokenizer(tiny)
     with torch.random.fork_rng(devices=[]):
@@ -232,7 +232,7 @@ def save_family(name: str, folder: Path) -> Path:
         fields["text_config"] |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         fields["text_config"] |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name](**fields, tie_word_embeddings=False))
-        for parameter in model.parameters():  # 0.02 as published would leave every answer the same
+        for parameter in model.parameters():  # with the published 0.02, all answers would be the same
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
     model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(tiny.end)] = 0
@@ -247,7 +247,7 @@ def save_family(name: str, folder: Path) -> Path:
 
 
 def save_wide(name: str, folder: Path) -> Path:
-    """The family's folder without weights: the decoder has four blocks of published proportions, 512 wide."""
+    """Write the family's folder without weights; its decoder has four blocks of published proportions, 512 wide."""
     save_family(name, folder)
     values = json.loads((folder / "config.json").read_text())
     text, vision = values["text_config"], values["vision_config"]

@@ -65,7 +65,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data(shipped: Path) -> Path:
-    """The data folder of 'mine', empty yet."""
+    """The data folder of 'mine', which does not exist yet."""
     return Path.cwd() / "data"
 
 
@@ -126,7 +126,7 @@ def test_opening_draws_the_embedded_benchmark_into_the_current_folder(
     assert opened.root == tmp_path / "playground" / "data" / "playground-coin"
     assert opened == load_benchmark("playground-coin")
     assert [path.name for path in tmp_path.iterdir()] == ["playground"]
-    (opened.root / build.MARKER).write_text("{}")  # of another version, with other files
+    (opened.root / build.MARKER).write_text("{}")  # as if drawn by another version, with other files
     (opened.root / "sqa" / "train.json").unlink()
     assert open_benchmark("playground-coin").missing_files() == []
 
@@ -136,7 +136,7 @@ def test_orders(shipped: Path) -> None:
     assert loaded.order("norm", 0) == ["one", "two", "three"]
     assert loaded.order("rev", 0) == ["three", "two", "one"]
     assert loaded.order("three, one", 0) == ["three", "one"]
-    # An order must not change with a version of Python or clmoe: `printf "SEED:NAME" | sha256sum`, sorted.
+    # An order must not change with the version of Python or clmoe: names sorted by `printf "SEED:NAME" | sha256sum`.
     expected = [["two", "three", "one"], ["three", "one", "two"], ["three", "one", "two"]]
     assert [loaded.order("rand", seed) for seed in range(3)] == expected
     drawn = {tuple(loaded.order("rand", seed)) for seed in range(100)}
@@ -206,7 +206,7 @@ POPE = [("a.png", "Is there a dog in the image?", "yes"), ("a.png", "Is there a 
 
 
 def test_popes_lines_and_mmes_table_are_read(tmp_path: Path) -> None:
-    """As published: POPE's `label`, MME's images in the rows, and question ids that come twice."""
+    """The files are as published: POPE has a `label`, and MME has images in its rows and repeats question ids."""
     (tmp_path / "coco").mkdir()
     picture = Image.new("RGB", (4, 4), "red")
     picture.save(tmp_path / "coco" / "a.png")
@@ -261,7 +261,7 @@ def test_the_example_of_the_documentation_loads(tmp_path: Path) -> None:
 def test_a_sample_stands_for_a_file_that_is_ordered_by_kind_and_depends_on_its_length_alone() -> None:
     questions = [Question(f"{row:04}", None, "easy" if row < 500 else "hard", "x", {}) for row in range(1000)]
     few, more = sampled(questions, 100), sampled(questions, 200)
-    # a frozen model that knows the easy half must not seem to forget it: 4 standard errors of 5 points around a half
+    # a frozen model that knows the easy half must not seem to forget it: a half ± 4 standard errors of 5 points
     assert 30 < sum(question.text == "easy" for question in few) < 70
     assert len(few) == 100 and {question.question_id for question in few} < {q.question_id for q in more}
     assert few == sorted(few, key=lambda question: question.question_id)

@@ -36,7 +36,7 @@ def edit(path: Path, change: Edit) -> None:
 
 @pytest.fixture
 def check(own: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command prints; ``bad=True``: on stderr, with exit code 2."""
+    """Runs the command and returns what it prints; with ``bad=True``, on stderr and with exit code 2."""
 
     def run(*options: object, bad: bool = False) -> str:
         arguments = ["data", "check", str(own / "mini.yaml"), "--base", str(tiny_folder), *map(str, options)]
@@ -144,7 +144,7 @@ def test_no_list_of_bad_rows_is_written_over_data_or_found_unwritable_afterwards
 
 
 def test_targets(tmp_path: Path) -> None:
-    """A folder beside the data, and a file again, may be written; what is read, and a checkpoint, may not."""
+    """A folder beside, below or around inputs may be written; an input, its folder, a base or a checkpoint may not."""
     (tmp_path / "base/sub").mkdir(parents=True)
     (tmp_path / "run/01_a").mkdir(parents=True)
     (tmp_path / "run/01_a/manifest.json").touch()

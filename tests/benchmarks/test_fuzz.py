@@ -1,4 +1,4 @@
-"""Any value in any field of the data files ends in a clear message or in a right run, never in a traceback."""
+"""Any value in any field of the data files leads to a clear message or a correct run, never to a traceback."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ CASES = {  # field -> scorers that read it
 
 
 def spoil(value: Any, path: list[str], new: Any) -> None:
-    """Replace, or remove, what lies at the path."""
+    """Replace or remove what is at the path."""
     *folders, last = [int(part) if part.isdigit() and isinstance(value, list) else part for part in path]
     for part in folders:
         value = value[int(part) if isinstance(value, list) else part]
@@ -69,7 +69,7 @@ def spoil(value: Any, path: list[str], new: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_any_value(case: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under every scorer that reads the field; what the check lets pass is trained on and answered."""
+    """Tries each value with every scorer that reads the field; what the check accepts must train and be answered."""
     draw(tmp_path / "data", "a.png", 0)
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A"}]
     good = {
@@ -96,7 +96,7 @@ def test_any_value(case: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.
             checked = command(capsys, "data", "check", tmp_path / "data/b.yaml", "--base", tiny_folder)
             line = ["run", "lora", tmp_path / "data/b.yaml", "--base", tiny_folder, "--output", tmp_path / "run"]
             ran = command(capsys, *line, "training.steps=1", "training.batch_size=2", "adapter.rank=2")
-            if kind == "train":  # else the checkpoint serves the next value, too
+            if kind == "train":  # otherwise the checkpoint serves the next value too
                 shutil.rmtree(tmp_path / "run")
             assert checked or not ran, f"{name}, {scorer}: the check lists nothing, and the run stops: {ran}"
             for said in filter(None, (checked, ran)):
@@ -104,7 +104,7 @@ def test_any_value(case: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The error of a command; empty if it succeeds. Any exception but the orderly end fails the test."""
+    """The error message of a command, empty if it succeeds. Any exception but an exit with code 2 fails the test."""
     try:
         cli.main([str(argument) for argument in arguments])
     except SystemExit as stop:

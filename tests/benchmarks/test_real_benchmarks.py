@@ -1,4 +1,4 @@
-"""The real benchmarks on miniature trees in their formats: gold files, checks, builders, and an evaluation."""
+"""The real benchmarks on miniature trees in their own formats: gold files, checks, builders, and an evaluation."""
 
 import json
 import re
@@ -44,7 +44,7 @@ class Commands:
         return self.capsys.readouterr().err
 
     def bad(self, name: str, tree: Path) -> list[str]:
-        """What ``clmoe data check`` lists as bad."""
+        """The lines that ``clmoe data check`` lists as bad."""
         error = self.refused("data", "check", name, "--data", tree, "--bad", tree / "bad.txt")
         bad = (tree / "bad.txt").read_text().splitlines()
         assert f"clmoe data: {len(bad)} bad" in error
@@ -98,7 +98,10 @@ def test_order_files_gold_answers_and_full_marks(name: str, tree: Path, clmoe: C
 
 
 def test_no_question_depends_on_its_answer(tmp_path: Path) -> None:
-    """MLLM-DCL's published script gives Fin's questions a suffix by the expected answer, and all of Med's the same."""
+    """The text of a question must not depend on its answer.
+
+    MLLM-DCL's published script chooses the suffix of Fin's questions by the expected answer; all of Med's get the same.
+    """
     benchmark = load_benchmark("mllm_dcl", TREES["mllm_dcl"](tmp_path))
     texts = {task.name: {question.text for question in task_questions(task)} for task in benchmark.tasks}
     assert all(len(of_task) == 1 for of_task in texts.values())
@@ -124,7 +127,7 @@ def test_faults_of_gold_files_name_file_and_id(file: str, coin: Path, clmoe: Com
     edit(coin / file, *(change for change, _ in GOLD_FAULTS[file]))
     with pytest.raises(ClmoeError, match=f"{file}: .*{GOLD_FAULTS[file][0][1]}"):
         task_questions(load_benchmark("coin", coin).task(file.split("/")[0]))
-    bad = clmoe.bad("coin", coin)  # which goes on after each
+    bad = clmoe.bad("coin", coin)  # the check goes on after each fault
     assert len(bad) == len(GOLD_FAULTS[file])
     for line, (_, named) in zip(bad, GOLD_FAULTS[file], strict=True):
         assert re.search(f"{file}: .*{named}", line), line
@@ -197,7 +200,7 @@ def test_boxes_of_the_padded_square() -> None:
 
 
 def half_a_task_is_left_alone(benchmark: str, name: str, tree: Path, clmoe: Commands) -> None:
-    """Built with its own other half, a task would mix two selections of the data."""
+    """A missing half is not built beside an existing one, because the task would mix two selections of the data."""
     task = load_benchmark(benchmark, tree).task(name)
     for there, lacking in ((task.train, task.test), (task.test, task.train)):
         kept, taken = there.read_bytes(), lacking.read_bytes()
@@ -214,7 +217,7 @@ def test_grounding_is_built_from_refcoco(coin: Path, clmoe: Commands) -> None:
     assert re.search("RefCOCO.*lichengunc/refer", clmoe.refused(*prepare))
     folder = coin / "RefCOCO/refcoco"
     image = {"id": 5, "file_name": "0.png", "width": 640, "height": 480}
-    boxes = [{"id": 1, "bbox": [64, 48, 128, 96]}, {"id": 2, "bbox": [64, 48, 2, 96]}]  # 2 of 640 pixels: 0.10 to 0.10
+    boxes = [{"id": 1, "bbox": [64, 48, 128, 96]}, {"id": 2, "bbox": [64, 48, 2, 96]}]  # 2 of 640 wide: 0.10 to 0.10
     write(folder / "instances.json", {"images": [image], "annotations": boxes})
 
     def references(*parts: tuple[int, str]) -> None:
@@ -279,10 +282,10 @@ def test_cl4vqa_is_built_from_vqa_v2_and_vqacls_division(tmp_path: Path, clmoe: 
 
 @pytest.mark.slow
 def test_tasks_are_answered_and_scored(tiny_folder: Path, tmp_path: Path, clmoe: Commands) -> None:
-    """`clmoe eval` of the bare base; captions where Java is, refused where it is not."""
+    """`clmoe eval` answers with the bare base; if pycocoevalcap or Java is missing, it refuses to score captions."""
     arguments = ["eval", "--checkpoint", "base", "--model", tiny_folder, "--output", tmp_path / "run"]
     arguments += ["--benchmark", "ucit", "--data", TREES["ucit"](tmp_path / "ucit"), "model.dtype=float32"]
-    tasks = {"IconQA": 0, "Flickr30k": 7}  # figures besides the score
+    tasks = {"IconQA": 0, "Flickr30k": 7}  # number of figures besides the score
     if not CAN_CAPTION:
         assert "'captions'" in clmoe.refused(*arguments)
         del tasks["Flickr30k"]
@@ -301,7 +304,7 @@ def test_answers_written_elsewhere(coin: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "Samples: 8\nAccuracy: 87.50%\n"
     script.main([*arguments, "--scoring", "official"])
     assert capsys.readouterr().out == "Samples: 7\nAccuracy: 100.00%\n"
-    broken = [{"question_id": n, "text": "Mug\u2028mug\x85"} for n in range(7)]  # line breaks of Unicode end no line
+    broken = [{"question_id": n, "text": "Mug\u2028mug\x85"} for n in range(7)]  # Unicode's line breaks end no line
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in broken), encoding="utf-8")
     assert script.main(arguments).percent == 0
     for content in (b'{"question_id": 1}\n', b"{\xff"):

@@ -1,8 +1,8 @@
-"""The published folders as they lie on the hub: files, indexes, names of tensors, dtypes, settings; only sizes are cut.
+"""The published folders as they are on the hub: files, indexes, tensor names, dtypes, settings; only sizes are cut.
 
 Names and shapes are written out below, not taken from any class or table of the converter. LLaMA's 32,000 pieces and
-CLIP's 336 pixels are the real ones; layers and widths are ``CUT``'s, or with ``SEVEN`` and ``THIRTEEN`` the real ones
-without weights.
+CLIP's 336 pixels are real. Layers and widths are those of ``CUT``; ``SEVEN`` and ``THIRTEEN`` hold the real ones, which
+are used without weights.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.llama_vocabulary import llama_pieces, write_llama_pieces
 
 VOCABULARY, ROWS, IMAGE, PAD = 32_000, 32_064, 32_000, 32_001
 Sizes = dict[str, int]
-"""V words, D width, F inner width, r half a head, B blocks; of CLIP C width, I inner width, L layers, T text width."""
+"""V words, D width, F inner width, r half a head, B blocks; for CLIP C width, I inner width, L layers, T text width."""
 CUT: Sizes = {"V": VOCABULARY, "D": 32, "F": 48, "r": 8, "B": 2, "C": 16, "I": 24, "L": 3, "T": 8}
 SEVEN: Sizes = {"V": VOCABULARY, "D": 4096, "F": 11008, "r": 64, "B": 32, "C": 1024, "I": 4096, "L": 24, "T": 768}
 THIRTEEN: Sizes = SEVEN | {"D": 5120, "F": 13824, "B": 40}
@@ -88,7 +88,7 @@ HF_STARTS = {
 
 
 def shapes(keys: dict[str, str], sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Every layer's names with their shapes."""
+    """The name of every tensor, in all layers, with its shape."""
     found = {}
     for name, letters in keys.items():
         layers = sizes["B" if name.startswith("model.") else "L"] if "{n}" in name else 1
@@ -98,7 +98,7 @@ def shapes(keys: dict[str, str], sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def numbers(keys: dict[str, str], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Random tensors of these names that bfloat16 holds exactly; counters where the real file has them."""
+    """Random tensors with these names that bfloat16 holds exactly; position ids and frequencies as in the real file."""
     draw = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in shapes(keys, CUT).items():
@@ -113,7 +113,7 @@ def numbers(keys: dict[str, str], dtype: torch.dtype, seed: int) -> dict[str, Te
 
 
 def hf_name(name: str) -> str | None:
-    """In llava-hf's folder; None for what is not there."""
+    """The name in llava-hf's folder; None for a tensor that is not there."""
     if name.endswith(("inv_freq", "position_ids")) or name.startswith(("text_", "visual_", "logit_")):
         return None
     start = next(start for start in HF_STARTS if name.startswith(start))
@@ -128,7 +128,7 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int, pickled: bool) -> None:
-    """``pytorch_model-00001-of-00002.bin`` or ``model-...safetensors`` with their index, or one file without."""
+    """Write ``pytorch_model-00001-of-00002.bin`` or ``model-...safetensors`` with an index, or one file without one."""
     folder.mkdir(parents=True)
     stem, end = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     names, files = list(tensors), {}
@@ -148,7 +148,7 @@ def special(text: str) -> dict[str, Any]:
 
 
 def write_slow_tokenizer(folder: Path, length: int) -> None:
-    """tokenizer.model, tokenizer_config.json and special_tokens_map.json as transformers 4.31 left them."""
+    """Write tokenizer.model, tokenizer_config.json and special_tokens_map.json as transformers 4.31 left them."""
     write_llama_pieces(folder)
     marks = {"bos_token": special("<s>"), "eos_token": special("</s>"), "unk_token": special("<unk>")}
     settings = {
@@ -178,7 +178,7 @@ def vision_config() -> dict[str, Any]:
 
 
 def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> Path:
-    """lmsys/vicuna-7b-v1.5."""
+    """The folder of lmsys/vicuna-7b-v1.5."""
     write_shards(folder, tensors, 2, pickled)
     write(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | text_config())
     sampling = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6}
@@ -188,7 +188,7 @@ def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> Path:
 
 
 def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> Path:
-    """liuhaotian/llava-v1.5-7b: its projector is in the shards, and once more in a file beside them."""
+    """liuhaotian/llava-v1.5-7b: the projector is in the shards, and again in a file beside them."""
     write_shards(folder, tensors, 2, pickled)
     more = {"freeze_mm_vision_resampler": False, "tune_mm_vision_resampler": False, "unfreeze_mm_vision_tower": False}
     values = {"model_type": "llava_llama", "max_length": 4096} | text_config() | LLAVA | more
@@ -200,7 +200,7 @@ def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> Path:
 
 
 def pretrained_projector(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    """liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5; the path of its mm_projector.bin."""
+    """liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5; returns the path of its mm_projector.bin."""
     folder.mkdir(parents=True)
     torch.save(tensors, folder / "mm_projector.bin")
     stage = {"tune_mm_mlp_adapter": True, "image_aspect_ratio": "square", "mm_hidden_size": CUT["C"]}
@@ -230,7 +230,7 @@ def clip(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> Path:
 
 
 def llava_hf(folder: Path, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
-    """llava-hf/llava-1.5-7b-hf: three shards under its own names, all in float16, rows up to 32,064."""
+    """llava-hf/llava-1.5-7b-hf: three shards with its own tensor names, all in float16, and 32,064 vocabulary rows."""
     ours = {hf_name(name): tensor.half() for name, tensor in tensors.items() if hf_name(name)}
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         ours[name] = torch.cat([ours[name], ours[name][: ROWS - VOCABULARY] * 0.5])
@@ -261,7 +261,7 @@ def llava_hf(folder: Path, tensors: dict[str, Tensor], pickled: bool = False) ->
 
 
 def write_fast_tokenizer(folder: Path) -> None:
-    """tokenizer.json as transformers 4.36 made it from the model, the two added tokens, and the model itself."""
+    """Write tokenizer.model, the two added tokens, and tokenizer.json as transformers 4.36 made it from that model."""
     vocabulary, merges = llama_pieces()
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -291,7 +291,7 @@ def write_fast_tokenizer(folder: Path) -> None:
 
 
 def batch() -> dict[str, Tensor]:
-    """A question about a picture of 576 tokens, and one without a picture, left-padded."""
+    """A question about a picture of 576 tokens and one without a picture, left-padded."""
     image = torch.tensor([1, 319, 13563, *[IMAGE] * TOKENS, 29871, 13, 5618, 338, 372, 29973])
     text = torch.tensor([*[PAD] * (len(image) - 5), 1, 3148, 1001, 29901, 1724])
     ids = torch.stack([image, text])
@@ -301,10 +301,10 @@ def batch() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits_of_parts(language: Path, vision: Path, projector: dict[str, Tensor]) -> Tensor:
-    """``[2, T, V]``: a LLaMA and a CLIP, each loaded by transformers' own class, joined by LLaVA-1.5's formula.
+    """Logits ``[2, T, V]`` of a LLaMA and a CLIP, loaded by transformers' own classes, joined by LLaVA-1.5's formula.
 
-    Haotian Liu et al., arXiv 2310.03744: the patches of CLIP's last layer but one, through two linears with GELU, take
-    the places of the ``<image>`` tokens.
+    Haotian Liu et al., arXiv 2310.03744: the patches of CLIP's second-to-last layer pass through two linears with GELU
+    and replace the ``<image>`` tokens.
     """
     config = LlamaConfig(**text_config() | {"torch_dtype": None})
     llama = LlamaForCausalLM.from_pretrained(language, config=config, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Tiny checkpoints in the formats that others publish: their keys, file names, dtypes and kinds of shape.
+"""Tiny checkpoints in the formats that others publish, with their keys, file names, dtypes and kinds of shape.
 
-Everything is taken from the modules of one model of transformers' own class, the reference, so that no table of the
-converter takes part in writing what it reads.
+Everything comes from the modules of one model of transformers' own class, the reference, so the converter's tables have
+no part in writing what it reads.
 """
 
 import json
@@ -43,7 +43,7 @@ VIT_L_336 = {
     "hidden_act": "quick_gelu", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
     "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
 }  # fmt: skip
-"""As openai/clip-vit-large-patch14-336."""
+"""The vision settings of openai/clip-vit-large-patch14-336."""
 
 
 def reference() -> LlavaForConditionalGeneration:
@@ -61,18 +61,18 @@ def reference() -> LlavaForConditionalGeneration:
         torch.manual_seed(11)
         model = LlavaForConditionalGeneration(config).float().eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases too: a swap of any two must show
+            for parameter in model.parameters():  # norms and biases too, so that swapping any two shows
                 parameter.add_(torch.randn_like(parameter) * 0.2).copy_(parameter.half().float())
     return model
 
 
 def half(module: nn.Module, start: str) -> dict[str, Tensor]:
-    """A module's tensors in 16 bits, under its own names after ``start``."""
+    """A module's tensors in 16 bits, under its own names with the prefix ``start``."""
     return {f"{start}{name}": tensor.half().clone() for name, tensor in module.state_dict().items()}
 
 
 def llama_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """LLaMA's names, with the rotary buffers that older versions saved."""
+    """The decoder under LLaMA's names, with the rotary buffers that older versions saved."""
     found = half(model.model.language_model, "model.") | half(model.lm_head, "lm_head.")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         found[name] = found[name][:VOCABULARY].clone()
@@ -80,15 +80,15 @@ def llama_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def projector_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """The keys of ``mm_projector.bin``: a sequence of linear, GELU, linear."""
+    """The projector under the keys of ``mm_projector.bin``: a sequence of linear, GELU, linear."""
     projector = model.model.multi_modal_projector
     return half(projector.linear_1, "model.mm_projector.0.") | half(projector.linear_2, "model.mm_projector.2.")
 
 
 def tower_tensors(model: LlavaForConditionalGeneration, start: str) -> dict[str, Tensor]:
-    """CLIP's vision model."""
+    """The tower under the names of CLIP's vision model."""
     tower = model.model.vision_tower
-    return half(getattr(tower, "vision_model", tower), start)  # a level deeper in transformers 5.0
+    return half(getattr(tower, "vision_model", tower), start)  # one level deeper in transformers 5.0
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], pickled: bool) -> None:
@@ -101,7 +101,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **changes: Any) -> Path:
-    """As liuhaotian/llava-v1.5-7b: sharded weights, config.json, generation_config.json, tokenizer.model."""
+    """A folder like liuhaotian/llava-v1.5-7b: sharded weights, config.json, generation_config.json, tokenizer.model."""
     write_shards(folder, tensors, pickled)
     write_json(folder / "config.json", {"model_type": "llava"} | LLAMA | LLAVA | changes)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
@@ -109,7 +109,7 @@ def liuhaotian(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, 
 
 
 def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
-    """As lmsys/vicuna-7b-v1.5."""
+    """A folder like lmsys/vicuna-7b-v1.5."""
     write_shards(folder, tensors, pickled)
     write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | LLAMA)
     write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.9, "top_p": 0.6})
@@ -117,7 +117,7 @@ def vicuna(folder: Path, tensors: dict[str, Tensor], pickled: bool = False) -> P
 
 
 def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False) -> Path:
-    """As openai/clip-vit-large-patch14-336: a whole CLIP in one file, its text side included."""
+    """A folder like openai/clip-vit-large-patch14-336: a whole CLIP in one file, including its text side."""
     whole = tower | {
         "logit_scale": torch.tensor(4.6),
         "text_projection.weight": torch.rand(24, 16),
@@ -132,7 +132,7 @@ def clip(folder: Path, tower: dict[str, Tensor], pickled: bool = False) -> Path:
 
 
 def clip_configuration(folder: Path, vision: dict[str, Any]) -> Path:
-    """All of a CLIP folder but the weights."""
+    """Everything in a CLIP folder except the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     vision = vision | {"model_type": "clip_vision_model", "num_beams": 1, "torch_dtype": None}
     write_json(folder / "config.json", {"model_type": "clip", "text_config": {}, "vision_config": vision})
@@ -146,7 +146,7 @@ def clip_configuration(folder: Path, vision: dict[str, Any]) -> Path:
 
 
 def batch() -> dict[str, Tensor]:
-    """Two prompts of different length about two pictures, left-padded."""
+    """Two prompts of different lengths about two pictures, left-padded."""
     image = [IMAGE] * (SIDE // PATCH) ** 2
     long = [1, 20, 31, *image, 45, 399, 7, 260, 261]
     short = [1, *image, 50, 270]
@@ -157,6 +157,6 @@ def batch() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """``[2, T, V]`` of the batch at the positions that are no padding, over the tokens of the original vocabulary."""
+    """Logits ``[2, T, V]`` of the batch over the original vocabulary; zero where there is padding."""
     inputs = batch()
     return model(**inputs).logits[..., :VOCABULARY] * inputs["attention_mask"][..., None]

@@ -1,4 +1,4 @@
-"""Adapters of CoIN and CL-MoE compute the published formula once converted; checkpoints of 0.1 give the same scores."""
+"""Once converted, CoIN's and CL-MoE's adapters compute the published formula, and checkpoints of 0.1 score the same."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def random(*shape: int, scale: float = 0.12) -> Tensor:
 
 
 def adapter_file(spelling: str) -> dict[str, Tensor]:
-    """``adapter_model.bin`` in 16 bits as training in bf16 leaves it: of MoELoRA, or with ``plain`` of LoRA."""
+    """``adapter_model.bin`` in 16 bits, as training in bf16 leaves it: of MoELoRA, or of LoRA with ``plain``."""
     torch.manual_seed(4)
     found = {}
     for place in places():
@@ -86,7 +86,7 @@ def write(folder: Path, kind: str, adapter: Any, projector: Any = None, **change
 
 
 def add_by_loops(base: LoadedBase, adapter: dict[str, Tensor], projector: dict[str, Tensor] | None) -> None:
-    """CoIN's ``forward`` on every linear, expert by expert, and the tuned projector in the place of the base's."""
+    """Put CoIN's ``forward`` on every linear, expert by expert, and replace the base's projector with the tuned one."""
 
     def hook(start: str) -> Callable[..., Tensor]:
         def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_a_converted_adapter_computes_the_published_formula(
 def test_the_checkpoint_is_one_of_ours(
     runs: Runs, pristine_base: LoadedBase, convert: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """It verifies, is evaluated, and the next task continues it."""
+    """The converted checkpoint passes its verification, can be evaluated, and is continued by the next task."""
     adapter, projector = adapter_file("short"), projector_file()
     out = convert(write(tmp_path / "legacy", "MOE_LORA_CoIN", adapter, projector))
     done = read_checkpoint(out)
@@ -232,11 +232,11 @@ METHODS = {
     "prototype": ("llava_cmoe", [*GROWING, "locator=prototype", "locator.feature=pooled"]),
     "separate": ("lora", []),
 }
-"""Case -> today's method, and its settings."""
+"""Case -> today's method and its settings."""
 
 
 def seal_as_0_1(checkpoint: Path, case: str, old: Path) -> None:
-    """``checkpoint`` in format 1: the locator's settings among the method's options, its file without settings."""
+    """Write ``checkpoint`` in format 1: the locator's settings are among the method's options and not in its file."""
     shutil.copytree(checkpoint, old)
     values = yaml.safe_load((old / "config.yaml").read_text())
     locator, bank = values.pop("locator"), old / "locator.safetensors"
@@ -252,7 +252,7 @@ def seal_as_0_1(checkpoint: Path, case: str, old: Path) -> None:
     write_json(old / "continual.json", read_json(old / "continual.json") | {"method": values["method"]})
     if bank.is_file():
         save_file(load_file(bank), bank)
-    if case == "prototype":  # beside the bank of the other locator
+    if case == "prototype":  # 0.1 kept it beside the other locator's bank
         bank.rename(old / "prototypes.safetensors")
         bank.touch()
     seal(old)

@@ -1,6 +1,6 @@
-"""The published folders with their own names, files and settings: read right, and a tensor that does not fit is named.
+"""The published folders with their own names, files and settings are read correctly, and bad tensors are named.
 
-Oracle: transformers' own classes, which load a LLaMA and a CLIP each from its own folder.
+Oracle: transformers' own classes, which load a LLaMA and a CLIP, each from its own folder.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_a_published_folder_computes_what_transformers_computes(
 
 @pytest.mark.parametrize(("name", "sizes"), [("7b", layouts.SEVEN), ("13b", layouts.THIRTEEN)])
 def test_names_and_shapes_are_the_whole_models(name: str, sizes: layouts.Sizes) -> None:
-    """With every layer, against the shipped configuration: nothing is missing, surplus or of another shape."""
+    """With all layers, no tensor is missing, surplus or of another shape than in the shipped configuration."""
     state = meta_base(shipped_root() / f"configs/models/llava-1.5-{name}.config.json").model.state_dict()
     ours = weights.renamed(state, {there: here for here, there in weights.IN_MEMORY.items()})
     wanted = {here: tuple(state[there].shape) for here, there in ours.items()}

@@ -1,4 +1,4 @@
-"""Each published format, loaded by us, computes what transformers' own LLaVA with the same weights computes."""
+"""Each published format, loaded by us, computes what transformers' own LLaVA computes with the same weights."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ class Workshop:
         return load_base(ModelConfig(path=str(self.convert(source))))
 
     def refused(self, source: Path, *options: object) -> str:
-        """The message of a refusal, which leaves nothing behind."""
+        """The message of a refused conversion, which must leave nothing behind."""
         with pytest.raises(SystemExit) as stop:
             self.convert(source, *options)
         assert stop.value.code == 2 and self.nothing_written()
@@ -78,7 +78,7 @@ def workshop(
 
 
 def same_logits(folder: Path, model: LlavaForConditionalGeneration) -> None:
-    """Loaded by us, the folder computes what the reference computes."""
+    """Assert that the folder, loaded by us, computes what the reference computes."""
     loaded = load_base(ModelConfig(path=str(folder)))
     torch.testing.assert_close(sources.logits(loaded.model), sources.logits(model), rtol=1e-5, atol=1e-5)
     assert (loaded.tokenizer.image_token_id, loaded.tokenizer.pad_token_id) == (sources.IMAGE, sources.PAD)
@@ -93,7 +93,7 @@ def same_logits(folder: Path, model: LlavaForConditionalGeneration) -> None:
 def test_liuhaotian(
     kind: str, own_tower: bool, model: LlavaForConditionalGeneration, workshop: Workshop, tmp_path: Path
 ) -> None:
-    """A tower in the checkpoint is taken before the CLIP folder's, which is another one here."""
+    """A tower in the checkpoint takes precedence over the CLIP folder's, which then has other weights here."""
     tensors = workshop.tensors
     if own_tower:
         tensors = tensors | sources.tower_tensors(model, OWN_TOWER)
@@ -124,7 +124,7 @@ def test_vicuna_clip_and_projector_all_pickled(
 def test_the_written_folder(
     model: LlavaForConditionalGeneration, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards and their index; every tensor in its own dtype, bit for bit; new rows are means."""
+    """The shards match their index; the rows of both vocabularies keep dtype and bits, and new rows are means."""
     monkeypatch.setattr(weights, "SHARD_SIZE", 30_000)
     out = workshop.convert(workshop.llava())
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -162,7 +162,7 @@ def test_the_rotary_embedding_is_the_sources(rope: dict[str, Any], workshop: Wor
 
 @pytest.mark.parametrize(("name", "width", "ffn", "blocks"), [("7b", 4096, 11008, 32), ("13b", 5120, 13824, 40)])
 def test_real_configurations_become_llava_hfs(name: str, width: int, ffn: int, blocks: int, tmp_path: Path) -> None:
-    """Vicuna's config.json and openai's CLIP, without weights, against the shipped configurations."""
+    """Vicuna's config.json and openai's CLIP, without weights, must give the shipped configurations."""
     heads = width // 128
     real = sources.LLAMA | sources.LLAVA | {
         "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": blocks, "num_attention_heads": heads,
@@ -184,7 +184,7 @@ TEXTS = ["Hi  Hello", "a   box      red         a", "12 34,5", "\n\nWhat  \n is\
 
 
 def test_ids_are_sentencepieces(workshop: Workshop) -> None:
-    """Runs of blanks have LLaMA's traits here: they are among the first pieces, and merged last of all."""
+    """Oracle: SentencePiece. As in LLaMA's vocabulary, runs of blanks are early pieces but are merged last."""
     source = workshop.llava()
     file, proto = source / "tokenizer.model", sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(file.read_bytes())
@@ -196,7 +196,7 @@ def test_ids_are_sentencepieces(workshop: Workshop) -> None:
     assert workshop.load(source).tokenizer(TEXTS)["input_ids"] == expected
     theirs = LlamaTokenizer.from_pretrained(source)(TEXTS)["input_ids"]
     assert theirs != expected, "transformers reads tokenizer.model right by now: simplify read_tokenizer"
-    # the folder as somebody else's converter leaves it: no tokenizer.json, or one that transformers made
+    # the folder as another converter leaves it: without tokenizer.json, or with one that transformers made
     (workshop.out / "tokenizer.json").unlink()
     shutil.copy(file, workshop.out)
     base = ModelConfig(path=str(workshop.out))

@@ -1,4 +1,4 @@
-"""Weight files hand over their tensors or are refused, nothing in them ever runs, and what is written is read back."""
+"""Weight files yield their tensors or are refused, nothing in them ever runs, and what is written is read back."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ from clmoe.errors import ClmoeError
 
 
 class Canary:
-    """Unpickling it creates a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +42,7 @@ def test_tensors_arrive_bit_for_bit(form: str, tmp_path: Path) -> None:
         positions=torch.arange(5)[None],
     )
     torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
-    if form == "compressed":  # mapped, its members would be read as they are
+    if form == "compressed":  # if mapped, its members would be read while still compressed
         path.rename(tmp_path / "stored")
         with zipfile.ZipFile(tmp_path / "stored") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             for member in source.namelist():
@@ -66,7 +66,7 @@ def test_a_malicious_pickle_is_refused_and_never_runs(form: str, tmp_path: Path)
     with pytest.raises(ClmoeError, match=r"adapter_model\.bin: .*mkdir"):
         open_tensors(path)
     assert not canary.exists()
-    pickle.loads(pickle.dumps(evil))  # the test's own check: unprotected, the canary does sing
+    pickle.loads(pickle.dumps(evil))  # checks the test itself: without protection, the canary does sing
     assert canary.is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Batches: padding, masks, images of some rows only, and independence of the number of workers."""
+"""Batches: padding, masks, images in only some rows, and independence of the number of workers."""
 
 import pickle
 import warnings
@@ -115,7 +115,7 @@ def test_batches_do_not_depend_on_workers(dataset_of: Callable, collate: Callabl
     batches = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # a pickled dataset is what workers get where they are not forked
+        # where workers are not forked, they get a pickled dataset
         for source, workers in ((dataset, 0), (dataset, 2), (pickle.loads(pickle.dumps(dataset)), 0)):
             loader = DataLoader(source, batch_size=2, collate_fn=partial(collate, pad_id=PAD), num_workers=workers)
             batches.append(list(loader))

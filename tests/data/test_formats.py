@@ -46,7 +46,7 @@ def cells(ending: str, delimiter: str) -> Writer:
 
 
 def inside(folder: Path, rows: Rows) -> Rows:
-    """The rows with the images themselves, as datasets' Image feature stores them."""
+    """The rows with the images' bytes inside, as datasets' Image feature stores them."""
     return [
         row | {"image": row["image"] and {"bytes": (folder / row["image"]).read_bytes(), "path": None}} for row in rows
     ]
@@ -71,7 +71,7 @@ def whole(folder: Path, name: str, rows: Any) -> list[str]:
 
 
 def pair(folder: Path, name: str, rows: Rows) -> list[str]:
-    """Questions and annotations in VQA v2's layout, which are in another order."""
+    """Questions and annotations in VQA v2's layout; the annotations are in another order."""
     questions = [
         {"question_id": r["id"], "image_id": r["image"][0], "question": r["question"]} for r in rows if r["image"]
     ]
@@ -92,7 +92,7 @@ def messages(row: dict[str, Any], *names: str, **more: Any) -> dict[str, Any]:
 
 
 def parts(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's prompt and completion, whose content has parts; Arrow fills up the keys that a part lacks."""
+    """TRL's prompt and completion, whose content is a list of parts; Arrow fills in keys that a part lacks."""
     image = [{"type": "image", "text": None}] if row["image"] else []
     asked = [{"role": "user", "content": [*image, {"type": "text", "text": row["question"]}]}]
     said = [{"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}]
@@ -119,14 +119,14 @@ FORMATS: dict[str, tuple[Writer, Callable[[dict[str, Any]], dict[str, Any]] | No
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With two pictures."""
+    """A folder with two pictures."""
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
         Image.new("RGB", (6, 4), colour).save(tmp_path / name)
     return tmp_path
 
 
 def described(folder: Path, train: list[str], test: list[str], **raw: Any) -> Path:
-    """A benchmark of one task."""
+    """The file of a benchmark with one task."""
     task = {"name": "t", "images": ".", "scorer": "short_answer", "max_new_tokens": 4, "text_rows": True}
     task["raw"] = {"train": train, "test": test, **raw}
     (folder / "own.yaml").write_text(yaml.safe_dump({"name": "own", "root": ".", "tasks": [task]}))
@@ -189,7 +189,7 @@ def test_conversations_of_several_turns(folder: Path) -> None:
 
 
 def test_training_learns_the_answer_of_most_annotators(folder: Path) -> None:
-    """The first of equally many, as in LLaVA's instruction data."""
+    """In a tie, the answer that comes first is learned, as in LLaVA's instruction data."""
     answers = [[{"answer": word} for word in words] for words in ("xyyx", "yxx")]
     rows = [{"question": "q", "answers": found, "image": "a.png"} for found in answers]
     names = json_lines(folder, "rows", rows)
@@ -256,7 +256,7 @@ def test_a_fault_is_named_as_the_file_calls_it(
     kind: str, spoils: Callable[[Rows], None], said: str, folder: Path, tiny_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """By the check, and by what prepares the file, which then writes nothing."""
+    """Both the check and the preparation of the file name the fault; the preparation then writes nothing."""
     benchmark = written(folder, kind, spoils)
     good, printed = check(benchmark, tiny_folder, capsys)
     assert good == (not said) and said in printed, printed
@@ -358,7 +358,7 @@ def test_the_raw_files_are_never_written_to(folder: Path) -> None:
      ("JSON", "answers"), ("JSON", "image")],
 )  # fmt: skip
 def test_any_value(kind: str, path: str, folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any value in any field is read, or named with its file; what the check lets pass can be prepared."""
+    """Any value in any field is read or is named with its file; what the check accepts can be prepared."""
     for value in VALUES.values():
         benchmark = written(folder, kind, lambda rows, value=value: spoil(rows[1], path.split("."), value))
         good, printed = check(benchmark, tiny_folder, capsys)

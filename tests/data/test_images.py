@@ -1,4 +1,4 @@
-"""Decoding policy and padding, against numpy."""
+"""The decoding policy and the padding of images, checked against numpy."""
 
 import io
 import warnings
@@ -33,7 +33,7 @@ def noise(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(56, 30), (30, 56), (31, 56), (56, 31), (1, 56), (56, 56)])
 def test_every_pixel_of_a_non_square_image_survives(height: int, width: int) -> None:
     """Oracle: the picture in the middle of a square of BACKGROUND. The longer side is the input size, so nothing is
-    rescaled, the oracle is exact and a crop shows."""
+    rescaled, the oracle is exact, and a crop would show."""
     pixels = noise(height, width)
     square = np.full((56, 56, 3), BACKGROUND, dtype=np.uint8)
     top, left = (56 - height) // 2, (56 - width) // 2
@@ -121,7 +121,7 @@ def test_warnings_name_the_file_in_every_thread(tmp_path: Path) -> None:
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header says how large the image would be; most of the rest is missing."""
+    """The size in the header is enough to refuse the file, most of which is missing."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)
     (tmp_path / "bomb.png").write_bytes(encoded("PNG")[:60])
     with pytest.raises(ClmoeError, match=r"bomb\.png: .*1024 pixels"):

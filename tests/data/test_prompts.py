@@ -1,7 +1,8 @@
 """The template and the answer mask, token for token, against two oracles.
 
-For LLaMA's tokenizer it is SentencePiece itself with LLaVA's rules written out, on a vocabulary trained with LLaMA's
-options; no tokenizer of transformers takes part in it. For the embedded base's byte-level one it is the whole string.
+For LLaMA's tokenizer, the oracle is SentencePiece itself with LLaVA's rules written out, on a vocabulary trained with
+LLaMA's options; it uses no tokenizer of transformers. For the embedded base's byte-level tokenizer, it is the ids of
+the whole string.
 """
 
 import gzip
@@ -57,7 +58,7 @@ def pieces(folder: Path) -> sentencepiece.SentencePieceProcessor:
 
 @pytest.fixture(scope="module")
 def tokenizers(folder: Path) -> Tokenizers:
-    """That of LLaVA-1.5, and that of the embedded base."""
+    """The tokenizers of LLaVA-1.5 and of the embedded base."""
     llama = LlamaTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": MARK})
     llama.add_special_tokens({"pad_token": "<pad>"})
     return {"llama": llama, "shipped": make.shipped()}
@@ -79,22 +80,22 @@ class Llava:
         self.pieces, self.image_id = pieces, image_id
 
     def text(self, text: str) -> list[int]:
-        """``<s>``, then the pieces: a space is put before the text, and none after a special token inside it."""
+        """``<s>``, then the pieces; a space is put before the text, but none after a special token inside it."""
         first, *others = text.split("</s>")
         ids = [BEGIN, *self.pieces.encode(first)]
         for part in others:
-            # text in the middle of a string: encode behind <unk>, which takes the added space, and cut that off
+            # text in the middle of a string: encode it after <unk>, which takes the added space, and cut that off
             ids += [END, *self.pieces.encode("⁇" + part)[len(self.pieces.encode("⁇")) :]]
         return ids
 
     def with_image(self, text: str) -> list[int]:
-        """The texts around the mark, each tokenised alone and without its ``<s>`` except the first; images between."""
+        """Tokenise the texts around the marks alone, all but the first without ``<s>``, and put images between them."""
         first, *others = (self.text(part) for part in text.split(MARK))
         return first + [token for other in others for token in [self.image_id, *other[1:]]]
 
     def expected(self, turns: Turns, has_image: bool) -> Expected:
-        """Labels by ``preprocess_v1``: rounds are counted in tokens, one less from the second on, because a round that
-        is tokenised alone opens with a space that it does not have in the conversation."""
+        """Labels as ``preprocess_v1`` makes them: it counts the tokens of each round, one fewer from the second on,
+        because a round that is tokenised alone starts with a space that it does not have in the conversation."""
         prompt = f"{SYSTEM} USER: {MARK + chr(10) if has_image else ''}{turns[0][0]} ASSISTANT:"
         conversation = f"{prompt} {turns[0][1]}</s>"
         conversation += "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns[1:])
@@ -117,7 +118,7 @@ class Llava:
         )
 
     def expand(self, values: list[int], ids: list[int], fill: int) -> list[int]:
-        """One image token becomes many."""
+        """Replace the value at each image token with ``fill``, as many times as an image has tokens."""
         pairs = zip(values, ids, strict=True)
         return [v for value, token in pairs for v in ([fill] * IMAGE_TOKENS if token == self.image_id else [value])]
 
@@ -138,7 +139,7 @@ def test_prompts_ids_and_labels_are_llavas(name: str, has_image: bool, llava: Ll
 def test_ids_are_those_of_the_whole_string_and_labels_those_of_the_answers(
     has_image: bool, tokenizers: Tokenizers
 ) -> None:
-    """For the embedded base's tokenizer, whose tokens are bytes: nothing that is decoded is lost."""
+    """Oracle: the embedded base's own ids of the whole string; its tokens are bytes, so decoding loses nothing."""
     tokenizer = tokenizers["shipped"]
     for turns in (*CONVERSATIONS.values(), SEPARATOR):
         prompt, ids, labels = encode(turns, has_image, tokenizer)
@@ -152,7 +153,7 @@ def test_ids_are_those_of_the_whole_string_and_labels_those_of_the_answers(
 
 
 def test_a_question_that_holds_the_separator_is_still_learned(llava: Llava, tokenizers: Tokenizers) -> None:
-    """LLaVA masks such a conversation as a whole; the documented difference."""
+    """LLaVA masks the whole conversation; this difference is documented in docs/faults.md."""
     _, _, labels = encode([("What does ASSISTANT: mean?", "it is two")], True, tokenizers["llama"])
     assert [label for label in labels if label != IGNORE] == [*llava.text("it is two")[1:], END]
 
@@ -185,8 +186,8 @@ def test_special_tokens_in_the_text_are_refused(
 # ---- Conversations that the released training code was run on, with LLaMA's own vocabulary
 
 RELEASED = json.loads(gzip.decompress(Path(__file__).with_name("released_tokens.json.gz").read_bytes()))
-USER = [2, 3148, 1001, 29901], [2, 11889, 29901]  # behind </s>: "▁US", "ER" there
-OTHER_IDS = {  # what docs/faults.md names: pieces of the released ids, and ours; the rest must be equal
+USER = [2, 3148, 1001, 29901], [2, 11889, 29901]  # after </s>, the released code has "▁US", "ER"
+OTHER_IDS = {  # differences that docs/faults.md names: released ids, and ours; all other ids must be equal
     "turns: newline first": ([29871, 13, 5618, 1286], [1724, 1286]),
     "answer leading newline": ([29871, 13, 26169], [11203]),
     "answer spaces around": ([29871, 11203, 29871, 2], [11203, 2]),
@@ -197,7 +198,7 @@ OTHER_IDS = {  # what docs/faults.md names: pieces of the released ids, and ours
     "answer holds <s>": ([1, 29871, 11203], [1, 11203]),
     "answer holds <unk>": ([0, 29871, 11203], [0, 11203]),
 }
-LEARNED = {  # masked as a whole there
+LEARNED = {  # what we learn of conversations that the released code masks as a whole
     "answer holds ASSISTANT:": [372, 4083, 319, 1799, 9047, 13566, 29901, 22172, 2],
     "question holds ASSISTANT:": [263, 6297, 2],
     "answer holds <unk>": [29871, 0, 11203, 2],
@@ -209,7 +210,7 @@ REFUSED = {
 
 
 def swapped(pairs: list[tuple[int, int]], there: list[int], ours: list[int]) -> list[tuple[int, int]]:
-    """Ids and labels with ``ours`` for each run of ids ``there``, masked where that ends masked."""
+    """Ids and labels with each run ``there`` replaced by ``ours``, which is masked if the run's last token was."""
     result, n, same = [], 0, there[0] == ours[0]
     while n < len(pairs):
         run = pairs[n : n + len(there)]
@@ -244,7 +245,7 @@ def test_released_conversations(name: str, tmp_path: Path) -> None:
         assert set(labels) == {IGNORE} and [label for label in found.labels if label != IGNORE] == LEARNED[name]
     else:
         assert found.labels == labels
-        asked = next(n for n, label in enumerate(labels) if label != IGNORE)  # what a question ends with, at a test
+        asked = next(n for n, label in enumerate(labels) if label != IGNORE)  # the length of a test prompt
         prompt = encode_prompt(read.turns[0].question, read.image is not None, tokenizer, 1)
         assert prompt == found.input_ids[:asked] and prompt[-5:] == [319, 1799, 9047, 13566, 29901]
 
@@ -265,7 +266,7 @@ def test_tokens_across_the_answer_border_and_an_added_end_token_are_errors() -> 
 
 
 def test_a_prompt_that_is_no_prefix_of_training_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a training template that drifts from the prompt (here: by one comma) must lead to."""
+    """A training template that drifts from the prompt's (here by one comma) must raise an error."""
     text, spans = render(RECORD.turns, True)
     drifted = text.replace("helpful, detailed", "helpful detailed"), [(a - 1, b - 1) for a, b in spans]
     monkeypatch.setattr("clmoe.data.prompts.render", lambda turns, has_image: drifted)

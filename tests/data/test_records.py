@@ -1,4 +1,4 @@
-"""Record files: what is accepted, every fault named by file, row and field, and records that stay on disk."""
+"""Record files: what is accepted, faults that are named by file, row and field, and records that stay on disk."""
 
 import json
 import pickle
@@ -197,7 +197,7 @@ def test_a_key_that_occurs_twice_is_a_bad_row(place: str, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Short:
-    """Counts characters of the first answer."""
+    """Stands in for ``AnswersFit``: counts the characters of the first answer instead of its tokens."""
 
     key: str = "short"
     max_length: int = 5
@@ -212,7 +212,7 @@ class Short:
 def test_bad_rows_can_be_left_out_or_masked_and_are_counted(
     on_bad: OnBad, large: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what is read, and by what is kept from reading before."""
+    """The result is the same when the file is read and, if it is large, when its cached records are used."""
     monkeypatch.setattr(records, "LARGE_FILE", 1 if large else 10**9)
     answers = ["Dog", "a</s>", "sixsix", "far too long"]
     rows = [train_row(id=f"k{n}", conversations=talk(TWO, answer), extra=n) for n, answer in enumerate(answers)]
@@ -276,7 +276,7 @@ def test_missing_file_folder_and_image_root(root: Path) -> None:
 
 @pytest.fixture
 def large(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as large: repeated ids, text-only rows, two turns, umlauts; more rows than one Arrow batch."""
+    """A file that counts as large, with repeated ids, text-only rows, two turns, umlauts, and several Arrow batches."""
     monkeypatch.setattr(records, "LARGE_FILE", 1)
     rows = []
     for n in range(2500):
@@ -298,7 +298,7 @@ def test_stored_records_are_the_records(large: Path, root: Path) -> None:
     for index in (2500, -2501):
         with pytest.raises(IndexError):
             loaded[index]
-    pickled = pickle.dumps(loaded)  # for loader workers: the file's name, not its content
+    pickled = pickle.dumps(loaded)  # loader workers get the file's name, not its content
     assert len(pickled) < 5000 < cached(root)[0].stat().st_size
     assert list(pickle.loads(pickled)) == expected
 
@@ -318,7 +318,7 @@ def test_the_cache_is_used_and_follows_the_content(large: Path, root: Path, monk
 def test_a_damaged_cache_is_found_and_made_again(
     size: int | str | None, large: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A truncated file, one that is no Arrow file but ends like one, and one with a hole, as a full disk leaves."""
+    """The file is truncated, is no Arrow file but ends like one, or has a hole, as a full disk leaves it."""
     expected = list(load_train(large, root))
     (file,) = cached(root)
     whole = file.read_bytes()

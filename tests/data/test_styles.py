@@ -1,4 +1,4 @@
-"""Answer-style diversification: every style against hand-worked examples, and which records get which."""
+"""Answer-style diversification: every style against hand-worked examples, and which records get which style."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ def record(name: str, *turns: tuple[str, str]) -> TrainRecord:
 
 
 def words(count: int) -> list[TrainRecord]:
-    """Alternately about a colour, of six, and a number of one or two."""
+    """Records that ask in turn for a number, 1 or 2, and for a colour, one of six."""
     rows = [
         ("What colour is it?", COLOURS[n // 2 % 6]) if n % 2 else ("How many?", "12"[n // 2 % 2]) for n in range(count)
     ]
@@ -49,14 +49,14 @@ def test_the_style_of_an_answer(turn: tuple[str, str], style: str) -> None:
             ("Which?\nIs the answer dog?\nPlease answer yes or no.", "no"),
             (f"Which?\nA. cat\nB. dog{LETTER}", "A"), (f"Which?\nA. dog\nB. cat{LETTER}", "B"),
         }),
-        # no other answer to the question: one of its kind, here a box
+        # if the question has no other answer, one of the same kind is proposed, here a box
         ([("Where is x?", "[0.1, 0.2]"), ("Where is y?", "[0.3, 0.4]"), ("How many?", "3"), ("What?", "cat")], {
             ("Where is x?\nIs the answer [0.1, 0.2]?\nPlease answer yes or no.", "yes"),
             ("Where is x?\nIs the answer [0.3, 0.4]?\nPlease answer yes or no.", "no"),
             (f"Where is x?\nA. [0.1, 0.2]\nB. [0.3, 0.4]{LETTER}", "A"),
             (f"Where is x?\nA. [0.3, 0.4]\nB. [0.1, 0.2]{LETTER}", "B"),
         }),
-        # options: their text is the short answer, and the wrong ones are proposed
+        # with options, the text of an option is the short answer, and the wrong options are proposed
         ([(OPTIONS, "B"), (OPTIONS, "A")], {
             (f"What colour is it?\nContext: N/A{SHORT}", "green"),
             ("What colour is it?\nContext: N/A\nIs the answer green?\nPlease answer yes or no.", "yes"),

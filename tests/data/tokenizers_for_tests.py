@@ -13,7 +13,7 @@ def shipped() -> PreTrainedTokenizerFast:
 
 
 def appending_the_end() -> PreTrainedTokenizerFast:
-    """It adds ``</s>`` to every text."""
+    """A tokenizer that adds ``</s>`` to every text."""
     tokenizer = shipped()
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
@@ -22,7 +22,7 @@ def appending_the_end() -> PreTrainedTokenizerFast:
 
 
 def merging_across_answers() -> PreTrainedTokenizerFast:
-    """A BPE without any splitting: in 'ASSISTANT: dog' the token ': d' reaches across the answer's border."""
+    """A BPE without any splitting: in 'ASSISTANT: dog', the token ': d' crosses the start of the answer."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", "<pad>"])
     tokenizer.train_from_iterator([f"{SYSTEM} USER: \nWhat is the dog?", *[": d"] * 99], trainer)

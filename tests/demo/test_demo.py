@@ -32,7 +32,7 @@ GROWN = [
 
 
 def table(html: str) -> list[list[str]]:
-    """Cells of the panel's table; parsing fails where names are not escaped."""
+    """The cells of the panel's table; parsing fails if names are not escaped."""
     root = ET.fromstring(f"<div>{html.replace('&nbsp;', '')}</div>")
     return [["".join(cell.itertext()).strip() for cell in row] for row in root.iter("tr")]
 
@@ -105,7 +105,7 @@ needs_browser = pytest.mark.skipif(
 def browser_page(
     runs: Runs, mini_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Any]:
-    """The page of a CL-MoE checkpoint; ends with a look at complaints of the browser, and at all connections."""
+    """The page of a CL-MoE checkpoint. At the end, no browser error and no connection to another machine is allowed."""
     from playwright.sync_api import sync_playwright
 
     complaints, asked, connected = [], [], []
@@ -132,7 +132,7 @@ def browser_page(
 
 
 def ask(page: Any, answers: int) -> list[list[str]]:
-    """Press the button and wait until that many answers are listed; the list, newest first."""
+    """Press the button, wait until that many answers are listed, and return the list, newest first."""
     page.get_by_role("button", name="Ask", exact=True).click()
     rows = page.locator("table.asked tr")
     rows.nth(answers).wait_for(timeout=30_000)
@@ -141,7 +141,7 @@ def ask(page: Any, answers: int) -> list[list[str]]:
 
 @needs_browser
 def test_a_question_is_answered_and_explained(browser_page: Any, runs: Runs, mini_yaml: Path) -> None:
-    """What the page shows is what ``clmoe.load`` answers in Python, for the located task and for the one picked."""
+    """Oracle: what ``clmoe.load`` answers in Python, for the task that is located and for the one that is picked."""
     page, loaded = browser_page, clmoe.load(runs.chain("clmoe")[1])
     image, question = mini_yaml.parent / "colour/images/24.png", "Which colour is it?\nA. red\nB. green\nC. blue"
     page.locator("tr.tr-body").first.click()
@@ -172,7 +172,7 @@ def test_a_question_is_answered_and_explained(browser_page: Any, runs: Runs, min
 def test_what_is_refused(
     why: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A taken port, a machine without gradio, a folder that is no checkpoint: one line that names it."""
+    """A taken port, a machine without gradio, or a folder that is no checkpoint gives one line that names the cause."""
     checkpoint = tmp_path if why == "checkpoint" else runs.chain("clmoe")[1]
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

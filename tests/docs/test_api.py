@@ -1,4 +1,4 @@
-"""docs/api.md says what the code says, and names every file of a run folder and every variable."""
+"""docs/api.md agrees with the code, and names every file of a run folder and every environment variable."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def page(generator: ModuleType) -> str:
 
 
 def named(page: str, section: str) -> set[str]:
-    """What the first column of a section's table names; a row may name several."""
+    """The names in the first column of a section's table; a row may hold several."""
     cells = re.findall(r"^\| `([^`]+)` \|", page.partition(f"\n## {section}\n")[2].split("\n## ")[0], re.MULTILINE)
     return {name for cell in cells for name in cell.split(", ")}
 
@@ -61,7 +61,7 @@ def test_every_variable_is_named(page: str) -> None:
 
 
 def test_every_variable_that_a_script_takes_is_named(page: str) -> None:
-    """Those with a default or an alternative, and those that no script sets."""
+    """A script takes a variable if it has a default or an alternative for it, or if no script sets it."""
     lines = [line for path in (ROOT / "scripts").rglob("*.sh") for line in path.read_text().splitlines()]
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     optional = set(re.findall(r"\$\{([A-Z_]{2,}):?[-+]", text))

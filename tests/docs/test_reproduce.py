@@ -1,4 +1,4 @@
-"""docs/reproduce.md: every command of it exists and, in its dry form, runs; its hours are those that are computed."""
+"""docs/reproduce.md: every command on it exists and runs in its dry form, and its hours are the computed ones."""
 
 import os
 import re
@@ -17,14 +17,14 @@ from tests.trees import TREES
 PAGE = (DOCS / "reproduce.md").read_text()
 LINES = [line for block in SHELL_BLOCK.findall(PAGE) for line in block.splitlines()]
 OTHERS = ("git clone", "cd clmoe", "python3.12 -m venv", "source .venv", "pip install", "hf download")
-"""Commands of other programs, which need a network."""
+"""Commands of other programs, which need a network connection."""
 LONG = ("clmoe doctor", "bash scripts/gpu_kit.sh", "python scripts/bench/hours.py", "clmoe data prepare")
-"""Tested on their own."""
+"""Commands that have tests of their own."""
 LINES_THAT_TRAIN = sum(bool(re.match(r"(OUT=|SCRIPT=)", line)) for line in LINES)
 
 
 def test_every_verb_of_clmoe_takes_these_arguments() -> None:
-    """Parsed alone: nothing is read or written."""
+    """The arguments are only parsed; nothing is read or written."""
     lines = [line for line in LINES if line.startswith("clmoe ")]
     assert {line.split()[1] for line in lines} == {"convert", "data", "doctor", "eval", "plan", "report"}
     for line in lines:
@@ -40,7 +40,7 @@ def test_every_script_and_file_exists() -> None:
 
 @pytest.mark.slow
 def test_the_runs_start_in_their_dry_form(tmp_path: Path) -> None:
-    """On miniature trees, with the page's paths replaced: scripts print what they would start, plan and check run."""
+    """On miniature trees, with the page's paths replaced, scripts print what they would start; plan and check run."""
     for name in ("coin", "cl4vqa"):
         TREES[name](tmp_path / "data" / name)
     runs = tmp_path / "runs" / "coin" / "clmoe-seed0" / "08_OCR-VQA"

@@ -1,4 +1,4 @@
-"""docs/results.md is what scripts/results.py makes of the tables, and the tables take finished runs in."""
+"""docs/results.md is what scripts/results.py makes of the tables, and finished runs can be added to the tables."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def results() -> ModuleType:
 
 @pytest.fixture
 def empty(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script on tables without rows and a short template."""
+    """The script with tables that have no rows, and with a short template."""
     for path in results.TABLES.glob("*.csv"):
         (tmp_path / path.name).write_text(path.read_text().split("\n", 1)[0] + "\n")
     (tmp_path / "paper.yaml").write_text((results.TABLES / "paper.yaml").read_text())
@@ -49,7 +49,7 @@ def empty(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def make_run(
     folder: Path, label: str, seed: int, last: float = 50.0, known: bool = False, commit: str = "abc", **info: Any
 ) -> Path:
-    """A run whose tasks score 80 when trained; `a` scores 70 after `b`; `a` and `b` score `last` at the end."""
+    """A run whose tasks score 80 right after training; `a` scores 70 after `b`; `a` and `b` score `last` at the end."""
     run = folder / f"{label}-seed{seed}"
     run.mkdir(parents=True)
     matrix = f"after,a,b,c\na,80,,\nb,70,80,\nc,{last},{last},80\n"
@@ -67,7 +67,7 @@ def make_run(
 
 
 def build(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    """Run the script on these arguments; returns the page."""
+    """Run the script with these arguments and return the page."""
     monkeypatch.setattr("sys.argv", ["results.py", *map(str, arguments)])
     assert results.main() == 0
     return str(results.PAGE.read_text())
@@ -79,7 +79,7 @@ def line_of(page: str, start: str) -> list[str]:
 
 
 def row_of(page: str, label: str) -> dict[str, str]:
-    """The cells of a label in all tables with a row for each method, by column."""
+    """A label's cells by column, from all tables that have one row per method."""
     found, header = {}, [""]
     for line in page.splitlines():
         cells = line[2:-2].split(" | ")
@@ -99,7 +99,7 @@ def test_the_page_is_what_the_tables_say(results: ModuleType, tmp_path: Path, mo
 
 
 def test_a_printed_mean_is_that_of_the_cells(results: ModuleType) -> None:
-    """Row `lora` of the first table, computed with nothing but the standard library."""
+    """Oracle: row `lora` of the first table, computed with the standard library alone."""
     by_seed: dict[str, list[float]] = {}
     for row in csv.DictReader((results.TABLES / f"{STUDY}.csv").open()):
         if row["label"] == "lora" and row["after"] == "digits":
@@ -163,7 +163,7 @@ def test_added_runs_are_compared(empty: ModuleType, tmp_path: Path, monkeypatch:
         "the rows have no commit in common"
     )
     assert "| CL-MoE ends higher (AP) than mas | not run |" in page
-    # per task the best score before the end minus the last: 80 - 20 for a and b; 80 - (50 + s)
+    # per task, the best score before the end minus the last: 80 - 20 for a and b; 80 - (50 + s)
     assert "| CL-MoE forgets less (AF) than lora | holds, +31.0 (+28.5 to +33.5) |" in page
     assert f"- {STUDY}: 38 comparisons: holds 2, no difference shown 1, not verified 2, not run 33." in page
     ends = (20, 20, 80, 40, -40)  # a, b, c, their mean, and BWT
@@ -243,7 +243,7 @@ def test_what_is_not_finished_is_left_out_and_named(
         make_run(grid, label, seed)
     (grid / "lora-seed1" / "matrix.csv").write_text("after,a,b,c\na,80,,\n")
     (grid / "hide-seed0" / "run.json").unlink()
-    (grid / "agem-seed0" / "sequence.json").write_text("{}")  # of a run that has not written spent.json yet
+    (grid / "agem-seed0" / "sequence.json").write_text("{}")  # as in a run that has not written spent.json yet
     (grid / "logs").mkdir()
     page = build(empty, monkeypatch, "--add", grid)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
@@ -274,7 +274,7 @@ def test_a_row_is_measured_again_as_a_whole(empty: ModuleType, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_what_a_row_keeps_how_it_answers_and_how_it_was_tuned(empty: ModuleType, tmp_path: Path) -> None:
-    """Five seeds of a new method with all files, one of them under a budget; lora has three."""
+    """Five seeds of a new method with all files, a run under a budget, a tuned one, and three seeds of lora."""
     runs = [make_run(tmp_path, "dgg", seed, 10.0 + seed) for seed in range(5)]
     spent = {
         "active_parameters": 90_624,
@@ -286,8 +286,8 @@ def test_what_a_row_keeps_how_it_answers_and_how_it_was_tuned(empty: ModuleType,
     tuned = {"order": ["c", "a"], "trials": trials, "chosen": {"options.per_task": 100}}
     for run in runs:
         (run / "spent.json").write_text(json.dumps(spent))
-        predict(run, "c", "a", {"1": ("Red.", 0.0)}, answer="red")  # right but for its form
-        predict(run, "c", "b", {"1": ("red", 0.0)}, answer="two")  # a's word
+        predict(run, "c", "a", {"1": ("Red.", 0.0)}, answer="red")  # right except for its form
+        predict(run, "c", "b", {"1": ("red", 0.0)}, answer="two")  # a word of task a
         predict(run, "c", "c", {"1": ("yes", 1.0)}, answer="yes")
     budgeted = make_run(tmp_path, "ewc_matched", 0, method="ewc")
     own = make_run(tmp_path / "tuned", "ewc", 0)
@@ -319,7 +319,7 @@ def test_what_a_row_keeps_how_it_answers_and_how_it_was_tuned(empty: ModuleType,
 def test_the_trials_and_the_methods_own_setting(
     empty: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """EWC's own lambda is 1000; CL-MoE's gamma and beta are 0.7 and 0.5."""
+    """The table shows the methods' own settings: lambda 1000 for EWC, and gamma 0.7 and beta 0.5 for CL-MoE."""
     study = SimpleNamespace(name=STUDY)
     monkeypatch.setattr(empty, "CHOICES", tmp_path / "tuned")
     assert empty.trials(study) == "No method's options have been tuned yet."
@@ -341,7 +341,7 @@ def test_the_trials_and_the_methods_own_setting(
 
 
 def test_every_committed_choice_is_one_that_the_method_takes(results: ModuleType) -> None:
-    """Its grid is the method's own, all combinations were tried, and the best, of equals the first, won."""
+    """A choice's grid is the method's own, all combinations were tried, and the best one won (in a tie, the first)."""
     for path in sorted(results.CHOICES.glob("*/*.json")):
         found, config = json.loads(path.read_text()), load_config(path.stem, {}, [])
         assert found["grid"] == config.tune, path

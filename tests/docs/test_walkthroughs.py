@@ -1,4 +1,4 @@
-"""Follows the docs/add-a-*.md pages to the letter in a copy of the checkout; checks the links of all pages."""
+"""Follows the docs/add-a-*.md pages to the letter in a copy of the checkout, and checks the links of all pages."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SHELL_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what a walk-through touches, without git and data."""
+    """A copy of the parts of the checkout that a walk-through touches, without git and data."""
     for name in ("clmoe", "configs", "scripts", "tests", "playground/base"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -40,12 +40,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def named_blocks(page: str) -> dict[str, str]:
-    """The page's blocks that follow a line which begins with a file name."""
+    """The page's blocks that follow a line beginning with a file name, by that name."""
     return dict(NAMED_BLOCK.findall((DOCS / page).read_text()))
 
 
 def run(checkout: Path, script: str) -> str:
-    """Run shell lines in the checkout, as a user with the installed environment does; returns what they print."""
+    """Run shell lines in the checkout, as a user in the installed environment does, and return what they print."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PATH": path, "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euc", f"exec 2>&1; {script}"]
@@ -65,7 +65,7 @@ def test_the_worked_example_of_every_metric(tmp_path: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d() /+-]+) \| (\S+) \|$", page, re.MULTILINE)
     assert [name for name, *_ in rows] == [*METRICS, *GENERAL_METRICS]
     for name, by_hand, printed in rows:
-        assert f"{found[name]:.2f}" == printed == f"{eval(by_hand):.2f}", name  # a sum of numbers from our own page
+        assert f"{found[name]:.2f}" == printed == f"{eval(by_hand):.2f}", name  # eval of numbers on our own page
 
 
 def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_method_of_ones_own_runs_without_the_package(runs: Runs, tmp_path: Pat
 def test_the_methods_of_the_page_keep_every_promise(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the page's own line."""
+    """The methods are checked with the page's own `clmoe check-method` line."""
     (tmp_path / name).write_text(named_blocks("add-a-method.md")[name])
     lines = "\n".join(SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())).splitlines()
     (line,) = [line for line in lines if line.startswith(f"clmoe check-method {name}")]
@@ -116,7 +116,7 @@ def test_a_method_is_one_file_one_yaml_and_one_row(checkout: Path) -> None:
     shells = SHELL_BLOCK.findall((DOCS / "add-a-method.md").read_text())
     (tests,) = [shell for shell in shells if "pytest" in shell]
     printed = run(checkout, tests)
-    # a method that is continued has six tests in the contract, three more have all methods or are its own
+    # six tests of the contract are for methods that are continued; three more are for all methods or are its own
     assert re.search(r"^(\d+) passed", printed.splitlines()[-1]), printed
     assert int(printed.splitlines()[-1].split()[0]) >= 9, printed
 
@@ -170,7 +170,7 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path) -> None:
-    """To the letter, but for the installation, a tenth of the pictures, and shorter trainings."""
+    """Follows the page to the letter, but skips the installation, draws a tenth of the pictures and trains for less."""
     pytest.importorskip("easy_vqa", reason="needs the package easy-vqa, which the development tools have")
     blocks = {name: text for name, text in named_blocks("add-your-data.md").items() if "easy" in name}
     table = "my/easy_vqa_tables.py"
@@ -245,7 +245,7 @@ def test_the_tests_of_published_faults_exist() -> None:
 
 
 def test_every_hook_is_in_the_walk_through() -> None:
-    """The table names what a subclass may override: no more and no less."""
+    """The page's table names exactly what a subclass may override, no more and no less."""
     hooks = {name for name in vars(Method) if not name.startswith("_")}
     table = (DOCS / "add-a-method.md").read_text().split("## The hooks")[1]
     named = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}

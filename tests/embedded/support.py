@@ -1,4 +1,4 @@
-"""What tests of the embedded benchmark share."""
+"""What the tests of the embedded benchmark share."""
 
 from pathlib import Path
 

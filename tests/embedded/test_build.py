@@ -1,4 +1,4 @@
-"""Scenes against their pixels, the splits that keep them apart, and the embedded benchmarks on disk."""
+"""Scenes checked against their pixels, the splits that keep them apart, and the embedded benchmarks on disk."""
 
 import hashlib
 import re
@@ -35,7 +35,7 @@ DRAWN = {
     ("playground-cl4vqa", 1): "7149fd966a0ec555",
     ("playground-long", 1): "70b15afdf4a369ca",
 }
-"""Hash of the small files by name and ``build.VERSION``. Where it differs, raise the version."""
+"""Hash of the small files by name and ``build.VERSION``. If a hash differs, raise the version."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of two tasks, and what asks them."""
+"""Checkpoints of two tasks, and an answerer for the second one."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ SETTINGS = {"llava_cmoe": ("adapter.train_projector=false", "options.probe_min_s
 
 
 def checkpoints(runs: Runs, method: str) -> list[Path]:
-    """Shared, so they must not be changed."""
+    """One checkpoint after each task; they are shared, so they must not be changed."""
     return runs.chain(method, *SETTINGS.get(method, ()))
 
 
 def opened(runs: Runs, base: LoadedBase, method: str) -> Answerer:
-    """The second checkpoint on ``base``."""
+    """An answerer for the second checkpoint, on ``base``."""
     done = read_checkpoint(checkpoints(runs, method)[1])
     return open_answerer(done.config, done, base)

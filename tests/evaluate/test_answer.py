@@ -1,4 +1,4 @@
-"""Answers: of batches the same as one by one, and from Python, with reasons that are computed apart from it."""
+"""Answers: in batches the same as one by one, and from Python, with reasons that the tests compute separately."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ QUESTION = "How many things are there?"
 
 
 def loaded_of(runs: Runs, base: LoadedBase, method: str) -> LoadedCheckpoint:
-    """A checkpoint of two tasks."""
+    """A loaded checkpoint of two tasks."""
     return LoadedCheckpoint(opened(runs, base, method), list(TASKS[:2]))
 
 
@@ -184,7 +184,7 @@ Questions = tuple[list[Question], Path]
 
 @pytest.fixture
 def mixed(mini_yaml: Path) -> Questions:
-    """Of two tasks, so that prompts have different lengths; some have no image."""
+    """Questions of two tasks, so that prompts have different lengths; some have no image."""
     root = mini_yaml.parent
     mixed = []
     for task in TASKS[:2]:
@@ -196,7 +196,7 @@ def mixed(mini_yaml: Path) -> Questions:
 
 @pytest.fixture
 def shared(mini_yaml: Path) -> Questions:
-    """Four images with five questions each, scattered; one with a single question; three questions without image."""
+    """Four images with five questions each, scattered; one with a single question; three questions without an image."""
     folder = mini_yaml.parent / "colour"
     rows = load_questions(folder / "test.json", folder / "images")
     asked = [dataclasses.replace(rows[k], text=text, question_id=f"{k}-{text}") for text in FIVE for k in range(4)]
@@ -211,7 +211,7 @@ def answerer(request: pytest.FixtureRequest, runs: Runs, tiny_base: LoadedBase) 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All that is read before a generation."""
+    """The prompts that are read before each generation."""
     seen: list[Any] = []
     real = answer.prefill
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_answers_are_those_given_one_by_one(answerer: Answerer, shared: Question
 def test_every_question_is_located_and_gets_its_answer_in_order(
     runs: Runs, tiny_base: LoadedBase, mixed: Questions
 ) -> None:
-    """Also where a question comes twice; what is known already is not computed."""
+    """Answers fit their questions even if a question comes twice; known answers are not computed again."""
     locating = opened(runs, tiny_base, "clmoe")
     finished: list[list[tuple[str, Answer]]] = []
     locating.config = EvaluationConfig(batch_size=5)
@@ -263,7 +263,7 @@ def test_every_question_is_located_and_gets_its_answer_in_order(
 
 
 def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Questions, batches: list[Any]) -> None:
-    """Their images too: the computation for a lone question decides."""
+    """Images of close calls are computed again too, because the computation for a lone question decides."""
     margins = [a.margin for a in ask(answerer, shared, "random", exact=False)]
     threshold = sorted(margins)[len(margins) // 2]
     batches.clear()
@@ -276,7 +276,7 @@ def test_close_calls_are_answered_again_alone(answerer: Answerer, shared: Questi
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_is_transformers_own(answerer: Answerer, shared: Questions, attention: str) -> None:
-    """Oracle: ``generate`` of one prompt at a time, its texts and its logits. What is watched are the beginnings."""
+    """Oracle: texts and logits of ``generate``, one prompt at a time. The watched texts are the answers' beginnings."""
     llava = adapted_base(answerer.model)
     llava.set_attn_implementation(attention)
     base, tokenizer = answerer.base, answerer.base.tokenizer
@@ -299,7 +299,7 @@ def test_generation_is_transformers_own(answerer: Answerer, shared: Questions, a
 
 
 class Scripted(nn.Module):
-    """In the place of the head: row ``b`` says ``script[b][t]`` at step ``t``, ahead of the next token by ``gap``."""
+    """Replaces the head: row ``b`` says the token of ``script[b][t]`` at step ``t``, ahead of all others by its gap."""
 
     def __init__(self, script: list[list[tuple[int, float]]], vocabulary: int) -> None:
         super().__init__()
@@ -315,7 +315,7 @@ class Scripted(nn.Module):
 
 
 def test_stops_at_the_end_token(tiny_base: LoadedBase) -> None:
-    """What comes after ``</s>`` is neither said nor counted in the margin, and all rows ended stops the batch."""
+    """What comes after ``</s>`` is neither said nor counted in the margin; the batch stops once all rows have ended."""
     tokenizer = tiny_base.tokenizer
     end = tokenizer.eos_token_id
     red, green = (tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ("red", "green"))

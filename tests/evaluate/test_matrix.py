@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand and against published tables; the CSV's errors."""
+"""Metrics against numbers worked out by hand and against published tables; errors in CSV files."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_single_task_and_one_that_improved_to_the_end() -> None:
 @pytest.mark.parametrize(
     ("after", "task", "lost"),
     [
-        ("a", "c", set()),  # above the diagonal and off it: no metric reads it
+        ("a", "c", set()),  # above the diagonal and not next to it: no metric reads it
         ("zero_shot", "a", set()),
         ("zero_shot", "b", {"fwt_n_minus_1"}),
         ("a", "b", {"fwt_n_minus_1"}),
@@ -71,7 +71,7 @@ def test_a_blank_cell_blanks_exactly_the_metrics_that_need_it(after: str, task: 
 
 def test_published_coin_divides_by_n() -> None:
     """CoIN prints BWT -32.62 for eight tasks whose drops sum to -261.0; N - 1 would give -37.3."""
-    drops = (61.5, 21.0, 86.0, 20.0, 23.0, 30.0, 19.5, 0.0)  # invented shares of the published sum
+    drops = (61.5, 21.0, 86.0, 20.0, 23.0, 30.0, 19.5, 0.0)  # invented drops that add up to the published sum
     tasks = tuple("stigvrqo")
     rows = {task: tuple(90.0 if i == t else None for i in range(8)) for t, task in enumerate(tasks)}
     rows["o"] = tuple(90.0 - drop for drop in drops)
@@ -152,7 +152,7 @@ def test_malformed_immediate_row(tmp_path: Path, text: str, named: str) -> None:
         ("after,a,b\n", "score below the header"),
         ("after,a,b\na,,\n", "score below the header"),
         ("after,a,b,mean\na,80,,80\nb,60,70,65\n", "column 'mean'"),
-        ("after,Average,a,b\nb,1,60,70\n", "column 'Average'"),  # wrong by its name, whatever it holds
+        ("after,Average,a,b\nb,1,60,70\n", "column 'Average'"),  # refused by its name, whatever it holds
         ("after,a,b,X\na,80,,80\nb,60,71,65.5\n", "column 'X'"),
         ("after,a,b\na,0.8,\nb,0.6,1\n", "--unit"),
     ],
@@ -177,7 +177,7 @@ def test_shares_count_as_percent_where_the_unit_says_so_and_a_task_may_be_called
 
 
 def test_a_metric_that_is_blank_says_which_cell_it_lacks(tmp_path: Path) -> None:
-    """Filling the cells that are named, one after the other, gives every metric."""
+    """Filling in the named cells, one after the other, gives every metric."""
     cells = {(after, task): "" for after in ("zero_shot", *TASKS, "--immediate") for task in TASKS}
     cells["a", "a"] = "80"
     named = dict[str, str]()

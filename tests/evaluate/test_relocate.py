@@ -1,4 +1,4 @@
-"""`clmoe matrix`: a finished run under other locators trains nothing and answers only what moved."""
+"""`clmoe matrix`: trying other locators on a finished run trains nothing and answers only what moved."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ LOCATORS = ("last", "text_centroid", "random", "knn", "oracle")
 
 @pytest.fixture(scope="module")
 def folder(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`separate` on all tasks, its own locator the oracle, and the matrix of `LOCATORS`; `asked` says what it took."""
+    """`separate` on all tasks, with the oracle, and its matrix of `LOCATORS`; `asked` counts what that answered."""
     folder = tmp_path_factory.mktemp("matrix")
     clmoe.run(
         "separate", runs.benchmark, output=folder / "separate-seed0", base=str(runs.model), settings=list(SETTINGS)
@@ -68,7 +68,7 @@ def ending(locator: str) -> str:
 def test_it_gives_the_answers_of_an_evaluation_of_its_own(
     locator: str, folder: Path, runs: Runs, tmp_path: Path
 ) -> None:
-    """Oracle: `clmoe eval` in a folder that holds no answers to take over."""
+    """Oracle: `clmoe eval` in a folder that holds no answers to reuse."""
     run = folder / "separate-seed0"
     fresh = runs.evaluate(run / f"03_{TASKS[2]}", tmp_path, locator=locator)
     located, right = 0, list[float]()
@@ -92,7 +92,7 @@ def test_it_gives_the_answers_of_an_evaluation_of_its_own(
 
 @pytest.mark.slow
 def test_only_questions_that_moved_to_a_task_are_answered(folder: Path) -> None:
-    """Counted from all answers: one for each checkpoint, question and task, but for those of the run itself."""
+    """Oracle: count all answers, one for each checkpoint, question and task, except those of the run itself."""
     run = folder / "separate-seed0"
     seen: set[tuple[str, str, str]] = set()
     for after in TASKS:
@@ -124,7 +124,7 @@ def test_a_second_time_loads_no_model(folder: Path, runs: Runs, monkeypatch: pyt
 def test_a_locator_that_another_run_was_trained_with_is_taken_from_it(
     folder: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its settings, and without a fit."""
+    """The locator comes from the other run with that run's settings, and nothing is fitted."""
     runs.copy(folder / "separate-seed0", tmp_path / "separate-seed0")
     settings = [*SETTINGS, "training.steps=1", "locator=prototype", "locator.samples=7"]
     clmoe.run("disco", runs.benchmark, output=tmp_path / "disco-seed0", base=str(runs.model), settings=settings)
@@ -176,7 +176,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_a_blank_where_nothing_was
 
 @pytest.mark.slow
 def test_what_grows_with_the_number_of_tasks(folder: Path, runs: Runs) -> None:
-    """The oracle looks at nothing; a task adds one LoRA, and its training took as long as its events say."""
+    """The oracle looks at nothing, so each task adds exactly one LoRA; bytes are those of the checkpoint's files."""
     run = folder / "separate-seed0"
     grown = load_script("bench/growth").grown(run, str(runs.benchmark))
     assert [(row["tasks"], row["task"]) for row in grown] == list(enumerate(TASKS, 1))

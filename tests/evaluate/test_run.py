@@ -1,4 +1,4 @@
-"""A run folder: cells filled once, again when anything that decides them changes, after a crash; files from cells."""
+"""A run folder: cells are filled once, and again after a crash or a change that affects them; files from cells."""
 
 import csv
 import dataclasses
@@ -41,7 +41,7 @@ CONFIG = load_config("clmoe", {}, [])
 class Answers:
     """Answers the first ``right`` questions of every task correctly, and remembers what it was asked.
 
-    They are located as ``task``; with 2, every fourth as the second task and the others as the first.
+    Questions are located as ``task``; if that is 2, every fourth as the second task and the others as the first.
     """
 
     def __init__(self, right: int = 3, task: int | None = 0) -> None:
@@ -65,13 +65,13 @@ class Answers:
 
 
 def cell(run: Path, benchmark: Benchmark, task: str = "colour", **changed: Any) -> Cell:
-    """Of a checkpoint that has learned two tasks."""
+    """A cell of a checkpoint that has learned two tasks."""
     values = {"locator": "", "scoring": "fixed", "limit": None, "config": CONFIG, "identity": "identity"}
     return Cell(run, benchmark.task(task), **{**values, "learned": ORDER[:2], **changed})
 
 
 def fill(benchmark: Benchmark, stub: Any, *cells: Cell) -> dict[str, Any]:
-    """Returns the summary of the last one."""
+    """Fill these cells; returns the summary of the last one."""
     fill_cells(list(cells), benchmark, ORDER, stub)
     return summary(cells[-1])
 
@@ -89,7 +89,7 @@ def changed(config: Config, section: str, **fields: Any) -> Config:
 
 
 def changed_file(mini: Benchmark, folder: Path, fields: dict[str, Any]) -> Benchmark:
-    """The benchmark with a test file of ``colour`` in which one row differs, and whose images are nowhere."""
+    """The benchmark with a test file of ``colour`` in which one row differs, and whose images do not exist."""
     rows = json.loads(mini.task("colour").test.read_text())
     rows[5].update(fields)
     (folder / "changed.json").write_text(json.dumps(rows))
@@ -97,7 +97,7 @@ def changed_file(mini: Benchmark, folder: Path, fields: dict[str, Any]) -> Bench
 
 
 def changed_task(mini: Benchmark, **fields: Any) -> Benchmark:
-    """The benchmark with other fields of task ``colour``."""
+    """The benchmark with these fields of task ``colour`` changed."""
     tasks = [dataclasses.replace(t, **fields) if t.name == "colour" else t for t in mini.tasks]
     return dataclasses.replace(mini, tasks=tuple(tasks))
 
@@ -126,7 +126,7 @@ def test_a_cell_holds_predictions_score_and_settings(tmp_path: Path, mini: Bench
 def test_a_cell_is_answered_again_when_anything_that_decides_its_answers_changes(
     tmp_path: Path, mini: Benchmark
 ) -> None:
-    """Exact answers depend on the margin but not on the batches, others the other way round."""
+    """Exact answers depend on the margin but not on the batches; for others it is the other way round."""
     for exact in (False, True):
         config = changed(CONFIG, "evaluation", exact=exact)
         fill(mini, Answers(), cell(tmp_path, mini, config=config))
@@ -163,7 +163,7 @@ def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Ben
     fill(mini, Answers(right=3), cell(run, mini))
     before = contents(run)
     words = changed_task(mini, scorer="short_answer")
-    corrected = changed_file(words, tmp_path, {"answer": "?"})  # what the stub said to this one
+    corrected = changed_file(words, tmp_path, {"answer": "?"})  # what the stub answered here
     for benchmark, mode, scorer, right in (
         (mini, "official", "option_letter", 3),
         (words, "fixed", "short_answer", 3),
@@ -177,7 +177,7 @@ def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Ben
     assert contents(run) == before, "scored as before, the same bytes"
     answers = cell(run, mini).path.with_suffix(".jsonl")
     text = answers.read_text()
-    for damaged in ("", text.partition("\n")[2], text[5:]):  # not those of the questions
+    for damaged in ("", text.partition("\n")[2], text[5:]):  # not the answers to these questions
         answers.write_text(damaged)
         assert not cell(run, mini, scoring="official").settled()
 
@@ -185,7 +185,7 @@ def test_kept_answers_are_scored_again_without_a_model(tmp_path: Path, mini: Ben
 def test_a_crash_before_or_after_the_summary_leaves_an_empty_or_a_clean_cell(
     tmp_path: Path, mini: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it another checkpoint's answers lie there; after it hidden files, which go when the cell is looked at."""
+    """A crash before it leaves another checkpoint's answers; after it, hidden files, which the next look removes."""
     one = cell(tmp_path, mini)
     for step, settled in (("_remove_hidden_files", True), ("write_json", False)):
         with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_what_cannot_be_scored_is_found_before_the_first_question_is_asked(tmp_p
     with pytest.raises(ClmoeError, match=named):
         check_questions(changed_task(bad("AB"), image_root=tmp_path), ["count", "colour"])
     assert stub.asked == []
-    # a question that no answer gets right is asked and counted: published test files hold some
+    # a question that no answer gets right is still asked and counted: published test files hold some
     full_stop = changed_task(bad("."), scorer="short_answer")
     check_questions(full_stop, ORDER)
     assert fill(full_stop, stub, cell(tmp_path, full_stop))["score"] == 25.0
@@ -228,7 +228,7 @@ def test_what_cannot_be_scored_is_found_before_the_first_question_is_asked(tmp_p
 
 
 def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> None:
-    """Also: the matrix is of the cells of another locator only where there are none of the checkpoint's own."""
+    """The matrix shows another locator's cells only where there are none of the checkpoint's own."""
     fill(mini, Answers(right=6, task=None), *(cell(tmp_path, mini, task, locator="last") for task in ORDER[:2]))
     write_tables(tmp_path, ORDER, "last")
     assert matrix(tmp_path) == ["count,50.0,50.0,"]
@@ -247,7 +247,7 @@ def test_what_the_locator_said_is_counted(tmp_path: Path, mini: Benchmark) -> No
 
 
 def test_matrix_immediate_and_metrics(tmp_path: Path, mini: Benchmark) -> None:
-    right = {  # answers of 12
+    right = {  # right answers of 12
         "zero_shot": {"colour": 3, "count": 0, "side": 6},
         "colour": {"colour": 12, "colour.oracle": 12},
         "count": {"colour": 6, "count": 9, "count.oracle": 12},
@@ -290,7 +290,7 @@ def test_a_limit_asks_a_sample_except_in_the_last_row(runs: Runs, tmp_path: Path
 def test_an_adapter_is_not_evaluated_on_other_weights(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They lie in the very folder that it was trained on."""
+    """The other weights replace, in the same folder, those that the adapter was trained on."""
     own = Runs(tmp_path, save_tiny(tmp_path / "model"), runs.benchmark)
     checkpoint = own.train(tmp_path / "run" / TASKS[0], "lora", TASKS[0], "training.steps=1")
     save_tiny(own.model, seed=1)
@@ -314,7 +314,7 @@ def test_the_bare_models_row_leaves_a_training_runs_file_as_it_is(runs: Runs, tm
 
 
 def test_another_locator_leaves_what_a_run_says_of_itself(runs: Runs, tmp_path: Path) -> None:
-    """The other's cells lie beside its own; a folder that has no others describes the other locator."""
+    """The other locator's cells lie next to the run's own; without those, ``run.json`` describes the other locator."""
     first, found = runs.chain("clmoe")[0], []
     for settings in ([], ["locator=oracle", "evaluation.limit=3"]):
         runs.evaluate(first, tmp_path / "run", *settings)
@@ -375,7 +375,7 @@ def test_what_a_report_needs_of_checkpoints_stands_in_the_runs_order_and_stays(
     assert contents(tmp_path) == before
 
 
-# An interrupted cell continues, to the same bytes
+# An interrupted cell continues and ends in the same bytes
 
 SMALL = ("evaluation.batch_size=5",)  # 12 questions: three batches
 
@@ -385,7 +385,7 @@ def finished(run: Path) -> dict[str, bytes]:
 
 
 def die_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
-    """Die in the ``number``-th generation of full batches from now; the list grows with each one's size."""
+    """Die in the ``number``-th generation of a full batch from now (from 0); the list grows by the size of each one."""
     real, sizes = Answerer.generate, []
 
     def generate(self: Answerer, items: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -403,8 +403,8 @@ def die_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
     ("cut", "overrides", "computed"),
     [
         (0, [], [2]),  # the last batch of the own locator's cell; the oracle's cell finds the same tasks
-        (9, [], [5, 2]),  # the file's last line was torn, and its batch is answered again
-        (0, ["options.beta=0.25"], [5, 5, 2]),  # answers of another setting are not used
+        (9, [], [5, 2]),  # the file's last line is torn, so its batch is answered again
+        (0, ["options.beta=0.25"], [5, 5, 2]),  # answers under another setting are not used
     ],
 )
 def test_only_what_is_missing_is_answered(
@@ -434,7 +434,7 @@ def test_answers_of_all_processes_are_kept_for_the_same_questions(
     kept: list[set[str]] = []
 
     class Dies(Answers):
-        """After the answer to question ``rank``."""
+        """Dies after the answer to question ``rank``."""
 
         def answer(self, questions: Sequence[Question], *rest: Any) -> list[Answer]:
             kept.append(set(rest[4]))

@@ -201,7 +201,7 @@ def test_a_gold_answer_is_right_under_its_own_rule_and_a_missing_one_an_error(sc
         ("images/SciVerse_1.png", "Which?", "red leaf", "leaf", 0, 0),
         ("images/MapQA_7.png", "Which?", "red leaf", "leaf", 1, 1),
         ("images/MapQA_7.png", "Which states are red?", "a,c", "a,b", 0.5, 0.5),
-        ("images/MapQA_7.png", "Which states are red?", "Ohio,Texas", "Texas, Ohio", 0.5, 1),  # not " ohio"
+        ("images/MapQA_7.png", "Which states are red?", "Ohio,Texas", "Texas, Ohio", 0.5, 1),  # official reads " ohio"
         ("images/MapQA_7.png", "Which states are red?", "West Virginia", "Virginia", 0, 0),
         ("images/MapQA_7.png", "Which states are red?", "Ohio, and Texas.", "Texas,Ohio", 0.5, 1),
         ("images/MapQA_7.png", "Which states are red?", "Ohio,Texas.", "Ohio,Texas", 0.5, 1),
@@ -218,7 +218,7 @@ def test_science(image: str, text: str, prediction: str, gold: str, official: fl
 
 
 def test_popes_figures_are_those_of_the_table_of_right_and_wrong() -> None:
-    """Three questions whose answer is yes, two of them answered so; two whose answer is no, one of them answered so."""
+    """Two of three questions whose answer is yes are answered yes; one of two whose answer is no is answered no."""
     golden = [question(answer) for answer in ("yes", "yes", "yes", "no", "no")]
     found = score_answers("pope", ["Yes", "yes.", "No", "Yes", "no"], golden)
     assert (found.score, found.rows) == (0.6, [1, 1, 0, 0, 1])
@@ -263,7 +263,7 @@ def test_any_of_several_accepted_answers_is_right() -> None:
 
 
 def test_official_scores_are_those_of_the_released_scripts() -> None:
-    """Predictions of all kinds, each with the score that CoIN's or MLLM-DCL's script gives it or null where it stops.
+    """Predictions of all kinds, each with the score that CoIN's or MLLM-DCL's script gives it, or null where it stops.
 
     docs/benchmarks.md lists what we refuse: gold boxes that the script cannot read either.
     """
@@ -316,14 +316,14 @@ LINES = [(3, "d"), ("0", "a"), (1, "wrong")]
 def test_score_file_counts_unanswered_questions_and_ignores_order_and_id_type() -> None:
     for scorer in ("short_answer", "class_name", "gqa", "ocr_vqa"):
         assert SCRIPT.score_file(scorer, LINES, questions_of(*"abcd")) == (50.0, 4)
-    for mode in ("fixed", "official"):  # ScienceQA's script counts a lost question, too
+    for mode in ("fixed", "official"):  # ScienceQA's script also counts a lost question
         assert SCRIPT.score_file("option_letter", [(3, "D"), ("0", "A")], questions_of(*"ABCD"), mode) == (50.0, 4)
 
 
 def test_score_file_as_published() -> None:
     for scorer, percent, samples in (
-        ("short_answer", 100 * 2 / 3, 3),  # the lost line has left the divisor
-        ("ocr_vqa", 100 * 2 / 3, 0),  # and this one says "Samples: 0"
+        ("short_answer", 100 * 2 / 3, 3),  # the lost line is missing from the divisor
+        ("ocr_vqa", 100 * 2 / 3, 0),  # and this script says "Samples: 0"
         ("gqa", 100 * 2 / 3, 3),
         ("class_name", 0.0, 3),  # d, a, wrong against a, b, c
     ):
@@ -374,7 +374,7 @@ def test_perfect_captions_reach_every_figures_maximum() -> None:
 @pytest.mark.slow
 @needs_captions
 def test_figures_by_hand() -> None:
-    """Unigrams by counting: "a red cup" has 2 of 3 words, shorter than its nearest reference of 3 words by none."""
+    """Unigrams by counting: "a red cup" has 2 of 3 words right and is as long as its nearest reference of 3 words."""
     result = score_answers("captions", ["a red cup", RIGHT[1], RIGHT[2]], QUESTIONS)
     matched, said, wanted = 2 + 6 + 5, 3 + 6 + 5, 3 + 6 + 5  # "Mug on table" is the nearest in length
     assert result.parts["BLEU-1"] == pytest.approx(matched / said * math.exp(min(0, 1 - wanted / said)), rel=1e-6)
@@ -386,7 +386,7 @@ def test_figures_by_hand() -> None:
 
 @needs_captions
 def test_line_breaks_bars_and_silence_shift_no_other_caption() -> None:
-    """The tokenizer and METEOR read lines and fields between bars."""
+    """The tokenizer and METEOR read lines and fields between bars, so a caption must not add a line or a field."""
     odd = ["x\n", "\n y", "x\u2028y", "x ||| y", "x\r\ny", "", " ", "A mug, red.", ""]
     tokens = scoring._tokenized([[text] for text in odd])
     assert tokens == [[text] for text in ("x", "y", "x y", "x y", "x y", "", "", "a mug red", "")]

@@ -1,4 +1,4 @@
-"""Adapted tiny models for the tests of this folder: random experts, grown by further tasks."""
+"""Adapted tiny models for the tests in this folder: random experts that further tasks add to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attached(base: LoadedBase, scope: str = "per_linear", **fields: object) -> P
 
 
 def grow(model: PeftModel, owner: int = 1, count: int = 2, block: str = "", routers: bool = True) -> None:
-    """Freeze what exists, then add random experts (in one block alone, if named) and routers that span all."""
+    """Freeze what exists, then add random experts (only in ``block``, if named) and routers that span all experts."""
     ours.freeze_experts(model, owner)
     generator = torch.Generator().manual_seed(owner)
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -68,7 +68,7 @@ def train_steps(model: PeftModel, batch: dict[str, Tensor], steps: int = 3, lr: 
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Equal names, dtypes and bits."""
+    """Whether both hold tensors of equal names, dtypes and bits."""
     equal = (a.dtype == second[name].dtype and torch.equal(a, second[name]) for name, a in first.items())
     return first.keys() == second.keys() and all(equal)
 

@@ -15,7 +15,7 @@ def batch(pristine_base: LoadedBase) -> dict[str, Tensor]:
 
 @pytest.fixture
 def even(pristine_base: LoadedBase) -> dict[str, Tensor]:
-    """Three prompts of equal length, so that each alone is computed as in the batch."""
+    """Three prompts of equal length, so that each is computed alone exactly as in the batch."""
     batch = support.prompt_batch(pristine_base, [f"How many are {word}?" for word in ("there", "left", "right")])
     assert batch["attention_mask"].all()
     return batch

@@ -1,4 +1,4 @@
-"""torch.compile: one graph per adapted layer, and the same outputs and gradients as without."""
+"""torch.compile: one graph per adapted layer, and the same outputs and gradients as without it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def results(
 def test_a_layer_is_one_graph_with_the_same_gradients_under_every_routing(
     scope: str, backend: str, top_k: int | None, new_base: NewBase
 ) -> None:
-    """The routing changes between calls of one compiled layer, which must notice. In float64; logits are float32."""
-    tolerance = 1e-4 if backend == "inductor" else 1e-12  # it rounds the float32 part elsewhere
+    """The routing changes between calls of one compiled layer, which must notice. In float64, with float32 logits."""
+    tolerance = 1e-4 if backend == "inductor" else 1e-12  # inductor rounds the float32 part at other places
     model = attached(new_base(), scope, router_top_k=top_k)
     grow(model)
     layer = next(iter(expert_layers(model).values())).double()

@@ -25,7 +25,7 @@ from tests.experts.adapters import SCOPES, NewBase, attached, grow, logits, old_
 
 
 def grown_with_everything(base: LoadedBase, scope: str) -> PeftModel:
-    """Three tasks' experts and routers, task gates, a tuned projector; blocks of different sizes."""
+    """A model with three tasks' experts and routers, task gates and a tuned projector; its blocks differ in size."""
     model = attached(base, scope, modules_to_save=[PROJECTOR])
     grow(model)
     grow(model, owner=2, count=1, block="1")
@@ -103,7 +103,7 @@ def test_an_adapter_of_another_shape_than_its_configuration_is_one_line(
 
 def test_a_checkpoint_of_several_tasks_refuses_to_guess(new_base: NewBase, batch: dict[str, Tensor]) -> None:
     model = attached(new_base())
-    model(**batch)  # one task: nothing to choose
+    model(**batch)  # with one task there is nothing to choose
     grow(model)
     for call in (lambda: model(**batch), lambda: model.generate(**batch, max_new_tokens=1)):
         with pytest.raises(ClmoeError, match="routing"):
@@ -139,7 +139,7 @@ def test_our_member_of_peft_type_behaves_like_upstreams() -> None:
 def test_transformers_own_loader_gives_the_same_model(
     new_base: NewBase, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """peft prototypes with nested names lost their weights here without an error."""
+    """In this loader, prototypes for peft with nested names lost their weights without an error."""
     model = attached(new_base(), "per_block")
     expected = logits(model, batch)
     model.save_pretrained(str(tmp_path))

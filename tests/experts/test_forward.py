@@ -1,4 +1,4 @@
-"""What a model says at the answers' tokens, and prompts read into a cache, alone and with shared prefixes."""
+"""What a model says at the answer tokens, and prompts read into a cache, alone and with shared prefixes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ ROUTES = (0, 0, 1, 1, 0)
 
 
 def prompts(base: LoadedBase) -> tuple[list[dict[str, Tensor]], dict[str, dict[str, Tensor] | inputs.SharedPrompts]]:
-    """Five prompts on two images and on none: each alone; with shared prefixes; those with images in one batch."""
+    """Five prompts, four on two images, one without: each alone; all with shared prefixes; the four in one batch."""
     tokenizer, pictures = base.tokenizer, [*support.pixels(2), None]
     texts = [(0, "How many?"), (0, "How many are left?"), (1, "Which colour?"), (1, "Which?"), (2, "What is it now?")]
     items = []
@@ -105,7 +105,7 @@ def prompts(base: LoadedBase) -> tuple[list[dict[str, Tensor]], dict[str, dict[s
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("form", ["shared", "whole"])
 def test_prompts_read_into_a_cache_go_on_as_whole_prompts_without_one(scope: str, form: str, new_base: NewBase) -> None:
-    """Oracle: each prompt alone, read again from its beginning for every token; the routes of the images differ."""
+    """Oracle: each prompt alone, read again from the start for every token. The two images have different routes."""
     base = new_base()
     model = attached(base, scope)
     grow(model)

@@ -20,7 +20,7 @@ def close(found: object, wanted: object, atol: float = 1e-12) -> None:
 
 
 def case(shape: tuple[int, int, int, int] = (2, 5, 3, 4)) -> list[Tensor]:
-    """x, gate, A, B, out with gradients, in float64."""
+    """Random x, gate, A, B and out in float64, which require gradients."""
     torch.manual_seed(0)
     B, T, E, r = shape
     parts = [(B, T, DIN), (B, T, E), (E * r, DIN), (DOUT, E * r), (B, T, DOUT)]
@@ -29,7 +29,7 @@ def case(shape: tuple[int, int, int, int] = (2, 5, 3, 4)) -> list[Tensor]:
 
 
 def equation(x: Tensor, gate: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """``out + s * sum_i g_i B_i A_i x``, one tensor ``[E, dout, din]`` of expert matrices."""
+    """``out + s * sum_i g_i B_i A_i x``, with one tensor ``[E, dout, din]`` of expert matrices."""
     E = gate.shape[-1]
     delta = torch.einsum("oer,eri->eoi", B.view(DOUT, E, -1), A.view(E, -1, DIN))
     return out + SCALING * torch.einsum("bte,eoi,bti->bto", gate, delta, x)
@@ -105,7 +105,7 @@ def test_bfloat16_input_stays_near_float64_and_keeps_float32_gradients() -> None
 
 
 class OtherLinear(nn.Linear):
-    """Stands for a quantised one: its forward is not a product with its weight."""
+    """Stands for a quantised linear: its forward pass is not a product with its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -122,7 +122,7 @@ def random_experts(count: int) -> tuple[Tensor, Tensor]:
 
 
 def grown(*counts: int, dropout: float = 0.0) -> Experts:
-    """Experts appended in steps, every step but the last frozen; all weights random, in float64."""
+    """Experts appended in steps, all but the last step frozen; all weights are random, in float64."""
     torch.manual_seed(0)
     experts = Experts(DIN, DOUT, RANK, SCALING, dropout)
     for count in counts:
@@ -132,14 +132,14 @@ def grown(*counts: int, dropout: float = 0.0) -> Experts:
 
 
 def inputs(count: int) -> tuple[Tensor, Tensor, nn.Linear]:
-    """x, gate, and the frozen linear."""
+    """Random x and gate, and the frozen linear."""
     torch.manual_seed(1)
     gate = torch.randn(2, 4, count, dtype=torch.float64).softmax(-1)
     return torch.randn(2, 4, DIN, dtype=torch.float64).requires_grad_(), gate.requires_grad_(), frozen_linear()
 
 
 def equal_to_the_loop(experts: Experts, linear: nn.Linear) -> set[str]:
-    """Compares outputs and gradients with the linear's beside the loop; the names of the functions that were used."""
+    """Compare outputs and gradients with the linear plus the loop; returns the names of the autograd functions used."""
     x, gate, _ = inputs(experts.count)
     leaves = [x, gate, *(p for p in linear.parameters() if p.requires_grad), *experts.parameters()]
     answers = (experts(x, gate, linear), loop_experts(x, gate, *experts.packed(), SCALING, linear(x)))
@@ -171,7 +171,7 @@ def test_fresh_experts_have_the_published_spread_and_change_nothing() -> None:
 
 @pytest.mark.parametrize("counts", [(3,), (2, 1), (1, 2, 1)])
 def test_forward_and_gradients_equal_the_loop_however_the_experts_came(counts: tuple[int, ...]) -> None:
-    """Also that one function holds both gradients: the frozen linear has no graph of its own."""
+    """One autograd function computes both gradients: the frozen linear has no graph of its own."""
     experts = grown(*counts)
     assert experts.count == sum(counts) and [name for name, _ in experts.named_parameters()] == ["A", "B"]
     assert "MmBackward0" not in equal_to_the_loop(experts, frozen_linear())
@@ -189,7 +189,7 @@ def test_another_linear_keeps_its_own_graph(kind: str) -> None:
 def test_under_dropout_one_mask_serves_all_experts_and_the_frozen_linear_sees_the_whole_input() -> None:
     experts, (x, gate, linear) = grown(3, dropout=0.5), inputs(3)
     torch.manual_seed(5)
-    got = experts(x, gate, linear, (x, x))  # factors of another x, which must not be used
+    got = experts(x, gate, linear, (x, x))  # factors of another x, not to be used under dropout
     torch.manual_seed(5)
     wanted = loop_experts(dropout(x, 0.5), gate, *experts.packed(), SCALING, linear(x))
     close(*([answer, *torch.autograd.grad(answer.sum(), [x, *experts.parameters()])] for answer in (got, wanted)))

@@ -36,7 +36,7 @@ from tests.experts.adapters import (
     train_steps,
 )
 
-# ---- What is patched, and what the base still says
+# ---- What is patched, and what the base still outputs
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -83,7 +83,7 @@ def test_a_config_that_cannot_be_served_is_refused(new_base: NewBase) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_patched_ffn_is_the_equation(scope: str, new_base: NewBase) -> None:
-    """Layer 3.1 of LLaVA-CMoE / eq. 3 of CL-MoE written out with dense expert matrices."""
+    """Oracle: section 3.1 of LLaVA-CMoE / eq. 3 of CL-MoE, written out with dense expert matrices."""
     model = attached(new_base(), scope)
     mlp = ours.adapted_base(model).get_decoder().layers[1].mlp
     layers = {name.rpartition(".")[2]: layer for name, layer in ours.expert_layers(model).items() if ".1.mlp" in name}
@@ -120,7 +120,7 @@ def test_seeded_weights_do_not_depend_on_which_other_modules_exist(new_base: New
 def test_every_trainable_parameter_gets_a_gradient(
     scope: str, top_k: int | None, new_base: NewBase, batch: dict[str, Tensor]
 ) -> None:
-    """Zeros for experts that no token chose, never None, before and after growth."""
+    """Experts that no token chose get zero gradients, never None, before and after growth."""
     model = attached(new_base(), scope, router_top_k=top_k, modules_to_save=[PROJECTOR]).train()
     for step in range(2):
         if step:
@@ -188,7 +188,7 @@ def test_frozen_experts_and_the_base_survive_what_peft_does_to_parameters(
 def test_a_tuned_projector_on_a_16_bit_base_starts_as_the_bases_trains_and_is_saved_in_float32(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Float32 in memory and on disk, computed in the base's dtype."""
+    """The projector is float32 in memory and on disk, but computes in the base's dtype."""
     base, another = (load_base(ModelConfig(path=str(tiny_folder), dtype="bfloat16")) for _ in range(2))
     batch = support.prompt_batch(base, ["What is it?", "How many things are there?"])
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
@@ -282,12 +282,12 @@ def gradients(
 ) -> dict[str, Tensor]:
     """A loss on the answers' states and on the routers alone, and every trainable parameter's gradient.
 
-    ``interrupt``: between forward and backward comes another forward under another routing.
+    With ``interrupt``, another forward pass under another routing comes between forward and backward.
     """
     llava = adapted_base(model).train()
     with routing(selection, trace := RouteTrace()):
         loss = answer_states(llava, batch).square().sum()
-    for output in trace.outputs.values():  # of the Switch Transformer's form
+    for output in trace.outputs.values():  # a loss of the Switch Transformer's form
         loss = loss + (output.gate.gt(0).float().mean((0, 1)) * output.gate.mean((0, 1))).sum()
     if interrupt:
         with torch.no_grad(), routing(OTHER):

@@ -25,7 +25,7 @@ DIN = 6
 
 
 def bank(spans: list[int], top_k: int | None = None) -> RouterBank:
-    """A bank of random routers; all but the newest frozen."""
+    """A bank of random routers, all but the newest frozen."""
     torch.manual_seed(0)
     routers = RouterBank("block", top_k)
     for span in spans:
@@ -167,7 +167,7 @@ def test_a_trace_holds_the_last_forward_only_and_no_recomputation() -> None:
     with routing(routed(0, 0), trace):
         routers(x)
     with routing(routed(1, 1), trace):
-        # The square is computed after the bank has answered: a recomputation stops at the last tensor it needs.
+        # The square comes after the bank because a recomputation stops at the last tensor that it needs.
         output = checkpoint(lambda x: routers(x).square(), x, use_reentrant=False, context_fn=checkpoint_contexts)
         recorded = trace.outputs["block"]
         output.sum().backward()

@@ -1,4 +1,4 @@
-"""The feature store: the bare base's features, shared prefixes or not; computed once, never another prompt's."""
+"""The feature store: the bare base's features, with shared prefixes or without; computed once, never mixed up."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ Asked = tuple[list[Question], Path]
 
 @pytest.fixture
 def asked(mini_yaml: Path, tmp_path: Path) -> Asked:
-    """Three images and none with five questions each, scattered; the images are a copy that a test may change."""
+    """Five questions each on three images and on none, scattered; the images are a copy that a test may change."""
     folder = mini_yaml.parent / TASKS[1]
     images = Path(shutil.copytree(folder / "images", tmp_path / "images"))
     rows = load_questions(folder / "test.json", images)[4:8]
@@ -53,7 +53,7 @@ def model(runs: Runs, tiny_base: LoadedBase) -> PeftModel:
 
 
 def mean_of_layers(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
-    """Oracle of `pooled`, from hooks. The last layer's state counts after the final norm."""
+    """Oracle for `pooled`, from hooks. The last layer's state is taken after the final norm."""
     language = base.model.model.language_model
     outputs: list[Tensor] = []
     hooks = [
@@ -68,7 +68,7 @@ def mean_of_layers(base: LoadedBase, batch: dict[str, Tensor]) -> Tensor:
 
 
 def image_of(base: LoadedBase, row: Question, images: Path) -> Tensor:
-    """Oracle of an image's half: tower, then projector, module by module; zeros without an image."""
+    """Oracle for the image half: tower, then projector, module by module; zeros without an image."""
     if row.image is None:
         return torch.zeros(base.model.config.text_config.hidden_size)
     pixels = base.read_image(images / row.image).unsqueeze(0)
@@ -153,7 +153,7 @@ def test_the_folder_is_the_runs_unless_shared(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_evaluation_uses_what_is_stored(runs: Runs, tmp_path: Path) -> None:
-    """Features that all look like task 1's first question: then every question is located there."""
+    """If all stored features are replaced with those of one question, every question is located in the same task."""
     checkpoint = runs.chain("clmoe")[1]
     run = runs.evaluate(checkpoint, tmp_path / "run")
     files = sorted((run / "features").iterdir())
@@ -169,7 +169,7 @@ def test_an_evaluation_uses_what_is_stored(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tower(tmp_path: Path) -> Path:
-    """A tiny CLIP text tower with random weights; as CLIP's, its last word ends a text, pads, and is pooled."""
+    """A tiny CLIP text tower with random weights; as in CLIP, its last word ends a text, pads it, and is pooled."""
     torch.manual_seed(0)
     words = ["?", *sorted({word for text in TEXTS for word in re.findall(r"\w+", text)}), "<end>"]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "?"))
@@ -191,7 +191,7 @@ def test_texts_come_from_the_tower_that_is_named(
     alone = CLIPTextModelWithProjection.from_pretrained(tower).eval()
     words = AutoTokenizer.from_pretrained(tower)
     rows = [words(question.text, truncation=True, max_length=6, return_tensors="pt") for question in questions]
-    expected = torch.cat([alone(input_ids=row["input_ids"]).text_embeds for row in rows])  # one by one, unpadded
+    expected = torch.cat([alone(input_ids=row["input_ids"]).text_embeds for row in rows])  # one by one, so unpadded
     assert len(set(map(tuple, expected.tolist()))) == len(TEXTS)
     named = LocatorConfig("text_centroid", options={"text_encoder": str(tower)})
     config = load_config("disco", {}, [])

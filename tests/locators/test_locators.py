@@ -1,4 +1,4 @@
-"""Locators that look at means, against numpy on the concatenated data, and those that do not look."""
+"""Locators that look at features, against numpy on the concatenated data, and locators that do not look at features."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SIZES = (7, 1, 12)
 
 
 def tasks() -> list[np.ndarray]:
-    """Features of three tasks, of unequal size and spread, far from zero."""
+    """Features of three tasks of unequal size and spread, far from zero."""
     generator = np.random.default_rng(0)
     return [
         generator.normal(3 + task, 1 + 0.5 * task, (size, WIDTH)).astype(np.float32) for task, size in enumerate(SIZES)
@@ -40,7 +40,7 @@ def distances(index: Prototype | NearestMean, features: Tensor, tasks: int = 3) 
 
 
 def expected_scores(data: list[np.ndarray], queries: np.ndarray, distance: str, radius: str) -> np.ndarray:
-    """One query and one task after the other, with the mean and deviation of all samples together."""
+    """Oracle: one query and one task at a time, with the mean and deviation of all samples together."""
     together = np.concatenate(data).astype(np.float64)
     mean, std = together.mean(0), together.std(0)
     scores = np.zeros((len(queries), len(data)))
@@ -106,7 +106,7 @@ def test_nearest_mean_is_the_distance_to_each_plain_mean(tmp_path: Path) -> None
 
 
 def fitted(name: str, data: list[np.ndarray], folder: Path | None = None, **options: object) -> Locator:
-    """A locator with these tasks; with a folder, saved after the second and read again before the third."""
+    """A locator fitted on these tasks; given a folder, it is saved after the second and read again before the third."""
     made = make_locator(LocatorConfig(name, options=options), 0)
     for number, features in enumerate(data):
         if folder is not None and number == 2:
@@ -117,7 +117,7 @@ def fitted(name: str, data: list[np.ndarray], folder: Path | None = None, **opti
     return made
 
 
-CONSTANT = WIDTH / 2 * np.log(2 * np.pi)  # of all log densities
+CONSTANT = WIDTH / 2 * np.log(2 * np.pi)  # the constant in all log densities
 
 
 def queries(width: int = WIDTH) -> np.ndarray:
@@ -130,7 +130,7 @@ def scored(locator: Locator, asked: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("covariance", "decision"), [("shared", "density"), ("own", "density"), ("own", "z_score")])
 def test_a_gaussian_gives_scipys_log_densities(covariance: str, decision: str, tmp_path: Path) -> None:
-    """The single sample of the second task has no covariance of its own, only the floor, and no deviation."""
+    """The second task has a single sample, so its own covariance is only the floor, and it has no deviation."""
     data, asked = tasks(), queries()
     own = [np.zeros((WIDTH, WIDTH)) for _ in data]
     for task in (0, 2):
@@ -166,7 +166,7 @@ def test_neighbours_vote_as_in_scikit_learn(neighbours: int, stored: int, tmp_pa
 
 @pytest.mark.parametrize(("name", "parts"), [("text_centroid", 1), ("image_text_centroid", 2)])
 def test_centroids_are_compared_by_their_cosines(name: str, parts: int, tmp_path: Path) -> None:
-    """A row without an image has zeros in the first half of its feature."""
+    """A row without an image has zeros in the first half of its feature, which adds nothing to the score."""
     data, asked = [np.hstack([features] * parts)[:, ::-1].copy() for features in tasks()], queries(WIDTH * parts)
     asked[0, :WIDTH] *= parts == 1
     expected = np.zeros((9, 3))

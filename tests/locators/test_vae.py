@@ -23,7 +23,7 @@ SHORT = Options(latent=4, hidden=16, draws=4, steps=10, batch_size=16)
 
 
 def cluster(task: int, count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
-    """Features of a task: correlated, the tasks' centres about two deviations apart, far from zero."""
+    """Correlated features of a task, far from zero; the tasks' centres are about two deviations apart."""
     fixed = torch.Generator().manual_seed(100 + task)
     centre = 5 + torch.randn(width, generator=fixed)
     mix = 0.5 * torch.randn(3, width, generator=fixed)
@@ -32,7 +32,7 @@ def cluster(task: int, count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
 
 
 def fresh(width: int, settings: Options = SMALL, seed: int = 0) -> TaskVae:
-    """A VAE that was never fitted, with a standardisation and noise of its own."""
+    """A VAE that was never fitted, with random standardisation and noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = TaskVae(width, settings)
@@ -55,7 +55,7 @@ def z_scores(bank: Vae, features: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def bank() -> Vae:
-    """Three fitted tasks, large enough not to warn; never change it."""
+    """A bank of three fitted tasks, large enough not to warn; never change it."""
     made = locator()
     with warnings.catch_warnings(action="error"):
         for task in range(3):
@@ -72,7 +72,7 @@ def test_log_density_of_4096_dimensions_is_finite_where_the_density_underflows()
 
 
 def test_gradients_of_unlikely_draws_are_not_denormal_numbers() -> None:
-    """A CPU takes many times longer for those; the value is that of all draws."""
+    """A CPU is many times slower on denormal numbers. The value must still be that of all draws."""
     vae, generator = fresh(4096), torch.Generator().manual_seed(1)
     features = torch.randn(40, 4096, generator=generator)
     noise = torch.randn(40, 40, SMALL.latent, generator=generator).requires_grad_()
@@ -86,7 +86,7 @@ def test_gradients_of_unlikely_draws_are_not_denormal_numbers() -> None:
 
 
 def test_log_p_rec_equals_the_mean_of_the_densities() -> None:
-    """Few dimensions and float64, so that the mean density can be computed as the paper writes it."""
+    """With few dimensions and float64, the mean density can be computed as the paper writes it."""
     vae = fresh(6).double()
     features = torch.randn(7, 6, generator=torch.Generator().manual_seed(2)).double()
     log_p, kl = vae.log_p_rec(features)
@@ -117,7 +117,7 @@ def test_fit_is_deterministic_and_leaves_the_global_generator_alone() -> None:
 
 
 def test_on_few_features_the_fit_ends_at_its_best_held_out_loss() -> None:
-    """Those weights are what a fit of so many steps gives, which is not cut as there are as many features."""
+    """Oracle: fits of 50, 100 and 150 steps, which are not cut because there are as many features as steps."""
     few = dataclasses.replace(SMALL, steps=600, learning_rate=0.01, batch_size=32)
     features = cluster(0, 150)
     cut = fit_vae(features, few, seed=1)
@@ -132,7 +132,7 @@ def test_on_few_features_the_fit_ends_at_its_best_held_out_loss() -> None:
 
 
 def test_three_tasks_are_told_apart_by_standard_scores(bank: Vae) -> None:
-    """On new data of a task its own scores have mean 0 and deviation 1, as far as 30 held-out instances say."""
+    """On new data of a task, its own scores have mean 0 and deviation 1, as far as 30 held-out instances can tell."""
     for task in range(3):
         scores = z_scores(bank, cluster(task, 400, seed=1))
         assert float((scores.argmax(1) == task).double().mean()) >= 0.95, task
@@ -151,7 +151,7 @@ def test_adding_a_task_changes_nothing_of_the_others(bank: Vae) -> None:
 
 
 def test_a_saved_bank_of_eleven_tasks_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    """Names sort as 0, 1, 10, 2: the order must be the numbers'."""
+    """Names sort as 0, 1, 10, 2, but the tasks must be in the order of their numbers."""
     many = locator(vaes=[fresh(6, seed=task) for task in range(11)])
     many.save(tmp_path / "bank.safetensors")
     features = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
@@ -172,7 +172,7 @@ def test_decisions_do_not_depend_on_the_batch(bank: Vae) -> None:
 
 @pytest.mark.parametrize("kind", ["one", "ten", "constant", "one_constant_dimension"])
 def test_degenerate_tasks_leave_a_usable_bank(kind: str) -> None:
-    """Too few or constant features warn; every score stays finite, and the good task keeps its samples."""
+    """Too few or constant features cause a warning; all scores stay finite, and the good task keeps its samples."""
     count = {"one": 1, "ten": 10}.get(kind, 100)
     features = cluster(1, count)
     if kind == "constant":
@@ -194,7 +194,7 @@ def test_degenerate_tasks_leave_a_usable_bank(kind: str) -> None:
 
 @pytest.mark.parametrize("where", ["held_out", "train_last"])
 def test_primitive_and_standardisation_are_those_of_their_instances(where: Any) -> None:
-    """The primitive: mean and population deviation of log p_rec over the held out, or the last trained on."""
+    """The primitive: mean and population deviation of log p_rec over held-out features, or the last ones trained on."""
     features, order = cluster(0, 120), torch.randperm(120, generator=torch.Generator().manual_seed(7))
     settings = dataclasses.replace(SHORT, steps=5, held_out=0.25, primitive_on=where, primitive_last=40)
     train, instances = (order[30:], order[:30]) if where == "held_out" else (order, order[-40:])
@@ -208,7 +208,7 @@ def test_primitive_and_standardisation_are_those_of_their_instances(where: Any) 
 
 
 def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
-    """``objective=density`` is the paper's formula; on wide features only the KL is left of it."""
+    """``objective=density`` is the paper's formula; on wide features only its KL term has a gradient."""
     wide = 3 * torch.randn(40, 2048, generator=torch.Generator().manual_seed(8))
     settings = Options(latent=4, hidden=16, draws=4, steps=3, batch_size=16, objective="density")
     with pytest.warns(UserWarning):
@@ -222,7 +222,7 @@ def test_the_literal_density_has_no_gradient_where_it_underflows() -> None:
 
 @pytest.mark.parametrize("name", ["feature", *(field.name for field in dataclasses.fields(Options))])
 def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(name: str, bank: Vae, tmp_path: Path) -> None:
-    """Each changed alone; the others matter to the next task's fit only. Both kinds of features are equally wide."""
+    """One setting changes at a time; what matters only to the next fit is accepted. Both features are equally wide."""
     values: dict[str, Any] = {"objective": "density", "primitive_on": "train_last", "held_out": 0.3}
     bank.save(tmp_path / "bank.safetensors")
     if name == "feature":
@@ -240,7 +240,7 @@ def test_a_bank_is_refused_under_settings_that_would_change_its_decisions(name: 
 
 @pytest.mark.parametrize(("eta", "weight_kl"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.02), (0.02, 0.7)])
 def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: float) -> None:
-    """eta * -log p_rec + lambda * KL, its gradient in float64 and Adam's first step: rate * g / (|g| + 1e-8)."""
+    """Oracle: the float64 gradient of eta * -log p_rec + lambda * KL in Adam's first step, rate * g / (|g| + 1e-8)."""
     fields = {"latent": 3, "hidden": 5, "draws": 4, "batch_size": 8, "eta": eta, "weight_kl": weight_kl}
     settings = Options(steps=1, **fields)
     features, generator = cluster(0, 40, width=6), torch.Generator().manual_seed(9)
@@ -260,7 +260,7 @@ def test_one_step_of_the_fit_follows_the_papers_loss(eta: float, weight_kl: floa
     for name, start in vae.named_parameters():
         gradient = torch.zeros_like(start) if start.grad is None else start.grad
         expected = start.detach() - settings.learning_rate * gradient / (gradient.abs() + 1e-8)
-        clear = gradient.abs() > 1e-5  # elsewhere float32 may not know the sign
+        clear = gradient.abs() > 1e-5  # elsewhere float32 may get the sign wrong
         torch.testing.assert_close(fitted[name].double()[clear], expected[clear], rtol=0, atol=1e-5, msg=name)
     assert any(not torch.equal(fitted[name].double(), start) for name, start in vae.named_parameters())
 

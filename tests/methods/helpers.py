@@ -1,4 +1,4 @@
-"""What the tests of methods share: a task's records, a method at a task's beginning, inputs of modules."""
+"""What the tests of methods share: a task's records, a method at the start of a task, the inputs of modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NewBase = Callable[[], LoadedBase]
 
 
 def task_records(benchmark: Path, task: str, count: int | None = None) -> tuple[list[TrainRecord], Path]:
-    """The first training records of a task, and their image folder."""
+    """The first ``count`` training records of a task (by default all), and their image folder."""
     folder = benchmark.parent / task
     return list(load_train(folder / "train.json", folder / "images"))[:count], folder / "images"
 
@@ -36,7 +36,7 @@ def task_data(base: LoadedBase, benchmark: Path, task: str, count: int | None = 
 def begun(
     method: str, base: LoadedBase, runs: Runs, previous: Path, *overrides: str, records: Sequence[TrainRecord] = ()
 ) -> tuple[Method, PeftModel]:
-    """The method at the beginning of the second task, which follows ``previous``, and its model."""
+    """Begin the second task, which follows the checkpoint ``previous``; returns the method and its model."""
     config = load_config(method, {}, list(overrides), str(runs.model))
     model = load_adapter(base.model, previous, trainable=True)
     here, root = Path("unused"), runs.benchmark.parent
@@ -47,7 +47,7 @@ def begun(
 
 
 def watch_inputs(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The input of each module in its newest forward pass, by name."""
+    """The input of each module in its latest forward pass, by name; every pass updates the dictionary."""
     inputs: dict[str, Tensor] = {}
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
@@ -55,13 +55,13 @@ def watch_inputs(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def same_adapter(first: Path, second: Path) -> bool:
-    """Equal bits under equal names."""
+    """Whether the adapters of two checkpoints hold equal bits under equal names."""
     mine, other = tensors(first), tensors(second)
     return mine.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in mine.items())
 
 
 def answers_alone_and_together(checkpoint: Path, runs: Runs, out: Path) -> list[list[str]]:
-    """A checkpoint's answers to the questions of all tasks, one by one and in batches of 64."""
+    """A checkpoint's answers to the questions of all tasks, asked one by one and in batches of 64."""
     return [
         texts(runs.evaluate(checkpoint, out / size, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
         for size in ("1", "64")

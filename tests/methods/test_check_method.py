@@ -1,4 +1,4 @@
-"""``clmoe check-method`` finds every promise that a method breaks; methods and locators from outside the package."""
+"""``clmoe check-method`` finds every broken promise, and methods and locators may come from outside the package."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_broken_promise_is_found(promise: str, tmp_path: Path) -> None:
 
 
 def installed(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """As pip leaves a package behind that has a method and a locator."""
+    """Lay out a package with a method and a locator in ``folder`` as pip would install it."""
     (folder / "of_others.py").write_text(HEAD.format("Another.", "    pass") + LOCATOR)
     info = folder / "of_others-1.0.dist-info"
     info.mkdir()

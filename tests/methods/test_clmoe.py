@@ -1,6 +1,6 @@
-"""CL-MoE end to end on the tiny LLaVA, every file against closed forms of the saved phi and theta; then its functions.
+"""CL-MoE end to end on the tiny LLaVA: every file against closed forms of the saved phi and theta; then its functions.
 
-phi_t, the adapter as training left it, is what the same task from the same parent gives with
+phi_t is the adapter as training left it: what the same task gives from the same parent with
 ``options.consolidation=none``.
 """
 
@@ -41,7 +41,7 @@ PREFIX = "base_model.model."
 
 @pytest.fixture(scope="module")
 def parent(runs: Runs) -> Path:
-    """theta_1."""
+    """theta_1: the checkpoint of the first task."""
     return runs.chain("clmoe", tasks=TASKS[:1])[0]
 
 
@@ -52,7 +52,7 @@ def phi(runs: Runs, parent: Path) -> Path:
 
 
 def second(runs: Runs, parent: Path, *options: str) -> Path:
-    """The second task from ``parent`` under other options of the method; made once."""
+    """The second task from ``parent`` with other options of the method; trained only once."""
     key = ("second", *options)
     if key not in runs.made:
         output = runs.root / "-".join(key).replace("=", "_") / TASKS[1]
@@ -66,7 +66,7 @@ def top(values: np.ndarray, k: int = 2) -> set[int]:
 
 
 def mixed(old: Tensor, new: Tensor, keep: np.ndarray) -> Tensor:
-    """``keep`` broadcasts against the tensors."""
+    """``keep * old + (1 - keep) * new``; ``keep`` broadcasts against the tensors."""
     result = keep * old.numpy().astype(np.float64) + (1 - keep) * new.numpy().astype(np.float64)
     return torch.from_numpy(result.astype(np.float32))
 
@@ -79,7 +79,7 @@ def keep_of(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 def assert_consolidated(
     theta_1: Path, phi_2: Path, theta_2: Path, kind: str = "gate_mean", routers: bool = False
 ) -> None:
-    """Every tensor of ``theta_2`` is what the closed form says, bit for bit; the gates are the statistic's."""
+    """Every tensor of ``theta_2`` equals the closed form bit for bit; the gates come from the statistic ``kind``."""
     old, new, result = tensors(theta_1), tensors(phi_2), tensors(theta_2)
     history = load_statistics(theta_2 / "statistics.safetensors")
     assert result.keys() == new.keys()
@@ -134,7 +134,7 @@ def test_option_topk_counts_decides_gates_and_salience(runs: Runs) -> None:
 
 
 def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> None:
-    """The merge itself has an oracle below."""
+    """Each linear is merged by ``consolidate_delta``, which has an oracle below."""
     theta = second(runs, parent, "merge_space=delta")
     old, new, result = tensors(parent), tensors(phi), tensors(theta)
     before, now = load_statistics(theta / "statistics.safetensors")
@@ -148,7 +148,7 @@ def test_option_delta_merges_products(runs: Runs, parent: Path, phi: Path) -> No
 def test_statistics_are_the_mean_gate_over_real_tokens(
     runs: Runs, tiny_base: LoadedBase, mini_yaml: Path, tmp_path: Path
 ) -> None:
-    """Oracle: records one by one, so nothing is padded; the gate from each linear's own input, without dropout."""
+    """Oracle: gates from each linear's own input without dropout, one record at a time so that nothing is padded."""
     phi = runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], "adapter.dropout=0.2")
     model = load_adapter(tiny_base.model, phi, trainable=False).eval()
     layers = expert_layers(model)
@@ -254,7 +254,7 @@ def product(factors: Factors, expert: int) -> np.ndarray:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_counts_equal_a_loop_over_real_tokens(top_k: int) -> None:
-    """One token after the other; ties go to the lower index, and padding would favour expert 3."""
+    """Oracle: one token after the other. Ties go to the lower index; padding, if counted, would favour expert 3."""
     generator = torch.Generator().manual_seed(0)
     gate = torch.randn(6, 9, E, generator=generator).softmax(-1)
     gate[0] = torch.tensor([0.1, 0.4, 0.1, 0.4])
@@ -272,7 +272,7 @@ def test_counts_equal_a_loop_over_real_tokens(top_k: int) -> None:
 
 
 def statistics(task: int) -> dict[str, dict[str, Tensor]]:
-    """Values that tell the task; names with dots, as modules have them."""
+    """Values that differ by task, under names with dots like those of modules."""
     return {
         f"model.layers.{block}.mlp.up_proj": {"gate_mean": torch.tensor(task).double(), "tokens": torch.tensor(block)}
         for block in (0, 1, 10)
@@ -307,7 +307,7 @@ def test_salient_experts_are_the_largest_and_ties_go_to_the_lower_index() -> Non
 
 @pytest.mark.parametrize("consolidate", SPACES)
 def test_gamma_one_keeps_every_non_specific_expert_bit_for_bit(consolidate: Callable[..., Factors]) -> None:
-    """Signs of zero included, and what is given stays as it was."""
+    """The bits include the signs of zeros, and the arguments stay as they were."""
     old, new = draw(0), draw(1)
     old[0][0, :4] = torch.tensor([-0.0, 0.0, 1e-42, -3.0e38])
     new[0][0, :4] = torch.tensor([5.0, -0.0, 1.0, 3.0e38])
@@ -322,7 +322,7 @@ def test_gamma_one_keeps_every_non_specific_expert_bit_for_bit(consolidate: Call
 
 @pytest.mark.parametrize("seeds", [(6, 7), (8, 8)])
 def test_delta_is_the_best_rank_r_approximation_of_the_mixed_product(seeds: tuple[int, int]) -> None:
-    """Of equal products it is the product itself."""
+    """If the old and new products are equal, the result is that product."""
     old, new = (draw(seed) for seed in seeds)
     keep = keep_weights(now={0, 1}, before={1}, experts=E, gamma=0.7)
     merged = consolidate_delta(old, new, keep)

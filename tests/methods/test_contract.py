@@ -1,4 +1,4 @@
-"""What every method owes its users: one row each; a method without a row fails here."""
+"""What every method promises its users. Each method has a row in ``ROWS``; one without a row fails here."""
 
 import json
 import re
@@ -42,7 +42,7 @@ ROUTER = ("options.stored=4", "options.router_rank=16", "options.router_epochs=1
 
 @dataclass(frozen=True)
 class Row:
-    """What a method may train (as patterns, each of which must occur), the files of its own state, and settings that
+    """What a method may train (patterns, each of which must match), the files of its own state, and the settings that
     it needs on the miniature benchmark."""
 
     trains: tuple[str, ...]
@@ -84,7 +84,7 @@ ROWS = {
 TRAINED = [name for name, row in ROWS.items() if row.chain != "none"]
 CONTINUED = [name for name, row in ROWS.items() if row.chain == "sequence"]
 CHAINED = [name for name, row in ROWS.items() if row.chain in ("sequence", "fresh")]
-BEFORE = {"llava_cmoe": 2, "mrlora": 1}  # steps of the second task before its last training
+BEFORE = {"llava_cmoe": 2, "mrlora": 1}  # steps of the second task before its last training phase
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 COMMON_FILES = ADAPTER_FILES | {"config.yaml", "continual.json", "manifest.json"}
 
@@ -98,7 +98,7 @@ def test_every_method_has_a_row_and_a_config() -> None:
 
 
 def first(runs: Runs, method: str) -> Path:
-    """A checkpoint that continues no other: of the first task, or of the union."""
+    """A checkpoint that continues no other one: after the first task, or after the union."""
     if ROWS[method].chain == "union":
         key = (method, "union")
         if key not in runs.made:
@@ -119,7 +119,7 @@ def first(runs: Runs, method: str) -> Path:
 def test_the_effective_scale_is_the_layers_factor_times_its_gate(
     settings: tuple[str, ...], expected: float, tiny_base: LoadedBase
 ) -> None:
-    """alpha / rank over the number of experts that share a token, four here or the router's two."""
+    """The scale is alpha / rank over the number of experts that share a token: all four, or the router's top two."""
     config = tiny_config("moelora", Path("nowhere"), "adapter.alpha=16", *settings)
     method = method_class("moelora")(config)
     for layer in expert_layers(attach_adapter(tiny_base.model, method.adapter(tiny_base))).values():
@@ -145,7 +145,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_only_what_it_may(name: str, 
 def test_training_leaves_the_base_bit_identical(
     name: str, mini: Benchmark, tiny_folder: Path, new_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what evaluation of the same process gets back: the base without adapter, its own projector included."""
+    """Evaluation in the same process gets the base back without the adapter and with its own projector."""
     base = new_base()
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     config = load_config(name, mini.recipe, list(ROWS[name].overrides), str(tiny_folder))
@@ -180,7 +180,7 @@ def test_the_second_task_starts_from_the_parents_file_bit_for_bit(name: str, run
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINED)
 def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(name: str, runs: Runs, tmp_path: Path) -> None:
-    """The second task with dropout: killed in its last training's third step, then when that training is sealed."""
+    """The second task, with dropout, is killed in its last training's third step and again when that one is sealed."""
     settings = ("training.save_steps=2", "adapter.dropout=0.2", *ROWS[name].overrides)
     previous, straight = runs.chain(name, *settings)
     train = partial(runs.train, tmp_path / TASKS[1], name, TASKS[1], *settings, previous=previous)
@@ -191,7 +191,7 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(name: s
 def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path) -> None:
     loaded = clmoe.load(first(runs, name))
     image = mini_yaml.parent / TASKS[0] / "images" / "0.png"
-    told = {"task": TASKS[0]} if name == "separate" else {}  # its locator is the oracle
+    told = {"task": TASKS[0]} if name == "separate" else {}  # its locator is the oracle, which needs the task
     answer = loaded.explain(image, "Which colour is it?", max_new_tokens=6, **told)
     assert answer.task == (TASKS[0] if method_class(name).keeps_parts else None)
     assert answer.text == loaded.answer(image, "Which colour is it?", max_new_tokens=6, **told)
@@ -218,7 +218,7 @@ def test_a_method_without_its_own_term_is_the_plainer_one(name: str, runs: Runs)
 
 
 def test_a_plain_lora_checkpoint_loads_in_stock_peft(runs: Runs, tiny_base: LoadedBase) -> None:
-    """By transformers' and peft's own loaders, LoRA and tuned projector give the same logits."""
+    """The loaders of transformers and peft give the same logits as ours, from both the LoRA and the tuned projector."""
     checkpoint = first(runs, "lora")
     assert json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"] == "LORA"
     batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])

@@ -1,4 +1,4 @@
-"""Where a task needs experts: every step of the probes against numpy or a plain loop."""
+"""Where a task needs experts: every step of the probes is checked against numpy or a plain loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def oracle(values: np.ndarray, probes: int, alpha: float) -> tuple[float, int, float]:
-    """Threshold, number of probes above it, margin; one probe after the other."""
+    """The threshold, the number of probes above it and the margin, computed one probe at a time."""
     mean = sum(values) / len(values)
     threshold = mean - alpha * math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
     limit = threshold if threshold > 0 else 0.0
@@ -57,17 +57,17 @@ def test_decision_equals_the_oracle(probes: int) -> None:
 @pytest.mark.parametrize(
     ("values", "probes", "alpha", "threshold", "probed"),
     [
-        ([0.9, 0.9, 0.1, 0.1], 1, 0.9, 0.14, 0),  # the population's deviation; the sample's would have counted it
-        ([0.25] * 5, 2, 0.8, 0.25, 0),  # on the threshold
+        ([0.9, 0.9, 0.1, 0.1], 1, 0.9, 0.14, 0),  # population deviation; the sample's would count the probe
+        ([0.25] * 5, 2, 0.8, 0.25, 0),  # exactly on the threshold
         ([1.0, 0.0], 1, 1.0, 0.0, 0),
-        ([1.0, 1.0, 0, 0, 0, 0, 0, 0, 0], 1, 0.8, -0.11, 0),  # all tokens on two experts: the floor at 0 stops it
+        ([1.0, 1.0, 0, 0, 0, 0, 0, 0, 0], 1, 0.8, -0.11, 0),  # all tokens use two experts: the floor at 0 stops it
         ([1.0, 1.0, 0, 0, 0, 0, 0, 0, 1e-9], 1, 0.8, -0.11, 1),
     ],
 )
 def test_decisions_at_the_edge(values: list[float], probes: int, alpha: float, threshold: float, probed: int) -> None:
     decision = decide(torch.tensor(values, dtype=torch.float64), probes, alpha)
     assert decision.threshold == pytest.approx(threshold, abs=1e-2) and decision.probed == probed
-    # ties go to the older expert, and probes are candidates
+    # ties go to the older expert, and a probe can be the most active one
     assert decide(torch.tensor([0.2, 0.7, 0.7, 0.7]), 1, 0.8).most_active == 1
     assert decide(torch.tensor([0.2, 0.7, 0.8]), 1, 0.8).most_active == 2
 
@@ -118,10 +118,10 @@ def test_balance_loss_is_one_when_balanced_and_e_over_k_when_collapsed() -> None
 
 @pytest.fixture
 def measured(tiny_base: LoadedBase, mini_yaml: Path) -> TaskContext:
-    """A model of two tasks per block, with records of unequal length, some without an image."""
+    """A model whose blocks hold experts of two tasks, and records of unequal length, some without an image."""
     model = attached(tiny_base, "per_block", router_top_k=2, dropout=0.2)
     grow(model)
-    model.train()  # as training leaves it: nothing that is measured may drop anything
+    model.train()  # as training leaves it; measuring must not use dropout
     records, images = task_records(mini_yaml, TASKS[1], 11)
     config = tiny_config("llava_cmoe", Path("nowhere"), "adapter.train_projector=false", "evaluation.batch_size=4")
     here = Path("unused")
@@ -130,7 +130,7 @@ def measured(tiny_base: LoadedBase, mini_yaml: Path) -> TaskContext:
 
 @pytest.mark.parametrize("kind", ["frequency", "logit"])
 def test_activations_are_what_single_records_say(kind: str, measured: TaskContext) -> None:
-    """Oracle: one record at a time, so nothing is padded; logits and picks from each block's own input in numpy."""
+    """Oracle: numpy's logits and picks from each block's own input, one record at a time so that nothing is padded."""
     result = measure_activations(measured, measured.records, kind)  # type: ignore[arg-type]
     layers = expert_layers(measured.model.eval())
     inputs = watch_inputs(layers)

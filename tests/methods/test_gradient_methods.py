@@ -1,4 +1,4 @@
-"""A-GEM, RegLoRA, LLaCA, DGG: each rule against another way to compute it, in float64, and against the files."""
+"""A-GEM, RegLoRA, LLaCA and DGG: each rule against another float64 computation of it, and against the files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def flat(parts: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_agem_is_the_nearest_gradient_that_does_not_raise_the_memorys_loss(seed: int) -> None:
-    """Eq. 8 by SLSQP, which knows no closed form."""
+    """Oracle: SLSQP solves eq. 8 without its closed form."""
     g, reference = vectors(seed, (2, 2), (3,)), vectors(seed + 10, (2, 2), (3,))
     before, wanted = flat(g).numpy().copy(), flat(reference).numpy()
     allowed = {"type": "ineq", "fun": lambda x: x @ wanted}
@@ -56,7 +56,7 @@ def test_agem_leaves_alone_what_no_memory_speaks_against() -> None:
 
 @pytest.mark.parametrize("micro", ["null", "3"])
 def test_agems_reference_is_the_gradient_of_the_whole_memory(micro: str, runs: Runs, new_base: NewBase) -> None:
-    """Five records of the first task, all in one batch by transformers' own loss; our gradient points against it."""
+    """Oracle: transformers' own loss on five records of the first task in one batch. Our gradient points against it."""
     previous = runs.chain("agem", "options.per_task=5", tasks=TASKS[:1])[0]
     started, model = begun(
         "agem", new_base(), runs, previous, "options.per_task=5", f"training.micro_batch_size={micro}"
@@ -93,7 +93,7 @@ def test_key_elements_are_the_largest_entries_of_the_update() -> None:
 
 
 def test_reglora_pulls_at_the_key_elements_of_all_older_tasks(runs: Runs, new_base: NewBase) -> None:
-    """Three tasks: the union grows, is that of every task's own update, and the penalty is its mean by a loop."""
+    """Over three tasks, the kept set grows by each update's key elements; the penalty is their mean size, by a loop."""
     settings = ("options.weight=7", "options.top=0.01")
     checkpoints = runs.chain("reglora", *settings, tasks=TASKS)
     for name in load_tensors(checkpoints[0] / STATE):
@@ -127,7 +127,7 @@ def test_reglora_as_released_counts_an_entry_of_two_tasks_twice(runs: Runs) -> N
 
 
 def rule(theta: list[list[float]], gradient: list[list[float]], start: list[float]) -> list[float]:
-    """The average of one tensor over its steps, entry by entry in Python's own floats."""
+    """The average of one tensor over its steps, computed entry by entry in Python floats."""
     average, before = list(start), None
     for now, slope in zip(theta, gradient, strict=True):
         alpha = math.inf
@@ -146,7 +146,7 @@ def rule(theta: list[list[float]], gradient: list[list[float]], start: list[floa
 def test_llaca_averages_as_the_rule_says(
     variant: str, size: float, runs: Runs, new_base: NewBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small moves give no alpha below 1, larger ones do; a state in between changes nothing."""
+    """Small moves give no alpha below 1, larger ones do; saving and loading the state in between changes nothing."""
     previous = runs.chain("llaca", tasks=TASKS[:1])[0]
     settings = (f"options.variant={variant}",)
     started, model = begun("llaca", new_base(), runs, previous, *settings)
@@ -200,7 +200,7 @@ def test_dggs_guidance_is_the_way_from_the_optimum_and_never_longer_than_the_gra
 
 
 def test_dgg_guides_a_share_of_the_steps(runs: Runs, new_base: NewBase) -> None:
-    """The same steps whenever it is asked; nothing at the optimum itself, and nothing in the first task."""
+    """The same steps are guided each time, and nothing changes at the old optimum itself."""
     previous = runs.chain("dgg", "options.per_task=5", tasks=TASKS[:1])[0]
     started, model = begun("dgg", new_base(), runs, previous, "options.alpha=0.3")
     at_optimum = {name: torch.ones_like(p) for name, p in trainable(model).items()}

@@ -1,4 +1,4 @@
-"""KeepLoRA: directions by eigenvectors in float64, gradients by transformers' own loss, and what both promise."""
+"""KeepLoRA: directions against float64 eigenvectors, gradients against transformers' own loss, and its promises."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ TOP, DIN, DOUT = 3, 8, 6
 
 
 def matrices(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A gradient ``[6, 8]`` and an orthonormal ``[2, 8]``."""
+    """A random gradient ``[6, 8]`` and two orthonormal rows ``[2, 8]``."""
     random = np.random.default_rng(seed)
     return random.normal(size=(DOUT, DIN)), np.linalg.qr(random.normal(size=(DIN, 2)))[0].T
 
 
 def eigenvectors(G: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the covariance of what the projector leaves of ``G``: the largest first, as rows."""
+    """Eigenvalues and eigenvectors (as rows) of the covariance of ``G`` outside ``keep``, largest first."""
     rest = G @ (np.eye(DIN) - keep.T @ keep)
     values, vectors = np.linalg.eigh(rest.T @ rest)
     return values[::-1], vectors[:, ::-1].T
 
 
 def projector(rows: np.ndarray | Tensor) -> np.ndarray:
-    """What does not depend on the vectors' signs."""
+    """The projector onto the rows, which does not depend on their signs."""
     rows = np.asarray(rows)
     return rows.T @ rows
 
@@ -55,7 +55,7 @@ def test_new_directions_are_the_largest_outside_the_kept_ones(seed: int) -> None
 
 @pytest.mark.parametrize("energy", [0.3, 0.8, 0.99])
 def test_kept_directions_grow_until_they_hold_the_energy(energy: float) -> None:
-    """Tried one by one: energy is what the projection of G keeps."""
+    """Oracle: directions are added one by one until the projection of G keeps the energy."""
     G, U = matrices(0)
     basis = U
     for vector in eigenvectors(G, U)[1]:
@@ -71,7 +71,7 @@ def test_kept_directions_grow_until_they_hold_the_energy(energy: float) -> None:
 
 
 def by_hand(base: LoadedBase, runs: Runs, model: torch.nn.Module, task: str, share: float) -> dict[str, Tensor]:
-    """Mean over single records of transformers' own loss's gradient at the frozen weights, all layers at once."""
+    """The mean gradient of transformers' own loss at the frozen weights, record by record and all layers at once."""
     layers = expert_layers(model)
     for layer in layers.values():
         weight(layer).requires_grad_(True)
@@ -96,7 +96,7 @@ SETTINGS = (
 def test_a_task_starts_in_the_free_directions_of_its_gradient_and_stays_there(
     runs: Runs, new_base: NewBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two blocks, one at a time. What the second task added to a weight has no part in the kept directions."""
+    """Two blocks, one at a time. What the second task adds to a weight has no part in the kept directions."""
     first, second = runs.chain("keeplora", *SETTINGS)
     kept = load_tensors(first / STATE)
     asked: list[int] = []
@@ -132,7 +132,7 @@ def test_kept_directions_are_orthonormal_and_never_leave(runs: Runs, tiny_base: 
 
 @pytest.mark.slow
 def test_as_released_one_direction_fewer_of_the_weights_is_kept(runs: Runs, tiny_base: LoadedBase) -> None:
-    """By numpy: the directions before the one with which the energy is reached."""
+    """Oracle: numpy's singular vectors before the one that reaches the energy."""
     state = load_tensors(runs.chain("keeplora", "options.variant=released", *SETTINGS, tasks=TASKS[:1])[0] / STATE)
     names = dict(tiny_base.model.named_modules())
     for name, U in state.items():

@@ -1,4 +1,4 @@
-"""LLaVA-CMoE end to end on the tiny LLaVA: what is older never moves, and the plan is what was done."""
+"""LLaVA-CMoE end to end on the tiny LLaVA: older parts never change, and the plan says what was done."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BLOCKS = [f"model.language_model.layers.{block}.mlp" for block in range(2)]
 
 @pytest.fixture(scope="module")
 def runs(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Runs on four tasks: the miniature benchmark's, and its first one's records once more under another name."""
+    """Runs on four tasks: those of the miniature benchmark, and the first one's records again under another name."""
     values = yaml.safe_load(runs.benchmark.read_text())
     values["name"] = "mini-of-four"
     values["tasks"].append({**values["tasks"][0], "name": TASKS[3]})
@@ -64,7 +64,7 @@ def runs(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def settings(runs: Runs, start: str, *options: str) -> list[str]:
-    """Overrides of a run; the warm-up learns the third task's records."""
+    """Overrides of a run; a warm-up trains on the third task's records."""
     warm = runs.benchmark.parent / TASKS[2]
     paths = [f"options.warmup_train={warm}/train.json", f"options.warmup_images={warm}/images"]
     chosen = [f"options.{option}" for option in options]
@@ -101,7 +101,7 @@ def read_decision(row: dict[str, Any]) -> BlockDecision:
 
 
 def second(runs: Runs, output: Path, *options: str) -> Path:
-    """The second task after a first one without warm-up, under more settings of its own."""
+    """The second task with more settings of its own, after a first task without warm-up."""
     parent = chain(runs, "first_task", tasks=TASKS[:1])[0]
     return runs.train(
         output / TASKS[1], "llava_cmoe", TASKS[1], *settings(runs, "first_task"), *options, previous=parent
@@ -132,7 +132,7 @@ def test_what_is_older_is_bit_identical_after_every_task(start: str, runs: Runs)
 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_plan_is_what_was_done_and_probes_are_gone(start: str, runs: Runs) -> None:
-    """Also: a block that is not extended gets a router of the task all the same."""
+    """The plan fits the saved experts and routers; a block that is not extended still gets a router of the task."""
     checkpoints = chain(runs, start)
     count = dict.fromkeys(BLOCKS, 4)
     seen = set()
@@ -213,10 +213,10 @@ def test_probes_and_new_experts_start_where_they_should(
 def test_each_phase_has_its_own_rate_length_and_balance_weight(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the probes were sealed by an interrupted run. 12 records, 3 measured; 9 three times in batches of 8."""
+    """A kill after the probes changes nothing. Of 12 records, 3 are measured; 9 train three times in batches of 8."""
     trainings: list[tuple[float, int, int, float]] = []
     real, ones = TaskTrainer.train, torch.ones(1, 1, 2)
-    balanced = RouteTrace({"": RouterOutput(ones, ones, ones)})  # of two experts, so that the balance loss is 1
+    balanced = RouteTrace({"": RouterOutput(ones, ones, ones)})  # two equal experts, so that the balance loss is 1
 
     def spy(self: TaskTrainer) -> Any:
         loss = self.model.method.extra_loss(self.model, balanced, {"attention_mask": ones[0, :, :1]})  # type: ignore[operator, union-attr]
@@ -235,7 +235,7 @@ def test_each_phase_has_its_own_rate_length_and_balance_weight(
 
 
 def test_the_loss_holds_the_balance_loss_however_the_batch_is_cut(runs: Runs, tiny_base: LoadedBase) -> None:
-    """Oracle: the gate of each sample alone, so without padding, from each block's own input."""
+    """Oracle: gates from each block's own input, one sample at a time, so without padding."""
     method = method_of("options.balance_weight=0.5")
     model = load_adapter(tiny_base.model, chain(runs, "first_task")[1], trainable=True)
     dataset = task_data(tiny_base, runs.benchmark, TASKS[1], 8)
@@ -275,9 +275,9 @@ def test_probe_records_are_disjoint_parts_of_a_share(runs: Runs) -> None:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_with_a_known_task_nothing_is_forgotten(start: str, runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
-    """A task's logits at the end are those of its own checkpoint, bit for bit; the newest router's are others.
+    """At the end, a task's logits are those of its own checkpoint, bit for bit; the newest router's logits differ.
 
-    With warm-up the first router is the initial experts' own, so a task's is one further.
+    With warm-up, the first router belongs to the initial experts, so a task's router is one further.
     """
     checkpoints, method = chain(runs, start), method_of(*settings(runs, start))
     models = [load_adapter(new_base().model, folder, trainable=False).eval() for folder in checkpoints]
@@ -318,7 +318,7 @@ def test_probes_are_measured_on_records_that_they_did_not_train_on(
 
 
 def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callable[[], LoadedBase]) -> None:
-    """Feature, number of records, and a seed of the task's own."""
+    """The options set the feature and the number of records; the seed is the task's own."""
     samples = 10
     key = [*settings(runs, "first_task"), "locator.feature=pooled", f"locator.samples={samples}"]
     made = runs.chain("llava_cmoe", *key, tasks=TASKS[:2])
@@ -335,7 +335,7 @@ def test_the_options_decide_what_a_vae_is_fitted_on(runs: Runs, new_base: Callab
 
 
 def test_the_probe_seed_changes_the_probes_alone(runs: Runs, tmp_path: Path) -> None:
-    """Without extension in either plan the task's training is the same, bit for bit."""
+    """If neither plan extends a block, the task's training is the same, bit for bit."""
     made = [second(runs, tmp_path / seed, "options.alpha=-9", f"options.probe_seed={seed}") for seed in "01"]
     plans = [plan(checkpoint)[-1]["blocks"] for checkpoint in made]
     assert all(row["added"] == 0 for blocks in plans for row in blocks.values()), "alpha = -9: no probe passes"
@@ -371,7 +371,7 @@ def test_extend_none_trains_everything_adds_nothing_and_answers(runs: Runs, tmp_
 
 @pytest.mark.parametrize("where", ["every", "random"])
 def test_ablations_of_where_to_extend(where: str, runs: Runs) -> None:
-    """The probes are the same, so the plan differs only in what was added."""
+    """The probes are the same as without the ablation, so the plan differs only in what was added."""
     probed = plan(chain(runs, "first_task")[1])[1]["blocks"]
     second = chain(runs, "first_task", f"extend={where}", tasks=TASKS[:2])[1]
     mine = plan(second)[1]["blocks"]
@@ -394,7 +394,7 @@ MOMENTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
 def test_killed_after_a_phase_a_rerun_ends_in_the_same_bytes(
     moment: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No phase is trained twice to its end. A kill at the very end is in ``test_contract.py``."""
+    """No phase is trained to its end twice. ``test_contract.py`` tests a kill at the very end."""
     start, interrupt = MOMENTS[moment]
     made, index = chain(runs, start), int(start == "first_task")
     task, previous = TASKS[index], made[0] if index else None

@@ -1,4 +1,4 @@
-"""EWC, MAS, LwF and O-LoRA: importance, distillation and overlaps by hand in float64, and what they do to a loss."""
+"""EWC, MAS, LwF and O-LoRA: float64 importance, distillation and overlaps by hand, and what they do to a loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def importance(checkpoint: Path, kind: str = "importance", task: int = 0) -> dic
 
 
 def by_hand(method: str, base: LoadedBase, benchmark: Path, checkpoint: Path, samples: int) -> dict[str, Tensor]:
-    """transformers' own forward in float64, one record at a time, all positions; ``[name] -> importance``."""
+    """Importance by name, from transformers' own forward in float64, one record at a time and at all positions."""
     task = checkpoint.name
     model = load_adapter(base.model, checkpoint, trainable=True).eval().double()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -73,7 +73,7 @@ def assert_importance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_importance_is_the_mean_of_single_records(method: str, runs: Runs, new_base: NewBase) -> None:
-    """Of five, online, decay 0.5: the second task's state is its own importance and half of the first one's."""
+    """Five records, online, decay 0.5: the second task's state is its own importance plus half of the first task's."""
     settings = ("options.decay=0.5", "options.weight=0.1", "options.samples=5")
     checkpoints = runs.chain(method, *settings)
     own = [by_hand(method, new_base(), runs.benchmark, checkpoint, 5) for checkpoint in checkpoints]
@@ -94,7 +94,7 @@ def penalty(method: Method, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(("method", "factor"), [("ewc", 1.0), ("mas", 2.0)])
 def test_the_penalty_pulls_as_the_closed_form_says(method: str, factor: float, runs: Runs, new_base: NewBase) -> None:
-    """EWC: lambda/2 F (theta - theta*)^2, gradient lambda F (theta - theta*). MAS: without the half."""
+    """EWC: lambda/2 F (theta - theta*)^2 with gradient lambda F (theta - theta*). MAS: the same without the half."""
     previous = runs.chain(method, tasks=TASKS[:1])[0]
     started, model = begun(method, new_base(), runs, previous, "options.weight=3")
     loss, gradients = penalty(started, model)
@@ -118,7 +118,7 @@ def test_the_penalty_pulls_as_the_closed_form_says(method: str, factor: float, r
 
 
 def test_anchors_of_every_task(runs: Runs, new_base: NewBase) -> None:
-    """``per_task``: the first task's importance and weights stay as they were; both pull."""
+    """With ``per_task``, the first task's importance and weights stay as they were and pull after the second task."""
     first, second = runs.chain("ewc", "options.anchors=per_task", "options.weight=10")
     for kind in ("importance", "anchor"):
         for name, value in importance(first, kind).items():
@@ -135,13 +135,13 @@ def test_anchors_of_every_task(runs: Runs, new_base: NewBase) -> None:
 
 
 def kl(before: np.ndarray, now: np.ndarray, temperature: float) -> float:
-    """One token: ``sum_v p_v log(p_v / q_v)``, in float64."""
+    """The divergence at one token, ``sum_v p_v log(p_v / q_v)``, in float64."""
     p, q = (each / each.sum() for each in (np.exp(before / temperature), np.exp(now / temperature)))
     return float(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)))
 
 
 def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray]:
-    """transformers' own logits before each token of the answers of one record, float64."""
+    """transformers' own logits before each answer token of one record, as float64."""
     with torch.no_grad():
         logits = adapted_base(model)(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]  # type: ignore[arg-type]
     answered = (batch["labels"][0] != -100).nonzero().flatten()
@@ -152,7 +152,7 @@ def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[np.ndarray
 def test_the_loss_holds_the_distillation_however_the_batch_is_cut(
     checkpointing: bool, runs: Runs, new_base: NewBase
 ) -> None:
-    """Also with dropout: the parent has none. Records differ in length and turns; some hold no image."""
+    """The term against transformers' own logits in float64, for the whole batch and for its records one by one."""
     previous = runs.chain("lwf", tasks=TASKS[:1])[0]
     base = new_base()
     method, model = begun("lwf", base, runs, previous, "options.weight=0.7")
@@ -213,7 +213,7 @@ RANK = 8
 
 
 def factors(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Linear -> ``frozen_A``, ``A``, ``frozen_B``, ``B`` as float64, those that exist."""
+    """For each linear, those of ``frozen_A``, ``A``, ``frozen_B`` and ``B`` that exist, as float64."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tensors(checkpoint).items():
         if ".clmoe_experts." in name:
@@ -224,7 +224,7 @@ def factors(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("norm", ["absolute", "squared"])
 def test_the_penalty_of_three_tasks(norm: str, runs: Runs, new_base: NewBase) -> None:
-    """Every entry of every product of the newest A with each older one, added up one by one."""
+    """Oracle: every entry of every product of the newest A with an older A, added up one by one."""
     third = runs.chain("olora", tasks=TASKS)[2]
     method = method_class("olora")(tiny_config("olora", Path("nowhere"), "options.weight=0.3", f"options.norm={norm}"))
     model = load_adapter(new_base().model, third, trainable=True)
@@ -250,7 +250,7 @@ def test_the_penalty_takes_part_in_training(runs: Runs) -> None:
 
 
 def test_older_loras_never_change_a_bit(runs: Runs) -> None:
-    """Each checkpoint's frozen part is all of its parent's, and the new LoRA is of the same size."""
+    """Each checkpoint's frozen part holds all of its parent's LoRAs, and its new LoRA has the same size."""
     chain = runs.chain("olora", tasks=TASKS)
     for parent, child in pairwise(chain):
         before, after = tensors(parent), tensors(child)

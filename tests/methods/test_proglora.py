@@ -1,4 +1,4 @@
-"""ProgLoRA: its weights and linears against loops in float64, the gradient of its keys, and what stays frozen."""
+"""ProgLoRA: its weights and linears against float64 loops, the gradient of its keys, and what stays frozen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEY = "guide.key"
 
 
 def shares(guide: Guide, embeddings: Tensor, asked: Tensor) -> list[list[float]]:
-    """Of each sample, number by number."""
+    """The weights of the tasks for each sample, computed number by number."""
     (W1, W2), keys = (router.weight.double() for router in guide.mlp), guide.keys.double()
     found = []
     for row in range(len(embeddings)):
@@ -41,12 +41,12 @@ def shares(guide: Guide, embeddings: Tensor, asked: Tensor) -> list[list[float]]
 
 
 def test_every_linear_weighs_the_tasks_by_the_prompts_largest_embeddings(runs: Runs, tiny_base: LoadedBase) -> None:
-    """Prompts of unequal length in one batch, then a token that follows each of them."""
+    """Checked on prompts of unequal length in one batch, then on a token that follows each of them."""
     checkpoint = runs.chain("proglora", tasks=TASKS)[-1]
     model = load_adapter(copy_base(tiny_base).model.double(), checkpoint, trainable=False).eval()
     guide = find_guide(model)
     assert guide is not None
-    guide.mlp[1].weight.data *= 20  # weights that differ between the samples
+    guide.mlp[1].weight.data *= 20  # so that the weights differ between the samples
     selection = method_class("proglora")(read_checkpoint(checkpoint).config).plain_selection()
     assert len(set(selection.keys(2))) == 2, "no shared prefix"
     batch = prompt_batch(tiny_base, QUESTIONS)
@@ -85,7 +85,7 @@ def test_every_linear_weighs_the_tasks_by_the_prompts_largest_embeddings(runs: R
 
 
 def test_keys_and_mlp_learn_from_the_loss(runs: Runs, new_base: NewBase) -> None:
-    """The gradient of the newest key, against a difference quotient of the loss."""
+    """The gradient of the newest key agrees with a difference quotient of the loss."""
     base = new_base()
     base.model.double()
     model = load_adapter(base.model, runs.chain("proglora")[1], trainable=True).eval()

@@ -28,7 +28,7 @@ EXPERTS = 4
 
 @pytest.fixture(scope="module")
 def merged(runs: Runs) -> tuple[Path, Path, Path]:
-    """theta_1, phi_2 and theta_2 on disk."""
+    """The checkpoints theta_1, phi_2 (the second task, not consolidated) and theta_2."""
     parent, theta = runs.chain("clmoe")
     phi = runs.train(runs.root / "faults" / TASKS[1], "clmoe", TASKS[1], "options.consolidation=none", previous=parent)
     return parent, phi, theta
@@ -37,7 +37,7 @@ def merged(runs: Runs) -> tuple[Path, Path, Path]:
 def test_fault_merge_of_a_missing_tensor_is_silent(
     merged: tuple[Path, Path, Path], runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Published: names that do not match are skipped. Here they stop the run, and nothing is published."""
+    """Published: names that do not match are skipped. Here they stop the run, and no checkpoint is written."""
     monkeypatch.setattr("clmoe.methods.clmoe.tensor_name", lambda module, inner: f"loraA.0.{inner}")
     with pytest.raises(KeyError, match=r"loraA\.0"):
         runs.train(tmp_path / TASKS[1], "clmoe", TASKS[1], previous=merged[0])
@@ -63,7 +63,7 @@ def test_fault_projector_not_restored_between_tasks(
 ) -> None:
     """Published: stripped keys and strict=False restore nothing, so tasks 2..N start from a random projector.
 
-    Here: the saved projector computes; ``test_contract.py`` shows that it is handed over bit for bit.
+    Here: the model computes with the saved projector; ``test_contract.py`` shows that it is handed over bit for bit.
     """
     parent = merged[0]
     outputs: list[Tensor] = []
@@ -80,9 +80,9 @@ def test_fault_projector_not_restored_between_tasks(
 
 
 def test_fault_projector_learning_rate_reaches_the_optimizer(runs: Runs, tmp_path: Path) -> None:
-    """Published (CoIN's trainer, which it builds on): the projector's learning rate is read and never used.
+    """Published (in CoIN's trainer, which it builds on): the projector's learning rate is read but never used.
 
-    Here: a projector learning rate of zero leaves the projector and nothing else as it was.
+    Here: a projector learning rate of zero leaves only the projector as it was.
     """
     parent = runs.chain("clmoe", tasks=TASKS[:1])[0]
     settings = ("training.projector_learning_rate=0", "options.consolidation=none", "training.steps=1")
@@ -122,7 +122,7 @@ def test_fault_task_file_read_on_every_forward(
 
 
 def test_fault_evaluation_crops_what_training_padded(tiny_base: LoadedBase, tmp_path: Path) -> None:
-    """Published: training pads images to a square, evaluation resizes and cuts out the centre.
+    """Published: training pads images to a square, but evaluation resizes them and cuts out the centre.
 
     Here: one function serves both; a wide image gives the same pixels, and its edges are still visible.
     """

@@ -1,4 +1,4 @@
-"""Replay and DER: what is remembered, how it is mixed in, and the logits that are held."""
+"""Replay and DER: what is remembered, how it is mixed in, and the logits that DER stores."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def memory(checkpoint: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_holds_a_few_training_rows_of_each_past_task(method: str, runs: Runs) -> None:
-    """As many as allowed, no test row among them, text as in the training file, images that lie where they lay."""
+    """The memory has as many rows as allowed and no test row; texts are the training file's, images stay in place."""
     root = runs.benchmark.parent
     first, second = runs.chain(method, *FEW)
     assert memory(second)[:1] == memory(first), "what is remembered of a task is never drawn again"
@@ -53,13 +53,13 @@ def test_the_memory_holds_a_few_training_rows_of_each_past_task(method: str, run
             row = rows[record["id"].removeprefix(f"{task}/")]
             assert record["turns"] == [[turn.question, turn.answer] for turn in row.turns]
             assert record["image"] == (None if row.image is None else f"{task}/images/{row.image}")
-            if row.image is not None:  # the questions without an image are the same everywhere
+            if row.image is not None:  # questions without an image are the same in both files
                 assert (row.image, row.turns[0].question) not in test
                 assert (root / record["image"]).is_file()
 
 
 def test_every_record_is_drawn_equally_often() -> None:
-    """1,000 seeds, 3 of 12 records each: the picks of a record are binomial, p = 1/4, within five deviations."""
+    """Over 1,000 seeds, 3 of 12 records each, a record's picks are binomial with p = 1/4: within five deviations."""
     records = [TrainRecord(str(number), None, ()) for number in range(12)]
     picks = dict.fromkeys([f"t/{number}" for number in range(12)], 0)
     for seed in range(1000):
@@ -106,7 +106,7 @@ def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
     (tmp_path / "moved.yaml").write_text(yaml.safe_dump(values))
     record = next(record for record in memory(first)[0]["records"] if record["image"])
     (tmp_path / "data" / record["image"]).unlink()
-    # its own training set is checked first, so that it must not be the task whose image is lost
+    # the task's own training set is checked first, so the lost image must belong to another task
     monkeypatch.setattr(task_module, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(SystemExit):
         runs.train(
@@ -120,7 +120,7 @@ def test_a_lost_image_of_a_past_task_stops_before_anything_is_loaded(
 
 
 def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: NewBase) -> None:
-    """transformers' own logits, one record at a time, after each task; older ones are kept bit for bit."""
+    """Oracle: transformers' own logits after each task, one record at a time. Older ones are kept bit for bit."""
     checkpoints = runs.chain("der", *FEW)
     stored = [load_file(checkpoint / LOGITS) for checkpoint in checkpoints]
     assert [len(logits) for logits in stored] == [5, 10]
@@ -139,7 +139,7 @@ def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: New
 
 
 def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: NewBase) -> None:
-    """Rows 0 and 23 are the new task's, 24 and 24 + 5 the memory's first record, 27 its fourth."""
+    """Rows 0 and 23 are the new task's, rows 24 and 24 + 5 are the memory's first record, and row 27 is its fourth."""
     root, base = runs.benchmark.parent, new_base()
     first = runs.chain("der", *FEW, tasks=TASKS[:1])[0]
     own, images = task_records(runs.benchmark, SECOND)

@@ -1,4 +1,4 @@
-"""Methods with a LoRA per task: how they fuse or choose them, against loops over the tasks' own factors."""
+"""Methods with a LoRA per task: how they fuse or choose the LoRAs, against loops over the tasks' own factors."""
 
 import json
 import math
@@ -33,17 +33,17 @@ from tests.support import TASKS, copy_base, prompt_batch, prompt_batches, tiny_c
 
 pytestmark = pytest.mark.slow
 SCORES = torch.tensor([[0.9, 0.85, -0.3], [0.1, 0.2, 0.3]], dtype=torch.float64)
-LAST = "1"  # the tiny model has two blocks
+LAST = "1"  # the last of the tiny model's two blocks
 SCALE = 2.0
 
 
 def last(runs: Runs, method: str, *overrides: str) -> Path:
-    """The checkpoint of three tasks, with a LoRA of rank 8 and scale 2 for each."""
+    """The checkpoint after three tasks, with a LoRA of rank 8 and scale 2 for each task."""
     return runs.chain(method, *ROWS[method].overrides, *overrides, tasks=TASKS)[-1]
 
 
 def factors(base: LoadedBase, checkpoint: Path) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """``A_i`` and ``B_i`` of every linear, float64, oldest task first."""
+    """The pairs ``A_i``, ``B_i`` of every linear, in float64, oldest task first."""
     model = load_adapter(copy_base(base).model, checkpoint, trainable=False)
     found = {}
     for name, experts in experts_by_linear(model).items():
@@ -53,7 +53,7 @@ def factors(base: LoadedBase, checkpoint: Path) -> dict[str, list[tuple[Tensor, 
 
 
 def in_and_out(model: PeftModel, batch: dict[str, Tensor], selection: RouteSelection) -> dict[str, Any]:
-    """Input and output of every patched linear in one forward pass."""
+    """The input and output of every patched linear in one forward pass."""
     seen: dict[str, Any] = {}
 
     def watch(layer: ExpertLayer) -> None:
@@ -72,7 +72,7 @@ def in_and_out(model: PeftModel, batch: dict[str, Tensor], selection: RouteSelec
 def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
     name: str, temperature: float, variant: str, runs: Runs, tiny_base: LoadedBase
 ) -> None:
-    """A loop in float64 over factors that a run of the paper's variant keeps apart; the gate alone is float32."""
+    """Oracle: a float64 loop over factors that a run of the paper's variant keeps apart. Only the gate is float32."""
     own = factors(tiny_base, last(runs, name))
     checkpoint = last(runs, name, *(["options.variant=released"] if variant == "released" else []))
     base = copy_base(tiny_base)
@@ -105,7 +105,7 @@ def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
 
 
 def test_a_sample_has_its_own_shares_in_a_batch_of_any_size(runs: Runs, tmp_path: Path) -> None:
-    """The released code has one similarity for a batch."""
+    """Answers do not depend on the batch size; the released code uses one similarity for a whole batch."""
     checkpoint, soft = last(runs, "disco"), "options.temperature=2"
     found = [
         texts(runs.evaluate(checkpoint, tmp_path / size, soft, f"evaluation.batch_size={size}"), TASKS[-1], *TASKS)
@@ -120,7 +120,7 @@ def test_a_sample_has_its_own_shares_in_a_batch_of_any_size(runs: Runs, tmp_path
 def test_the_loras_of_mrlora_are_those_that_separate_trains(
     variant: tuple[str, ...], runs: Runs, tiny_base: LoadedBase
 ) -> None:
-    """The router, trained before or after each of them, leaves no trace; it is anew for every number of tasks."""
+    """Training the router before or after a LoRA leaves no trace in it; each further task gets a new router."""
     same = ("adapter.targets=[gate_proj,up_proj,down_proj]", *variant)
     mine, theirs = last(runs, "mrlora", *same), last(runs, "separate")
     separate = factors(tiny_base, theirs)
@@ -136,7 +136,7 @@ def test_the_loras_of_mrlora_are_those_that_separate_trains(
 def test_letters_are_the_logits_of_the_base_with_the_router_merged_in(
     variant: str, runs: Runs, tiny_base: LoadedBase, mini_yaml: Path
 ) -> None:
-    """Oracle: ``W0 + s B_r A_r``, as released and the mean of ``s B_i A_i``, in a plain model, prompt by prompt."""
+    """Oracle: a plain model with ``W0 + s B_r A_r`` (released: plus the mean of ``s B_i A_i``), prompt by prompt."""
     done = read_checkpoint(last(runs, "mrlora", *([] if variant == "published" else ["options.variant=released"])))
     merged = copy_base(tiny_base)
     for name, pairs in factors(tiny_base, done.folder).items():
@@ -163,7 +163,7 @@ def test_letters_are_the_logits_of_the_base_with_the_router_merged_in(
 def test_as_released_the_router_trains_last_and_beside_the_mean_of_all_loras(
     runs: Runs, tiny_base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it begins with, itself zero, against the LoRAs of the finished checkpoint."""
+    """The router starts at zero, next to the mean of the LoRAs that the finished checkpoint holds."""
     settings, beside = (*ROWS["mrlora"].overrides, "options.variant=released"), dict[str, tuple[Tensor, Tensor]]()
     checkpoints, real = runs.chain("mrlora", *settings, tasks=TASKS), MrLora._begin_beside
     trained = [(event["task"], event["phase"]) for event in events(checkpoints[-1].parent, "trained")]
@@ -207,7 +207,7 @@ def read_checkpoint_layout(checkpoint: Path) -> list[list[int]]:
 
 
 def test_letters_are_single_tokens_of_the_base_and_not_endless() -> None:
-    """A letter of two tokens would share its first one with others."""
+    """A letter of two tokens is left out, because it would share the first one with other letters."""
     encoder = open_encoder(ModelConfig())
     found = answer_letters(encoder, 8)
     assert list(found)[:6] == list("ABCDEF") and "G" not in found, "the embedded base writes G in two tokens"

@@ -1,4 +1,4 @@
-"""SAME: spectra by the whole covariance, gradients entry by entry in float64, and which experts stand still."""
+"""SAME: spectra against the whole covariance, gradients entry by entry in float64, and which experts stand still."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def covariance(seed: int, rank: int) -> np.ndarray:
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 def test_a_wide_enough_sketch_finds_the_covariances_own_directions(share: float) -> None:
-    """Of rank 3, seen through 4 columns: numpy's eigenvectors, as few as hold the share."""
+    """A covariance of rank 3, seen through 4 columns, gives numpy's eigenvectors, as few as hold the share."""
     C = covariance(0, 3)
     Q = torch.from_numpy(np.random.default_rng(1).normal(size=(DIN, 4)))
     U, S = leading(torch.from_numpy(C) @ Q, Q, share)
@@ -42,9 +42,9 @@ def test_a_wide_enough_sketch_finds_the_covariances_own_directions(share: float)
 
 
 def test_a_sketch_adds_up_over_batches(runs: Runs, new_base: NewBase) -> None:
-    """Two batches of a linear's own inputs: the spectrum is that of all their tokens, and is then forgotten.
+    """After two batches of a linear's inputs, the spectrum is that of all their tokens; the sketch then forgets them.
 
-    Padding does not count, nor does a pass that is recomputed.
+    Padding does not count, and neither does a recomputed pass.
     """
     previous = runs.chain("same", tasks=TASKS[:1])[0]
     base = new_base()
@@ -71,7 +71,7 @@ def test_a_sketch_adds_up_over_batches(runs: Runs, new_base: NewBase) -> None:
 
 
 def test_a_gradient_is_scaled_along_the_spectrum_and_across_it() -> None:
-    """Along u_i by w_i, across by ``rest``: in the basis that completes U, entry by entry."""
+    """The scale is w_i along u_i and ``rest`` across; oracle: direction by direction in a basis that completes U."""
     random = np.random.default_rng(0)
     basis, g, w = np.linalg.qr(random.normal(size=(DIN, DIN)))[0], random.normal(size=(3, DIN)), [0.5, 4.0]
     expected = np.zeros_like(g)
@@ -83,7 +83,7 @@ def test_a_gradient_is_scaled_along_the_spectrum_and_across_it() -> None:
 
 
 def test_the_routers_weights() -> None:
-    """S 4, 2, 0.5, 0.1 in windows of 3: means 4, 3, 6.5/3, 2.6/3; inverses over the largest; not below 0.8."""
+    """S = 4, 2, 0.5, 0.1 in windows of 3 has means 4, 3, 6.5/3, 2.6/3; inverses over the largest, but at least 0.8."""
     weights = router_weights(torch.tensor([4.0, 2.0, 0.5, 0.1], dtype=torch.float64), Options())
     assert weights.tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
     plain = router_weights(torch.tensor([1.1, 1.0], dtype=torch.float64), Options(window=1))
@@ -91,7 +91,7 @@ def test_the_routers_weights() -> None:
 
 
 def test_the_second_tasks_gradients_follow_the_first_ones_spectrum(runs: Runs, new_base: NewBase) -> None:
-    """Ones as gradients: A's by the formula in float64, B's untouched, the router's only from ``start`` on."""
+    """From gradients of ones, A's follow the float64 formula, B's stay, and the router's change from ``start`` on."""
     previous = runs.chain("same", tasks=TASKS[:1])[0]
     settings = ("options.tau=0", "options.start=1", "options.mu=0.5", "adapter.router_top_k=2", "adapter.experts=4")
     base = new_base()
@@ -118,7 +118,7 @@ def test_the_second_tasks_gradients_follow_the_first_ones_spectrum(runs: Runs, n
 
 
 def test_experts_that_cost_more_than_they_are_used_stand_still(runs: Runs, new_base: NewBase) -> None:
-    """Four experts: used evenly but for one; the energy lies on the second. The task's own number never freezes."""
+    """Of four experts, all but one are used evenly; the second token has the energy. The task's own never freezes."""
     previous = runs.chain("same", tasks=TASKS[:1])[0]
     started, model = begun("same", new_base(), runs, previous, "adapter.experts=4")
     assert isinstance(started, Same)
@@ -137,7 +137,7 @@ def test_experts_that_cost_more_than_they_are_used_stand_still(runs: Runs, new_b
 
     scores = [a - b for a, b in zip(scaled(use), scaled(cost), strict=True)]
     expected = [score < 0.1 for score in scores]
-    expected[1] = False  # the second task
+    expected[1] = False  # the expert with the second task's number
     assert started._idle(name).tolist() == expected
     assert any(expected) and not all(expected)
 

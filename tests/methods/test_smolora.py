@@ -1,4 +1,4 @@
-"""SMoLoRA: its linears against loops over samples and experts, its gates' gradients, and what a gate may look at."""
+"""SMoLoRA: its linears against loops over samples and experts, its gates' gradients, and what a gate may see."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ QUESTIONS = ["What is it?", "Which colour is it, and how many of them are there?
 
 
 def by_loop(layer: ExpertLayer, x: Tensor, asked: Tensor, vu: Tensor, follows: list[int]) -> Tensor:
-    """``y [B, T, dout]`` float64 of inputs ``x [B, T, din]``, sample by sample and token by token.
+    """``y [B, T, dout]`` in float64 for inputs ``x [B, T, din]``, computed sample by sample and token by token.
 
-    ``vu [E/2, din]`` is the seeing gate's weight, ``follows`` the following expert of each sample.
+    ``vu [E/2, din]`` is the weight of the seeing gate, and ``follows`` names each sample's following expert.
     """
     (experts,), fusion = layer.experts.values(), layer.routers.fusion.double()
     A, B = (factor.double() for factor in experts.packed())
@@ -55,11 +55,11 @@ def seen_half(layer: ExpertLayer) -> Tensor:
 
 
 def test_a_linear_adds_the_two_picked_experts_weighed_by_their_answers(runs: Runs, tiny_base: LoadedBase) -> None:
-    """Two prompts of unequal length, of different tasks: padding has no part in the mean."""
+    """Oracle: the loop, on two prompts of different tasks and lengths; padding does not count in the mean."""
     checkpoint = runs.chain("smolora")[1]
     model = load_adapter(copy_base(tiny_base).model.double(), checkpoint, trainable=False).eval()
     generator = torch.Generator().manual_seed(0)
-    for bank in banks(model).values():  # other scores than after four steps, and two picks
+    for bank in banks(model).values():  # scores unlike those after four steps, and a different pick for each task
         bank.fusion.data = torch.randn(bank.fusion.shape, generator=generator)
         bank.task.gates = torch.eye(2 * HALF)[[HALF + 1, HALF]]
     method = method_class("smolora")(read_checkpoint(checkpoint).config)
@@ -80,7 +80,7 @@ def test_a_linear_adds_the_two_picked_experts_weighed_by_their_answers(runs: Run
 
 
 def relaxed(layer: ExpertLayer, x: Tensor, asked: Tensor, embedding: Tensor, W: Tensor, W_if: Tensor) -> Tensor:
-    """The linear's update with gates that are float64 functions of ``W`` and ``W_if``, one-hot in value, all mixed."""
+    """The linear's float64 update: all experts, mixed by gates of ``W`` and ``W_if`` that are one-hot only in value."""
     (experts,), fusion = layer.experts.values(), layer.routers.fusion.double()
     A, B = (factor.double() for factor in experts.packed())
     outs = torch.stack(
@@ -152,7 +152,7 @@ def test_a_gate_never_sees_the_answer_that_it_helps_to_predict(runs: Runs, new_b
 def test_generated_tokens_keep_the_prompts_experts_and_as_released_pick_their_own(
     variant: str, runs: Runs, tiny_base: LoadedBase
 ) -> None:
-    """A linear on an input that follows a prompt, by the loop: with the mean of the prompt's inputs or its own."""
+    """A linear after a prompt equals the loop with the prompt's mean input or, as released, with the newest input."""
     checkpoint = runs.chain("smolora")[1]
     model = load_adapter(copy_base(tiny_base).model.double(), checkpoint, trainable=False).eval()
     config = read_checkpoint(checkpoint).config
@@ -163,7 +163,7 @@ def test_generated_tokens_keep_the_prompts_experts_and_as_released_pick_their_ow
     batch["pixel_values"] = batch["pixel_values"].double()
     prefill(adapted_base(model), batch, selection, 1)
     asked = batch["attention_mask"].bool()
-    prompts = dict(in_and_out(model, batch, replace(selection, asked=asked, kept=None)))  # its hooks stay
+    prompts = dict(in_and_out(model, batch, replace(selection, asked=asked, kept=None)))  # a copy, as the hooks stay
     generator, other = torch.Generator().manual_seed(0), 0
     for name, layer in expert_layers(model).items():
         (experts,) = layer.experts.values()

@@ -10,7 +10,7 @@ TASKS = ["colour_letter", "count", "box"]
 
 
 def make_run(root: Path, label: str, seed: int, last: float = 50.0, immediate: bool = False, **info: Any) -> Path:
-    """A run whose three tasks score 80 when trained and `last` at the end (box: 80)."""
+    """Write a run whose three tasks score 80 right after training and `last` at the end (box: 80)."""
     folder = root / f"{label}-{seed}".replace("/", "_")
     folder.mkdir(parents=True)
     order = info.get("order", TASKS)
@@ -38,13 +38,13 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def write_expansion(run: Path, blocks: list[dict[str, Any]]) -> Path:
-    """expansion.json with these blocks of the first tasks."""
+    """Write expansion.json with these blocks for the first tasks."""
     plans = [{"task": task, "blocks": plan} for task, plan in zip(TASKS, blocks, strict=False)]
     return write(run / "expansion.json", json.dumps(plans))
 
 
 def block(activations: list[float], threshold: float, added: int, probes: int = 1) -> dict[str, Any]:
-    """One block of an entry of expansion.json."""
+    """One block of an entry in expansion.json."""
     return {"activations": activations, "probes": probes, "threshold": threshold, "added": added}
 
 
@@ -53,7 +53,7 @@ def layer(number: int) -> str:
 
 
 def predict(run: Path, after: str, stem: str, answers: dict[str, tuple[str, float]], **fields: Any) -> None:
-    """A filled cell: question id -> answer and score. Further fields replace those of every line."""
+    """Write a filled cell from question id -> (answer, score). Further fields replace those of every line."""
     path = run / "predictions" / after / f"{stem}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -23,7 +23,7 @@ def outcomes(run: Path, task: str) -> dict[str, str | None]:
 
 
 def answered(root: Path, label: str, seed: int, forgotten: list[str]) -> Path:
-    """A run that got all questions of `count` right, and forgot some."""
+    """A run that answered all questions of `count` right at first and forgot some."""
     run = make_run(root, label, seed)
     predict(run, "count", "count", dict.fromkeys(NAMES, RIGHT))
     predict(run, "box", "count", {name: WRONG if name in forgotten else RIGHT for name in NAMES})
@@ -35,7 +35,7 @@ def test_every_outcome_where_half_a_point_is_right(tmp_path: Path) -> None:
     predict(run, task, task, {"a": ("x", 0.9), "b": ("x", 0.6), "c": ("x", 0.3), "d": ("x", 0)})
     later = {"a": ("x", 0.5), "b": ("y", 0.3), "c": ("y", 1), "d": ("y", 0.3), "e": ("y", 1)}
     predict(run, "box", task, later, task="count")
-    predict(run, "count", task, dict.fromkeys(later, ("z", 1.0)))  # a stage between counts for nothing
+    predict(run, "count", task, dict.fromkeys(later, ("z", 1.0)))  # a stage in between does not count
     assert outcomes(run, task) == {"a": "kept", "b": "forgotten", "c": "learned later", "d": "never right", "e": None}
     row = read_answers(read_run(run), task).set_index("question").loc["b"]
     assert (row["then"], row["now"], row["prompt"], row["reference"]) == ("x", "y", "ask b", "gold")
@@ -83,7 +83,7 @@ def test_malformed_rows_are_named(tmp_path: Path, field: str, value: object) -> 
 
 
 def test_counts_are_summed_over_seeds(tmp_path: Path) -> None:
-    """The last task's two answers are one, so it is not counted."""
+    """Outcomes are summed over seeds; the last task's answers then and now are identical, so it is not counted."""
     runs = [make_run(tmp_path, label, seed) for label, seed in (("moe", 0), ("moe", 1), ("none", 0))]
     for run, later in zip(runs, (1.0, 0.0), strict=False):
         predict(run, "count", "count", {"a": RIGHT, "b": WRONG})
@@ -103,13 +103,13 @@ def test_forgotten_ones_come_first_and_each_label_has_its_turn(tmp_path: Path) -
     assert set(choose(everything, 200)) == set(NAMES)
     chosen = choose(everything, 8)
     assert len(chosen) == len(set(chosen)) == 8 and set(rare) <= set(chosen)
-    assert choose(everything.sample(frac=1, random_state=0), 8) == chosen  # only names decide
+    assert choose(everything.sample(frac=1, random_state=0), 8) == chosen  # only the names decide
     only_few = choose(everything[everything["label"] == "few"], 8)
     assert set(rare) <= set(only_few) and len(only_few) == 8
     chosen = choose(read_answers(read_run(folders[3]), "count"), 40)
-    assert len(chosen) == 40 and 30 <= sum(name in half for name in chosen) < 40  # a quarter is left to all
+    assert len(chosen) == 40 and 30 <= sum(name in half for name in chosen) < 40  # a quarter is drawn from all
     predict(folders[3], "count", "count", dict.fromkeys(NAMES[:5], RIGHT))
-    assert set(choose(read_answers(read_run(folders[3]), "count"), 6)) > set(NAMES[:5])  # asked twice before once
+    assert set(choose(read_answers(read_run(folders[3]), "count"), 6)) > set(NAMES[:5])  # those asked twice first
 
 
 def test_thumbnails_are_small_and_stay_in_their_folder(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_thumbnails_are_small_and_stay_in_their_folder(tmp_path: Path) -> None:
 def test_image_folders_as_recorded_or_below_the_folder_given(tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0)
     events = [
-        {"event": "evaluated", "task": "count", "after": "count", "score": 1.0},  # of an older version
+        {"event": "evaluated", "task": "count", "after": "count", "score": 1.0},  # from an older version
         {"event": "evaluated", "task": "box.oracle", "after": "box", "data": "/old/coin", "images": "deep/box"},
     ]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

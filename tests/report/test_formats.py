@@ -1,4 +1,4 @@
-"""Answers that are right but for their form, and answers from another task's words, counted by hand."""
+"""Answers that are right but for their form and answers in another task's words, against counts by hand."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_forgotten_in_any_form_and_foreign_words(tmp_path: Path) -> None:
     run = make_run(tmp_path, "lora", 0)
     ask = {"prompt": PROMPT, "answer": "A"}
     predict(run, "colour_letter", "colour_letter", {"a": ("A", 1), "b": ("A", 1), "c": ("B", 0)}, **ask)
-    # a: another form; b: the words of "count"; c: wrong, and its own task's word; d was not asked then
+    # a: another form; b: words of "count"; c: wrong then, its own task's word now; d was not asked then
     end = {"a": ("red", 0), "b": ("seven", 0), "c": ("A", 1), "d": ("7", 0)}
     predict(run, "box", "colour_letter", end, **ask)
     predict(run, "count", "count", {"a": ("7", 1), "b": ("7", 1)}, answer="7")

@@ -1,4 +1,4 @@
-"""The page as text: it stands alone, nothing in it can run, and it holds the numbers that it shows."""
+"""The report page as text: it stands alone, no text of a run can become code, and it holds the numbers it shows."""
 
 import csv
 import hashlib

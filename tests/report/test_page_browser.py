@@ -1,4 +1,4 @@
-"""The page in a browser: no error, no request, readable on a phone and in the dark, filters that count right."""
+"""The page in a browser: no errors or requests, readable on a phone and in the dark, with filters that count right."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SCORES = {(MOE, 0): ([1, 1, 0, 0], [1, 0, 1, 0]), (MOE, 1): ([1] * 4, [0] * 4), 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs with all that a page can show."""
+    """The page of three runs with everything that a page can show."""
     root = tmp_path_factory.mktemp("runs")
     for i in range(3):  # the image of c3 is missing
         Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(root / f"c{i}.png")
@@ -54,7 +54,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page at the width given as parameter (1280); a console message, error or request ends the test."""
+    """The page at the width given as parameter (default 1280); a console message, error or request fails the test."""
     width = getattr(request, "param", 1280)
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
     opened, troubles = context.new_page(), []
@@ -68,7 +68,7 @@ def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Itera
 
 
 def choose(page: Any, **filters: str) -> tuple[int, int]:
-    """Answers and questions that match, as the page says, checked against those that it shows."""
+    """Set filters; return how many answers and questions the page says match, after counting those that it shows."""
     for name, value in filters.items():
         page.locator(f"select[name={name}]").select_option(value)
     words = page.locator("#matches").inner_text().split()
@@ -126,7 +126,7 @@ def test_a_figure_is_saved_as_the_page_shows_it(page: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("page", [390, 1280], indirect=True)
 def test_nothing_is_wider_than_the_page(page: Any) -> None:
-    """Nor is anything cut off: what is wider scrolls in its own box."""
+    """Nothing makes the page scroll sideways, and nothing is cut off: whatever is wider scrolls in its own box."""
     page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     cut = """[...document.querySelectorAll("main *, header *")].filter((node) => !node.closest(".scroll")
@@ -136,7 +136,7 @@ def test_nothing_is_wider_than_the_page(page: Any) -> None:
 
 @pytest.mark.parametrize("page", [1280], indirect=True)
 def test_the_scores_fit_the_page(page: Any) -> None:
-    """All nine metrics of two seeds with a long name, without scrolling, and before what a row keeps."""
+    """All nine metrics of two seeds with a long name fit without scrolling, above the table of what a row keeps."""
     scores, spent = page.locator("#report > .scroll").all()[:2]
     assert scores.locator("thead th").count() == 10 and "What a row keeps and computes" in spent.inner_text()
     assert scores.evaluate("(box) => box.scrollWidth <= box.clientWidth")

@@ -1,4 +1,4 @@
-"""The pictures: what is drawn are the numbers of the tables, in files that are the same every time."""
+"""The pictures draw the numbers of the tables, and their files are the same every time."""
 
 import re
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_tasks_training_the_later_one_of_a_step_that_cam
     (panel,) = plots.losses(groups).panels
     assert panel.title == "count"
     (line,) = drawn(panel).lines
-    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [7, 4]  # of 8 and 6; one seed is at step 2
+    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [7, 4]  # mean of 8 and 6; one seed has step 2
     assert groups[0].runs[0].losses.to_numpy().tolist() == [
         ["count", "probe", 1, 9], ["count", "trained", 1, 8], ["count", "trained", 2, 4],
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Run folders: every file is read, checked, and grouped; errors name file, row and field."""
+"""Run folders: every file is read and checked, and runs are grouped; errors name file, row and field."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_expansion_gives_decisions_and_the_usage_of_experts_and_probes(tmp_path:
         ("count", "layer 10 mlp", 1, 0.5, 0.2),
         ("box", "layer 2 mlp", 1, 0.3, 0.25),  # the most active of three probes
     ]
-    # of layer 2 in task count the activations are no shares
+    # in task count, the activations of layer 2 are not shares
     shares = [(0, "expert", 0.5), (1, "expert", 0.25), (2, "probe", 0.25)]
     assert rows(run.usage)[:3] == [("count", "layer 10 mlp", *share) for share in shares]
     assert list(run.usage["kind"][3:]) == ["expert", "probe", "probe", "probe"]

@@ -1,4 +1,4 @@
-"""The tables: means and deviations over seeds, and what each rendering makes of them."""
+"""The tables: means and deviations over seeds, and how each format renders them."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def two_seeds(root: Path) -> list[Path]:
 
 
 def located_run(root: Path, seed: int, right: int, order: list[str] = TASKS) -> Path:
-    """Of 10 `colour_letter` questions `right` are located, the others taken for `box`; count 15/20, box 30/30."""
+    """A run that locates `right` of 10 `colour_letter` questions, the others as `box`; count has 15/20, box 30/30."""
     run, end = make_run(root, "moe", seed, order=order), order[-1]
     earlier = "count,vae,count,count,10"  # not shown
     counts = [f"colour_letter,colour_letter,{right}", f"colour_letter,box,{10 - right}"]
@@ -72,9 +72,9 @@ def test_general_ability_has_tables_where_it_was_measured(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("seeds", "lasts", "winner"),
     [
-        ((0, 1), (50.0, 44.0), ["high"]),  # of the mean: 60 and 56, deviation 2.8, against 48 without any
+        ((0, 1), (50.0, 44.0), ["high"]),  # last is 60 and 56, deviation 2.8, against 48 without any
         ((0, 1), (50.0, 20.0), []),  # 60 and 40: 50 +- 14 reaches down to 48
-        ((0,), (50.0,), []),  # nothing says how far seeds differ
+        ((0,), (50.0,), []),  # one seed cannot show how far seeds differ
     ],
 )
 def test_nobody_wins_within_the_spread(tmp_path: Path, seeds: Any, lasts: Any, winner: list[str]) -> None:
@@ -85,7 +85,7 @@ def test_nobody_wins_within_the_spread(tmp_path: Path, seeds: Any, lasts: Any, w
 
 
 def test_who_learned_nothing_does_not_win_by_forgetting_nothing(tmp_path: Path) -> None:
-    """Two methods end at 48; a third says "yes" all the time, which half of the answers are."""
+    """Two methods end at 60 and 40; a third always says "yes", which is right for half of the questions."""
     runs = [make_run(tmp_path, label, seed, last) for label, last in (("a", 50.0), ("b", 20.0)) for seed in (0, 1)]
     idle = [make_run(tmp_path, "idle", seed) for seed in (0, 1)]
     for run in idle:
@@ -104,7 +104,7 @@ def test_who_learned_nothing_does_not_win_by_forgetting_nothing(tmp_path: Path) 
 
 
 def test_rows_that_are_not_alike_are_told(tmp_path: Path) -> None:
-    """From run.json, and settings from what `clmoe run` recorded or a checkpoint's configuration."""
+    """Differences come from run.json and from the settings in sequence.json or a checkpoint's configuration."""
     runs = [make_run(tmp_path, "a", 0), make_run(tmp_path, "b", 0, effective_scale=0.25, steps_per_task=200)]
     bound = make_run(tmp_path, "zero", 0, method="zero_shot", effective_scale=None, trainable_parameters=0)
     recorded = {"adapter": {"rank": 8, "targets": ["q", "v"]}, "training": {"learning_rate": 0.1}, "train": {"x": "7"}}
@@ -132,7 +132,7 @@ def test_rows_that_are_not_alike_are_told(tmp_path: Path) -> None:
 
 
 def test_a_bound_is_never_the_best(tmp_path: Path) -> None:
-    """The union of all tasks ends highest, but only what learns in sequence is compared."""
+    """The union of all tasks ends highest, but only methods that learn in sequence are compared."""
     lasts = {"bound": 90.0, "low": 20.0, "high": 50.0}
     kinds = {"bound": "multitask", "low": "lora", "high": "lora"}
     runs = [make_run(tmp_path, x, seed, lasts[x], method=kinds[x]) for x in kinds for seed in (0, 1)]
@@ -147,7 +147,7 @@ def test_costs(tmp_path: Path) -> None:
     write(runs[0] / "timing.json", '{"minutes": 4}')
     for run in runs[:2]:
         write_expansion(run, [{}, {layer(i): block([1.0, 0.5], 0.2, i) for i in range(3)}])
-    write(runs[1] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,80,")  # unfinished: may yet add experts
+    write(runs[1] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,80,")  # unfinished: may still add some
     table = costs_table(group_runs(runs))
     moe, other = row_of(table, "moe"), row_of(table, "other")
     assert (moe["trainable_parameters"], moe["minutes"], moe["experts_added"]) == ("90,624", "4.0 (n=1)", "3 (n=1)")
@@ -166,7 +166,7 @@ def test_scores_follow_task_names_when_seeds_have_other_orders(tmp_path: Path) -
 
 
 def test_rows_of_the_bounds(tmp_path: Path) -> None:
-    """All tasks at once have no row right after each; the page tells how each bound was made."""
+    """Training on all tasks at once gives no row right after each; the page says how each bound was made."""
     runs = [make_run(tmp_path, name, 0, method=name) for name in ("separate", "multitask", "zero_shot")]
     write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,80,70,", "box,80,70,90")
     write(runs[1] / "matrix.csv", HEADER, "box,70,80,90")
@@ -185,7 +185,7 @@ def test_mean_matrices_leave_a_cell_blank_that_a_seed_lacks(tmp_path: Path) -> N
     assert found.loc["box"].tolist() == [47, 47, 80] and pd.isna(found.loc["count", "box"])
     write(runs[0] / "matrix.csv", HEADER, "colour_letter,80,,", "count,,80,")
     ((title, found),) = mean_matrices(group_runs(runs)).items()
-    assert title == "moe (mean of 2 seeds)" and list(found.index) == ["colour_letter", "count"]  # one has no row box
+    assert title == "moe (mean of 2 seeds)" and list(found.index) == ["colour_letter", "count"]  # one lacks row box
     assert found.loc["count"].tolist()[1] == 80 and pd.isna(found.loc["count", "colour_letter"])
 
 
@@ -207,7 +207,7 @@ def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> 
     table = report_tables(group_runs([run, make_run(tmp_path, "moe", 1)]))[4]
     assert list(table.cells["locator"]) == ["own", "VAE bank"]
     vae = row_of(table, "moe", "VAE bank")
-    assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # not of some tasks only
+    assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # never of some tasks only
     assert row_of(table, "moe", "own")["colour_letter"] == "0.00 (n=1)"
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder is complete or does not exist, damage is named; and what may follow what."""
+"""A checkpoint folder is complete or does not exist, damage is named, and what may follow it is checked."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def config(*overrides: str, method: str = "clmoe") -> Config:
 
 
 def write(folder: Path, settings: Config, tasks: list[str], parent: str | None = None) -> Finished:
-    """A finished checkpoint without weights."""
+    """Write a finished checkpoint without weights."""
     folder.mkdir(parents=True)
     lineage = Lineage(settings.method, "mini", tasks, 0, parent, "base", 4, 1, 1, 2.0)
     (folder / "continual.json").write_text(json.dumps(dataclasses.asdict(lineage)))
@@ -176,7 +176,7 @@ FREE = {
 
 
 def another(value: Any, annotation: Any) -> Any:
-    """A value that the field may have, and that differs."""
+    """Another value that the field may have."""
     choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
     if choices:
         return next(choice for choice in choices if choice != value)
@@ -196,7 +196,7 @@ def identity_of(settings: Config) -> str:
 
 
 def identities(settings: Config) -> dict[str, str]:
-    """The identity after each field of the configuration was changed alone, by the field's name."""
+    """By field name, the identity after changing that field of the configuration alone."""
     found = {"label": identity_of(dataclasses.replace(settings, label="x"))}
     found["seed"] = identity_of(dataclasses.replace(settings, seed=1))
     for section in ("model", "adapter", "locator", "training", "evaluation"):
@@ -211,7 +211,7 @@ def identities(settings: Config) -> dict[str, str]:
 
 
 def one_changed(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The options with each of them changed alone, and its name."""
+    """For each option, its name and the options with that one alone changed."""
     for name, value in options.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{inner}", options | {name: new}) for inner, new in one_changed(value))

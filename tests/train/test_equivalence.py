@@ -1,4 +1,4 @@
-"""The same training by other means: losses and weights agree, bit for bit where nothing may differ."""
+"""The same training by other means gives the same losses and weights, bit for bit where nothing may differ."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def reference(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, list[flo
 def test_bit_for_bit_the_same(
     override: str, reference: tuple[str, list[float], Path], runs: Runs, tmp_path: Path
 ) -> None:
-    """Recomputed, or loaded by other processes; another seed shows that the comparison can fail."""
+    """Recomputation and loading in other processes change no bit; another seed shows that the comparison can fail."""
     method, losses, checkpoint = reference
     again, other = trained(runs, tmp_path, method, override)
     assert len(losses) == 4
@@ -54,7 +54,7 @@ def test_bit_for_bit_the_same(
 
 
 def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_path: Path) -> None:
-    """Warm-up and cosine, clipping, decoupled decay and the projector's own rate, in float64 and without a Trainer."""
+    """The oracle is float64 without a Trainer: warm-up, cosine, clipping, decoupled decay, the projector's own rate."""
     steps, warmup, decay, longest, cut = 8, 2, 0.3, 0.05, 50
     rates = {False: 0.01, True: 0.004}
     _, checkpoint = trained(
@@ -101,7 +101,7 @@ def test_training_is_adamw_written_out(runs: Runs, tiny_base: LoadedBase, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_equals_the_whole_batch(method: str, runs: Runs, tmp_path: Path) -> None:
-    """Micro-batches of one: some hold no image, rows have no padding, and answers have different lengths."""
+    """Micro-batches of one give the same losses; some hold no image, none has padding, and answer lengths differ."""
     settings = ("training.steps=20", "training.learning_rate=5e-3", "training.projector_learning_rate=5e-4")
     whole, _ = trained(runs, tmp_path / "whole", method, *settings)
     cut, _ = trained(runs, tmp_path / "cut", method, *settings, "training.micro_batch_size=1")
@@ -124,7 +124,7 @@ def model_of(method: str, base: LoadedBase) -> TrainedModel:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_transformers_own(method: str, tiny_base: LoadedBase, mini_yaml: Path) -> None:
-    """Logits are taken at answer positions only; LlavaForConditionalGeneration's loss with labels takes them all."""
+    """Our loss takes logits at answer positions only, and equals LlavaForConditionalGeneration's, which uses all."""
     folder = mini_yaml.parent / MIXED
     dataset = train_dataset(tiny_base, load_train(folder / "train.json", folder / "images"), folder / "images", 2048)
     model = model_of(method, tiny_base)

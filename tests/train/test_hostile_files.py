@@ -1,4 +1,4 @@
-"""Files that are damaged, forged, or cannot be written: named, never executed, and nothing finished is lost."""
+"""Damaged, forged and unwritable files are named and never executed, and nothing finished is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAINS = {"clmoe": (), "llava_cmoe": LLAVA_CMOE}
 
 
 class Canary:
-    """Unpickled, it leaves a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ def test_every_damaged_file_of_a_checkpoint_is_named(damage: str, checkpoint: Pa
 
 @pytest.mark.slow
 def test_a_forged_checkpoint_executes_nothing(checkpoint: Path, runs: Runs, tmp_path: Path) -> None:
-    """A pickle in place of each file in turn, with a manifest that is right."""
+    """Each file in turn is replaced by a pickle under a valid manifest; neither evaluation nor training runs it."""
     canary = tmp_path / "canary"
     forged = pickle.dumps(Canary(canary))
     pickle.loads(forged)
@@ -125,7 +125,7 @@ def test_a_header_that_promises_too_much_is_refused(length: int, tmp_path: Path)
 
 
 def spoil(file: Path, value: float) -> str:
-    """Put ``value`` into one number of a safetensors file; the tensor's name."""
+    """Set one number of a safetensors file to ``value``; return the tensor's name."""
     tensors = load_file(file)
     name = sorted(tensors)[len(tensors) // 2]
     tensors[name].view(-1)[0] = value
@@ -137,7 +137,7 @@ def spoil(file: Path, value: float) -> str:
 def test_a_number_that_is_not_finite_is_named_at_every_door(
     value: float, checkpoint: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the adapter: evaluation, the next task's training, and ``clmoe.load``, which the demo calls too."""
+    """Evaluation, the next task's training and ``clmoe.load``, which the demo calls too, name the adapter's tensor."""
     method = read_checkpoint(checkpoint).lineage.method
     file = checkpoint / "adapter_model.safetensors"
     name = spoil(file, value)
@@ -176,7 +176,7 @@ cli.main(sys.argv[2:])
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40_000, 100_000])
 def test_a_full_disk_leaves_what_is_finished(limit: int, runs: Runs, tmp_path: Path) -> None:
-    """Files larger than ``limit`` bytes cannot be written: an adapter, or only a state with its moments."""
+    """Finished work stays whole if a file above ``limit`` bytes (an adapter, or only a state) cannot be written."""
     first, second = runs.chain("clmoe")
     size = (second / "adapter_model.safetensors").stat().st_size
     assert 40_000 < size < 100_000 < 3 * size

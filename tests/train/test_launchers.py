@@ -1,4 +1,4 @@
-"""Two processes, by torchrun and with DeepSpeed: the same training and the same files as one; DeepSpeed's settings."""
+"""Two processes, under torchrun and with DeepSpeed, train and write the same as one; also DeepSpeed's settings."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from tests.support import TASKS
 pytestmark = pytest.mark.slow
 
 FIRST, SECOND = TASKS[:2]
-# Rounding errors grow with the learning rate, whoever makes them.
+# Rounding errors grow with the learning rate, whatever causes them.
 STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
 
 
 def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
-    """``-m clmoe.cli train ...``, as a launcher is given it."""
+    """The arguments ``-m clmoe.cli train ...`` for a launcher."""
     fixed = ["--model", str(runs.model), "--benchmark", str(runs.benchmark), "--output", str(output)]
     fixed += [] if task == FIRST or "--previous" in more else ["--order", task]
     return ["-m", "clmoe.cli", "train", "--config", method, "--task", task, *fixed, *more]
 
 
 def eval_line(runs: Runs, checkpoint: Path) -> list[str]:
-    """``-m clmoe.cli eval ...`` into the checkpoint's run folder."""
+    """The arguments ``-m clmoe.cli eval ...`` that write to the checkpoint's run folder."""
     where = ["--benchmark", str(runs.benchmark), "--output", str(checkpoint.parent)]
     return ["-m", "clmoe.cli", "eval", "--checkpoint", str(checkpoint), *where]
 
@@ -54,7 +54,7 @@ def engine(run: Path) -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def alone(runs: Runs) -> Path:
-    """A first task of CL-MoE, 50 steps in one process; projector and experts with rates of their own."""
+    """CL-MoE's first task, 50 steps in one process; projector and experts have their own learning rates."""
     return runs.train(runs.root / "alone" / FIRST, "clmoe", FIRST, *STEPS)
 
 
@@ -69,7 +69,7 @@ LAUNCHES = {
 def test_two_processes_train_as_one(
     kind: str, vision: str, alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``vision``: where both put features of images, and read each other's."""
+    """Losses and weights are those of one process; with ``vision``, both store image features and read each other's."""
     more, wrapped = LAUNCHES[kind]
     if vision:
         monkeypatch.setenv("CLMOE_VISION", str(tmp_path / vision))
@@ -88,9 +88,9 @@ def test_two_processes_train_as_one(
 @needs_deepspeed
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_batches_without_images_stop_nobody(kind: str, runs: Runs, tmp_path: Path) -> None:
-    """Single records on two processes, every eighth without an image: the tuned projector waits for no gradient.
+    """With single records on two processes, every eighth without an image, the tuned projector waits for no gradient.
 
-    ZeRO-2 packs gradients in the order in which they come, which has to be the same with and without an image.
+    ZeRO-2 packs gradients in the order in which they arrive, which must be the same with and without an image.
     """
     more = ("training.steps=6", "training.micro_batch_size=1", *STEPS[1:])
     launch(2, *train_line(runs, tmp_path / "two" / SECOND, "clmoe", SECOND, *LAUNCHES[kind][0], *more))
@@ -101,7 +101,7 @@ def test_batches_without_images_stop_nobody(kind: str, runs: Runs, tmp_path: Pat
 
 @needs_deepspeed
 def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs, tmp_path: Path) -> None:
-    """SIGTERM to the launcher; torchrun passes it on and ends with a code of its own."""
+    """One process continues after SIGTERM to the launcher; torchrun passes it on and ends with its own exit code."""
     output, save = tmp_path / FIRST, "training.save_steps=10"
     line = train_line(runs, output, "clmoe", FIRST, "--deepspeed", "zero2", *STEPS, save)
     phase = tmp_path / f".{FIRST}.partial" / ".phases" / "trained"
@@ -120,7 +120,7 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
 def test_two_processes_go_on_where_one_was_killed(
     alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, moments and step of a state that one process wrote, spread by DeepSpeed over two."""
+    """Two processes continue a state that one wrote; DeepSpeed spreads its weights, moments and step over them."""
     output, made = tmp_path / FIRST, 30
     with monkeypatch.context() as patch:
         on_step(patch, made)
@@ -135,7 +135,7 @@ def test_two_processes_go_on_where_one_was_killed(
 
 @needs_deepspeed
 def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
-    """LLaVA-CMoE's second task: probes, decision, extension, VAE, then the evaluation of all it has learned."""
+    """Two processes do LLaVA-CMoE's second task like one: probes, decision, extension, VAE, evaluation of all tasks."""
     settings = (*LLAVA_CMOE, "options.probe_share=0.5", "options.probe_min_steps=4")
     first, second = runs.chain("llava_cmoe", *settings)
     more = ["--previous", str(first), "--deepspeed", "zero2", *settings]
@@ -172,9 +172,9 @@ def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_
 def test_second_tasks_of_baselines_are_those_of_one_process(
     method: str, kind: str, state: str | None, runs: Runs, tmp_path: Path
 ) -> None:
-    """What is special: a penalty on the weights, a second pass, replayed rows, frozen experts beside new ones.
+    """The baselines add a penalty on the weights, a second pass, replayed rows, or frozen experts beside new ones.
 
-    Micro-batches of one, activations recomputed; the files that the processes measured together, too.
+    Micro-batches hold one row and activations are recomputed; files that the processes measured together agree, too.
     """
     (first,) = runs.chain(method, tasks=TASKS[:1])
     more = ("training.steps=20", *STEPS[1:], "training.micro_batch_size=1", "training.gradient_checkpointing=true")
@@ -193,7 +193,7 @@ def test_second_tasks_of_baselines_are_those_of_one_process(
 
 
 def test_one_process_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would spread each micro-batch over all GPUs and take the mean of the parts' losses."""
+    """``OneDevice`` takes one GPU; transformers would split each micro-batch over all and average the parts' losses."""
     settings = OneDevice(output_dir=str(tmp_path), use_cpu=True)
     assert settings.n_gpu == 0
     monkeypatch.setattr(settings, "_n_gpu", 8)
@@ -231,7 +231,7 @@ def test_without_deepspeed_the_package_to_install_is_named(monkeypatch: pytest.M
 
 @needs_deepspeed
 def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
-    """The weights of a training with DeepSpeed alone, several phases in one process, are those without it."""
+    """DeepSpeed without a launcher, with several phases in one process, gives the same weights as plain training."""
     warm = runs.benchmark.parent / TASKS[2]
     own = ["adapter.train_projector=false", "options.initial_experts_from=warmup", "options.probe_min_steps=2"]
     own += [f"options.warmup_train={warm}/train.json", f"options.warmup_images={warm}/images"]
@@ -247,7 +247,7 @@ def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
 
 
 def sequence_script(runs: Runs, folder: Path, method: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """``scripts/sequence.sh`` with a run of two steps a task in ``folder/run``."""
+    """Run ``scripts/sequence.sh`` with two steps per task into ``folder/run``."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     variables |= {"OUT": str(folder / "run"), "MODEL": str(runs.model), "PATH": path}
     line = ["bash", "scripts/sequence.sh", str(runs.benchmark), method, "training.steps=2"]

@@ -1,4 +1,4 @@
-"""Two machines of two processes each, through the scripts for SLURM and for a list of machines, on this one.
+"""The scripts for SLURM and for a list of machines start two machines of two processes each, simulated on this one.
 
 Stand-ins for srun, scontrol and scancel start and signal what SLURM would; nothing here needs ssh.
 """
@@ -44,7 +44,7 @@ SCANCEL = """#!/bin/bash
 
 @pytest.fixture
 def variables(tmp_path: Path) -> dict[str, str]:
-    """An environment with the stand-ins in it, which write to ``LOGS``."""
+    """An environment with the stand-ins in its PATH; they write to ``LOGS``."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
@@ -59,7 +59,7 @@ def variables(tmp_path: Path) -> dict[str, str]:
 
 
 def start(lines: list[list[str]], variables: dict[str, str], logs: Path) -> list[subprocess.Popen[bytes]]:
-    """Each with its number as ``NODE_RANK``, unless srun gives one."""
+    """Start each command line with its number as ``NODE_RANK``, unless srun sets it."""
     nodes = []
     for rank, line in enumerate(lines):
         own = variables | ({"NODE_RANK": str(rank)} if len(lines) > 1 else {})
@@ -69,7 +69,7 @@ def start(lines: list[list[str]], variables: dict[str, str], logs: Path) -> list
 
 
 def workers(nodes: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
-    """The processes that train, by rank."""
+    """The processes that train, sorted by rank."""
     below = [child for node in nodes for child in psutil.Process(node.pid).children(recursive=True)]
     found = [child for child in below if child.cmdline()[1:4] == ["-u", "-m", "clmoe.cli"]]
     return sorted(found, key=lambda process: int(process.environ()["RANK"]))
@@ -86,7 +86,7 @@ def wait_until(condition: Callable[[], bool], nodes: list[subprocess.Popen[bytes
 
 @pytest.fixture(scope="module")
 def whole(runs: Runs) -> Path:
-    """The run of four processes on one machine, never interrupted."""
+    """An uninterrupted run of four processes on one machine."""
     out = runs.root / "four"
     fixed = ["--seed", "0", "--order", FIRST, "--output", str(out), "--base", str(runs.model)]
     launch(4, "-m", "clmoe.cli", "run", "lora", str(runs.benchmark), *fixed, *SETTINGS)
@@ -130,7 +130,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(
 
 
 def test_slurms_signal_reaches_the_processes_of_all_nodes(variables: dict[str, str], tmp_path: Path) -> None:
-    """srun would answer SIGTERM with kill -9, and a shell that ends would end its node before the state is saved."""
+    """Both nodes must save: srun would answer SIGTERM with kill -9, and a shell that ends early would end its node."""
     (tmp_path / "child.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         f"own = pathlib.Path({str(tmp_path)!r})\n"

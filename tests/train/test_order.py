@@ -1,4 +1,4 @@
-"""Sample order: a pure function, complete in every epoch, the same however the global batch is cut."""
+"""The sample order is a pure function, complete in every epoch, and the same however the global batch is cut."""
 
 import math
 from itertools import pairwise
@@ -55,7 +55,7 @@ def test_an_indivisible_batch_is_an_error(micro: int | None, processes: int) -> 
 
 
 def test_what_is_random_differs_by_seed_phase_step_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout's masks come from the generator as it stands when a step begins."""
+    """Dropout draws its masks from the generator, whose state as a step begins depends on all of these."""
 
     def drawn(seed: int = 3, phase: str = "trained", step: int = 2, rank: str = "0") -> tuple[float, ...]:
         monkeypatch.setenv("RANK", rank)

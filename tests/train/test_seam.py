@@ -1,4 +1,4 @@
-"""What a method may do between backward and step: gradients, rates of its own, state, numbers for the log."""
+"""What a method may do between backward and step: change gradients, set its own rates, keep state, log numbers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def measured(checkpoint: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("micro", ["null", "2"])
 def test_gradients_are_the_global_batchs_and_not_yet_clipped(micro: str, mean: str, runs: Runs, tmp_path: Path) -> None:
-    """The first step's is half of lora's, whatever the accumulation; what is logged as grad_norm is the changed one."""
+    """The first changed gradient, whose norm is logged as grad_norm, is half of lora's, whatever the accumulation."""
     plain = runs.train(tmp_path / "lora" / FIRST, "lora", FIRST, *SETTINGS)
     changed = runs.train(tmp_path / "mean" / FIRST, mean, FIRST, *SETTINGS, f"training.micro_batch_size={micro}")
     norms = [[event["grad_norm"] for event in events(run.parent, "step")] for run in (plain, changed)]
@@ -101,7 +101,7 @@ def test_killed_it_goes_on_with_what_the_method_had_gathered(
 
 
 def test_rates_of_its_own(runs: Runs, tmp_path: Path) -> None:
-    """AdamW's first step has the length of the rate wherever there is a gradient; a factor of 0 trains nothing."""
+    """AdamW's first step is as long as the rate wherever there is a gradient, and a factor of 0 trains nothing."""
     settings = (*SETTINGS, "training.steps=1", "training.warmup_ratio=0")
     start = runs.train(tmp_path / "0" / FIRST, write(tmp_path, 1.0, 0.0), FIRST, *settings)
     half, whole = (
@@ -128,7 +128,7 @@ def test_zero_is_refused_before_anything_is_loaded(
 
 
 def test_numbers_of_a_method_are_read_with_the_run(mean: str, runs: Runs, tmp_path: Path) -> None:
-    """Logged every second step: the mean over two. Each number has a curve of its own."""
+    """A number logged every second step is the mean over two; in the report, each number has its own curve."""
     every = runs.train(tmp_path / "every" / FIRST, mean, FIRST, *SETTINGS)
     second = runs.train(tmp_path / "second" / FIRST, mean, FIRST, *SETTINGS, "training.logging_steps=2")
     means = [(a["length"] + b["length"]) / 2 for a, b in list(pairwise(measured(every)))[::2]]
@@ -147,9 +147,9 @@ def test_numbers_of_a_method_are_read_with_the_run(mean: str, runs: Runs, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["agem", "llaca", "dgg", "keeplora", "same"])
 def test_two_processes_change_gradients_and_log_as_one(method: str, runs: Runs, tmp_path: Path) -> None:
-    """The second task under DDP: the processes share the work on memory, weights' gradients and spectra.
+    """Two DDP processes train the second task like one and share the work on memory, weights' gradients and spectra.
 
-    Only the loss of KeepLoRA and SAME is compared: singular vectors turn with a rounding, and SAME's spectra hold the
+    For KeepLoRA and SAME only the loss is compared: rounding rotates singular vectors, and SAME's spectra include the
     padding, which depends on how a batch is cut.
     """
     own = ("options.per_task=6",) if method in ("agem", "dgg") else ()

@@ -1,4 +1,4 @@
-"""The state of an unfinished training: the same bytes in the end, whatever stopped it and wherever."""
+"""The state of an unfinished training leads to the same bytes in the end, whatever stopped it and wherever."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# The second task begins with four steps of its probes; test_contract.py kills every method once.
+# The second task begins with four probe steps; test_contract.py kills every method once.
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5, 10])
 def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
@@ -84,7 +84,7 @@ def test_sigterm_in_the_last_step_loses_nothing(runs: Runs, tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, tmp_path: Path) -> None:
-    """As SLURM and the launchers send it: the step under way still needs its batches."""
+    """SLURM and the launchers signal the whole group, but the step under way still needs batches from the workers."""
     more = ("training.steps=5000", "training.save_steps=0", "training.workers=2")
     line = ["-m", "clmoe.cli", "train", "--config", "lora", "--task", FIRST, "--output", str(tmp_path / FIRST)]
     line += ["--benchmark", str(runs.benchmark), "--model", str(runs.model), *more]
@@ -98,7 +98,7 @@ def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, 
 def test_weights_that_ran_away_are_not_kept(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between two logged losses nobody looks: neither a state nor the phase may hold a gradient's NaN."""
+    """Nothing is checked between two logged losses, yet neither a state nor the phase may hold a gradient's NaN."""
     output = tmp_path / FIRST
     real = TaskTrainer.training_step
     for number, when in ((1, "step 2"), (6, "the end of phase trained")):
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
 def test_a_gradient_that_overflows_ends_the_training(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its norm is infinite, so that clipping makes each update zero; one such step is counted, and JSON stays JSON."""
+    """An infinite norm clips updates to zero; one such step is counted, three end the training, and JSON stays JSON."""
     real = TaskTrainer.training_step
     for bad, code in (((1,), None), ((2, 3, 4), 2)):
 

@@ -1,4 +1,4 @@
-"""One task from begin to publish: idempotent, resumable to the same bytes, and picky about what it continues."""
+"""One task from start to publication: idempotent, resumable to the same bytes, and strict about what it continues."""
 
 import json
 import shutil
@@ -125,7 +125,7 @@ def test_a_later_task_without_previous_is_refused(
 def refused(
     runs: Runs, capsys: pytest.CaptureFixture[str], output: Path, method: str, task: str, *overrides: str, **kwargs: Any
 ) -> str:
-    """The one line that a refused command prints; its exit code is 2 and it leaves no trace."""
+    """The one line that a refused command prints, after checking that it exits with code 2 and leaves no trace."""
     before = contents(output.parent) if output.parent.exists() else None
     with pytest.raises(SystemExit) as stop:
         runs.train(output, method, task, *overrides, **kwargs)
@@ -146,7 +146,7 @@ def test_other_settings_in_the_same_output_are_refused(
 
 
 def test_another_base_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other weights under the same name."""
+    """A base with other weights under the same name counts as another base."""
     other = str(save_tiny(tmp_path / "other", seed=1))
     swapped = Runs(tmp_path / "swapped", Path(other), runs.benchmark)
     parent = swapped.train(tmp_path / "swapped" / FIRST, "lora", FIRST)
@@ -182,7 +182,7 @@ def test_what_cannot_be_trained_is_refused(
 def test_other_records_are_neither_mixed_in_nor_taken_for_trained(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One answer changes, under the same names: the interrupted training stops, and so does the finished one."""
+    """If one answer changes under the same file names, neither an interrupted nor a finished training is continued."""
     shutil.copytree(runs.benchmark.parent, tmp_path / "own")
     yaml, train = tmp_path / "own" / "mini.yaml", tmp_path / "own" / FIRST / "train.json"
     yaml.write_text(yaml.read_text().replace(f"root: {runs.benchmark.parent}", "root: ."))
@@ -198,7 +198,7 @@ def test_other_records_are_neither_mixed_in_nor_taken_for_trained(
         train.write_text(before)
         own.train(output, "lora", FIRST)
     assert contents(output) == contents(runs.chain("lora", tasks=TASKS[:1])[0])
-    (tmp_path / "run" / "trained_on.json").unlink()  # of an older version
+    (tmp_path / "run" / "trained_on.json").unlink()  # runs of older versions lack it
     train.write_text(changed)
     own.train(output, "lora", FIRST)
 
@@ -224,7 +224,7 @@ def test_other_warm_up_data_are_found_too(runs: Runs, tmp_path: Path, capsys: py
 def test_masked_rows_keep_their_place_and_count_nothing(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Records of the text that a masked one stands for must not matter; one left out moves all that follow."""
+    """The text of a masked record must not matter, while leaving a record out moves all that follow."""
     shutil.copytree(runs.benchmark.parent, tmp_path / "own")
     train = tmp_path / "own" / FIRST / "train.json"
     rows, found = json.loads(train.read_text()), {}

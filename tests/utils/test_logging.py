@@ -1,4 +1,4 @@
-"""Time left over a sequence, event logs that a crash cut off, the progress bar, and the commit behind a result."""
+"""The time left in a sequence, event logs that a crash cut off, the progress bar, and the commit behind a result."""
 
 import io
 import re
@@ -59,7 +59,7 @@ def test_the_bar_is_silent_when_runs_share_a_terminal(
 
 
 def test_steps_of_an_interrupted_command_cost_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """90 of 100 steps were done before, and one more took 2 s: nine of 2 s are left."""
+    """An earlier command made 90 of 100 steps and one more took 2 s, so nine steps of 2 s are left."""
     now = iter([100.0, 102.0])
     monkeypatch.setattr(logging.time, "monotonic", lambda: next(now))
     progress = Progress("x", 100, [], Stage(0, 1))
@@ -70,7 +70,7 @@ def test_steps_of_an_interrupted_command_cost_no_time(monkeypatch: pytest.Monkey
 
 
 def test_the_bar_says_everything_in_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Task, phase, steps, loss, speed, peak memory and the sequence's time left, none of it cut off."""
+    """The bar shows task, phase, steps, loss, speed, peak memory and the sequence's time left, and cuts nothing off."""
     written = io.StringIO()
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr(

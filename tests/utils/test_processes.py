@@ -1,4 +1,4 @@
-"""What several processes agree on, in two real ones, and one command per run folder."""
+"""What several processes agree on, tested in two real ones, and the lock that allows one command per run folder."""
 
 from __future__ import annotations
 

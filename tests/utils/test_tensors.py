@@ -1,4 +1,4 @@
-"""Tensors are compared by their bytes, as NumPy writes them."""
+"""``same_bits`` compares tensors by their bytes; the oracle is the bytes that NumPy writes."""
 
 import itertools
 
