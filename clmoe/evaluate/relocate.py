@@ -160,6 +160,7 @@ class _Plan:
     def of(
         cls, name: str, dones: list[Finished], run: Path, benchmark: Benchmark, owner: list[Finished] | None
     ) -> Self:
+        """Locator ``name`` for a run's checkpoints ``dones``, set and fitted as in ``owner``, a run trained with it."""
         config = dones[-1].config
         own, now = name == dones[-1].locator.name, config.locator
         chosen = owner[-1].locator if owner else LocatorConfig(name, now.feature, now.samples)

@@ -47,6 +47,7 @@ class SeparableBank(RouterBank):
         self.embedding: Tensor | None = None
 
     def forward(self, x: Tensor, experts: Any = None) -> Tensor:
+        """``[B, T, E]`` float32: one expert of each half per sample, and the fusion's weights of the two per token."""
         selection, trace = current_routing() or (NEWEST_ROUTER, None)
         seen = self._seen(x, selection)
         picks = torch.cat([seen, self._followed(selection).expand_as(seen)], -1).unsqueeze(1)  # [B, 1, E]
