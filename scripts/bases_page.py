@@ -24,7 +24,7 @@ SUITE = "tests/bases/test_families.py"
 BEGIN, END = "<!-- written by scripts/bases_page.py -->\n", "<!-- end -->\n"
 COLUMNS = {
     "inputs": ("labels_are_exactly", "what_a_length", "text_that_holds", "a_processor_with"),
-    "train": ("adapters_are_on", "a_batch_of_records", "training_reads", "a_tuned_projector"),
+    "train": ("adapters_are_on", "a_soft_token", "a_batch_of_records", "training_reads", "a_tuned_projector"),
     "methods": ("two_tasks",),
     "resume": ("a_killed_training",),
     "evaluate": ("answers_are_those", "an_answer_ends", "a_batch_of_prompts"),

@@ -170,7 +170,7 @@ FAST = ("options.extend=every", "options.probe_min_steps=1", "locator.options.st
 ROUTER = ("options.stored=2", "options.router_rank=8", "options.router_epochs=1", FROZEN_PROJECTOR)
 
 
-@pytest.mark.parametrize("method", ["lora", "clmoe", "olora", "keeplora", "llava_cmoe", "mrlora"])
+@pytest.mark.parametrize("method", ["lora", "clmoe", "olora", "keeplora", "llava_cmoe", "mrlora", "modalprompt"])
 def test_counts_are_those_of_checkpoints(method: str, mini: Benchmark, runs: Runs) -> None:
     """Planned counts equal what each task trained and what is kept in the end; CL-MoE's task gates are not trained."""
     grows, overrides = method == "llava_cmoe", {"llava_cmoe": FAST, "mrlora": ROUTER}.get(method, ())

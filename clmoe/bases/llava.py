@@ -36,7 +36,7 @@ from clmoe.bases.stack import WITH_PILLOW, tower_names
 from clmoe.bases.vision import VisionCache, attach_cache
 from clmoe.config import ModelConfig
 from clmoe.data import images
-from clmoe.data.batches import PromptItem, TrainItem
+from clmoe.data.batches import Item, PromptItem, TrainItem
 from clmoe.data.prompts import IGNORE, encode_prompt, encode_training, render
 from clmoe.data.records import Question, TrainRecord
 from clmoe.errors import ClmoeError
@@ -46,6 +46,8 @@ from clmoe.utils.tensors import is_finite, load_tensors
 
 HUB_TIMEOUT = 5.0  # seconds
 UNCUT = 2**31
+SOFT = 2**40
+"""The id of the first open place for a soft prompt token; no vocabulary is as large."""
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -99,6 +101,7 @@ class LoadedBase:
         image_token_count: tokens of every image of LLaVA-1.5; 0 if their number depends on the image.
         chat: what makes the inputs of other families, with their own template and processor.
         vision: cached image features.
+        soft_tokens: places for soft prompt tokens after the first token of every text; they add to ``max_length``.
     """
 
     model: PreTrainedModel
@@ -109,6 +112,7 @@ class LoadedBase:
     family: Family = LLAVA
     chat: Chat | None = None
     vision: VisionCache | None = None
+    soft_tokens: int = 0
 
     def read_pixels(self, path: Path) -> Tensor:
         """An image file as the tower's input ``[3, H, W]`` float32."""
@@ -124,19 +128,33 @@ class LoadedBase:
     def train_item(self, record: TrainRecord, image: Any, max_length: int) -> TrainItem:
         """Raises ClmoeError like ``encode_training``."""
         if self.chat is not None:
-            return self.chat.train_item(record, image, max_length)
+            return self._opened(self.chat.train_item(record, image, max_length))
         if record.masked:
             ids = torch.tensor(encode_prompt("", False, self.tokenizer, self.image_token_count))
-            return TrainItem(ids, None, torch.full_like(ids, IGNORE))
+            return self._opened(TrainItem(ids, None, torch.full_like(ids, IGNORE)))
         encoded = encode_training(record, self.tokenizer, self.image_token_count, max_length)
-        return TrainItem(torch.tensor(encoded.input_ids), image, torch.tensor(encoded.labels))
+        return self._opened(TrainItem(torch.tensor(encoded.input_ids), image, torch.tensor(encoded.labels)))
 
     def prompt_item(self, question: Question, image: Any) -> PromptItem:
         """Raises ClmoeError like ``encode_training``."""
         if self.chat is not None:
-            return self.chat.prompt_item(question.text, image)
+            return self._opened(self.chat.prompt_item(question.text, image))
         ids = encode_prompt(question.text, question.image is not None, self.tokenizer, self.image_token_count)
-        return PromptItem(torch.tensor(ids), image)
+        return self._opened(PromptItem(torch.tensor(ids), image))
+
+    def _opened(self, item: Item) -> Item:
+        """The item with its open places; they carry no label and belong to the text."""
+        if not self.soft_tokens:
+            return item
+        places = torch.arange(self.soft_tokens)
+
+        def opened(row: Tensor, values: Tensor) -> Tensor:
+            return torch.cat([row[:1], values, row[1:]])
+
+        of_text = {name: row for name, row in item.extra.items() if name.endswith("token_type_ids")}
+        extra = item.extra | {name: opened(row, torch.zeros_like(places)) for name, row in of_text.items()}
+        labels = {"labels": opened(item.labels, torch.full_like(places, IGNORE))} if isinstance(item, TrainItem) else {}
+        return replace(item, input_ids=opened(item.input_ids, SOFT + places), extra=extra, **labels)
 
     def check_fit(self, record: TrainRecord, max_length: int) -> None:
         """Raise ClmoeError if LLaVA-1.5's tokenizer does not fit its template; others were checked on loading."""

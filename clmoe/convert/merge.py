@@ -30,6 +30,8 @@ def check_mergeable(done: Finished) -> None:
     values = read_json(done.folder / "adapter_config.json")
     if values["peft_type"] == "LORA":
         reason = next((f"{key} is set" for key in ("use_rslora", "use_dora", "rank_pattern") if values.get(key)), "")
+    elif values.get("prompts"):
+        reason = "its soft prompts are inputs and not weights"
     elif values["router_owners"]:
         reason = "a router weights its experts differently for every token"
     else:

@@ -70,6 +70,7 @@ class Answerer:
         tasks: Sequence[str] = (),
     ) -> None:
         self.base, self.method, self.config = base, method, method.config.evaluation
+        self.prompted = replace(base, soft_tokens=method.soft_tokens(learned))
         self.model, self.learned, self.folder, self.tasks = model.eval(), learned, features, tasks
         self.use(None)
 
@@ -104,7 +105,7 @@ class Answerer:
         """
         scores = self.task_scores(questions, image_root, locator, task)
         found = [None] * len(questions) if scores is None else scores.argmax(1).tolist()
-        dataset = prompt_dataset(self.base, questions, image_root)
+        dataset = prompt_dataset(self.prompted, questions, image_root)
         ids, known = [question.question_id for question in questions], known or {}
         size, share = self.config.batch_size, self.config.share_images
         images = [question.image and (question.image if share else str(row)) for row, question in enumerate(questions)]
@@ -155,13 +156,20 @@ class Answerer:
             return finder.scores(Asked(ids, self.learned, self.letters(questions, image_root)))
         if not finder.looks:
             return finder.scores(Asked(ids, self.learned, task=task))
-        features = self.store.features(self.model, questions, image_root)
+        features, prototypes = self.store.features(self.model, questions, image_root), self.prototypes()
 
         def scored(start: int) -> Tensor:
             part = slice(start, start + SCORED_AT_ONCE)
-            return finder.scores(Asked(ids[part], self.learned, features[part]))
+            return finder.scores(Asked(ids[part], self.learned, features[part], prototypes=prototypes))
 
         return torch.cat(in_order(range(0, len(ids), SCORED_AT_ONCE), scored))
+
+    @torch.no_grad()
+    def prototypes(self) -> Tensor | None:
+        """What the method has learned to stand for each task, ``[N, F]`` float32; None for the methods without them."""
+        if not self.method.prototypes_learned:
+            return None
+        return self.method.prototypes(cast(PeftModel, self.model))
 
     @torch.no_grad()
     def letters(self, questions: Sequence[Question], image_root: Path) -> Tensor:
@@ -272,7 +280,7 @@ def open_answerer(
 def _open_locator(config: Config, done: Finished, answerer: Answerer, benchmark: Benchmark | None) -> None:
     """Use the checkpoint's own locator, or another one fitted on the training data of all learned tasks."""
     answerer.use(locator := make_locator(config.locator, config.seed))
-    if not locator.looks:
+    if not locator.fits:
         return
     if config.locator == done.locator:
         locator.load(done.folder / LOCATOR_FILE)

@@ -100,7 +100,7 @@ class LoadedCheckpoint:
             found = answerer.task_scores([asked], root, locator, oracle)
             own_looks = answerer.own is not None and answerer.own.looks
             scores = answerer.task_scores([asked], root) if locator and own_looks else found
-            prompt = prompt_dataset(answerer.base, [asked], root)[0]
+            prompt = prompt_dataset(answerer.prompted, [asked], root)[0]
         index = None if found is None else int(found[0].argmax())
         selection = answerer.selection([index], found)
         reasons = Explanation(

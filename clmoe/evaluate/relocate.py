@@ -68,9 +68,10 @@ class Found:
 
 
 def usable_locators(method: str) -> list[str]:
-    """All locators except those that ask the model, unless the method taught the model to answer."""
-    taught = method_class(method).letters
-    return [name for name, kind in LOCATORS.items() if taught or not kind.asks]
+    """All locators except those that need what the method has not taught the model: letters, or prototypes."""
+    taught = method_class(method)
+    letters, prototypes = taught.letters, taught.prototypes_learned
+    return [name for name, kind in LOCATORS.items() if (letters or not kind.asks) and (prototypes or not kind.learned)]
 
 
 def finished_method(run: Path) -> str:
@@ -189,6 +190,8 @@ class _Plan:
             return
         answerer.use(self.locator)
         tasks = done.lineage.tasks
+        if not self.locator.fits:
+            return
         if sealed := self.sealed.get(tuple(tasks)):
             self.locator.load(sealed)
         else:
@@ -215,7 +218,8 @@ def locating_cost(answerer: Answerer, cell: Cell) -> Cost:
     asked = Asked([question.question_id for question in questions], answerer.learned, task=answerer.learned - 1)
     start = perf_counter()
     if finder.looks:
-        asked = replace(asked, features=fresh.features(answerer.model, questions, cell.task.image_root))
+        features = fresh.features(answerer.model, questions, cell.task.image_root)
+        asked = replace(asked, features=features, prototypes=answerer.prototypes())
     elif finder.asks:
         asked = replace(asked, features=answerer.letters(questions, cell.task.image_root))
     between = perf_counter()

@@ -42,6 +42,8 @@ class ExpertConfig(PeftConfig):
         task_gates: number of rows of the task routers.
         instruction_width: width of an instruction's embedding if the experts are two halves with a gate each (SMoLoRA);
             else 0, and not written.
+        prompts: the soft prompts' ``length``, the ``width`` of a prototype, the ``picks`` that share a prompt, and the
+            number of ``tasks``; None without soft prompts, and not written. Without ``layout`` there are no experts.
         guide: widths of the embeddings and of the keys that weight the tasks (ProgLoRA); else None, and not written.
         seed: seed of the initial weights.
         modules_to_save: the projector's modules when it is tuned.
@@ -63,6 +65,7 @@ class ExpertConfig(PeftConfig):
     task_gates: int = 0
     instruction_width: int = 0
     guide: list[int] | None = None
+    prompts: dict[str, int] | None = None
     seed: int = 0
     modules_to_save: list[str] | None = None
     decoder: str = DECODER
@@ -78,14 +81,20 @@ class ExpertConfig(PeftConfig):
         if self.pick == "task" and (self.router_owners or len(picking) > 1):
             raise ValueError("pick: 'task' needs router_owners=[] and experts of every owner in every block that picks")
         names = ["mlp"] if self.router_scope == "per_block" else self.projections
-        self.target_modules = language_model_pattern(names, self.decoder)
+        wanted = [language_model_pattern(names, self.decoder)] if self.layout or self.prompts is None else []
+        wanted += [rf".*{self.decoder}\.embed_tokens"] if self.prompts is not None else []
+        self.target_modules = "|".join(wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        unwritten = {"as_released": False, "pick_from": 0, "instruction_width": 0, "guide": None, "decoder": DECODER}
+        empty: dict[str, Any] = dict.fromkeys(("guide", "prompts"))
+        unwritten = {"as_released": False, "pick_from": 0, "instruction_width": 0, "decoder": DECODER} | empty
         return {n: v for n, v in super().to_dict().items() if n not in unwritten or v != unwritten[n]}
 
     @property
     def needs_routing(self) -> bool:
         """Several tasks share the checkpoint, so a task must be chosen for each sample."""
         owners = {owner for block in self.layout.values() for owner in block}
-        return len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1)
+        prompted = self.prompts is not None and self.prompts["tasks"] > 1
+        return (
+            len(self.router_owners) > 1 or self.task_gates > 1 or (self.pick == "task" and len(owners) > 1) or prompted
+        )

@@ -21,6 +21,7 @@ from clmoe.experts.config import PEFT_NAME, ExpertConfig
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.guide import Guide
 from clmoe.experts.layer import ExpertLayer, ExpertLinear, ExpertMLP, Float32Linear, expert_layers
+from clmoe.experts.prompts import SoftPrompts
 from clmoe.experts.routing import NEWEST_ROUTER, SHARES, InstanceRouter, current_routing
 from clmoe.utils.files import read_json
 from clmoe.utils.tensors import load_tensors, same_bits, trainable
@@ -30,10 +31,10 @@ IN_FILES = "base_model.model."
 
 
 class ExpertModel(BaseTuner):
-    """peft's view of the adapter: replaces the targeted modules with ``ExpertLinear`` or ``ExpertMLP``."""
+    """peft's view of the adapter: it replaces the targets with ``ExpertLinear``, ``ExpertMLP`` or ``SoftPrompts``."""
 
     prefix = f"{PEFT_NAME}_"
-    tuner_layer_cls = ExpertLayer
+    tuner_layer_cls = (ExpertLayer, SoftPrompts)  # type: ignore[assignment]  # it goes to isinstance
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,13 +47,14 @@ class ExpertModel(BaseTuner):
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         config, adapter, target, name, parent = args
-        if isinstance(target, ExpertLayer):
+        if isinstance(target, self.tuner_layer_cls):
             target.attach(adapter, config)
             return
-        layer = (ExpertMLP if config.router_scope == "per_block" else ExpertLinear)(target, kwargs["current_key"])
+        kinds = {True: SoftPrompts, False: ExpertMLP if config.router_scope == "per_block" else ExpertLinear}
+        layer = kinds[isinstance(target, nn.Embedding)](target, kwargs["current_key"])
         layer.attach(adapter, config)
-        for container in (layer.clmoe_experts, layer.clmoe_routers):  # 4-bit base weights take no such flag
-            container.requires_grad_(adapter in self.active_adapters)
+        for container in layer.adapter_layer_names:  # 4-bit base weights take no such flag
+            getattr(layer, container).requires_grad_(adapter in self.active_adapters)
         setattr(parent, name, layer)
 
     @classmethod
@@ -90,7 +92,7 @@ def _guided(guide: Guide, block: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def _name_in_file(key: str, adapter_name: str) -> str:
-    for container in ExpertLayer.adapter_layer_names:
+    for container in (*ExpertLayer.adapter_layer_names, *SoftPrompts.adapter_layer_names):
         key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
     return key
 

@@ -1,4 +1,5 @@
-"""Locators find the task of a test sample. All but ``letter`` work with every method that keeps parts per task."""
+"""Locators find the task of a test sample. All but ``letter`` and ``learned`` work with every method that keeps
+parts per task."""
 
 from clmoe.config import LocatorConfig
 from clmoe.errors import ClmoeError
@@ -7,6 +8,7 @@ from clmoe.locators.centroid import ImageTextCentroid, TextCentroid
 from clmoe.locators.gaussian import Gaussian
 from clmoe.locators.knn import Knn
 from clmoe.locators.known import Last, Oracle, Random
+from clmoe.locators.learned import LearnedPrototype
 from clmoe.locators.letter import GeneratedLetter
 from clmoe.locators.prototype import NearestMean, Prototype
 from clmoe.locators.vae import Vae
@@ -24,6 +26,7 @@ LOCATORS: dict[str, type[Locator]] = {
     "text_centroid": TextCentroid,
     "image_text_centroid": ImageTextCentroid,
     "vae": Vae,
+    "learned_prototype": LearnedPrototype,
     "generated_letter": GeneratedLetter,
 }
 

@@ -19,20 +19,23 @@ FILE = "locator.safetensors"  # a checkpoint's locator
 class Asked:
     """M samples whose task, one of ``tasks``, is wanted; ``task``, counted from 0, is the true one if it is known.
 
-    ``features [M, D]`` float32 on the CPU are None for locators that do not look.
+    ``features [M, D]`` float32 on the CPU are None for locators that do not look. ``prototypes [N, F]`` are those that
+    the method has learned, see ``clmoe.methods.base.Method.prototypes``.
     """
 
     ids: Sequence[str]
     tasks: int
     features: Tensor | None = None
     task: int | None = None
+    prototypes: Tensor | None = None
 
 
 class Locator:
     """Finds the task of a test sample.
 
     Class attributes:
-        looks: it needs features of the samples, and beforehand those of each task's training samples.
+        looks: it needs features of the samples.
+        learned: it compares them with the method's own prototypes; there is nothing to fit.
         asks: its features are instead the logits ``[M, N]`` that the model itself gives the tasks' letters, see
             ``clmoe.methods.base.Method.letters``; there is nothing to fit.
         view: what in a sample its features describe; ``image_text`` gives ``[M, 2 D]``, the image's half first.
@@ -40,6 +43,7 @@ class Locator:
     """
 
     looks: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     asks: ClassVar[bool] = False
     view: ClassVar[View] = "prompt"
     Options: ClassVar[type] = NoOptions
@@ -48,6 +52,11 @@ class Locator:
     def __init__(self, config: LocatorConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.options: Any = build(self.Options, config.options, "locator.options")
+
+    @property
+    def fits(self) -> bool:
+        """Whether it must be fitted, with features of each task's training samples."""
+        return self.looks and not self.learned
 
     def fit(self, features: Tensor) -> None:
         """Add the next task from features ``[M, D]`` float32 of its training samples; older tasks do not change."""

@@ -38,6 +38,7 @@ class TaskContext:
         sealed, trained: the folder with the adapters of the finished phases, by name, and the newest of them.
         previous: the parent checkpoint.
         data: the benchmark's folder; the images of every task are below it.
+        features: where the run keeps features of prompts; None keeps none.
     """
 
     task: str
@@ -52,6 +53,7 @@ class TaskContext:
     trained: Path
     previous: Path | None
     data: Path = Path()
+    features: Path | None = None
 
     def load(self, folder: Path) -> None:
         """Replace the live adapter with a saved one."""
@@ -87,6 +89,7 @@ class Method:
         chain: ``sequence`` (each task continues the adapter of the one before), ``fresh`` (each trains a fresh adapter,
             which ``end_task`` adds to the parent's), ``union`` (all tasks at once), ``none`` (nothing is trained).
         keeps_parts: the answer to a sample depends on its task, so a locator is needed; see ``selection``.
+        prototypes_learned: see ``prototypes``; locator ``learned_prototype`` uses them.
         letters: the model learns to answer ``referral`` with the letter of a task; ``generated_letter`` asks for it.
         reads_logits: ``extra_loss`` reads ``batch["logits"]``; otherwise the logits are computed in pieces and dropped.
         needs_gradients: ``change_gradients`` is called, and ``after_step`` sees whole gradients. ZeRO has none.
@@ -97,6 +100,7 @@ class Method:
     chain: ClassVar[Literal["sequence", "fresh", "union", "none"]] = "sequence"
     keeps_parts: ClassVar[bool] = False
     letters: ClassVar[bool] = False
+    prototypes_learned: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     memory: ClassVar[str] = ""
@@ -188,6 +192,10 @@ class Method:
         """How to route a batch of samples that belong to ``tasks [B]`` int64; only called with ``keeps_parts``."""
         raise NotImplementedError
 
+    def training_selection(self, model: PeftModel, rows: Tensor | None) -> RouteSelection:
+        """How to route a training batch; ``rows [B]`` int64 are its samples' indices in the phase's records."""
+        return NEWEST_ROUTER
+
     def plain_selection(self) -> RouteSelection:
         """How to route any batch without ``keeps_parts``."""
         return NEWEST_ROUTER
@@ -199,9 +207,18 @@ class Method:
     def mixture(self, scores: Tensor) -> Tensor | None:
         """Shares ``[B, N]`` of the tasks' parts for samples with these locator scores, ``[B, N]`` float64.
 
-        None, the default, uses the best task alone, see ``selection``. Shares need experts with ``pick`` ``task``.
+        None, the default, uses the best task alone, see ``selection``. Shares need experts with ``pick`` ``task``, or
+        soft prompts.
         """
         return None
+
+    def soft_tokens(self, learned: int) -> int:
+        """How many places for soft prompt tokens a prompt has with ``learned`` tasks, in training the newest too."""
+        return 0
+
+    def prototypes(self, model: PeftModel) -> Tensor:
+        """What stands for each task's image and text features, ``[N, F]``; only with ``prototypes_learned``."""
+        raise NotImplementedError
 
 
 def measured(method: Method) -> dict[str, float]:

@@ -39,7 +39,10 @@ FOUR_BIT = 0.5 + (1 + FLOAT32 / 256) / 64  # bytes of an nf4 weight: a maximum f
 REDUCE_BUCKET = 5e8  # elements, DeepSpeed's default
 EIGHT_BIT = 1  # and a float32 scale for each output
 USABLE = 0.9  # of a card's memory: the rest is for what no figure counts, CUDA's context and fragmentation
-PARTS = {"expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "projector": ("modules_to_save.",)}
+PARTS = {
+    "expert": ("clmoe_experts.", "lora_"), "router": ("clmoe_routers.",), "prompt": ("clmoe_prompts.",),
+    "projector": ("modules_to_save.",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,13 @@ class FirstTask:
         """What an image of its tasks takes. Raises ClmoeError as ``image_size`` does."""
         return image_size(self.method.config.model, self.base, self.tasks)
 
-    @property
-    def image_tokens(self) -> int:
-        return self.image.tokens
+    def tokens(self, text: int, whole: int | None = None) -> int:
+        """Tokens of a sample with an image and ``text`` tokens (or with ``whole`` in all), and places of soft prompts.
+
+        The places add to ``training.max_length``; there are as many as in the last task.
+        """
+        limit, soft = self.method.config.training.max_length, self.method.soft_tokens(len(self.tasks))
+        return min(whole or self.image.tokens + text, limit) + soft
 
     @cached_property
     def experts(self) -> ExpertConfig | None:
@@ -134,7 +141,9 @@ def by_task(first: FirstTask, tasks: int, X: float | None) -> tuple[list[int | N
     if not first.method.grows or first.experts is None:
         added_up = first.experts is not None and not first.experts.router_owners  # O-LoRA: an expert for each task
         stored, expert = first.count(kept=True), first.count("expert", kept=True)
-        keys = sum(p.numel() for name, p in trainable(first.model).items() if name.endswith(".guide.key"))
+        frozen = (".guide.key", ".prompt")  # an expert, a key, or soft tokens and their prototype are kept of each task
+        keys = sum(p.numel() for name, p in trainable(first.model).items() if name.endswith(frozen))
+        keys += (first.experts.prompts or {}).get("width", 0) if first.experts is not None else 0
         more = stored if first.method.chain == "fresh" else expert + keys if added_up else 0
         shared = expert * first.method.shared_rank // first.method.config.adapter.rank if tasks > 1 else 0
         return [whole] * tasks, stored + (tasks - 1) * more + shared, {}
@@ -197,7 +206,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     attention += N * tokens * b * s.masked
     block = attention + N * (3 * b * F + adapted) + cast_experts
     tuned = first.count("projector") > 0
-    spared = 0 if tuned or not names <= set(FFN_PROJECTIONS) else attention  # by the first block: only its FFN trains
+    first_trains = tuned or first.count("prompt") or not names <= set(FFN_PROJECTIONS)
+    spared = 0 if first_trains else attention  # by the first block: only its FFN trains
     if recompute:  # the inputs of the other blocks, and what the last one's recomputation holds
         kept, again = b * (L - 1) * D * N, block - (spared if L == 1 else 0)
     else:
@@ -281,8 +291,7 @@ def make_plan(
     if None in trained:
         notes.append("what a later task trains depends on the blocks that it extends: give --extended-blocks X")
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
-    usual, longest = first.image_tokens + TEXT_TOKENS, first.image_tokens + (LONG_TEXT if card else TEXT_TOKENS)
-    usual, tokens = (min(tokens or size, training.max_length) for size in (usual, longest))
+    usual, tokens = (first.tokens(text, tokens) for text in (TEXT_TOKENS, LONG_TEXT if card else TEXT_TOKENS))
     memory = state_bytes(first, gpus, deepspeed)
     memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     values |= {
@@ -394,9 +403,9 @@ def plan_text(values: dict[str, Any]) -> str:
             f"shapes: {values['shapes']}",
             *wrap(image, 100),
             "",
-            _row("linear", "in", "out", "experts", "rank each", "blocks"),
         ]
-        lines += [_row(*list(linear.values())[:6]) for linear in values["linears"]]
+        head = [("linear", "in", "out", "experts", "rank each", "blocks")] if values["linears"] else []
+        lines += [_row(*row[:6]) for row in (*head, *(tuple(linear.values()) for linear in values["linears"]))]
         lines += ["", "trainable parameters in the first task"]
         lines += [_row(f"  {name}", values[f"{name}_parameters"]) for name in (*PARTS, "trainable")]
         lines += [*(_row(f"  per block later: {name}", n) for name, n in values["growth"].items()), ""]
@@ -413,8 +422,8 @@ def plan_text(values: dict[str, Any]) -> str:
     if values["downloads"]:
         tasks += ["", "to fetch:", *(f"  {line}" for line in values["downloads"])]
     missing = [wrap(item, 100, initial_indent="  ", subsequent_indent="    ") for item in values["missing"]]
-    head = f"missing ({len(missing)})" if missing else "nothing is missing"
-    return "\n".join([*lines, *tasks, "", *values["notes"], head, *(line for item in missing for line in item)])
+    count = f"missing ({len(missing)})" if missing else "nothing is missing"
+    return "\n".join([*lines, *tasks, "", *values["notes"], count, *(line for item in missing for line in item)])
 
 
 def _on_card(card: dict[str, Any], total: int, gpus: int) -> list[str]:

@@ -17,8 +17,9 @@ def within_budget(config: Config, tasks: int, given: Collection[str] = ()) -> Co
     ``given``: keys that the user has set beside the budget. Parameters are what ``clmoe plan`` calls "kept in the end".
     A method that grows gets the nearest rank: what it ends with depends on the data.
 
-    Raises ClmoeError if a key is ``given`` that the budget replaces, no rank comes within 2 % of the parameters, the
-    samples do not divide among the tasks, ``extended_blocks`` is missing, or the base's shapes are unknown.
+    Raises ClmoeError if a key is ``given`` that the budget replaces, the method has no rank or none comes within 2 % of
+    the parameters, the samples do not divide among the tasks, ``extended_blocks`` is missing, or the base's shapes are
+    unknown.
     """
     budget, method = config.budget, method_class(config.method)(config)
     if budget == BudgetConfig() or method.chain == "none":
@@ -58,6 +59,8 @@ def _ranked(config: Config, tasks: int, wanted: int) -> Config:
 
     unit = _unit(_first(config))
     one, two = kept(unit), kept(2 * unit)
+    if one == two:
+        raise ClmoeError(f"budget.parameters: {config.name} has no rank that could change its number of parameters")
     below = max(1, 1 + (wanted - one) // (two - one))
     found = {rank: kept(rank) for rank in (below * unit, (below + 1) * unit)}
     best = min(found, key=lambda rank: abs(found[rank] - wanted))

@@ -65,7 +65,7 @@ def fit(
     for bits in _bits(config, keys):
         model = replace(config.model, **{name.partition(".")[2]: value for name, value in bits.items()})
         first = first_task(method(replace(config, model=model)), tasks)
-        tokens = min(first.image_tokens + LONG_TEXT, config.training.max_length)
+        tokens = first.tokens(LONG_TEXT)
         for recompute, zero, micro in product(_recompute(config, keys), offloads, _micro(config, keys, gpus)):
             state = sum(state_bytes(first, gpus, zero).values())
             planned = state + activation_bytes(first, micro, tokens, recompute)

@@ -59,13 +59,16 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
     """The adapter's parameters that one token of a question meets.
 
     In a block these are the experts that its router keeps (all, if it mixes all) and the newest router; without
-    routers, those of the newest task, or of all tasks if they are summed or mixed. All else, such as LoRA or a trained
-    projector, counts in full; a task router's gates are not weights and do not count.
+    routers, those of the newest task, or of all tasks if they are summed or mixed. Of soft prompts they are the tokens
+    of the tasks that share a prompt. All else, such as LoRA or a trained projector, counts in full; a task router's
+    gates are not weights and do not count.
     """
     adapter: dict[str, Any] = read_json(checkpoint / "adapter_config.json")
     routers, experts, total = adapter.get("router_owners", []), Counter[str](), 0
     for name, size in sizes(checkpoint / ADAPTER_FILE).items():
-        if ".clmoe_experts." in name:
+        if ".clmoe_prompts." in name:
+            total += size * soft_tokens(adapter) // adapter["prompts"]["length"] if name.endswith(".prompt") else 0
+        elif ".clmoe_experts." in name:
             experts[re.findall(r"\.layers\.(\d+)\.", name)[0]] += size
         elif ".clmoe_routers." not in name or f".instance.{len(routers) - 1}." in name:
             total += size
@@ -79,6 +82,12 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
             used = owners.count(owners[-1])
         total += size // len(owners) * used
     return total
+
+
+def soft_tokens(adapter: dict[str, Any]) -> int:
+    """Soft tokens in a prompt with an adapter of this configuration."""
+    prompts = adapter.get("prompts") or {"length": 0, "picks": 0, "tasks": 0}
+    return int(prompts["length"]) * min(prompts["picks"], prompts["tasks"])
 
 
 def sizes(path: Path) -> dict[str, int]:
@@ -101,13 +110,15 @@ def _flops(run: Path, tasks: Sequence[Task], config: Config, dones: list[Finishe
     tokens = min(taken[1].tokens + TEXT_TOKENS, config.training.max_length)
     tuned, again = config.adapter.train_projector, config.training.gradient_checkpointing
     adapter = 0
+    soft = 0
     for done in dones:
+        soft = soft_tokens(read_json(done.folder / "adapter_config.json"))
         parts = sizes(done.folder / ADAPTER_FILE).items()
-        adapter = sum(size for name, size in parts if "lora_" in name or ".clmoe_" in name)
+        adapter = sum(size for name, size in parts if re.search(r"lora_|\.clmoe_(experts|routers)\.", name))
         trained = done.lineage.trainable_parameters if method.chain == "fresh" else adapter
-        step = step_flops(*taken, 1, tokens, min(ANSWER_TOKENS, tokens), trained, tuned, again)
+        step = step_flops(*taken, 1, tokens + soft, min(ANSWER_TOKENS, tokens), trained, tuned, again)
         training += step * sum(samples.get(done.folder.name, {}).values())
-    question = answer_flops(*taken, tokens, adapter)
+    question = answer_flops(*taken, tokens + soft, adapter)
     if method.keeps_parts:
         locator = make_locator(config.locator, config.seed)
         question += answer_flops(*taken, tokens, adapter if locator.asks else 0) * (locator.looks or locator.asks)

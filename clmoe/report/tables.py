@@ -221,7 +221,7 @@ def _start(run: Run, name: str) -> str:
     """One of `STARTS` as text."""
     if name == "rank":
         rank, per_expert = run.settings.get("adapter.rank"), run.settings.get("adapter.rank_is") == "per_expert"
-        trains = run.trainable_parameters > 0 and rank is not None
+        trains = run.trainable_parameters > 0 and rank is not None and run.effective_scale is not None
         return f"{rank}{' per expert' * per_expert}" if trains else BLANK
     value = getattr(run, name)
     return BLANK if value is None else json.dumps(value)

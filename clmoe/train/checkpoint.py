@@ -184,8 +184,12 @@ def read_checkpoint(folder: Path, overrides: list[str] | None = None) -> Finishe
 def checked_method(config: Config) -> Method:
     """The method of a configuration. Raises ClmoeError if its options, or those of the locator it needs, do not fit."""
     method = method_class(config.method)(config)
-    if method.keeps_parts and make_locator(config.locator, config.seed).asks and not method.letters:
-        raise ClmoeError(f"locator={config.locator.name}: {config.method} does not teach the model to say letters")
+    if method.keeps_parts:
+        locator = make_locator(config.locator, config.seed)
+        if locator.asks and not method.letters:
+            raise ClmoeError(f"locator={config.locator.name}: {config.method} does not teach the model to say letters")
+        if locator.learned and not method.prototypes_learned:
+            raise ClmoeError(f"locator={config.locator.name}: {config.method} learns no prototypes")
     return method
 
 

@@ -30,7 +30,7 @@ from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
-from clmoe.experts.routing import NEWEST_ROUTER, RouteTrace, checkpoint_contexts, routing
+from clmoe.experts.routing import RouteTrace, checkpoint_contexts, routing
 from clmoe.methods.base import Method, measured
 from clmoe.train.state import (
     PlainOptimizer,
@@ -85,7 +85,7 @@ class TrainedModel(nn.Module):
             # Processes wait for each other's gradients, so a tuned projector needs one, of zeros, even without images.
             # It is computed first, so that its gradient comes last, as with images: ZeRO-2 packs them as they come.
             loss = 0.0 * sum(p.sum() for name, p in trainable(self.model).items() if PROJECTOR in name)
-        with routing(NEWEST_ROUTER, trace):
+        with routing(self.method.training_selection(self.model, rows), trace):
             states = answer_states(adapted, batch)
         if self.method.reads_logits:
             batch["logits"] = adapted.lm_head(states).float()

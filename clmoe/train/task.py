@@ -235,7 +235,8 @@ def train_task(request: TrainRequest, base: LoadedBase | None = None) -> LoadedB
     with TemporaryDirectory(prefix="clmoe-") as scratch:  # where the methods of all but the main process write
         work, task, index = building if is_main() else Path(scratch), learned[-1], len(learned) - 1
         model = _model(request, method, base)
-        context = TaskContext(task, index, records, images, config, base, model, work, sealed, sealed, previous, data)
+        folders = work, sealed, sealed, previous, data, feature_folder(request.run)
+        context = TaskContext(task, index, records, images, config, base, model, *folders)
         log = EventLog(request.run / "events.jsonl")
         log.write("started", task=request.task, **provenance())
         phases = method.phases(context)
@@ -298,11 +299,11 @@ def _fit_locator(request: TrainRequest, context: TaskContext) -> None:
     """Add the task to the parent's locator, on features of its training data."""
     config = request.config
     locator = make_locator(config.locator, config.seed)
-    if not locator.looks:
+    if not locator.fits:
         return
     if context.previous is not None:
         locator.load(context.previous / LOCATOR_FILE)
-    store = FeatureStore.of(context.base, config, feature_folder(request.run), locator.view)
+    store = FeatureStore.of(context.base, config, context.features, locator.view)
     features = store.of_training(context.model, context.records, context.image_root, config)
 
     def fit() -> None:  # up to minutes of work, the same in every process: one of them does it
@@ -390,7 +391,8 @@ def _train(
     request: TrainRequest, method: Method, context: TaskContext, phase: Phase, steps: int, log: EventLog
 ) -> dict[str, Any]:
     """Train a phase from its newest saved state and seal it; returns the model's wrapper class, and lost updates."""
-    training, base = request.config.training, context.base
+    training = request.config.training
+    base = replace(context.base, soft_tokens=method.soft_tokens(context.index + 1))
     if phase.learning_rate is not None:
         training = replace(training, learning_rate=phase.learning_rate)
     plan = batch_plan(request, phase.records, phase.batch_size)

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import clmoe
 from clmoe.bases.families import FAMILIES
 from clmoe.bases.inputs import AnswersFit, to_device
-from clmoe.bases.llava import LoadedBase, decoder_layers, load_base, open_encoder, projector_names
+from clmoe.bases.llava import SOFT, LoadedBase, decoder_layers, load_base, open_encoder, projector_names
 from clmoe.config import ModelConfig, load_config
 from clmoe.data.batches import PromptItem, collate_prompts, collate_train
 from clmoe.data.prompts import IGNORE
@@ -30,9 +31,10 @@ from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.data.rows import END
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answerer
-from clmoe.experts.forward import FeatureStore, answer_states, base_features, prefill
+from clmoe.experts.forward import FeatureStore, adapted_base, answer_states, base_features, prefill
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
+from clmoe.experts.prompts import soft_prompts
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.locators import LOCATORS
 from clmoe.methods import method_class, methods
@@ -224,6 +226,33 @@ def test_training_reads_what_a_plain_forward_pass_reads(base: LoadedBase, pictur
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_soft_token_with_a_words_embedding_is_that_word(base: LoadedBase, pictures: Path) -> None:
+    """Oracle: the same records with the words spelled out after their first token."""
+    config = load_config("modalprompt", {}, ["options.length=3", "adapter.train_projector=false"])
+    words = torch.tensor(base.tokenizer("Which colour is it?", add_special_tokens=False)["input_ids"][-3:])
+    pad = base.tokenizer.pad_token_id
+    records = [TrainRecord("0", "0.png", TURNS), TrainRecord("1", None, TURNS[:1])]
+    prompted, spelled = [], []
+    for record in records:
+        image = record.image and base.read_image(pictures / record.image)
+        item = replace(base, soft_tokens=3).train_item(record, image, 4096)
+        plain, soft = base.train_item(record, image, 4096), item.input_ids >= SOFT
+        assert torch.equal(item.input_ids[~soft], plain.input_ids) and torch.equal(item.labels[~soft], plain.labels)
+        assert soft.nonzero()[:, 0].tolist() == [1, 2, 3] and (item.labels[soft] == IGNORE).all()
+        ids = item.input_ids.clone()
+        ids[soft] = words
+        prompted.append(item)
+        spelled.append(replace(item, input_ids=ids))
+    with torch.no_grad():
+        expected = answer_states(base.model, collate_train(spelled, pad))
+        model = attach_adapter(base.model, method_class("modalprompt")(config).adapter(base)).eval()
+        layer = soft_prompts(model)
+        layer.bank.prompt.copy_(layer.base_layer(words))
+        found = answer_states(adapted_base(model), collate_train(prompted, pad))
+    detach_adapter(model)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_answers_are_those_of_generate(base: LoadedBase, pictures: Path) -> None:
     """Oracle: transformers' own generation, one prompt at a time; ours reads all of them in one left-padded batch."""
     prompts = items(base, pictures)
@@ -355,10 +384,11 @@ def test_two_tasks_are_trained_one_after_the_other_and_answered(
 def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]) -> None:
     """A locator that looks at samples must beat chance; a few steps teach ``generated_letter`` nothing."""
     runs, asks = runs_on(base), LOCATORS[locator].asks
-    method = "mrlora" if asks else "separate"
+    method = "mrlora" if asks else "modalprompt" if LOCATORS[locator].learned else "separate"
     checkpoint = runs.chain(method, *SHORT, *ROWS[method].overrides, tasks=PAIR)[1]
     output = runs.evaluate(checkpoint, checkpoint.parent / locator, *FAST.get(locator, ()), locator=locator)
-    suffix = "" if asks or locator == "oracle" else f".{locator}"  # files of a method's own locator have none
+    own = ("oracle", "learned_prototype", "generated_letter")  # the methods' own; their files name no locator
+    suffix = "" if locator in own else f".{locator}"
     files = {task: output / "predictions" / PAIR[1] / f"{task}{suffix}.jsonl" for task in PAIR}
     found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
     assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())

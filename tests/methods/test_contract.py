@@ -34,6 +34,7 @@ EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(expert
 BLOCKS = r"language_model\.layers\.\d+\.mlp\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 GATES = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_routers\..*(instruction\.weight|fusion)$"
 GUIDE = r"language_model\.layers\.0\.mlp\.gate_proj\.clmoe_routers\..*guide\.key$"
+PROMPTS = r"language_model\.embed_tokens\.clmoe_prompts\.\w+\.(prompt|transform\.\d\.(weight|bias))$"
 PROJECTOR = r"multi_modal_projector\.modules_to_save\."
 
 
@@ -76,6 +77,7 @@ ROWS = {
     "llaca": Row((LORA, PROJECTOR)),
     "olora": Row((EXPERTS, PROJECTOR)),
     "reglora": Row((EXPERTS, PROJECTOR), ("key_elements.safetensors",)),
+    "modalprompt": Row((PROMPTS,), overrides=("adapter.train_projector=false", "options.length=3")),
     "smolora": Row((EXPERTS, GATES, PROJECTOR), ("locator.safetensors",)),
     "proglora": Row((EXPERTS, GUIDE, PROJECTOR)),
     "same": Row((EXPERTS, PROJECTOR), ("input_spectra.safetensors",)),
