@@ -24,7 +24,7 @@ import clmoe
 from clmoe.bases.families import FAMILIES
 from clmoe.bases.inputs import AnswersFit, to_device
 from clmoe.bases.llava import SOFT, LoadedBase, decoder_layers, load_base, open_encoder, projector_names
-from clmoe.config import ModelConfig, load_config
+from clmoe.config import LocatorConfig, ModelConfig, load_config
 from clmoe.data.batches import PromptItem, collate_prompts, collate_train
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord, Turn
@@ -36,7 +36,7 @@ from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.prompts import soft_prompts
 from clmoe.experts.routing import NEWEST_ROUTER, routing
-from clmoe.locators import LOCATORS
+from clmoe.locators import LOCATORS, make_locator
 from clmoe.methods import method_class, methods
 from clmoe.train.loop import TrainedModel, enable_checkpointing
 from clmoe.utils.tensors import same_bits
@@ -382,7 +382,7 @@ def test_two_tasks_are_trained_one_after_the_other_and_answered(
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "locator"), pairs(LOCATORS, ("nearest_mean",)), indirect=["base"])
 def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Callable[[LoadedBase], Runs]) -> None:
-    """A locator that looks at samples must beat chance; a few steps teach ``generated_letter`` nothing."""
+    """A locator that is fitted must beat chance; a few steps teach a model neither letters nor prototypes."""
     runs, asks = runs_on(base), LOCATORS[locator].asks
     method = "mrlora" if asks else "modalprompt" if LOCATORS[locator].learned else "separate"
     checkpoint = runs.chain(method, *SHORT, *ROWS[method].overrides, tasks=PAIR)[1]
@@ -392,7 +392,7 @@ def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Call
     files = {task: output / "predictions" / PAIR[1] / f"{task}{suffix}.jsonl" for task in PAIR}
     found = {task: Counter(json.loads(line)["task"] for line in file.open()) for task, file in files.items()}
     assert all(counts.total() == 12 and counts.keys() <= set(PAIR) for counts in found.values())
-    if LOCATORS[locator].looks or locator == "oracle":
+    if make_locator(LocatorConfig(locator), 0).fits or locator == "oracle":
         assert sum(found[task][task] for task in PAIR) > 12, found
 
 
