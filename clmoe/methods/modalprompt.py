@@ -26,6 +26,7 @@ from torch.nn.functional import cosine_similarity
 
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import first_questions
+from clmoe.errors import ClmoeError
 from clmoe.experts.config import ExpertConfig
 from clmoe.experts.forward import FeatureStore
 from clmoe.experts.model import expert_config
@@ -70,14 +71,19 @@ class ModalPrompt(Method):
             prompts.begin_task(expert_config(context.model))
         store = FeatureStore.of(context.base, self.config, context.features, "image_text")
         known = [row for row, record in enumerate(context.records) if not record.masked]
-        found = store.features(
-            context.model, first_questions([context.records[row] for row in known]), context.image_root
-        )
-        self._features = found.new_zeros(len(context.records), found.shape[1])
+        questions = first_questions([context.records[row] for row in known])
+        found = store.features(context.model, questions, context.image_root)
+        width, given = expert_config(context.model).prompts["width"], found.shape[1] // 2  # type: ignore[index]
+        if given != width:
+            raise ClmoeError(
+                f"locator.options.text_encoder: its features are {given} wide, the base's hidden states and so the "
+                f"prototypes {width}: leave it out or name a smaller text tower"
+            )
+        self._features = found.new_zeros(len(context.records), 2 * width)
         self._features[known] = found
-        older = prompts.bank.anchors
-        own = torch.ones(len(context.records), 1)  # more than any cosine
-        likeness = own if older is None else torch.cat([both_cosines(self._features, older.cpu()), own * 2], dim=1)
+        likeness = torch.full((len(context.records), 1), 2.0)  # more than any cosine
+        if (older := prompts.bank.anchors) is not None:
+            likeness = torch.cat([both_cosines(self._features, older.cpu()), likeness], dim=1)
         self._weights = ranked(likeness, self.options.picks)
 
     def training_selection(self, model: PeftModel, rows: Tensor | None) -> RouteSelection:

@@ -121,6 +121,15 @@ def test_training_picks_older_tasks_by_image_and_question_and_pulls_the_prototyp
     assert loss is not None and float(loss.detach()) == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
 
 
+def test_a_text_tower_that_is_wider_than_the_base_is_refused(
+    checkpoints: list[Path], runs: Runs, new_base: NewBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureStore, "features", lambda *unused: torch.zeros(4, 2 * 1000))
+    records = task_records(runs.benchmark, TASKS[1], 4)[0]
+    with pytest.raises(ClmoeError, match=r"text_encoder: its features are 1000 wide, .*: leave it out"):
+        begun("modalprompt", new_base(), runs, checkpoints[0], *SETTINGS, records=records)
+
+
 def test_a_finished_task_is_frozen_and_its_prototype_kept(checkpoints: list[Path], new_base: NewBase) -> None:
     first, second, third = map(tensors, checkpoints)
     prefix = next(name for name in first if name.endswith(".prompt")).removesuffix("prompt")
