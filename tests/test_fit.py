@@ -76,7 +76,7 @@ def test_the_cheapest_settings_that_fit_are_taken(deepspeed: str | None, tiny_fo
         values = f"model.dtype={dtype}", f"model.load_in_8bit={eight}", f"model.load_in_4bit={four}"
         first = first_of(tiny_config("clmoe", tiny_folder, *values))
         for again, (rank, zero), micro in itertools.product((False, True), enumerate(zeros), (8, 4, 2, 1)):
-            activations = activation_bytes(first, micro, first.image_tokens + 256, again)
+            activations = activation_bytes(first, micro, first.image.tokens + 256, again)
             size = sum(state_bytes(first, 1, zero).values()) + activations
             options.append(((level, again, rank, -micro), size, zero))
     sizes = sorted({size for _, size, _ in options})
@@ -128,7 +128,7 @@ def test_a_run_is_the_one_with_the_settings_by_hand(
     where = {"order": TASKS[0], "base": str(runs.model), "data": None}
     config = chosen("lora", str(runs.benchmark), settings, **where)[1]  # type: ignore[arg-type]
     first = first_of(config)
-    least = sum(state_bytes(first).values()) + activation_bytes(first, 1, first.image_tokens + 256, False)
+    least = sum(state_bytes(first).values()) + activation_bytes(first, 1, first.image.tokens + 256, False)
     size = f"--fit={math.ceil(least / 0.9) / GB:.9f}GB"
     line = ["run", "lora", str(runs.benchmark), "--base", str(runs.model), "--order", TASKS[0], *settings]
     cli.main([*line, size, "--output", str(tmp_path / "fitted")])

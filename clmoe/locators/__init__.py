@@ -34,8 +34,13 @@ LOCATORS: dict[str, type[Locator]] = {
 def make_locator(config: LocatorConfig, seed: int) -> Locator:
     """The locator that a configuration gives by name, Python file or entry point ``clmoe.locators``; without any task.
 
-    Raises ClmoeError if there is no such locator.
+    Raises ClmoeError if there is no such locator, or none is given.
     """
+    if not config.name:
+        known = ", ".join(sorted(LOCATORS | installed("LOCATORS")))
+        raise ClmoeError(
+            f"locator.name: this method keeps parts per task and needs a locator: set locator=NAME ({known})"
+        )
     kind = named(config.name, "LOCATORS", LOCATORS)
     if kind is None:
         raise ClmoeError(f"locator.name: {unknown('locator', config.name, LOCATORS | installed('LOCATORS'))}")

@@ -182,6 +182,12 @@ def test_only_methods_that_learn_prototypes_can_be_located_by_them() -> None:
     assert "learned_prototype" not in usable_locators("separate")
 
 
+def test_a_method_file_without_a_locator_is_told_to_name_one() -> None:
+    file = Path(method_class.__code__.co_filename).with_name("modalprompt.py")
+    with pytest.raises(ClmoeError, match=r"needs a locator: set locator=NAME \(gaussian, .*learned_prototype"):
+        checked_method(load_config(str(file), {}, ["adapter.train_projector=false"]))
+
+
 def test_soft_prompts_cannot_be_merged_into_the_base(checkpoints: list[Path]) -> None:
     with pytest.raises(ClmoeError, match="soft prompts are inputs and not weights"):
         check_mergeable(read_checkpoint(checkpoints[0]))
