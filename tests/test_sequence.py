@@ -36,6 +36,7 @@ PARTS = {
     "disco": (),
     "hide": ("options.variant=released",),
     "smolora": (),
+    "modalprompt": (),
     "mrlora": ("options.stored=2", "options.router_rank=8", "options.router_epochs=1"),
 }
 

@@ -167,12 +167,13 @@ def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_
         ("lwf", "zero2", None),
         ("der", "ddp", "memory_logits.safetensors"),
         ("olora", "zero2", None),
+        ("modalprompt", "zero2", None),
     ],
 )
 def test_second_tasks_of_baselines_are_those_of_one_process(
     method: str, kind: str, state: str | None, runs: Runs, tmp_path: Path
 ) -> None:
-    """The baselines add a penalty on the weights, a second pass, replayed rows, or frozen experts beside new ones.
+    """They add a penalty on the weights, a second pass, replayed rows, frozen experts beside new ones, or soft tokens.
 
     Micro-batches hold one row and activations are recomputed; files that the processes measured together agree, too.
     """
