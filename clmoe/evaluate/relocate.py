@@ -189,9 +189,9 @@ class _Plan:
         if not self.cells[0][0].locator or not self.locator.looks:
             return
         answerer.use(self.locator)
-        tasks = done.lineage.tasks
         if not self.locator.fits:
             return
+        tasks = done.lineage.tasks
         if sealed := self.sealed.get(tuple(tasks)):
             self.locator.load(sealed)
         else:

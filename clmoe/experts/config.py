@@ -86,8 +86,8 @@ class ExpertConfig(PeftConfig):
         self.target_modules = "|".join(wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        empty: dict[str, Any] = dict.fromkeys(("guide", "prompts"))
-        unwritten = {"as_released": False, "pick_from": 0, "instruction_width": 0, "decoder": DECODER} | empty
+        unwritten: dict[str, Any] = {"as_released": False, "pick_from": 0, "instruction_width": 0, "decoder": DECODER}
+        unwritten |= {"guide": None, "prompts": None}
         return {n: v for n, v in super().to_dict().items() if n not in unwritten or v != unwritten[n]}
 
     @property

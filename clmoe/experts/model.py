@@ -50,8 +50,8 @@ class ExpertModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.attach(adapter, config)
             return
-        kinds = {True: SoftPrompts, False: ExpertMLP if config.router_scope == "per_block" else ExpertLinear}
-        layer = kinds[isinstance(target, nn.Embedding)](target, kwargs["current_key"])
+        expert = ExpertMLP if config.router_scope == "per_block" else ExpertLinear
+        layer = (SoftPrompts if isinstance(target, nn.Embedding) else expert)(target, kwargs["current_key"])
         layer.attach(adapter, config)
         for container in layer.adapter_layer_names:  # 4-bit base weights take no such flag
             getattr(layer, container).requires_grad_(adapter in self.active_adapters)
