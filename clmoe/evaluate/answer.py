@@ -199,7 +199,7 @@ class Answerer:
         """
         if self.own is None:
             return self.method.plain_selection()
-        shares = None if scores is None else self.method.mixture(scores)
+        shares = None if scores is None else self.method.mixture(self.model, scores)
         if shares is not None:
             return RouteSelection(weights=shares.float().to(self.base.device))
         return self.method.selection(self.model, torch.tensor(tasks))

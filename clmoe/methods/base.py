@@ -204,7 +204,7 @@ class Method:
         """The question that asks the model, routed to ``LETTER_ROUTER``, for a task's letter; only with ``letters``."""
         raise NotImplementedError
 
-    def mixture(self, scores: Tensor) -> Tensor | None:
+    def mixture(self, model: PeftModel, scores: Tensor) -> Tensor | None:
         """Shares ``[B, N]`` of the tasks' parts for samples with these locator scores, ``[B, N]`` float64.
 
         None, the default, uses the best task alone, see ``selection``. Shares need experts with ``pick`` ``task``, or

@@ -15,6 +15,7 @@ centre.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peft import PeftModel
 from torch import Tensor
 
 from clmoe.methods.bounds import Separate
@@ -37,7 +38,7 @@ class Disco(Separate):
 
     Options: ClassVar[type] = Options
 
-    def mixture(self, scores: Tensor) -> Tensor:
+    def mixture(self, model: PeftModel, scores: Tensor) -> Tensor:
         return (scores / self.options.temperature).softmax(1)
 
 

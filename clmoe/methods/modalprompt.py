@@ -12,8 +12,8 @@ older tasks with the largest ``S``; at test time the K largest ``S`` decide (pro
 
 The paper takes both features from CLIP and fixes the width of ``z``; here the frozen base gives them, as for DISCO and
 HiDe-LLaVA, and their width is that of ``z``. The paper keeps every ``g_i``; since neither ``g_i`` nor ``p_i`` changes
-any more, ``z_i`` says as much. *Open*: what fills the other places if a locator names one task and ranks no others
-(ours: the tasks whose ``z`` is nearest).
+any more, ``z_i`` says as much. *Open*: which tasks fill the other places if a locator names one task and ranks no
+others (ours: those whose ``z`` is nearest).
 """
 
 from dataclasses import dataclass
@@ -102,16 +102,11 @@ class ModalPrompt(Method):
     def prototypes(self, model: PeftModel) -> Tensor:
         return soft_prompts(model).bank.prototypes()
 
-    def mixture(self, scores: Tensor) -> Tensor | None:
-        """The best tasks by their ranks; None if the scores, all 0 or 1, only name a task."""
-        named = bool(((scores == 0) | (scores == 1)).all())
-        return None if named and scores.shape[1] > 1 else ranked(scores, self.options.picks)
-
-    def selection(self, model: PeftModel, tasks: Tensor) -> RouteSelection:
-        """The named tasks' tokens, after those of the tasks with the nearest prototypes."""
+    def mixture(self, model: PeftModel, scores: Tensor) -> Tensor:
+        """The tasks with the best scores by their ranks; of equal scores, the nearer to the best task's prototype."""
         z = self.prototypes(model).detach().cpu()
-        likeness = cosine_similarity(z.unsqueeze(1), z.unsqueeze(0), dim=-1).fill_diagonal_(2)[tasks.cpu()]
-        return RouteSelection(weights=ranked(likeness, self.options.picks).to(model.device))
+        nearness = cosine_similarity(z.unsqueeze(1), z.unsqueeze(0), dim=-1).fill_diagonal_(2)
+        return ranked(scores, self.options.picks, nearness[scores.argmax(1)])
 
 
 def both_cosines(features: Tensor, prototypes: Tensor) -> Tensor:
@@ -120,12 +115,14 @@ def both_cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     return torch.stack(cosines).mean(0)
 
 
-def ranked(likeness: Tensor, picks: int) -> Tensor:
-    """``[B, N]``: 1 for the most alike, less in equal steps for the next, 0 after ``picks``; the older wins a tie.
+def ranked(likeness: Tensor, picks: int, ties: Tensor | None = None) -> Tensor:
+    """``[B, N]``: 1 for the most alike, less in equal steps for the next, 0 after ``picks``.
 
-    Samples that pick the same tasks in the same order have equal rows, so they can share prefixes.
+    Of equals, the one with the larger ``ties [B, N]`` comes first, then the older. Samples that pick the same tasks in
+    the same order have equal rows, so they can share prefixes.
     """
-    order = likeness.argsort(dim=1, descending=True, stable=True)
+    first = (torch.zeros_like(likeness) if ties is None else ties).argsort(dim=1, descending=True, stable=True)
+    order = first.gather(1, likeness.gather(1, first).argsort(dim=1, descending=True, stable=True))
     steps = (1 - torch.arange(likeness.shape[1]) / picks).clamp(min=0)
     return torch.zeros_like(likeness, dtype=torch.float32).scatter(1, order, steps.expand(len(likeness), -1))
 

@@ -80,7 +80,7 @@ def test_the_tasks_loras_are_fused_as_the_paper_or_its_code_says(
     method = method_class(name)(read_checkpoint(checkpoint).config)
     batch = prompt_batch(tiny_base, ["What is it?", "Which colour is it?"])
     batch["pixel_values"] = batch["pixel_values"].double()
-    shares = method.mixture(SCORES)
+    shares = method.mixture(model, SCORES)
     assert shares is not None
     exp = [[math.exp(score / temperature) for score in row] for row in SCORES.tolist()]
     expected = torch.tensor([[value / sum(row) for value in row] for row in exp], dtype=torch.float64)
