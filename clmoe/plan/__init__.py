@@ -216,7 +216,8 @@ def activation_bytes(first: FirstTask, samples: int, tokens: int, recompute: boo
     kept += b * D * F * (model.load_in_4bit or model.load_in_8bit)  # the largest linear, widened for its product
     loss = FLOAT32 * D * N + samples * min(ANSWER_TOKENS, tokens) * s.V * (b + 3 * FLOAT32)
     routed = first.experts is None or bool(first.experts.router_owners)  # a router reads float32
-    last_block = again + (4 * b if per_block else 8 if routed else 2 * b) * F * N
+    plain = not first.linears  # nothing is adapted, but soft prompts make gradients pass through every block
+    last_block = again + (4 * b if per_block or plain else 8 if routed else 2 * b) * F * N
     return kept + max(loss, 20 * D * N, last_block)
 
 
