@@ -20,8 +20,9 @@ mypy --no-error-summary >.venv/types.log 2>&1 & # beside the tests, which leave 
 types=$!
 coverage=(--cov=clmoe --cov-report= --cov-fail-under="$least")
 if [ $# -gt 0 ]; then chosen=() coverage=() unmeasured=(); fi
-# One process more than there are cores, since some tests wait for processes of their own; -n 0 runs all tests in this
-# one, as a debugger needs it.
+# One process more than there are cores, since some tests wait for processes of their own, and so one thread for each;
+# -n 0 runs all tests in this one, as a debugger needs it.
+export OMP_NUM_THREADS=1
 tests() {
   python -m pytest -n "$(($(cores) + 1))" --maxprocesses 8 --dist worksteal --durations 10 --durations-min 1 "$@" || failed=$?
 }

@@ -31,6 +31,7 @@ shift
 if [ "${1:-}" = --install ]; then exit; fi
 cd "$ROOT"
 export PYTHONPATH="$ROOT" # an environment that is kept may have been made from another checkout
+export OMP_NUM_THREADS=1  # a thread for each of pytest's processes
 # Code 3 is also pytest's for an internal error.
 suite() { python -m pytest -n "$(($(cores) + 1))" --maxprocesses 8 --dist worksteal "$@" || exit 1; }
 suite -m "not slow" tests/experts tests/methods/test_contract.py tests/train tests/bases tests/convert \
