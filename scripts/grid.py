@@ -85,21 +85,22 @@ class Grid:
                 self.rows[f"{label}_{locator}"] = Row(f"{label}_{locator}", of=label, set=[f"locator={locator}"])
         if args.grid not in content["grids"]:
             raise ClmoeError(f"{args.file}: {unknown('grid', args.grid, content['grids'])}")
-        wanted = args.only or [row for rows in content["grids"][args.grid]["sections"].values() for row in rows]
+        grid = content["grids"][args.grid]
+        end = f"_{args.grid}" if grid.get("budget") else ""
+        wanted = [label.removesuffix(end) for label in args.only]
+        wanted = wanted or [row for rows in grid["sections"].values() for row in rows]
         for label in [*wanted, *(row.of for row in self.rows.values() if row.of)]:
             if label not in self.rows:
                 raise ClmoeError(f"{args.file}: {unknown('row', label, self.rows)}")
         wanted = {*wanted, *(self.rows[label].of for label in wanted)}
         self.chosen = [row for row in self.rows.values() if row.label in wanted and name.startswith(row.benchmark)]
-        grid = content["grids"][args.grid]
         counts = {"default": DEFAULT_SEEDS} | grid.get("seeds", {}).get(name, {})
         self.seeds = {row.label: list(range(counts.get(row.label, counts["default"]))) for row in self.chosen}
         if budget := grid.get("budget"):
-            self._match([f"budget.{key}={value}" for key, value in budget.items()], grid.get("set", {}))
+            self._match(end, [f"budget.{key}={value}" for key, value in budget.items()], grid.get("set", {}))
 
-    def _match(self, budget: list[str], own: dict[str, list[str]]) -> None:
-        """Give all rows, under their own labels, the grid's budget and what it says about a row."""
-        end = f"_{self.args.grid}"
+    def _match(self, end: str, budget: list[str], own: dict[str, list[str]]) -> None:
+        """Give all rows, under labels of their own with this ``end``, the grid's budget and what it sets for a row."""
         if evaluated := [row.label for row in self.chosen if row.of]:
             raise ClmoeError(
                 f"{self.args.file}: grids.{self.args.grid}: {evaluated[0]} trains nothing that has a budget"

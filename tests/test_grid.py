@@ -178,6 +178,8 @@ def test_a_budget_gives_its_rows_labels_settings_and_seeds_of_their_own(
     assert made.settings(made.rows["lora_b"]) == ["budget.steps=7", "budget.parameters=90624"], (
         "lora has nothing to tune"
     )
+    for label in ("slow", "slow_b"):
+        assert [row.label for row in make(grid, grid="b", only=[label]).chosen] == ["slow_b"]
     Path("grids.yaml").write_text(FILE + matched.replace("[slow, lora]", "[slow, beta1]"))
     with pytest.raises(ClmoeError, match=r"grids\.b: beta1"):
         make(grid, grid="b")

@@ -53,7 +53,8 @@ def fill(root: Path, *names: str) -> None:
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the built-in benchmarks 'mine' and 'other'; the current folder is another one, 'elsewhere'."""
     folder = tmp_path / "checkout" / "configs" / "benchmarks"
-    write(folder.parent / "words.yaml", {})
+    # The process reads the words once, for later tests too.
+    write(folder.parent / "words.yaml", (paths.shipped_root() / "configs" / "words.yaml").read_text(encoding="utf-8"))
     write(folder / "mine.yaml", benchmark())
     write(folder / "other.yaml", benchmark(name="other", root="more", prepare="playground"))
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "checkout" / "clmoe" / "utils" / "paths.py"))
