@@ -27,8 +27,6 @@ from tests.report.folders import make_run
 from tests.runs import Runs, contents, tensors
 from tests.support import TASKS, prompt_batch
 
-pytestmark = pytest.mark.measured
-
 SEPARATE = ("adapter.train_projector=false",)
 
 

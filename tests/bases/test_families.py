@@ -326,6 +326,7 @@ def test_an_images_embedding_is_the_mean_of_its_tokens(base: LoadedBase, picture
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("scope", ["per_linear", "per_block"])
 def test_an_adapted_ffn_compiles_to_one_graph(scope: str, base: LoadedBase) -> None:
     torch._dynamo.reset()

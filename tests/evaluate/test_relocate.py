@@ -17,8 +17,6 @@ from clmoe.report.locators import confusion_frame, score_table, scores_frame, ta
 from tests.runs import Runs, contents, kill
 from tests.support import TASKS, TEST_ROWS, load_script
 
-pytestmark = pytest.mark.measured
-
 SETTINGS = ("adapter.train_projector=false", "evaluation.margin=0", "evaluation.limit=8")
 LOCATORS = ("last", "text_centroid", "random", "knn", "oracle")
 

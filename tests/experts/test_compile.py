@@ -14,7 +14,7 @@ from clmoe.experts.routing import RouteSelection, RouteTrace, routing
 from tests import support
 from tests.experts.adapters import SCOPES, NewBase, attached, grow, routed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiled]
 
 SELECTIONS = (RouteSelection(), routed(0, 1, 0), routed(1, 1, 1))
 INDUCTOR = pytest.param(

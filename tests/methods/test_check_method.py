@@ -16,8 +16,6 @@ from clmoe.locators import make_locator
 from clmoe.locators.base import Asked
 from clmoe.methods import method_class
 
-pytestmark = pytest.mark.measured
-
 HEAD = '''
 import torch
 from clmoe.methods.lora import Lora
