@@ -181,9 +181,7 @@ def test_the_worked_example_of_flops_and_bytes(tmp_path: Path) -> None:
     assert spent["question_flops"] == question == printed["question_flops"]
     assert spent["stored_samples"] == 3 == printed["stored_samples"]
     (tmp_path / "run" / "samples.json").unlink()  # runs of older versions lack it
-    write_spent(
-        tmp_path / "run", load_benchmark("playground-coin", check_files=False), replace(config, method="lora"), dones
-    )
+    write_spent(tmp_path / "run", load_benchmark("playground-coin", check_files=False), configured("lora"), dones)
     assert json.loads((tmp_path / "run" / "spent.json").read_text())["training_flops"] is None
 
 

@@ -64,10 +64,11 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
     gates are not weights and do not count.
     """
     adapter: dict[str, Any] = read_json(checkpoint / "adapter_config.json")
-    routers, experts, total = adapter.get("router_owners", []), Counter[str](), 0
+    routers, prompts = adapter.get("router_owners", []), adapter.get("prompts") or {}
+    experts, total = Counter[str](), 0
     for name, size in sizes(checkpoint / ADAPTER_FILE).items():
         if ".clmoe_prompts." in name:
-            total += size * soft_tokens(adapter) // adapter["prompts"]["length"] if name.endswith(".prompt") else 0
+            total += size * min(prompts["picks"], prompts["tasks"]) if name.endswith(".prompt") else 0
         elif ".clmoe_experts." in name:
             experts[re.findall(r"\.layers\.(\d+)\.", name)[0]] += size
         elif ".clmoe_routers." not in name or f".instance.{len(routers) - 1}." in name:
@@ -82,12 +83,6 @@ def active_parameters(checkpoint: Path, method: type[Method]) -> int:
             used = owners.count(owners[-1])
         total += size // len(owners) * used
     return total
-
-
-def soft_tokens(adapter: dict[str, Any]) -> int:
-    """Soft tokens in a prompt with an adapter of this configuration."""
-    prompts = adapter.get("prompts") or {"length": 0, "picks": 0, "tasks": 0}
-    return int(prompts["length"]) * min(prompts["picks"], prompts["tasks"])
 
 
 def sizes(path: Path) -> dict[str, int]:
@@ -109,10 +104,9 @@ def _flops(run: Path, tasks: Sequence[Task], config: Config, dones: list[Finishe
     method, samples, training = method_class(config.method), by_checkpoint(run / SAMPLES), 0
     tokens = min(taken[1].tokens + TEXT_TOKENS, config.training.max_length)
     tuned, again = config.adapter.train_projector, config.training.gradient_checkpointing
-    adapter = 0
-    soft = 0
-    for done in dones:
-        soft = soft_tokens(read_json(done.folder / "adapter_config.json"))
+    adapter = soft = 0
+    for learned, done in enumerate(dones, start=1):
+        soft = method(config).soft_tokens(learned)
         parts = sizes(done.folder / ADAPTER_FILE).items()
         adapter = sum(size for name, size in parts if re.search(r"lora_|\.clmoe_(experts|routers)\.", name))
         trained = done.lineage.trainable_parameters if method.chain == "fresh" else adapter
