@@ -69,6 +69,7 @@ METHODS = ("lora", "olora", "moelora", "clmoe", "clmoe_released", "llava_cmoe")
 KILLED = "lora"  # its run with checkpointing is killed once
 FLAT_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}
 PRODUCTS = FLAT_PRODUCTS | {torch.ops.aten.bmm}
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 COLUMNS = ("base", "method", "checkpointing", "train", "end", "locate", "evaluate", "whole, CPU s")
 COLUMNS += ("CPU ms a token", "GFLOP a token", "GFLOP/s", "step's peak, GiB", "planned", "measured : planned")
 COLUMNS += ("process's peak, GiB", "second task's adapter")
@@ -78,7 +79,8 @@ ANSWERS = 16  # tokens of each record, as the plan counts them
 class Alive(TorchDispatchMode):
     """Counts the bytes of all storages that operations have made and nothing has freed yet.
 
-    Unless it ``computes``, matrix products are zeros of the right shape: minutes become seconds, with the same tensors.
+    Unless it ``computes``, matrix products and the gradients of attention are zeros of the right shape: minutes become
+    seconds, with the same tensors.
     """
 
     def __init__(self, computes: bool) -> None:
@@ -92,6 +94,8 @@ class Alive(TorchDispatchMode):
             a, b = args[-2:]
             in_place = func.overloadpacket is torch.ops.aten.addmm_
             result = args[0] if in_place else a.new_zeros(*a.shape[:-1], b.shape[-1])
+        elif not self.computes and func.overloadpacket is ATTENTION_BACKWARD:
+            result = tuple(torch.zeros_like(tensor) for tensor in args[1:4])  # of query, key and value
         else:
             result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
