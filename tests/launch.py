@@ -31,8 +31,9 @@ needs_deepspeed = pytest.mark.skipif(
 def environment() -> dict[str, str]:
     """The environment of a child process: one thread, offline, and this checkout's package first."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # if the tests themselves run under a launcher, the child processes must not think they are part of it
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    # the tests may run under a launcher or be measured; the child processes must not think they are part of that
+    parts = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLIPCOVER_ENABLED")
+    inherited = {k: v for k, v in os.environ.items() if k not in parts}
     return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

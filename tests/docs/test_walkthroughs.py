@@ -20,6 +20,7 @@ from clmoe.config import LocatorConfig
 from clmoe.evaluate.matrix import GENERAL_METRICS, METRICS, general_metrics, metrics_from_files, read_general_csv
 from clmoe.locators.base import Asked
 from clmoe.methods.base import Method
+from tests.launch import environment
 from tests.runs import Runs
 from tests.support import TASKS
 
@@ -47,11 +48,9 @@ def named_blocks(page: str) -> dict[str, str]:
 def run(checkout: Path, script: str) -> str:
     """Run shell lines in the checkout, as a user in the installed environment does, and return what they print."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # The tests that a page runs must not be measured: some compile the package's code.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLIPCOVER")}
-    environment = {**inherited, "PYTHONPATH": str(checkout), "PATH": path, "OMP_NUM_THREADS": "1"}
+    variables = environment() | {"PYTHONPATH": str(checkout), "PATH": path}
     command = ["bash", "-euc", f"exec 2>&1; {script}"]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
