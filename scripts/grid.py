@@ -159,7 +159,7 @@ class Grid:
                 last = log.read_text(errors="replace").splitlines()[-1:]
                 self.stopped, self.code = f"{log.stem} failed with {code}: {''.join(last)} ({log})", 1
         if not self.stopped:
-            print(f"{log.stem}: finished", flush=True)
+            print(f"{log.stem}: finished\n", end="", flush=True)  # one write: others print at the same time
 
     def hours(self) -> dict[str, float]:
         """By row that trains, about how long a run takes, from its other runs or the cost of its method or of lora.
