@@ -139,7 +139,8 @@ def trials(study: Study) -> str:
 
 
 def _values(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in settings.values())
+    """The values as a configuration writes them, so None is null."""
+    return ", ".join(f"{x:g}" if isinstance(x, float) else "null" if x is None else str(x) for x in settings.values())
 
 
 def by_task(study: Study, labels: list[str]) -> str:

@@ -152,6 +152,7 @@ def iterate_train(
     seen = Seen() if seen is None else seen
 
     def record(row: Row) -> TrainRecord:
+        """The row's record, under an id of its own; raises if none of its answer tokens is within the limit."""
         name = unique = row.identifier("id")
         image = row.image(image_root, known)
         turns, repeats = _turns(row, image), count(2)

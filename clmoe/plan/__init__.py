@@ -265,7 +265,7 @@ def make_plan(
     extends ``extended_blocks`` by one expert, on average. ``card``: whether the training fits it, and hours at the
     share ``mfu`` of its rate. Raises ClmoeError for unknown shapes, and for a batch that the GPUs do not divide.
     """
-    config, training = method.config, method.config.training
+    config = method.config
     if extended_blocks is not None and not method.grows:
         raise ClmoeError(f"--extended-blocks: {config.name} adds no experts to later tasks")
     tasks = [benchmark.task(name) for name in order]
@@ -284,18 +284,28 @@ def make_plan(
     if method.chain == "none":
         rows[:] = [row | {"parameters": 0, "steps": 0} for row in rows]
         return values | {"trainable_parameters": 0, "downloads": downloads(benchmark, "", None)} | found
-    first = first_task(method, tasks)
-    trained, kept, growth = by_task(first, len(rows), extended_blocks)
-    rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
     if config.model.attention == "eager":
         notes.append("memory is that of model.attention=sdpa: eager also keeps the square of the tokens")
+    first = first_task(method, tasks)
+    values |= _parameter_figures(first, rows, extended_blocks, notes)
+    values |= _memory_figures(first, config, gpus, deepspeed, tokens, LONG_TEXT if card else TEXT_TOKENS)
+    asked = questions_asked(method, tasks, sets, tests)
+    values["flops"] = _flops(first, rows, asked, first.tokens(TEXT_TOKENS, tokens))
+    values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
+    if card is not None:
+        values["card"] = _card_figures(card, values["memory"]["total"], values["flops"], gpus, mfu)
+    return values | found
+
+
+def _parameter_figures(
+    first: FirstTask, rows: list[dict[str, Any]], extended_blocks: float | None, notes: list[str]
+) -> dict[str, Any]:
+    """What the first task attaches and trains and what the last one leaves; each row gets what its task trains."""
+    trained, kept, growth = by_task(first, len(rows), extended_blocks)
+    rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
     if None in trained:
         notes.append("what a later task trains depends on the blocks that it extends: give --extended-blocks X")
-    cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
-    usual, tokens = (first.tokens(text, tokens) for text in (TEXT_TOKENS, LONG_TEXT if card else TEXT_TOKENS))
-    memory = state_bytes(first, gpus, deepspeed)
-    memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
-    values |= {
+    return {
         "shapes": str(first.file),
         "image": asdict(first.image),
         "base_parameters": first.base_parameters,
@@ -304,15 +314,23 @@ def make_plan(
         "trainable_parameters": first.count(),
         "kept_parameters": kept,
         "growth": growth,
+    }
+
+
+def _memory_figures(
+    first: FirstTask, config: Config, gpus: int, deepspeed: str | None, tokens: int | None, text: int
+) -> dict[str, Any]:
+    """How a batch is cut, and a GPU's bytes for samples of ``tokens``, by default the image's and ``text``."""
+    training = config.training
+    cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
+    tokens = first.tokens(text, tokens)
+    memory = state_bytes(first, gpus, deepspeed)
+    memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
+    return {
         "batch": {"global": cut.batch_size, "gpus": gpus, "micro": cut.micro, "accumulation": cut.accumulation},
         "gradient_checkpointing": training.gradient_checkpointing,
         "memory": {"tokens": tokens, **memory, "total": sum(memory.values())},
-        "flops": _flops(first, rows, questions_asked(method, tasks, sets, tests), usual),
     }
-    values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
-    if card is not None:
-        values["card"] = _card_figures(card, values["memory"]["total"], values["flops"], gpus, mfu)
-    return values | found
 
 
 def _card_figures(card: Card, peak: int, flops: dict[str, int | None], gpus: int, mfu: float) -> dict[str, Any]:

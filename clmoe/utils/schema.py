@@ -142,6 +142,7 @@ def told(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For functions that users call: arguments that do not fit the annotations raise ClmoeError with the right call."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        """``function``, its arguments compared with its annotations before it runs."""
         signature = inspect.signature(function)
 
         @functools.wraps(function)
