@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from clmoe.errors import Interrupted
 from clmoe.utils.files import append_json_lines, read_json_lines, write_text
 from clmoe.utils.processes import is_main
 
@@ -149,11 +150,22 @@ class Progress:
 
 @contextmanager
 def timed(log: EventLog, event: str, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Log ``event`` with duration and memory when the block ends without an error; the block may add fields."""
+    """Log ``event`` with duration and memory when the block ends without an error; the block may add fields.
+
+    If SIGTERM ends the block, the event is ``interrupted`` instead, so that this time counts, too.
+    """
     start = time.monotonic()
     extra: dict[str, Any] = {}
-    yield extra
-    log.write(event, seconds=round(time.monotonic() - start, 3), **peak_memory(), **fields, **extra)
+
+    def write(event: str) -> None:
+        log.write(event, seconds=round(time.monotonic() - start, 3), **peak_memory(), **fields, **extra)
+
+    try:
+        yield extra
+    except Interrupted:
+        write("interrupted")
+        raise
+    write(event)
 
 
 def peak_memory() -> dict[str, int]:

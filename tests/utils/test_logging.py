@@ -1,6 +1,7 @@
 """The time left in a sequence, event logs that a crash cut off, the progress bar, and the commit behind a result."""
 
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from clmoe.errors import Interrupted
 from clmoe.utils import logging
 from clmoe.utils.logging import EventLog, Progress, Stage, read_events, seconds_left, timed, write_timing
 
@@ -44,8 +46,19 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), timed(log, "failed"):
         raise RuntimeError
     assert len(read_events(log.path)) == 2
+
+
+def test_minutes_include_what_sigterm_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase of 90 s, stopped after 60 of them, goes on for 30 in the next command."""
+    log, clock = EventLog(tmp_path / "events.jsonl"), iter((0.0, 60.0, 1000.0, 1030.0))
+    monkeypatch.setattr(logging.time, "monotonic", lambda: next(clock))
+    with pytest.raises(Interrupted), timed(log, "trained", task="a"):
+        raise Interrupted("stopped")
+    with timed(log, "trained", task="a"):
+        pass
+    assert [event["event"] for event in read_events(log.path)] == ["interrupted", "trained"]
     write_timing(tmp_path)
-    assert '"minutes"' in (tmp_path / "timing.json").read_text()
+    assert json.loads((tmp_path / "timing.json").read_text()) == {"minutes": 1.5}
 
 
 def test_the_bar_is_silent_when_runs_share_a_terminal(
