@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -51,7 +52,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_minutes_include_what_sigterm_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A phase of 90 s, stopped after 60 of them, goes on for 30 in the next command."""
     log, clock = EventLog(tmp_path / "events.jsonl"), iter((0.0, 60.0, 1000.0, 1030.0))
-    monkeypatch.setattr(logging.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logging, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(Interrupted), timed(log, "trained", task="a"):
         raise Interrupted("stopped")
     with timed(log, "trained", task="a"):
