@@ -60,6 +60,8 @@ def test_sigterm_saves_and_says_so(
             runs.train(output, "clmoe", SECOND, *SETTINGS, "training.save_steps=0", previous=first)
     assert stop.value.code == EXIT_CODE == 75
     assert "after step 3" in capsys.readouterr().err
+    (stopped,) = events(tmp_path, "interrupted")
+    assert stopped["phase"] == "trained" and stopped["seconds"] > 0, "its time counts"
     with monkeypatch.context() as patch:
         made = on_step(patch, -1)
         runs.train(output, "clmoe", SECOND, *SETTINGS, previous=first)
