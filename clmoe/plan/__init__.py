@@ -287,8 +287,12 @@ def make_plan(
     if config.model.attention == "eager":
         notes.append("memory is that of model.attention=sdpa: eager also keeps the square of the tokens")
     first = first_task(method, tasks)
-    values |= _parameter_figures(first, rows, extended_blocks, notes)
-    values |= _memory_figures(first, config, gpus, deepspeed, tokens, LONG_TEXT if card else TEXT_TOKENS)
+    trained, kept, growth = by_task(first, len(rows), extended_blocks)
+    rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
+    if None in trained:
+        notes.append("what a later task trains depends on the blocks that it extends: give --extended-blocks X")
+    values |= _parameter_figures(first) | {"kept_parameters": kept, "growth": growth}
+    values |= _memory_figures(first, gpus, deepspeed, first.tokens(LONG_TEXT if card else TEXT_TOKENS, tokens))
     asked = questions_asked(method, tasks, sets, tests)
     values["flops"] = _flops(first, rows, asked, first.tokens(TEXT_TOKENS, tokens))
     values["downloads"] = downloads(benchmark, config.model.path, first.base_parameters if fetches else None)
@@ -297,14 +301,8 @@ def make_plan(
     return values | found
 
 
-def _parameter_figures(
-    first: FirstTask, rows: list[dict[str, Any]], extended_blocks: float | None, notes: list[str]
-) -> dict[str, Any]:
-    """What the first task attaches and trains and what the last one leaves; each row gets what its task trains."""
-    trained, kept, growth = by_task(first, len(rows), extended_blocks)
-    rows[:] = [row | {"parameters": number} for row, number in zip(rows, trained, strict=True)]
-    if None in trained:
-        notes.append("what a later task trains depends on the blocks that it extends: give --extended-blocks X")
+def _parameter_figures(first: FirstTask) -> dict[str, Any]:
+    """What the first task attaches and trains."""
     return {
         "shapes": str(first.file),
         "image": asdict(first.image),
@@ -312,18 +310,14 @@ def _parameter_figures(
         "linears": [asdict(x) | {"parameters": x.parameters} for x in first.linears],
         **{f"{part}_parameters": first.count(part) for part in PARTS},
         "trainable_parameters": first.count(),
-        "kept_parameters": kept,
-        "growth": growth,
     }
 
 
-def _memory_figures(
-    first: FirstTask, config: Config, gpus: int, deepspeed: str | None, tokens: int | None, text: int
-) -> dict[str, Any]:
-    """How a batch is cut, and a GPU's bytes for samples of ``tokens``, by default the image's and ``text``."""
+def _memory_figures(first: FirstTask, gpus: int, deepspeed: str | None, tokens: int) -> dict[str, Any]:
+    """How a batch is cut, and a GPU's bytes for samples of ``tokens``."""
+    config = first.method.config
     training = config.training
     cut = BatchPlan(config.seed, 0, training.batch_size, training.micro_batch_size, gpus)
-    tokens = first.tokens(text, tokens)
     memory = state_bytes(first, gpus, deepspeed)
     memory["activations"] = activation_bytes(first, cut.micro, tokens, training.gradient_checkpointing)
     return {
