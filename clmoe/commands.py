@@ -77,10 +77,18 @@ def tune(options: argparse.Namespace) -> str:
     if options.seeds is None and not any(pair.startswith("seed=") for pair in options.settings):
         options.seeds = [TUNE_SEED]
     trials: dict[str, dict[str, Any]] = {}
+    trained: dict[tuple[str, ...], Path] = {}  # the last checkpoint, by the settings that act in training
     given = {name: getattr(options, name) for name in ("method", "benchmark", "order", "base", "data", "restart")}
+    late = ("label=", *(f"{OPTIONS}{name}=" for name in method_class(config.method).answer_options))
     for folder, settings in _combinations(options, list(grid.items())).items():
         _, tried, _ = sequence.chosen(options.method, options.benchmark, settings, **known)
-        result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
+        acts = tuple(pair for pair in settings if not pair.startswith(late))
+        if acts in trained and not (folder / sequence.SETTINGS).is_file():
+            others = [pair for pair in settings if pair not in acts]
+            result = sequence.answer_again(trained[acts], options.benchmark, others, folder, options.data)
+        else:
+            result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
+            trained[acts] = result.checkpoints[-1]
         built = method_class(tried.method)(tried).options  # YAML reads 1e-05 as text, which the option's type corrects
         values = {key: getattr(built, key.removeprefix(OPTIONS)) for key in grid}
         trial = trials.setdefault(json.dumps(values), {"settings": values, "last": {}})

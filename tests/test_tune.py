@@ -118,6 +118,23 @@ def test_a_run_takes_what_was_chosen_unless_the_command_line_says_otherwise(tmp_
 
 
 @pytest.mark.slow
+def test_options_of_answers_are_tried_on_one_training_and_answer_as_whole_runs(runs: Runs, tmp_path: Path) -> None:
+    def answers(run: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (run / "predictions" / TASKS[1]).glob("*.jsonl")}
+
+    order, steps = f"{TASKS[0]},{TASKS[1]}", "training.steps=30"
+    line = ["tune", "clmoe", str(runs.benchmark), "--base", str(runs.model), "--output", str(tmp_path)]
+    cli.main([*line, "--order", order, steps, "tune={options.gamma: [0.1, 0.9], options.beta: [0, 1]}"])
+    tried = [answers(path.parent) for path in sorted(tmp_path.glob("*/matrix.csv"))]
+    assert len(tried) == 4 and len(list(tmp_path.glob("*/sequence.json"))) == 2, "beta needs no training"
+    for gamma, (of_beta0, of_beta1) in {"0.1": tried[:2], "0.9": tried[2:]}.items():
+        settings = [steps, f"options.gamma={gamma}", "options.beta=1"]
+        where = {"base": str(runs.model), "order": order, "seed": 100, "output": tmp_path / "whole" / gamma}
+        assert of_beta0 != of_beta1
+        assert of_beta1 == answers(clmoe.run("clmoe", str(runs.benchmark), **where, settings=settings).run)
+
+
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_and_a_run_keeps_its_choice(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

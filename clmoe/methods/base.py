@@ -94,6 +94,7 @@ class Method:
         reads_logits: ``extra_loss`` reads ``batch["logits"]``; otherwise the logits are computed in pieces and dropped.
         needs_gradients: ``change_gradients`` is called, and ``after_step`` sees whole gradients. ZeRO has none.
         memory: the option that sets how many training records of each task are kept; empty if there is none.
+        answer_options: options that training does not read; ``clmoe tune`` tries their values on one trained run.
         Options: dataclass of the method's own options.
     """
 
@@ -104,6 +105,7 @@ class Method:
     reads_logits: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     memory: ClassVar[str] = ""
+    answer_options: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, config: Config) -> None:

@@ -63,6 +63,7 @@ class ClMoe(MoeLora):
     """Trains like MoELoRA with the instance router; everything else happens at a task's end and at test time."""
 
     keeps_parts = True
+    answer_options = ("beta",)
     Options = Options
 
     def __init__(self, config: Config) -> None:

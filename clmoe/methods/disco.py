@@ -37,6 +37,7 @@ class Disco(Separate):
     """Every sample uses all tasks' LoRAs, weighted by how near the locator finds each task."""
 
     Options: ClassVar[type] = Options
+    answer_options = ("temperature",)
 
     def mixture(self, model: PeftModel, scores: Tensor) -> Tensor:
         return (scores / self.options.temperature).softmax(1)

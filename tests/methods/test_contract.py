@@ -189,6 +189,16 @@ def test_killed_in_mid_training_and_at_its_end_it_ends_in_the_same_bytes(name: s
     contract.killed_it_ends_in_the_same_bytes(method_class(name), train, straight, BEFORE.get(name, 0) + 2)
 
 
+@pytest.mark.parametrize("name", [name for name in TRAINED if method_class(name).answer_options])
+def test_options_of_answers_do_not_act_in_training(name: str, runs: Runs) -> None:
+    tried = load_config(name, {}, []).tune
+    values = [f"options.{option}={tried[f'options.{option}'][0]}" for option in method_class(name).answer_options]
+    pairs = zip(runs.chain(name, *ROWS[name].overrides), runs.chain(name, *ROWS[name].overrides, *values), strict=True)
+    for usual, other in pairs:
+        changed = {path.name for path in usual.iterdir() if path.read_bytes() != (other / path.name).read_bytes()}
+        assert changed - {"continual.json"} == {"config.yaml", "manifest.json"}, "the parent's hash may change"
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_answers_through_the_public_face(name: str, runs: Runs, mini_yaml: Path) -> None:
     loaded = clmoe.load(first(runs, name))
