@@ -38,7 +38,7 @@ def test_the_shipped_grid_of_every_method_is_six_values_of_its_own_options(metho
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The calls of a ``run`` that trains nothing: higher beta scores better, and seed 1 gets 10 more than seed 0."""
+    """The calls of a ``run`` that trains nothing: higher weight scores better, seed 1 gets 10 more than seed 0."""
     calls = []
 
     def run(method: str, benchmark: str, **given: Any) -> sequence_module.Result:
@@ -46,8 +46,8 @@ def scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, An
         _, config, _ = sequence_module.chosen(
             method, benchmark, given["settings"], order="norm", base=given["base"], data=None
         )
-        last = 50 * config.options["beta"] + 10 * config.seed
-        return sequence_module.Result(given["output"], [], None, {"last": last})  # type: ignore[arg-type]
+        last = 50 * config.options["weight"] + 10 * config.seed
+        return sequence_module.Result(given["output"], [given["output"]], None, {"last": last})  # type: ignore[arg-type]
 
     monkeypatch.setattr(commands.sequence, "run", run)
     monkeypatch.chdir(tmp_path)
@@ -58,14 +58,14 @@ def test_the_best_mean_is_chosen_and_all_is_written_down(
     scored: list[dict[str, Any]], runs: Runs, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "extends: clmoe\ntune: {options.beta: [0.5, 0, 1], options.gamma: [1.0e-05, 0.2]}\n"
+        "extends: lwf\ntune: {options.weight: [0.5, 0, 1], options.temperature: [1.0e-05, 0.2]}\n"
     )
     cli.main(["tune", "mine.yaml", str(runs.benchmark), "--base", str(runs.model), "--seeds", "0,1", "--output", "out"])
     found = json.loads(Path("out/mine.json").read_text())
-    assert found["chosen"] == {"options.beta": 1.0, "options.gamma": 1e-05}, "of equals the first, and a number"
-    assert (found["method"], found["order"], len(found["trials"])) == ("clmoe", list(TASKS[::-1]), 6)
+    assert found["chosen"] == {"options.weight": 1.0, "options.temperature": 1e-05}, "of equals the first, and a number"
+    assert (found["method"], found["order"], len(found["trials"])) == ("lwf", list(TASKS[::-1]), 6)
     assert found["trials"][0] == {
-        "settings": {"options.beta": 0.5, "options.gamma": 1e-05},
+        "settings": {"options.weight": 0.5, "options.temperature": 1e-05},
         "last": {"0": 25, "1": 35},
         "mean": 30,
     }
@@ -73,10 +73,10 @@ def test_the_best_mean_is_chosen_and_all_is_written_down(
         {given["output"] for given in scored}
     ) == 12
     scored.clear()
-    cli.main(["tune", "clmoe", str(runs.benchmark), "--base", str(runs.model), "--order", "norm"])
+    cli.main(["tune", "lwf", str(runs.benchmark), "--base", str(runs.model), "--order", "norm"])
     assert {given["order"] for given in scored} == {",".join(TASKS)}
     assert {pair for given in scored for pair in given["settings"] if "seed" in pair} == {"seed=100"}
-    assert Path("runs/mini/tune/clmoe.json").is_file()
+    assert Path("runs/mini/tune/lwf.json").is_file()
 
 
 @pytest.mark.parametrize(
