@@ -23,13 +23,13 @@ from transformers.cache_utils import DynamicLayer
 from clmoe.bases.families import MASKED
 from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, base_fingerprint, decoder_layers
-from clmoe.bases.stack import CACHE
+from clmoe.bases.stack import CACHE, recompute_activations
 from clmoe.bases.text import open_text_tower
 from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
-from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, reading, routing
+from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, checkpoint_contexts, reading, routing
 from clmoe.utils.files import file_sha256, json_sha256
 from clmoe.utils.paths import resolve_model_path
 from clmoe.utils.processes import from_main, in_order, is_main
@@ -43,6 +43,11 @@ CHUNK = 1024  # answer tokens; their logits over LLaMA's 32,000 words take 131 M
 def adapted_base(model: PeftModel) -> PreTrainedModel:
     """The base inside, with its modules patched."""
     return cast(PreTrainedModel, model.base_model.model)
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute activations in the backward pass, each block under the routing of its own forward."""
+    recompute_activations(adapted_base(model), use_reentrant=False, context_fn=checkpoint_contexts)
 
 
 def answered(labels: Tensor) -> Tensor:

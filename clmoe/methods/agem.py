@@ -53,7 +53,8 @@ class AGem(Remembers):
         size = min(self.options.reference_batch or training.batch_size, len(self._memory))
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, f"agem:{self._task}:{step}"))
         rows = torch.randperm(len(self._memory), generator=generator)[:size].tolist()
-        weights = [trainable(model)[name] for name in gradients]
+        now = trainable(model)
+        weights = [now[name] for name in gradients]
         micro = training.micro_batch_size or size
         reference = loss_gradients(model, self._base, self._memory, rows, weights, micro, "token")
         self.log("projected", float(project(list(gradients.values()), reference)))

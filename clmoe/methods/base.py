@@ -365,4 +365,4 @@ def loss_gradients(
                 total += gradient
         parts += here
     whole = float(summed(torch.tensor(parts, device=base.device)))
-    return [summed(total) / whole for total in totals]
+    return [summed(total).div_(whole) for total in totals]

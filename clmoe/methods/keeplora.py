@@ -10,23 +10,25 @@ For each linear ``W [dout, din]``, with the rows of ``U [k, din]`` an orthonorma
 5. After task ``t``: take ``G`` again, at the trained weights. Right singular vectors of ``G - G U^T U`` join ``U``
    until it holds ``gradient_energy`` of the energy of ``G``.
 
-Gradients are held for ``blocks_per_pass`` blocks at a time; the released code holds those of all. It also leaves out
-the direction that takes step 1 past the threshold (``options.variant=released``) and uses a random sketch in step 2.
+Gradients are held for ``blocks_per_pass`` blocks at a time, and the processes share the decompositions; the released
+code holds the gradients of all blocks. It also leaves out the direction that takes step 1 past the threshold
+(``options.variant=released``) and uses a random sketch in step 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from clmoe.bases.inputs import train_dataset
 from clmoe.config import Config
 from clmoe.errors import ClmoeError
-from clmoe.experts.layer import ExpertLayer, expert_layers, experts_by_linear
-from clmoe.methods.base import TaskContext, loss_gradients
+from clmoe.experts.layer import expert_layers, experts_by_linear
+from clmoe.methods.base import TaskContext
+from clmoe.methods.frozen_gradients import frozen_gradients, weight
 from clmoe.methods.olora import AddedLora
+from clmoe.utils.processes import in_order
 from clmoe.utils.schema import Count, InnerShare, Share
 from clmoe.utils.tensors import load_tensors, save_tensors
 
@@ -59,8 +61,10 @@ class KeepLora(AddedLora):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.model.load_in_4bit:
-            raise ClmoeError(f"{config.method} needs the gradients of the base's weights: set model.load_in_4bit=false")
+        for bits in ("load_in_4bit", "load_in_8bit"):
+            if getattr(config.model, bits):
+                raise ClmoeError(f"{config.method} needs the gradients of the base's weights: set model.{bits}=false")
+        self._kept: dict[str, Tensor] = {}  # of the task's start; the first task's would take as long again
 
     def rate_factor(self, name: str) -> float:
         return 0.0 if name.endswith(".A") else 1.0
@@ -68,11 +72,12 @@ class KeepLora(AddedLora):
     def begin_task(self, context: TaskContext) -> None:
         """Add the task's LoRA and choose its A."""
         super().begin_task(context)
-        kept = self._directions(context)
-        linears = self._linears = experts_by_linear(context.model)
-        for name, gradient in self._gradients(context):
-            rank = len(linears[name].A)  # type: ignore[arg-type]
-            linears[name].A.data.copy_(free_directions(gradient, kept[name], rank))  # type: ignore[union-attr]
+        linears, self._kept = experts_by_linear(context.model), self._directions(context)
+        ranks = {name: len(experts.A) for name, experts in linears.items()}  # type: ignore[arg-type]
+        chosen = self._of_gradients(context, lambda name, G, U: free_directions(G, U, ranks[name]))
+        for name, A in chosen:
+            linears[name].A.data.copy_(A)  # type: ignore[union-attr]
+        self._linears = linears
 
     def state(self) -> dict[str, Tensor]:
         """A: processes other than those at the task's start would compute it with different rounding."""
@@ -84,44 +89,33 @@ class KeepLora(AddedLora):
 
     def end_task(self, context: TaskContext) -> None:
         """Add the trained task's directions to those that are kept."""
-        kept = self._directions(context)
-        for name, gradient in self._gradients(context):
-            kept[name] = extended(kept[name], gradient, self.options.gradient_energy)
-        save_tensors({name: U.cpu().contiguous() for name, U in kept.items()}, context.work / STATE)
+        self._kept = self._kept or self._directions(context)  # an earlier process may have begun the task
+        energy = self.options.gradient_energy
+        kept = dict(self._of_gradients(context, lambda name, G, U: extended(U, G, energy)))
+        save_tensors({name: U.contiguous() for name, U in kept.items()}, context.work / STATE)
 
     def _directions(self, context: TaskContext) -> dict[str, Tensor]:
-        """``U`` of every linear before this task."""
-        device = context.base.device
+        """``U`` of every linear before this task, on the CPU."""
         if context.previous is not None:
-            return {name: U.to(device) for name, U in load_tensors(context.previous / STATE).items()}
+            return load_tensors(context.previous / STATE)
         energy, last = self.options.weight_energy, -1 if self.options.variant == "released" else None
-        weights = {name: weight(layer).detach().float() for name, layer in expert_layers(context.model).items()}
-        return {name: principal(W, energy)[:last] for name, W in weights.items()}
+        layers = expert_layers(context.model)
+        found = in_order(
+            list(layers), lambda name: principal(weight(layers[name]).detach().float(), energy)[:last].cpu()
+        )
+        return dict(zip(layers, found, strict=True))
 
-    def _gradients(self, context: TaskContext) -> Iterator[tuple[str, Tensor]]:
-        """Yield linears and their mean gradients ``[dout, din]`` float32, a few blocks at a time."""
-        training, layers = context.config.training, expert_layers(context.model)
-        dataset = train_dataset(context.base, context.records, context.image_root, training.max_length)
-        wanted = max(1, int(self.options.gradient_share * len(dataset)))
-        rows = torch.linspace(0, len(dataset) - 1, wanted).long().tolist()
-        blocks = list(dict.fromkeys(layer.block for layer in layers.values()))
-        model, size = context.model.eval(), training.micro_batch_size or training.batch_size
-        for start in range(0, len(blocks), self.options.blocks_per_pass):
-            here = blocks[start : start + self.options.blocks_per_pass]
-            group = {name: weight(layer) for name, layer in layers.items() if layer.block in here}
-            for parameter in group.values():
-                parameter.requires_grad_(True)
-            try:
-                found = loss_gradients(model, context.base, dataset, rows, list(group.values()), size, "sample")
-            finally:
-                for parameter in group.values():
-                    parameter.requires_grad_(False)
-            yield from zip(group, found, strict=True)
+    def _of_gradients(
+        self, context: TaskContext, compute: Callable[[str, Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every linear with ``compute(its name, G, U)``, on the CPU."""
 
+        def one(item: tuple[str, Tensor]) -> Tensor:
+            name, G = item
+            return compute(name, G, self._kept[name].to(G)).cpu()
 
-def weight(layer: ExpertLayer) -> Tensor:
-    """The frozen weight of a patched linear, ``[dout, din]``."""
-    return layer.base_layer.weight  # type: ignore[return-value]
+        for found in frozen_gradients(context, self.options.gradient_share, self.options.blocks_per_pass):
+            yield from zip(found, in_order(list(found.items()), one), strict=True)
 
 
 def principal(W: Tensor, energy: float) -> Tensor:

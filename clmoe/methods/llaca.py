@@ -46,7 +46,7 @@ class Llaca(Lora):
 
     def begin_task(self, context: TaskContext) -> None:
         """Start the average."""
-        self._averages = context.previous is not None
+        self._averages, self._device = context.previous is not None, context.base.device
         start = self._averages and self.options.variant == "published"
         self._average = {n: p.detach().clone() for n, p in trainable(context.model).items()} if start else {}
         self._before: dict[str, Tensor] = {}
@@ -73,10 +73,9 @@ class Llaca(Lora):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore both on the device of the weights."""
-        device = next(iter(self._average.values())).device if self._average else None
         for key, tensor in state.items():
             kind, name = key.split(".", 1)
-            (self._average if kind == "average" else self._before)[name] = tensor.to(device)
+            (self._average if kind == "average" else self._before)[name] = tensor.to(self._device)
 
     @torch.no_grad()
     def finish(self, model: PeftModel) -> None:

@@ -21,10 +21,19 @@ from clmoe.utils.tensors import load_tensors, save_tensors
 LOGITS = "memory_logits.safetensors"
 
 
+def replayed(own: int, kept: int, ratio: float) -> list[int]:
+    """Which of ``kept`` records join ``own`` new ones to make up a share of ``ratio``.
+
+    All come equally often, give or take one. If some are enough, they are spread evenly over the past tasks.
+    """
+    wanted = round(own * ratio / (1 - ratio)) if kept else 0
+    return [i * kept // wanted for i in range(wanted)]
+
+
 def mixed(own: Part, memory: Sequence[TrainRecord], ratio: float) -> UnionRecords:
-    """The task's own records, then those of ``memory``, repeated in order until they make up a share of ``ratio``."""
-    wanted = round(len(own.records) * ratio / (1 - ratio)) if memory else 0
-    return UnionRecords([own, Part("", "", [memory[i % len(memory)] for i in range(wanted)])])
+    """The task's own records, then those of ``memory`` that ``replayed`` names."""
+    places = replayed(len(own.records), len(memory), ratio)
+    return UnionRecords([own, Part("", "", [memory[place] for place in places])])
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,9 @@ class Der(Replay):
     reads_logits = True
 
     def begin_task(self, context: TaskContext) -> None:
-        """Read the parent's logits, which are in the order of the memory's records."""
-        self._own = len(context.records)
-        self._logits = load_logits(context.previous)
+        """Read the parent's logits of the memory's records, one for each record that is replayed."""
+        self._own, logits = len(context.records), load_logits(context.previous)
+        self._logits = [logits[place] for place in replayed(self._own, len(logits), self.options.ratio)]
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """``mean over samples and their tokens of |z - h|^2 / V``; samples of the new task count as 0."""
@@ -84,7 +93,7 @@ class Der(Replay):
         of = answer_rows(labels)
         for row, place in enumerate(batch["rows"].tolist()):
             if place >= self._own:
-                before[of == row] = self._logits[(place - self._own) % len(self._logits)].to(now)
+                before[of == row] = self._logits[place - self._own].to(now)
         distances = torch.square(now - before).mean(-1)
         return self.options.weight * mean_over_samples(distances, labels)
 

@@ -25,12 +25,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from clmoe.bases.stack import recompute_activations
 from clmoe.config import TrainingConfig
 from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
 from clmoe.errors import ClmoeError, Interrupted
 from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
-from clmoe.experts.routing import RouteTrace, checkpoint_contexts, routing
+from clmoe.experts.routing import RouteTrace, routing
 from clmoe.methods.base import Method, measured
 from clmoe.train.state import (
     PlainOptimizer,
@@ -98,11 +97,6 @@ class TrainedModel(nn.Module):
         if extra is not None:
             loss = loss + extra * (len(input_ids) / self.batch_size)
         return {"loss": loss}
-
-
-def enable_checkpointing(model: PeftModel) -> None:
-    """Recompute activations in the backward pass, each block under the routing of its own forward."""
-    recompute_activations(adapted_base(model), use_reentrant=False, context_fn=checkpoint_contexts)
 
 
 def total_steps(training: TrainingConfig, records: int, passes: int = 1, tasks: int = 1) -> int:

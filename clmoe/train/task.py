@@ -23,7 +23,7 @@ from clmoe.data.records import Part, TrainRecord, UnionRecords
 from clmoe.data.rows import Seen, all_of, grouped
 from clmoe.data.styles import diversified
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import FeatureStore, feature_folder
+from clmoe.experts.forward import FeatureStore, enable_checkpointing, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
@@ -46,7 +46,7 @@ from clmoe.train.checkpoint import (
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, enable_checkpointing, total_steps
+from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, total_steps
 from clmoe.train.state import states
 from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed

@@ -31,7 +31,7 @@ from clmoe.config import Config, load_config
 from clmoe.data.batches import collate_train
 from clmoe.data.prompts import IGNORE
 from clmoe.evaluate.answer import Answerer
-from clmoe.experts.forward import FeatureStore, adapted_base
+from clmoe.experts.forward import FeatureStore, adapted_base, enable_checkpointing
 from clmoe.experts.layer import expert_layers, experts_by_linear
 from clmoe.experts.model import add_routers, detach_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, checkpoint_contexts, routing
@@ -40,7 +40,7 @@ from clmoe.locators.base import Asked
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
 from clmoe.plan.cost import step_flops
-from clmoe.train.loop import TrainedModel, enable_checkpointing, parameter_groups
+from clmoe.train.loop import TrainedModel, parameter_groups
 from clmoe.utils.files import read_json
 
 __all__ = ["PARTS", "Sizes", "device_name"]

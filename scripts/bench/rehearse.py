@@ -49,6 +49,7 @@ from clmoe.cli import main as clmoe
 from clmoe.config import Config, load_config
 from clmoe.data.batches import TrainItem, collate_train
 from clmoe.data.prompts import IGNORE
+from clmoe.experts.forward import enable_checkpointing
 from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.methods import method_class
 from clmoe.plan import activation_bytes, first_task, state_bytes
@@ -56,7 +57,7 @@ from clmoe.plan.cost import step_flops
 from clmoe.plan.shapes import SIZE
 from clmoe.sequence import chosen
 from clmoe.train.checkpoint import MANIFEST
-from clmoe.train.loop import TaskTrainer, TrainedModel, enable_checkpointing
+from clmoe.train.loop import TaskTrainer, TrainedModel
 from clmoe.train.task import PHASES
 from clmoe.utils.files import file_sha256, read_json
 from clmoe.utils.logging import read_events

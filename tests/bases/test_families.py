@@ -31,14 +31,21 @@ from clmoe.data.records import Question, TrainRecord, Turn
 from clmoe.data.rows import END
 from clmoe.errors import ClmoeError
 from clmoe.evaluate.answer import Answerer
-from clmoe.experts.forward import FeatureStore, adapted_base, answer_states, base_features, prefill
+from clmoe.experts.forward import (
+    FeatureStore,
+    adapted_base,
+    answer_states,
+    base_features,
+    enable_checkpointing,
+    prefill,
+)
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import attach_adapter, detach_adapter, load_adapter
 from clmoe.experts.prompts import soft_prompts
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.locators import LOCATORS, make_locator
 from clmoe.methods import method_class, methods
-from clmoe.train.loop import TrainedModel, enable_checkpointing
+from clmoe.train.loop import TrainedModel
 from clmoe.utils.tensors import same_bits
 from tests.bases import tiny_families
 from tests.methods.test_contract import ROWS

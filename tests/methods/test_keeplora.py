@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clmoe.bases.llava import LoadedBase
+from clmoe.bases.llava import LoadedBase, decoder_layers
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import expert_layers, experts_by_linear
-from clmoe.methods import keeplora
-from clmoe.methods.keeplora import STATE, extended, free_directions, principal, weight
+from clmoe.methods import frozen_gradients
+from clmoe.methods.frozen_gradients import weight
+from clmoe.methods.keeplora import STATE, extended, free_directions, principal
 from clmoe.train.checkpoint import checked_method
 from clmoe.utils.tensors import load_tensors
 from tests.methods.helpers import NewBase, begun, task_data
@@ -100,8 +101,8 @@ def test_a_task_starts_in_the_free_directions_of_its_gradient_and_stays_there(
     first, second = runs.chain("keeplora", *SETTINGS)
     kept = load_tensors(first / STATE)
     asked: list[int] = []
-    real = keeplora.loss_gradients
-    monkeypatch.setattr(keeplora, "loss_gradients", lambda *a: asked.append(len(a[4])) or real(*a))
+    real = frozen_gradients.loss_gradients
+    monkeypatch.setattr(frozen_gradients, "loss_gradients", lambda *a: asked.append(len(a[4])) or real(*a))
     base = new_base()
     records, same_cut = task_data(base, runs.benchmark, TASKS[1]).rows, "training.batch_size=8"
     _, model = begun("keeplora", base, runs, first, *SETTINGS, same_cut, records=records)
@@ -117,6 +118,25 @@ def test_a_task_starts_in_the_free_directions_of_its_gradient_and_stays_there(
         update = saved[f"{prefix}.B"] @ saved[f"{prefix}.A"]
         assert update.norm() > 1e-3
         assert (update @ kept[name].t()).norm() < 1e-5 * update.norm() * len(kept[name])
+
+
+def test_recomputed_activations_change_no_direction_and_dropout_stays_off(runs: Runs, new_base: NewBase) -> None:
+    """A base that trains with recomputed activations in little memory gets its gradients in little memory, too."""
+    first = runs.chain("keeplora", *SETTINGS, tasks=TASKS[:1])[0]
+    found, passes = [], []
+    for recompute in ("false", "true"):
+        base, seen = new_base(), list[int]()
+        last_mlp = decoder_layers(base.model)[-1].mlp
+        last_mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))  # type: ignore[operator]
+        records = task_data(base, runs.benchmark, TASKS[1]).rows
+        settings = (*SETTINGS, "adapter.dropout=0.5", f"training.gradient_checkpointing={recompute}")
+        _, model = begun("keeplora", base, runs, first, *settings, records=records)
+        found.append({name: experts.A.detach().clone() for name, experts in experts_by_linear(model).items()})  # type: ignore[operator, union-attr]
+        passes.append(len(seen))
+        assert not any(module.training for module in model.modules())
+    assert passes[1] == 2 * passes[0], "each block ran again in the backward pass"
+    for name, A in found[0].items():
+        assert torch.equal(found[1][name], A)
 
 
 def test_kept_directions_are_orthonormal_and_never_leave(runs: Runs, tiny_base: LoadedBase) -> None:
@@ -143,6 +163,7 @@ def test_as_released_one_direction_fewer_of_the_weights_is_kept(runs: Runs, tiny
         assert before > 0 and abs(V[before] @ U[before].numpy()) < 0.99
 
 
-def test_a_4_bit_base_is_refused() -> None:
-    with pytest.raises(ClmoeError, match="load_in_4bit=false"):
-        load_config("keeplora", {}, ["model.load_in_4bit=true"], None, checked_method)
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_base_is_refused(bits: str) -> None:
+    with pytest.raises(ClmoeError, match=f"{bits}=false"):
+        load_config("keeplora", {}, [f"model.{bits}=true"], None, checked_method)

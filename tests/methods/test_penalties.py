@@ -15,12 +15,12 @@ from torch import Tensor
 from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import sample_records
-from clmoe.experts.forward import adapted_base
+from clmoe.experts.forward import adapted_base, enable_checkpointing
 from clmoe.experts.model import load_adapter
 from clmoe.methods import method_class
 from clmoe.methods.base import Method
 from clmoe.methods.importance import STATE
-from clmoe.train.loop import TrainedModel, enable_checkpointing
+from clmoe.train.loop import TrainedModel
 from clmoe.utils.tensors import same_bits
 from tests.methods.helpers import NewBase, begun, same_adapter, task_data, task_records
 from tests.runs import Runs, tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
-from clmoe.data.records import Part, TrainRecord, UnionRecords, load_questions, load_train
+from clmoe.data.records import Part, TrainRecord, load_questions, load_train
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.model import load_adapter
 from clmoe.methods.base import TaskContext
@@ -74,12 +75,23 @@ def test_every_record_is_drawn_equally_often() -> None:
 
 def test_the_ratio_is_the_memorys_share() -> None:
     new, old = ([TrainRecord(f"{kind}{i}", None, ()) for i in range(n)] for kind, n in (("new", 24), ("old", 5)))
-    for ratio, replayed in ((0.0, 0), (0.25, 8), (0.5, 24), (0.75, 72)):
+    for ratio, wanted in ((0.0, 0), (0.1, 3), (0.25, 8), (0.5, 24), (0.75, 72)):
         result = mixed(Part("", "", new), old, ratio)
         assert result[:24] == new
-        assert len(result) == 24 + replayed
-        assert [record.id for record in result[24:]] == [f"old{i % 5}" for i in range(replayed)]
+        assert len(result) == 24 + wanted
+        counts = Counter(record.id for record in result[24:])
+        assert {counts[record.id] for record in old} <= {wanted // 5, wanted // 5 + 1}
     assert mixed(Part("", "", new), [], 0.5)[:] == new
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.25, 0.5, 0.75])
+def test_every_past_task_is_replayed_alike(ratio: float) -> None:
+    """Memories of equal size, oldest first, of more records together than are needed, as many, or fewer."""
+    new = [TrainRecord(f"new{i}", None, ()) for i in range(2000)]
+    old = [TrainRecord(f"{task}", None, ()) for task in range(7) for _ in range(100)]
+    counts = Counter(record.id for record in mixed(Part("", "", new), old, ratio)[2000:])
+    assert counts.total() == round(2000 * ratio / (1 - ratio))
+    assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_it_trains_on_the_task_and_the_memory(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +103,7 @@ def test_it_trains_on_the_task_and_the_memory(runs: Runs, tmp_path: Path, monkey
     records, root = seen[0].records, seen[0].image_root
     assert len(records) == 24 + 8
     old = [record["id"] for entry in memory(second) for record in entry["records"]]
-    assert [record.id for record in records[24:]] == old[:8]
+    assert [record.id for record in records[24:]] == [old[number] for number in (0, 1, 2, 3, 5, 6, 7, 8)]
     assert {record.id.split("/")[0] for record in records[:24]} == {THIRD}
     assert all(record.image is None or (root / record.image).is_file() for record in records)
     assert len(memory(tmp_path / THIRD)) == 3
@@ -139,16 +151,17 @@ def test_stored_logits_are_the_models_at_the_tasks_end(runs: Runs, new_base: New
 
 
 def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: NewBase) -> None:
-    """Rows 0 and 23 are the new task's, rows 24 and 24 + 5 are the memory's first record, and row 27 is its fourth."""
+    """Rows 0 and 23 are the new task's; the others, the first and the last among them, repeat records of the memory."""
     root, base = runs.benchmark.parent, new_base()
     first = runs.chain("der", *FEW, tasks=TASKS[:1])[0]
     own, images = task_records(runs.benchmark, SECOND)
     method, model = begun("der", base, runs, first, "options.weight=0.3", records=own)
     model.eval()
     old = load_memory(first)[0].records
-    rows = [23, 24, 0, 27, 29]
-    named = UnionRecords([Part.of(SECOND, own, images, root)])
-    records = [named[row] if row < 24 else old[(row - 24) % 5] for row in rows]
+    rows = [23, 24, 0, 35, 47]
+    trained_on = mixed(Part.of(SECOND, own, images, root), old, 0.5)
+    records = [trained_on[row] for row in rows]
+    assert len({record.id for record in records}) == 5
     (batch,) = train_batches(base, train_dataset(base, records, root, 2048), 5)
     labels = batch["labels"]
     answered = labels[:, 1:] != -100
@@ -164,7 +177,7 @@ def test_only_replayed_records_are_held_to_their_logits(runs: Runs, new_base: Ne
     stored, expected = load_file(first / LOGITS), 0.0
     for number, row in enumerate(rows):
         if row >= 24:
-            then = stored[f"{(row - 24) % 5:06}"].double()
+            then = stored[f"{old.index(records[number]):06}"].double()
             expected += float((moved[number][answered[number]].double() - then).square().mean())
     given = moved[answered].requires_grad_()
     found = loss(given)

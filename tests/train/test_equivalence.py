@@ -11,12 +11,12 @@ from clmoe.bases.inputs import train_dataset
 from clmoe.bases.llava import LoadedBase
 from clmoe.data.batches import collate_train
 from clmoe.data.records import load_train
-from clmoe.experts.forward import adapted_base
+from clmoe.experts.forward import adapted_base, enable_checkpointing
 from clmoe.experts.model import adapter_tensors, attach_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.methods import method_class
 from clmoe.train.checkpoint import read_checkpoint
-from clmoe.train.loop import BatchPlan, TrainedModel, enable_checkpointing
+from clmoe.train.loop import BatchPlan, TrainedModel
 from clmoe.utils.tensors import same_bits, trainable
 from tests.runs import Runs, events, tensors
 from tests.support import TASKS, tiny_config, train_batch, train_batches
