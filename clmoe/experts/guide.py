@@ -5,31 +5,33 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import layer_norm, silu
 
-from clmoe.experts.routing import InstanceRouter, uniform
+from clmoe.experts.routing import InstanceRouter, router_logits, uniform
 
 
 class Guide(nn.Module):
-    """A key of ``size`` for each task, oldest first, and an MLP from embeddings of ``width`` to queries.
+    """A key for each task, oldest first, and an MLP from embeddings to queries, all of one ``width``.
 
-    ``widths`` is ``(width, size)``. ``key [n, size]`` trains, ``frozen_key`` is a buffer, or None if no key is frozen.
+    ``widths`` is ``(width, hidden)``; the MLP narrows to ``hidden`` and ends with a layer norm. ``key [n, width]``
+    trains, ``frozen_key`` is a buffer, or None if no key is frozen.
     """
 
     frozen_key: Tensor | None
 
     def __init__(self, widths: Sequence[int], frozen: int, count: int, generator: torch.Generator) -> None:
         super().__init__()
-        width, size = widths
-        rows = [InstanceRouter.fresh(din, size, generator) for din in (width, size)]
-        self.mlp = nn.ModuleList(rows)
-        keys = uniform(frozen + count, size, generator)
+        width, hidden = widths
+        sizes = (width, hidden), (hidden, width)
+        self.mlp = nn.ModuleList(InstanceRouter.fresh(din, dout, generator) for din, dout in sizes)
+        self.norm = nn.LayerNorm(width)
+        keys = uniform(frozen + count, width, generator)
         self.register_buffer("frozen_key", keys[:frozen] if frozen else None)
         self.key = nn.Parameter(keys[frozen:])
 
     @property
     def keys(self) -> Tensor:
-        """``[N, size]`` float32."""
+        """``[N, width]`` float32."""
         return self.key if self.frozen_key is None else torch.cat([self.frozen_key, self.key])
 
     def begin(self, generator: torch.Generator) -> None:
@@ -38,11 +40,12 @@ class Guide(nn.Module):
         self.key = nn.Parameter(uniform(1, self.key.shape[1], generator).to(self.key))
 
     def forward(self, embeddings: Tensor, asked: Tensor) -> Tensor:
-        """``softmax(k . MLP(max over tokens) / sqrt(size))``, ``[B, N]`` float32.
+        """``softmax(k . MLP(max over tokens) / sqrt(width))``, ``[B, N]`` float32.
 
         ``embeddings [B, T, width]`` of any float dtype; ``asked [B, T]`` bool: the tokens that count, at least one.
         """
         largest = embeddings.float().masked_fill(~asked.unsqueeze(-1), -torch.inf).amax(1)
-        first, second = cast(list[InstanceRouter], list(self.mlp))
-        query = second(relu(first(largest)))
-        return (query @ self.keys.t() / self.key.shape[1] ** 0.5).softmax(-1)
+        narrow, wide = cast(list[InstanceRouter], list(self.mlp))
+        norm = self.norm.weight.float(), self.norm.bias.float()
+        query = layer_norm(silu(wide(narrow(largest))), self.norm.normalized_shape, *norm, self.norm.eps)
+        return (router_logits(query, self.keys) / query.shape[1] ** 0.5).softmax(-1)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from clmoe.bases.inputs import over_train_batches
 from clmoe.bases.llava import LoadedBase
@@ -90,6 +91,16 @@ def unpack(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, 
     """What ``pack`` flattened, among other tensors."""
     names = [key.removeprefix("U.") for key in tensors if key.startswith("U.")]
     return {name: (tensors[f"U.{name}"].to(device), tensors[f"S.{name}"].to(device)) for name in names}
+
+
+def router_weights(S: Tensor, window: int, spread: float) -> Tensor:
+    """SAME's weights ``w [k]`` of a router's directions: ``1 / S`` with ``S`` averaged over the last ``window``.
+
+    They are divided by the largest and kept within ``1 +- spread``.
+    """
+    averaged = torch.arange(1, len(S) + 1, device=S.device).clamp(max=window)
+    inverse = 1 / (pad(S, (window - 1, 0)).unfold(0, window, 1).sum(1) / averaged + 1e-6)
+    return (inverse / inverse.max()).clamp(1 - spread, 1 + spread)
 
 
 def along(g: Tensor, spectrum: Spectrum, weights: Tensor, rest: float) -> Tensor:

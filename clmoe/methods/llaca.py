@@ -56,7 +56,7 @@ class Llaca(Lora):
         """Update the average of every tensor."""
         if not self._averages:
             return
-        paces = []
+        paces = list[Tensor]()
         for name, theta in trainable(model).items():
             gradient = theta.grad
             assert gradient is not None
@@ -64,7 +64,7 @@ class Llaca(Lora):
             paces.append(pace(theta, average, gradient, self._before.get(name), self.options.fallback))
             average.lerp_(theta, paces[-1])
             self._before[name] = gradient.clone()
-        self.log("alpha", sum(paces) / len(paces))
+        self.log("alpha", torch.stack(paces).mean())
 
     def state(self) -> dict[str, Tensor]:
         """The average and the last gradient."""
@@ -84,13 +84,13 @@ class Llaca(Lora):
             theta.copy_(self._average[name])
 
 
-def pace(theta: Tensor, average: Tensor, gradient: Tensor, before: Tensor | None, fallback: float) -> float:
-    """``alpha_t`` of one tensor; ``before`` is the previous step's gradient, None in a task's first step."""
+def pace(theta: Tensor, average: Tensor, gradient: Tensor, before: Tensor | None, fallback: float) -> Tensor:
+    """``alpha_t [] float32`` of one tensor; ``before`` is the previous step's gradient, None in a task's first step."""
     if before is None:
-        return fallback
+        return theta.new_full((), fallback)
     bend = (theta - average).abs().sum() * (gradient - before).abs().sum()
-    alpha = float(2 * (1 + gradient.abs().sum()) / bend)  # infinite where nothing has moved
-    return alpha if 0 < alpha < 1 else fallback
+    alpha = 2 * (1 + gradient.abs().sum()) / bend  # infinite where nothing has moved
+    return torch.where((alpha > 0) & (alpha < 1), alpha, fallback)
 
 
 METHODS = {"llaca": Llaca}

@@ -6,11 +6,14 @@
 ``w`` is computed once per sample and holds in all layers. Task t trains ``B_t A_t``, its key ``k_t`` and the MLP;
 older LoRAs and keys are frozen, bit for bit. At test time, no task is given or looked for.
 
-This is what the released code does; we could not read the paper. Its "task recall", which corrects the weights of old
-tasks after the MLP has moved on, is not in that code, and not here.
+The MLP is Linear(D, hidden), Linear(hidden, D), SiLU, LayerNorm, its linears without bias, and ``d = D`` the width of
+the embeddings. All this is the released code's; we could not read the paper. Its "task recall", which corrects the
+weights of old tasks after the MLP has moved on, is not in that code, and not here.
 
-*Open*: whether the MLP keeps training (ours: it does), its depth and the keys' width (ours: two layers without bias,
-64). The maximum is over the first question and its image, in training too, where the answer would give itself away.
+The maximum is over the first question and its image, in training too, where the answer would give itself away, and the
+weights hold for the answer. The released code takes it over all that it reads: the answer in training, and each
+generated token alone. It also subtracts the batch's largest score from the old tasks' scores and from the new one's
+separately, so that a sample's weights depend on the samples beside it.
 """
 
 from dataclasses import dataclass
@@ -32,10 +35,10 @@ class Options:
     """ProgLoRA's own choice.
 
     Attributes:
-        key_width: *open*: ``d``, the width of keys and queries.
+        hidden: width between the MLP's two linears, 100.
     """
 
-    key_width: Count = 64
+    hidden: Count = 100
 
 
 class ProgLora(AddedLora):
@@ -45,7 +48,7 @@ class ProgLora(AddedLora):
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         config = lora_parts_adapter(self.config, base, "task", owners=[0])
-        config.guide = [base.model.config.get_text_config().hidden_size, self.options.key_width]
+        config.guide = [base.model.config.get_text_config().hidden_size, self.options.hidden]
         return config
 
     def begin_task(self, context: TaskContext) -> None:

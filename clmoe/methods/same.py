@@ -10,8 +10,9 @@ variance of its inputs ``x``, and with gradients ``g`` of the rows that act on `
 - an expert's score is its use (mean gate) minus its importance (mean of gate times ``|x|^2``), both moving averages
   scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, except that of the task's number.
 
-The router's spectrum is that of a batch, retaken every ``every`` steps. All this follows the released code, which
-routes by the mean gate of a batch's tokens, with frozen experts left out; here each token is routed as in MoELoRA.
+The router's spectrum is that of a batch, retaken every ``every`` steps. Training mixes all experts, and answers keep
+``adapter.router_top_k`` of them. All this follows the released code, which routes by the mean gate of a batch's tokens,
+with frozen experts left out; here each token is routed on its own, as in MoELoRA.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.routing import RouteTrace
-from clmoe.experts.spectrum import Spectrum, along, pack, spectra_of, unpack, watch_inputs
+from clmoe.experts.spectrum import Spectrum, along, pack, router_weights, spectra_of, unpack, watch_inputs
 from clmoe.methods.base import TaskContext
 from clmoe.methods.lora import MoeLora
 from clmoe.utils.processes import summed
@@ -63,7 +64,7 @@ class Options:
 
 
 class Same(MoeLora):
-    """MoELoRA with a sparse gate; nothing is added or replayed."""
+    """MoELoRA whose gate is sparse when answering; nothing is added or replayed."""
 
     Options = Options
     needs_gradients = True
@@ -74,12 +75,14 @@ class Same(MoeLora):
             raise ClmoeError(f"adapter.router_scope {config.adapter.router_scope}: {config.method} needs per_linear")
 
     def begin_task(self, context: TaskContext) -> None:
-        """Read the parent's spectra and watch the linears' inputs."""
+        """Read the parent's spectra, watch the linears' inputs, and mix all experts."""
         stored = {} if context.previous is None else load_tensors(context.previous / STATE)
         self._past, self._index = unpack(stored, context.base.device), context.index
         self._spectra, self._use = dict[str, Spectrum](), dict[str, Tensor]()  # the latter: averages ``[2, E]``
         self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
+        for layer in expert_layers(context.model).values():
+            layer.routers.top_k = None  # of the live model: the checkpoint keeps its own number for the answers
 
     def extra_loss(self, model: PeftModel, trace: RouteTrace, batch: dict[str, Tensor]) -> Tensor | None:
         """Add no loss, but record what the gates of the real tokens did."""
@@ -100,7 +103,8 @@ class Same(MoeLora):
             sketch.on = (step + 1) % self.options.every == 0
             g, A, B = cast(list[Tensor], [p.grad for p in (router.weight, experts.A, experts.B)])  # type: ignore[union-attr]
             if step >= self.options.start:
-                g.copy_(along(g, self._spectra[name], router_weights(self._spectra[name][1], self.options), 1.0))
+                w = router_weights(self._spectra[name][1], self.options.window, self.options.spread)
+                g.copy_(along(g, self._spectra[name], w, 1.0))
             if name in self._past:
                 A.copy_(along(A, self._past[name], 1 / (self._past[name][1] + self.options.mu), 1 / self.options.mu))
             idle = self._idle(name)
@@ -138,13 +142,6 @@ class Same(MoeLora):
         dataset = train_dataset(context.base, records, context.image_root, length)
         found = pack(spectra_of(context.model, context.base, dataset, width, seed, energy))
         save_tensors({key: tensor.cpu().contiguous() for key, tensor in found.items()}, context.work / STATE)
-
-
-def router_weights(S: Tensor, options: Options) -> Tensor:
-    """``w [k]`` of the router's rule."""
-    smooth = torch.stack([S[max(0, i - options.window + 1) : i + 1].mean() for i in range(len(S))])
-    inverse = 1 / (smooth + 1e-6)
-    return (inverse / inverse.max()).clamp(1 - options.spread, 1 + options.spread)
 
 
 METHODS = {"same": Same}

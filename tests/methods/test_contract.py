@@ -33,7 +33,7 @@ ALL_LORA = r"language_model\.layers\.\d+\.(mlp|self_attn)\.\w+_proj\.lora_[AB]\.
 EXPERTS = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 BLOCKS = r"language_model\.layers\.\d+\.mlp\.clmoe_(experts\..*\.[AB]$|routers\..*\.weight$)"
 GATES = r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.clmoe_routers\..*(instruction\.weight|fusion)$"
-GUIDE = r"language_model\.layers\.0\.mlp\.gate_proj\.clmoe_routers\..*guide\.key$"
+GUIDE = r"language_model\.layers\.0\.mlp\.gate_proj\.clmoe_routers\..*guide\.(key|norm\.weight|norm\.bias)$"
 PROMPTS = r"language_model\.embed_tokens\.clmoe_prompts\.\w+\.(prompt|transform\.\d\.(weight|bias))$"
 PROJECTOR = r"multi_modal_projector\.modules_to_save\."
 

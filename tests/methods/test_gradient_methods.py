@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import Tensor, nn
 
+from clmoe.config import load_config
 from clmoe.experts.forward import adapted_base
 from clmoe.experts.layer import experts_by_linear
 from clmoe.methods.agem import project
@@ -177,8 +180,19 @@ def test_llaca_averages_as_the_rule_says(
 
 def test_llacas_pace_has_both_branches() -> None:
     theta, average, gradient, before = (torch.full((1,), value) for value in (10.0, 0.0, 3.0, 1.0))
-    assert pace(theta, average, gradient, before, 0.01) == pytest.approx(2 * (1 + 3) / (10 * 2))
-    assert pace(theta, average, gradient, None, 0.01) == pace(theta, theta, gradient, before, 0.01) == 0.01
+    given, fallback = (theta, average, gradient), pytest.approx(0.01)
+    assert float(pace(*given, before, 0.01)) == pytest.approx(2 * (1 + 3) / (10 * 2))
+    assert float(pace(*given, None, 0.01)) == float(pace(theta, theta, gradient, before, 0.01)) == fallback
+
+
+@pytest.mark.parametrize("variant", ["published", "released"])
+def test_llaca_continues_on_the_weights_device(variant: str) -> None:
+    """States are loaded on the CPU; the meta device stands for a GPU."""
+    method = Llaca(load_config("llaca", {}, [f"options.variant={variant}"]))
+    model, base = nn.Linear(2, 2, device="meta"), SimpleNamespace(device=torch.device("meta"))
+    method.begin_task(cast(Any, SimpleNamespace(previous=Path("there"), base=base, model=model)))
+    method.load_state({f"{kind}.weight": torch.ones(2, 2) for kind in ("average", "gradient")})
+    assert {tensor.device.type for tensor in method.state().values()} == {"meta"}
 
 
 def test_llaca_averages_from_the_second_task_on(runs: Runs) -> None:

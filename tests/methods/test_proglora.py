@@ -30,11 +30,15 @@ KEY = "guide.key"
 def shares(guide: Guide, embeddings: Tensor, asked: Tensor) -> list[list[float]]:
     """The weights of the tasks for each sample, computed number by number."""
     (W1, W2), keys = (router.weight.double() for router in guide.mlp), guide.keys.double()
+    scale, shift = guide.norm.weight.double(), guide.norm.bias.double()
     found = []
     for row in range(len(embeddings)):
         tokens = [embeddings[row, t].double() for t in range(embeddings.shape[1]) if asked[row, t]]
         largest = torch.stack([max(token[i] for token in tokens) for i in range(embeddings.shape[2])])
-        query = W2 @ torch.stack([max(value, value * 0) for value in W1 @ largest])
+        wide = [float(value) / (1 + math.exp(-float(value))) for value in W2 @ (W1 @ largest)]
+        mean = sum(wide) / len(wide)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in wide) / len(wide) + 1e-5)
+        query = scale * torch.tensor([(value - mean) / deviation for value in wide], dtype=torch.float64) + shift
         exp = [math.exp(float(key @ query) / math.sqrt(len(query))) for key in keys]
         found.append([value / sum(exp) for value in exp])
     return found
@@ -46,7 +50,8 @@ def test_every_linear_weighs_the_tasks_by_the_prompts_largest_embeddings(runs: R
     model = load_adapter(copy_base(tiny_base).model.double(), checkpoint, trainable=False).eval()
     guide = find_guide(model)
     assert guide is not None
-    guide.mlp[1].weight.data *= 20  # so that the weights differ between the samples
+    guide.norm.weight.data *= torch.linspace(1, 4, len(guide.norm.weight))  # training has hardly moved it
+    guide.norm.bias.data += 0.1
     selection = method_class("proglora")(read_checkpoint(checkpoint).config).plain_selection()
     assert len(set(selection.keys(2))) == 2, "no shared prefix"
     batch = prompt_batch(tiny_base, QUESTIONS)

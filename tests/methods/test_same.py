@@ -9,9 +9,10 @@ import torch
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
 from clmoe.experts.layer import expert_layers
+from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteTrace, routing
-from clmoe.experts.spectrum import along, leading, watch_inputs
-from clmoe.methods.same import STATE, Options, Same, router_weights
+from clmoe.experts.spectrum import along, leading, router_weights, watch_inputs
+from clmoe.methods.same import STATE, Same
 from clmoe.train.checkpoint import checked_method
 from clmoe.utils.tensors import load_tensors
 from tests.methods.helpers import NewBase, begun, task_data
@@ -84,9 +85,9 @@ def test_a_gradient_is_scaled_along_the_spectrum_and_across_it() -> None:
 
 def test_the_routers_weights() -> None:
     """S = 4, 2, 0.5, 0.1 in windows of 3 has means 4, 3, 6.5/3, 2.6/3; inverses over the largest, but at least 0.8."""
-    weights = router_weights(torch.tensor([4.0, 2.0, 0.5, 0.1], dtype=torch.float64), Options())
+    weights = router_weights(torch.tensor([4.0, 2.0, 0.5, 0.1], dtype=torch.float64), 3, 0.2)
     assert weights.tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-    plain = router_weights(torch.tensor([1.1, 1.0], dtype=torch.float64), Options(window=1))
+    plain = router_weights(torch.tensor([1.1, 1.0], dtype=torch.float64), 1, 0.2)
     assert plain.tolist() == pytest.approx([1 / 1.1, 1.0], abs=1e-5)
 
 
@@ -140,6 +141,19 @@ def test_experts_that_cost_more_than_they_are_used_stand_still(runs: Runs, new_b
     expected[1] = False  # the expert with the second task's number
     assert started._idle(name).tolist() == expected
     assert any(expected) and not all(expected)
+
+
+def test_training_mixes_all_experts_and_an_answer_keeps_two(runs: Runs, new_base: NewBase) -> None:
+    settings = ("adapter.experts=4", "adapter.rank=8", "adapter.router_top_k=2")
+    first, second = runs.chain("same", *settings)
+    base, used = new_base(), []
+    (batch,) = train_batches(base, task_data(base, runs.benchmark, TASKS[1], 4), 4)
+    trained = begun("same", base, runs, first, *settings)[1]
+    for model in (trained, load_adapter(new_base().model, second, trainable=False)):
+        with routing(NEWEST_ROUTER, trace := RouteTrace()), torch.no_grad():
+            model(**batch)
+        used.append({int(n) for output in trace.outputs.values() for n in (output.gate > 0).sum(-1).flatten()})
+    assert used == [{4}, {2}]
 
 
 def test_a_router_for_a_whole_block_is_refused() -> None:

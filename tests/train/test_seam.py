@@ -149,8 +149,7 @@ def test_numbers_of_a_method_are_read_with_the_run(mean: str, runs: Runs, tmp_pa
 def test_two_processes_change_gradients_and_log_as_one(method: str, runs: Runs, tmp_path: Path) -> None:
     """Two DDP processes train the second task like one and share the work on memory, weights' gradients and spectra.
 
-    For KeepLoRA and SAME only the loss is compared: rounding rotates singular vectors, and SAME's spectra include the
-    padding, which depends on how a batch is cut.
+    For KeepLoRA only the loss is compared: rounding rotates singular vectors.
     """
     own = ("options.per_task=6",) if method in ("agem", "dgg") else ()
     first = runs.chain(method, *own, tasks=TASKS[:1])[0]
@@ -163,7 +162,7 @@ def test_two_processes_change_gradients_and_log_as_one(method: str, runs: Runs, 
     assert events(output.parent, "trained")[0]["engine"] == "DistributedDataParallel"
     one, two = (events(run.parent, "step") for run in (alone, output))
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-2)
-    if method not in ("keeplora", "same"):
+    if method != "keeplora":
         assert [step.get("measured") for step in two] == [pytest.approx(step["measured"], rel=1e-2) for step in one]
         for name, value in tensors(alone).items():
-            torch.testing.assert_close(tensors(output)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensors(output)[name], value, rtol=1e-3, atol=1e-5, msg=name)
