@@ -48,12 +48,11 @@ class Device:
 def examine() -> list[Finding]:
     """All findings, in the order in which they are shown; the packages are ours and those of extras for users."""
     gpus = devices()
-    ours = [
-        (extra, package)
+    packages = {
+        package.name: _package(extra, package)
         for extra, package in requirements()
         if extra not in ("dev", "docs", "test") and package.name != "clmoe"
-    ]
-    packages = {package.name: _package(extra, package) for extra, package in ours if package.name != "clmoe"}
+    }
     return [
         Finding("python", "ok", platform.python_version()),
         *packages.values(),

@@ -116,9 +116,19 @@ METHOD_SCRIPTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(METHOD_SCRIPTS))
+def test_every_script_of_a_method_ends_in_its_own_or_the_named_configuration() -> None:
+    end = r'exec bash "\$\(dirname "\$0"\)/\.\./%s "\$\{METHOD:-%s\}"( "\$\{warmup\[@\]\}")? "\$@"'
+    for folder, name in (script.split("/") for script in sorted(METHOD_SCRIPTS)):
+        own = rf'benchmark\.sh" {folder}'
+        if folder == "playground":
+            own = r'sequence\.sh" "\$\{BENCHMARK:-playground-coin\}"'
+        *_, last = (REPOSITORY / f"scripts/{folder}/{name}.sh").read_text().splitlines()
+        assert re.fullmatch(end % (own, name), last), f"{folder}/{name}.sh"
+
+
+@pytest.mark.parametrize("name", ["playground/clmoe", "coin/clmoe", "coin/llava_cmoe"])
 def test_a_methods_script_runs_its_own_or_the_named_configuration(name: str, spoken: Callable[..., list[str]]) -> None:
-    """A grid's row passes its `config` as METHOD; a script that ignored it would train another one under its label."""
+    """A script that ignored METHOD would train another configuration under its label."""
     for variables, config in (({}, Path(name).name), ({"METHOD": "other_config"}, "other_config")):
         trained = [line for line in spoken(f"{name}.sh", **variables) if line.startswith("clmoe run ")]
         assert len(trained) == 1

@@ -81,7 +81,7 @@ class AccuracyMatrix:
 
     def write_csv(self, path: Path) -> None:
         """Write the matrix so that ``read_csv`` returns it exactly."""
-        _write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
+        write_table(path, self.tasks, [(stage, self.rows[stage]) for stage in self.stages if stage in self.rows])
 
 
 def metrics(matrix: AccuracyMatrix, immediate_known: Sequence[float | None] | None = None) -> dict[str, float | None]:
@@ -191,11 +191,6 @@ def read_immediate_csv(path: Path, tasks: Sequence[str]) -> Scores:
     return tuple(by_task[task] for task in tasks)
 
 
-def write_immediate_csv(path: Path, tasks: Sequence[str], scores: Sequence[float | None]) -> None:
-    """Write the one-row file that ``read_immediate_csv`` reads; scores [N] in the order of ``tasks``."""
-    _write_table(path, tasks, [("immediate", scores)])
-
-
 def read_general_csv(path: Path, order: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Scores]]:
     """The sets of general ability, and their scores by stage: ``zero_shot`` or a task. Raises like ``read_csv``."""
     sets, lines = _read_table(path)
@@ -203,11 +198,6 @@ def read_general_csv(path: Path, order: Sequence[str]) -> tuple[tuple[str, ...],
     if odd := [f"row {line}: {after!r}" for line, after, _ in lines if after not in (ZERO_SHOT, *order)]:
         raise ClmoeError(f"{path}, {odd[0]} is neither {ZERO_SHOT!r} nor a task of {', '.join(order)}")
     return sets, rows
-
-
-def write_general_csv(path: Path, sets: Sequence[str], rows: Mapping[str, Scores]) -> None:
-    """Write the file that ``read_general_csv`` reads; its rows may be fewer than the stages."""
-    _write_table(path, sets, list(rows.items()))
 
 
 def _read_table(path: Path) -> tuple[tuple[str, ...], list[tuple[int, str, Scores]]]:
@@ -242,6 +232,7 @@ def _score(text: str, where: str) -> float | None:
     return value
 
 
-def _write_table(path: Path, tasks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> None:
+def write_table(path: Path, tasks: Sequence[str], lines: Iterable[tuple[str, Sequence[float | None]]]) -> None:
+    """Write the file that ``read_csv``, ``read_immediate_csv`` and ``read_general_csv`` read: a row for each label."""
     rows = [[after, *("" if value is None else repr(float(value)) for value in scores)] for after, scores in lines]
     write_text(path, csv_text([["after", *tasks], *rows]))

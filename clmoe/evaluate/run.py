@@ -28,8 +28,7 @@ from clmoe.evaluate.matrix import (
     Scores,
     general_metrics,
     metrics,
-    write_general_csv,
-    write_immediate_csv,
+    write_table,
 )
 from clmoe.evaluate.record import record_checkpoint
 from clmoe.evaluate.rules import Mode
@@ -428,7 +427,7 @@ def write_tables(
     rows, general = scores_of(order), scores_of(sets) if sets else {}
     known = [score(task, task, locator if always_known else "oracle") for task in order]
     if set(known) != {None}:
-        write_immediate_csv(run / "immediate.csv", order, known)
+        write_table(run / "immediate.csv", order, [("immediate", known)])
     else:
         (run / "immediate.csv").unlink(missing_ok=True)  # from another scoring mode
     located = [
@@ -445,6 +444,6 @@ def write_tables(
     matrix.write_csv(run / "matrix.csv")
     found = metrics(matrix, known)
     if general:
-        write_general_csv(run / "general.csv", sets, general)
+        write_table(run / "general.csv", sets, general.items())
         found |= general_metrics(general, order[-1])
     write_json(run / "metrics.json", found)

@@ -4,8 +4,8 @@ Micro-batch, offloading and recomputation change a result by rounding at most, b
 changes it. So all of the former are tried before the latter, each in order of the time that it takes.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from clmoe.plan import LONG_TEXT, USABLE, activation_bytes, answer_bytes, first_
 from clmoe.plan.cost import Card
 from clmoe.utils.files import read_json
 from clmoe.utils.paths import find_config
+from clmoe.utils.settings import flat
 
 NEW_TOKENS = 128  # of an answer
 OFFLOAD = "zero2_offload"
@@ -81,9 +82,9 @@ def fit(
 
 def _bits(config: Config, keys: Collection[str]) -> Iterator[dict[str, Any]]:
     """Changes of the base's type; none if it is already small, and only what the user left open."""
-    fixed = config.model.load_in_4bit or config.model.load_in_8bit
+    fixed, now = config.model.load_in_4bit or config.model.load_in_8bit, flat(asdict(config))
     for change in BITS:
-        new = {name: value for name, value in change.items() if _now(config)[name] != value}
+        new = {name: value for name, value in change.items() if now[name] != value}
         if not change or (new and not fixed and not keys & new.keys()):
             yield new
 
@@ -118,23 +119,11 @@ def _answers(config: Config, keys: Collection[str]) -> list[int]:
     return [most] if "evaluation.batch_size" in keys else [most >> k for k in range(most.bit_length())]
 
 
-def _now(config: Config) -> Mapping[str, Any]:
-    """The settings that may change, as they are now."""
-    model, training = config.model, config.training
-    return {
-        "model.dtype": model.dtype,
-        "model.load_in_8bit": model.load_in_8bit,
-        "model.load_in_4bit": model.load_in_4bit,
-        "training.micro_batch_size": training.micro_batch_size,
-        "training.gradient_checkpointing": training.gradient_checkpointing,
-        "evaluation.batch_size": config.evaluation.batch_size,
-    }
-
-
 def _fitted(
     config: Config, chosen: dict[str, Any], zero: str | None, deepspeed: str | None, card: Card, planned: int
 ) -> Fitted:
-    changed = {name: value for name, value in chosen.items() if _now(config)[name] != value}
+    now = flat(asdict(config))
+    changed = {name: value for name, value in chosen.items() if now[name] != value}
     settings = [f"{name}={str(value).lower()}" for name, value in changed.items()]
     shown = " ".join([*settings, *([] if zero == deepspeed else [f"--deepspeed {zero}"])])
     usable = round(USABLE * card.memory)

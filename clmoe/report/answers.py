@@ -33,7 +33,6 @@ FORGOTTEN_SHARE = 0.75  # of a task's shown questions, as far as there are any
 LONGEST = 1000  # characters of a question or answer
 SIDE = 224  # pixels of an image's longer side
 _LOSSLESS_UP_TO = 128  # drawn or tiny images, which lossy compression would smear
-_ENDINGS = ("", *(f".{name}" for name in LOCATORS))  # of the cells' names; "" is the checkpoint's own locator
 
 
 @lru_cache(maxsize=1024)  # several sections read them; every report reads the run again
@@ -46,7 +45,7 @@ def read_answers(run: Run, task: str) -> pd.DataFrame:
     """
     folder = run.path / "predictions"
     cells = [folder / after / name for after in run.order for name in run.order]
-    ending = next((end for end in _ENDINGS if any(Path(f"{cell}{end}.jsonl").is_file() for cell in cells)), "")
+    ending = next((end for end in _endings(run) if any(Path(f"{cell}{end}.jsonl").is_file() for cell in cells)), "")
     then, now = (_read(folder / after / f"{task}{ending}.jsonl") for after in (task, run.order[-1]))
     rows = []
     for name in now | then:
@@ -135,13 +134,19 @@ def thumbnail(image: str, folders: Iterable[Path]) -> tuple[str | None, str]:
 def image_folders(groups: Sequence[Group], data: Path | None) -> dict[str, list[Path]]:
     """Folders that may hold each task's images, best first: below `data`, then where they were at the evaluation."""
     folders: dict[str, list[Path]] = {task: [] for task in groups[0].runs[0].order}
-    tasks = {f"{task}{ending}": task for task in folders for ending in _ENDINGS}
-    events = [event for group in groups for run in group.runs for event in read_events(run.path / "events.jsonl")]
+    runs = [run for group in groups for run in group.runs]
+    tasks = {f"{task}{ending}": task for task in folders for run in runs for ending in _endings(run)}
+    events = [event for run in runs for event in read_events(run.path / "events.jsonl")]
     for root in (data, None):
         for event in events:
             if event["event"] == "evaluated" and "data" in event and event["task"] in tasks:
                 folders[tasks[event["task"]]].append((root or Path(event["data"])) / event["images"])
     return {task: list(dict.fromkeys(found)) for task, found in folders.items()}
+
+
+def _endings(run: Run) -> list[str]:
+    """How the names of cells may end: not at all with the checkpoint's own locator, else with another one's name."""
+    return ["", *(f".{Path(name).stem}" for name in (run.locator, *LOCATORS) if name)]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from clmoe.evaluate.run import RunInfo
 from clmoe.methods import method_class
 from clmoe.utils.files import read_csv, read_json
 from clmoe.utils.logging import read_events
+from clmoe.utils.settings import flat
 
 T = TypeVar("T")
 _STEP = ["step", "name", "value"]
@@ -204,16 +205,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     """What `clmoe run` recorded, or the first checkpoint's configuration; empty without either."""
     recorded, (config, *_) = folder / "sequence.json", [*sorted(folder.glob("*/config.yaml")), None]
     values = read_json(recorded) if recorded.is_file() else {} if config is None else read_yaml(config)
-    flat = dict(_flat(values))
-    return {key: value for key, value in flat.items() if flat.get("locator.name") or not key.startswith("locator.")}
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+    found = {key: value for key, value in flat(values).items() if not isinstance(value, dict)}
+    return {key: value for key, value in found.items() if found.get("locator.name") or not key.startswith("locator.")}
 
 
 def _build(kind: type[T], values: Any, where: str) -> T:

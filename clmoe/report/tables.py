@@ -24,7 +24,6 @@ COSTS = ["trainable_parameters", "experts_added", "minutes", "peak_memory_mib"]
 UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
 EXACT = 10**7  # counts below it are shown whole
 CHANCE = "majority answer"
-LOCATORS = {"vae": "VAE bank", "prototype": "nearest prototype", "nearest_mean": "nearest mean"}
 _LOWER_IS_BETTER = {"forgetting_max"}
 _OF_WHAT_WAS_LEARNED = {"forgetting_max", "bwt_n", "bwt_n_minus_1", "bwt_known", "general_last", "general_change"}
 ENOUGH_LEARNED = 0.5  # of what the best row learned; a row that learns nothing forgets nothing
@@ -118,7 +117,7 @@ def located_frame(groups: Sequence[Group]) -> pd.DataFrame:
                 right = sum(wide.loc[task, task] for task in run.order)
                 percent.loc["overall", "overall"] = 100 * right / wide.sum(axis=None)
             long = percent.rename_axis(index="task", columns="located").stack().dropna().rename("value").reset_index()
-            frames.append(long.assign(label=run.label, seed=run.seed, locator=LOCATORS.get(str(locator), locator)))
+            frames.append(long.assign(label=run.label, seed=run.seed, locator=locator))
     return pd.concat(frames[1:] or frames)[list(frames[0])]
 
 

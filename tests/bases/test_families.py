@@ -53,6 +53,10 @@ from tests.runs import FAST, LLAVA_CMOE, Killed, Runs, contents, on_step, tensor
 from tests.support import copy_base, save_tiny, tiny_config
 
 NAMES = list(FAMILIES)
+EVERY = bool(os.environ.get("CLMOE_EVERY_PAIR"))
+# An adapted linear is the same in all families; adapted blocks differ in the activation, which is SiLU or not.
+GRAPHS = [("llava", "per_linear"), ("llava", "per_block"), ("gemma3", "per_block")]
+GRAPHS = [(name, scope) for name in NAMES for scope in ("per_linear", "per_block")] if EVERY else GRAPHS
 TURNS = (Turn("How many things are there?", "two"), Turn("Are you sure?", "yes, quite"))
 SIZES = ((32, 24), (20, 60), (90, 40))  # different enough to become different numbers of tokens
 QUESTIONS = ("How many?", "On which side is it, left or right?", "Which colour is it?", "Are you sure?")
@@ -334,7 +338,7 @@ def test_an_images_embedding_is_the_mean_of_its_tokens(base: LoadedBase, picture
 
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize("scope", ["per_linear", "per_block"])
+@pytest.mark.parametrize(("base", "scope"), GRAPHS, indirect=["base"])
 def test_an_adapted_ffn_compiles_to_one_graph(scope: str, base: LoadedBase) -> None:
     torch._dynamo.reset()
     own = copy_base(base)
@@ -367,9 +371,9 @@ PAIR = ("count", "side")
 
 def pairs(tried: Iterable[str], always: tuple[str, ...]) -> list[tuple[str, str]]:
     """(family, name) pairs: ``always`` on every family and the others divided among them, or all on every family."""
-    whole, count = bool(os.environ.get("CLMOE_EVERY_PAIR")), len(NAMES)
+    count = len(NAMES)
     shared = {name: place % count for place, name in enumerate(name for name in tried if name not in always)}
-    return [(f, name) for n, f in enumerate(NAMES) for name in tried if whole or shared.get(name, n) == n]
+    return [(f, name) for n, f in enumerate(NAMES) for name in tried if EVERY or shared.get(name, n) == n]
 
 
 @pytest.mark.slow
@@ -405,6 +409,7 @@ def test_a_locator_finds_the_tasks(locator: str, base: LoadedBase, runs_on: Call
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", NAMES if EVERY else ["llava", "qwen3_vl"], indirect=True)
 def test_a_killed_training_ends_in_the_same_bytes(
     base: LoadedBase, runs_on: Callable[[LoadedBase], Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from clmoe.evaluate.matrix import (
     metrics,
     metrics_from_files,
     read_immediate_csv,
-    write_immediate_csv,
+    write_table,
 )
 
 TASKS = ("a", "b", "c")
@@ -96,7 +96,7 @@ def test_csv_round_trip_is_exact(tmp_path: Path) -> None:
     matrix.write_csv(tmp_path / "m.csv")
     assert AccuracyMatrix.read_csv(tmp_path / "m.csv") == matrix
     assert (tmp_path / "m.csv").read_text().splitlines()[2] == "a,80.0,26.0,"
-    write_immediate_csv(tmp_path / "i.csv", TASKS, (1.5, None, 3.0))
+    write_table(tmp_path / "i.csv", TASKS, [("immediate", (1.5, None, 3.0))])
     assert read_immediate_csv(tmp_path / "i.csv", TASKS) == (1.5, None, 3.0)
     assert read_immediate_csv(tmp_path / "i.csv", TASKS[::-1]) == (3.0, None, 1.5), "by name"
     (tmp_path / "spreadsheet.csv").write_bytes(b"\xef\xbb\xbfafter, a ,b\r\n\r\nb, 1 ,\r\n,,\r\n")

@@ -51,10 +51,13 @@ def test_captions_are_scored_as_a_whole_and_neither_right_nor_wrong(tmp_path: Pa
     assert counts.empty and shown[["then", "then_right", "now_right"]].values.tolist() == [["a red mug", None, None]]
 
 
-def test_a_run_that_was_measured_with_another_locator(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("locator", "ending"), [("", "nearest_mean"), ("there/mine.py", "mine")])
+def test_a_run_that_was_measured_with_another_locator(locator: str, ending: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, "moe", 0)
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"locator": locator}))
     for after in ("count", "box"):
-        predict(run, after, "count.nearest_mean", {"a": RIGHT})
+        predict(run, after, f"count.{ending}", {"a": RIGHT})
     assert outcomes(run, "count") == {"a": "kept"}
     predict(run, "box", "count", {"a": WRONG})  # the checkpoint's own locator counts wherever it was measured
     assert outcomes(run, "count") == {"a": None}

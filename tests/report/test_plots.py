@@ -95,7 +95,7 @@ def test_locator_maps_are_means_blank_where_a_seed_asked_nothing(tmp_path: Path)
     write(first / "locator.csv", header, "box,vae,count,box,1", "box,vae,count,count,9", "box,vae,box,box,5")
     write(second / "locator.csv", header, "box,vae,count,count,7", "box,vae,count,colour_letter,3")
     (panel,) = plots.locator(group_runs([first, second])).panels
-    assert panel.title == "moe: VAE bank (mean of 2 seeds)"
+    assert panel.title == "moe: vae (mean of 2 seeds)"
     assert texts(drawn(panel)) == {(0, 1): "15", (1, 1): "80", (2, 1): "5"}  # (column, row): the row is the true task
 
 

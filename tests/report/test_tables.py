@@ -193,7 +193,7 @@ def test_locator_accuracy_by_task_and_overall(tmp_path: Path) -> None:
     runs = [located_run(tmp_path, 0, 9), located_run(tmp_path, 1, 3, TASKS[::-1]), make_run(tmp_path, "plain", 0)]
     table = report_tables(group_runs(runs))[4]
     assert list(table.cells["label"]) == ["moe"]
-    row = row_of(table, "moe", "VAE bank")
+    row = row_of(table, "moe", "vae")
     assert row["colour_letter"] == "60.00 ± 42.43"  # 90 and 30
     assert (row["count"], row["box"]) == ("75.00 ± 0.00", "100.00 ± 0.00")
     assert row["overall"] == "85.00 ± 7.07"  # 54 and 48 of 60 questions, not a mean of tasks
@@ -205,8 +205,8 @@ def test_a_row_per_locator_and_blanks_for_what_was_not_asked(tmp_path: Path) -> 
     lines = ["box,own,colour_letter,box,4", "box,vae,box,box,2", "box,vae,box,count,1", "box,vae,count,count,0"]
     run = write(make_run(tmp_path, "moe", 0) / "locator.csv", LOCATED, *lines)
     table = report_tables(group_runs([run, make_run(tmp_path, "moe", 1)]))[4]
-    assert list(table.cells["locator"]) == ["own", "VAE bank"]
-    vae = row_of(table, "moe", "VAE bank")
+    assert list(table.cells["locator"]) == ["own", "vae"]
+    vae = row_of(table, "moe", "vae")
     assert vae["box"] == "66.67 (n=1)" and "count" not in vae and "overall" not in vae  # never of some tasks only
     assert row_of(table, "moe", "own")["colour_letter"] == "0.00 (n=1)"
 

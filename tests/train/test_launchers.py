@@ -23,8 +23,6 @@ from tests.launch import REPOSITORY, environment, launch, needs_deepspeed, stop_
 from tests.runs import LLAVA_CMOE, Killed, Runs, contents, events, on_step, tensors
 from tests.support import TASKS
 
-pytestmark = pytest.mark.slow
-
 FIRST, SECOND = TASKS[:2]
 # Rounding errors grow with the learning rate, whatever causes them.
 STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
@@ -64,6 +62,7 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize(("kind", "vision"), [(kind, "") for kind in LAUNCHES] + [("ddp", "vision")])
 def test_two_processes_train_as_one(
@@ -85,6 +84,7 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(value, tensors(alone)[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_batches_without_images_stop_nobody(kind: str, runs: Runs, tmp_path: Path) -> None:
@@ -99,6 +99,7 @@ def test_batches_without_images_stop_nobody(kind: str, runs: Runs, tmp_path: Pat
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs, tmp_path: Path) -> None:
     """One process continues after SIGTERM to the launcher; torchrun passes it on and ends with its own exit code."""
@@ -116,6 +117,7 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_two_processes_go_on_where_one_was_killed(
     alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +135,7 @@ def test_two_processes_go_on_where_one_was_killed(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
     """Two processes do LLaVA-CMoE's second task like one: probes, decision, extension, VAE, evaluation of all tasks."""
@@ -159,6 +162,7 @@ def test_growth_locator_and_evaluation_are_those_of_one_process(runs: Runs, tmp_
             assert files[name] == content, name
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("method", "kind", "state"),
@@ -230,6 +234,7 @@ def test_without_deepspeed_the_package_to_install_is_named(monkeypatch: pytest.M
         zero.deepspeed_settings("zero2")
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_one_process_needs_no_launcher(runs: Runs, tmp_path: Path) -> None:
     """DeepSpeed without a launcher, with several phases in one process, gives the same weights as plain training."""
@@ -255,6 +260,7 @@ def sequence_script(runs: Runs, folder: Path, method: str, **variables: str) -> 
     return subprocess.run(line, env=environment() | variables, cwd=REPOSITORY, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_sequence_script_starts_several_processes(runs: Runs, tmp_path: Path) -> None:
     done = sequence_script(runs, tmp_path, "clmoe", GPUS="2", LAUNCHER="torchrun", ORDER=FIRST)
     assert done.returncode == 0, done.stderr[-3000:]
