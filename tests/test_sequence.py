@@ -13,10 +13,11 @@ import yaml
 import clmoe
 from clmoe import cli
 from clmoe import sequence as sequence_module
+from clmoe.benchmarks.base import load_benchmark
 from clmoe.errors import ClmoeError
 from clmoe.evaluate import answer as answer_module
 from clmoe.evaluate import run as evaluation_module
-from clmoe.evaluate.relocate import usable_locators
+from clmoe.evaluate.relocate import relocate, usable_locators
 from clmoe.methods import method_class
 from clmoe.plan import make_plan
 from clmoe.sequence import Result, default_folder
@@ -257,17 +258,15 @@ def test_every_locator_works_with_every_method_that_keeps_parts(method: str, run
     """Every locator works on the checkpoints of one training without training again, and finds only known tasks."""
     settings = ("training.steps=2", "adapter.train_projector=false", *PARTS[method])
     trained = run(runs, tmp_path / "run", method, *settings, *FAST["vae"], "locator=vae", order=",".join(TASKS[:2]))
-    for name in usable_locators(method):
-        out = tmp_path / name
-        runs.evaluate(trained.checkpoints[1], out, *FAST.get(name, ()), locator=name, order=",".join(TASKS[:2]))
-        suffix = "" if name == "vae" else f".{name}"
-        files = [out / "predictions" / TASKS[1] / f"{task}{suffix}.jsonl" for task in TASKS[:2]]
-        found = [json.loads(line)["task"] for file in files for line in file.read_text().splitlines()]
-        assert set(found) <= set(TASKS[:2])
-        if name == "oracle":
-            assert found == [TASKS[0]] * 12 + [TASKS[1]] * 12
-        elif name == "last":
-            assert set(found) == {TASKS[1]}
+    names, benchmark = usable_locators(method), load_benchmark(str(runs.benchmark))
+    for found in relocate(trained.run, benchmark, names, tmp_path / "features", {}):
+        named = {task: dict(counts) for task, counts in found.confusion.items()}
+        assert named.keys() == set(TASKS[:2]) and all(sum(counts.values()) == 12 for counts in named.values())
+        assert all(counts.keys() <= set(TASKS[:2]) for counts in named.values()), found.locator
+        if found.locator == "oracle":
+            assert named == {task: {task: 12} for task in TASKS[:2]}
+        elif found.locator == "last":
+            assert named == {task: {TASKS[1]: 12} for task in TASKS[:2]}
 
 
 def test_a_locator_of_its_own_is_what_training_with_it_gives(runs: Runs, tmp_path: Path) -> None:
