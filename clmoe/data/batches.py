@@ -4,7 +4,7 @@ Items hold tensors only and nothing random is drawn here, so a batch does not de
 Letters: B records, T tokens of the longest record, I images of H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -114,11 +114,17 @@ class NumberedDataset(Dataset[tuple[int, TrainItem]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]]:
-        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, TrainItem]] | ClmoeError:
+        """The items, or what is wrong with one of them: raised in a data worker, it would arrive as a traceback."""
+        try:
+            return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+        except ClmoeError as error:
+            return ClmoeError(str(error))
 
 
 # ---- Collation
+
+ERROR = "error"
 
 
 def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
@@ -132,14 +138,27 @@ def collate_train(items: Sequence[TrainItem], pad_id: int) -> dict[str, Tensor]:
     return _collate(items, pad_id, "right") | {"labels": _pad([item.labels for item in items], IGNORE, "right")}
 
 
-def collate_numbered(items: Sequence[tuple[int, TrainItem]], pad_id: int) -> dict[str, Tensor]:
-    """Like ``collate_train``, with the items' places in their dataset as ``rows [B]`` int64."""
+def collate_numbered(items: Sequence[tuple[int, TrainItem]] | ClmoeError, pad_id: int) -> dict[str, Any]:
+    """Like ``collate_train``, with the items' places in their dataset as ``rows [B]`` int64.
+
+    An error instead of items becomes a batch that ``readable`` raises.
+    """
+    if isinstance(items, ClmoeError):
+        return {ERROR: items}
     return collate_train([item for _, item in items], pad_id) | {"rows": torch.tensor([row for row, _ in items])}
 
 
 def collate_prompts(items: Sequence[PromptItem], pad_id: int) -> dict[str, Tensor]:
     """A batch to generate from, padded on the left; keys and shapes as in ``collate_train``, without labels."""
     return _collate(items, pad_id, "left")
+
+
+def readable(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches. Raises the error that ``collate_numbered`` passed on."""
+    for batch in batches:
+        if ERROR in batch:
+            raise batch[ERROR]
+        yield batch
 
 
 def _collate(items: Sequence[PromptItem], pad_id: int, side: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, pad
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from clmoe.bases.chat import SIDE
 from clmoe.bases.families import MASKED
 from clmoe.bases.inputs import SharedPrompts, image_order, positions, prompt_dataset, prompt_inputs, to_device
 from clmoe.bases.llava import LoadedBase, base_fingerprint, decoder_layers
@@ -27,6 +29,7 @@ from clmoe.bases.stack import CACHE, recompute_activations
 from clmoe.bases.text import open_text_tower
 from clmoe.config import Config, FeatureKind, View
 from clmoe.data.batches import collate_prompts, first_questions, sample_records
+from clmoe.data.images import preprocess
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
 from clmoe.experts.routing import NEWEST_ROUTER, RouteSelection, checkpoint_contexts, reading, routing
@@ -218,6 +221,26 @@ def image_embeddings(model: PeftModel, inputs: dict[str, Tensor], images: int) -
     return torch.stack([tokens.mean(0) for tokens in parts]).cpu()
 
 
+def blank_image(base: LoadedBase) -> dict[str, Tensor]:
+    """What ``get_image_features`` of this base takes, for an empty image."""
+    blank = Image.new("RGB", (SIDE, SIDE))
+    image = blank if base.chat is not None else preprocess(blank, base.image_processor)
+    inputs = to_device(collate_prompts([base.prompt_item(Question("", "blank", "?", "", {}), image)], 0), base)
+    wanted = [name for name in ("pixel_values", *base.family.inputs) if "token_type" not in name]
+    return {name: inputs[name] for name in wanted}
+
+
+def no_image(model: PreTrainedModel, blank: dict[str, Tensor]) -> Tensor:
+    """Zero, with the graph of a pass through image encoder and projector: its gradients are zeros."""
+    waiting, sums = [*model.get_image_features(**blank).values()], []  # type: ignore[operator]
+    for value in waiting:  # Qwen3-VL has features for several blocks, each a tuple with one tensor per image
+        if isinstance(value, list | tuple):
+            waiting.extend(value)
+        elif isinstance(value, Tensor) and value.requires_grad:
+            sums.append(value.float().sum())
+    return 0.0 * torch.stack(sums).sum()
+
+
 # ---- Features that locators look at
 
 
@@ -311,8 +334,9 @@ class FeatureStore:
         images = {name: None if name is None else file_sha256(image_root / name) for name in names}
         prompts = [(question.text, images[question.image]) for question in questions]
         base, cut = self.base, [self.batch_size, self.share_images]
-        in_4bit = bool(getattr(base.model, "is_loaded_in_4bit", False))
-        made_by = [base.fingerprint, str(base.model.dtype), in_4bit, base.made_by]
+        in_8bit = bool(getattr(base.model, "is_loaded_in_8bit", False))
+        bits = "8bit" if in_8bit else bool(getattr(base.model, "is_loaded_in_4bit", False))
+        made_by = [base.fingerprint, str(base.model.dtype), bits, base.made_by]
         kind: Any = self.kind if self.view in ("prompt", "text") else [self.view, self.kind]
         if self.text_encoder and self.view != "prompt":
             kind = [self.view, self.kind, base_fingerprint(resolve_model_path(self.text_encoder))]

@@ -179,8 +179,8 @@ class Experts(nn.Module):
         takes_over = self._takes_over(base, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not takes_over):
             out = base(x)
-        if base.bias is not None:
-            out = out.clone()  # a view, which a custom function cannot change in place
+        if base.bias is not None or (not torch.compiler.is_compiling() and out._is_view()):
+            out = out.clone()  # a view, as of an 8-bit linear, which a custom function cannot change in place
         if self.as_released and self._drops:
             parts = zip(gate.split(1, -1), A.split(self.rank), B.split(self.rank, 1), strict=True)
             for number, (g, A_i, B_i) in enumerate(parts):

@@ -139,7 +139,9 @@ def load_adapter(base: nn.Module, folder: Path, trainable: bool) -> PeftModel:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise ClmoeError(f"{file}: {name} is {tensor.dtype}, adapters are float32: save it with .float() tensors")
     try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        # peft itself would read the file onto the first GPU in every process
+        where = str(next(base.parameters()).device)
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, torch_device=where)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:

@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations import TensorBoardCallback, unset_hf_deepspeed_config
 
 from clmoe.config import TrainingConfig
-from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation
+from clmoe.data.batches import NumberedDataset, TrainDataset, collate_numbered, epoch_permutation, readable
 from clmoe.errors import ClmoeError, Interrupted
-from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens
+from clmoe.experts.forward import adapted_base, answer_loss, answer_states, answer_tokens, no_image
 from clmoe.experts.routing import RouteTrace, routing
 from clmoe.methods.base import Method, measured
 from clmoe.train.state import (
@@ -54,12 +54,15 @@ LOST_UPDATES = 3  # in a row end the training
 class TrainedModel(nn.Module):
     """Answer-token cross-entropy, normalised over the global batch, plus the method's own loss.
 
-    Logits are computed at answer positions only, which is exact, and in pieces unless the method reads them.
+    Logits are computed at answer positions only, which is exact, and in pieces unless the method reads them. ``blank``
+    holds the inputs of an empty image (``blank_image``), for several processes that train a projector.
     """
 
-    def __init__(self, model: PeftModel, method: Method, batch_size: int) -> None:
+    def __init__(
+        self, model: PeftModel, method: Method, batch_size: int, blank: dict[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.method, self.batch_size = model, method, batch_size
+        self.model, self.method, self.batch_size, self.blank = model, method, batch_size, blank
 
     def forward(
         self,
@@ -80,9 +83,11 @@ class TrainedModel(nn.Module):
         trace = RouteTrace(real=attention_mask.bool())
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **inputs}
         loss: Tensor | float = 0.0
-        if "pixel_values" not in inputs:
-            # Processes wait for each other's gradients, so a tuned projector needs one, of zeros, even without images.
-            # It is computed first, so that its gradient comes last, as with images: ZeRO-2 packs them as they come.
+        if "pixel_values" not in inputs and self.blank is not None:
+            # Processes wait for each other's gradients, and ZeRO-2 packs them as they come. So a tuned projector needs
+            # gradients of zeros in the same order as with images: from the same graph, which is computed first, too.
+            loss = no_image(adapted, self.blank)
+        elif "pixel_values" not in inputs:  # one process: zeros move a projector as the others' zeros would
             loss = 0.0 * sum(p.sum() for name, p in trainable(self.model).items() if PROJECTOR in name)
         with routing(self.method.training_selection(self.model, rows), trace):
             states = answer_states(adapted, batch)
@@ -248,7 +253,8 @@ class Snapshots(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trained = self.trainer.trained
-        trained.method.after_step(trained.model, state.global_step)
+        if not self.trainer.lost_in_a_row:
+            trained.method.after_step(trained.model, state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         trainer, step = self.trainer, state.global_step
@@ -328,6 +334,9 @@ class TaskTrainer(Trainer):
         )
         super().__init__(model=model, args=arguments, train_dataset=dataset, callbacks=[report, Snapshots(self)])
         self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # its own place would go with the phase's folder
+                callback.logging_dir = str(phase.parents[2] / "tensorboard" / str(arguments.run_name))
         self.model_accepts_loss_kwargs = True
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clip_and_keep_norm
 
@@ -341,6 +350,9 @@ class TaskTrainer(Trainer):
             found = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
             method.change_gradients(adapted, found, self.state.global_step)
         self.norm = self._clip(*arguments, **named)
+        if not math.isfinite(float(self.norm)):  # clipping has made NaN of it; AdamW leaves weights without gradient
+            for parameter in trainable(adapted).values():
+                parameter.grad = None
         return self.norm
 
     def begin(self) -> None:
@@ -379,6 +391,10 @@ class TaskTrainer(Trainer):
                 f"{self.state.global_step + 1}: its norm is {float(norm)}, and nothing is learned. Lower "
                 "training.learning_rate or adapter.scale, or choose model.dtype=bfloat16"
             )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> Any:
+        """The micro-batches of one update. Raises what a data worker could not read, without the worker's traceback."""
+        return super().get_batch_samples(readable(epoch_iterator), *arguments)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our own batches, already cut for this process; the loader draws nothing from the global generator."""

@@ -23,7 +23,7 @@ from clmoe.data.records import Part, TrainRecord, UnionRecords
 from clmoe.data.rows import Seen, all_of, grouped
 from clmoe.data.styles import diversified
 from clmoe.errors import ClmoeError
-from clmoe.experts.forward import FeatureStore, enable_checkpointing, feature_folder
+from clmoe.experts.forward import FeatureStore, blank_image, enable_checkpointing, feature_folder
 from clmoe.experts.model import attach_adapter, count_parameters, detach_adapter, load_adapter
 from clmoe.locators import make_locator
 from clmoe.locators.base import FILE as LOCATOR_FILE
@@ -46,7 +46,7 @@ from clmoe.train.checkpoint import (
     read_checkpoint,
     work_folder,
 )
-from clmoe.train.loop import BatchPlan, Report, TaskTrainer, TrainedModel, total_steps
+from clmoe.train.loop import PROJECTOR, BatchPlan, Report, TaskTrainer, TrainedModel, total_steps
 from clmoe.train.state import states
 from clmoe.utils.files import file_sha256, read_json, write_json
 from clmoe.utils.logging import EventLog, Progress, Stage, provenance, read_events, timed
@@ -259,6 +259,7 @@ def _spare_imports() -> None:
 
     Done once per process, before there is a model: whatever is frozen is never freed from a cycle.
     """
+    gc.collect()  # an evaluation may have come first
     gc.freeze()
 
 
@@ -407,7 +408,8 @@ def _train(
     with deferred() as asked:
         with Progress(title, steps, read_events(log.path), stage) as progress:
             report = Report(progress, log, request.task, plan.batch_size, method)
-            trained = TrainedModel(context.model, method, plan.batch_size)
+            tuned = count() > 1 and any(PROJECTOR in name for name in trainable(context.model))
+            trained = TrainedModel(context.model, method, plan.batch_size, blank_image(base) if tuned else None)
             pad, zero = base.tokenizer.pad_token_id, request.deepspeed
             trainer = TaskTrainer(trained, dataset, pad, training, plan, steps, report, context.trained, asked, zero)
             progress.skip(trainer.first_step)

@@ -125,8 +125,15 @@ def mean_of_each(state: None, bucket: dist.GradBucket) -> torch.futures.Future[T
     its messages anew after a process's first step: a continued training would end with different bits.
     """
     whole = bucket.buffer().div_(count())
-    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
-    return torch.futures.collect_all(sums).then(lambda done: whole)
+    sums = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
+
+    def finished(last: torch.futures.Future[Any]) -> Tensor:
+        for one in sums:
+            one.wait()
+        return whole
+
+    # Only a future of the GPU's own makes DDP's stream wait; one of ``collect_all`` belongs to no device.
+    return sums[-1].get_future().then(finished)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -36,6 +36,7 @@ from clmoe.experts.forward import (
     adapted_base,
     answer_states,
     base_features,
+    blank_image,
     enable_checkpointing,
     prefill,
 )
@@ -45,7 +46,7 @@ from clmoe.experts.prompts import soft_prompts
 from clmoe.experts.routing import NEWEST_ROUTER, routing
 from clmoe.locators import LOCATORS, make_locator
 from clmoe.methods import method_class, methods
-from clmoe.train.loop import TrainedModel
+from clmoe.train.loop import PROJECTOR, TrainedModel
 from clmoe.utils.tensors import same_bits
 from tests.bases import tiny_families
 from tests.methods.test_contract import ROWS
@@ -422,6 +423,29 @@ def test_a_killed_training_ends_in_the_same_bytes(
     runs.train(tmp_path / "count", "clmoe", "count", *settings)
     assert seen == [2], "it went on from its saved state"
     assert contents(tmp_path / "count") == contents(whole)
+
+
+def test_a_projectors_gradients_come_in_one_order_with_and_without_images(base: LoadedBase, pictures: Path) -> None:
+    """ZeRO-2 adds up what the processes send first, second, ...; one may have an image where another has none."""
+    own = copy_base(base)
+    method = method_class("lora")(tiny_config("lora", Path("x"), "adapter.train_projector=true"))
+    model = attach_adapter(own.model, method.adapter(own))
+    trained, arrived = TrainedModel(model, method, 1, blank_image(own)).train(), list[str]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    orders = []
+    for image in ("0.png", None):
+        item = own.train_item(TrainRecord("r", image, TURNS), image and own.read_image(pictures / image), 4096)
+        batch = collate_train([item], own.tokenizer.pad_token_id)
+        trained(**batch, num_items_in_batch=torch.tensor(3))["loss"].backward()
+        orders.append(arrived.copy())
+        arrived.clear()
+    assert orders[0] == orders[1] and any(PROJECTOR in name for name in orders[0])
+    projector = {name: p for name, p in model.named_parameters() if PROJECTOR in name and p.requires_grad}
+    model.zero_grad()
+    trained(**batch, num_items_in_batch=torch.tensor(3))["loss"].backward()
+    assert not any(p.grad.any() for p in projector.values())  # type: ignore[union-attr]
 
 
 def test_recomputed_activations_give_the_same_gradients(base: LoadedBase, pictures: Path) -> None:

@@ -1,5 +1,7 @@
 """The packed mixture of experts against the loop and the equation; growing and freezing a linear's experts."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +113,24 @@ class OtherLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class _Viewed(torch.autograd.Function):
+    """The product of bitsandbytes' 8-bit linear on a GPU: what it returns is a view that autograd does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return (x.reshape(-1, x.shape[-1]) @ weight.t()).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.saved_tensors[0], None
+
+
+class ViewedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Viewed.apply(x, self.weight)
+
+
 def frozen_linear(kind: type[nn.Linear] = nn.Linear, bias: bool = False) -> nn.Linear:
     torch.manual_seed(2)
     return kind(DIN, DOUT, bias=bias, dtype=torch.float64).requires_grad_(False)
@@ -184,6 +204,12 @@ def test_another_linear_keeps_its_own_graph(kind: str) -> None:
     if kind == "sharded":
         linear.weight.ds_id = 0  # type: ignore[attr-defined]
     assert equal_to_the_loop(grown(3), linear) & {"MmBackward0", "AddmmBackward0"}
+
+
+def test_an_8_bit_linears_output_is_not_changed_in_place() -> None:
+    with pytest.raises(RuntimeError, match="view and is being modified inplace"):
+        frozen_linear(ViewedLinear)(torch.randn(2, 3, DIN, dtype=torch.float64, requires_grad=True)).add_(1)
+    equal_to_the_loop(grown(3), frozen_linear(ViewedLinear))
 
 
 def test_under_dropout_one_mask_serves_all_experts_and_the_frozen_linear_sees_the_whole_input() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from clmoe.methods.clmoe import ClMoe
 from clmoe.train.checkpoint import MANIFEST, seal
@@ -142,18 +146,21 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
 def test_a_gradient_that_overflows_ends_the_training(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An infinite norm clips updates to zero; one such step is counted, three end the training, and JSON stays JSON."""
+    """A step with an infinite norm changes no weight and is counted, three end the training, and JSON stays JSON."""
     real = TaskTrainer.training_step
-    for bad, code in (((1,), None), ((2, 3, 4), 2)):
+    for bad, size, code in (((1,), 3e38, None), ((3,), math.inf, None), ((2, 3, 4), 3e38, 2)):
+        weights: list[list[Tensor]] = []
 
-        def step(self: TaskTrainer, *args: Any, bad: tuple[int, ...] = bad, **kwargs: Any) -> Any:
+        def step(self: TaskTrainer, *args: Any, of: Any = (bad, size, weights), **kwargs: Any) -> Any:
+            bad, size, seen = of
+            seen.append([parameter.detach().clone() for parameter in trainable(self.model).values()])
             loss = real(self, *args, **kwargs)
             if self.state.global_step in bad:
                 for parameter in trainable(self.model).values():
-                    parameter.grad.fill_(3e38)  # type: ignore[union-attr]
+                    parameter.grad.view(-1)[0] = size  # type: ignore[union-attr]
             return loss
 
-        output = tmp_path / f"{len(bad)}" / FIRST
+        output = tmp_path / f"{bad}" / FIRST
         with monkeypatch.context() as patch:
             patch.setattr(TaskTrainer, "training_step", step)
             if code is None:
@@ -163,6 +170,8 @@ def test_a_gradient_that_overflows_ends_the_training(
                 with pytest.raises(SystemExit) as stop:
                     runs.train(output, "lora", FIRST, *SETTINGS, "training.logging_steps=1")
                 assert stop.value.code == code and "step 5" in capsys.readouterr().err and not output.exists()
+        still = [all(map(torch.equal, *pair)) for pair in pairwise(weights)]
+        assert [number for number, same in enumerate(still) if same] == [step for step in bad if step < len(still)]
         lines = (output.parent / "events.jsonl").read_text().splitlines()
         rows = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines]
         lost = [row["step"] - 1 for row in rows if row["event"] == "step" and row["grad_norm"] is None]

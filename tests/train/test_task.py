@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from clmoe.benchmarks.base import Benchmark, train_records
 from clmoe.config import dump_config, load_config
@@ -263,3 +264,29 @@ def test_answer_styles_decide_what_a_task_trains_on_and_are_noted(runs: Runs, mi
     assert list(found["styled"]) == list(training_records(styled, mini.task(FIRST), answers_fit(styled)))
     checkpoint = runs.train(tmp_path / "run" / FIRST, "sefe", FIRST, "training.steps=1")
     assert "asd: 0.2" in (checkpoint / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_decoded_is_named_in_a_line_whoever_reads_it(
+    workers: int, runs: Runs, mini: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its header is right, so nothing finds it before the step that needs it."""
+    data = tmp_path / "data"
+    shutil.copytree(mini.root, data)
+    values = yaml.safe_load(runs.benchmark.read_text()) | {"root": str(data)}
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(values))
+    for image in (data / TASKS[0] / "images").glob("*.png"):
+        image.write_bytes(image.read_bytes()[:-40])
+    with pytest.raises(SystemExit) as stop:
+        settings = (f"training.workers={workers}", "training.steps=2")
+        runs.train(tmp_path / "run" / TASKS[0], "lora", TASKS[0], *settings, benchmark=str(tmp_path / "cut.yaml"))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "Traceback" not in "".join(lines)
+    assert lines[-1].startswith("clmoe train: ") and ".png" in lines[-1]
+
+
+def test_tensorboards_curves_stay_when_the_task_is_sealed(runs: Runs, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    runs.train(tmp_path / "run" / TASKS[0], "lora", TASKS[0], "training.steps=2", "training.trackers=[tensorboard]")
+    (curves,) = (tmp_path / "run" / "tensorboard").rglob("events.*")
+    assert b"train/loss" in curves.read_bytes()
