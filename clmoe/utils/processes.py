@@ -125,15 +125,11 @@ def mean_of_each(state: None, bucket: dist.GradBucket) -> torch.futures.Future[T
     its messages anew after a process's first step: a continued training would end with different bits.
     """
     whole = bucket.buffer().div_(count())
-    sums = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
-
-    def finished(last: torch.futures.Future[Any]) -> Tensor:
-        for one in sums:
-            one.wait()
-        return whole
-
-    # Only a future of the GPU's own makes DDP's stream wait; one of ``collect_all`` belongs to no device.
-    return sums[-1].get_future().then(finished)
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    # DDP's stream waits for a GPU's future, but not for one of ``collect_all``, which belongs to no device. NCCL sums
+    # one gradient after the other, so its last future is enough; gloo's may end in any order.
+    done = sums[-1] if whole.is_cuda else torch.futures.collect_all(sums)
+    return done.then(lambda _: whole)
 
 
 def _gather(value: Any) -> list[Any]:
