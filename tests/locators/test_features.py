@@ -124,9 +124,10 @@ def test_every_cause_of_other_features_is_another_file(
     changes += [{"view": "image_text"}]
     stores += [dataclasses.replace(store, **change) for change in changes]
     keys = [each._key(questions, images) for each in stores]
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny_base.model, "is_loaded_in_4bit", True, raising=False)
-        keys.append(store._key(questions, images))
+    for bits in ("4", "8"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_base.model, f"is_loaded_in_{bits}bit", True, raising=False)
+            keys.append(store._key(questions, images))
     keys.append(store._key(questions[::-1], images))
     keys.append(store._key([dataclasses.replace(questions[0], text="What?"), *questions[1:]], images))
     keys.append(store._key([dataclasses.replace(questions[0], image=None), *questions[1:]], images))
