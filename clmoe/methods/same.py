@@ -3,8 +3,7 @@
 For each linear, with ``U [din, k]`` and ``S [k]`` the directions and standard deviations that hold ``energy`` of the
 variance of its inputs ``x``, and with gradients ``g`` of the rows that act on ``x``:
 
-- router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``. ``w`` is ``1 / S``, with ``S`` averaged over
-  the last ``window`` directions, divided by its largest value and kept within ``1 +- spread``.
+- router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``, with ``w`` of ``router_weights``.
 - A, from the second task on, with ``U, S`` from the end of the previous task:
   ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
 - an expert's score is its use (mean gate) minus its importance (mean of gate times ``|x|^2``), both moving averages
@@ -15,14 +14,15 @@ The router's spectrum is that of a batch, retaken every ``every`` steps. Trainin
 with frozen experts left out; here each token is routed on its own, as in MoELoRA.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from clmoe.bases.inputs import train_dataset
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import Config
 from clmoe.data.batches import sample_records
 from clmoe.errors import ClmoeError
@@ -36,7 +36,6 @@ from clmoe.utils.schema import Count, Inside, Positive, Share, Steps
 from clmoe.utils.tensors import load_tensors, save_tensors
 
 STATE = "input_spectra.safetensors"
-MEMORY = 0.95  # of the moving averages
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,9 @@ class Options:
 
     Attributes:
         energy: share of the inputs' variance that the directions hold, 0.9.
-        mu: damping of A's rule, 0.9.
-        tau: score below which an expert is frozen, 0.1.
+        mu, tau: damping of A's rule, 0.9, and score below which an expert is frozen, 0.1.
         window, spread, start, every: parameters of the router's rule: 3, 0.2, 10, 20.
-        components: width of the sketch used for a spectrum, 64.
-        samples: *open*: training records used for the spectrum at a task's end.
+        components, samples: width of a spectrum's sketch, 64, and (*open*) training records for a task's last spectrum.
     """
 
     energy: Share = 0.9
@@ -73,11 +70,17 @@ class Same(MoeLora):
         super().__init__(config)
         if config.adapter.router_scope != "per_linear":
             raise ClmoeError(f"adapter.router_scope {config.adapter.router_scope}: {config.method} needs per_linear")
+        self.trained = replace(config, adapter=replace(config.adapter, router_top_k=None))
+
+    def adapter(self, base: LoadedBase) -> PeftConfig:
+        config = super().adapter(base)
+        config.router_top_k = self.config.adapter.router_top_k  # type: ignore[attr-defined]
+        return config
 
     def begin_task(self, context: TaskContext) -> None:
         """Read the parent's spectra, watch the linears' inputs, and mix all experts."""
-        stored = {} if context.previous is None else load_tensors(context.previous / STATE)
-        self._past, self._index = unpack(stored, context.base.device), context.index
+        stored, self._index = {} if context.previous is None else load_tensors(context.previous / STATE), context.index
+        self._past = unpack(stored, context.base.device)
         self._spectra, self._use = dict[str, Spectrum](), dict[str, Tensor]()  # the latter: averages ``[2, E]``
         self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
@@ -117,7 +120,7 @@ class Same(MoeLora):
         """``[E]`` bool: the experts that this step freezes."""
         use, importance, tokens = summed(self._seen[name])
         before = self._use.get(name, torch.full((2, len(use)), 1 / len(use), device=use.device))
-        now = self._use[name] = MEMORY * before + (1 - MEMORY) * torch.stack([use, importance]) / tokens
+        now = self._use[name] = 0.95 * before + 0.05 * torch.stack([use, importance]) / tokens
         low, high = now.aminmax(dim=1, keepdim=True)
         scaled = (now - low) / (high - low).clamp(min=1e-8)
         idle = scaled[0] - scaled[1] < self.options.tau
@@ -141,7 +144,7 @@ class Same(MoeLora):
         records, length = sample_records(context.records, self.options.samples, seed), self.config.training.max_length
         dataset = train_dataset(context.base, records, context.image_root, length)
         found = pack(spectra_of(context.model, context.base, dataset, width, seed, energy))
-        save_tensors({key: tensor.cpu().contiguous() for key, tensor in found.items()}, context.work / STATE)
+        save_tensors({key: part.cpu().contiguous() for key, part in found.items()}, context.work / STATE)
 
 
 METHODS = {"same": Same}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 
+from clmoe.bases.llava import LoadedBase
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
+from clmoe.experts.config import ExpertConfig
 from clmoe.experts.layer import expert_layers
 from clmoe.experts.model import load_adapter
 from clmoe.experts.routing import NEWEST_ROUTER, RouterOutput, RouteTrace, routing
@@ -18,7 +23,7 @@ from clmoe.utils.tensors import load_tensors
 from tests.methods.helpers import NewBase, begun, task_data
 from tests.methods.helpers import watch_inputs as watch_modules
 from tests.runs import Runs
-from tests.support import TASKS, train_batches
+from tests.support import TASKS, tiny_config, train_batches
 
 DIN = 6
 
@@ -154,6 +159,14 @@ def test_training_mixes_all_experts_and_an_answer_keeps_two(runs: Runs, new_base
             model(**batch)
         used.append({int(n) for output in trace.outputs.values() for n in (output.gate > 0).sum(-1).flatten()})
     assert used == [{4}, {2}]
+
+
+def test_the_updates_scale_is_that_of_trainings_dense_gate(tiny_base: LoadedBase) -> None:
+    """Four experts share a token in training: with s = 8, their mean gate of 1/4 gives the wanted scale of 2."""
+    settings = ("adapter.experts=4", "adapter.rank=8", "adapter.router_top_k=2", "adapter.scale=2")
+    method = Same(tiny_config("same", Path("nowhere"), *settings))
+    found = cast(ExpertConfig, method.adapter(tiny_base))
+    assert (found.scaling, found.router_top_k, method.effective_scale()) == (8, 2, 2)
 
 
 def test_a_router_for_a_whole_block_is_refused() -> None:
