@@ -4,14 +4,12 @@ For each linear, with ``U [din, k]`` and ``S [k]`` the directions and standard d
 variance of its inputs ``x``, and with gradients ``g`` of the rows that act on ``x``:
 
 - router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``, with ``w`` of ``router_weights``.
-- A, from the second task on, with ``U, S`` from the end of the previous task:
-  ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
+- A, from task 2 on, with the last task's ``U, S``: ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
 - an expert's score is its use (mean gate) minus its importance (mean of gate times ``|x|^2``), both moving averages
   scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, except that of the task's number.
 
-The router's spectrum is that of a batch, retaken every ``every`` steps. Training mixes all experts, and answers keep
-``adapter.router_top_k`` of them. All this follows the released code, which routes by the mean gate of a batch's tokens,
-with frozen experts left out; here each token is routed on its own, as in MoELoRA.
+The router's spectrum is a batch's, retaken every ``every`` steps. Training mixes all experts, answers the top two. All
+this is the released code's, which routes a batch as a whole and without frozen experts; here, each token by itself.
 """
 
 from dataclasses import dataclass, replace
@@ -44,9 +42,11 @@ class Options:
 
     Attributes:
         energy: share of the inputs' variance that the directions hold, 0.9.
-        mu, tau: damping of A's rule, 0.9, and score below which an expert is frozen, 0.1.
+        mu: damping of A's rule, 0.9.
+        tau: score below which an expert is frozen, 0.1.
         window, spread, start, every: parameters of the router's rule: 3, 0.2, 10, 20.
-        components, samples: width of a spectrum's sketch, 64, and (*open*) training records for a task's last spectrum.
+        components: width of the sketch used for a spectrum, 64.
+        samples: *open*: training records used for the spectrum at a task's end.
     """
 
     energy: Share = 0.9

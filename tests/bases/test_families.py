@@ -425,7 +425,9 @@ def test_a_killed_training_ends_in_the_same_bytes(
     assert contents(tmp_path / "count") == contents(whole)
 
 
-def test_a_projectors_gradients_come_in_one_order_with_and_without_images(base: LoadedBase, pictures: Path) -> None:
+def test_a_tuned_projectors_gradients_come_in_one_order_with_and_without_images(
+    base: LoadedBase, pictures: Path
+) -> None:
     """ZeRO-2 adds up what the processes send first, second, ...; one may have an image where another has none."""
     own = copy_base(base)
     method = method_class("lora")(tiny_config("lora", Path("x"), "adapter.train_projector=true"))
