@@ -40,7 +40,7 @@ from clmoe.report.tables import alike_note, comparison_table, report_text, spent
 from clmoe.train.checkpoint import MANIFEST, checked_method, read_checkpoint, sealed_files
 from clmoe.train.loop import use_deepspeed
 from clmoe.train.task import UNION, answers_fit, prepare_request, train_task
-from clmoe.utils.files import flush, locked, write_json, write_text
+from clmoe.utils.files import flush, locked, read_json, write_json, write_text
 from clmoe.utils.paths import check_target, find_config, resolve_model_path
 from clmoe.utils.processes import count, from_main, is_main
 
@@ -84,15 +84,17 @@ def tune(options: argparse.Namespace) -> str:
         _, tried, _ = sequence.chosen(options.method, options.benchmark, settings, **known)
         acts = tuple(pair for pair in settings if not pair.startswith(late))
         if acts in trained and not (folder / sequence.SETTINGS).is_file():
-            others = [pair for pair in settings if pair not in acts]
-            result = sequence.answer_again(trained[acts], options.benchmark, others, folder, options.data)
+            asked = {"checkpoint": trained[acts], "settings": [pair for pair in settings if pair not in acts]}
+            asked |= {"config": None, "base": None, "tasks": None, "scoring": "fixed", "output": folder}
+            evaluate(argparse.Namespace(**vars(options) | asked))
+            last = read_json(folder / "metrics.json")["last"]
         else:
             result = sequence.run(output=folder, **given | _fitted(options, options.method, settings))
-            trained[acts] = result.checkpoints[-1]
+            trained[acts], last = result.checkpoints[-1], result.metrics["last"]
         built = method_class(tried.method)(tried).options  # YAML reads 1e-05 as text, which the option's type corrects
         values = {key: getattr(built, key.removeprefix(OPTIONS)) for key in grid}
         trial = trials.setdefault(json.dumps(values), {"settings": values, "last": {}})
-        trial["last"][str(tried.seed)] = result.metrics["last"]
+        trial["last"][str(tried.seed)] = last
     for trial in trials.values():
         trial["mean"] = sum(trial["last"].values()) / len(trial["last"])
     best = max(trials.values(), key=lambda trial: trial["mean"])  # the first of equals

@@ -102,25 +102,9 @@ def run(
     opened = from_main(lambda: open_benchmark(benchmark, root, described.asked(tasks, config.evaluation.general)))
     zero = use_deepspeed(deepspeed)
     with locked(folder):
-        return _result(folder, _go_on(config, opened, tasks, folder, zero, restart))
-
-
-def answer_again(
-    checkpoint: Path, benchmark: str, settings: list[str], output: Path, data: Path | None = None
-) -> Result:
-    """A checkpoint asked again about all its tasks, with other settings of the answers, in a run folder of its own."""
-    done = read_checkpoint(checkpoint, settings)
-    order, general = done.lineage.tasks, done.config.evaluation.general
-    asked = load_benchmark(benchmark, data, check_files=False).asked(order, general)
-    opened = from_main(lambda: open_benchmark(benchmark, data, asked))
-    check_output(output, done.config, opened, checkpoint)
-    with locked(output):
-        evaluate_checkpoint(output, opened, done, done.config, order)
-    return _result(output, [checkpoint])
-
-
-def _result(run: Path, checkpoints: list[Path]) -> Result:
-    return Result(run, checkpoints, AccuracyMatrix.read_csv(run / "matrix.csv"), read_json(run / "metrics.json"))
+        checkpoints = _go_on(config, opened, tasks, folder, zero, restart)
+    matrix = AccuracyMatrix.read_csv(folder / "matrix.csv")
+    return Result(folder, checkpoints, matrix, read_json(folder / "metrics.json"))
 
 
 def check_output(output: Path, config: Config, benchmark: Benchmark, checkpoint: Path | None = None) -> None:

@@ -28,7 +28,7 @@ from clmoe.bases.llava import LoadedBase, base_fingerprint, decoder_layers
 from clmoe.bases.stack import CACHE, recompute_activations
 from clmoe.bases.text import open_text_tower
 from clmoe.config import Config, FeatureKind, View
-from clmoe.data.batches import collate_prompts, first_questions, sample_records
+from clmoe.data.batches import PromptItem, collate_prompts, first_questions, sample_records
 from clmoe.data.images import preprocess
 from clmoe.data.prompts import IGNORE
 from clmoe.data.records import Question, TrainRecord
@@ -225,7 +225,11 @@ def blank_image(base: LoadedBase) -> dict[str, Tensor]:
     """What ``get_image_features`` of this base takes, for an empty image."""
     blank = Image.new("RGB", (SIDE, SIDE))
     image = blank if base.chat is not None else preprocess(blank, base.image_processor)
-    inputs = to_device(collate_prompts([base.prompt_item(Question("", "blank", "?", "", {}), image)], 0), base)
+    return _image_inputs(base, [base.prompt_item(Question("", "blank", "?", "", {}), image)])
+
+
+def _image_inputs(base: LoadedBase, items: Sequence[PromptItem]) -> dict[str, Tensor]:
+    inputs = to_device(collate_prompts(items, 0), base)
     wanted = [name for name in ("pixel_values", *base.family.inputs) if "token_type" not in name]
     return {name: inputs[name] for name in wanted}
 
@@ -315,14 +319,11 @@ class FeatureStore:
         """``[M, D]`` embeddings of the questions' images, each computed once; zeros where there is none."""
         names = list(dict.fromkeys(question.image for question in questions if question.image is not None))
         dataset = prompt_dataset(self.base, [Question("", name, "", "", {}) for name in names], image_root)
-
-        wanted = [name for name in ("pixel_values", *self.base.family.inputs) if "token_type" not in name]
         size = self.batch_size if self.base.chat is None else 1
 
         def one(start: int) -> Tensor:
             items = dataset.__getitems__(range(start, min(start + size, len(names))))
-            inputs = to_device(collate_prompts(items, 0), self.base)
-            return image_embeddings(model, {name: inputs[name] for name in wanted}, len(items))
+            return image_embeddings(model, _image_inputs(self.base, items), len(items))
 
         found = in_order(range(0, len(names), size), one)
         rows = dict(zip(names, torch.cat(found), strict=True)) if names else {}

@@ -72,12 +72,10 @@ class KeepLora(AddedLora):
     def begin_task(self, context: TaskContext) -> None:
         """Add the task's LoRA and choose its A."""
         super().begin_task(context)
-        linears, self._kept = experts_by_linear(context.model), self._directions(context)
-        ranks = {name: len(experts.A) for name, experts in linears.items()}  # type: ignore[arg-type]
-        chosen = self._of_gradients(context, lambda name, G, U: free_directions(G, U, ranks[name]))
-        for name, A in chosen:
+        linears = self._linears = experts_by_linear(context.model)
+        self._kept, rank = self._directions(context), self.config.adapter.rank
+        for name, A in self._of_gradients(context, lambda name, G, U: free_directions(G, U, rank)):
             linears[name].A.data.copy_(A)  # type: ignore[union-attr]
-        self._linears = linears
 
     def state(self) -> dict[str, Tensor]:
         """A: processes other than those at the task's start would compute it with different rounding."""

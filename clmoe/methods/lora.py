@@ -29,21 +29,21 @@ class Lora(Method):
 class MoeLora(Method):
     """LoRA experts under a dense softmax router; all train on every task, without a balance loss.
 
-    ``trained`` is the configuration with the gate of training, from which the scale of the update follows.
+    ``as_trained`` is the configuration with the gate of training, from which the scale of the update follows.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.trained, adapter = config, config.adapter
+        self.as_trained, adapter = config, config.adapter
         expert_rank(adapter)
         if not self.grows and (adapter.router_top_k or 0) > adapter.experts:
             raise ClmoeError(f"adapter.router_top_k {adapter.router_top_k} is more than {adapter.experts} experts")
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
-        return expert_adapter(self.trained, base)
+        return expert_adapter(self.as_trained, base)
 
     def effective_scale(self) -> float:
-        return expert_scaling(self.trained.adapter) * mean_gate(self.trained.adapter)
+        return expert_scaling(self.as_trained.adapter) * mean_gate(self.as_trained.adapter)
 
 
 METHODS = {"lora": Lora, "moelora": MoeLora}

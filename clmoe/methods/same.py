@@ -6,7 +6,7 @@ variance of its inputs ``x``, and with gradients ``g`` of the rows that act on `
 - router, from step ``start`` on: ``g <- g U diag(w) U^T + (g - g U U^T)``, with ``w`` of ``router_weights``.
 - A, from task 2 on, with the last task's ``U, S``: ``g <- g U diag(1 / (S + mu)) U^T + (1 / mu) (g - g U U^T)``.
 - an expert's score is its use (mean gate) minus its importance (mean of gate times ``|x|^2``), both moving averages
-  scaled to 0..1 over the experts. Experts below ``tau`` are frozen in the step, except that of the task's number.
+  (0.95) scaled to 0..1 over the experts. A step freezes experts below ``tau``, except that of the task's number.
 
 The router's spectrum is a batch's, retaken every ``every`` steps. Training mixes all experts, answers the top two. All
 this is the released code's, which routes a batch as a whole and without frozen experts; here, each token by itself.
@@ -70,7 +70,7 @@ class Same(MoeLora):
         super().__init__(config)
         if config.adapter.router_scope != "per_linear":
             raise ClmoeError(f"adapter.router_scope {config.adapter.router_scope}: {config.method} needs per_linear")
-        self.trained = replace(config, adapter=replace(config.adapter, router_top_k=None))
+        self.as_trained = replace(config, adapter=replace(config.adapter, router_top_k=None))
 
     def adapter(self, base: LoadedBase) -> PeftConfig:
         config = super().adapter(base)
@@ -79,8 +79,8 @@ class Same(MoeLora):
 
     def begin_task(self, context: TaskContext) -> None:
         """Read the parent's spectra, watch the linears' inputs, and mix all experts."""
-        stored, self._index = {} if context.previous is None else load_tensors(context.previous / STATE), context.index
-        self._past = unpack(stored, context.base.device)
+        stored = {} if context.previous is None else load_tensors(context.previous / STATE)
+        self._past, self._index = unpack(stored, context.base.device), context.index
         self._spectra, self._use = dict[str, Spectrum](), dict[str, Tensor]()  # the latter: averages ``[2, E]``
         self._seen: dict[str, Tensor] = {}  # sums ``[3, E]`` of this step
         self._sketches = watch_inputs(context.model, self.options.components, self.config.seed)
@@ -144,7 +144,7 @@ class Same(MoeLora):
         records, length = sample_records(context.records, self.options.samples, seed), self.config.training.max_length
         dataset = train_dataset(context.base, records, context.image_root, length)
         found = pack(spectra_of(context.model, context.base, dataset, width, seed, energy))
-        save_tensors({key: part.cpu().contiguous() for key, part in found.items()}, context.work / STATE)
+        save_tensors({key: tensor.cpu().contiguous() for key, tensor in found.items()}, context.work / STATE)
 
 
 METHODS = {"same": Same}

@@ -350,9 +350,6 @@ class TaskTrainer(Trainer):
             found = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
             method.change_gradients(adapted, found, self.state.global_step)
         self.norm = self._clip(*arguments, **named)
-        if not math.isfinite(float(self.norm)):  # clipping has made NaN of it; AdamW leaves weights without gradient
-            for parameter in trainable(adapted).values():
-                parameter.grad = None
         return self.norm
 
     def begin(self) -> None:
@@ -379,7 +376,7 @@ class TaskTrainer(Trainer):
             unset_hf_deepspeed_config()
 
     def check_gradient(self) -> None:
-        """Check before every update. Raises ClmoeError when several in a row were lost to an overflow."""
+        """Leave an update out if the gradient overflowed. Raises ClmoeError when several in a row were lost to that."""
         norm = self.deepspeed.get_global_grad_norm() if self.deepspeed else self.norm
         if math.isfinite(float(norm)):
             self.lost_in_a_row = 0
@@ -391,6 +388,8 @@ class TaskTrainer(Trainer):
                 f"{self.state.global_step + 1}: its norm is {float(norm)}, and nothing is learned. Lower "
                 "training.learning_rate or adapter.scale, or choose model.dtype=bfloat16"
             )
+        for parameter in trainable(self.trained.model).values():  # clipping made NaN of them; ZeRO drops them itself
+            parameter.grad = None
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> Any:
         """The micro-batches of one update. Raises what a data worker could not read, without the worker's traceback."""
