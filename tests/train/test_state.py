@@ -104,7 +104,7 @@ def test_sigterm_to_the_whole_group_is_survived_by_the_data_workers(runs: Runs, 
 def test_weights_that_ran_away_are_not_kept(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is checked between two logged losses, yet neither a state nor the phase may hold a gradient's NaN."""
+    """Nothing is checked between two logged losses, yet neither a state nor the phase may hold a weight's NaN."""
     output = tmp_path / FIRST
     real = TaskTrainer.training_step
     for number, when in ((1, "step 2"), (6, "the end of phase trained")):
@@ -112,7 +112,7 @@ def test_weights_that_ran_away_are_not_kept(
         def step(self: TaskTrainer, *args: Any, number: int = number, **kwargs: Any) -> Any:
             loss = real(self, *args, **kwargs)
             if self.state.global_step == number:
-                next(iter(trainable(self.model).values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+                next(iter(trainable(self.model).values())).data.fill_(float("nan"))
             return loss
 
         with monkeypatch.context() as patch:
