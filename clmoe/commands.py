@@ -33,8 +33,6 @@ from clmoe.plan import make_plan, plan_text
 from clmoe.plan.cost import MFU, card
 from clmoe.plan.fit import fit
 from clmoe.report.card import model_card
-from clmoe.report.locators import write_matrix
-from clmoe.report.page import default_folder, write_report
 from clmoe.report.runs import group_runs, read_run
 from clmoe.report.tables import alike_note, comparison_table, report_text, spent_table, to_text
 from clmoe.train.checkpoint import MANIFEST, checked_method, read_checkpoint, sealed_files
@@ -243,6 +241,8 @@ def evaluate(options: argparse.Namespace) -> str:
 
 def matrix(options: argparse.Namespace) -> str:
     """``clmoe matrix``: trained runs of methods that keep parts per task, each under several locators."""
+    from clmoe.report.locators import write_matrix  # here for matplotlib, a second that the other verbs do not need
+
     described = load_benchmark(options.benchmark, options.data, check_files=False)
     folder = options.runs or Path("runs") / described.name
     output = options.output or folder / "matrix"
@@ -266,6 +266,8 @@ def matrix(options: argparse.Namespace) -> str:
 
 def report(options: argparse.Namespace) -> Any:
     """``clmoe report``: tables and figures of runs."""
+    from clmoe.report.page import default_folder, write_report  # here for matplotlib, as above
+
     if options.json:
         return [{"run": str(read.path), "label": read.label, **read.metrics} for read in map(read_run, options.runs)]
     output = options.output or default_folder(options.runs)

@@ -115,7 +115,8 @@ class Chat:
         is left."""
         if record.masked:
             ids = torch.tensor([self.end_id])
-            return TrainItem(ids, None, torch.full_like(ids, IGNORE))
+            types = {TOKEN_TYPES: torch.zeros_like(ids)} if TOKEN_TYPES in self.family.inputs else {}
+            return TrainItem(ids, None, torch.full_like(ids, IGNORE), extra=types)
         where = f"record {record.id!r}"
         found, labels = self._labelled(record.turns, image, where)
         if all(label == IGNORE for label in labels[:max_length]):
@@ -207,6 +208,8 @@ class Chat:
         if self.family.typed_answers:
             first = next(place for place, label in enumerate(labels) if label != IGNORE)
             found[TOKEN_TYPES] = (torch.arange(len(ids)) >= first).long()[None]
+        elif TOKEN_TYPES in self.family.inputs:  # otherwise transformers 5.0 does not train Gemma 3 on texts alone
+            found.setdefault(TOKEN_TYPES, torch.zeros_like(found["input_ids"]))
         return found, labels
 
     def _extra(self, found: dict[str, Tensor], max_length: int | None = None) -> dict[str, Tensor]:

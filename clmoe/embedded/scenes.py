@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits
 
 SIDE = 56  # pixels
 OVERSAMPLING = 3
@@ -185,6 +184,8 @@ class Scene:
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's handwritten digits: images [1797, 8, 8] uint8 (0..255) and labels [1797]."""
+    from sklearn.datasets import load_digits  # a second, which only building the benchmark needs
+
     digits = load_digits()
     return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
 

@@ -236,7 +236,8 @@ def _image_inputs(base: LoadedBase, items: Sequence[PromptItem]) -> dict[str, Te
 
 def no_image(model: PreTrainedModel, blank: dict[str, Tensor]) -> Tensor:
     """Zero, with the graph of a pass through image encoder and projector: its gradients are zeros."""
-    waiting, sums = [*model.get_image_features(**blank).values()], []  # type: ignore[operator]
+    output = model.get_image_features(**blank)  # type: ignore[operator]
+    waiting, sums = [*vars(output).values()], []  # transformers 5.0 adds attributes that ``output.values()`` lacks
     for value in waiting:  # Qwen3-VL has features for several blocks, each a tuple with one tensor per image
         if isinstance(value, list | tuple):
             waiting.extend(value)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from clmoe.config import LocatorConfig
@@ -55,6 +54,8 @@ class Gaussian(Locator):
 
     def fit(self, features: Tensor) -> None:
         """Add the next task's Gaussian; older tasks change only through a shared covariance."""
+        from sklearn.covariance import ledoit_wolf  # a second, which only this locator needs
+
         self._factors, values = None, features.double().cpu()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Only one sample")  # its covariance is then the floor alone

@@ -82,6 +82,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     ("h", "SDPA's default against eager: relative difference of logits / times faster", ["sdpa", "sdpa_times"], "0.02"),
     ("h", "SDPA's flash kernel", ["kernel", "kernel_times"], "0.02"),
     ("h", "package flash-attn", ["package", "package_times"], "0.02"),
+    ("h", "wait for DDP's mean of gradients behind a delayed stream, over the delay", ["hook_wait"], "1"),
 ]
 """Part, what is shown, its figures, and the goal."""
 

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import experts
 import torch
+import torch.distributed as dist
 from clock import DEVICE, Peak, device_name, peak_rate, timed
 from eval import measure as measure_answers
 from five_questions import QUESTIONS, TRUE_SIZE, adapted, questions, random_base, records, write_images
@@ -42,6 +44,7 @@ from clmoe.plan import activation_bytes, first_task, state_bytes
 from clmoe.plan.cost import step_flops
 from clmoe.train.loop import TrainedModel, parameter_groups
 from clmoe.utils.files import read_json
+from clmoe.utils.processes import mean_of_each
 
 __all__ = ["PARTS", "Sizes", "device_name"]
 GIB = 2**30
@@ -281,7 +284,7 @@ def soak(record: Record, size: Sizes, folder: Path) -> None:
             record.add(first_loss=values[:10, 0].mean(), last_loss=values[-10:, 0].mean(), late_gib=peak.mib() / 1024)
 
 
-# ---- (d), (e), (h): answering
+# ---- (d), (e), (h): answering; (h) also checks several GPUs' gradients
 
 
 def answers(record: Record, size: Sizes, folder: Path) -> None:
@@ -365,6 +368,33 @@ def attention(record: Record, size: Sizes, folder: Path) -> None:
             record.add(**{key: (got - expected).norm() / expected.norm(), f"{key}_times": slow / seconds})
 
 
+def attention_and_hook(record: Record, size: Sizes, folder: Path) -> None:
+    attention(record, size, folder)
+    gradients_hook(record, folder)
+
+
+def gradients_hook(record: Record, folder: Path) -> None:
+    """How long the main stream waits for DDP's mean of gradients behind a delayed stream, over the delay."""
+    if DEVICE.type == "cpu":
+        record.skip(["hook_wait"], "skipped: needs a GPU")
+        return
+    gradient, side = torch.ones(4, device=DEVICE), torch.cuda.Stream()
+    bucket: Any = SimpleNamespace(buffer=lambda: gradient, gradients=lambda: [gradient[:2], gradient[2:]])
+
+    def delayed() -> None:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10**9)
+            future = mean_of_each(None, bucket)
+        future.wait()
+
+    with record.trying("hook_wait"):
+        dist.init_process_group("nccl", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        mean_of_each(None, bucket).wait()  # NCCL's start
+        delay = timed(lambda: torch.cuda._sleep(10**9))[0]
+        record.add(hook_wait=timed(delayed)[0] / delay)
+        dist.destroy_process_group()
+
+
 def in_folder(work: Callable[[Record, Sizes, Path], None]) -> Callable[[Record, Sizes], None]:
     """Give the part a folder for its pictures, which is removed."""
 
@@ -383,5 +413,5 @@ PARTS: dict[str, Callable[[Record, Sizes], None]] = {
     "e": in_folder(location),
     "f": in_folder(on_24_gib),
     "g": in_folder(soak),
-    "h": in_folder(attention),
+    "h": in_folder(attention_and_hook),
 }
