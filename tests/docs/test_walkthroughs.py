@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def run(checkout: Path, script: str) -> str:
     done = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+@pytest.fixture
+def typed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Sequence[str]], str]:
+    """Runs shell lines in the checkout and returns what they print.
+
+    Lines that begin with `clmoe` run in this process, because a process of their own takes ten seconds to start.
+    """
+    monkeypatch.chdir(checkout)
+
+    def type_lines(lines: Sequence[str]) -> str:
+        for line in lines:
+            if line.startswith("clmoe "):
+                cli.main(shlex.split(line)[1:])
+            else:
+                print(run(checkout, line))
+        return capsys.readouterr().out
+
+    return type_lines
 
 
 def test_the_worked_example_of_every_metric(tmp_path: Path) -> None:
@@ -149,7 +171,7 @@ def test_a_locator_is_one_file_and_one_line(checkout: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
+def test_a_benchmark_is_data_and_one_yaml(checkout: Path, typed: Callable[[Sequence[str]], str]) -> None:
     blocks = {name: text for name, text in named_blocks("add-your-data.md").items() if "easy" not in name}
     for name, text in blocks.items():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +181,7 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
     for name in {row["image"] for row in rows}:
         Image.new("RGB", (40, 30), "blue" if name == "b.png" else "red").save(checkout / "my" / "images" / name)
     _, script = SHELL_BLOCK.findall((DOCS / "add-your-data.md").read_text())
-    printed = run(checkout, script)
+    printed = typed(script.splitlines())
     assert re.search(r"^colour +2 train +1 test +0 bad$", printed, re.MULTILINE)
     assert "after choice: colour " in printed
     matrix = (checkout / "runs/colours/lora-seed0/matrix.csv").read_text().splitlines()
@@ -170,7 +192,7 @@ def test_a_benchmark_is_data_and_one_yaml(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path) -> None:
+def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path, typed: Callable[[Sequence[str]], str]) -> None:
     """Follows the page to the letter, but skips the installation, draws a tenth of the pictures and trains for less."""
     pytest.importorskip("easy_vqa", reason="needs the package easy-vqa, which the development tools have")
     blocks = {name: text for name, text in named_blocks("add-your-data.md").items() if "easy" in name}
@@ -184,7 +206,7 @@ def test_a_package_of_others_becomes_a_table_and_a_page(checkout: Path) -> None:
     install, *lines = script.splitlines()
     assert install == "pip install easy-vqa"
     lines = [f"{line} training.steps=3" if line.startswith("clmoe run") else line for line in lines]
-    printed = run(checkout, "\n".join(lines))
+    printed = typed(lines)
     counts = re.findall(r"^(\w+) +(\d+) train +(\d+) test +0 bad$", printed, re.MULTILINE)
     assert [name for name, *_ in counts] == ["shape", "colour", "presence"]
     for name, *rows in counts:

@@ -68,8 +68,10 @@ def test_one_process_needs_no_group() -> None:
     processes.stop()
 
 
+# Like the command line, these scripts do not load the adapter, which takes ten seconds.
 LEAVING = """
-import atexit
+import atexit, sys
+sys.argv[0] = "clmoe"
 from clmoe.utils import processes
 atexit.register(print, "teardown")
 print("work")
@@ -88,6 +90,7 @@ def test_one_of_several_processes_leaves_without_teardown(number: str, printed: 
 HOLD = """
 import sys, time
 from pathlib import Path
+sys.argv[0] = "clmoe"
 from clmoe.utils.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
