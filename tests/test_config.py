@@ -218,17 +218,13 @@ def numbers(kind: type, prefix: str = "") -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", methods())
 def test_no_number_ends_in_a_traceback(method: str, mini: Benchmark, tiny_folder: Path) -> None:
-    """Before any training, every extreme number is either refused with an error that names its key, or planned.
-
-    Three methods, with one LoRA, routed experts and growth, stand for all where a key belongs to none.
-    """
+    """Before any training, every extreme number is either refused with an error that names its key, or planned."""
     recipe = {"training": {"batch_size": 8}, "adapter": {"rank": 8, "experts": 4, "train_projector": False}}
     plain = load_config(method, recipe, [], str(tiny_folder))
-    kinds = {"": Config} if method in ("lora", "clmoe", "llava_cmoe") else {}
-    kinds |= {"options.": method_class(method).Options}
+    kinds = {"": Config, "options.": method_class(method).Options}
     kinds |= {"locator.options.": LOCATORS[plain.locator.name].Options} if plain.locator.name else {}
     keys = [key for prefix, kind in kinds.items() for key in numbers(kind, prefix)]
-    assert len(keys) >= (22 if "" in kinds else 0)
+    assert len(keys) >= 22
     refused = 0
     for key in keys:
         for value in FUZZ:
@@ -238,7 +234,7 @@ def test_no_number_ends_in_a_traceback(method: str, mini: Benchmark, tiny_folder
             except ClmoeError as error:
                 refused += 1
                 assert key.rpartition(".")[2] in str(error), error
-    assert refused >= len(FUZZ) * len(keys) / 2
+    assert refused > len(FUZZ) * len(keys) / 2
 
 
 def test_numbers_may_be_written_as_people_write_them() -> None:

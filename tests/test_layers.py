@@ -118,7 +118,7 @@ def test_only_what_is_optional_or_slow_is_imported_late() -> None:
     ]
     others = [(module, name) for module, name, _ in late if module != "cli"]
     assert {module: {name for m, name in others if m == module} for module, _ in others} == LATE
-    assert len(set(late)) <= 24
+    assert len(set(late)) <= 20
     assert [module for module, path in FILES.items() if "TYPE_CHECKING" in path.read_text()] == []
     by_name = {module for module, path in FILES.items() if "import_module" in path.read_text()}
     assert by_name == {"doctor", "methods"}, "the one tries packages, the other finds the files of its own folder"

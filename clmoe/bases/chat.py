@@ -115,8 +115,8 @@ class Chat:
         is left."""
         if record.masked:
             ids = torch.tensor([self.end_id])
-            types = {TOKEN_TYPES: torch.zeros_like(ids)} if TOKEN_TYPES in self.family.inputs else {}
-            return TrainItem(ids, None, torch.full_like(ids, IGNORE), extra=types)
+            extra = self._extra({TOKEN_TYPES: torch.zeros_like(ids)[None]})
+            return TrainItem(ids, None, torch.full_like(ids, IGNORE), extra=extra)
         where = f"record {record.id!r}"
         found, labels = self._labelled(record.turns, image, where)
         if all(label == IGNORE for label in labels[:max_length]):
@@ -208,7 +208,7 @@ class Chat:
         if self.family.typed_answers:
             first = next(place for place, label in enumerate(labels) if label != IGNORE)
             found[TOKEN_TYPES] = (torch.arange(len(ids)) >= first).long()[None]
-        elif TOKEN_TYPES in self.family.inputs:  # otherwise transformers 5.0 does not train Gemma 3 on texts alone
+        else:  # transformers 5.0 does not train Gemma 3 on texts alone without them
             found.setdefault(TOKEN_TYPES, torch.zeros_like(found["input_ids"]))
         return found, labels
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any, cast
 
 from clmoe.data.records import Question
 from clmoe.data.rows import short
@@ -160,10 +161,7 @@ def captions(predictions: Sequence[str], questions: Sequence[Question], mode: Mo
     ``official``, a caption with a line break in it shifts all later ones.
     """
     require_captions()
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.eval import Bleu, Cider, Meteor, Rouge
 
     count = len(predictions)
     texts = [[p] for p in predictions], [references(question) for question in questions]
@@ -200,9 +198,7 @@ def references(question: Question) -> list[str]:
 
 def _tokenized_as_published(texts: list[list[str]]) -> dict[int, list[str]]:
     """As in UCIT's script, all texts are lines of one file. ClmoeError if lines get lost, where the script stops."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in row] for i, row in enumerate(texts)})
+    tokens = _tokens_of({i: [{"caption": text} for text in row] for i, row in enumerate(texts)})
     if len(tokens) != len(texts):
         raise ClmoeError(f"captions: the tokenizer returned {len(tokens)} of {len(texts)} lines; check that Java runs")
     return tokens
@@ -210,12 +206,17 @@ def _tokenized_as_published(texts: list[list[str]]) -> dict[int, list[str]]:
 
 def _tokenized(texts: list[list[str]]) -> list[list[str]]:
     """Through the package's tokenizer, which reads lines and loses some without words; METEOR's fields end at bars."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
     clean = {(i, k): " ".join(t.replace("|||", " ").split()) for i, row in enumerate(texts) for k, t in enumerate(row)}
     full = {key: [{"caption": text}] for key, text in clean.items() if text}
-    tokens = PTBTokenizer().tokenize(full) if full else {}
+    tokens = _tokens_of(full) if full else {}
     lost = [key for key in full if len(tokens.get(key, [])) != 1]
     if lost:
         raise ClmoeError(f"captions: the tokenizer returned no line for {clean[lost[0]]!r}; check that Java runs")
     return [[tokens[i, k][0] if clean[i, k] else "" for k in range(len(row))] for i, row in enumerate(texts)]
+
+
+def _tokens_of(texts: dict[Any, list[dict[str, str]]]) -> dict[Any, list[str]]:
+    """The package's Penn Treebank tokenizer, which runs in Java."""
+    from pycocoevalcap.eval import PTBTokenizer
+
+    return cast(dict[Any, list[str]], PTBTokenizer().tokenize(texts))

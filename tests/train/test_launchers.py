@@ -25,7 +25,7 @@ from tests.support import TASKS
 
 FIRST, SECOND = TASKS[:2]
 # Rounding errors grow with the learning rate, whatever causes them.
-STEPS = ("training.steps=30", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
+STEPS = ("training.steps=50", "training.learning_rate=1e-3", "training.projector_learning_rate=1e-4")
 
 
 def train_line(runs: Runs, output: Path, method: str, task: str, *more: str) -> list[str]:
@@ -52,7 +52,7 @@ def engine(run: Path) -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def alone(runs: Runs) -> Path:
-    """CL-MoE's first task, 30 steps in one process; projector and experts have their own learning rates."""
+    """CL-MoE's first task, 50 steps in one process; projector and experts have their own learning rates."""
     return runs.train(runs.root / "alone" / FIRST, "clmoe", FIRST, *STEPS)
 
 
@@ -76,7 +76,7 @@ def test_two_processes_train_as_one(
     assert engine(alone.parent) == ("TrainedModel", 1)
     assert engine(tmp_path) == (wrapped, 2)
     expected, found = losses(alone.parent), losses(tmp_path)
-    assert len(expected) == 30 and expected[-1] < expected[0] - 0.3, "it learned something"
+    assert len(expected) == 50 and expected[-1] < expected[0] - 0.5, "it learned something"
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     rates = [event["learning_rate"] for event in events(tmp_path, "step")]
     assert rates == [event["learning_rate"] for event in events(alone.parent, "step")]
@@ -113,7 +113,7 @@ def test_two_processes_stopped_in_mid_task_go_on_as_one(alone: Path, runs: Runs,
     before = len(losses(tmp_path))
     runs.train(output, "clmoe", FIRST, *STEPS, save)
     found, expected = losses(tmp_path), losses(alone.parent)
-    assert len(found) - before == 30 - made
+    assert len(found) - before == 50 - made
     torch.testing.assert_close(torch.tensor(found[before:]), torch.tensor(expected[made:]), rtol=1e-5, atol=0)
 
 
@@ -123,7 +123,7 @@ def test_two_processes_go_on_where_one_was_killed(
     alone: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes continue a state that one wrote; DeepSpeed spreads its weights, moments and step over them."""
-    output, made = tmp_path / FIRST, 20
+    output, made = tmp_path / FIRST, 30
     with monkeypatch.context() as patch:
         on_step(patch, made)
         with pytest.raises(Killed):
