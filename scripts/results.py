@@ -298,7 +298,8 @@ def draw(study: Study) -> Path:
     axes = figure.subplots()
     for number, label in enumerate(sorted(shown, key=lambda label: -means[label][-1])):
         dashes = ("-", "--", ":")[number // 10 % 3]  # of ten colours
-        axes.plot(study.tasks, means[label], dashes, marker="o", markersize=3, label=label)
+        axes.plot(means[label], dashes, marker="o", markersize=3, label=label)
+    axes.set_xticks(range(len(study.tasks)), study.tasks, rotation=40, ha="right", rotation_mode="anchor")
     axes.set(ylabel="mean score on the tasks so far (%)", xlabel="after training", ylim=(0, 100))
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(TABLES / f"{study.name}.svg", metadata={"Date": None})
