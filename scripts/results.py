@@ -44,6 +44,7 @@ from clmoe.benchmarks.base import load_benchmark
 from clmoe.config import load_config
 from clmoe.errors import ClmoeError
 from clmoe.methods import method_class
+from clmoe.report.plots import name_columns
 from clmoe.report.tables import BLANK, show_number
 from clmoe.utils.files import read_json
 
@@ -299,7 +300,7 @@ def draw(study: Study) -> Path:
     for number, label in enumerate(sorted(shown, key=lambda label: -means[label][-1])):
         dashes = ("-", "--", ":")[number // 10 % 3]  # of ten colours
         axes.plot(means[label], dashes, marker="o", markersize=3, label=label)
-    axes.set_xticks(range(len(study.tasks)), study.tasks, rotation=40, ha="right", rotation_mode="anchor")
+    name_columns(axes, study.tasks, 0)
     axes.set(ylabel="mean score on the tasks so far (%)", xlabel="after training", ylim=(0, 100))
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(TABLES / f"{study.name}.svg", metadata={"Date": None})

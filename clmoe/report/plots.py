@@ -284,7 +284,7 @@ def _heat(ax: Axes, cells: pd.DataFrame, top: float, numbers: bool, stds: pd.Dat
             ax.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, edgecolor=PALETTE[1], lw=1.3))
     step = 1 if numbers else math.ceil(len(cells) / 32)
     ax.set_yticks([y + 0.5 for y in range(0, len(cells), step)], _short(cells.index[::step]))
-    _name_columns(ax, cells, 0.5)
+    name_columns(ax, cells, 0.5)
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -327,7 +327,7 @@ def _lines(
         if stds is not None:
             low, high = ((values + sign * stds.loc[label]).clip(0, 100) for sign in (-1, 1))
             ax.fill_between(range(len(values)), low, high, color=colour, alpha=0.15, lw=0)
-    _name_columns(ax, means, 0)
+    name_columns(ax, means, 0)
     ax.grid(axis="y")
     if stds is not None:
         ax.set(xlim=(-0.3, means.shape[1] - 0.7), ylabel="score (%)", ylim=(-4, 104), yticks=range(0, 101, 25))
@@ -345,8 +345,9 @@ def _stacks(ax: Axes, shares: pd.DataFrame) -> None:
     ax.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xticks=range(0, 101, 25), xlabel="questions (%)")
 
 
-def _name_columns(ax: Axes, cells: pd.DataFrame, shift: float) -> None:
-    names = _short(cells)
+def name_columns(ax: Axes, columns: Iterable[object], shift: float) -> None:
+    """Write the columns' names below the axis, turned if they are long; `shift` moves them from 0, 1, 2, ..."""
+    names = _short(columns)
     turned = max(map(len, names)) > 4
     places = [x + shift for x in range(len(names))]
     ax.set_xticks(places, names, rotation=40 * turned, ha="right" if turned else "center")
